@@ -1,0 +1,58 @@
+"""Exceptions of the library.
+
+Every error says what was found, where, and what to do about it. All derive from :class:`MadtpError`, so a caller
+can catch the library's refusals in one place without hiding bugs.
+"""
+
+from __future__ import annotations
+
+
+class MadtpError(Exception):
+    """Base of every error that the library raises on purpose."""
+
+
+class ExampleInputsError(MadtpError):
+    """The example inputs do not fit the model, or their batch is too small to tell batch from other axes."""
+
+
+class CaptureError(MadtpError):
+    """The model could not be captured as a graph."""
+
+
+class RewriteError(MadtpError):
+    """The graph cannot be rewritten correctly."""
+
+
+class NoSiteError(RewriteError):
+    """No place was found in the model where tokens could be pruned."""
+
+
+class PlanError(MadtpError):
+    """A plan is malformed or does not belong to the graph."""
+
+
+class ConfigError(MadtpError, ValueError):
+    """A configuration value is out of range or contradicts another."""
+
+
+class CheckpointError(MadtpError):
+    """A file or folder is damaged, foreign, too new, or belongs to another model."""
+
+
+class CalibrationError(MadtpError):
+    """The asked reduction cannot be reached; the message says what can."""
+
+
+class UnknownModelError(MadtpError, KeyError):
+    """A name is not in the zoo; the message lists near matches."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class DataError(MadtpError):
+    """A data set is missing, damaged or asked for something it does not hold."""
+
+
+class TrainingError(MadtpError):
+    """Training cannot go on; the message says from where it can be resumed."""
