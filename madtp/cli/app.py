@@ -1,0 +1,90 @@
+"""The command-line application: global options, errors as messages, and the list of commands.
+
+Torch, timm and the rest of the library are imported inside the commands that need them, so that `madtp --help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from madtp.errors import MadtpError
+
+HELP = """Make a vision-language transformer faster by pruning its tokens.
+
+madtp takes an unmodified model, finds its transformer blocks, and inserts nodes that keep, in each layer and for each
+sample, only the tokens that matter to the other modality.
+
+[bold]Where to start[/bold]
+
+  madtp demo                            see a shipped model pruned, measured and drawn, offline
+  madtp inspect vit_base_patch16_224    see what would be pruned in a model
+  madtp train, then madtp compress      train a model, then prune it to a compute budget
+
+Computing is counted in MACs (multiply-accumulates) per sample, which the field's papers print as "FLOPs".
+"""
+
+EPILOG = "Errors end with code 1 and one message, wrong usage with code 2; --debug before the command shows the traceback."
+
+
+class MessageGroup(TyperGroup):
+    """Commands whose deliberate errors (:class:`MadtpError`) become a red message and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MadtpError as error:
+            if ctx.params.get("debug"):
+                raise
+            # Text, not markup: a message may hold brackets, as tensor shapes do.
+            message = Text.assemble((f"{type(error).__name__}: ", "bold red"), (str(error), "red"))
+            Console(stderr=True, soft_wrap=True).print(message)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            Console(stderr=True).print("interrupted", style="yellow")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=MessageGroup,
+    help=HELP,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        installed = version("madtp")
+    except PackageNotFoundError:
+        installed = "(not installed)"
+    typer.echo(f"madtp {installed}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Global options; `debug` is read back by :class:`MessageGroup`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line on `arguments` (default: the process's own) and exit with its code."""
+    app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="madtp")

@@ -1,0 +1,24 @@
+"""Shared set-up of the tests: hypothesis profiles, one torch thread, a fixed seed for each test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_SHARED = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+settings.register_profile("dev", max_examples=15, **_SHARED)
+settings.register_profile("ci", max_examples=15, derandomize=True, print_blob=True, **_SHARED)
+settings.register_profile("thorough", max_examples=200, print_blob=True, **_SHARED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+# Results must not depend on how many cores the machine has, and parallel test workers must not fight for them.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
