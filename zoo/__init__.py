@@ -1,0 +1,1 @@
+"""Everything that knows a particular architecture, checkpoint format or data set."""

@@ -1,0 +1,68 @@
+"""BLIP for natural-language visual reasoning (NLVR): is a statement about two images true? Start with `BlipNlvr`.
+
+Parameter names equal those of the published BLIP-NLVR checkpoint (Li et al., "BLIP: Bootstrapping Language-Image
+Pre-training for Unified Vision-Language Understanding and Generation", 2022).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from zoo.blip.config import NlvrConfig, VisionConfig
+from zoo.blip.text import TextEncoder
+
+VISION_LAYER_NORM_EPS = 1e-6
+ANSWERS = 2
+
+
+def build_vision_tower(config: VisionConfig) -> nn.Module:
+    """timm's VisionTransformer without head: images [B, 3, H, W] -> all tokens after the norm [B, N, V], class token first."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        mlp_ratio=config.mlp_width / config.width,
+        drop_path_rate=config.drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=VISION_LAYER_NORM_EPS),
+        num_classes=0,
+        global_pool="",
+    )
+
+
+class BlipNlvr(nn.Module):
+    """Vision tower on both images, text encoder with twin cross-attention, two-way answer head on the class token.
+
+    The first text id should be the tokenizer's [ENC]; the model takes the ids as they come.
+    """
+
+    def __init__(self, config: NlvrConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = build_vision_tower(config.vision)
+        self.text_encoder = TextEncoder(config.text, config.vision.width)
+        width = config.text.width
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, ANSWERS))
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised image pairs [B, 2, 3, H, W] -> tokens of the first and of the second images, [B, N, V] each."""
+        batch = images.shape[0]
+        tokens = self.visual_encoder(images.transpose(0, 1).flatten(0, 1))
+        # Explicit sizes: chunk(2) would leave a guard on the batch that torch.export cannot solve.
+        first, second = tokens.split([batch, batch])
+        return first, second
+
+    def classify(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Statements [B, T] with mask [B, T] and encoded images [B, N, V] -> logits [B, 2] (index 1: true)."""
+        tokens = self.text_encoder(input_ids, attention_mask, first, second)
+        return self.cls_head(tokens[:, 0])
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Image pairs [B, 2, 3, H, W], statements [B, T] and mask [B, T] (1: token) -> logits [B, 2] (index 1: true)."""
+        first, second = self.encode_images(images)
+        return self.classify(input_ids, attention_mask, first, second)
