@@ -32,7 +32,9 @@ sample, only the tokens that matter to the other modality.
 Computing is counted in MACs (multiply-accumulates) per sample, which the field's papers print as "FLOPs".
 """
 
-EPILOG = "Errors end with code 1 and one message, wrong usage with code 2; --debug before the command shows the traceback."
+EPILOG = (
+    "Errors end with code 1 and one message, wrong usage with code 2; --debug before the command shows the traceback"
+)
 
 
 class MessageGroup(TyperGroup):
