@@ -1,0 +1,54 @@
+"""Dropped tokens become one token, their importance-weighted mean (docs/method.md, "Merging").
+
+Shapes: B samples, N tokens *with* class token and padding, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from madtp.importance import TINY
+
+
+def merge_weights(scores: Tensor, dropped: Tensor) -> Tensor:
+    """w_j = S_j / sum S over the dropped tokens; gradients reach S.
+
+    Args:
+        scores: S [B, N].
+        dropped: [B, N] bool.
+
+    Returns:
+        [B, N] float32: sums to one over the dropped tokens, zero elsewhere, all zero where nothing is dropped. Equal
+        weights where the scores of the dropped sum to zero.
+    """
+    weights = scores.float() * dropped
+    total = weights.sum(dim=1, keepdim=True)
+    usable = total.abs() > TINY
+    shares = dropped / dropped.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.where(usable, weights / torch.where(usable, total, torch.ones_like(total)), shares)
+
+
+def merged_token(tokens: Tensor, weights: Tensor) -> Tensor:
+    """The merged token [B, 1, C] of tokens [B, N, C] and weights [B, N]; zero where the weights are."""
+    return (weights.to(tokens.dtype).unsqueeze(1)) @ tokens
+
+
+def merged_valid(valid: Tensor, dropped: Tensor, scores: Tensor, rule: Literal["any", "best"] = "any") -> Tensor:
+    """Whether attention may see the merged token.
+
+    Args:
+        valid: [B, N] bool, False on padding.
+        dropped: [B, N] bool.
+        scores: S [B, N].
+        rule: "any": valid if any member is; "best": valid if the best-scored member is (the authors' code).
+
+    Returns:
+        [B] bool, False where nothing is dropped.
+    """
+    if rule == "any":
+        return (valid & dropped).any(dim=1)
+    best = scores.float().masked_fill(~dropped, float("-inf")).argmax(dim=1, keepdim=True)
+    return valid.gather(1, best).squeeze(1) & dropped.any(dim=1)
