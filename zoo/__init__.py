@@ -1,1 +1,12 @@
-"""Everything that knows a particular architecture, checkpoint format or data set."""
+"""Everything that knows a particular architecture, checkpoint format or data set.
+
+Start with :func:`list_models` and :func:`create`. To add a model, decorate its builder with :func:`register`.
+"""
+
+from __future__ import annotations
+
+import zoo.blip  # noqa: F401  (registers its models)
+from zoo.checkpoint import load_checkpoint
+from zoo.registry import ModelEntry, checkpoint_path, create, describe, list_models, register
+
+__all__ = ["list_models", "create", "load_checkpoint", "register", "describe", "checkpoint_path", "ModelEntry"]

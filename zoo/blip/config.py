@@ -1,4 +1,4 @@
-"""Sizes of a BLIP-NLVR model. Start with :class:`NlvrConfig`; `BASE` and `MINI` are the two registered sizes."""
+"""Sizes of a BLIP-NLVR model. Start with `NlvrConfig`; `BASE` and `MINI` are the two registered sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _check_positive(owner: str, **sizes: int) -> None:
 
 def _check_heads(owner: str, width: int, heads: int) -> None:
     if width % heads:
-        raise ConfigError(f"{owner}.width {width} is not a multiple of {owner}.heads {heads}; change one of them.")
+        raise ConfigError(f"{owner}.width {width} is not a multiple of {owner}.heads {heads}.")
 
 
 def _check_rate(owner: str, name: str, rate: float) -> None:
@@ -27,7 +27,7 @@ def _check_rate(owner: str, name: str, rate: float) -> None:
 class VisionConfig:
     """Sizes of the vision tower, a pre-norm ViT with class token.
 
-    `drop_path` is the stochastic depth rate of the last block, rising linearly from 0 (0.1 when BLIP was fine-tuned).
+    `drop_path` is the stochastic depth rate of the last block, rising linearly from 0 (BLIP fine-tunes with 0.1).
     """
 
     image_size: int = 384
@@ -52,7 +52,7 @@ class VisionConfig:
         _check_rate("vision", "drop_path", self.drop_path)
         if self.image_size % self.patch_size:
             raise ConfigError(
-                f"vision.image_size {self.image_size} is not a multiple of vision.patch_size {self.patch_size}."
+                f"vision.image_size {self.image_size} is not a multiple of the patch size {self.patch_size}."
             )
 
     @property
@@ -65,7 +65,8 @@ class VisionConfig:
 class TextConfig:
     """Sizes of the text encoder, a post-norm BERT with twin cross-attention.
 
-    Layers from `merge_from_layer` on merge the twin cross-attention outputs by a linear layer, earlier ones by their mean.
+    Layers from `merge_from_layer` on merge the twin cross-attention outputs by a linear layer, earlier ones by
+    their mean.
     """
 
     vocabulary: int = 30524

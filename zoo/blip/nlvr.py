@@ -1,24 +1,27 @@
-"""BLIP for natural-language visual reasoning (NLVR): is a statement about two images true? Start with `BlipNlvr`.
+"""BLIP for visual reasoning on image pairs (NLVR): is a statement about them true? Start with `BlipNlvr`.
 
-Parameter names equal those of the published BLIP-NLVR checkpoint (Li et al., "BLIP: Bootstrapping Language-Image
-Pre-training for Unified Vision-Language Understanding and Generation", 2022).
+Parameter names equal those of the published BLIP-NLVR checkpoint (Li et al., "BLIP: Bootstrapping
+Language-Image Pre-training for Unified Vision-Language Understanding and Generation", 2022).
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from zoo.blip.checkpoint import NLVR_TABLE
 from zoo.blip.config import NlvrConfig, VisionConfig
 from zoo.blip.text import TextEncoder
+from zoo.checkpoint import KeyTable
 
 VISION_LAYER_NORM_EPS = 1e-6
 ANSWERS = 2
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """timm's VisionTransformer without head: images [B, 3, H, W] -> all tokens after the norm [B, N, V], class token first."""
+    """timm's VisionTransformer without head: images [B, 3, H, W] -> normalised tokens [B, N, V], class token first."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -36,10 +39,13 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
 
 
 class BlipNlvr(nn.Module):
-    """Vision tower on both images, text encoder with twin cross-attention, two-way answer head on the class token.
+    """Vision tower on both images, text encoder with twin cross-attention, answer head on the text's class token.
 
-    The first text id should be the tokenizer's [ENC]; the model takes the ids as they come.
+    The first text id should be the tokenizer's [ENC]; the model takes the ids as they come. Axes: B pairs, N vision
+    tokens of one image (class token first), V vision width, T text tokens.
     """
+
+    checkpoint_table: ClassVar[KeyTable] = NLVR_TABLE
 
     def __init__(self, config: NlvrConfig) -> None:
         super().__init__()
@@ -50,7 +56,7 @@ class BlipNlvr(nn.Module):
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, ANSWERS))
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised image pairs [B, 2, 3, H, W] -> tokens of the first and of the second images, [B, N, V] each."""
+        """Normalised image pairs [B, 2, 3, H, W] -> tokens of the first and of the second images [B, N, V]."""
         batch = images.shape[0]
         tokens = self.visual_encoder(images.transpose(0, 1).flatten(0, 1))
         # Explicit sizes: chunk(2) would leave a guard on the batch that torch.export cannot solve.
@@ -58,11 +64,11 @@ class BlipNlvr(nn.Module):
         return first, second
 
     def classify(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Statements [B, T] with mask [B, T] and encoded images [B, N, V] -> logits [B, 2] (index 1: true)."""
+        """Statements [B, T], mask [B, T] (1: token), encoded images [B, N, V] -> logits [B, 2] (index 1: true)."""
         tokens = self.text_encoder(input_ids, attention_mask, first, second)
         return self.cls_head(tokens[:, 0])
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Image pairs [B, 2, 3, H, W], statements [B, T] and mask [B, T] (1: token) -> logits [B, 2] (index 1: true)."""
+        """Image pairs [B, 2, 3, H, W], statements [B, T], mask [B, T] (1: token) -> logits [B, 2] (index 1: true)."""
         first, second = self.encode_images(images)
         return self.classify(input_ids, attention_mask, first, second)

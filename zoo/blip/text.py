@@ -1,7 +1,7 @@
-"""Text encoder of BLIP-NLVR: a post-norm BERT whose layers attend to two images at once. Start with `TextEncoder`.
+"""Text encoder of BLIP-NLVR: a post-norm BERT whose layers attend to two images. Start with `TextEncoder`.
 
-Module names follow the published checkpoint, which is why they are not snake case everywhere. Axes: B samples, T text
-tokens, N vision tokens of one image, C width of the text encoder, V width of the vision tower, H heads.
+Module names follow the published checkpoint, which is why they are not snake case everywhere. Axes: B samples,
+T text tokens, N vision tokens of one image, C width of the text encoder, V width of the vision tower.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class TextEmbeddings(nn.Module):
 
 
 class AttentionHeads(nn.Module):
-    """Multi-head attention without output projection: queries from x [B, T, C], keys and values from source [B, S, K]."""
+    """Multi-head attention without output projection.
+
+    Queries come from x [B, T, C], keys and values from source [B, S, source_width].
+    """
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class SelfAttention(nn.Module):
 
 
 class TwinCrossAttention(nn.Module):
-    """Cross-attention sublayer to the first and to the second image, each with weights of its own; no token is masked."""
+    """Cross-attention sublayer to both images, each with weights of its own; no vision token is masked."""
 
     def __init__(self, config: TextConfig, vision_width: int, layer: int) -> None:
         super().__init__()
