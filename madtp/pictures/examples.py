@@ -1,0 +1,95 @@
+"""What a picture shows: one sample, the answers to it, and the patches that survive in each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from madtp.errors import DataError
+
+# A dropped patch keeps this much of its contrast, so that a reader still sees what was dropped.
+GHOST = 0.25
+PAPER = 244.0
+
+
+@dataclass(frozen=True)
+class Survival:
+    """The patches that one pruned model keeps of one sample.
+
+    model: name of the pruned model, as in the table of measurements.
+    layers: a label for each pruning site, in the order of the layers ("layer 1", ...).
+    kept: for each site a bool tensor [images, patches]; patches run row by row, class token left out.
+    """
+
+    model: str
+    layers: tuple[str, ...]
+    kept: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.kept):
+            raise DataError(
+                f"{self.model}: {len(self.layers)} layer labels for {len(self.kept)} masks; give one for each."
+            )
+
+    def chosen(self, most: int) -> list[int]:
+        """Indices of at most `most` sites, spread evenly, first and last among them."""
+        count = len(self.layers)
+        if count <= most:
+            return list(range(count))
+        if most == 1:
+            return [count - 1]
+        return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample with its answers.
+
+    images: uint8 [images, 3, H, W]. answers: (model name, answer) in the order of the table, the dense model first.
+    """
+
+    statement: str
+    truth: bool
+    images: Tensor
+    answers: tuple[tuple[str, bool], ...]
+    survivals: tuple[Survival, ...]
+
+
+def fade_dropped(image: Tensor, kept: Tensor) -> Tensor:
+    """The image with its dropped patches faded to paper grey.
+
+    Args:
+        image: uint8 [3, H, W].
+        kept: bool [patches] of a square grid, row by row; H and W are multiples of the grid's side.
+
+    Returns:
+        uint8 [H, W, 3], as picture libraries expect it.
+
+    Raises:
+        DataError: the patches are no square grid, or the grid does not divide the image.
+    """
+    side = math.isqrt(kept.numel())
+    height, width = image.shape[-2:]
+    if side * side != kept.numel() or side == 0 or height % side or width % side:
+        raise DataError(
+            f"{kept.numel()} patches do not tile an image of {height}x{width}; pass one bool for each patch of a square "
+            "grid, without the class token."
+        )
+    mask = kept.reshape(side, side).repeat_interleave(height // side, 0).repeat_interleave(width // side, 1)
+    colour = image.float()
+    grey = colour.mean(0, keepdim=True).expand(3, -1, -1)
+    ghost = PAPER + GHOST * (grey - PAPER)
+    return torch.where(mask, colour, ghost).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def answer_word(answer: bool) -> str:
+    return "true" if answer else "false"
+
+
+def most_layers(examples: Sequence[Example], most: int) -> int:
+    """How many layer panels the widest row needs, `most` at the utmost."""
+    return max((len(s.chosen(most)) for e in examples for s in e.survivals), default=0)

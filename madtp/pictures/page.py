@@ -1,0 +1,129 @@
+"""The page: measurements and examples as one HTML file that needs nothing else, no script, no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from torch import Tensor
+
+from madtp.errors import DataError
+from madtp.pictures.examples import Example, Survival, answer_word, fade_dropped
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    accuracy: fraction in [0, 1]. macs: multiply-accumulates per sample. reduction: fraction of the dense MACs saved.
+    image_tokens, text_tokens: mean tokens after each layer. milliseconds: per sample.
+    """
+
+    model: str
+    accuracy: float
+    macs: float
+    reduction: float
+    image_tokens: tuple[float, ...]
+    text_tokens: tuple[float, ...]
+    milliseconds: float
+
+
+def write_page(
+    examples: Sequence[Example], measurements: Sequence[Measurement], path: Path, *, title: str, note: str
+) -> Path:
+    """Write the page to `path`; `note` says on what the measurements were made.
+
+    Raises:
+        DataError: there is nothing to show.
+    """
+    if not examples or not measurements:
+        raise DataError("the page needs at least one example and one measurement.")
+    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    body = template.substitute(
+        title=html.escape(title),
+        note=html.escape(note),
+        rows="\n".join(_table_row(m) for m in measurements),
+        examples="\n".join(_card(number, example) for number, example in enumerate(examples, start=1)),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(body, encoding="utf-8")
+    return path
+
+
+def format_macs(macs: float) -> str:
+    """MACs with a unit: "212.3 M", "132.54 G"."""
+    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
+
+
+def format_tokens(counts: Sequence[float]) -> str:
+    """Mean counts by layer, "64 48 30"; a count that never changes is printed once."""
+    rounded = [f"{count:.0f}" for count in counts]
+    if len(set(rounded)) == 1:
+        return f"{rounded[0]} in each layer"
+    return " ".join(rounded)
+
+
+def format_reduction(reduction: float) -> str:
+    """How far MACs fall: "−80.0%"; the dense model's own row has a dash."""
+    return f"−{100 * reduction:.1f}%" if reduction else "–"
+
+
+def _table_row(m: Measurement) -> str:
+    cells = (
+        f"{100 * m.accuracy:.1f}%",
+        format_macs(m.macs),
+        format_reduction(m.reduction),
+        format_tokens(m.image_tokens),
+        format_tokens(m.text_tokens),
+        f"{m.milliseconds:.2f}",
+    )
+    return f"<tr><th scope='row'>{html.escape(m.model)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _card(number: int, example: Example) -> str:
+    answers = "".join(_answer(model, answer, example.truth) for model, answer in example.answers)
+    images = "".join(_image_block(example, index) for index in range(len(example.images)))
+    return (
+        f"<article><h2><span class='number'>{number}</span>{html.escape(example.statement)}</h2>"
+        f"<p class='answers'><span class='chip'>truth: <b>{answer_word(example.truth)}</b></span>{answers}</p>"
+        f"{images}</article>"
+    )
+
+
+def _answer(model: str, answer: bool, truth: bool) -> str:
+    kind, mark = ("right", "✓") if answer == truth else ("wrong", "✗")
+    return f"<span class='chip {kind}'>{html.escape(model)}: <b>{answer_word(answer)}</b> {mark}</span>"
+
+
+def _image_block(example: Example, index: int) -> str:
+    image = example.images[index]
+    rows = "".join(_layer_row(survival, image, index) for survival in example.survivals)
+    whole = _picture(image.permute(1, 2, 0), f"image {index + 1}", "whole")
+    return f"<section>{whole}<div class='rows'>{rows}</div></section>"
+
+
+def _layer_row(survival: Survival, image: Tensor, index: int) -> str:
+    panels = []
+    for label, kept in zip(survival.layers, survival.kept, strict=True):
+        caption = f"{label}: {int(kept[index].sum())}/{kept[index].numel()}"
+        panels.append(_picture(fade_dropped(image, kept[index]), caption, "panel"))
+    return f"<div class='row'><span class='model'>{html.escape(survival.model)}</span>{''.join(panels)}</div>"
+
+
+def _picture(pixels: Tensor, caption: str, kind: str) -> str:
+    """A figure element with the picture inside it as a data URI; pixels is uint8 [H, W, 3]."""
+    from matplotlib.image import imsave
+
+    stream = io.BytesIO()
+    imsave(stream, pixels.numpy(), format="png")
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    caption = html.escape(caption)
+    return (
+        f"<figure class='{kind}'><img alt='{caption}' src='data:image/png;base64,{data}'>"
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
