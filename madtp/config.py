@@ -43,9 +43,9 @@ class PruningConfig:
         alignment_width: d_e; None takes the width of the widest pruned stream.
         merge: dropped tokens become one token, their importance-weighted mean; False discards them.
         straight_through: lets gradients reach the threshold and the importance through a soft mask in training.
-        selection: "threshold" is the method. Controls: "random" keeps as many tokens as the method would (or
-            `keep_ratio` of them) but random ones; "class_attention" keeps the `keep_ratio` best by class attention.
-        keep_ratio: fraction of a site's tokens that the controls keep.
+        selection: "threshold" is the method. Controls: "random" keeps random tokens, "class_attention" the best by the
+            class token's attention alone; both as many as the method would keep, or `keep_ratio` of them.
+        keep_ratio: fraction of a site's tokens that a control keeps, the same at every site; None takes the method's count.
         seed: of the alignment tokens' start values and of random selection.
     Deviations from the authors' code: the first literal of each field is ours, the second theirs (docs/deviations.md).
 
@@ -71,8 +71,8 @@ class PruningConfig:
     guidance_score: Literal["softmax", "sum"] = "softmax"
     class_score: Literal["normalised", "raw"] = "normalised"
     padding: Literal["excluded", "scored"] = "excluded"
-    order: Literal["position", "score"] = "position"
-    mask_order: Literal["tokens", "score"] = "tokens"
+    order: Literal["position", "topk"] = "position"
+    mask_order: Literal["tokens", "sorted"] = "tokens"
     merged_mask: Literal["any", "best"] = "any"
     readout: Literal["remapped", "original"] = "remapped"
     causal_mask: Literal["gathered", "cropped"] = "gathered"
@@ -93,26 +93,21 @@ class PruningConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}"
-                )
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
         self._check_selection()
 
     def _check_selection(self) -> None:
-        if self.keep_ratio is not None:
-            if self.selection == "threshold":
-                raise ConfigError(
-                    f"keep_ratio is {self.keep_ratio!r}, but selection='threshold' decides the counts itself; "
-                    "leave keep_ratio out, or choose selection='random' or 'class_attention'"
-                )
-            ratio = _number("keep_ratio", self.keep_ratio, low=0.0)
-            if not 0.0 < ratio <= 1.0:
-                raise ConfigError(f"keep_ratio is {ratio}; allowed: above 0, at most 1")
-            object.__setattr__(self, "keep_ratio", ratio)
-        elif self.selection == "class_attention":
+        if self.keep_ratio is None:
+            return
+        if self.selection == "threshold":
             raise ConfigError(
-                "selection='class_attention' needs keep_ratio, the fraction of tokens that each site keeps"
+                f"keep_ratio is {self.keep_ratio!r}, but selection='threshold' decides the counts itself; "
+                "leave keep_ratio out, or choose selection='random' or 'class_attention'"
             )
+        ratio = _number("keep_ratio", self.keep_ratio, low=0.0)
+        if not 0.0 < ratio <= 1.0:
+            raise ConfigError(f"keep_ratio is {ratio}; allowed: above 0, at most 1")
+        object.__setattr__(self, "keep_ratio", ratio)
 
     @classmethod
     def official(cls, *, temperature: float = 1.0) -> PruningConfig:
@@ -123,8 +118,8 @@ class PruningConfig:
             guidance_score="sum",
             class_score="raw",
             padding="scored",
-            order="score",
-            mask_order="score",
+            order="topk",
+            mask_order="sorted",
             merged_mask="best",
             readout="original",
             causal_mask="cropped",
@@ -136,18 +131,14 @@ class PruningConfig:
         """Plain JSON types; `from_dict` takes them back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["towers"] = None if self.towers is None else list(self.towers)
-        values["protect"] = {
-            modality: list(self.protected_positions(modality)) for modality, _ in self.protect
-        }
+        values["protect"] = {name: list(positions) for name, positions in typing.cast(Positions, self.protect)}
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningConfig:
         """Inverse of `to_dict`; fields left out take their default, unknown ones raise ConfigError."""
         if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"a configuration is a mapping of field names to values; got {type(values).__name__}"
-            )
+            raise ConfigError(f"a configuration is a mapping of field names to values; got {type(values).__name__}")
         names = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in names:
@@ -171,12 +162,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 
 def _number(name: str, value: object, *, low: float) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or value < low
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
         raise ConfigError(f"{name} is {value!r}; allowed: a finite number, at least {low:g}")
     return float(value)
 
@@ -196,18 +182,14 @@ def _towers(towers: object) -> tuple[str, ...] | None:
         if name not in MODALITIES:
             raise ConfigError(f"towers names {name!r}; allowed: {', '.join(map(repr, MODALITIES))}")
     if not names or len(set(names)) != len(names):
-        raise ConfigError(
-            f"towers is {names!r}; name each tower once, and at least one (temperature=0 prunes nothing)"
-        )
+        raise ConfigError(f"towers is {names!r}; name each tower once, and at least one (temperature=0 prunes nothing)")
     return names
 
 
 def _positions(protect: object) -> Positions:
     if isinstance(protect, Mapping):
         pairs = list(protect.items())
-    elif isinstance(protect, (tuple, list)) and all(
-        isinstance(p, (tuple, list)) and len(p) == 2 for p in protect
-    ):
+    elif isinstance(protect, (tuple, list)) and all(isinstance(p, (tuple, list)) and len(p) == 2 for p in protect):
         pairs = [tuple(p) for p in protect]
     else:
         raise ConfigError(f"protect is {protect!r}; allowed: a mapping such as {{'image': (0, 1)}}")
@@ -216,9 +198,7 @@ def _positions(protect: object) -> Positions:
         if modality not in MODALITIES:
             raise ConfigError(f"protect names {modality!r}; allowed: {', '.join(map(repr, MODALITIES))}")
         if isinstance(positions, str) or not isinstance(positions, Iterable):
-            raise ConfigError(
-                f"protect[{modality!r}] is {positions!r}; allowed: whole numbers, such as (0, 1)"
-            )
+            raise ConfigError(f"protect[{modality!r}] is {positions!r}; allowed: whole numbers, such as (0, 1)")
         indices = tuple(positions)
         for index in indices:
             _integer(f"protect[{modality!r}]", index, 0)

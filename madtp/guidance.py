@@ -37,6 +37,21 @@ class AlignmentTokens(nn.Module):
         return f"count={self.tokens.shape[0]}, width={self.tokens.shape[1]}"
 
 
+def query_projection(width: int, alignment_width: int, *, seed: int = 0) -> nn.Module:
+    """The map from a stream's width d to d_e, one per block and modality: nothing where they agree, else a Linear.
+
+    Its weights are drawn from N(0, 1 / d) by `seed`, so that queries keep the scale of the stream.
+    """
+    if width == alignment_width:
+        return nn.Identity()
+    linear = nn.Linear(width, alignment_width)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        linear.weight.normal_(0.0, width**-0.5, generator=generator)
+        linear.bias.zero_()
+    return linear
+
+
 def guidance(queries: Tensor, tokens: Tensor) -> Tensor:
     """G = q E^T, not scaled.
 

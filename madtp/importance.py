@@ -100,7 +100,8 @@ def importance_terms(
             alignment = masked_softmax(best / math.sqrt(width), candidates)
         else:
             best = best * candidates
-            alignment = best / best.sum(dim=1, keepdim=True)
+            total = best.sum(dim=1, keepdim=True)
+            alignment = best / torch.where(total == 0, torch.ones_like(total), total)
     class_attention = None
     if statistics.class_row is not None and statistics.output_norms is not None:
         norms = statistics.output_norms.float()

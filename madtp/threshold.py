@@ -1,8 +1,9 @@
 """DTP's threshold and the tokens that pass it (the paper, section on DTP; docs/method.md, "Threshold").
 
 `threshold` turns guidance and importance into one number a sample; `keep_mask` compares. `uniform_keep` and `keep_best`
-choose by count instead. Shapes: B samples, N tokens *with* class token and padding, K alignment tokens; only
-*candidates* (tokens that pruning may take) are ever judged. All arithmetic is in float32.
+choose by count instead. A site calls madtp/selection.py, which picks among these by configuration. Shapes: B samples,
+N tokens *with* class token and padding, K alignment tokens; only *candidates* (tokens that pruning may take) are ever
+judged. All arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ def threshold(guidance: Tensor | None, scores: Tensor, candidates: Tensor, tempe
     Returns:
         theta [B] float32; 0 for a sample without candidates.
     """
-    scores = scores.float()
+    scores = scores.float() * candidates
     if guidance is None:
-        return (scores * candidates).sum(dim=1) / candidates.sum(dim=1).clamp_min(1)
+        return scores.sum(dim=1) / candidates.sum(dim=1).clamp_min(1)
     weights = masked_softmax(guidance.float() / temperature, candidates.unsqueeze(-1))
     return torch.einsum("bnk,bn->bk", weights, scores).amin(dim=1)
 
 
 def keep_mask(
-    scores: Tensor, theta: Tensor, gain: float | Tensor, candidates: Tensor, *, min_tokens: int = 1, smallest_drop: int = 2
+    scores: Tensor,
+    theta: Tensor,
+    gain: float | Tensor,
+    candidates: Tensor,
+    *,
+    min_tokens: int = 1,
+    smallest_drop: int = 2,
 ) -> Tensor:
     """Each sample's own survivors, {j : S_j > gain * theta}, whoever its batch mates are.
 
