@@ -36,19 +36,27 @@ def merged_token(tokens: Tensor, weights: Tensor) -> Tensor:
     return (weights.to(tokens.dtype).unsqueeze(1)) @ tokens
 
 
-def merged_valid(valid: Tensor, dropped: Tensor, scores: Tensor, rule: Literal["any", "best"] = "any") -> Tensor:
-    """Whether attention may see the merged token.
+def merged_position(
+    scores: Tensor, dropped: Tensor, valid: Tensor, rule: Literal["any", "best"] = "any"
+) -> tuple[Tensor, Tensor]:
+    """The position that the merged token stands for in masks and other side inputs, and whether attention may see it.
 
     Args:
-        valid: [B, N] bool, False on padding.
-        dropped: [B, N] bool.
         scores: S [B, N].
-        rule: "any": valid if any member is; "best": valid if the best-scored member is (the authors' code).
+        dropped: [B, N] bool.
+        valid: [B, N] bool, False on padding.
+        rule: "any": the best-scored valid member, so valid if any member is; "best": the best-scored member, padding or
+            not (the authors' code).
 
     Returns:
-        [B] bool, False where nothing is dropped.
+        Position [B] long (0 where nothing is dropped) and validity [B] bool (False where nothing is dropped).
     """
-    if rule == "any":
-        return (valid & dropped).any(dim=1)
-    best = scores.float().masked_fill(~dropped, float("-inf")).argmax(dim=1, keepdim=True)
-    return valid.gather(1, best).squeeze(1) & dropped.any(dim=1)
+    members = dropped & valid if rule == "any" else dropped
+    position = scores.float().masked_fill(~members, float("-inf")).argmax(dim=1)
+    seen = valid & members
+    return position, seen.gather(1, position.unsqueeze(1)).squeeze(1)
+
+
+def merged_valid(valid: Tensor, dropped: Tensor, scores: Tensor, rule: Literal["any", "best"] = "any") -> Tensor:
+    """Whether attention may see the merged token, [B] bool; see `merged_position`."""
+    return merged_position(scores, dropped, valid, rule)[1]

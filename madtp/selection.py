@@ -113,22 +113,21 @@ def survivor_order(
     return torch.stack(rows)
 
 
-def misaligned_mask(mask: Tensor, scores: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """The attention mask after pruning with mask_order="sorted", as the authors' code gathers it: protected tokens, then
-    the `count` best and the next one (it stands for the merged token) by falling score, whatever order the tokens are in.
+def sorted_positions(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """Where the authors' code reads the attention mask after pruning (mask_order="sorted"): at the protected tokens, then
+    at the `count` best and the next one (it stands for the merged token) by falling score, whatever order the tokens are in.
 
     Args:
-        mask: [B, N], bool or additive.
         scores: S [B, N].
         candidates: [B, N] bool, as many not candidates in every sample.
         count: candidates that every sample keeps.
 
     Returns:
-        [B, number of protected tokens + count + 1].
+        [B, number of protected tokens + count + 1] long.
     """
     by_score = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True)
     protected = candidates.to(torch.uint8).argsort(dim=1, stable=True)[:, : int((~candidates[0]).sum())]
-    return mask.gather(1, torch.cat([protected, by_score[:, : count + 1]], dim=1))
+    return torch.cat([protected, by_score[:, : count + 1]], dim=1)
 
 
 def random_scores(scores: Tensor, seed: int) -> Tensor:

@@ -121,7 +121,7 @@ def straight_through_gate(scores: Tensor, theta: Tensor, gain: float | Tensor, k
     """
     limit = (gain * theta.float()).clamp_min(TINY).unsqueeze(1)
     soft = torch.sigmoid((scores.float() / limit - 1.0) / SOFTNESS)
-    return (1.0 + soft - soft.detach()) * kept
+    return (1.0 + (soft - soft.detach())) * kept
 
 
 def _unless_too_few(kept: Tensor, candidates: Tensor, smallest_drop: int) -> Tensor:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from madtp.config import PruningConfig
 from madtp.guidance import guidance, pooled_features
 from madtp.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
-from madtp.merging import merge_weights, merged_token, merged_valid
-from madtp.selection import candidates_of, misaligned_mask, select, survivor_order
+from madtp.merging import merge_weights, merged_position, merged_token
+from madtp.selection import candidates_of, select, sorted_positions, survivor_order
 from madtp.threshold import keep_mask, threshold
 
 WIDTH, HEADS, DEPTH = 64, 4, 4
@@ -100,9 +100,9 @@ def prune(
         if order is not None and torch.equal(order.sort(1).values + 1, survivors[:, 1:].sort(1).values):
             survivors = torch.cat([survivors[:, :1], order + 1], 1)
         if mask is not None:
-            mask_out = misaligned_mask(mask, scores, candidates, int(keep[0].sum()))
-            best = merged_valid(valid, dropped, scores, config.merged_mask)
-            assert torch.equal(best, mask_out[:, -1] == 0)
+            mask_out = mask.gather(1, sorted_positions(scores, candidates, int(keep[0].sum())))
+            _, merged_is_valid = merged_position(scores, dropped, valid, config.merged_mask)
+            assert torch.equal(merged_is_valid, mask_out[:, -1] == 0)
         x = torch.cat([x.gather(1, survivors.unsqueeze(-1).expand(-1, -1, x.shape[-1])), merged], 1)
     cut = ImportanceTerms(*(None if term is None else term[:, 1:] for term in terms))
     call = Call(cut, scores[:, 1:], theta, above, keep[:, 1:], skipped, mask, mask_out)

@@ -1,0 +1,84 @@
+"""Alignment tokens, pooled features and the alignment loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from madtp.errors import ConfigError
+from madtp.guidance import AlignmentTokens, alignment_loss, mean_over_images, pooled_features, query_projection
+
+
+def test_alignment_tokens_are_standard_normal_and_follow_the_seed() -> None:
+    torch.manual_seed(5)
+    tokens = AlignmentTokens(100, 768, seed=3).tokens.detach()
+    assert tokens.shape == (100, 768)
+    assert abs(float(tokens.mean())) < 0.02
+    assert abs(float(tokens.std()) - 1.0) < 0.02
+    assert torch.equal(tokens, AlignmentTokens(100, 768, seed=3).tokens)
+    assert not torch.equal(tokens, AlignmentTokens(100, 768, seed=4).tokens)
+
+
+def test_making_alignment_tokens_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    AlignmentTokens(3, 4)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@given(st.integers(1, 6), st.integers(0, 3), st.integers(0, 1000))
+def test_padding_changes_no_pooled_feature(count: int, padding: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    queries = torch.randn(2, count + padding, 8)
+    tokens = AlignmentTokens(5, 8)
+    pooled = (torch.arange(count + padding) < count).expand(2, -1)
+    padded = pooled_features(queries, tokens(queries), pooled)
+    torch.testing.assert_close(padded, pooled_features(queries[:, :count], tokens(queries[:, :count])))
+
+
+def test_pooling_over_no_token_is_zero_and_has_finite_gradients() -> None:
+    queries = torch.randn(2, 3, 8, requires_grad=True)
+    pooled = torch.tensor([[True, True, False], [False] * 3])
+    features = pooled_features(queries, AlignmentTokens(5, 8)(queries), pooled)
+    assert bool((features[1] == 0).all())
+    features.sum().backward()
+    assert queries.grad is not None
+    assert bool(torch.isfinite(queries.grad).all())
+    assert bool((queries.grad[~pooled] == 0).all())
+
+
+@given(st.integers(1, 3), st.integers(1, 3))
+def test_both_orders_of_images_group_alike(batch: int, images: int) -> None:
+    features = torch.randn(images, batch, 5, 8)
+    expected = features.mean(0)
+    torch.testing.assert_close(mean_over_images(features.flatten(0, 1), images, "blocked"), expected)
+    torch.testing.assert_close(
+        mean_over_images(features.transpose(0, 1).flatten(0, 1), images, "interleaved"), expected
+    )
+
+
+def test_alignment_loss_is_one_minus_cosine() -> None:
+    features = torch.randn(2, 5, 8)
+    assert float(alignment_loss(features, 3 * features)) == pytest.approx(0.0, abs=1e-6)
+    assert float(alignment_loss(features, -features)) == pytest.approx(2.0, abs=1e-6)
+
+
+def test_query_projection_stands_only_where_widths_differ() -> None:
+    assert isinstance(query_projection(8, 8), nn.Identity)
+    linear = query_projection(256, 8, seed=1)
+    scale = float(linear(torch.randn(500, 256)).detach().std())
+    assert 0.8 < scale < 1.2
+    assert torch.equal(linear.weight, query_projection(256, 8, seed=1).weight)  # type: ignore[arg-type]
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match="3 feature maps cannot be grouped into samples of 2 images"):
+        mean_over_images(torch.zeros(3, 5, 8), 2)
+    with pytest.raises(ConfigError, match="group them with mean_over_images"):
+        alignment_loss(torch.zeros(4, 5, 8), torch.zeros(2, 5, 8))
+    with pytest.raises(ConfigError, match="both have to be at least 1"):
+        AlignmentTokens(0, 8)
