@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from madtp.errors import ConfigError
+from madtp.errors import ConfigError, DataError
 from zoo.blip.config import BASE, MINI, NlvrConfig, TextConfig, VisionConfig
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import MergedTwinOutput
@@ -208,6 +208,11 @@ def test_every_parameter_gets_a_gradient() -> None:
     model, inputs = tiny_model().train(), tiny_inputs(2, 5)
     model(*inputs).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_text_longer_than_the_positions_is_refused() -> None:
+    with pytest.raises(DataError, match="text is 10 tokens long and the model has 9 positions"):
+        tiny_model()(*tiny_inputs(2, 10))
 
 
 @torch.no_grad()

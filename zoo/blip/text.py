@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from madtp.errors import DataError
 from zoo.blip.config import TextConfig
 
 LAYER_NORM_EPS = 1e-12
@@ -30,7 +31,10 @@ class TextEmbeddings(nn.Module):
         self.register_buffer("position_ids", torch.arange(config.positions)[None], persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        positions = self.position_embeddings(self.position_ids[:, : input_ids.shape[1]])
+        length, limit = input_ids.shape[1], self.position_ids.shape[1]
+        if length > limit:
+            raise DataError(f"The text is {length} tokens long and the model has {limit} positions; cut the text.")
+        positions = self.position_embeddings(self.position_ids[:, :length])
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
 
 
@@ -192,6 +196,9 @@ class TextEncoder(nn.Module):
 
         Returns:
             [B, T, C]; position 0 is the class token.
+
+        Raises:
+            DataError: T exceeds `config.positions`.
         """
         mask = attention_mask.to(torch.bool)[:, None, None, :]
         return self.encoder(self.embeddings(input_ids), mask, first, second)
