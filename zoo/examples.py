@@ -53,6 +53,13 @@ def find_model(name: str) -> FoundModel:
     return FoundModel(name=name, origin=origin, model=model, example_inputs=example_inputs(model))
 
 
+def list_timm_models(pattern: str = "") -> list[str]:
+    """Names of timm's architectures that match the shell-style `pattern` (all when empty), sorted."""
+    import timm
+
+    return sorted(timm.list_models(pattern))
+
+
 def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
     """A valid batch of keyword arguments for a model of the zoo, of timm or of transformers.
 

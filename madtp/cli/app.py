@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from madtp.cli import demo_command, inspect_command, models_command
 from madtp.errors import MadtpError
 
 HELP = """Make a vision-language transformer faster by pruning its tokens.
@@ -85,6 +86,11 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Global options; `debug` is read back by :class:`MessageGroup`."""
+
+
+app.command("demo", help=demo_command.HELP)(demo_command.demo_command)
+app.command("inspect", help=inspect_command.HELP)(inspect_command.inspect_command)
+app.command("models", help=models_command.HELP)(models_command.models_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

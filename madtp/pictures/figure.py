@@ -123,7 +123,8 @@ def _run_on(canvas: _Canvas, words: str, x: float, y: float, colour: str) -> flo
 def _draw_row(
     canvas: _Canvas, survival: Survival, image: Any, index: int, x: float, y: float, name_width: float, most: int
 ) -> None:
-    canvas.text(survival.model.replace(" ", "\n"), x + name_width - 0.08, y + PANEL / 2, 7.5, color=INK, ha="right", va="center")  # fmt: skip
+    words, right = survival.model.replace(" ", "\n"), x + name_width - 0.08
+    canvas.text(words, right, y + PANEL / 2, 7.5, color=INK, ha="right", va="center")
     for column, site in enumerate(survival.chosen(most)):
         kept = survival.kept[site][index]
         left = x + name_width + column * (PANEL + 0.05)

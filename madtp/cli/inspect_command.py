@@ -1,0 +1,61 @@
+"""`madtp inspect`: what the rewriter finds in a model, before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HELP = """Show the blocks, streams, pruning sites and refusals of a model.
+
+MODEL is a name from `madtp models`, any timm architecture, or a transformers `config.json` (or its folder). The model is
+built with random weights; nothing is downloaded.
+
+[bold]Examples[/bold]
+
+  madtp inspect blip_nlvr_mini
+  madtp inspect vit_base_patch16_224 --graph vit.png
+  madtp inspect ./clip-vit-large/config.json --json > report.json
+"""
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Name or configuration file.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    graph: Annotated[
+        Path | None,
+        typer.Option(help="Also draw blocks and streams to this .png, .svg, .pdf or .dot file.", show_default=False),
+    ] = None,
+) -> None:
+    """Entry point of the command; see HELP."""
+    import json
+
+    import madtp
+    from madtp.cli.console import error_console, output_console, to_plain
+    from madtp.errors import ConfigError
+    from madtp.pictures.graph import SUFFIXES, draw_graph
+    from zoo.examples import find_model
+
+    if graph is not None and graph.suffix not in SUFFIXES:
+        raise ConfigError(f"--graph {graph} ends in {graph.suffix!r}; use one of {', '.join(SUFFIXES)}.")
+    with error_console.status(f"building {model}"):
+        found = find_model(model)
+    parameters = sum(p.numel() for p in found.model.parameters())
+    with error_console.status(f"tracing {type(found.model).__name__}, {parameters / 1e6:.1f} M parameters"):
+        pruned = madtp.rewrite(found.model, found.example_inputs)
+    report = pruned.report
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"model": found.name, "origin": found.origin, "parameters": parameters, **to_plain(report)}, indent=2
+            )
+        )
+    else:
+        output_console.print(
+            f"[bold]{type(found.model).__name__}[/bold] ({found.origin} {found.name}), {parameters / 1e6:.1f} M parameters"
+        )
+        typer.echo(str(report))
+    if graph is not None:
+        draw_graph(report.graph, graph)
+        error_console.print(f"graph drawn to {graph}")

@@ -1,0 +1,53 @@
+"""`madtp models`: names that the zoo and timm know."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+HELP = """List the models of the zoo, and with --timm the architectures of timm that can be inspected and rewritten.
+
+[bold]Examples[/bold]
+
+  madtp models
+  madtp models 'blip*'
+  madtp models 'vit_*_384' --timm
+"""
+
+
+def models_command(
+    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'blip*'; all when left out.")] = "",
+    timm: Annotated[bool, typer.Option("--timm", help="Also list timm's architectures.")] = False,
+) -> None:
+    """Entry point of the command; see HELP."""
+    from rich.table import Table
+
+    import zoo
+    from madtp.cli.console import error_console, output_console
+
+    names = zoo.list_models(pattern)
+    table = Table("model", "image", "embedded weights", "what it is", box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        entry = zoo.describe(name)
+        table.add_row(
+            name,
+            f"{entry.input_size[1]}x{entry.input_size[2]}",
+            ", ".join(entry.checkpoints) or "none",
+            entry.description,
+        )
+    if names:
+        output_console.print(table)
+    others = _timm_names(pattern) if timm else []
+    for name in others:
+        typer.echo(name)
+    if not names and not others:
+        hint = "" if timm else "; --timm lists timm's architectures as well"
+        error_console.print(f"no model matches {pattern!r}{hint}", style="yellow")
+        raise typer.Exit(1)
+
+
+def _timm_names(pattern: str) -> list[str]:
+    import zoo.examples
+
+    return zoo.examples.list_timm_models(pattern)

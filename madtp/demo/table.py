@@ -1,0 +1,32 @@
+"""The demonstration's one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from madtp.pictures.page import Measurement, format_macs, format_reduction, format_tokens
+
+
+def measurement_table(measurements: Sequence[Measurement], note: str) -> Table:
+    """A row for each model; `note` says on what it was measured."""
+    table = Table(caption=note, caption_justify="left", caption_style="dim", header_style="bold")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    table.add_column("MACs per sample", justify="right")
+    table.add_column("saved", justify="right")
+    table.add_column("image tokens\nafter each layer")
+    table.add_column("text tokens\nafter each layer")
+    table.add_column("ms per sample", justify="right")
+    for m in measurements:
+        table.add_row(
+            m.model,
+            f"{100 * m.accuracy:.1f}%",
+            format_macs(m.macs),
+            format_reduction(m.reduction),
+            format_tokens(m.image_tokens),
+            format_tokens(m.text_tokens),
+            f"{m.milliseconds:.2f}",
+        )
+    return table

@@ -1,0 +1,114 @@
+"""Draws the graph of blocks and streams that the rewriter detects, by matplotlib or as Graphviz text.
+
+Any networkx DiGraph will do: a node's `label` is its text (default: its name), its `modality` its colour and, where
+present, its `stream` the column that it stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+
+import networkx as nx
+
+from madtp.errors import DataError
+
+SUFFIXES = (".png", ".svg", ".pdf", ".dot")
+COLOURS = {"image": "#cfe3fb", "text": "#fde6c4", "joint": "#d9f0d9", "audio": "#ecdcf7"}
+OTHER = "#e9ebee"
+_COLUMN, _ROW = 2.6, 0.62  # inches between nodes
+
+
+def draw_graph(graph: nx.DiGraph, path: Path) -> Path:
+    """Write the graph to `path`, in the format of its suffix.
+
+    Raises:
+        DataError: the graph is empty, or the suffix is none of `SUFFIXES`.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} ends in {path.suffix!r}; a graph is written as one of {', '.join(SUFFIXES)}.")
+    if not graph:
+        raise DataError("the graph holds no blocks, so there is nothing to draw.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".dot":
+        path.write_text(to_dot(graph), encoding="utf-8")
+    else:
+        _plot(graph, path)
+    return path
+
+
+def to_dot(graph: nx.DiGraph) -> str:
+    """The graph in Graphviz' language."""
+    names = {node: f"n{index}" for index, node in enumerate(graph)}
+    lines = ["digraph madtp {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
+    for node, name in names.items():
+        lines.append(f'  {name} [label="{_quoted(_label(graph, node))}", fillcolor="{_colour(graph, node)}"];')
+    lines += [f"  {names[tail]} -> {names[head]};" for tail, head in graph.edges]
+    return "\n".join([*lines, "}", ""])
+
+
+def layered_positions(graph: nx.DiGraph) -> dict[Hashable, tuple[float, float]]:
+    """(column, row) of each node: a column for each stream or modality, a row for each step from the inputs.
+
+    Nodes that would meet in a place stand side by side. A graph with cycles is laid out by its condensation.
+    """
+    condensed = nx.condensation(graph)
+    row = {
+        node: depth
+        for depth, generation in enumerate(nx.topological_generations(condensed))
+        for component in generation
+        for node in condensed.nodes[component]["members"]
+    }
+    lanes: dict[str, dict[int, list[Hashable]]] = {}
+    for node in graph:
+        lanes.setdefault(_lane(graph, node), {}).setdefault(row[node], []).append(node)
+    positions: dict[Hashable, tuple[float, float]] = {}
+    left = 0.0
+    for rows in lanes.values():
+        width = max(len(nodes) for nodes in rows.values())
+        for depth, nodes in rows.items():
+            for index, node in enumerate(nodes):
+                positions[node] = (left + (width - len(nodes)) / 2 + index, float(depth))
+        left += width
+    return positions
+
+
+def _plot(graph: nx.DiGraph, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    positions = layered_positions(graph)
+    columns = max(x for x, _ in positions.values()) + 1
+    rows = max(y for _, y in positions.values()) + 1
+    figure = Figure(figsize=(max(4.0, columns * _COLUMN), max(2.0, rows * _ROW)), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.axis("off")
+    for tail, head in graph.edges:
+        arrow = {"arrowstyle": "-|>", "color": "#9aa1ad", "shrinkA": 9, "shrinkB": 11, "lw": 0.9}
+        if positions[tail][0] == positions[head][0] and positions[head][1] - positions[tail][1] > 1:
+            arrow["connectionstyle"] = "arc3,rad=0.25"  # around the nodes in between
+        axes.annotate("", xy=positions[head], xytext=positions[tail], arrowprops=arrow)
+    for node, (x, y) in positions.items():
+        box = {"boxstyle": "round,pad=0.35", "facecolor": _colour(graph, node), "edgecolor": "#b6bcc6", "lw": 0.7}
+        axes.text(x, y, _label(graph, node), ha="center", va="center", fontsize=7.5, bbox=box, zorder=3)
+    figure.savefig(path, dpi=150)
+
+
+def _label(graph: nx.DiGraph, node: Hashable) -> str:
+    return str(graph.nodes[node].get("label", node))
+
+
+def _lane(graph: nx.DiGraph, node: Hashable) -> str:
+    data = graph.nodes[node]
+    return str(data.get("stream", data.get("modality", "")))
+
+
+def _colour(graph: nx.DiGraph, node: Hashable) -> str:
+    return COLOURS.get(str(graph.nodes[node].get("modality", "")), OTHER)
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
