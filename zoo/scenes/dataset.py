@@ -1,0 +1,134 @@
+"""Scenes as data sets: :class:`SceneDataset` for evaluation and :func:`draw_sample` for everything beneath it.
+
+Items follow the interface of the NLVR2 loader: dict(images, statement, label, kind, id). :func:`collate` makes a batch
+that a BLIP-NLVR model takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from madtp.errors import DataError
+from zoo.scenes.drawing import draw_pictures
+from zoo.scenes.layout import draw_pair
+from zoo.scenes.objects import CANVAS, SPLITS, Pair, draws_for
+from zoo.scenes.phrases import Census
+from zoo.scenes.statements import Statement, draw_statement
+from zoo.scenes.tokens import encode
+
+MEAN = STD = 0.5
+"""Normalisation of pictures, every channel: (x / 255 - MEAN) / STD."""
+
+
+class Item(TypedDict):
+    """One statement about one pair of pictures; label 1 is true."""
+
+    images: Tensor
+    statement: str
+    label: int
+    kind: str
+    id: str
+
+
+class Batch(TypedDict):
+    """images [B, 2, 3, H, W] float, input_ids and attention_mask [B, T], labels [B]."""
+
+    images: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair, its pictures uint8 [2, 3, CANVAS, CANVAS], patch labels [2, 4, patches], and statements about it."""
+
+    pair: Pair
+    images: Tensor
+    patches: Tensor
+    statements: tuple[Statement, ...]
+
+
+def draw_sample(seed: int, split: str, index: int, statements: int = 1) -> Sample:
+    """Draw a pair and statements about it; the same arguments always give the same sample.
+
+    Pictures and first statements do not depend on how many statements are asked for.
+    """
+    draws = draws_for(seed, split, index)
+    pair = draw_pair(draws)
+    images, patches = draw_pictures(pair, draws)
+    census = Census(pair)
+    drawn = tuple(draw_statement(census, draws) for _ in range(statements))
+    return Sample(pair, torch.from_numpy(images), torch.from_numpy(patches), drawn)
+
+
+class SceneDataset(Dataset[Item]):
+    """Held-out or training items of the scenes data, drawn when asked for.
+
+    Args:
+        split: "train", "val" or "test"; no two share an item.
+        size: number of items.
+        seed: which of the endless editions of the data set.
+        image_size: side of the pictures in pixels; other than 64 is resampled from 64.
+
+    Raises:
+        DataError: the split is unknown, or a number is out of range.
+    """
+
+    def __init__(self, split: str, size: int, seed: int = 0, image_size: int = CANVAS) -> None:
+        if split not in SPLITS:
+            raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
+        if size < 1 or image_size < 8:
+            raise DataError(f"a scenes data set needs size >= 1 and image_size >= 8, found {size} and {image_size}")
+        self.split = split
+        self.size = size
+        self.seed = seed
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.size:
+            raise IndexError(f"item {index} of a scenes data set of {self.size}")
+        sample = draw_sample(self.seed, self.split, index)
+        statement = sample.statements[0]
+        return Item(
+            images=resize(sample.images, self.image_size),
+            statement=statement.text,
+            label=int(statement.label),
+            kind=statement.kind,
+            id=f"scenes-{self.seed}-{self.split}-{index}",
+        )
+
+
+def resize(images: Tensor, image_size: int) -> Tensor:
+    """Resample pictures uint8 [..., 3, H, W] to a square size with anti-aliasing; the same size changes nothing."""
+    if images.shape[-1] == image_size:
+        return images
+    flat = images.flatten(0, -4).float()
+    small = F.interpolate(flat, size=(image_size, image_size), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8).unflatten(0, images.shape[:-3])
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return uint8 pictures as the floats that the models take, -1 to 1."""
+    return (images.float() / 255 - MEAN) / STD
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Return a list of items as one batch, statements padded to the longest."""
+    ids, mask = encode([item["statement"] for item in items])
+    return Batch(
+        images=normalise(torch.stack([item["images"] for item in items])),
+        input_ids=ids,
+        attention_mask=mask,
+        labels=torch.tensor([item["label"] for item in items]),
+    )
