@@ -61,7 +61,7 @@ def attention_statistics(
         class_position: position of the class token, one for all or [B]; None where there is none.
     """
     strongest = probabilities.amax(dim=1)
-    received = (strongest * queries.unsqueeze(-1).to(strongest.dtype)).sum(dim=1)
+    received = strongest.masked_fill(~queries.unsqueeze(-1), 0.0).sum(dim=1)
     if class_position is None:
         return AttentionStatistics(received, None, None)
     if isinstance(class_position, int):
@@ -99,14 +99,14 @@ def importance_terms(
         if config.guidance_score == "softmax":
             alignment = masked_softmax(best / math.sqrt(width), candidates)
         else:
-            best = best * candidates
+            best = best.masked_fill(~candidates, 0.0)
             total = best.sum(dim=1, keepdim=True)
             alignment = best / torch.where(total == 0, torch.ones_like(total), total)
     class_attention = None
     if statistics.class_row is not None and statistics.output_norms is not None:
         norms = statistics.output_norms.float()
         diversity = norms / norms.sum(dim=1, keepdim=True).clamp_min(TINY)
-        class_attention = (statistics.class_row.float() * diversity).sum(dim=1) * candidates
+        class_attention = (statistics.class_row.float() * diversity).sum(dim=1).masked_fill(~candidates, 0.0)
         if config.class_score == "normalised":
             class_attention = _normalise(class_attention, candidates)
     return ImportanceTerms(_normalise(statistics.received.float(), candidates), alignment, class_attention)
@@ -135,7 +135,7 @@ def masked_softmax(scores: Tensor, mask: Tensor, dim: int = 1) -> Tensor:
 
 def _normalise(values: Tensor, candidates: Tensor) -> Tensor:
     """Non-negative values over their sum; equal shares where all are zero (a class row that sees nothing)."""
-    values = values * candidates
+    values = values.masked_fill(~candidates, 0.0)
     total = values.sum(dim=1, keepdim=True)
     shares = candidates / candidates.sum(dim=1, keepdim=True).clamp_min(1)
     return torch.where(total > TINY, values / total.clamp_min(TINY), shares)
