@@ -1,0 +1,118 @@
+"""Training checkpoints: weights, optimiser, random state and step, as safetensors and JSON, without pickle.
+
+A checkpoint is a folder `step-00001200` that is written under another name and renamed when complete, so one that
+carries the right name is whole. :func:`write_checkpoint`, :func:`read_checkpoint`, :func:`last_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from madtp.errors import CheckpointError
+
+VERSION = 1
+_NAME = re.compile(r"step-(\d{8})")
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+_RANDOM = "random"
+
+
+def write_checkpoint(
+    folder: Path, step: int, module: nn.Module, optimiser: torch.optim.Optimizer, extra: Mapping[str, Any], keep: int
+) -> Path:
+    """Write the state after `step` steps below a folder, and remove all but the last `keep` checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{step:08d}"
+    draft = folder / f".{target.name}.{os.getpid()}"
+    draft.mkdir()
+    state = optimiser.state_dict()
+    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
+    scalars: dict[str, Any] = {}
+    for number, entry in state["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimiser.{number}.{name}"] = value
+            else:
+                scalars[f"{number}.{name}"] = value
+    for name, value in _random_state().items():
+        tensors[f"{_RANDOM}.{name}"] = value
+    # Clones: safetensors refuses tensors that share memory, and tied weights do.
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft / _TENSORS)
+    content = {"version": VERSION, "step": step, "groups": state["param_groups"], "scalars": scalars, "extra": dict(extra)}
+    (draft / _STATE).write_text(json.dumps(content, indent=1))
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_checkpoint(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Put a checkpoint's state into module, optimiser and random generators; return its step and extra content.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, newer than this code, or of another model.
+    """
+    try:
+        content = json.loads((path / _STATE).read_text())
+        tensors = load_file(path / _TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is no whole training checkpoint ({error}); resume from an earlier one") from error
+    if content.get("version", 0) > VERSION:
+        raise CheckpointError(f"{path} has version {content['version']}, this code reads {VERSION}; upgrade madtp")
+    weights = _below(tensors, "module.")
+    own = module.state_dict()
+    odd = sorted(set(own) ^ set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if odd:
+        raise CheckpointError(f"{path} belongs to another model: {len(odd)} tensors differ, the first is {odd[0]!r}")
+    module.load_state_dict(weights)
+    entries: dict[int, dict[str, Any]] = {}
+    for name, value in [*_below(tensors, "optimiser.").items(), *content["scalars"].items()]:
+        number, _, field = name.partition(".")
+        entries.setdefault(int(number), {})[field] = value
+    try:
+        optimiser.load_state_dict({"state": entries, "param_groups": content["groups"]})
+    except ValueError as error:
+        raise CheckpointError(f"{path} has another optimiser state than this run ({error})") from error
+    _set_random_state(_below(tensors, f"{_RANDOM}."))
+    return content["step"], content["extra"]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint below a folder, or None."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_state(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        number = int(name.removeprefix("cuda")) if name.startswith("cuda") else -1
+        if 0 <= number < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, number)

@@ -1,0 +1,84 @@
+"""Settings of a training run that do not depend on what is trained: :class:`TrainingConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from madtp.errors import ConfigError
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how to train.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        learning_rate: highest learning rate, reached after `warmup_steps`, then a cosine down to
+            `final_learning_rate`.
+        weight_decay: AdamW's, on matrices only (biases, norms and embeddings of one dimension have none).
+        betas: AdamW's.
+        clip_norm: gradients are scaled down to this global norm; 0 leaves them alone.
+        precision: "float32", or "bfloat16" for autocast (weights and optimiser stay in float32).
+        seed: seeds torch before the first step.
+        threads: torch threads; 0 leaves torch's choice.
+        log_every, evaluate_every, checkpoint_every: steps between; 0 means only at the end.
+        keep_checkpoints: how many of the last checkpoints stay on disk.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    precision: str = "bfloat16"
+    seed: int = 0
+    threads: int = 0
+    log_every: int = 20
+    evaluate_every: int = 500
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ConfigError(
+                f"training.final_learning_rate {self.final_learning_rate} must lie between 0 and learning_rate "
+                f"{self.learning_rate}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"training.precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"training.betas is {self.betas}; it takes two numbers in [0, 1)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """Return settings from plain values; names left out keep their defaults.
+
+        Raises:
+            ConfigError: a name is not a setting, or a value is out of range.
+        """
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"training has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        for name, value in values.items():
+            wanted = type(known[name].default)
+            right = isinstance(value, list | tuple) if wanted is tuple else isinstance(value, wanted)
+            if isinstance(value, bool) or not (right or (wanted is float and isinstance(value, int))):
+                raise ConfigError(f"training.{name} is {value!r}; it takes a {wanted.__name__}")
+        return cls(**values)

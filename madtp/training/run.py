@@ -1,0 +1,113 @@
+"""Run a recipe from a config: what `madtp train` calls.
+
+    train(config, output, *, resume=False, device="cpu", progress=None) -> TrainingResult
+
+A config file (TOML or JSON) names a recipe module and holds a table of settings for the engine and one for the recipe:
+
+    recipe = "zoo.recipes.nlvr_scenes"
+    [training]
+    steps = 5000
+    [settings]
+    pairs_per_step = 64
+
+The recipe module has `build(settings: dict, training: TrainingConfig) -> Learner` and
+`finish(learner: Learner, result: TrainingResult, output: Path) -> None`, which writes what the run is for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from madtp.errors import ConfigError
+from madtp.training.config import TrainingConfig
+from madtp.training.engine import Learner, TrainingResult, fit
+from madtp.training.progress import Progress
+
+_TABLES = ("recipe", "training", "settings")
+
+
+class Recipe(Protocol):
+    """What a recipe module offers."""
+
+    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> Learner: ...
+
+    def finish(self, learner: Learner, result: TrainingResult, output: Path) -> None: ...
+
+
+def train(
+    config: str | Path | Mapping[str, Any],
+    output: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+) -> TrainingResult:
+    """Train as a config says; everything that the run writes goes below `output`.
+
+    Args:
+        config: path of a TOML or JSON file, or its content.
+        output: folder for checkpoints, the finished weights and their model card.
+        resume: go on from the last checkpoint in `output`.
+        device: torch device.
+        progress: where numbers are shown; None shows them on the terminal.
+        stop_after: stop after this many steps in all, leaving a checkpoint to resume from.
+
+    Raises:
+        ConfigError: the config cannot be read, or holds what the recipe does not know.
+        TrainingError: training went wrong; the message says from where it can be resumed.
+        CheckpointError: the checkpoint to resume from is unusable.
+    """
+    content = read_config(config)
+    training = TrainingConfig.from_dict(content.get("training", {}))
+    recipe = _recipe(content["recipe"])
+    folder = Path(output)
+    learner = recipe.build(content.get("settings", {}), training)
+    result = fit(
+        learner, training, folder, resume=resume, device=device, progress=progress, stop_after=stop_after
+    )
+    if result.steps == training.steps:
+        recipe.finish(learner, result, folder)
+    return result
+
+
+def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's content, checked for its outer form.
+
+    Raises:
+        ConfigError: no such file, not TOML or JSON, an unknown table, or no recipe.
+    """
+    content, where = (dict(config), "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
+    if unknown := sorted(set(content) - set(_TABLES)):
+        raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
+    if not isinstance(content.get("recipe"), str):
+        raise ConfigError(f'{where} names no recipe; write recipe = "zoo.recipes.nlvr_scenes", say')
+    return content
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        parsed: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+    return parsed
+
+
+def _recipe(name: str) -> Recipe:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise ConfigError(f"there is no recipe module {name!r}") from error
+    if missing := [part for part in ("build", "finish") if not hasattr(module, part)]:
+        raise ConfigError(f"the module {name!r} is no recipe: it has no {' and no '.join(missing)}")
+    return cast(Recipe, module)
