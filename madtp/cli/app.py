@@ -21,21 +21,21 @@ from madtp.errors import MadtpError
 
 HELP = """Make a vision-language transformer faster by pruning its tokens.
 
-madtp takes an unmodified model, finds its transformer blocks, and inserts nodes that keep, in each layer and for each
-sample, only the tokens that matter to the other modality.
+madtp takes an unmodified model, finds its transformer blocks, and inserts
+nodes that keep, in each layer and for each sample, only the tokens that
+matter to the other modality.
 
 [bold]Where to start[/bold]
 
-  madtp demo                            see a shipped model pruned, measured and drawn, offline
-  madtp inspect vit_base_patch16_224    see what would be pruned in a model
-  madtp train, then madtp compress      train a model, then prune it to a compute budget
+  madtp demo                          shipped models, measured and drawn
+  madtp inspect vit_base_patch16_224  what would be pruned in a model
+  madtp train, then madtp compress    train, then prune to a budget
 
-Computing is counted in MACs (multiply-accumulates) per sample, which the field's papers print as "FLOPs".
+Compute is counted in MACs (multiply-accumulates) per sample, which the
+field's papers print as "FLOPs".
 """
 
-EPILOG = (
-    "Errors end with code 1 and one message, wrong usage with code 2; --debug before the command shows the traceback"
-)
+EPILOG = "Errors end with code 1, wrong usage with code 2. For a traceback: madtp --debug COMMAND."
 
 
 class MessageGroup(TyperGroup):
@@ -61,6 +61,7 @@ app = typer.Typer(
     help=HELP,
     epilog=EPILOG,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

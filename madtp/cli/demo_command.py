@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-HELP = """Compare the shipped dense and pruned models on held-out scenes, offline, in under two minutes.
+HELP = """Compare the shipped dense and pruned models on held-out scenes.
 
-Prints one table (accuracy, MACs, tokens kept in each layer, milliseconds) and writes a picture and a page that show
+Runs offline, in under two minutes. Prints one table (accuracy, MACs, tokens
+kept in each layer, milliseconds) and writes a picture and a page that show
 which patches survive in which layer.
 
 [bold]Examples[/bold]
@@ -24,7 +25,7 @@ def demo_command(
         "madtp-demo"
     ),
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Held-out scenes to measure on.")] = 512,
-    seed: Annotated[int, typer.Option(help="Chooses the scenes that are drawn as examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Edition of the held-out scenes.")] = 0,
 ) -> None:
     """Entry point of the command; see HELP."""
     from madtp.cli.console import output_console

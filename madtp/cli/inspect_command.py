@@ -9,8 +9,9 @@ import typer
 
 HELP = """Show the blocks, streams, pruning sites and refusals of a model.
 
-MODEL is a name from `madtp models`, any timm architecture, or a transformers `config.json` (or its folder). The model is
-built with random weights; nothing is downloaded.
+MODEL is a name from `madtp models`, any timm architecture, or a transformers
+config.json (or its folder). It is built with random weights; nothing is
+downloaded.
 
 [bold]Examples[/bold]
 

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-HELP = """List the models of the zoo, and with --timm the architectures of timm that can be inspected and rewritten.
+HELP = """List the models of the zoo.
+
+With --timm, also the architectures of timm, which can be inspected and
+rewritten as well.
 
 [bold]Examples[/bold]
 

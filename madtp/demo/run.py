@@ -35,7 +35,8 @@ class DemoResult:
 def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights: Path | None = None) -> DemoResult:
     """Measure the shipped models on `samples` held-out scenes, print the table, write picture and page to `output`.
 
-    `seed` chooses which of the held-out scenes are drawn as examples. `weights`: folder of the models, default the shipped one.
+    `seed` is the edition of the scenes, and chooses which of them are drawn as examples. `weights`: folder of the
+    models, default the shipped one.
 
     Raises:
         DataError: no sample was asked for.
@@ -52,7 +53,7 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
         progress.remove_task(loading)
         drawing = progress.add_task("drawing scenes", total=samples)
         items = []
-        dataset = SceneDataset("test", samples)
+        dataset = SceneDataset("test", samples, seed=seed)
         for index in range(samples):
             items.append(dataset[index])
             progress.advance(drawing)
