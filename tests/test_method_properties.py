@@ -139,7 +139,7 @@ def test_threshold_at_the_limits_of_temperature(layer: Layer) -> None:
     torch.testing.assert_close(threshold(layer.guidance, scores, layer.candidates, 1e6), mean, rtol=1e-4, atol=1e-6)
     liked = layer.guidance.masked_fill(~layer.candidates[..., None], -math.inf).argmax(1)
     coldest = scores.gather(1, liked).amin(1)
-    torch.testing.assert_close(threshold(layer.guidance, scores, layer.candidates, 1e-6), coldest)
+    torch.testing.assert_close(threshold(layer.guidance, scores, layer.candidates, 1e-12), coldest)
 
 
 @given(layers(), TEMPERATURES, GAINS, GAINS, st.integers(0, 3), st.sampled_from(["ragged", "uniform"]))
