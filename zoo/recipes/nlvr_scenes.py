@@ -1,0 +1,200 @@
+"""Dense training of a BLIP-NLVR model on scenes: `madtp train zoo/recipes/blip_nlvr_mini.toml OUTPUT`.
+
+From true-or-false labels alone a small model learns nothing in reasonable time. So the vision tokens also predict, by
+linear heads that are thrown away afterwards, colour, shape and size of the object that their patch shows and whether its
+centre lies there; for the first `patch_steps` steps that is the whole loss. Afterwards every pair is seen once and
+asked about many times: vision is the expensive half.
+
+:func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import zoo
+from madtp.errors import ConfigError
+from madtp.training.config import TrainingConfig
+from madtp.training.engine import Batch, Learner, TrainingResult
+from zoo.recipes.card import measure, write_release
+from zoo.scenes import draw_sample, encode, normalise
+from zoo.scenes.objects import COLOURS, SHAPES, SIZES
+
+PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
+"""Classes of the patch labels, in the order of :func:`zoo.scenes.drawing.draw_pictures`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the recipe can be told.
+
+    Attributes:
+        model: zoo name of a model with `encode_images` and `classify`.
+        pairs_per_step: picture pairs in a batch.
+        statements_per_pair: statements asked about each.
+        patch_steps: steps at the start in which only patch labels are learned.
+        patch_weight: weight of the patch loss afterwards; falls by a cosine to `patch_weight_end`.
+        patch_weight_end: see above.
+        data_seed: edition of the training data.
+        evaluation_pairs: held-out pairs (with 8 statements each) of each evaluation during training.
+        test_items: held-out test items that the model card reports on.
+    """
+
+    model: str = "blip_nlvr_mini"
+    pairs_per_step: int = 32
+    statements_per_pair: int = 16
+    patch_steps: int = 500
+    patch_weight: float = 1.0
+    patch_weight_end: float = 0.1
+    data_seed: int = 0
+    evaluation_pairs: int = 128
+    test_items: int = 8192
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Return settings from plain values; raises ConfigError for a name that is no setting."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"the recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        return cls(**values)
+
+
+class Pupil(nn.Module):
+    """The model with linear heads that read patch labels off its vision tokens."""
+
+    def __init__(self, model: nn.Module, width: int) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.Linear(width, sum(PATCH_CLASSES))
+
+    def patch_loss(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Vision tokens [2B, N, C] (class token first), labels [2B, 4, N - 1] -> loss, accuracy on objects' shapes."""
+        parts = self.heads(tokens[:, 1:]).float().split(PATCH_CLASSES, dim=-1)
+        targets = labels.unbind(1)
+        losses = [F.cross_entropy(part.flatten(0, 1), target.flatten()) for part, target in zip(parts, targets, strict=True)]
+        on_object = targets[1] > 0
+        right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
+        return torch.stack(losses).sum(), right
+
+    def answer(self, ids: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Statements [B, S, T], mask [B, S, T], encoded images [B, N, C] -> logits [B * S, 2].
+
+        Equal to `model.classify` on images repeated S times, without computing their keys and values S times: for
+        cross-attention the statements of a pair are simply more queries.
+        """
+        encoder = self.model.text_encoder
+        pairs, statements, length = ids.shape
+        keep = mask.flatten(0, 1).bool()[:, None, None, :]
+        x = encoder.embeddings(ids.flatten(0, 1))
+        for layer in encoder.encoder.layer:
+            x = layer.attention(x, keep)
+            x = layer.crossattention(x.reshape(pairs, statements * length, -1), first, second)
+            x = x.reshape(pairs * statements, length, -1)
+            x = layer.output(layer.intermediate(x), x)
+        return self.model.cls_head(x[:, 0])
+
+
+def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -> Batch:
+    """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], patches [B, 2, 4, P], and, with statements,
+    input_ids and attention_mask [B, S, T] and labels [B, S]."""
+    samples = [draw_sample(seed, split, start + number, statements) for number in range(pairs)]
+    batch = {
+        "images": normalise(torch.stack([sample.images for sample in samples])),
+        "patches": torch.stack([sample.patches for sample in samples]),
+    }
+    if statements:
+        ids, mask = encode([statement.text for sample in samples for statement in sample.statements])
+        batch["input_ids"] = ids.unflatten(0, (pairs, statements))
+        batch["attention_mask"] = mask.unflatten(0, (pairs, statements))
+        batch["labels"] = torch.tensor([[int(statement.label) for statement in s.statements] for s in samples])
+    return batch
+
+
+def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
+    """Return the learner that :func:`madtp.training.engine.fit` trains."""
+    chosen = Settings.from_dict(settings)
+    torch.manual_seed(training.seed)
+    model = zoo.create(chosen.model)
+    pupil = Pupil(model, model.config.vision.width)
+
+    def batch(step: int) -> Batch:
+        asked = chosen.statements_per_pair if step >= chosen.patch_steps else 0
+        return make_batch("train", chosen.data_seed, step * chosen.pairs_per_step, chosen.pairs_per_step, asked)
+
+    def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        assert isinstance(module, Pupil)
+        first, second = module.model.encode_images(batch["images"])
+        patch, shape_accuracy = module.patch_loss(torch.cat([first, second]), batch["patches"].transpose(0, 1).flatten(0, 1))
+        if "labels" not in batch:
+            return patch, {"patch": patch.detach(), "shape": shape_accuracy}
+        logits = module.answer(batch["input_ids"], batch["attention_mask"], first, second).float()
+        labels = batch["labels"].flatten()
+        task = F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(-1) == labels).float().mean()
+        total = task + _patch_weight(step, chosen, training.steps) * patch
+        return total, {"task": task.detach(), "accuracy": accuracy, "patch": patch.detach(), "shape": shape_accuracy}
+
+    held_out: list[Batch] = []
+    kinds: list[str] = []
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, Pupil)
+        if not held_out:
+            for start in range(0, chosen.evaluation_pairs, 32):
+                held_out.append(make_batch("val", chosen.data_seed, start, 32, 8))
+                kinds.extend(
+                    statement.kind
+                    for number in range(32)
+                    for statement in draw_sample(chosen.data_seed, "val", start + number, 8).statements
+                )
+        right = []
+        for group in held_out:
+            first, second = module.model.encode_images(group["images"])
+            logits = module.answer(group["input_ids"], group["attention_mask"], first, second)
+            right += (logits.argmax(-1) == group["labels"].flatten()).tolist()
+        by_kind = {
+            kind: sum(r for r, k in zip(right, kinds, strict=True) if k == kind) / kinds.count(kind)
+            for kind in sorted(set(kinds))
+        }
+        return {"accuracy": sum(right) / len(right), **by_kind}
+
+    return Learner(
+        module=pupil,
+        batch=batch,
+        loss=loss,
+        evaluate=evaluate,
+        state={"settings": asdict(chosen), "training": training.to_dict()},
+        samples_per_step=chosen.pairs_per_step,
+        sample_name="pairs",
+    )
+
+
+def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
+    """Write `dense.safetensors` and its model card `dense.json` into the output folder."""
+    assert isinstance(learner.module, Pupil)
+    settings = Settings.from_dict(learner.state["settings"])
+    write_release(
+        learner.module.model,
+        output / "dense.safetensors",
+        {
+            "model": settings.model,
+            "data": "scenes",
+            "settings": learner.state["settings"],
+            "training": learner.state["training"],
+        },
+        measure(settings.model, settings.test_items, settings.data_seed),
+    )
+
+
+def _patch_weight(step: int, settings: Settings, steps: int) -> float:
+    part = (step - settings.patch_steps) / max(1, steps - settings.patch_steps)
+    span = settings.patch_weight - settings.patch_weight_end
+    return settings.patch_weight_end + span * 0.5 * (1 + math.cos(math.pi * part))
