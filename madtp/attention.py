@@ -1,0 +1,164 @@
+"""The one attention node of a rewritten graph, and the statistics that pruning reads off it.
+
+:func:`attention` stands for every spelling of attention that the rewriter recognises. :func:`attention_with_statistics` also
+yields what DTP needs (docs/method.md, importance): it walks over blocks of queries, so the attention map of all heads
+never exists as a whole.
+
+Axis legend: B samples, H heads, Q queries, K keys, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from madtp.importance import AttentionStatistics
+from madtp.state import TokenState, gather_positions
+
+# An additive mask below this value hides a key: models use -10000 or the smallest number of the dtype.
+HIDDEN = -1000.0
+# Queries a block: keeps the probabilities of one block in cache for usual head counts.
+QUERY_BLOCK = 128
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    grouped: bool = False,
+    query_state: TokenState | None = None,
+    key_state: TokenState | None = None,
+) -> Tensor:
+    """Scaled dot-product attention over surviving tokens.
+
+    Args:
+        query, key, value: ``[B, H, Q, D]``, ``[B, H, K, D]``, ``[B, H, K, Dv]``; with ``grouped`` keys may have fewer heads.
+        mask: boolean (True = may attend) or additive, broadcastable to ``[B, H, Q0, K0]`` over the *original* tokens.
+        query_state, key_state: states of the pruned streams, None where a stream is not pruned.
+    Returns:
+        ``[B, H, Q, Dv]``.
+    """
+    mask, causal = present_mask(query, key, mask, causal, query_state, key_state)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def present_mask(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    query_state: TokenState | None,
+    key_state: TokenState | None,
+) -> tuple[Tensor | None, bool]:
+    """The mask over surviving tokens: rows and columns gathered, padding slots hidden."""
+    rows = None if query_state is None else query_state.index
+    columns = None if key_state is None else key_state.index
+    if rows is None and columns is None:
+        return mask, causal
+    if causal:
+        row = torch.arange(query.size(2), device=query.device)[None] if rows is None else rows
+        column = torch.arange(key.size(2), device=key.device)[None] if columns is None else columns
+        order = (row[:, None, :, None] >= column[:, None, None, :]).expand(query.size(0), 1, -1, -1)
+        mask = order if mask is None else join_masks(_aligned(mask, query_state, key_state), order)
+    elif mask is not None:
+        mask = _aligned(mask, query_state, key_state)
+    if key_state is not None and key_state.valid is not None:
+        valid = key_state.valid[:, None, None, :]
+        mask = valid if mask is None else join_masks(mask, valid)
+    return mask, False
+
+
+def _aligned(mask: Tensor, query_state: TokenState | None, key_state: TokenState | None) -> Tensor:
+    for state, dim in ((query_state, 2), (key_state, 3)):
+        if state is not None and state.index is not None:
+            index = state.index if state.mask_index is None else state.mask_index
+            mask = gather_positions(mask, index, dim, 0, 4)
+    return mask
+
+
+def join_masks(mask: Tensor, visible: Tensor) -> Tensor:
+    """``mask`` with everything hidden that ``visible`` (boolean) does not show."""
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, float("-inf"))
+
+
+def valid_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """``[B, K]``: which keys some query of some head may see, or None if all; this is how padding is told."""
+    if mask is None or mask.size(-1) == 1:
+        return None
+    full = mask[(None,) * (4 - mask.dim())]
+    seen = full.any(dim=(1, 2)) if mask.dtype == torch.bool else full.amax(dim=(1, 2)) > HIDDEN
+    return seen.expand(batch, length)
+
+
+def attention_with_statistics(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    causal: bool,
+    *,
+    scale: float | None,
+    grouped: bool,
+    rows: Tensor | None,
+    class_slot: Tensor | None,
+) -> tuple[Tensor, AttentionStatistics]:
+    """Attention together with the statistics of DTP.
+
+    Args:
+        mask: over the present tokens (see :func:`present_mask`).
+        rows: ``[B, Q]`` queries that count in the column sums; None = all.
+        class_slot: ``[B]`` slot whose row is the class attention; None if the stream has no such token.
+    Returns:
+        output ``[B, H, Q, Dv]`` and :class:`~madtp.importance.AttentionStatistics`.
+    """
+    heads = query.size(1)
+    if grouped and key.size(1) != heads:
+        key = key.repeat_interleave(heads // key.size(1), 1)
+        value = value.repeat_interleave(heads // value.size(1), 1)
+    factor = query.size(-1) ** -0.5 if scale is None else scale
+    batch, _, count, _ = query.shape
+    keys = key.size(2)
+    transposed = key.transpose(-1, -2)
+    outputs: list[Tensor] = []
+    received = query.new_zeros(batch, keys, dtype=torch.float32)
+    class_row = query.new_zeros(batch, heads, keys, dtype=torch.float32)
+    for start in range(0, count, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, count)
+        scores = (query[:, :, start:stop] * factor) @ transposed
+        scores = _masked(scores, mask, causal, start, stop)
+        probabilities = scores.softmax(-1, dtype=torch.float32)
+        strongest = probabilities.amax(1)
+        if rows is not None:
+            strongest = strongest * rows[:, start:stop, None]
+        received = received + strongest.sum(1)
+        if class_slot is not None:
+            local = class_slot - start
+            inside = (local >= 0) & (local < stop - start)
+            picked = probabilities[torch.arange(batch, device=query.device), :, local.clamp(0, stop - start - 1)]
+            class_row = class_row + picked * inside[:, None, None]
+        outputs.append(F.dropout(probabilities.to(value.dtype), dropout_p, dropout_p > 0) @ value)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    norms = output.float().norm(dim=-1)
+    return output, AttentionStatistics(received, None if class_slot is None else class_row, norms)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, causal: bool, start: int, stop: int) -> Tensor:
+    if causal:
+        row = torch.arange(start, stop, device=scores.device)[:, None]
+        column = torch.arange(scores.size(-1), device=scores.device)[None]
+        scores = scores.masked_fill(row < column, float("-inf"))
+    if mask is None:
+        return scores
+    block = mask[..., start:stop, :] if mask.dim() >= 2 and mask.size(-2) != 1 else mask
+    return scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block

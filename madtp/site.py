@@ -1,0 +1,289 @@
+"""A pruning site: the place in a rewritten graph where one block's tokens are scored, kept, merged or dropped.
+
+Start at :class:`PruningSite`. Its ``attention`` child replaces the block's self-attention and gathers the statistics; the site itself
+stands after the residual add and calls the method's functions in order: guidance (MAG), importance, threshold,
+selection, merging (DTP). docs/method.md has the mathematics.
+
+Axis legend: B samples, N slots, N0 original tokens, C width of the stream, K alignment tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from madtp.attention import attention, attention_with_statistics, present_mask, valid_keys
+from madtp.control import PruningControl
+from madtp.guidance import pooled_features, query_projection
+from madtp.importance import AttentionStatistics, ImportanceTerms, importance_terms
+from madtp.merging import merge_weights, merged_token, merged_valid
+from madtp.selection import candidates_of, select, survivor_order
+from madtp.state import TokenState, slots_of, untouched
+from madtp.threshold import straight_through_gate, threshold
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """What a site has to know, from the plan.
+
+    name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token, None if
+    there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens see only
+    earlier ones.
+    """
+
+    name: str
+    modality: str
+    width: int
+    class_position: int | None
+    protected: tuple[int, ...]
+    causal: bool
+
+
+class Seen(NamedTuple):
+    """What the scoring attention saw: statistics, None while pruning is off, and which keys are not padding."""
+
+    statistics: AttentionStatistics | None
+    valid: Tensor | None
+
+
+class ScoringAttention(nn.Module):
+    """The self-attention of a block that is followed by a site."""
+
+    def __init__(self, spec: SiteSpec, control: PruningControl) -> None:
+        super().__init__()
+        self.spec = spec
+        self.control = control
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        causal: bool = False,
+        *,
+        scale: float | None = None,
+        grouped: bool = False,
+        state: TokenState | None = None,
+        readouts: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Seen]:
+        """Attention as :func:`madtp.attention.attention`, and what the site needs of it.
+
+        Args:
+            state: of the stream, None at its first site.
+            readouts: ``[B]`` original positions that the graph reads; the first stands in for the class token where
+                there is none.
+        """
+        if not self.control.active:
+            output = attention(
+                query, key, value, mask, dropout_p, causal, scale=scale, grouped=grouped, query_state=state, key_state=state
+            )
+            return output, Seen(None, None)
+        present, still_causal = present_mask(query, key, mask, causal, state, state)
+        batch, count = query.size(0), query.size(2)
+        scored_padding = self.control.config.padding == "scored"
+        valid = None if scored_padding else _valid(state, present, batch, key.size(2))
+        positions = state if state is not None else untouched(batch, count)
+        slot = self._class_slot(positions, readouts, batch, query.device)
+        rows = torch.ones(batch, count, dtype=torch.bool, device=query.device) if valid is None else valid
+        rows = rows & ~protected_slots(self.spec, positions, readouts, batch, count, query.device)
+        output, statistics = attention_with_statistics(
+            query,
+            key,
+            value,
+            present,
+            dropout_p,
+            still_causal,
+            scale=scale,
+            grouped=grouped,
+            rows=rows,
+            class_slot=slot,
+        )
+        return output, Seen(statistics, valid)
+
+    def _class_slot(
+        self, state: TokenState, readouts: tuple[Tensor, ...], batch: int, device: torch.device
+    ) -> Tensor | None:
+        position = self.spec.class_position
+        if self.spec.causal and readouts and self.control.config.causal_class_row == "readout":
+            return slots_of(state, readouts[0])
+        if position is not None:
+            return slots_of(state, torch.full((batch,), position, device=device))
+        return slots_of(state, readouts[0]) if readouts else None
+
+
+class PruningSite(nn.Module):
+    """Scores, keeps and merges the tokens of one block.
+
+    Parameters: ``query``, the map d -> d_e in front of the alignment tokens (an identity where the widths agree).
+    """
+
+    def __init__(self, spec: SiteSpec, control: PruningControl, alignment_width: int, seed: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.control = control
+        self.alignment_width = alignment_width
+        self.attention = ScoringAttention(spec, control)
+        if control.config.alignment:
+            self.query = query_projection(spec.width, alignment_width, seed=seed)
+
+    def forward(
+        self, tokens: Tensor, block_input: Tensor, seen: Seen, state: TokenState | None, readouts: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, TokenState]:
+        """Prune.
+
+        Args:
+            tokens: ``[B, N, C]`` residual stream after the self-attention.
+            block_input: ``[B, N, C]`` residual stream at the block's input.
+            seen: from this site's ``attention``.
+            state: of ``tokens``; None at the first site of a stream.
+            readouts: ``[B]`` original positions that must survive.
+        Returns:
+            surviving tokens ``[B, N', C]`` and their state.
+        """
+        control, config = self.control, self.control.config
+        batch, count, _ = tokens.shape
+        before = state if state is not None else untouched(batch, count)
+        if not control.active or seen.statistics is None:
+            control.states[self.spec.name] = before
+            return tokens, before
+        device = tokens.device
+        valid = torch.ones(batch, count, dtype=torch.bool, device=device) if seen.valid is None else seen.valid
+        protected = protected_slots(self.spec, before, readouts, batch, count, device)
+        candidates = candidates_of(valid, protected, config)
+        guidance = None
+        if config.alignment and control.alignment is not None:
+            queries = self.query(block_input)
+            guidance = control.alignment(queries)
+            if control.collects_features():
+                control.features[self.spec.name] = pooled_features(queries, guidance, candidates)
+        terms = importance_terms(seen.statistics, guidance, candidates, config, width=self.alignment_width)
+        scores = terms.mean()
+        limit = threshold(guidance, scores, candidates, max(control.temperature, 1e-6))
+        kept = self._kept(terms, scores, limit, candidates, before)
+        if config.straight_through and self.training:
+            gate = straight_through_gate(scores, limit, control.gain, kept)
+            tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
+        survivors = kept | (protected if config.padding == "scored" else protected & valid)
+        pruned, after = _assemble(tokens, before, survivors, candidates & ~kept, candidates, valid, scores, self)
+        control.states[self.spec.name] = after
+        return pruned, after
+
+    def _kept(
+        self, terms: ImportanceTerms, scores: Tensor, limit: Tensor, candidates: Tensor, state: TokenState
+    ) -> Tensor:
+        control = self.control
+        if control.forced is not None:
+            wanted = control.forced[self.spec.name]
+            if state.index is not None:
+                wanted = wanted.gather(1, state.index)
+                assert state.merged is not None
+                wanted = wanted & ~state.merged
+            return wanted & candidates
+        counts = None
+        if self.spec.name in control.static_counts:
+            counts = torch.full((scores.size(0),), control.static_counts[self.spec.name], device=scores.device)
+        return select(terms, scores, limit, candidates, control.config, gain=control.gain, counts=counts)
+
+
+def _valid(state: TokenState | None, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    if state is not None and state.index is not None:
+        return state.valid
+    return valid_keys(mask, batch, length)
+
+
+def protected_slots(
+    spec: SiteSpec, state: TokenState, readouts: tuple[Tensor, ...], batch: int, count: int, device: torch.device
+) -> Tensor:
+    """``[B, N]`` slots that hold protected tokens."""
+    if state.index is None:
+        index = torch.arange(count, device=device).expand(batch, count)
+    else:
+        index = state.index
+    protected = torch.zeros(batch, count, dtype=torch.bool, device=device)
+    for position in spec.protected:
+        protected = protected | (index == position)
+    for positions in readouts:
+        protected = protected | (index == positions[:, None].to(index.dtype))
+    return protected if state.merged is None else protected & ~state.merged
+
+
+def _assemble(
+    tokens: Tensor,
+    state: TokenState,
+    survivors: Tensor,
+    dropped: Tensor,
+    candidates: Tensor,
+    valid: Tensor,
+    scores: Tensor,
+    site: PruningSite,
+) -> tuple[Tensor, TokenState]:
+    """Survivors first, then the merged token, then padding slots; all fields move by the same indices."""
+    config = site.control.config
+    batch, count, _ = tokens.shape
+    device = tokens.device
+    index = torch.arange(count, device=device).expand(batch, count) if state.index is None else state.index
+    merged = torch.zeros_like(survivors) if state.merged is None else state.merged
+    order = survivor_order(survivors, scores, candidates, "topk" if config.order == "score" else "position")
+    counts = survivors.sum(1)
+    merges = dropped.any(1) & config.merge
+    if config.merge:
+        weights = merge_weights(scores, dropped)
+        extra = merged_token(tokens, weights)
+        if site.spec.causal and config.causal_mask == "gathered":
+            stands_for = index.masked_fill(~dropped, -1).amax(1, keepdim=True).clamp(min=0)
+        else:
+            stands_for = index.gather(1, weights.argmax(1, keepdim=True))
+        merges = merges & merged_valid(valid, dropped, scores, "any") if config.padding == "excluded" else merges
+        tokens = torch.cat([tokens, extra.to(tokens.dtype)], 1)
+        index = torch.cat([index, stands_for], 1)
+        merged = torch.cat([merged, torch.ones_like(merged[:, :1])], 1)
+    totals = counts + merges.long()
+    length = int(totals.max())
+    slot = torch.arange(length, device=device).expand(batch, length)
+    own = order[:, : min(length, count)]
+    if length > count:
+        own = torch.cat([own, own.new_zeros(batch, length - count)], 1)
+    source = torch.where(slot < counts[:, None], own, torch.zeros_like(own))
+    if config.merge:
+        source = torch.where((slot == counts[:, None]) & merges[:, None], torch.full_like(source, count), source)
+    alive = slot < totals[:, None]
+    pruned = tokens.gather(1, source[:, :, None].expand(-1, -1, tokens.size(2)))
+    after = TokenState(
+        index=index.gather(1, source),
+        valid=None if bool(alive.all()) else alive,
+        merged=merged.gather(1, source),
+        mask_index=_mask_index(state, survivors, dropped, candidates, scores, source, count, config.mask_order),
+        full_length=state.full_length,
+        length=length,
+        batch=batch,
+    )
+    return pruned, after
+
+
+def _mask_index(
+    state: TokenState,
+    survivors: Tensor,
+    dropped: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    source: Tensor,
+    count: int,
+    rule: str,
+) -> Tensor | None:
+    """The official code's mask order: sorted by score, while its tokens are not (docs/deviations.md)."""
+    if rule == "tokens":
+        return None
+    batch = scores.size(0)
+    device = scores.device
+    index = state.mask_index
+    if index is None:
+        index = torch.arange(count, device=device).expand(batch, count) if state.index is None else state.index
+    rank = scores.float().masked_fill(~candidates, float("inf"))
+    by_score = rank.masked_fill(~survivors & ~dropped, float("-inf")).argsort(1, descending=True, stable=True)
+    slots = torch.arange(source.size(1), device=device).clamp(max=count - 1)
+    return index.gather(1, by_score[:, slots])

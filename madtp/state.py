@@ -1,0 +1,215 @@
+"""Token state: which original tokens the slots of a pruned stream hold, and the operations that follow from it.
+
+Start at :class:`TokenState`. A pruning site turns one state into the next; every operation here takes the state of the tokens it works
+on. With the state that nothing was pruned (``index is None``) each of them returns its input untouched, so that an
+inactive pruned model computes exactly what the original computes.
+
+Axis legend: B samples, N slots now, N0 tokens before the first site, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenState(NamedTuple):
+    """What the N slots of a stream hold.
+
+    Attributes:
+        index: ``[B, N]`` original position of each slot (for a merged token the position it stands for); None: nothing
+            was pruned and slot j holds token j.
+        valid: ``[B, N]`` False where a slot is padding; None: all are valid.
+        merged: ``[B, N]`` True where a slot holds a merged token.
+        mask_index: ``[B, N]`` positions by which attention masks are gathered where they differ from ``index`` (the
+            official behaviour ``mask_order="score"``); else None.
+        full_length: N0.
+        length: N.
+        batch: B.
+    """
+
+    index: Tensor | None
+    valid: Tensor | None
+    merged: Tensor | None
+    mask_index: Tensor | None
+    full_length: int
+    length: int
+    batch: int
+
+    @property
+    def counts(self) -> Tensor | None:
+        """``[B]`` tokens of each sample, padding left out; None if nothing was pruned."""
+        if self.index is None:
+            return None
+        if self.valid is None:
+            return torch.full((self.batch,), self.length, device=self.index.device)
+        return self.valid.sum(1)
+
+
+def untouched(batch: int, length: int) -> TokenState:
+    """The state before any pruning."""
+    return TokenState(None, None, None, None, length, length, batch)
+
+
+def state_length(state: TokenState) -> int:
+    """Number of slots N."""
+    return state.length
+
+
+def full_length(state: TokenState) -> int:
+    """Number of tokens N0 that the stream had."""
+    return state.full_length
+
+
+def align(side: Tensor, state: TokenState, dim: int, batch_dim: int, rank: int) -> Tensor:
+    """Gather a side input along its token dimension so that it fits the surviving tokens.
+
+    Args:
+        side: tensor that broadcasts to ``rank`` dimensions; its size at ``dim`` is N0.
+        dim, batch_dim: token and batch dimension in the broadcast result.
+    Returns:
+        ``side`` with ``rank`` dimensions, N at ``dim`` and B at ``batch_dim``.
+    """
+    if state.index is None:
+        return side
+    return gather_positions(side, state.index, dim, batch_dim, rank)
+
+
+def gather_positions(side: Tensor, index: Tensor, dim: int, batch_dim: int, rank: int) -> Tensor:
+    """``side`` (broadcastable to ``rank`` dimensions) read at ``index [B, N]`` along ``dim``."""
+    full = side[(None,) * (rank - side.dim())]
+    if full.size(dim) == 1:
+        return side
+    moved = full.movedim((batch_dim, dim), (0, 1))
+    if moved.size(0) == 1:
+        gathered = moved[0][index]
+    else:
+        gathered = moved[torch.arange(index.size(0), device=index.device)[:, None], index]
+    return gathered.movedim((0, 1), (batch_dim, dim))
+
+
+def realign(values: Tensor, before: TokenState, state: TokenState, dim: int, batch_dim: int, rank: int) -> Tensor:
+    """Carry values along an earlier state of the same stream to the present one.
+
+    Slots that hold a merged token read the value at the position the merged token stands for.
+    """
+    if state.index is None:
+        return values
+    if before.index is None:
+        return align(values, state, dim, batch_dim, rank)
+    assert before.merged is not None
+    place = before.index.masked_fill(before.merged, -1)
+    hit = state.index[:, :, None] == place[:, None, :]
+    fallback = state.index[:, :, None] == before.index[:, None, :]
+    slot = torch.where(hit.any(2), hit.int().argmax(2), fallback.int().argmax(2))
+    return gather_positions(values, slot, dim, batch_dim, rank)
+
+
+def slots_of(state: TokenState, positions: Tensor) -> Tensor:
+    """Slots ``[B]`` that hold the original ``positions [B]``; these are protected, so they survive."""
+    if state.index is None:
+        return positions
+    hit = state.index == positions[:, None].to(state.index.dtype)
+    if state.merged is not None:
+        hit = hit & ~state.merged
+    return hit.int().argmax(1)
+
+
+def read_position(values: Tensor, state: TokenState, dim: int, batch_dim: int, position: int) -> Tensor:
+    """The values of the token that stood at the constant ``position`` (negative: from the end); drops ``dim``."""
+    if state.index is None:
+        return values.select(dim, position)
+    if position < 0:
+        position += state.full_length
+    positions = torch.full((state.batch,), position, device=values.device)
+    moved = values.movedim((batch_dim, dim), (0, 1))
+    read = moved[torch.arange(state.batch, device=values.device), slots_of(state, positions)]
+    return read.movedim(0, batch_dim if batch_dim < dim else batch_dim - 1)
+
+
+def pool(values: Tensor, state: TokenState, dim: int, batch_dim: int, how: str, keepdim: bool) -> Tensor:
+    """Mean or maximum over the surviving tokens; padding slots are left out."""
+    if state.index is None or state.valid is None:
+        return values.mean(dim, keepdim) if how == "mean" else values.amax(dim, keepdim)
+    shape = [1] * values.dim()
+    shape[batch_dim], shape[dim] = state.batch, state.length
+    valid = state.valid if batch_dim < dim else state.valid.t()
+    mask = valid.reshape(shape)
+    if how == "amax":
+        return values.masked_fill(~mask, float("-inf")).amax(dim, keepdim)
+    total = values.masked_fill(~mask, 0).sum(dim, keepdim)
+    return total / mask.sum(dim, keepdim).clamp(min=1).to(values.dtype)
+
+
+def without_first(state: TokenState, start: int) -> TokenState:
+    """The state of ``values[start:]``, where the first ``start`` tokens are protected and so still stand first."""
+    if state.index is None:
+        return state._replace(full_length=state.full_length - start, length=state.length - start)
+    assert state.merged is not None
+    return TokenState(
+        state.index[:, start:] - start,
+        None if state.valid is None else state.valid[:, start:],
+        state.merged[:, start:],
+        None if state.mask_index is None else state.mask_index[:, start:] - start,
+        state.full_length - start,
+        state.length - start,
+        state.batch,
+    )
+
+
+def _rows(state: TokenState, start: int, end: int) -> TokenState:
+    def cut(field: Tensor | None) -> Tensor | None:
+        return None if field is None else field[start:end]
+
+    count = len(range(*slice(start, end).indices(state.batch)))
+    return TokenState(
+        cut(state.index), cut(state.valid), cut(state.merged), cut(state.mask_index), state.full_length, state.length, count
+    )
+
+
+def batch_slice(state: TokenState, start: int | None, end: int | None) -> TokenState:
+    """The state of ``values[start:end]`` along the batch."""
+    return _rows(state, start or 0, state.batch if end is None else end)
+
+
+def batch_chunk(state: TokenState, chunks: int, part: int) -> TokenState:
+    """The state of ``values.chunk(chunks)[part]`` along the batch."""
+    step = -(-state.batch // chunks)
+    return _rows(state, part * step, (part + 1) * step)
+
+
+def batch_split(state: TokenState, sizes: int | Sequence[int], part: int) -> TokenState:
+    """The state of ``values.split(sizes)[part]`` along the batch."""
+    if isinstance(sizes, int):
+        return _rows(state, part * sizes, (part + 1) * sizes)
+    return _rows(state, sum(sizes[:part]), sum(sizes[: part + 1]))
+
+
+def restore(
+    values: Tensor, state: TokenState, dim: int, batch_dim: int, earlier: Sequence[tuple[Tensor, TokenState | None]]
+) -> Tensor:
+    """Scatter surviving tokens back to their places; dropped ones carry the last state they had.
+
+    Args:
+        values: tokens along ``state``.
+        earlier: the stream's values just before each pruning site so far, first site first, each with the state it
+            was along (None before the first site).
+    Returns:
+        values with N0 tokens at ``dim``.
+    """
+    if state.index is None:
+        return values
+    full = earlier[0][0].movedim((batch_dim, dim), (0, 1))
+    for past, past_state in (*earlier[1:], (values, state)):
+        if past_state is None or past_state.index is None:
+            full = past.movedim((batch_dim, dim), (0, 1))
+            continue
+        assert past_state.merged is not None
+        real = ~past_state.merged if past_state.valid is None else past_state.valid & ~past_state.merged
+        rows, slots = real.nonzero(as_tuple=True)
+        moved = past.movedim((batch_dim, dim), (0, 1))
+        full = full.index_put((rows, past_state.index[rows, slots]), moved[rows, slots].to(full.dtype))
+    return full.movedim((0, 1), (batch_dim, dim))

@@ -1,0 +1,165 @@
+"""Axis labels: which dimension of which tensor runs along which token axis.
+
+Every dimension of a tensor is described by its *factors*, row-major: a plain dimension has one, a folded one (batch times
+heads, say) has several. A factor is an axis or None (a dimension that does not matter to pruning), with its size in the
+captured example. :func:`relabel_view` says how factors move through a view; the rule table (``rules.py``) covers all
+other operations. Sizes are compared as numbers of the example, never by symbol name: captures may give equal sizes
+different symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis that is followed through the graph.
+
+    ``source`` identifies what defines it: during insertion the node of the token state, during detection the name of the
+    dimension that was seeded.
+    """
+
+    kind: Literal["batch", "tokens"]
+    source: Any
+
+    def __repr__(self) -> str:
+        return f"{self.kind}({self.source})"
+
+
+class Factor(NamedTuple):
+    """One factor of a dimension: the axis it runs along (None if none) and its size in the example."""
+
+    axis: Axis | None
+    size: int
+
+
+Dim = tuple[Factor, ...]
+Labels = tuple[Dim, ...]
+
+
+class AxisError(Exception):
+    """Labels cannot be carried through an operation; the message says why."""
+
+
+def example_size(size: Any) -> int:
+    """The number that a static or symbolic size had in the captured example."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    hint = node.hint if node.has_hint() else None
+    if hint is None:
+        raise AxisError(f"the size {size} depends on data")
+    return int(hint)
+
+
+def example_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor in the captured example; raises :class:`AxisError` if it is not a tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise AxisError(f"{node.name} is not a tensor")
+    return tuple(example_size(n) for n in value.shape)
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether ``node`` is a graph node that yields one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def plain(size: int) -> Dim:
+    """A dimension that runs along no axis."""
+    return (Factor(None, size),)
+
+
+def unlabelled(shape: Sequence[int]) -> Labels:
+    """Labels of a tensor without any axis."""
+    return tuple(plain(n) for n in shape)
+
+
+def axes_of(dim: Dim) -> tuple[Axis, ...]:
+    """The axes among the factors of ``dim``."""
+    return tuple(f.axis for f in dim if f.axis is not None)
+
+
+def is_plain(dim: Dim) -> bool:
+    """Whether ``dim`` runs along no axis."""
+    return not axes_of(dim)
+
+
+def has_tokens(dim: Dim) -> bool:
+    """Whether ``dim`` runs along a token axis (alone or folded)."""
+    return any(a.kind == "tokens" for a in axes_of(dim))
+
+
+def token_axis(dim: Dim) -> Axis | None:
+    """The token axis of ``dim``, None if there is none; raises if it is folded with other factors."""
+    tokens = [a for a in axes_of(dim) if a.kind == "tokens"]
+    if not tokens:
+        return None
+    if len([f for f in dim if f.size != 1 or f.axis is not None]) != 1:
+        raise AxisError("the token axis is folded together with other dimensions")
+    return tokens[0]
+
+
+def any_tokens(labels: Labels) -> bool:
+    """Whether any dimension runs along a token axis."""
+    return any(has_tokens(d) for d in labels)
+
+
+def dim_size(dim: Dim) -> int:
+    """Size of ``dim`` in the example."""
+    size = 1
+    for factor in dim:
+        size *= factor.size
+    return size
+
+
+def normal_dim(dim: int, rank: int) -> int:
+    """``dim`` counted from the front."""
+    return dim + rank if dim < 0 else dim
+
+
+def relabel_view(labels: Labels, shape: Sequence[int]) -> Labels:
+    """Labels after a view (reshape, flatten, unflatten) to ``shape``, given in example sizes.
+
+    Untracked factors may be split and joined freely; an axis stays whole. Raises :class:`AxisError` where an axis would be cut.
+    """
+    factors = [f for dim in labels for f in dim if f.size != 1]
+    result: list[Dim] = []
+    for size in shape:
+        taken: list[Factor] = []
+        have = 1
+        while have < size:
+            if not factors:
+                raise AxisError(f"a view to {tuple(shape)} does not match its input")
+            head = factors.pop(0)
+            need = size // have
+            if size % (have * head.size) == 0:
+                taken.append(head)
+                have *= head.size
+            elif head.axis is None and size % have == 0 and head.size % need == 0:
+                taken.append(Factor(None, need))
+                factors.insert(0, Factor(None, head.size // need))
+                have = size
+            else:
+                raise AxisError(f"a view to {tuple(shape)} cuts through {head.axis or 'a dimension'} of size {head.size}")
+        result.append(_join(taken) or plain(1))
+    if factors:
+        raise AxisError(f"a view to {tuple(shape)} does not match its input")
+    return tuple(result)
+
+
+def _join(factors: list[Factor]) -> Dim:
+    """Merge neighbouring untracked factors."""
+    joined: list[Factor] = []
+    for factor in factors:
+        if joined and joined[-1].axis is None and factor.axis is None:
+            joined[-1] = Factor(None, joined[-1].size * factor.size)
+        else:
+            joined.append(factor)
+    return tuple(joined)

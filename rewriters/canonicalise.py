@@ -1,0 +1,99 @@
+"""Canonicalise: one spelling for everything that later stages look for.
+
+Start at :data:`PASSES`. Export's bookkeeping goes, in-place operations become functional ones, and every spelling of
+attention becomes one node, a call of :func:`madtp.attention.attention` with named operands (see ``spellings.py``).
+Values stay equal.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from rewriters.rules import op_name
+from rewriters.spellings import canonical_attention
+
+BOOKKEEPING = frozenset(
+    "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _is_all_true "
+    "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
+)
+VIEWS = frozenset(
+    "view reshape flatten unflatten transpose permute t expand unsqueeze squeeze select slice alias detach chunk split unbind "
+    "getitem".split()
+)
+
+
+def drop_bookkeeping(graph: fx.Graph) -> None:
+    """Remove assertions and guards: which calls a graph serves is decided before it runs."""
+    for node in reversed(list(graph.nodes)):
+        guard = node.op == "call_module" and str(node.target).startswith("_guards")
+        if guard or (node.op == "call_function" and op_name(node) in BOOKKEEPING):
+            if not node.users:
+                graph.erase_node(node)
+
+
+def functional(graph: fx.Graph) -> None:
+    """Turn in-place operations on fresh tensors into functional ones; those on views are left, and refused later."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        name = target.overloadpacket.__name__
+        if not target._schema.is_mutable or not name.endswith("_") or not node.args:
+            continue
+        base = name[:-1] if not name.endswith("__") else f"__{name.strip('_')[1:]}__"
+        packet = getattr(torch.ops.aten, base, None)
+        overload = getattr(packet, target._overloadname, None) if packet is not None else None
+        mutated = node.args[0]
+        if overload is None or not isinstance(mutated, fx.Node) or _is_shared(mutated, node, order):
+            continue
+        node.target = overload
+        mutated.replace_all_uses_with(node, delete_user_cb=lambda user, n=node: order.get(user, 1 << 60) > order[n])
+
+
+def _is_shared(mutated: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the memory that ``node`` writes can be seen through another node afterwards."""
+    if mutated.op in ("placeholder", "get_attr"):
+        return True
+    if op_name(mutated) in VIEWS:
+        base = mutated.args[0]
+        return isinstance(base, fx.Node) and any(order.get(u, 0) > order[node] for u in base.users)
+    return any(op_name(u) in VIEWS and order.get(u, 0) < order[node] for u in mutated.users)
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Remove computations whose results nobody reads."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _writes(node))
+
+
+def _writes(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def plain_getitem(graph: fx.Graph) -> None:
+    """``split(...)[i]`` through any spelling of getitem becomes operator.getitem."""
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node) == "getitem":
+            node.target = operator.getitem
+
+
+PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
+    ("drop bookkeeping", drop_bookkeeping),
+    ("functional", functional),
+    ("plain getitem", plain_getitem),
+    ("dead code before", eliminate_dead_code),
+    ("canonical attention", canonical_attention),
+    ("dead code after", eliminate_dead_code),
+)
+
+
+def canonicalise(graph: fx.Graph) -> None:
+    """Run all passes in place."""
+    for _, step in PASSES:
+        step(graph)
+        graph.lint()

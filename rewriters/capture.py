@@ -1,0 +1,252 @@
+"""Capture: from a live module and example inputs to a plain torch.fx graph.
+
+Start at :func:`capture`. The model is traced by ``torch.export`` (non-strict) with the batch and the length of integer
+inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes under the
+model's own parameter names and the module path of every node in ``meta["nn_module_stack"]``. Export's own guards and
+assertions are left behind: which calls a capture may serve is decided by :class:`Signature` instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from madtp.errors import CaptureError, ExampleInputsError
+
+log = logging.getLogger("madtp")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model, brought into a normal form: everything that can be named is passed by name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
+        """Leaves of ``(args, kwargs)`` in placeholder order, and their structure."""
+        return pytree.tree_flatten((self.args, self.kwargs))
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the leaves."""
+        return [leaf for leaf in self.flat()[0] if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a capture depends on: structure, constants, frozen sizes and the training flags of the modules."""
+
+    structure: str
+    leaves: tuple[Any, ...]
+    modes: tuple[bool, ...]
+
+
+@dataclass
+class Capture:
+    """A captured model: ``graph`` maps the flattened inputs to the flattened outputs."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    out_spec: pytree.TreeSpec
+    dynamic: tuple[tuple[int, ...], ...]
+    example: Call
+    placeholders: list[str] = field(default_factory=list)
+
+
+def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Bind ``args`` and ``kwargs`` to the parameter names of ``model.forward``.
+
+    Raises :class:`ExampleInputsError` if they do not fit the signature.
+    """
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(
+            f"the inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}. "
+            "Pass a dict of keyword arguments, or a tuple of positional ones."
+        ) from error
+    named: dict[str, Any] = {}
+    positional: list[Any] = []
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            positional = [bound.arguments[p] for p in bound.arguments if p != name and p in list(named)]
+            named = {k: v for k, v in named.items() if k not in bound.arguments}
+            positional.extend(value)
+        elif kind is inspect.Parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        else:
+            named[name] = value
+    return Call(tuple(positional), named)
+
+
+def batch_size(call: Call) -> int:
+    """Batch size of the example inputs; raises :class:`ExampleInputsError` unless all agree and it is at least 2."""
+    tensors = [t for t in call.tensors() if t.dim() > 0]
+    if not tensors:
+        raise ExampleInputsError("the example inputs hold no tensor; pass the tensors the model is called with.")
+    sizes = {t.shape[0] for t in tensors}
+    if len(sizes) > 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ExampleInputsError(
+            f"the example inputs disagree on the batch size (first dimensions {sorted(sizes)} of shapes {shapes}). "
+            "Give every tensor the same number of samples."
+        )
+    size = sizes.pop()
+    if size < 2:
+        raise ExampleInputsError(
+            "the example inputs hold one sample; give at least 2, so that the batch axis can be told from axes of size 1."
+        )
+    return size
+
+
+def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...] | None) -> Signature:
+    """The signature of ``call``; sizes in ``dynamic`` (dimensions by leaf) are free, all others count."""
+    leaves, spec = call.flat()
+    described: list[Any] = []
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            described.append((type(leaf).__name__, repr(leaf)))
+            continue
+        free = dynamic[position] if dynamic is not None else ()
+        shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
+        described.append((str(leaf.dtype), shape))
+    return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()))
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Switch off what hides a model's arithmetic from tracing (the fused encoder layer of torch.nn)."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    quiet = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        quiet.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _dynamic_choices(leaves: list[Any]) -> list[tuple[tuple[int, ...], ...]]:
+    """Which dimensions to try as dynamic, most general first."""
+    batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
+    length = tuple(
+        (0, 1) if isinstance(x, Tensor) and x.dim() == 2 and not x.dtype.is_floating_point and x.shape[1] > 1 else dims
+        for x, dims in zip(leaves, batch, strict=True)
+    )
+    none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)
+    return list(dict.fromkeys([length, batch, none]))
+
+
+def capture(model: nn.Module, call: Call) -> Capture:
+    """Trace ``model`` on ``call`` in its present mode (train or eval).
+
+    Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but cannot be
+    exported.
+    """
+    leaves, spec = call.flat()
+    failures: list[str] = []
+    for dynamic in _dynamic_choices(leaves):
+        shapes = [{d: Dim.AUTO for d in dims} if isinstance(x, Tensor) else None for x, dims in zip(leaves, dynamic, strict=True)]
+        args_shapes, kwargs_shapes = pytree.tree_unflatten(shapes, spec)
+        combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes)
+        try:
+            with _traceable():
+                program = torch.export.export(
+                    model, call.args, call.kwargs, dynamic_shapes=combined, strict=False
+                )
+        except Exception as error:  # export raises many kinds; the last one is reported
+            failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+            continue
+        return _to_capture(program, call)
+    _check_runs(model, call)
+    raise CaptureError(
+        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failures[-1]}. Remove "
+        "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
+    )
+
+
+def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dynamic shapes in the form that export expects: by parameter name, or a tuple where arguments are positional."""
+    if not call.args:
+        names = list(inspect.signature(model.forward).parameters.values())
+        catch_all = [p.name for p in names if p.kind is inspect.Parameter.VAR_KEYWORD]
+        known = {p.name for p in names}
+        extra = {k: v for k, v in kwargs.items() if k not in known}
+        tree = {k: v for k, v in kwargs.items() if k in known}
+        if extra:
+            tree[catch_all[0]] = extra
+        return tree
+    return (args, *kwargs.values()) if kwargs else args
+
+
+def _check_runs(model: nn.Module, call: Call) -> None:
+    try:
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+    except Exception as error:
+        raise ExampleInputsError(
+            f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
+            "Check names, shapes and dtypes of the inputs."
+        ) from error
+
+
+def _to_capture(program: torch.export.ExportedProgram, call: Call) -> Capture:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, env)
+    graph.output(output)
+    named = dict(program.named_parameters()) | dict(program.named_buffers())
+    constants: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in named:
+            constants[node.target] = pytree_attr(module, node.target)
+    _shape_constants(graph, constants)
+    leaves, _ = call.flat()
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    dynamic: list[tuple[int, ...]] = []
+    for leaf, node in zip(leaves, placeholders, strict=True):
+        value = node.meta.get("val")
+        free = [d for d, n in enumerate(value.shape) if not isinstance(n, int)] if isinstance(leaf, Tensor) else []
+        dynamic.append(tuple(free))
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    return Capture(graph, constants, out_spec, tuple(dynamic), call, [p.name for p in placeholders])
+
+
+def _shape_constants(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
+    """Export leaves the constants that it lifted without a shape; later stages want one on every tensor."""
+    values = (n.meta.get("val") for n in graph.nodes)
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    for node in graph.nodes:
+        if mode is not None and node.op == "get_attr" and "val" not in node.meta:
+            constant = constants.get(node.target)
+            if isinstance(constant, Tensor):
+                node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
+
+
+def pytree_attr(module: nn.Module, target: str) -> Any:
+    """The attribute of ``module`` at the dotted path ``target``."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,259 @@
+"""Detect: residual streams, attention sublayers, modalities and readouts of a canonical graph.
+
+Start at :func:`detect`. From each attention node the walk goes back to the residual value that its queries come from and forward to the
+residual add. What the sublayers of one chain share is a *stream*. Nothing here knows any architecture: the evidence
+is where axis labels go (``propagate.py``) and which inputs a stream descends from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import networkx as nx
+import torch
+from torch import fx
+
+from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_tensor, plain, token_axis
+from rewriters.propagate import Flow, propagate
+from rewriters.rules import labels_of, op_name
+from rewriters.special import special_positions, stream_modality
+
+ADDS = frozenset(("add",))
+NORMS = frozenset(("layer_norm", "rms_norm"))
+SKIPPED = "output is never read"
+
+
+@dataclass
+class Sublayer:
+    """One attention sublayer on a residual stream.
+
+    Attributes:
+        attention: its node. kind: "self" or "cross". block_input: residual value that the queries come from.
+        value: residual value after the sublayer (after its norm where ``norm`` is "post").
+        token_dim, batch_dim: of ``value``. path: module path. stream, source: indices of streams (source: of the keys).
+    """
+
+    attention: fx.Node
+    kind: Literal["self", "cross"]
+    block_input: fx.Node
+    value: fx.Node
+    norm: Literal["pre", "post"]
+    token_dim: int
+    batch_dim: int
+    path: str
+    stream: int = -1
+    source: int | None = None
+
+
+@dataclass
+class Stream:
+    """A chain of residual states of one token sequence.
+
+    special: positions of learned tokens (class token, registers). flow: where its tokens go from the first site on.
+    """
+
+    index: int
+    modality: str
+    width: int
+    special: tuple[int, ...]
+    sublayers: list[Sublayer] = field(default_factory=list)
+    flow: Flow = field(default_factory=Flow)
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        """Modality, numbered from the second stream of a modality on."""
+        return self.modality
+
+
+@dataclass
+class Structure:
+    """What was found in a graph."""
+
+    graph: fx.Graph
+    streams: list[Stream]
+    sublayers: list[Sublayer]
+    unplaced: list[tuple[fx.Node, str]]
+
+    def network(self) -> nx.DiGraph:
+        """Streams and attention sublayers as a directed graph: which stream feeds which sublayer, which sublayer which stream."""
+        network = nx.DiGraph()
+        for stream in self.streams:
+            network.add_node(f"stream {stream.index}", kind="stream", modality=stream.modality, width=stream.width)
+        for sublayer in self.sublayers:
+            name = sublayer.path
+            while name in network:
+                name += "'"
+            network.add_node(name, kind=sublayer.kind, stream=sublayer.stream, norm=sublayer.norm)
+            network.add_edge(f"stream {sublayer.stream}", name, role="queries")
+            if sublayer.source is not None:
+                network.add_edge(f"stream {sublayer.source}", name, role="keys")
+        for stream in self.streams:
+            chain = [s.path for s in self.sublayers if s.stream == stream.index]
+            nx.add_path(network, chain, role="residual")
+        return network
+
+
+def detect(graph: fx.Graph) -> Structure:
+    """Find sublayers, streams and readouts; what could not be placed is listed with the reason."""
+    nodes = list(graph.nodes)
+    order = {node: position for position, node in enumerate(nodes)}
+    streams: list[Stream] = []
+    sublayers: list[Sublayer] = []
+    unplaced: list[tuple[fx.Node, str]] = []
+    for node in nodes:
+        if node.op != "call_function" or op_name(node) != "attention":
+            continue
+        try:
+            sublayer = _sublayer(node, nodes, order)
+        except AxisError as error:
+            unplaced.append((node, str(error)))
+            continue
+        stream = _stream_of(sublayer, streams)
+        if stream is None and sublayer.kind == "self":
+            stream = _open_stream(sublayer, len(streams), nodes, order)
+            streams.append(stream)
+        if stream is None:
+            unplaced.append((node, "cross-attention whose queries come from no stream with self-attention (attention pooling)"))
+            continue
+        sublayer.stream = stream.index
+        if sublayer.kind == "cross":
+            sublayer.source = _source_of(node, streams)
+        stream.sublayers.append(sublayer)
+        sublayers.append(sublayer)
+    return Structure(graph, streams, sublayers, unplaced)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that issued ``node``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) -> Sublayer:
+    block_input, added = _residual(node, order)
+    shape = example_shape(block_input)
+    if len(shape) != 3:
+        raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C] or [N, B, C] is needed")
+    between = nodes[order[block_input] + 1 : order[node]]
+    for batch_dim, token_dim in ((0, 1), (1, 0)):
+        flow = propagate(between, {block_input: seed(shape, batch_dim, token_dim, "probe")})
+        query, key = (labels_of(node.args[i], flow.labels) for i in (0, 1))
+        try:
+            if token_axis(query[2]) is None:
+                continue
+            kind: Literal["self", "cross"] = "self" if token_axis(key[2]) is not None else "cross"
+        except AxisError:
+            continue
+        value, norm = _after(added)
+        if example_shape(value) != shape:
+            raise AxisError("the residual stream changes its shape")
+        return Sublayer(node, kind, block_input, value, norm, token_dim, batch_dim, _path(node, added))
+    reason = next(iter(flow.blocked.values()), "its queries do not run along the tokens of a residual stream")
+    raise AxisError(reason)
+
+
+def seed(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object) -> Labels:
+    """Labels of a residual value ``[B, N, C]`` or ``[N, B, C]``."""
+    result = [plain(n) for n in shape]
+    result[batch_dim] = (Factor(Axis("batch", source), shape[batch_dim]),)
+    result[token_dim] = (Factor(Axis("tokens", source), shape[token_dim]),)
+    return tuple(result)
+
+
+def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node]:
+    """The residual value that the queries come from, and the add behind the attention."""
+    seen = {attention}
+    frontier = [attention]
+    while frontier:
+        frontier.sort(key=order.__getitem__, reverse=True)
+        node = frontier.pop()
+        for user in node.users:
+            if user in seen or not is_tensor(user) or op_name(user) in ("attention",):
+                continue
+            if op_name(user) in ADDS:
+                for other in user.args[:2]:
+                    same = is_tensor(other) and other is not node and example_shape(other) == example_shape(user)
+                    if same and order[other] < order[attention] and _descends(attention.args[0], other, order):
+                        return other, user
+            seen.add(user)
+            frontier.append(user)
+    raise AxisError("no residual add follows it")
+
+
+def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bool:
+    limit = order[ancestor]
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current is ancestor:
+            return True
+        for operand in current.all_input_nodes:
+            if operand not in seen and order[operand] >= limit:
+                seen.add(operand)
+                stack.append(operand)
+    return False
+
+
+def _after(added: fx.Node) -> tuple[fx.Node, Literal["pre", "post"]]:
+    """The residual value behind an attention sublayer: past a parallel feed-forward, past a norm that alone reads it."""
+    value = added
+    while len(value.users) == 1:
+        user = next(iter(value.users))
+        if op_name(user) in ADDS and is_tensor(user) and example_shape(user) == example_shape(value):
+            value = user
+            continue
+        if op_name(user) in NORMS and user.args[0] is value:
+            return user, "post"
+        break
+    return value, "pre"
+
+
+def _path(attention: fx.Node, added: fx.Node) -> str:
+    inner, outer = module_path(attention).split("."), module_path(added).split(".")
+    common = [a for a, b in zip(inner, outer, strict=False) if a == b]
+    shared = common[: next((i for i, (a, b) in enumerate(zip(inner, outer, strict=False)) if a != b), len(common))]
+    return ".".join(shared) or ".".join(inner) or attention.name
+
+
+def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
+    """The stream whose tokens ``sublayer`` reads its queries from."""
+    for stream in reversed(streams):
+        known = stream.flow.labels.get(sublayer.block_input)
+        if known is None:
+            continue
+        axis = token_axis(known[sublayer.token_dim])  # type: ignore[arg-type]
+        if axis is not None:
+            return stream
+    return None
+
+
+def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
+    key = attention.args[1]
+    for stream in reversed(streams):
+        known = stream.flow.labels.get(key)  # type: ignore[arg-type]
+        if known is not None and token_axis(known[2]) is not None:  # type: ignore[arg-type]
+            return stream.index
+    return None
+
+
+def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: dict[fx.Node, int]) -> Stream:
+    shape = example_shape(sublayer.value)
+    labels = seed(shape, sublayer.batch_dim, sublayer.token_dim, index)
+    flow = propagate(nodes[order[sublayer.value] + 1 :], {sublayer.value: labels})
+    parts = max([len(r.parts) for r in flow.readouts.values() if r.kind == "batch"], default=1)
+    return Stream(
+        index,
+        stream_modality(sublayer.block_input),
+        shape[2],
+        special_positions(sublayer.block_input, sublayer.token_dim),
+        flow=flow,
+        parts=max(1, parts),
+    )
+
+
+def is_floating(node: fx.Node) -> bool:
+    """Whether ``node`` yields a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point

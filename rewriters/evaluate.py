@@ -1,0 +1,61 @@
+"""Evaluate parts of a graph on the example inputs.
+
+Start at :func:`evaluate`. Used where structure alone does not tell: whether a mask is causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from madtp.attention import HIDDEN
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """The attribute of ``module`` at the dotted path ``target``."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def evaluate(graph: fx.Graph, wanted: fx.Node, inputs: Sequence[Any], module: nn.Module) -> Any:
+    """Value of ``wanted`` on ``inputs`` (flattened, in placeholder order); only its ancestors are computed."""
+    needed, stack = {wanted}, [wanted]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in needed:
+                needed.add(operand)
+                stack.append(operand)
+    values: dict[fx.Node, Any] = {}
+    position = 0
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = inputs[position]
+                position += 1
+            elif node not in needed:
+                continue
+            elif node.op == "get_attr":
+                values[node] = attribute(module, str(node.target))
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[wanted]
+
+
+def hides_later_keys(graph: fx.Graph, attention: fx.Node, inputs: Sequence[Any], module: nn.Module) -> bool:
+    """Whether no query of the attention node sees a later key on the example inputs (causal attention)."""
+    if len(attention.args) > 5 and attention.args[5]:
+        return True
+    mask = attention.args[3] if len(attention.args) > 3 else None
+    if not isinstance(mask, fx.Node):
+        return False
+    value = evaluate(graph, mask, inputs, module)
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 2:
+        return False
+    seen = value if value.dtype == torch.bool else value > HIDDEN
+    return not bool(seen.triu(1).any())

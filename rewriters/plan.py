@@ -1,0 +1,201 @@
+"""Plan: where pruning nodes will stand, as pure data.
+
+Start at :func:`make_plan`. A :class:`Plan` is frozen and goes through JSON unchanged, so it can be stored, edited and handed back.
+Later stages decide nothing: what is not in the plan does not happen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from madtp.config import PruningConfig
+from madtp.errors import PlanError
+from rewriters.axes import example_shape, is_tensor
+from rewriters.detect import Stream, Structure, Sublayer, module_path
+from rewriters.evaluate import hides_later_keys
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One pruning site.
+
+    Attributes:
+        name: unique; the module path of the block. modality, stream, layer: where it stands.
+        width: C. attention, block_input, value: node names. token_dim, batch_dim: of ``value``.
+        norm: "pre" or "post". class_position: of the class token. protected: constant positions (negative: from the end).
+        readouts: nodes that hold positions ``[B]`` the graph reads. causal: tokens see only earlier ones.
+    """
+
+    name: str
+    modality: str
+    stream: int
+    layer: int
+    width: int
+    attention: str
+    block_input: str
+    value: str
+    token_dim: int
+    batch_dim: int
+    norm: str
+    class_position: int | None
+    protected: tuple[int, ...]
+    readouts: tuple[str, ...]
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A block that is left alone: where, why, and what would help."""
+
+    block: str
+    node: str
+    reason: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites of a graph, the width of the alignment tokens, and what is refused.
+
+    ``image_order`` says how several images of one sample are stacked in the vision tower's batch: "blocked" (all first images, then
+    all second ones) or "interleaved".
+    """
+
+    sites: tuple[SitePlan, ...]
+    refusals: tuple[Refusal, ...]
+    alignment_width: int
+    image_order: str
+    version: int = PLAN_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Inverse of :meth:`to_dict`; raises :class:`PlanError` on unknown or missing fields."""
+        if values.get("version") != PLAN_VERSION:
+            raise PlanError(f"the plan has version {values.get('version')!r}; this release reads version {PLAN_VERSION}.")
+        try:
+            sites = tuple(SitePlan(**{**s, "protected": tuple(s["protected"]), "readouts": tuple(s["readouts"])}) for s in values["sites"])
+            refusals = tuple(Refusal(**r) for r in values["refusals"])
+            return cls(sites, refusals, values["alignment_width"], values["image_order"])
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"the plan is malformed: {error}. Compare it with Plan.to_dict() of a fresh rewrite.") from error
+
+    def without(self, names: Sequence[str], refusals: Sequence[Refusal]) -> Plan:
+        """The plan with some sites turned into refusals."""
+        kept = tuple(s for s in self.sites if s.name not in names)
+        return dataclasses.replace(self, sites=kept, refusals=(*self.refusals, *refusals))
+
+
+def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any], module: torch.nn.Module) -> Plan:
+    """Decide on sites for every self-attention sublayer of every stream that ``config`` wants pruned.
+
+    Args:
+        structure: from :func:`rewriters.detect.detect`.
+        inputs: flattened example inputs of the capture, to tell causal masks.
+        module: resolves the graph's parameters.
+    """
+    sites: list[SitePlan] = []
+    refusals = [_unplaced(node, reason) for node, reason in structure.unplaced]
+    names: dict[str, int] = {}
+    for stream in structure.streams:
+        if config.towers is not None and stream.modality not in config.towers:
+            refusals.extend(
+                Refusal(s.path, s.attention.name, f"config.towers leaves out the modality {stream.modality!r}", "add it to towers")
+                for s in stream.sublayers
+                if s.kind == "self"
+            )
+            continue
+        protected, readouts = _readouts(stream, config)
+        for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
+            reason = _unfit(sublayer)
+            if reason is not None:
+                refusals.append(reason)
+                continue
+            causal = hides_later_keys(structure.graph, sublayer.attention, inputs, module)
+            sites.append(_site(stream, sublayer, layer, protected, readouts, causal, names))
+    width = config.alignment_width or max((s.width for s in sites), default=1)
+    order = "blocked" if any(s.parts > 1 for s in structure.streams) else "interleaved"
+    return Plan(tuple(sites), tuple(refusals), width, order)
+
+
+def _site(
+    stream: Stream,
+    sublayer: Sublayer,
+    layer: int,
+    protected: tuple[int, ...],
+    readouts: tuple[str, ...],
+    causal: bool,
+    names: dict[str, int],
+) -> SitePlan:
+    name = sublayer.path
+    names[name] = names.get(name, 0) + 1
+    if names[name] > 1:
+        name = f"{name}#{names[name]}"
+    class_position: int | None = None
+    if not causal:
+        class_position = stream.special[0] if stream.special else (protected[0] if protected else None)
+    elif protected and protected[0] < 0:
+        class_position = protected[0]
+    return SitePlan(
+        name,
+        stream.modality,
+        stream.index,
+        layer,
+        stream.width,
+        sublayer.attention.name,
+        sublayer.block_input.name,
+        sublayer.value.name,
+        sublayer.token_dim,
+        sublayer.batch_dim,
+        sublayer.norm,
+        class_position,
+        protected,
+        readouts,
+        causal,
+    )
+
+
+def _readouts(stream: Stream, config: PruningConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions that must survive: learned tokens, constant readouts, prefixes, configured ones; and readout nodes."""
+    positions: list[int] = list(stream.special)
+    nodes: list[str] = []
+    for readout in stream.flow.readouts.values():
+        offset = readout.axis.source[2] if isinstance(readout.axis.source, tuple) and readout.axis.source[1] == "rest" else 0
+        if readout.kind == "position":
+            positions.append(readout.position + offset if readout.position >= 0 else readout.position)
+        elif readout.kind in ("prefix", "rest"):
+            positions.extend(range(readout.position + offset))
+        elif readout.kind == "index" and readout.index is not None:
+            nodes.append(readout.index.name)
+    positions.extend(config.protected_positions(stream.modality))
+    return tuple(dict.fromkeys(positions)), tuple(dict.fromkeys(nodes))
+
+
+def _unfit(sublayer: Sublayer) -> Refusal | None:
+    if not sublayer.value.users:
+        return Refusal(sublayer.path, sublayer.value.name, "its output is never read", "nothing: the block is dead code")
+    if not all(is_tensor(n) for n in (sublayer.value, sublayer.block_input)):
+        return Refusal(sublayer.path, sublayer.value.name, "its residual stream is not a tensor", "a different block structure")
+    if example_shape(sublayer.value)[sublayer.token_dim] < 3:
+        return Refusal(sublayer.path, sublayer.value.name, "it has fewer than 3 tokens", "example inputs with more tokens")
+    return None
+
+
+def _unplaced(node: fx.Node, reason: str) -> Refusal:
+    return Refusal(
+        module_path(node) or node.name,
+        node.name,
+        reason,
+        "attention on a residual stream x + f(x) of shape [B, N, C]; attention pooling needs no site",
+    )

@@ -1,0 +1,79 @@
+"""Where a stream comes from: its modality, and the learned tokens (class token, registers) among its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from rewriters.axes import example_shape, is_tensor, normal_dim
+from rewriters.rules import op_name
+
+CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution unfold im2col".split())
+
+
+def _tensor_ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that ``node`` gets values from; sizes do not count."""
+    stack, seen = [node], {node}
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in seen and is_tensor(operand):
+                seen.add(operand)
+                stack.append(operand)
+            elif operand not in seen and isinstance(operand.meta.get("val"), (list, tuple)):
+                seen.add(operand)
+                stack.append(operand)
+    return seen
+
+
+def stream_modality(head: fx.Node) -> str:
+    """ "text" if the stream descends from token ids, "image" if from pixels or features, "joint" if from both, else "query"."""
+    ancestors = _tensor_ancestors(head)
+    text = any(op_name(n) == "embedding" and _reads_ids(n) for n in ancestors if n.op == "call_function")
+    image = any(n.op == "placeholder" and n.meta["val"].dtype.is_floating_point for n in ancestors)
+    image = image or any(n.op == "call_function" and op_name(n) in CONVOLUTIONS for n in ancestors)
+    if text and image:
+        return "joint"
+    return "text" if text else "image" if image else "query"
+
+
+def _reads_ids(embedding: fx.Node) -> bool:
+    index = embedding.args[1]
+    if not isinstance(index, fx.Node):
+        return False
+    inputs = [n for n in _tensor_ancestors(index) if n.op == "placeholder"]
+    return any(not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype != torch.bool for n in inputs)
+
+
+def is_learned(node: fx.Node) -> bool:
+    """Whether ``node`` depends on parameters only, not on any input."""
+    return not any(n.op == "placeholder" for n in _tensor_ancestors(node))
+
+
+def special_positions(head: fx.Node, token_dim: int) -> tuple[int, ...]:
+    """Positions of learned tokens that were concatenated in front of the stream's tokens."""
+    shape = example_shape(head)
+    node = head
+    while node.op == "call_function":
+        if op_name(node) in ("cat", "concat"):
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            if normal_dim(dim, len(example_shape(node))) == token_dim:  # type: ignore[arg-type]
+                return _learned_prefix(list(node.args[0]), token_dim)  # type: ignore[arg-type]
+        same = [n for n in node.all_input_nodes if is_tensor(n) and sorted(example_shape(n)) == sorted(shape) and not is_learned(n)]
+        if op_name(node) in ("transpose", "permute") and len(shape) == 3 and same:
+            before = example_shape(same[0])
+            token_dim = next((d for d in (0, 1) if before[d] == shape[token_dim]), token_dim)
+            shape = before
+        if not same:
+            break
+        node = same[0]
+    return ()
+
+
+def _learned_prefix(operands: list[fx.Node], token_dim: int) -> tuple[int, ...]:
+    count = 0
+    for operand in operands:
+        if not is_learned(operand):
+            inner = special_positions(operand, token_dim)
+            return (*range(count), *(count + p for p in inner))
+        count += example_shape(operand)[token_dim]
+    return tuple(range(count))

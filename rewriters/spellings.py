@@ -1,0 +1,292 @@
+"""Spellings of attention: scaled_dot_product_attention, and matmul, scale, mask, softmax, matmul in their variants.
+
+Start at :func:`canonical_attention`. Each softmax is read outwards to the product with the values and inwards to the product of
+queries and keys; scale factors and masks met on the way become operands of one attention node. A softmax that does not fit is
+left as it is (``detect`` then knows no attention there), so a near miss costs a site, never correctness.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from madtp.attention import HIDDEN, attention
+from rewriters.axes import AxisError, example_shape, is_tensor
+from rewriters.rules import op_name
+
+aten = torch.ops.aten
+PASS_THROUGH = frozenset("to _to_copy type_as float contiguous clone alias detach".split())
+RESHAPES = frozenset("view reshape _unsafe_view unflatten flatten".split())
+PRODUCTS = frozenset("matmul bmm baddbmm".split())
+
+
+class NoMatch(Exception):
+    """This softmax is not attention of a known spelling."""
+
+
+@dataclass
+class Scores:
+    """What was found between the product of queries and keys and the softmax."""
+
+    product: fx.Node
+    scale: float = 1.0
+    masks: list[tuple[str, fx.Node, float]] = field(default_factory=list)
+    query_factors: list[fx.Node] = field(default_factory=list)
+
+
+def canonical_attention(graph: fx.Graph) -> None:
+    """Replace every recognised spelling in place."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if op_name(node) == "scaled_dot_product_attention":
+            _from_sdpa(graph, node)
+        elif op_name(node) in ("softmax", "_softmax", "_safe_softmax"):
+            try:
+                _from_softmax(graph, node)
+            except (NoMatch, AxisError):
+                continue
+
+
+def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
+    """A new node with a computed ``val`` and the module path of ``like``."""
+    node = graph.call_function(target, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    values = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs))
+    fake = like.meta["val"].fake_mode if hasattr(like.meta.get("val"), "fake_mode") else None
+    if fake is None:
+        raise AxisError(f"{like.name} carries no shape")
+    with fake, torch.no_grad():
+        node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
+    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+    arguments |= node.kwargs
+    rank = len(example_shape(node))
+    with graph.inserting_before(node):
+        operands = [arguments[name] for name in ("query", "key", "value")]
+        mask = arguments.get("attn_mask")
+        if rank == 3:
+            heads = _folded_heads(operands[0])
+            operands = [_unfold(graph, n, heads) for n in operands]
+            mask = None if mask is None else _unfold_mask(graph, mask, heads, node)
+        elif rank != 4:
+            return
+        new = emit(
+            graph,
+            attention,
+            (*operands, mask, arguments.get("dropout_p", 0.0), arguments.get("is_causal", False)),
+            node,
+            scale=arguments.get("scale"),
+            grouped=arguments.get("enable_gqa", False),
+        )
+        result = _fold(graph, new) if rank == 3 else new
+    result.meta |= {k: v for k, v in node.meta.items() if k != "val"}
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
+    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
+    if dim not in (-1, len(example_shape(softmax)) - 1):
+        raise NoMatch
+    product, dropout, ignored = _outwards(softmax)
+    scores = _inwards(softmax.args[0])
+    query, key, value = scores.product.args[-2], scores.product.args[-1], product.args[1]
+    if not all(is_tensor(n) for n in (query, key, value)):
+        raise NoMatch
+    rank = len(example_shape(product))
+    shapes = [example_shape(n) for n in (query, key, value)]
+    if rank not in (3, 4) or any(len(s) != rank for s in shapes) or shapes[1][-1] != shapes[2][-2]:
+        raise NoMatch
+    with graph.inserting_before(product):
+        key = emit(graph, aten.transpose.int, (key, -1, -2), product)
+        for factor in scores.query_factors:
+            query = emit(graph, aten.mul.Tensor, (query, factor), product)
+        if rank == 3:
+            heads = _folded_heads(query)
+            query, key, value = (_unfold(graph, n, heads) for n in (query, key, value))
+            masks = [(k, _unfold_mask(graph, m, heads, product), s) for k, m, s in scores.masks]
+        else:
+            masks = scores.masks
+        mask = _join(graph, masks, product)
+        new = emit(graph, attention, (query, key, value, mask, dropout, False), product, scale=scores.scale, grouped=False)
+        result = _fold(graph, new) if rank == 3 else new
+        wanted = product.meta["val"].dtype
+        if result.meta["val"].dtype != wanted:
+            result = emit(graph, aten.to.dtype, (result, wanted), product)
+    product.replace_all_uses_with(result)
+
+
+def _outwards(softmax: fx.Node) -> tuple[fx.Node, float, list[fx.Node]]:
+    """The product of probabilities and values, and the dropout on the way."""
+    node, dropout, path = softmax, 0.0, [softmax]
+    while True:
+        users = [u for u in node.users if u.op != "output"]
+        if len(node.users) != 1 or len(users) != 1:
+            raise NoMatch
+        user = users[0]
+        name = op_name(user)
+        if name in PRODUCTS and user.args[0] is node and name != "baddbmm":
+            return user, dropout, path
+        if name == "dropout" and isinstance(user.args[1], float):
+            dropout = user.args[1] if user.args[2] else 0.0
+        elif name not in PASS_THROUGH and name not in RESHAPES and name != "expand":
+            raise NoMatch
+        path.append(user)
+        node = user
+
+
+def _inwards(node: Any) -> Scores:
+    """Walk from the softmax to the product of queries and keys, collecting scale and masks."""
+    if not is_tensor(node) or node.op != "call_function":
+        raise NoMatch
+    name = op_name(node)
+    if name in PRODUCTS:
+        return _product(node)
+    if name in PASS_THROUGH or name in RESHAPES:
+        return _inwards(node.args[0])
+    if name in ("mul", "div"):
+        return _scaled(node, name)
+    if name == "add" and not node.kwargs:
+        return _masked_sum(node)
+    if name == "masked_fill":
+        hidden = _number(node.args[2])
+        if hidden is None or hidden > HIDDEN:
+            raise NoMatch
+        inner = _inwards(node.args[0])
+        inner.masks.append(("hide", node.args[1], inner.scale))
+        return inner
+    if name == "where":
+        hidden = _number(node.args[2])
+        if hidden is None or hidden > HIDDEN:
+            raise NoMatch
+        inner = _inwards(node.args[1])
+        inner.masks.append(("show", node.args[0], inner.scale))
+        return inner
+    raise NoMatch
+
+
+def _product(node: fx.Node) -> Scores:
+    if op_name(node) != "baddbmm":
+        return Scores(node)
+    beta, alpha = float(node.kwargs.get("beta", 1)), float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    found = Scores(node, scale=alpha)
+    if beta == 1:
+        found.masks.append(("add", node.args[0], 1.0))  # type: ignore[arg-type]
+    elif beta != 0:
+        raise NoMatch
+    return found
+
+
+def _scaled(node: fx.Node, name: str) -> Scores:
+    inner = _inwards(node.args[0])
+    factor = _number(node.args[1])
+    if factor is None:
+        shape = example_shape(node.args[1]) if is_tensor(node.args[1]) else ()
+        if name == "div" or not shape or shape[-2:] != (1, 1) or inner.masks or inner.scale != 1.0:
+            raise NoMatch
+        inner.query_factors.append(node.args[1])  # type: ignore[arg-type]
+        return inner
+    factor = 1 / factor if name == "div" else factor
+    inner.scale *= factor
+    inner.masks = [(kind, mask, times * factor if kind == "add" else times) for kind, mask, times in inner.masks]
+    return inner
+
+
+def _masked_sum(node: fx.Node) -> Scores:
+    for scores, mask in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
+        if not is_tensor(mask):
+            continue
+        try:
+            inner = _inwards(scores)
+        except NoMatch:
+            continue
+        inner.masks.append(("add", mask, 1.0))  # type: ignore[arg-type]
+        return inner
+    raise NoMatch
+
+
+def _number(value: Any) -> float | None:
+    """A Python number, or the value of a scalar constant of the graph."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, fx.Node) and value.op == "call_function":
+        name = op_name(value)
+        if name in ("full", "scalar_tensor"):
+            position = 1 if name == "full" else 0
+            number = value.args[position]
+            return float(number) if isinstance(number, (int, float)) else None
+        if name in PASS_THROUGH or name in ("lift_fresh_copy", "expand"):
+            return _number(value.args[0])
+    return None
+
+
+def _join(graph: fx.Graph, masks: list[tuple[str, fx.Node, float]], like: fx.Node) -> fx.Node | None:
+    """All masks as one operand: boolean if all are, else additive."""
+    booleans: list[fx.Node] = []
+    additive: list[fx.Node] = []
+    for kind, mask, times in masks:
+        if kind == "add":
+            additive.append(mask if times == 1.0 else emit(graph, aten.mul.Tensor, (mask, times), like))
+            continue
+        as_bool = mask if mask.meta["val"].dtype == torch.bool else emit(graph, aten.to.dtype, (mask, torch.bool), like)
+        booleans.append(emit(graph, aten.bitwise_not.default, (as_bool,), like) if kind == "hide" else as_bool)
+    shown = booleans[0] if booleans else None
+    for mask in booleans[1:]:
+        shown = emit(graph, aten.bitwise_and.Tensor, (shown, mask), like)
+    total = additive[0] if additive else None
+    for mask in additive[1:]:
+        total = emit(graph, aten.add.Tensor, (total, mask), like)
+    if total is None or shown is None:
+        return total if shown is None else shown
+    hidden = emit(graph, aten.bitwise_not.default, (shown,), like)
+    zeros = emit(graph, aten.to.dtype, (hidden, total.meta["val"].dtype), like)
+    large = emit(graph, aten.mul.Tensor, (zeros, torch.finfo(total.meta["val"].dtype).min), like)
+    return emit(graph, aten.add.Tensor, (total, large), like)
+
+
+def _folded_heads(query: fx.Node) -> int:
+    """Heads that are folded into the batch of ``[B * H, N, D]``, read off the view that folded them; 1 if none did."""
+    width = example_shape(query)[-1]
+    node: Any = query
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        name = op_name(node)
+        if name in RESHAPES:
+            shape = example_shape(node.args[0])
+            if len(shape) == 4:
+                return shape[1]
+            return max(1, shape[-1] // width)
+        if name not in PASS_THROUGH and name not in ("transpose", "permute", "mul", "div"):
+            return 1
+        node = node.args[0]
+    return 1
+
+
+def _unfold(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
+    if heads == 1:
+        return emit(graph, aten.unsqueeze.default, (node, 1), node)
+    return emit(graph, aten.unflatten.int, (node, 0, [-1, heads]), node)
+
+
+def _unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node) -> fx.Node:
+    shape = example_shape(mask)
+    if len(shape) == 4 or len(shape) < 3:
+        return mask
+    total = math.prod(example_shape(like)[:1])
+    if shape[0] == total and heads > 1:
+        return emit(graph, aten.unflatten.int, (mask, 0, [-1, heads]), like)
+    return emit(graph, aten.unsqueeze.default, (mask, 1), like)
+
+
+def _fold(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    return emit(graph, aten.flatten.using_ints, (node, 0, 1), node)
