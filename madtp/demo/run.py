@@ -63,9 +63,10 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
         measurements = measure(contenders, batches, lambda: progress.advance(measuring))
         chosen = choose_examples(items, EXAMPLES, seed)
         examples = explain(contenders, chosen, collate(chosen))
+    threads = torch.get_num_threads()
     note = (
-        f"{samples} held-out scenes; time on CPU, {torch.get_num_threads()} threads, batches of {min(BATCH, samples)}. "
-        "Token counts are means."
+        f"{samples} held-out scenes; time on CPU, {threads} thread{'s' * (threads > 1)}, batches of "
+        f"{min(BATCH, samples)}. Token counts are means."
     )
     console.print(measurement_table(measurements, f"{note} MACs: multiply-accumulates, the field's “FLOPs”."))
     picture = draw_figure(examples, output / PICTURE)

@@ -12,8 +12,8 @@ from torch import Tensor
 from madtp.errors import DataError
 
 # A dropped patch keeps this much of its contrast, so that a reader still sees what was dropped.
-GHOST = 0.25
-PAPER = 244.0
+GHOST = 0.2
+PAPER = 255.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Example:
 
 
 def fade_dropped(image: Tensor, kept: Tensor) -> Tensor:
-    """The image with its dropped patches faded to paper grey.
+    """The image with its dropped patches faded towards white.
 
     Args:
         image: uint8 [3, H, W].
