@@ -140,7 +140,7 @@ def attention_with_statistics(
         probabilities = scores.softmax(-1, dtype=torch.float32)
         strongest = probabilities.amax(1)
         if rows is not None:
-            strongest = strongest * rows[:, start:stop, None]
+            strongest = strongest.masked_fill(~rows[:, start:stop, None], 0)
         received = received + strongest.sum(1)
         if class_slot is not None:
             local = class_slot - start

@@ -19,8 +19,8 @@ from madtp.attention import attention, attention_with_statistics, present_mask, 
 from madtp.control import PruningControl
 from madtp.guidance import pooled_features, query_projection
 from madtp.importance import AttentionStatistics, ImportanceTerms, importance_terms
-from madtp.merging import merge_weights, merged_token, merged_valid
-from madtp.selection import candidates_of, select, survivor_order
+from madtp.merging import merge_weights, merged_position, merged_token
+from madtp.selection import candidates_of, select, sorted_positions, survivor_order
 from madtp.state import TokenState, slots_of, untouched
 from madtp.threshold import straight_through_gate, threshold
 
@@ -169,7 +169,7 @@ class PruningSite(nn.Module):
             gate = straight_through_gate(scores, limit, control.gain, kept)
             tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
         survivors = kept | (protected if config.padding == "scored" else protected & valid)
-        pruned, after = _assemble(tokens, before, survivors, candidates & ~kept, candidates, valid, scores, self)
+        pruned, after = _assemble(tokens, before, survivors, candidates, valid, scores, self)
         control.states[self.spec.name] = after
         return pruned, after
 
@@ -216,7 +216,6 @@ def _assemble(
     tokens: Tensor,
     state: TokenState,
     survivors: Tensor,
-    dropped: Tensor,
     candidates: Tensor,
     valid: Tensor,
     scores: Tensor,
@@ -226,64 +225,47 @@ def _assemble(
     config = site.control.config
     batch, count, _ = tokens.shape
     device = tokens.device
+    dropped = candidates & ~survivors
     index = torch.arange(count, device=device).expand(batch, count) if state.index is None else state.index
     merged = torch.zeros_like(survivors) if state.merged is None else state.merged
-    order = survivor_order(survivors, scores, candidates, "topk" if config.order == "score" else "position")
+    order = survivor_order(survivors, scores, candidates, config.order)
     counts = survivors.sum(1)
-    merges = dropped.any(1) & config.merge
+    totals = counts
     if config.merge:
         weights = merge_weights(scores, dropped)
-        extra = merged_token(tokens, weights)
+        slot, seen = merged_position(scores, dropped, valid, config.merged_mask)
         if site.spec.causal and config.causal_mask == "gathered":
             stands_for = index.masked_fill(~dropped, -1).amax(1, keepdim=True).clamp(min=0)
         else:
-            stands_for = index.gather(1, weights.argmax(1, keepdim=True))
-        merges = merges & merged_valid(valid, dropped, scores, "any") if config.padding == "excluded" else merges
-        tokens = torch.cat([tokens, extra.to(tokens.dtype)], 1)
+            stands_for = index.gather(1, slot[:, None])
+        totals = counts + seen.long()
+        tokens = torch.cat([tokens, merged_token(tokens, weights).to(tokens.dtype)], 1)
         index = torch.cat([index, stands_for], 1)
         merged = torch.cat([merged, torch.ones_like(merged[:, :1])], 1)
-    totals = counts + merges.long()
     length = int(totals.max())
-    slot = torch.arange(length, device=device).expand(batch, length)
-    own = order[:, : min(length, count)]
-    if length > count:
-        own = torch.cat([own, own.new_zeros(batch, length - count)], 1)
-    source = torch.where(slot < counts[:, None], own, torch.zeros_like(own))
-    if config.merge:
-        source = torch.where((slot == counts[:, None]) & merges[:, None], torch.full_like(source, count), source)
-    alive = slot < totals[:, None]
-    pruned = tokens.gather(1, source[:, :, None].expand(-1, -1, tokens.size(2)))
+    slots = torch.arange(length, device=device).expand(batch, length)
+    source = torch.nn.functional.pad(order, (0, 1), value=count)[:, :length]
+    source = torch.where(slots < counts[:, None], source, torch.full_like(source, tokens.size(1) - 1))
+    alive = slots < totals[:, None]
     after = TokenState(
         index=index.gather(1, source),
         valid=None if bool(alive.all()) else alive,
         merged=merged.gather(1, source),
-        mask_index=_mask_index(state, survivors, dropped, candidates, scores, source, count, config.mask_order),
+        mask_index=_mask_index(state, dropped, candidates, scores, counts, config.mask_order),
         full_length=state.full_length,
         length=length,
         batch=batch,
     )
-    return pruned, after
+    return tokens.gather(1, source[:, :, None].expand(-1, -1, tokens.size(2))), after
 
 
 def _mask_index(
-    state: TokenState,
-    survivors: Tensor,
-    dropped: Tensor,
-    candidates: Tensor,
-    scores: Tensor,
-    source: Tensor,
-    count: int,
-    rule: str,
+    state: TokenState, dropped: Tensor, candidates: Tensor, scores: Tensor, counts: Tensor, rule: str
 ) -> Tensor | None:
-    """The official code's mask order: sorted by score, while its tokens are not (docs/deviations.md)."""
-    if rule == "tokens":
-        return None
-    batch = scores.size(0)
-    device = scores.device
-    index = state.mask_index
-    if index is None:
-        index = torch.arange(count, device=device).expand(batch, count) if state.index is None else state.index
-    rank = scores.float().masked_fill(~candidates, float("inf"))
-    by_score = rank.masked_fill(~survivors & ~dropped, float("-inf")).argsort(1, descending=True, stable=True)
-    slots = torch.arange(source.size(1), device=device).clamp(max=count - 1)
-    return index.gather(1, by_score[:, slots])
+    """The authors' mask order: sorted by score, while the tokens are not (docs/deviations.md)."""
+    if rule == "tokens" or not bool(dropped.any()):
+        return state.mask_index
+    before = state.mask_index if state.mask_index is not None else state.index
+    kept = int(counts.max()) - int((~candidates[0]).sum())
+    positions = sorted_positions(scores, candidates, kept)
+    return positions if before is None else before.gather(1, positions)

@@ -25,7 +25,7 @@ class TokenState(NamedTuple):
         valid: ``[B, N]`` False where a slot is padding; None: all are valid.
         merged: ``[B, N]`` True where a slot holds a merged token.
         mask_index: ``[B, N]`` positions by which attention masks are gathered where they differ from ``index`` (the
-            official behaviour ``mask_order="score"``); else None.
+            official behaviour ``mask_order="sorted"``); else None.
         full_length: N0.
         length: N.
         batch: B.

@@ -3,7 +3,7 @@
 Start at :func:`capture`. The model is traced by ``torch.export`` (non-strict) with the batch and the length of integer
 inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes under the
 model's own parameter names and the module path of every node in ``meta["nn_module_stack"]``. Export's own guards and
-assertions are left behind: which calls a capture may serve is decided by :class:`Signature` instead.
+assertions are left behind: which calls a capture may serve is decided by :class:`madtp.calls.Signature` instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,34 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 
 log = logging.getLogger("madtp")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a model, brought into a normal form: everything that can be named is passed by name."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
-        """Leaves of ``(args, kwargs)`` in placeholder order, and their structure."""
-        return pytree.tree_flatten((self.args, self.kwargs))
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors among the leaves."""
-        return [leaf for leaf in self.flat()[0] if isinstance(leaf, Tensor)]
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a capture depends on: structure, constants, frozen sizes and the training flags of the modules."""
-
-    structure: str
-    leaves: tuple[Any, ...]
-    modes: tuple[bool, ...]
 
 
 @dataclass
@@ -62,69 +38,6 @@ class Capture:
     dynamic: tuple[tuple[int, ...], ...]
     example: Call
     placeholders: list[str] = field(default_factory=list)
-
-
-def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """Bind ``args`` and ``kwargs`` to the parameter names of ``model.forward``.
-
-    Raises :class:`ExampleInputsError` if they do not fit the signature.
-    """
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ExampleInputsError(
-            f"the inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}. "
-            "Pass a dict of keyword arguments, or a tuple of positional ones."
-        ) from error
-    named: dict[str, Any] = {}
-    positional: list[Any] = []
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            positional = [bound.arguments[p] for p in bound.arguments if p != name and p in list(named)]
-            named = {k: v for k, v in named.items() if k not in bound.arguments}
-            positional.extend(value)
-        elif kind is inspect.Parameter.POSITIONAL_ONLY:
-            positional.append(value)
-        else:
-            named[name] = value
-    return Call(tuple(positional), named)
-
-
-def batch_size(call: Call) -> int:
-    """Batch size of the example inputs; raises :class:`ExampleInputsError` unless all agree and it is at least 2."""
-    tensors = [t for t in call.tensors() if t.dim() > 0]
-    if not tensors:
-        raise ExampleInputsError("the example inputs hold no tensor; pass the tensors the model is called with.")
-    sizes = {t.shape[0] for t in tensors}
-    if len(sizes) > 1:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-        raise ExampleInputsError(
-            f"the example inputs disagree on the batch size (first dimensions {sorted(sizes)} of shapes {shapes}). "
-            "Give every tensor the same number of samples."
-        )
-    size = sizes.pop()
-    if size < 2:
-        raise ExampleInputsError(
-            "the example inputs hold one sample; give at least 2, so that the batch axis can be told from axes of size 1."
-        )
-    return size
-
-
-def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...] | None) -> Signature:
-    """The signature of ``call``; sizes in ``dynamic`` (dimensions by leaf) are free, all others count."""
-    leaves, spec = call.flat()
-    described: list[Any] = []
-    for position, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            described.append((type(leaf).__name__, repr(leaf)))
-            continue
-        free = dynamic[position] if dynamic is not None else ()
-        shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
-        described.append((str(leaf.dtype), shape))
-    return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()))
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,19 @@ from torch import Tensor, nn
 from madtp.demo.models import Contender
 from madtp.pictures.page import Measurement
 
-Batch = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from zoo.scenes import Batch
+
 TIMING_ROUNDS = 9
-_INPUTS = ("images", "input_ids", "attention_mask")
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
     """The model's arguments in a batch, which also holds the labels."""
-    return {name: batch[name] for name in _INPUTS}
+    return {
+        "images": batch["images"],
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+    }
 
 
 def measure(

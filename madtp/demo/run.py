@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from madtp.demo.measure import Batch, inputs_of, measure, steps
+from madtp.demo.measure import inputs_of, measure, steps
 from madtp.demo.models import Contender, load_contenders
 from madtp.demo.table import measurement_table
 from madtp.errors import DataError
 from madtp.pictures import Example, Measurement, Survival, draw_figure, write_page
+
+if TYPE_CHECKING:
+    from zoo.scenes import Batch, Item
 
 BATCH = 32
 EXAMPLES = 4
@@ -74,7 +77,7 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
     return DemoResult(tuple(measurements), picture, page)
 
 
-def choose_examples(items: Sequence[Mapping[str, Any]], most: int, seed: int) -> list[Mapping[str, Any]]:
+def choose_examples(items: Sequence[Item], most: int, seed: int) -> list[Item]:
     """At most `most` items, of as many kinds of statement as there are, chosen by `seed` and not by how they are answered."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     by_kind: dict[str, list[int]] = {}
@@ -86,7 +89,7 @@ def choose_examples(items: Sequence[Mapping[str, Any]], most: int, seed: int) ->
 
 
 @torch.inference_mode()
-def explain(contenders: Sequence[Contender], items: Sequence[Mapping[str, Any]], batch: Batch) -> list[Example]:
+def explain(contenders: Sequence[Contender], items: Sequence[Item], batch: Batch) -> list[Example]:
     """Answers of every contender to `items`, and the patches that the pruned ones keep; `batch` holds the same items."""
     answers: list[tuple[str, list[bool]]] = []
     kept: list[tuple[str, list[tuple[str, Tensor]]]] = []

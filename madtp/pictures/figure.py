@@ -116,7 +116,7 @@ def _draw_head(canvas: _Canvas, number: int, example: Example, top: float) -> No
 def _run_on(canvas: _Canvas, words: str, x: float, y: float, colour: str) -> float:
     """Write words in a line and return where they end, in inches."""
     drawn = canvas.text(words, x, y, 8.5, color=colour)
-    extent = drawn.get_window_extent(canvas.figure.canvas.get_renderer())
+    extent = drawn.get_window_extent()
     return x + extent.width / canvas.figure.dpi
 
 

@@ -1,7 +1,8 @@
 """Draws the graph of blocks and streams that the rewriter detects, by matplotlib or as Graphviz text.
 
-Any networkx DiGraph will do: a node's `label` is its text (default: its name), its `modality` its colour and, where
-present, its `stream` the column that it stands in.
+Any networkx DiGraph will do. Of a node, `label` is its text (default: its name and `kind`), `modality` its colour and
+`stream` the column that it stands in; nodes of kind "stream" feed the others. Of an edge, `role` is "residual" along a
+stream, "queries" or "keys" from a stream's node to an attention that reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from madtp.errors import DataError
 SUFFIXES = (".png", ".svg", ".pdf", ".dot")
 COLOURS = {"image": "#cfe3fb", "text": "#fde6c4", "joint": "#d9f0d9", "audio": "#ecdcf7"}
 OTHER = "#e9ebee"
-_COLUMN, _ROW = 2.6, 0.62  # inches between nodes
+STREAM = "stream"
+_COLUMN, _ROW = 3.3, 0.62  # inches between nodes
 
 
 def draw_graph(graph: nx.DiGraph, path: Path) -> Path:
@@ -43,8 +45,35 @@ def to_dot(graph: nx.DiGraph) -> str:
     lines = ["digraph madtp {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
     for node, name in names.items():
         lines.append(f'  {name} [label="{_quoted(_label(graph, node))}", fillcolor="{_colour(graph, node)}"];')
-    lines += [f"  {names[tail]} -> {names[head]};" for tail, head in graph.edges]
+    lines += [f"  {names[tail]} -> {names[head]};" for tail, head in drawn_edges(graph).edges]
     return "\n".join([*lines, "}", ""])
+
+
+def drawn_edges(graph: nx.DiGraph) -> nx.DiGraph:
+    """The nodes with the edges worth drawing.
+
+    Where a residual path leads to a node, its own stream need not. Keys from another stream come from that stream's
+    last node, which is what cross-attention to a finished encoder sees; where streams attend to each other, from its first.
+    """
+    drawn = nx.DiGraph()
+    drawn.add_nodes_from(graph)
+    roles = graph.edges(data="role")
+    drawn.add_edges_from((tail, head) for tail, head, role in roles if role in ("residual", None))
+    on_path = {head for _, head in drawn.edges}
+    crossing = []
+    for tail, head, role in roles:
+        if role in ("residual", None):
+            continue
+        if _lane(graph, tail) != _lane(graph, head):
+            crossing.append((tail, head))
+        elif head not in on_path:
+            drawn.add_edge(tail, head)
+    moved = drawn.copy()
+    moved.add_edges_from((_last(drawn, tail), head) for tail, head in crossing)
+    if nx.is_directed_acyclic_graph(moved):
+        return moved
+    drawn.add_edges_from(crossing)
+    return drawn
 
 
 def layered_positions(graph: nx.DiGraph) -> dict[Hashable, tuple[float, float]]:
@@ -52,7 +81,7 @@ def layered_positions(graph: nx.DiGraph) -> dict[Hashable, tuple[float, float]]:
 
     Nodes that would meet in a place stand side by side. A graph with cycles is laid out by its condensation.
     """
-    condensed = nx.condensation(graph)
+    condensed = nx.condensation(drawn_edges(graph))
     row = {
         node: depth
         for depth, generation in enumerate(nx.topological_generations(condensed))
@@ -86,8 +115,8 @@ def _plot(graph: nx.DiGraph, path: Path) -> None:
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.4, -0.6)
     axes.axis("off")
-    for tail, head in graph.edges:
-        arrow = {"arrowstyle": "-|>", "color": "#9aa1ad", "shrinkA": 9, "shrinkB": 11, "lw": 0.9}
+    for tail, head in drawn_edges(graph).edges:
+        arrow = {"arrowstyle": "-|>", "color": "#9aa1ad", "shrinkA": 9, "shrinkB": 13, "lw": 0.9}
         if positions[tail][0] == positions[head][0] and positions[head][1] - positions[tail][1] > 1:
             arrow["connectionstyle"] = "arc3,rad=0.25"  # around the nodes in between
         axes.annotate("", xy=positions[head], xytext=positions[tail], arrowprops=arrow)
@@ -97,17 +126,43 @@ def _plot(graph: nx.DiGraph, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _last(paths: nx.DiGraph, node: Hashable) -> Hashable:
+    """Where the path that starts at a node ends."""
+    seen = {node}
+    while following := [head for head in paths.successors(node) if head not in seen]:
+        node = following[0]
+        seen.add(node)
+    return node
+
+
 def _label(graph: nx.DiGraph, node: Hashable) -> str:
-    return str(graph.nodes[node].get("label", node))
+    data = graph.nodes[node]
+    if "label" in data:
+        return str(data["label"])
+    kind = data.get("kind")
+    if kind == STREAM:
+        return f"{node}: {data.get('modality', 'tokens')}, width {data.get('width', '?')}"
+    return f"{node}\n{kind}-attention" if kind else str(node)
 
 
 def _lane(graph: nx.DiGraph, node: Hashable) -> str:
+    """The stream of a node; a stream's own node stands in the lane of the self-attention that it feeds."""
     data = graph.nodes[node]
+    if data.get("kind") == STREAM:
+        fed = [graph.nodes[head] for head in graph.successors(node)]
+        own = [other.get("stream") for other in fed if other.get("kind") == "self"]
+        return str(own[0]) if own else str(node)
     return str(data.get("stream", data.get("modality", "")))
 
 
 def _colour(graph: nx.DiGraph, node: Hashable) -> str:
-    return COLOURS.get(str(graph.nodes[node].get("modality", "")), OTHER)
+    """By modality: the node's own, or that of its stream."""
+    modality = graph.nodes[node].get("modality")
+    if modality is None:
+        tails = graph.predecessors(node)
+        owners = (t for t in tails if graph.nodes[t].get("kind") == STREAM and _lane(graph, t) == _lane(graph, node))
+        modality = next((graph.nodes[tail].get("modality") for tail in owners), None)
+    return COLOURS.get(str(modality), OTHER)
 
 
 def _quoted(text: str) -> str:

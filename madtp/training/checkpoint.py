@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from madtp.errors import CheckpointError
 
@@ -28,27 +29,29 @@ _RANDOM = "random"
 
 
 def write_checkpoint(
-    folder: Path, step: int, module: nn.Module, optimiser: torch.optim.Optimizer, extra: Mapping[str, Any], keep: int
+    folder: Path, step: int, module: nn.Module, optimisers: Sequence[Optimizer], extra: Mapping[str, Any], keep: int
 ) -> Path:
     """Write the state after `step` steps below a folder, and remove all but the last `keep` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
     draft = folder / f".{target.name}.{os.getpid()}"
     draft.mkdir()
-    state = optimiser.state_dict()
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    scalars: dict[str, Any] = {}
-    for number, entry in state["state"].items():
-        for name, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimiser.{number}.{name}"] = value
-            else:
-                scalars[f"{number}.{name}"] = value
+    groups, scalars = [], {}
+    for which, optimiser in enumerate(optimisers):
+        state = optimiser.state_dict()
+        groups.append(state["param_groups"])
+        for number, entry in state["state"].items():
+            for name, value in entry.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimiser.{which}.{number}.{name}"] = value
+                else:
+                    scalars[f"{which}.{number}.{name}"] = value
     for name, value in _random_state().items():
         tensors[f"{_RANDOM}.{name}"] = value
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft / _TENSORS)
-    content = {"version": VERSION, "step": step, "groups": state["param_groups"], "scalars": scalars, "extra": dict(extra)}
+    content = {"version": VERSION, "step": step, "groups": groups, "scalars": scalars, "extra": dict(extra)}
     (draft / _STATE).write_text(json.dumps(content, indent=1))
     if target.exists():
         shutil.rmtree(target)
@@ -58,7 +61,7 @@ def write_checkpoint(
     return target
 
 
-def read_checkpoint(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimizer]) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint's state into module, optimiser and random generators; return its step and extra content.
 
     Raises:
@@ -77,13 +80,14 @@ def read_checkpoint(path: Path, module: nn.Module, optimiser: torch.optim.Optimi
     if odd:
         raise CheckpointError(f"{path} belongs to another model: {len(odd)} tensors differ, the first is {odd[0]!r}")
     module.load_state_dict(weights)
-    entries: dict[int, dict[str, Any]] = {}
-    for name, value in [*_below(tensors, "optimiser.").items(), *content["scalars"].items()]:
-        number, _, field = name.partition(".")
-        entries.setdefault(int(number), {})[field] = value
+    entries: list[dict[int, dict[str, Any]]] = [{} for _ in optimisers]
     try:
-        optimiser.load_state_dict({"state": entries, "param_groups": content["groups"]})
-    except ValueError as error:
+        for name, value in [*_below(tensors, "optimiser.").items(), *content["scalars"].items()]:
+            which, number, entry_name = name.split(".", 2)
+            entries[int(which)].setdefault(int(number), {})[entry_name] = value
+        for optimiser, state, groups in zip(optimisers, entries, content["groups"], strict=True):
+            optimiser.load_state_dict({"state": state, "param_groups": groups})
+    except (ValueError, IndexError) as error:
         raise CheckpointError(f"{path} has another optimiser state than this run ({error})") from error
     _set_random_state(_below(tensors, f"{_RANDOM}."))
     return content["step"], content["extra"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from madtp.errors import ConfigError
 
+OPTIMISERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -19,7 +20,9 @@ class TrainingConfig:
         steps: optimiser steps of the whole run.
         learning_rate: highest learning rate, reached after `warmup_steps`, then a cosine down to
             `final_learning_rate`.
-        weight_decay: AdamW's, on matrices only (biases, norms and embeddings of one dimension have none).
+        optimiser: "adamw" or "muon" (Muon for the weights of Linear layers, AdamW for the rest).
+        muon_factor: Muon's learning rate as a multiple of AdamW's.
+        weight_decay: on matrices only (biases, norms and embeddings of one dimension have none).
         betas: AdamW's.
         clip_norm: gradients are scaled down to this global norm; 0 leaves them alone.
         precision: "float32", or "bfloat16" for autocast (weights and optimiser stay in float32).
@@ -33,6 +36,8 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.0
     warmup_steps: int = 100
+    optimiser: str = "adamw"
+    muon_factor: float = 4.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
@@ -59,6 +64,8 @@ class TrainingConfig:
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"training.precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.optimiser not in OPTIMISERS:
+            raise ConfigError(f"training.optimiser is {self.optimiser!r}; choose one of {', '.join(OPTIMISERS)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas is {self.betas}; it takes two numbers in [0, 1)")
 

@@ -21,7 +21,7 @@ from madtp.errors import TrainingError
 from madtp.training.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from madtp.training.config import TrainingConfig
 from madtp.training.feed import prefetch
-from madtp.training.optim import learning_rate_at, make_optimiser, set_learning_rate
+from madtp.training.optim import learning_rate_at, make_optimisers, set_learning_rate
 from madtp.training.progress import Progress
 
 Batch = Mapping[str, Tensor]
@@ -98,14 +98,14 @@ def fit(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     module = learner.module.to(device)
-    optimiser = make_optimiser(module, config)
+    optimisers = make_optimisers(module, config)
     start = 0
     if found:
-        start, extra = read_checkpoint(found, module, optimiser)
+        start, extra = read_checkpoint(found, module, optimisers)
         learner.state.update(extra)
     stop = min(config.steps, stop_after or config.steps)
     board = progress or Progress()
-    loop = _Loop(learner, config, checkpoints, module, optimiser, board, device, found)
+    loop = _Loop(learner, config, checkpoints, module, optimisers, board, device, found)
     began = time.perf_counter()
     with board.running(start, config.steps, learner.samples_per_step, learner.sample_name):
         loop.run(start, stop)
@@ -119,7 +119,7 @@ class _Loop:
     config: TrainingConfig
     checkpoints: Path
     module: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimisers: list[torch.optim.Optimizer]
     board: Progress
     device: str
     saved: Path | None
@@ -142,14 +142,14 @@ class _Loop:
                 self._evaluate(done)
             if _due(done, config.checkpoint_every) or last:
                 self.saved = write_checkpoint(
-                    self.checkpoints, done, self.module, self.optimiser, self.learner.state, config.keep_checkpoints
+                    self.checkpoints, done, self.module, self.optimisers, self.learner.state, config.keep_checkpoints
                 )
 
     def _step(self, step: int, batch: Batch) -> dict[str, float | Tensor]:
         rate = learning_rate_at(step, self.config)
-        set_learning_rate(self.optimiser, rate)
-        self.optimiser.zero_grad(set_to_none=True)
-        with self._autocast():
+        set_learning_rate(self.optimisers, rate / self.config.learning_rate)
+        self.module.zero_grad(set_to_none=True)
+        with self._compute_context():
             loss, metrics = self.learner.loss(self.module, batch, step)
         if not torch.isfinite(loss):
             where = f"resume from {self.saved}" if self.saved else "there is no checkpoint yet; start again"
@@ -160,19 +160,20 @@ class _Loop:
         loss.backward()
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         return {"loss": loss.detach(), **metrics, "lr": rate}
 
     def _evaluate(self, done: int) -> None:
         assert self.learner.evaluate is not None
         # Evaluation must not disturb the training's random numbers, or resuming would not repeat them.
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), self._autocast():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), self._compute_context():
             self.module.eval()
             self.evaluation = self.learner.evaluate(self.module)
             self.module.train()
         self.board.show_evaluation(done, self.evaluation)
 
-    def _autocast(self) -> ContextManager[object]:
+    def _compute_context(self) -> ContextManager[object]:
         contexts = ExitStack()
         device = torch.device(self.device).type
         if self.config.precision == "bfloat16":

@@ -1,8 +1,9 @@
-"""The optimiser and its learning rate: :func:`make_optimiser`, :func:`learning_rate_at`."""
+"""The optimisers and their learning rate: :func:`make_optimisers`, :func:`learning_rate_at`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,9 +11,14 @@ from torch import nn
 from madtp.errors import TrainingError
 from madtp.training.config import TrainingConfig
 
+_LEAST_MUON_SIDE = 32
 
-def make_optimiser(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Return AdamW over the parameters that want a gradient; vectors and scalars are not decayed.
+
+def make_optimisers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Return the optimisers over the parameters that want a gradient.
+
+    "adamw" is one AdamW; vectors and scalars are not decayed. "muon" gives the weights of Linear layers (but the
+    narrowest, which are heads) to Muon, at `muon_factor` times the learning rate, and the rest to AdamW.
 
     Raises:
         TrainingError: no parameter wants a gradient.
@@ -20,13 +26,40 @@ def make_optimiser(module: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not wanted:
         raise TrainingError(f"no parameter of {type(module).__name__} wants a gradient; nothing can be trained")
+    made: list[torch.optim.Optimizer] = []
+    if config.optimiser == "muon" and (matrices := _matrices(module)):
+        made.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.learning_rate * config.muon_factor,
+                weight_decay=config.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+        taken = {id(matrix) for matrix in matrices}
+        wanted = [parameter for parameter in wanted if id(parameter) not in taken]
     groups = [
         {"params": [p for p in wanted if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        made.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True))
+    for optimiser in made:
+        for group in optimiser.param_groups:
+            group["peak_lr"] = group["lr"]
+    return made
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights for Muon, each once even where modules share them."""
+    found = {
+        id(layer.weight): layer.weight
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad and min(layer.weight.shape) >= _LEAST_MUON_SIDE
+    }
+    return list(found.values())
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -38,7 +71,8 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimiser.param_groups:
-        group["lr"] = rate
+def set_learning_rate(optimisers: Sequence[torch.optim.Optimizer], fraction: float) -> None:
+    """Set the learning rate of every group to a fraction of its highest."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak_lr"] * fraction

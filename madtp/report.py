@@ -1,0 +1,99 @@
+"""The report of a rewrite: what was found, where tokens are pruned, what is left alone and why.
+
+Start at :class:`RewriteReport`; ``str()`` of it is a table.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import networkx
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A pruning site. block_kind: norm placement and attention ("pre-norm self", "post-norm self"). tokens: in the example."""
+
+    name: str
+    modality: str
+    block_kind: str
+    layer: int
+    width: int
+    tokens: int
+    protected: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """An attention sublayer that was found. kind: "self" or "cross". stream, source: streams of queries and keys."""
+
+    path: str
+    kind: str
+    norm: str
+    stream: int
+    source: int | None
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """A residual stream. readouts: where its tokens are read, in words."""
+
+    index: int
+    modality: str
+    width: int
+    special: tuple[int, ...]
+    readouts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RefusalReport:
+    """A block that is left alone: module path, graph node, reason, and what would help."""
+
+    block: str
+    node: str
+    reason: str
+    help: str
+
+
+@dataclass
+class RewriteReport:
+    """What :func:`madtp.rewrite` found and did. network: streams and blocks as a networkx DiGraph."""
+
+    model: str
+    capture: str
+    sites: list[SiteReport]
+    refusals: list[RefusalReport]
+    blocks: list[BlockReport]
+    streams: list[StreamReport]
+    network: networkx.DiGraph | None = None
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        out = io.StringIO()
+        console = Console(file=out, width=140, no_color=True, highlight=False)
+        console.print(
+            f"{self.model}: {len(self.streams)} streams, {len(self.blocks)} attention sublayers, {len(self.sites)} sites, "
+            f"{len(self.refusals)} refusals ({self.capture} capture, {self.seconds:.1f} s)"
+        )
+        sites = Table(title="sites", title_justify="left")
+        for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):
+            sites.add_column(column)
+        for site in self.sites:
+            values = (site.name, site.modality, site.block_kind, site.layer, site.width, site.tokens)
+            sites.add_row(*map(str, values), ", ".join(map(str, site.protected)))
+        console.print(sites)
+        if self.refusals:
+            refusals = Table(title="refusals", title_justify="left")
+            for column in ("block", "node", "reason", "what would help"):
+                refusals.add_column(column, overflow="fold")
+            for refusal in self.refusals:
+                refusals.add_row(refusal.block, refusal.node, refusal.reason, refusal.help)
+            console.print(refusals)
+        return out.getvalue().rstrip()

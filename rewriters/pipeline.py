@@ -1,0 +1,148 @@
+"""The pipeline, read top to bottom: capture -> canonicalise -> detect -> plan -> insert -> lift -> compile.
+
+Start at :func:`build`. It makes one :class:`~madtp.program.Program` for one call signature; ``madtp/api.py`` calls it for the first
+one, the pruned model for further ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from madtp.calls import Call
+from madtp.config import PruningConfig
+from madtp.errors import NoSiteError
+from madtp.program import Program, compile_graph
+from rewriters.canonicalise import canonicalise
+from rewriters.capture import Capture, capture
+from rewriters.detect import Structure, detect
+from rewriters.insert import Insertion, InsertRefusal, insert
+from rewriters.lift import lift
+from rewriters.plan import Plan, Refusal, make_plan
+from rewriters.pricing import cost_table
+
+CONSTANTS = "madtp.constants"
+
+
+@dataclass
+class Rewritten:
+    """A program with the plan it follows and the structure that was found."""
+
+    program: Program
+    plan: Plan
+    structure: Structure
+
+
+def build(
+    model: nn.Module,
+    call: Call,
+    config: PruningConfig,
+    *,
+    serial: int = 0,
+    only: Collection[str] | None = None,
+    plan: Plan | None = None,
+) -> Rewritten:
+    """Rewrite ``model`` for calls like ``call``.
+
+    Args:
+        serial: number of the program, keeps the names of its constants apart.
+        only: names of the sites that exist already (a further signature adds none).
+        plan: an edited plan to follow instead of a new one.
+    Raises:
+        CaptureError, ExampleInputsError: from the capture.
+        NoSiteError: nothing could be pruned.
+    """
+    captured = capture(model, call)
+    canonicalise(captured.graph)
+    structure = detect(captured.graph)
+    if plan is None:
+        plan = make_plan(structure, config, call.flat()[0], _with_constants(model, captured))
+    if only is not None:
+        plan = plan.without([s.name for s in plan.sites if s.name not in only], ())
+    done, plan = _insert_what_works(captured.graph, plan)
+    if not plan.sites and only is None:
+        raise NoSiteError(_why_none(model, structure, plan))
+    table = cost_table(done, captured)
+    constants = _place_constants(done.graph, captured, serial)
+    lift(done.graph, model)
+    program = Program(
+        done.graph, compile_graph(done.graph, str(serial)), captured.out_spec, captured.dynamic, table, constants
+    )
+    return Rewritten(program, plan, structure)
+
+
+def price_dense(model: nn.Module, call: Call) -> float:
+    """Multiply-accumulates per sample of an unmodified model."""
+    captured = capture(model, call)
+    canonicalise(captured.graph)
+    done = Insertion(captured.graph, Plan((), (), 1, "interleaved"))
+    return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
+
+
+def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
+    """The model with the capture's own constants beside its parameters, for evaluating parts of the graph."""
+    from madtp.tree import share
+
+    root = share(model)
+    for name, value in captured.constants.items():
+        if "." not in name:
+            root.__dict__[name] = value
+    return root
+
+
+def _insert_what_works(graph: fx.Graph, plan: Plan) -> tuple[Insertion, Plan]:
+    """Insert; where a node refuses, give up the sites whose tokens reach it, and try again on a fresh copy."""
+    while True:
+        fresh = _copy(graph)
+        try:
+            return insert(fresh, plan), plan
+        except InsertRefusal as refusal:
+            lost = [s for s in plan.sites if s.name in refusal.sources]
+            if not lost:
+                raise
+            why = [
+                Refusal(
+                    s.name,
+                    refusal.node.name,
+                    refusal.reason,
+                    "a rule for this operation (CONTRIBUTING, 'add an op rule'), or a readout that follows the last block",
+                )
+                for s in lost
+            ]
+            plan = plan.without([s.name for s in lost], why)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy that keeps node names, so that a plan applies to it."""
+    fresh = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        new = fresh.node_copy(node, lambda n: env[n])
+        new.name = node.name
+        new.meta = copy.copy(node.meta)
+        env[node] = new
+    return fresh
+
+
+def _place_constants(graph: fx.Graph, captured: Capture, serial: int) -> dict[str, Tensor]:
+    placed: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in captured.constants:
+            name = f"p{serial}_{str(node.target).replace('.', '_')}"
+            placed[name] = captured.constants[node.target]
+            node.target = f"{CONSTANTS}.{name}"
+    return placed
+
+
+def _why_none(model: nn.Module, structure: Structure, plan: Plan) -> str:
+    head = f"no place to prune was found in {type(model).__name__}"
+    if not structure.sublayers and not structure.unplaced:
+        return (
+            f"{head}: its graph holds no attention. madtp rewrites models made of transformer blocks over image or text tokens; "
+            "pass such a model, or its transformer submodule."
+        )
+    reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
+    return f"{head}. Refused: " + " | ".join(sorted(reasons)[:8])
