@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +28,7 @@ from madtp.training.config import TrainingConfig
 from madtp.training.engine import Batch, Learner, TrainingResult
 from zoo.recipes.card import measure, write_release
 from zoo.scenes import draw_sample, encode, normalise
+from zoo.scenes.drawing import PATCH
 from zoo.scenes.objects import COLOURS, SHAPES, SIZES
 
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
@@ -73,13 +76,22 @@ class Pupil(nn.Module):
     def __init__(self, model: nn.Module, width: int) -> None:
         super().__init__()
         self.model = model
-        self.heads = nn.Linear(width, sum(PATCH_CLASSES))
+        self.heads = nn.Linear(width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
 
-    def patch_loss(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Vision tokens [2B, N, C] (class token first), labels [2B, 4, N - 1] -> loss, accuracy on objects' shapes."""
-        parts = self.heads(tokens[:, 1:]).float().split(PATCH_CLASSES, dim=-1)
+    def patch_loss(self, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Vision tokens [2B, N, C] (class token first) and annotated batch -> loss, accuracy on objects' shapes.
+
+        The outline of the object inside a patch and the way to the object's centre are asked for too: shape shows
+        only across patches, and is learned several times faster once tokens know where edges run.
+        """
+        *parts, outline, offset = self.heads(tokens[:, 1:]).float().split((*PATCH_CLASSES, PATCH * PATCH, 2), dim=-1)
+        labels, true_outline, true_offset = (
+            batch[name].transpose(0, 1).flatten(0, 1) for name in ("labels_of_patches", "outline", "offset")
+        )
         targets = labels.unbind(1)
         losses = [F.cross_entropy(part.flatten(0, 1), target.flatten()) for part, target in zip(parts, targets, strict=True)]
+        losses.append(F.binary_cross_entropy_with_logits(outline, true_outline.float()))
+        losses.append(F.smooth_l1_loss(offset, true_offset))
         on_object = targets[1] > 0
         right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
         return torch.stack(losses).sum(), right
@@ -103,12 +115,14 @@ class Pupil(nn.Module):
 
 
 def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -> Batch:
-    """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], patches [B, 2, 4, P], and, with statements,
+    """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], the annotation, and, with statements,
     input_ids and attention_mask [B, S, T] and labels [B, S]."""
     samples = [draw_sample(seed, split, start + number, statements) for number in range(pairs)]
     batch = {
         "images": normalise(torch.stack([sample.images for sample in samples])),
-        "patches": torch.stack([sample.patches for sample in samples]),
+        "labels_of_patches": _stack([sample.annotation.labels for sample in samples]),
+        "outline": _stack([sample.annotation.outline for sample in samples]),
+        "offset": _stack([sample.annotation.offset for sample in samples]),
     }
     if statements:
         ids, mask = encode([statement.text for sample in samples for statement in sample.statements])
@@ -116,6 +130,10 @@ def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -
         batch["attention_mask"] = mask.unflatten(0, (pairs, statements))
         batch["labels"] = torch.tensor([[int(statement.label) for statement in s.statements] for s in samples])
     return batch
+
+
+def _stack(arrays: list[npt.NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
 
 
 def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
@@ -132,7 +150,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         assert isinstance(module, Pupil)
         first, second = module.model.encode_images(batch["images"])
-        patch, shape_accuracy = module.patch_loss(torch.cat([first, second]), batch["patches"].transpose(0, 1).flatten(0, 1))
+        patch, shape_accuracy = module.patch_loss(torch.cat([first, second]), batch)
         if "labels" not in batch:
             return patch, {"patch": patch.detach(), "shape": shape_accuracy}
         logits = module.answer(batch["input_ids"], batch["attention_mask"], first, second).float()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from madtp.errors import DataError
-from zoo.scenes.drawing import draw_pictures
+from zoo.scenes.drawing import Annotation, draw_pictures
 from zoo.scenes.layout import draw_pair
 from zoo.scenes.objects import CANVAS, SPLITS, Pair, draws_for
 from zoo.scenes.phrases import Census
@@ -48,11 +48,11 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Sample:
-    """A pair, its pictures uint8 [2, 3, CANVAS, CANVAS], patch labels [2, 4, patches], and statements about it."""
+    """A pair, its pictures uint8 [2, 3, CANVAS, CANVAS], what its patches show, and statements."""
 
     pair: Pair
     images: Tensor
-    patches: Tensor
+    annotation: Annotation
     statements: tuple[Statement, ...]
 
 
@@ -63,10 +63,10 @@ def draw_sample(seed: int, split: str, index: int, statements: int = 1) -> Sampl
     """
     draws = draws_for(seed, split, index)
     pair = draw_pair(draws)
-    images, patches = draw_pictures(pair, draws)
+    images, annotation = draw_pictures(pair, draws)
     census = Census(pair)
     drawn = tuple(draw_statement(census, draws) for _ in range(statements))
-    return Sample(pair, torch.from_numpy(images), torch.from_numpy(patches), drawn)
+    return Sample(pair, torch.from_numpy(images), annotation, drawn)
 
 
 class SceneDataset(Dataset[Item]):

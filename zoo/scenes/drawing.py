@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,27 +20,44 @@ _RGB = np.array(
 _LEAST_COVERAGE = 10
 """Pixels of a patch that an object must cover for the patch to bear its label."""
 
-Labels = npt.NDArray[np.int64]
+GRID = CANVAS // PATCH
 
 
-def draw_pictures(pair: Pair, draws: Draws) -> tuple[npt.NDArray[np.uint8], Labels]:
-    """Draw both pictures.
+@dataclass(frozen=True)
+class Annotation:
+    """What each patch of both pictures shows, P patches in rows.
 
-    Returns:
-        The pictures [2, 3, CANVAS, CANVAS] and the patch labels [2, 4, patches]: colour, shape and size of the object
-        that covers most of the patch, each counted from 1 with 0 for background, and 1 where an object's centre lies.
+    Attributes:
+        labels: [2, 4, P] int64. Colour, shape and size of the object that covers most of the patch, each counted from 1
+            with 0 for background; last, 1 where an object's centre lies.
+        outline: [2, P, PATCH * PATCH] bool, the pixels of the patch that objects cover.
+        offset: [2, P, 2] float32, from the middle of the patch to the centre of its object (x, y) in patch sides; 0 on
+            background.
     """
+
+    labels: npt.NDArray[np.int64]
+    outline: npt.NDArray[np.bool_]
+    offset: npt.NDArray[np.float32]
+
+
+def draw_pictures(pair: Pair, draws: Draws) -> tuple[npt.NDArray[np.uint8], Annotation]:
+    """Draw both pictures, uint8 [2, 3, CANVAS, CANVAS], and note what their patches show."""
     canvas = np.empty((2, 3, CANVAS, CANVAS), dtype=np.float32)
-    labels = np.zeros((2, 4, (CANVAS // PATCH) ** 2), dtype=np.int64)
+    patches = GRID * GRID
+    annotation = Annotation(
+        np.zeros((2, 4, patches), dtype=np.int64),
+        np.zeros((2, patches, PATCH * PATCH), dtype=np.bool_),
+        np.zeros((2, patches, 2), dtype=np.float32),
+    )
     for side, things in enumerate(pair.pictures):
         _background(canvas[side], draws)
         cover = np.zeros((len(things) + 1, CANVAS, CANVAS), dtype=np.bool_)
         for number, thing in enumerate(things):
             _paint(canvas[side], cover[number + 1], thing, draws)
         _grain(canvas[side], draws)
-        _label(labels[side], cover, things)
+        _annotate(annotation, side, cover, things)
     np.clip(canvas, 0, 255, out=canvas)
-    return canvas.astype(np.uint8), labels
+    return canvas.astype(np.uint8), annotation
 
 
 def _background(canvas: Plane, draws: Draws) -> None:
@@ -72,12 +91,18 @@ def _grain(canvas: Plane, draws: Draws) -> None:
     canvas += field[:, y : y + CANVAS, x : x + CANVAS] * np.float32(draws.between(2, 9))
 
 
-def _label(labels: Labels, cover: npt.NDArray[np.bool_], things: tuple[Thing, ...]) -> None:
-    grid = CANVAS // PATCH
-    area = cover.reshape(-1, grid, PATCH, grid, PATCH).sum((2, 4)).reshape(-1, grid * grid)
+_MIDDLES = np.stack(np.meshgrid(np.arange(GRID), np.arange(GRID)), -1).reshape(-1, 2) * PATCH + (PATCH - 1) / 2
+
+
+def _annotate(annotation: Annotation, side: int, cover: npt.NDArray[np.bool_], things: tuple[Thing, ...]) -> None:
+    pixels = cover.reshape(-1, GRID, PATCH, GRID, PATCH).swapaxes(2, 3).reshape(len(cover), GRID * GRID, -1)
+    annotation.outline[side] = pixels.any(0)
+    area = pixels.sum(2)
     area[0] = _LEAST_COVERAGE - 1
     owner = area.argmax(0)
     table = np.array([(0, 0, 0)] + [(t.colour + 1, t.shape + 1, t.size + 1) for t in things], dtype=np.int64)
-    labels[:3] = table[owner].T
+    annotation.labels[side, :3] = table[owner].T
+    centres = np.array([(0, 0)] + [(t.x, t.y) for t in things], dtype=np.float32)
+    annotation.offset[side] = np.where(owner[:, None] > 0, (centres[owner] - _MIDDLES) / PATCH, 0)
     for thing in things:
-        labels[3, (thing.y // PATCH) * grid + thing.x // PATCH] = 1
+        annotation.labels[side, 3, (thing.y // PATCH) * GRID + thing.x // PATCH] = 1
