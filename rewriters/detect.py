@@ -81,16 +81,17 @@ class Structure:
         network = nx.DiGraph()
         for stream in self.streams:
             network.add_node(f"stream {stream.index}", kind="stream", modality=stream.modality, width=stream.width)
+        chains: dict[int, list[str]] = {stream.index: [] for stream in self.streams}
         for sublayer in self.sublayers:
             name = sublayer.path
             while name in network:
                 name += "'"
             network.add_node(name, kind=sublayer.kind, stream=sublayer.stream, norm=sublayer.norm)
+            chains[sublayer.stream].append(name)
             network.add_edge(f"stream {sublayer.stream}", name, role="queries")
             if sublayer.source is not None:
                 network.add_edge(f"stream {sublayer.source}", name, role="keys")
-        for stream in self.streams:
-            chain = [s.path for s in self.sublayers if s.stream == stream.index]
+        for chain in chains.values():
             nx.add_path(network, chain, role="residual")
         return network
 

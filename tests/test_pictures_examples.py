@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from madtp.errors import DataError
 from madtp.pictures import Example, Measurement, Survival, draw_figure, fade_dropped, write_page
-from madtp.pictures.graph import draw_graph, layered_positions, to_dot
+from madtp.pictures.graph import COLOURS, draw_graph, drawn_edges, layered_positions, to_dot
 from madtp.pictures.page import format_macs, format_tokens
 
 
@@ -126,3 +126,45 @@ def test_a_graph_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         draw_graph(_blocks(), tmp_path / "g.docx")
     with pytest.raises(DataError, match="no blocks"):
         draw_graph(nx.DiGraph(), tmp_path / "g.png")
+
+
+def _network(*, mutual: bool) -> nx.DiGraph:
+    """Streams and attentions as the rewriter's detection describes them."""
+    graph = nx.DiGraph()
+    for stream, modality in enumerate(("image", "text")):
+        graph.add_node(f"stream {stream}", kind="stream", modality=modality, width=8)
+    for stream, name in enumerate(("v", "t")):
+        for layer in range(2):
+            graph.add_node(f"{name}.{layer}", kind="self", stream=stream)
+            graph.add_edge(f"stream {stream}", f"{name}.{layer}", role="keys")
+    for name, stream, other in (("t.cross", 1, 0), ("v.cross", 0, 1))[: 2 if mutual else 1]:
+        graph.add_node(name, kind="cross", stream=stream)
+        graph.add_edge(f"stream {stream}", name, role="queries")
+        graph.add_edge(f"stream {other}", name, role="keys")
+    nx.add_path(graph, ["t.0", "t.1", "t.cross"], role="residual")
+    nx.add_path(graph, ["v.0", "v.1", *(["v.cross"] if mutual else [])], role="residual")
+    return graph
+
+
+def test_keys_from_a_finished_stream_come_from_its_end() -> None:
+    drawn = drawn_edges(_network(mutual=False))
+    assert set(drawn.predecessors("t.cross")) == {"t.1", "v.1"}
+    assert set(drawn.predecessors("v.1")) == {"v.0"}
+    assert set(drawn.predecessors("v.0")) == {"stream 0"}
+
+
+def test_streams_that_attend_to_each_other_are_drawn_without_a_cycle() -> None:
+    drawn = drawn_edges(_network(mutual=True))
+    assert nx.is_directed_acyclic_graph(drawn)
+    assert "stream 0" in drawn.predecessors("t.cross")
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_a_stream_stands_in_one_column_in_the_colour_of_its_modality(mutual: bool) -> None:
+    graph = _network(mutual=mutual)
+    columns = {node: column for node, (column, _) in layered_positions(graph).items()}
+    assert columns["stream 0"] == columns["v.0"] == columns["v.1"]
+    assert columns["stream 1"] == columns["t.0"] == columns["t.cross"] != columns["v.0"]
+    dot = to_dot(graph)
+    assert dot.count(COLOURS["image"]) == 3 + mutual
+    assert dot.count(COLOURS["text"]) == 4

@@ -7,6 +7,18 @@ from __future__ import annotations
 
 import zoo.blip  # noqa: F401  (registers its models)
 from zoo.checkpoint import load_checkpoint
+from zoo.examples import example_inputs, example_inputs_of, find_model
 from zoo.registry import ModelEntry, checkpoint_path, create, describe, list_models, register
 
-__all__ = ["list_models", "create", "load_checkpoint", "register", "describe", "checkpoint_path", "ModelEntry"]
+__all__ = [
+    "list_models",
+    "create",
+    "load_checkpoint",
+    "register",
+    "describe",
+    "checkpoint_path",
+    "ModelEntry",
+    "example_inputs",
+    "example_inputs_of",
+    "find_model",
+]

@@ -83,6 +83,12 @@ def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
     )
 
 
+def example_inputs_of(model: nn.Module) -> dict[str, Tensor] | None:
+    """:func:`example_inputs`, or None where the model is of a kind that the zoo does not know."""
+    library = type(model).__module__.partition(".")[0]
+    return example_inputs(model) if library in ("zoo", "timm", "transformers") else None
+
+
 def _zoo_inputs(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     from zoo.blip.nlvr import BlipNlvr
 

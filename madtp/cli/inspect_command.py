@@ -58,5 +58,5 @@ def inspect_command(
         )
         typer.echo(str(report))
     if graph is not None:
-        draw_graph(report.graph, graph)
+        draw_graph(report.network, graph)
         error_console.print(f"graph drawn to {graph}")

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,47 +35,51 @@ def measure(
 ) -> list[Measurement]:
     """Measure every contender on every batch, the first contender being the dense reference.
 
-    `advance` is called :func:`steps` times, for a progress bar. Time is measured on the first batch, models in turn so
-    that a disturbance hits all alike: the median of 9 rounds after one that is thrown away, in ms per sample.
+    `advance` is called :func:`steps` times, for a progress bar. Time is measured on one batch, models in turn so that
+    a disturbance hits all alike: the median of 9 rounds after one that is thrown away, in ms per sample.
     """
-    import madtp
-
-    quality = [_evaluate(contender, batches, advance) for contender in contenders]
-    macs = []
-    for contender in contenders:
-        macs.append(_mean([madtp.count_macs(contender.model, inputs_of(batch)) for batch in batches], batches))
-        advance()
-    times = _interleaved_times([c.model for c in contenders], batches[0], advance)
+    results = [_evaluate(contender, batches, advance) for contender in contenders]
+    dense_macs = _dense_macs(next(c.model for c in contenders if c.pruned), batches, advance)
+    times = _interleaved_times([c.model for c in contenders], batches[len(batches) // 2], advance)
     return [
         Measurement(
             model=contender.name,
-            accuracy=accuracy,
-            macs=cost,
-            reduction=1 - cost / macs[0],
-            image_tokens=tokens["image"],
-            text_tokens=tokens["text"],
+            accuracy=result.accuracy,
+            macs=dense_macs if result.macs is None else result.macs,
+            reduction=0.0 if result.macs is None else 1 - result.macs / dense_macs,
+            image_tokens=result.tokens["image"],
+            text_tokens=result.tokens["text"],
             milliseconds=milliseconds,
         )
-        for contender, (accuracy, tokens), cost, milliseconds in zip(contenders, quality, macs, times, strict=True)
+        for contender, result, milliseconds in zip(contenders, results, times, strict=True)
     ]
 
 
 def steps(contenders: int, batches: int) -> int:
     """How often :func:`measure` calls `advance`."""
-    return contenders * batches + contenders + TIMING_ROUNDS + 1
+    return (contenders + 1) * batches + TIMING_ROUNDS + 1
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Accuracy in [0, 1]; MACs per sample (None: as many as the dense model); mean tokens after each layer by modality."""
+
+    accuracy: float
+    macs: float | None
+    tokens: dict[str, tuple[float, ...]]
 
 
 @torch.inference_mode()
-def _evaluate(
-    contender: Contender, batches: Sequence[Batch], advance: Callable[[], None]
-) -> tuple[float, dict[str, tuple[float, ...]]]:
-    """Accuracy in [0, 1], and for each modality the mean tokens of a sample after each layer."""
+def _evaluate(contender: Contender, batches: Sequence[Batch], advance: Callable[[], None]) -> _Result:
+    model: Any = contender.model
     right = total = 0
+    macs = 0.0
     counts: dict[str, dict[str, list[Tensor]]] = {"image": defaultdict(list), "text": defaultdict(list)}
     for batch in batches:
-        answers = contender.model(**inputs_of(batch)).argmax(-1)
+        answers = model(**inputs_of(batch)).argmax(-1)
         right += int((answers == batch["labels"]).sum())
         total += len(answers)
+        macs += model.macs() * len(answers) if contender.pruned else 0.0
         for modality, site, kept in _tokens(contender, batch):
             counts[modality][site].append(kept)
         advance()
@@ -82,7 +87,21 @@ def _evaluate(
         modality: tuple(float(torch.cat(kept).float().mean()) for kept in sites.values())
         for modality, sites in counts.items()
     }
-    return right / total, means
+    return _Result(right / total, macs / total if contender.pruned else None, means)
+
+
+@torch.inference_mode()
+def _dense_macs(pruned: Any, batches: Sequence[Batch], advance: Callable[[], None]) -> float:
+    """Mean MACs of a sample in the dense model, by the cost table of a pruned one, as that needs no further capture."""
+    macs = 0.0
+    total = 0
+    for batch in batches:
+        with pruned.dense():
+            pruned(**inputs_of(batch))
+            macs += pruned.macs() * len(batch["labels"])
+        total += len(batch["labels"])
+        advance()
+    return macs / total
 
 
 def _tokens(contender: Contender, batch: Batch) -> list[tuple[str, str, Tensor]]:
@@ -113,9 +132,3 @@ def _interleaved_times(models: Sequence[nn.Module], batch: Batch, advance: Calla
                 taken.append(time.perf_counter() - start)
         advance()
     return [1000 * statistics.median(taken) / samples for taken in seconds]
-
-
-def _mean(values: Sequence[float], batches: Sequence[Batch]) -> float:
-    """Mean over samples of a value that is known per batch."""
-    sizes = [len(batch["labels"]) for batch in batches]
-    return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)

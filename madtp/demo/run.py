@@ -60,6 +60,8 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
         for index in range(samples):
             items.append(dataset[index])
             progress.advance(drawing)
+        # Statements of like length share a batch, so that the dense model is not charged for padding.
+        items.sort(key=lambda item: len(item["statement"].split()))
         batches = [collate(items[start : start + BATCH]) for start in range(0, samples, BATCH)]
         progress.remove_task(drawing)
         measuring = progress.add_task("measuring", total=steps(len(contenders), len(batches)))
