@@ -169,6 +169,9 @@ class PruningSite(nn.Module):
             gate = straight_through_gate(scores, limit, control.gain, kept)
             tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
         survivors = kept | (protected if config.padding == "scored" else protected & valid)
+        if bool(survivors.all()):
+            control.states[self.spec.name] = before
+            return tokens, before
         pruned, after = _assemble(tokens, before, survivors, candidates, valid, scores, self)
         control.states[self.spec.name] = after
         return pruned, after
