@@ -61,9 +61,8 @@ def rewrite(
 
     report = _report(model, first)
     pruned = PrunedModel(
-        host, specs, keys, config, report, first.plan.alignment_width, first.plan.image_order, again
+        host, specs, keys, config, report, first.plan.alignment_width, first.plan.images, first.plan.image_order, again
     )
-    first.program.cost.bind("alignment_tokens", config.alignment_tokens if config.alignment else 0)
     pruned.adopt(first.program, call)
     verify(Case(model, first.program, host, pruned._control, call))
     report.seconds = time.perf_counter() - started

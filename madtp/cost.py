@@ -36,12 +36,13 @@ class CostTerm:
 
 @dataclass(frozen=True)
 class Part:
-    """How the counts of a derived state follow from another: entries [first, last) as fractions, minus ``less`` tokens."""
+    """How the counts of a derived state follow from another: entries [first, last) as fractions, minus ``less`` tokens, each ``times`` times."""
 
     parent: Source
     first: float
     last: float
     less: int = 0
+    times: int = 1
 
 
 @dataclass
@@ -98,7 +99,7 @@ class CostTable:
             part = self.parts[source]
             parent = self._tokens(part.parent, counts, bound, known)
             first, last = round(part.first * len(parent)), round(part.last * len(parent))
-            result = parent[first:last] - part.less
+            result = (parent[first:last] - part.less).repeat_interleave(part.times)
         elif isinstance(source, str) and source in counts:
             result = counts[source].double().cpu()
         else:

@@ -73,6 +73,7 @@ class PrunedModel(nn.Module):
         config: PruningConfig,
         report: RewriteReport,
         alignment_width: int,
+        images: int,
         image_order: str,
         builder: Builder,
     ) -> None:
@@ -85,6 +86,7 @@ class PrunedModel(nn.Module):
         example = next(host.parameters(), None)
         if example is not None:
             additions.to(device=example.device, dtype=example.dtype if example.dtype.is_floating_point else None)
+        additions.train(host.training)
         host._modules[PREFIX] = additions
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             object.__setattr__(self, name, host.__dict__[name])
@@ -99,7 +101,7 @@ class PrunedModel(nn.Module):
             object.__setattr__(self, name, value)
         self.report = report
         self.config = config
-        self._image_order = image_order
+        self._images, self._image_order = images, image_order
         self.training = host.training
 
     @property
@@ -183,8 +185,10 @@ class PrunedModel(nn.Module):
                 "forward with gradients enabled and temperature above 0 on a model with sites in both towers."
             )
         image, text = sums["image"], sums["text"]
-        if image.shape[0] != text.shape[0] and image.shape[0] % text.shape[0] == 0:
-            image = mean_over_images(image, image.shape[0] // text.shape[0], self._image_order)  # type: ignore[arg-type]
+        images = self._images if self._images > 1 else max(1, image.shape[0] // text.shape[0])
+        image = mean_over_images(image, images, self._image_order)  # type: ignore[arg-type]
+        if text.shape[0] % image.shape[0] == 0:
+            image = image.repeat_interleave(text.shape[0] // image.shape[0], 0)
         return alignment_loss(image, text)
 
     def macs(self) -> float:
@@ -237,6 +241,7 @@ class PrunedModel(nn.Module):
     def adopt(self, program: Program, call: Call) -> None:
         """Take a program into the cache as the one for calls like ``call``."""
         object.__setattr__(self, "_serial", self._serial + 1)
+        program.cost.bind("alignment_tokens", self.config.alignment_tokens if self.config.alignment else 0)
         for name, value in program.constants.items():
             self._host._modules[PREFIX].constants.register_buffer(name, value, persistent=False)
         entry = _Entry(program, signature(self._host, call, program.dynamic))

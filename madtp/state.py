@@ -188,6 +188,23 @@ def batch_split(state: TokenState, sizes: int | Sequence[int], part: int) -> Tok
     return _rows(state, sum(sizes[:part]), sum(sizes[: part + 1]))
 
 
+def batch_repeat(state: TokenState, times: int) -> TokenState:
+    """The state of ``values.repeat_interleave(times)`` along the batch."""
+
+    def again(field: Tensor | None) -> Tensor | None:
+        return None if field is None else field.repeat_interleave(times, 0)
+
+    return TokenState(
+        again(state.index),
+        again(state.valid),
+        again(state.merged),
+        again(state.mask_index),
+        state.full_length,
+        state.length,
+        state.batch * times,
+    )
+
+
 def restore(
     values: Tensor, state: TokenState, dim: int, batch_dim: int, earlier: Sequence[tuple[Tensor, TokenState | None]]
 ) -> Tensor:

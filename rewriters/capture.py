@@ -61,7 +61,7 @@ def _dynamic_choices(leaves: list[Any]) -> list[tuple[tuple[int, ...], ...]]:
     """Which dimensions to try as dynamic, most general first."""
     batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
     length = tuple(
-        (0, 1) if isinstance(x, Tensor) and x.dim() == 2 and not x.dtype.is_floating_point and x.shape[1] > 1 else dims
+        (0, x.dim() - 1) if isinstance(x, Tensor) and x.dim() > 1 and not x.dtype.is_floating_point and x.shape[-1] > 1 else dims
         for x, dims in zip(leaves, batch, strict=True)
     )
     none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)

@@ -107,6 +107,8 @@ class Insertion:
         if name == "slice":
             start, end = (node.args[i] if len(node.args) > i else None for i in (2, 3))
             return self.graph.call_function(runtime.batch_slice, (base, start, end))
+        if name == "repeat_interleave":
+            return self.graph.call_function(runtime.batch_repeat, (base, node.args[1]))
         return self.graph.call_function(runtime.batch_split, (base, node.args[1], part))
 
 

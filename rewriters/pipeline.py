@@ -78,7 +78,7 @@ def price_dense(model: nn.Module, call: Call) -> float:
     """Multiply-accumulates per sample of an unmodified model."""
     captured = capture(model, call)
     canonicalise(captured.graph)
-    done = Insertion(captured.graph, Plan((), (), 1, "interleaved"))
+    done = Insertion(captured.graph, Plan((), (), 1, 1, "interleaved"))
     return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
 
 

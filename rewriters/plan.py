@@ -65,13 +65,14 @@ class Refusal:
 class Plan:
     """All sites of a graph, the width of the alignment tokens, and what is refused.
 
-    ``image_order`` says how several images of one sample are stacked in the vision tower's batch: "blocked" (all first images, then
-    all second ones) or "interleaved".
+    ``images`` of one sample go through the vision tower; ``image_order`` says how they are stacked in its batch: "blocked" (all first
+    images, then all second ones) or "interleaved".
     """
 
     sites: tuple[SitePlan, ...]
     refusals: tuple[Refusal, ...]
     alignment_width: int
+    images: int
     image_order: str
     version: int = PLAN_VERSION
 
@@ -87,7 +88,7 @@ class Plan:
         try:
             sites = tuple(SitePlan(**{**s, "protected": tuple(s["protected"]), "readouts": tuple(s["readouts"])}) for s in values["sites"])
             refusals = tuple(Refusal(**r) for r in values["refusals"])
-            return cls(sites, refusals, values["alignment_width"], values["image_order"])
+            return cls(sites, refusals, values["alignment_width"], values["images"], values["image_order"])
         except (KeyError, TypeError) as error:
             raise PlanError(f"the plan is malformed: {error}. Compare it with Plan.to_dict() of a fresh rewrite.") from error
 
@@ -125,8 +126,8 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
             causal = hides_later_keys(structure.graph, sublayer.attention, inputs, module)
             sites.append(_site(stream, sublayer, layer, protected, readouts, causal, names))
     width = config.alignment_width or max((s.width for s in sites), default=1)
-    order = "blocked" if any(s.parts > 1 for s in structure.streams) else "interleaved"
-    return Plan(tuple(sites), tuple(refusals), width, order)
+    images = max((s.parts for s in structure.streams if s.modality == "image"), default=1)
+    return Plan(tuple(sites), tuple(refusals), width, images, "blocked" if images > 1 else "interleaved")
 
 
 def _site(

@@ -75,6 +75,9 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
     for source, (node, part) in done.derived.items():
         dim = _batch_dim(node, done)
         total = _example(node.args[0].meta["val"].shape[dim])  # type: ignore[union-attr]
+        if op_name(node) == "repeat_interleave":
+            table.parts[source] = Part(source[0], 0.0, 1.0, times=node.args[1])  # type: ignore[arg-type]
+            continue
         if op_name(node) == "slice":
             start = node.args[2] if len(node.args) > 2 else 0
             first = start if isinstance(start, int) else _example(start.meta["val"])  # type: ignore[union-attr]

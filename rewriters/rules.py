@@ -332,6 +332,21 @@ def repeat(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=tuple(plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape)))
 
 
+def repeat_interleave(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Each entry of a dimension a fixed number of times in a row; along the batch the token state is repeated too."""
+    own = labels_of(node.args[0], labels)
+    times, dim = node.args[1], _argument(node, 2, "dim", None)
+    if not isinstance(times, int) or dim is None:
+        raise AxisError("repeat_interleave by a tensor or over all elements")
+    dim = normal_dim(dim, len(own))
+    shape = example_shape(node)
+    if is_plain(own[dim]):
+        return Outcome(labels=(*own[:dim], plain(shape[dim]), *own[dim + 1 :]))
+    if has_tokens(own[dim]):
+        raise AxisError("repeat_interleave along tokens")
+    return _batch_part(node, own, dim, shape)
+
+
 def cat(node: fx.Node, labels: LabelMap) -> Outcome:
     """Concatenation along a dimension that runs along no axis; the other dimensions must agree."""
     operands = list(node.args[0])  # type: ignore[arg-type]
@@ -555,6 +570,7 @@ RULES: dict[str, Rule] = {
     "expand": expand,
     "expand_as": expand,
     "repeat": repeat,
+    "repeat_interleave": repeat_interleave,
     "cat": cat,
     "concat": cat,
     "stack": stack,
