@@ -3,7 +3,8 @@
 From true-or-false labels alone a small model learns nothing in reasonable time. So the vision tokens also predict, by
 linear heads that are thrown away afterwards, colour, shape and size of the object that their patch shows and whether its
 centre lies there; for the first `patch_steps` steps that is the whole loss. Afterwards every pair is seen once and
-asked about many times: vision is the expensive half.
+asked about many times, vision being the expensive half; and the text's class token also predicts how often each picture
+shows what the statement speaks of.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -34,6 +35,8 @@ from zoo.scenes.objects import COLOURS, SHAPES, SIZES
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
 """Classes of the patch labels, in the order of :func:`zoo.scenes.drawing.draw_pictures`."""
 
+COUNT_CLASSES = 6
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -44,8 +47,8 @@ class Settings:
         pairs_per_step: picture pairs in a batch.
         statements_per_pair: statements asked about each.
         patch_steps: steps at the start in which only patch labels are learned.
-        patch_weight: weight of the patch loss afterwards; falls by a cosine to `patch_weight_end`.
-        patch_weight_end: see above.
+        patch_weight, count_weight: weights of the auxiliary losses afterwards.
+        fade_to: what both weights fall to by the end, by a cosine, as a fraction.
         data_seed: edition of the training data.
         evaluation_pairs: held-out pairs (with 8 statements each) of each evaluation during training.
         test_items: held-out test items that the model card reports on.
@@ -56,7 +59,8 @@ class Settings:
     statements_per_pair: int = 16
     patch_steps: int = 500
     patch_weight: float = 1.0
-    patch_weight_end: float = 0.1
+    count_weight: float = 1.0
+    fade_to: float = 0.1
     data_seed: int = 0
     evaluation_pairs: int = 128
     test_items: int = 8192
@@ -77,6 +81,7 @@ class Pupil(nn.Module):
         super().__init__()
         self.model = model
         self.heads = nn.Linear(width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
+        self.counter = nn.Linear(model.config.text.width, 2 * COUNT_CLASSES)
 
     def patch_loss(self, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Vision tokens [2B, N, C] (class token first) and annotated batch -> loss, accuracy on objects' shapes.
@@ -96,10 +101,16 @@ class Pupil(nn.Module):
         right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
         return torch.stack(losses).sum(), right
 
-    def answer(self, ids: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Statements [B, S, T], mask [B, S, T], encoded images [B, N, C] -> logits [B * S, 2].
+    def count_loss(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Class tokens of statements [M, C], counts [M, 2] -> loss of reading off how often either picture shows what
+        the statement's first phrase names."""
+        logits = self.counter(tokens).float().unflatten(-1, (2, COUNT_CLASSES))
+        return F.cross_entropy(logits.flatten(0, 1), counts.flatten().clamp_max(COUNT_CLASSES - 1))
 
-        Equal to `model.classify` on images repeated S times, without computing their keys and values S times: for
+    def read(self, ids: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Statements [B, S, T], mask [B, S, T], encoded images [B, N, C] -> class tokens [B * S, C].
+
+        Equal to what `model.classify` reads, on images repeated S times, without computing their keys and values S times: for
         cross-attention the statements of a pair are simply more queries.
         """
         encoder = self.model.text_encoder
@@ -111,7 +122,7 @@ class Pupil(nn.Module):
             x = layer.crossattention(x.reshape(pairs, statements * length, -1), first, second)
             x = x.reshape(pairs * statements, length, -1)
             x = layer.output(layer.intermediate(x), x)
-        return self.model.cls_head(x[:, 0])
+        return x[:, 0]
 
 
 def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -> Batch:
@@ -128,6 +139,7 @@ def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -
         ids, mask = encode([statement.text for sample in samples for statement in sample.statements])
         batch["input_ids"] = ids.unflatten(0, (pairs, statements))
         batch["attention_mask"] = mask.unflatten(0, (pairs, statements))
+        batch["counts"] = torch.tensor([[statement.counts for statement in s.statements] for s in samples])
         batch["labels"] = torch.tensor([[int(statement.label) for statement in s.statements] for s in samples])
     return batch
 
@@ -153,12 +165,15 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         patch, shape_accuracy = module.patch_loss(torch.cat([first, second]), batch)
         if "labels" not in batch:
             return patch, {"patch": patch.detach(), "shape": shape_accuracy}
-        logits = module.answer(batch["input_ids"], batch["attention_mask"], first, second).float()
+        tokens = module.read(batch["input_ids"], batch["attention_mask"], first, second)
+        logits = module.model.cls_head(tokens).float()
         labels = batch["labels"].flatten()
         task = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(-1) == labels).float().mean()
-        total = task + _patch_weight(step, chosen, training.steps) * patch
-        return total, {"task": task.detach(), "accuracy": accuracy, "patch": patch.detach(), "shape": shape_accuracy}
+        count = module.count_loss(tokens, batch["counts"].flatten(0, 1))
+        fade = _fade(step, chosen, training.steps)
+        total = task + chosen.patch_weight * fade * patch + chosen.count_weight * fade * count
+        return total, {"task": task.detach(), "accuracy": accuracy, "count": count.detach(), "patch": patch.detach(), "shape": shape_accuracy}
 
     held_out: list[Batch] = []
     kinds: list[str] = []
@@ -176,7 +191,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         right = []
         for group in held_out:
             first, second = module.model.encode_images(group["images"])
-            logits = module.answer(group["input_ids"], group["attention_mask"], first, second)
+            logits = module.model.cls_head(module.read(group["input_ids"], group["attention_mask"], first, second))
             right += (logits.argmax(-1) == group["labels"].flatten()).tolist()
         by_kind = {
             kind: sum(r for r, k in zip(right, kinds, strict=True) if k == kind) / kinds.count(kind)
@@ -212,7 +227,7 @@ def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     )
 
 
-def _patch_weight(step: int, settings: Settings, steps: int) -> float:
+def _fade(step: int, settings: Settings, steps: int) -> float:
+    """Return by what factor the auxiliary losses count, from 1 by a cosine to `fade_to`."""
     part = (step - settings.patch_steps) / max(1, steps - settings.patch_steps)
-    span = settings.patch_weight - settings.patch_weight_end
-    return settings.patch_weight_end + span * 0.5 * (1 + math.cos(math.pi * part))
+    return settings.fade_to + (1 - settings.fade_to) * 0.5 * (1 + math.cos(math.pi * part))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from zoo.scenes.objects import Draws
 from zoo.scenes.phrases import COLOUR, COLOUR_SHAPE, SHAPE, SIZED, Census, Form, Phrase, phrases_of
-from zoo.scenes.spatial import spatial
+from zoo.scenes.spatial import RELATIONS, relations
 
 SIDES = ("left", "right")
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -25,19 +25,30 @@ NUMBERS = ("no", "one", "two", "three", "four")
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """An English statement, whether it is true, and its kind."""
+    """An English statement, whether it is true, its kind, and how many things of the left and of the right picture
+    its first noun phrase names."""
 
     text: str
     label: bool
     kind: str
+    counts: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """A text that fills a frame, the (first) phrase put in, and how much it is preferred."""
+
+    text: str
+    phrase: Phrase
+    weight: float
 
 
 @dataclass(slots=True)
 class Fillings:
-    """The fillings of one frame: texts with weights, apart by truth."""
+    """The fillings of one frame, apart by truth."""
 
-    true: list[tuple[str, float]]
-    false: list[tuple[str, float]]
+    true: list[Filling]
+    false: list[Filling]
 
 
 Template = Callable[[Census, Draws], Fillings]
@@ -59,7 +70,7 @@ def _sort(
     for phrase in phrases:
         truth, weight = holds(phrase)
         if weight:
-            (fillings.true if truth else fillings.false).append((say(phrase), weight))
+            (fillings.true if truth else fillings.false).append(Filling(say(phrase), phrase, weight))
     return fillings
 
 
@@ -159,11 +170,23 @@ def _absent_in_both(census: Census, draws: Draws) -> Fillings:
     return _by_images(census, draws, "no image contains a {}", (True, False, False))
 
 
+def _spatial(census: Census, draws: Draws) -> Fillings:
+    side, number = draws.below(2), draws.below(len(RELATIONS))
+    # Whether the two share colour or shape is part of the frame: it says which fillings are exchangeable.
+    sharing = draws.weighted(("nothing", "colour", "shape"), (3, 1, 1))
+    fillings = Fillings([], [])
+    for relation in relations(census.pair.pictures[side], number, sharing):
+        one, other = relation.one.words(), relation.other.words()
+        text = f"a {one} is {RELATIONS[number]} a {other} in the {SIDES[side]} image"
+        (fillings.true if relation.holds else fillings.false).append(Filling(text, relation.one, 1.0))
+    return fillings
+
+
 KINDS: dict[str, tuple[Template, ...]] = {
     "existence": (_exists, _exists, _exists_in_some),
     "counting": (_number,),
     "comparison": (_compare, _compare, _same_number),
-    "spatial": (spatial,),
+    "spatial": (_spatial,),
     "negation": (_absent, _absent_in_both),
 }
 """The templates of each kind; one listed twice is drawn twice as often."""
@@ -183,6 +206,6 @@ def draw_statement(census: Census, draws: Draws, kind: str | None = None) -> Sta
         if fillings.true and fillings.false:
             label = draws.flip()
             options = fillings.true if label else fillings.false
-            text = draws.weighted([text for text, _ in options], [weight for _, weight in options])
-            return Statement(text, label, name)
+            filling = draws.weighted(options, [option.weight for option in options])
+            return Statement(filling.text, label, name, census.both(filling.phrase))
     raise AssertionError("a picture with objects always allows a balanced statement of existence")
