@@ -1,0 +1,244 @@
+"""Compression of a trained BLIP-NLVR model on scenes: `madtp compress --reduction 0.8`.
+
+The dense model is rewritten and fine-tuned with pruning active: task loss plus the weighted alignment loss (the paper, section on training).
+The gain is steered step by step towards the asked reduction, which grows from `start_reduction` over the first
+`ramp` of the run; at the end it is calibrated on held-out pairs. The same recipe trains the controls: `pruning` holds
+fields of `madtp.PruningConfig`, such as `selection = "random"`.
+
+:func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import madtp
+import zoo
+from madtp.calibration import GainController, calibrate
+from madtp.config import PruningConfig
+from madtp.errors import ConfigError
+from madtp.pruned import PrunedModel
+from madtp.training.config import TrainingConfig
+from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
+from zoo.recipes.card import accuracy_by_kind
+from zoo.recipes.many import ManyStatements
+from zoo.recipes.nlvr_scenes import make_batch
+from zoo.scenes import SceneDataset, collate
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the recipe can be told.
+
+    Attributes:
+        reduction: fraction of the dense MACs per statement to save.
+        model, checkpoint: zoo name and weights to start from (a path or a shipped name).
+        pairs_per_step, statements_per_pair: batch; each pair is encoded once.
+        start_reduction, ramp: the target grows from here to `reduction` over this fraction of the steps.
+        rate: of the gain controller.
+        alignment_weight: of the alignment loss.
+        distillation: weight of the divergence from the dense model's answers; 0 leaves the dense model out.
+        pruning: fields of `PruningConfig`.
+        data_seed: edition of the data; training takes pairs from `first_pair` on.
+        calibration_pairs, test_items: held-out pairs for calibration and test.
+    """
+
+    reduction: float = 0.8
+    model: str = "blip_nlvr_mini"
+    checkpoint: str | None = "dense"
+    pairs_per_step: int = 32
+    statements_per_pair: int = 8
+    start_reduction: float = 0.3
+    ramp: float = 0.4
+    rate: float = 0.03
+    alignment_weight: float = 0.1
+    distillation: float = 1.0
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    data_seed: int = 0
+    first_pair: int = 1_000_000
+    calibration_pairs: int = 512
+    test_items: int = 8192
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from plain values; raises ConfigError for a name that is no setting."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"the recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        settings = cls(**values)
+        if not 0 < settings.reduction < 1:
+            raise ConfigError(f"settings.reduction is {settings.reduction}; it takes a fraction between 0 and 1")
+        return settings
+
+
+@dataclass
+class Compression:
+    """What a run holds beside the learner: the pruned many-statement model, the dense teacher, the controller."""
+
+    settings: Settings
+    pruned: PrunedModel
+    teacher: ManyStatements | None
+    controller: GainController
+    model: nn.Module
+    macs: tuple[float, float] = (0.0, 0.0)
+
+
+def statement_macs(pruned: PrunedModel, statements: int) -> tuple[float, float]:
+    """MACs of the last forward as one statement about one pair costs them: pruned, dense."""
+    program, leaves = pruned._last
+    table = program.cost
+    found = []
+    counts = {n: s.counts for n, s in pruned._control.states.items() if s.counts is not None}
+    for kept, active in ((counts, True), ({}, False)):
+        by_path = table.price(leaves, kept, active)
+        vision = sum(n for path, n in by_path.items() if "visual_encoder" in path)
+        found.append(vision + (sum(by_path.values()) - vision) / statements)
+    return found[0], found[1]
+
+
+def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
+    """Return the learner that :func:`madtp.training.engine.fit` trains."""
+    chosen = Settings.from_dict(settings)
+    torch.manual_seed(training.seed)
+    model = zoo.create(chosen.model, chosen.checkpoint)
+    teacher = None
+    if chosen.distillation:
+        teacher = ManyStatements(zoo.create(chosen.model, chosen.checkpoint)).eval().requires_grad_(False)
+    example = make_batch("val", chosen.data_seed, 0, 2, 2)
+    config = PruningConfig.from_dict({"seed": training.seed, **chosen.pruning})
+    pruned = madtp.rewrite(
+        ManyStatements(model), (example["images"], example["input_ids"], example["attention_mask"]), config=config
+    )
+    controller = GainController(chosen.start_reduction, gain=config.gain, rate=chosen.rate)
+    run = Compression(chosen, pruned, teacher, controller, model)
+    state = {"settings": asdict(chosen), "training": training.to_dict(), "controller": controller.state_dict()}
+
+    def batch(step: int) -> Batch:
+        start = chosen.first_pair + step * chosen.pairs_per_step
+        return make_batch("train", chosen.data_seed, start, chosen.pairs_per_step, chosen.statements_per_pair)
+
+    def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        controller.load_state_dict(state["controller"])
+        controller.target = _target(step, chosen, training.steps)
+        pruned.gain = controller.gain
+        return _loss(run, batch)
+
+    def on_step(done: int, module: nn.Module, metrics: Metrics) -> None:
+        controller.step(1 - run.macs[0] / run.macs[1])
+        state["controller"] = controller.state_dict()
+
+    held_out: list[Batch] = []
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        if not held_out:
+            held_out.extend(make_batch("val", chosen.data_seed, start, 32, 8) for start in range(0, 128, 32))
+        right, cost = 0.0, 0.0
+        for group in held_out:
+            logits = pruned(group["images"], group["input_ids"], group["attention_mask"])
+            right += float((logits.argmax(-1) == group["labels"].flatten()).float().mean())
+            kept, dense = statement_macs(pruned, 8)
+            cost += 1 - kept / dense
+        return {"accuracy": right / len(held_out), "reduction": cost / len(held_out)}
+
+    learner = Learner(
+        module=pruned,
+        batch=batch,
+        loss=loss,
+        evaluate=evaluate,
+        on_step=on_step,
+        state=state,
+        samples_per_step=chosen.pairs_per_step,
+        sample_name="pairs",
+    )
+    learner.module.compression = run
+    return learner
+
+
+def _loss(run: Compression, batch: Batch) -> tuple[Tensor, Metrics]:
+    chosen, pruned = run.settings, run.pruned
+    inputs = (batch["images"], batch["input_ids"], batch["attention_mask"])
+    logits = pruned(*inputs).float()
+    labels = batch["labels"].flatten()
+    run.macs = statement_macs(pruned, chosen.statements_per_pair)
+    task = F.cross_entropy(logits, labels)
+    total = task
+    metrics: dict[str, float | Tensor] = {
+        "task": task.detach(),
+        "accuracy": (logits.argmax(-1) == labels).float().mean(),
+        "reduction": 1 - run.macs[0] / run.macs[1],
+        "gain": pruned.gain,
+    }
+    if pruned.config.alignment and chosen.alignment_weight:
+        alignment = pruned.alignment_loss()
+        total = total + chosen.alignment_weight * alignment
+        metrics["align"] = alignment.detach()
+    if run.teacher is not None:
+        with torch.no_grad():
+            wanted = run.teacher(*inputs).float().log_softmax(-1)
+        divergence = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        total = total + chosen.distillation * divergence
+        metrics["distil"] = divergence.detach()
+    return total, metrics
+
+
+def _target(step: int, settings: Settings, steps: int) -> float:
+    part = min(1.0, step / max(1.0, settings.ramp * steps))
+    span = settings.reduction - settings.start_reduction
+    return settings.start_reduction + span * 0.5 * (1 - math.cos(math.pi * part))
+
+
+def deploy(run: Compression) -> PrunedModel:
+    """The trained model rewritten for one statement a pair, with the trained additions."""
+    example = collate([SceneDataset("val", 2, seed=run.settings.data_seed)[i] for i in range(2)])
+    inputs = (example["images"], example["input_ids"], example["attention_mask"])
+    pruned = madtp.rewrite(run.model.eval(), inputs, config=run.pruned.config)
+    trained = {
+        name.replace("sites.model_", "sites.", 1): value
+        for name, value in run.pruned.state_dict().items()
+        if name.startswith("madtp.")
+    }
+    missing, unexpected = pruned.load_state_dict(trained, strict=False)
+    if unexpected or any(name.startswith("madtp.") for name in missing):
+        raise ConfigError(f"the sites of the trained and the deployed model differ: {unexpected[:3]}")
+    pruned.gain, pruned.temperature = run.pruned.gain, run.pruned.temperature
+    return pruned
+
+
+def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
+    """Calibrate on held-out pairs, write the folder `pruned` and its card `card.json`."""
+    run: Compression = learner.module.compression  # type: ignore[assignment, union-attr]
+    chosen = run.settings
+    pruned = deploy(run).eval()
+    data = SceneDataset("val", chosen.calibration_pairs, seed=chosen.data_seed)
+    batches = []
+    for start in range(0, len(data), 64):
+        group = collate([data[i] for i in range(start, min(start + 64, len(data)))])
+        batches.append((group["images"], group["input_ids"], group["attention_mask"]))
+    calibration = calibrate(pruned, batches, reduction=chosen.reduction)
+    madtp.save(pruned, output / "pruned", dtype=torch.float16)
+    shipped = madtp.load(output / "pruned").eval()
+    scores = accuracy_by_kind(shipped, SceneDataset("test", chosen.test_items, seed=chosen.data_seed))
+    card = {
+        "model": chosen.model,
+        "data": "scenes",
+        "settings": learner.state["settings"],
+        "training": learner.state["training"],
+        "calibration": {
+            "gain": calibration.gain,
+            "temperature": calibration.temperature,
+            "reduction": calibration.reduction_reached,
+            "dense_macs": calibration.dense_macs,
+            "macs": calibration.macs,
+        },
+        "test": {"split": "test", "items": chosen.test_items, "seed": chosen.data_seed, "accuracy": scores},
+    }
+    (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1, default=str) + "\n")
