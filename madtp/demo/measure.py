@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from zoo.scenes import Batch
 
 TIMING_ROUNDS = 9
+FEWEST_ROUNDS = 3
+TIMING_SECONDS = 20.0  # on a busy machine, timing stops early rather than make a user wait
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
@@ -36,7 +38,7 @@ def measure(
     """Measure every contender on every batch, the first contender being the dense reference.
 
     `advance` is called :func:`steps` times, for a progress bar. Time is measured on one batch, models in turn so that
-    a disturbance hits all alike: the median of 9 rounds after one that is thrown away, in ms per sample.
+    a disturbance hits all alike: the median of at most 9 rounds after one that is thrown away, in ms per sample.
     """
     results = [_evaluate(contender, batches, advance) for contender in contenders]
     dense_macs = _dense_macs(next(c.model for c in contenders if c.pruned), batches, advance)
@@ -124,11 +126,14 @@ def _interleaved_times(models: Sequence[nn.Module], batch: Batch, advance: Calla
     inputs = inputs_of(batch)
     samples = len(batch["labels"])
     seconds: list[list[float]] = [[] for _ in models]
+    begin = time.perf_counter()
     for turn in range(TIMING_ROUNDS + 1):
+        advance()
+        if turn > FEWEST_ROUNDS and time.perf_counter() - begin > TIMING_SECONDS:
+            continue
         for model, taken in zip(models, seconds, strict=True):
             start = time.perf_counter()
             model(**inputs)
             if turn > 0:
                 taken.append(time.perf_counter() - start)
-        advance()
     return [1000 * statistics.median(taken) / samples for taken in seconds]
