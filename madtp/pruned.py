@@ -1,7 +1,7 @@
 """The pruned model: what :func:`madtp.rewrite` returns.
 
-Start at :class:`PrunedModel`. It is called as the original is, returns what the original returns, and holds the original's parameters under
-their own names; all that pruning adds lies under the one prefix ``madtp.``.
+Start at :class:`PrunedModel`. It is called as the original is, returns what the original returns, and holds the
+original's parameters under their own names; all that pruning adds lies under the one prefix ``madtp.``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls import Call, Signature, normalise_call, signature
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
-from madtp.errors import ConfigError, MadtpError, RewriteError
+from madtp.errors import CaptureError, ConfigError, MadtpError, RewriteError
 from madtp.guidance import AlignmentTokens, alignment_loss, mean_over_images
 from madtp.program import Program
 from madtp.report import RewriteReport
@@ -147,7 +147,8 @@ class PrunedModel(nn.Module):
         return self
 
     def token_counts(self) -> dict[str, Tensor]:
-        """Tokens kept of each sample at each site in the last forward: ``{site: [B]}`` (two images a sample: ``[2B]``)."""
+        """Tokens kept of each sample at each site in the last forward: ``{site: [B]}`` (two images a sample:
+        ``[2B]``)."""
         found = {}
         for name, state in self._recorded().items():
             counts = state.counts
@@ -155,7 +156,8 @@ class PrunedModel(nn.Module):
         return found
 
     def kept_tokens(self) -> dict[str, Tensor]:
-        """Which original tokens survive after each site in the last forward: ``{site: [B, N] bool}``; merged ones do not count."""
+        """Which original tokens survive after each site in the last forward: ``{site: [B, N] bool}``; merged ones do
+        not count."""
         found = {}
         for name, state in self._recorded().items():
             kept = torch.ones(state.batch, state.full_length, dtype=torch.bool)
@@ -232,9 +234,15 @@ class PrunedModel(nn.Module):
         log.info("capturing %s for a new call signature", type(self._host).__name__)
         additions = self._host._modules.pop(PREFIX)
         try:
-            program = self._builder(self._host, _at_least_two(call), self._serial)
+            captured = _at_least_two(call)
+            program = self._builder(self._host, captured, self._serial)
         finally:
             self._host._modules[PREFIX] = additions
+        if captured is not call and _frozen_batch(program, captured):
+            raise CaptureError(
+                f"{type(self._host).__name__} was called with one sample, and torch.export froze its batch size, so a capture of two "
+                "samples cannot serve it. Call it with at least 2 samples, or write x.shape[0] where forward says len(x) or int(...)."
+            )
         self.adopt(program, call)
         return program
 
@@ -259,6 +267,11 @@ def _strength(name: str, value: float) -> float:
 
 def _meta(leaf: Any) -> Any:
     return torch.empty(leaf.shape, device="meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _frozen_batch(program: Program, call: Call) -> bool:
+    leaves = zip(call.flat()[0], program.dynamic, strict=True)
+    return any(isinstance(x, Tensor) and x.dim() > 0 and 0 not in free for x, free in leaves)
 
 
 def _at_least_two(call: Call) -> Call:

@@ -1,9 +1,10 @@
 """Capture: from a live module and example inputs to a plain torch.fx graph.
 
 Start at :func:`capture`. The model is traced by ``torch.export`` (non-strict) with the batch and the length of integer
-inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes under the
-model's own parameter names and the module path of every node in ``meta["nn_module_stack"]``. Export's own guards and
-assertions are left behind: which calls a capture may serve is decided by :class:`madtp.calls.Signature` instead.
+inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes
+under the model's own parameter names and the module path of every node in ``meta["nn_module_stack"]``. Export's own
+guards and assertions are left behind: which calls a capture may serve is decided by :class:`madtp.calls.Signature`
+instead.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def _dynamic_choices(leaves: list[Any]) -> list[tuple[tuple[int, ...], ...]]:
     """Which dimensions to try as dynamic, most general first."""
     batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
     length = tuple(
-        (0, x.dim() - 1) if isinstance(x, Tensor) and x.dim() > 1 and not x.dtype.is_floating_point and x.shape[-1] > 1 else dims
+        (0, x.dim() - 1)
+        if isinstance(x, Tensor) and x.dim() > 1 and not x.dtype.is_floating_point and x.shape[-1] > 1
+        else dims
         for x, dims in zip(leaves, batch, strict=True)
     )
     none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)
@@ -71,22 +74,25 @@ def _dynamic_choices(leaves: list[Any]) -> list[tuple[tuple[int, ...], ...]]:
 def capture(model: nn.Module, call: Call) -> Capture:
     """Trace ``model`` on ``call`` in its present mode (train or eval).
 
-    Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but cannot be
-    exported.
+    Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
+    cannot be exported.
     """
     leaves, spec = call.flat()
     failures: list[str] = []
     for dynamic in _dynamic_choices(leaves):
-        shapes = [{d: Dim.AUTO for d in dims} if isinstance(x, Tensor) else None for x, dims in zip(leaves, dynamic, strict=True)]
+        shapes = [
+            dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else None
+            for x, dims in zip(leaves, dynamic, strict=True)
+        ]
         args_shapes, kwargs_shapes = pytree.tree_unflatten(shapes, spec)
         combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes)
         try:
             with _traceable():
-                program = torch.export.export(
-                    model, call.args, call.kwargs, dynamic_shapes=combined, strict=False
-                )
+                program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
         except Exception as error:  # export raises many kinds; the last one is reported
-            failures.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}")
+            failures.append(
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+            )
             continue
         return _to_capture(program, call)
     _check_runs(model, call)
@@ -139,11 +145,16 @@ def _to_capture(program: torch.export.ExportedProgram, call: Call) -> Capture:
     dynamic: list[tuple[int, ...]] = []
     for leaf, node in zip(leaves, placeholders, strict=True):
         value = node.meta.get("val")
-        free = [d for d, n in enumerate(value.shape) if not isinstance(n, int)] if isinstance(leaf, Tensor) else []
+        free = [d for d, n in enumerate(value.shape) if is_free(n)] if isinstance(leaf, Tensor) else []
         dynamic.append(tuple(free))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Capture(graph, constants, out_spec, tuple(dynamic), call, [p.name for p in placeholders])
+
+
+def is_free(size: Any) -> bool:
+    """Whether a captured size may change; export keeps a symbol for sizes that it froze (``len(x)`` does that)."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _shape_constants(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
