@@ -1,7 +1,7 @@
 """madtp: token pruning for vision-language transformers that nobody prepared for it.
 
-Start at :func:`rewrite`. docs/method.md holds the mathematics; the compiler lies in the package ``rewriters``, models and
-data in ``zoo``. Names are imported when first used, so that the command line answers without waiting for torch.
+Start at :func:`rewrite`. docs/method.md holds the mathematics; the compiler lies in the package ``rewriters``, models
+and data in ``zoo``. Names are imported when first used, so that the command line answers without waiting for torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from madtp.api import count_macs, rewrite
+    from madtp.calibration import calibrate
     from madtp.config import PruningConfig
     from madtp.errors import MadtpError
     from madtp.pruned import PrunedModel
 
 __version__ = "0.1.0"
 
-__all__ = ["MadtpError", "PrunedModel", "PruningConfig", "__version__", "count_macs", "rewrite"]
+__all__ = ["MadtpError", "PrunedModel", "PruningConfig", "__version__", "calibrate", "count_macs", "rewrite"]
 
 _HOMES = {
+    "calibrate": "madtp.calibration",
     "count_macs": "madtp.api",
     "rewrite": "madtp.api",
     "PruningConfig": "madtp.config",
