@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import tomllib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,6 +27,11 @@ from madtp.errors import ConfigError
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner, TrainingResult, fit
 from madtp.training.progress import Progress
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _TABLES = ("recipe", "training", "settings")
 
