@@ -64,7 +64,7 @@ def steps(contenders: int, batches: int) -> int:
 
 @dataclass(frozen=True)
 class _Result:
-    """Accuracy in [0, 1]; MACs per sample (None: as many as the dense model); mean tokens after each layer by modality."""
+    """Accuracy in [0, 1]; MACs per sample (None: the dense model's); mean tokens after each layer, by modality."""
 
     accuracy: float
     macs: float | None

@@ -80,7 +80,7 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
 
 
 def choose_examples(items: Sequence[Item], most: int, seed: int) -> list[Item]:
-    """At most `most` items, of as many kinds of statement as there are, chosen by `seed` and not by how they are answered."""
+    """At most `most` items of different kinds of statement, chosen by `seed` and not by how they are answered."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     by_kind: dict[str, list[int]] = {}
     for index in order:
@@ -92,7 +92,7 @@ def choose_examples(items: Sequence[Item], most: int, seed: int) -> list[Item]:
 
 @torch.inference_mode()
 def explain(contenders: Sequence[Contender], items: Sequence[Item], batch: Batch) -> list[Example]:
-    """Answers of every contender to `items`, and the patches that the pruned ones keep; `batch` holds the same items."""
+    """Answers of every contender to `items`, and the patches that pruned ones keep; `batch` holds the same items."""
     answers: list[tuple[str, list[bool]]] = []
     kept: list[tuple[str, list[tuple[str, Tensor]]]] = []
     for contender in contenders:

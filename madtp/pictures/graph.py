@@ -53,7 +53,8 @@ def drawn_edges(graph: nx.DiGraph) -> nx.DiGraph:
     """The nodes with the edges worth drawing.
 
     Where a residual path leads to a node, its own stream need not. Keys from another stream come from that stream's
-    last node, which is what cross-attention to a finished encoder sees; where streams attend to each other, from its first.
+    last node, which is what cross-attention to a finished encoder sees; where streams attend to each other, from its
+    first.
     """
     drawn = nx.DiGraph()
     drawn.add_nodes_from(graph)
