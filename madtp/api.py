@@ -1,6 +1,7 @@
 """The public entry: :func:`rewrite`, :func:`count_macs`.
 
-This file and the command line are the only ones in the package that look upwards, at the compiler (``rewriters``) and at the zoo.
+This file and the command line are the only ones in the package that look upwards, at the compiler (``rewriters``) and
+at the zoo.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def rewrite(
     """Insert MADTP's modules into a model.
 
     Args:
-        model: any ``nn.Module`` made of transformer blocks over image or text tokens. It is not modified; parameters are shared.
-        example_inputs: dict of keyword arguments or tuple of positional ones, with at least 2 samples. May be left out where
-            the zoo knows the architecture.
+        model: any ``nn.Module`` made of transformer blocks over image or text tokens. It is not modified; parameters
+        are shared.
+        example_inputs: dict of keyword arguments or tuple of positional ones, with at least 2 samples. May be left
+            out where the zoo knows the architecture.
         config: how to prune; default :class:`PruningConfig()`.
         plan: an edited :class:`rewriters.plan.Plan` to follow.
     Returns:
@@ -77,8 +79,8 @@ def example_call(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any
         example_inputs = zoo.example_inputs_of(model)
         if example_inputs is None:
             raise ExampleInputsError(
-                f"no example inputs were given and the zoo does not know {type(model).__name__}. Pass example_inputs: a dict of "
-                "keyword arguments or a tuple of positional ones, with at least 2 samples."
+                f"no example inputs were given and the zoo does not know {type(model).__name__}. Pass example_inputs: "
+                "a dict of keyword arguments or a tuple of positional ones, with at least 2 samples."
             )
     if isinstance(example_inputs, Mapping):
         return normalise_call(model, (), example_inputs)
@@ -92,8 +94,9 @@ def example_call(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any
 def count_macs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> float:
     """Multiply-accumulates per sample of a model on ``inputs``.
 
-    The field's figures print this number as "FLOPs" (see ``madtp/cost.py`` for what counts). For a pruned model the inputs are run and priced by
-    the tokens that each sample really kept; any other model is captured and priced in closed form.
+    The field's figures print this number as "FLOPs" (see ``madtp/cost.py`` for what counts). For a pruned model the
+    inputs are run and priced by the tokens that each sample really kept; any other model is captured and priced in
+    closed form.
     """
     if isinstance(model, PrunedModel):
         call = normalise_call(model._host, *_split(inputs))
@@ -136,9 +139,7 @@ def _report(model: nn.Module, rewritten: Any) -> RewriteReport:
         )
         for s in structure.streams
     ]
-    return RewriteReport(
-        type(model).__name__, "whole", sites, refusals, blocks, streams, structure.network()
-    )
+    return RewriteReport(type(model).__name__, "whole", sites, refusals, blocks, streams, structure.network())
 
 
 def _tokens(sublayer: Any) -> int:

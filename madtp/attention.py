@@ -1,8 +1,8 @@
 """The one attention node of a rewritten graph, and the statistics that pruning reads off it.
 
-:func:`attention` stands for every spelling of attention that the rewriter recognises. :func:`attention_with_statistics` also
-yields what DTP needs (docs/method.md, importance): it walks over blocks of queries, so the attention map of all heads
-never exists as a whole.
+:func:`attention` stands for every spelling of attention that the rewriter recognises.
+:func:`attention_with_statistics` also yields what DTP needs (docs/method.md, importance): it walks over blocks of
+queries, so the attention map of all heads never exists as a whole.
 
 Axis legend: B samples, H heads, Q queries, K keys, D head width.
 """
@@ -38,16 +38,15 @@ def attention(
     """Scaled dot-product attention over surviving tokens.
 
     Args:
-        query, key, value: ``[B, H, Q, D]``, ``[B, H, K, D]``, ``[B, H, K, Dv]``; with ``grouped`` keys may have fewer heads.
+        query, key, value: ``[B, H, Q, D]``, ``[B, H, K, D]``, ``[B, H, K, Dv]``; with ``grouped`` keys may have fewer
+        heads.
         mask: boolean (True = may attend) or additive, broadcastable to ``[B, H, Q0, K0]`` over the *original* tokens.
         query_state, key_state: states of the pruned streams, None where a stream is not pruned.
     Returns:
         ``[B, H, Q, Dv]``.
     """
     mask, causal = present_mask(query, key, mask, causal, query_state, key_state)
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=grouped)
 
 
 def present_mask(

@@ -1,8 +1,9 @@
 """The cost model: multiply-accumulates as a closed form of the token counts at each site.
 
-Start at :class:`CostTable`; ``madtp.count_macs`` is the public entry. Convention of the field: one multiply-accumulate counts once and is
-what papers print as a "FLOP"; besides matrix products and convolutions a normalisation counts 5 per element (4 without
-affine parameters), as fvcore, with which the published figures were made, counts it.
+Start at :class:`CostTable`; ``madtp.count_macs`` is the public entry. Convention of the field: one
+multiply-accumulate counts once and is what papers print as a "FLOP"; besides matrix products and convolutions a
+normalisation counts 5 per element (4 without affine parameters), as fvcore, with which the published figures were
+made, counts it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Source = Any
 class CostTerm:
     """One operation: ``constant * product(sizes) * sum over entries of product over axes of tokens[axis][entry]``.
 
-    path: module path. sizes: symbolic sizes. axes: sources of the token axes; empty if the operation runs along none (then the
-    batch is among ``sizes``).
+    path: module path. sizes: symbolic sizes. axes: sources of the token axes; empty if the operation runs along none
+    (then the batch is among ``sizes``).
     """
 
     path: str
@@ -36,7 +37,8 @@ class CostTerm:
 
 @dataclass(frozen=True)
 class Part:
-    """How the counts of a derived state follow from another: entries [first, last) as fractions, minus ``less`` tokens, each ``times`` times."""
+    """How the counts of a derived state follow from another: entries [first, last) as fractions, minus ``less``
+    tokens, each ``times`` times."""
 
     parent: Source
     first: float
@@ -49,7 +51,8 @@ class Part:
 class CostTable:
     """All priced operations of a program.
 
-    symbols: which input leaf and dimension binds a symbol. lengths: symbolic token count and batch of each site's stream.
+    symbols: which input leaf and dimension binds a symbol. lengths: symbolic token count and batch of each site's
+    stream.
     """
 
     terms: list[CostTerm] = field(default_factory=list)

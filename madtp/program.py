@@ -17,8 +17,8 @@ from madtp.cost import CostTable
 class Program:
     """A graph ready to run on the module tree it was made for.
 
-    graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors that the graph
-    holds itself.
+    graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
+    that the graph holds itself.
     """
 
     graph: fx.Graph

@@ -240,8 +240,9 @@ class PrunedModel(nn.Module):
             self._host._modules[PREFIX] = additions
         if captured is not call and _frozen_batch(program, captured):
             raise CaptureError(
-                f"{type(self._host).__name__} was called with one sample, and torch.export froze its batch size, so a capture of two "
-                "samples cannot serve it. Call it with at least 2 samples, or write x.shape[0] where forward says len(x) or int(...)."
+                f"{type(self._host).__name__} was called with one sample, and torch.export froze its batch size, so a "
+                "capture of two samples cannot serve it. Call it with at least 2 samples, or write x.shape[0] where "
+                "forward says len(x) or int(...)."
             )
         self.adopt(program, call)
         return program

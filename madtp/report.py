@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """A pruning site. block_kind: norm placement and attention ("pre-norm self", "post-norm self"). tokens: in the example."""
+    """A pruning site. block_kind: norm placement and attention ("pre-norm self", "post-norm self"). tokens: in the
+    example."""
 
     name: str
     modality: str

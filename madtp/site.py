@@ -1,8 +1,8 @@
 """A pruning site: the place in a rewritten graph where one block's tokens are scored, kept, merged or dropped.
 
-Start at :class:`PruningSite`. Its ``attention`` child replaces the block's self-attention and gathers the statistics; the site itself
-stands after the residual add and calls the method's functions in order: guidance (MAG), importance, threshold,
-selection, merging (DTP). docs/method.md has the mathematics.
+Start at :class:`PruningSite`. Its ``attention`` child replaces the block's self-attention and gathers the statistics;
+the site itself stands after the residual add and calls the method's functions in order: guidance (MAG), importance,
+threshold, selection, merging (DTP). docs/method.md has the mathematics.
 
 Axis legend: B samples, N slots, N0 original tokens, C width of the stream, K alignment tokens.
 """
@@ -29,9 +29,9 @@ from madtp.threshold import straight_through_gate, threshold
 class SiteSpec:
     """What a site has to know, from the plan.
 
-    name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token, None if
-    there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens see only
-    earlier ones.
+    name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token,
+    None if there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens
+    see only earlier ones.
     """
 
     name: str
@@ -80,7 +80,16 @@ class ScoringAttention(nn.Module):
         """
         if not self.control.active:
             output = attention(
-                query, key, value, mask, dropout_p, causal, scale=scale, grouped=grouped, query_state=state, key_state=state
+                query,
+                key,
+                value,
+                mask,
+                dropout_p,
+                causal,
+                scale=scale,
+                grouped=grouped,
+                query_state=state,
+                key_state=state,
             )
             return output, Seen(None, None)
         present, still_causal = present_mask(query, key, mask, causal, state, state)
@@ -132,7 +141,12 @@ class PruningSite(nn.Module):
             self.query = query_projection(spec.width, alignment_width, seed=seed)
 
     def forward(
-        self, tokens: Tensor, block_input: Tensor, seen: Seen, state: TokenState | None, readouts: tuple[Tensor, ...] = ()
+        self,
+        tokens: Tensor,
+        block_input: Tensor,
+        seen: Seen,
+        state: TokenState | None,
+        readouts: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, TokenState]:
         """Prune.
 

@@ -1,8 +1,8 @@
 """Token state: which original tokens the slots of a pruned stream hold, and the operations that follow from it.
 
-Start at :class:`TokenState`. A pruning site turns one state into the next; every operation here takes the state of the tokens it works
-on. With the state that nothing was pruned (``index is None``) each of them returns its input untouched, so that an
-inactive pruned model computes exactly what the original computes.
+Start at :class:`TokenState`. A pruning site turns one state into the next; every operation here takes the state of
+the tokens it works on. With the state that nothing was pruned (``index is None``) each of them returns its input
+untouched, so that an inactive pruned model computes exactly what the original computes.
 
 Axis legend: B samples, N slots now, N0 tokens before the first site, C width.
 """
@@ -10,13 +10,14 @@ Axis legend: B samples, N slots now, N0 tokens before the first site, C width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
-class TokenState(NamedTuple):
+@dataclass(frozen=True)
+class TokenState:
     """What the N slots of a stream hold.
 
     Attributes:
@@ -147,7 +148,7 @@ def pool(values: Tensor, state: TokenState, dim: int, batch_dim: int, how: str, 
 def without_first(state: TokenState, start: int) -> TokenState:
     """The state of ``values[start:]``, where the first ``start`` tokens are protected and so still stand first."""
     if state.index is None:
-        return state._replace(full_length=state.full_length - start, length=state.length - start)
+        return replace(state, full_length=state.full_length - start, length=state.length - start)
     assert state.merged is not None
     return TokenState(
         state.index[:, start:] - start,
@@ -166,7 +167,13 @@ def _rows(state: TokenState, start: int, end: int) -> TokenState:
 
     count = len(range(*slice(start, end).indices(state.batch)))
     return TokenState(
-        cut(state.index), cut(state.valid), cut(state.merged), cut(state.mask_index), state.full_length, state.length, count
+        cut(state.index),
+        cut(state.valid),
+        cut(state.merged),
+        cut(state.mask_index),
+        state.full_length,
+        state.length,
+        count,
     )
 
 

@@ -1,7 +1,7 @@
 """Copies of module trees that share parameters.
 
-Start at :func:`share`. A rewritten model must not change the original, yet trains the same parameters: it gets module objects of its
-own around the original's tensors.
+Start at :func:`share`. A rewritten model must not change the original, yet trains the same parameters: it gets module
+objects of its own around the original's tensors.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Axis labels: which dimension of which tensor runs along which token axis.
 
-Every dimension of a tensor is described by its *factors*, row-major: a plain dimension has one, a folded one (batch times
-heads, say) has several. A factor is an axis or None (a dimension that does not matter to pruning), with its size in the
-captured example. :func:`relabel_view` says how factors move through a view; the rule table (``rules.py``) covers all
-other operations. Sizes are compared as numbers of the example, never by symbol name: captures may give equal sizes
-different symbols.
+Every dimension of a tensor is described by its *factors*, row-major: a plain dimension has one, a folded one (batch
+times heads, say) has several. A factor is an axis or None (a dimension that does not matter to pruning), with its
+size in the captured example. :func:`relabel_view` says how factors move through a view; the rule table (``rules.py``)
+covers all other operations. Sizes are compared as numbers of the example, never by symbol name: captures may give
+equal sizes different symbols.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, fx
 class Axis:
     """An axis that is followed through the graph.
 
-    ``source`` identifies what defines it: during insertion the node of the token state, during detection the name of the
-    dimension that was seeded.
+    ``source`` identifies what defines it: during insertion the node of the token state, during detection the name of
+    the dimension that was seeded.
     """
 
     kind: Literal["batch", "tokens"]
@@ -127,7 +127,8 @@ def normal_dim(dim: int, rank: int) -> int:
 def relabel_view(labels: Labels, shape: Sequence[int]) -> Labels:
     """Labels after a view (reshape, flatten, unflatten) to ``shape``, given in example sizes.
 
-    Untracked factors may be split and joined freely; an axis stays whole. Raises :class:`AxisError` where an axis would be cut.
+    Untracked factors may be split and joined freely; an axis stays whole. Raises :class:`AxisError` where an axis
+    would be cut.
     """
     factors = [f for dim in labels for f in dim if f.size != 1]
     result: list[Dim] = []
@@ -147,7 +148,9 @@ def relabel_view(labels: Labels, shape: Sequence[int]) -> Labels:
                 factors.insert(0, Factor(None, head.size // need))
                 have = size
             else:
-                raise AxisError(f"a view to {tuple(shape)} cuts through {head.axis or 'a dimension'} of size {head.size}")
+                raise AxisError(
+                    f"a view to {tuple(shape)} cuts through {head.axis or 'a dimension'} of size {head.size}"
+                )
         result.append(_join(taken) or plain(1))
     if factors:
         raise AxisError(f"a view to {tuple(shape)} does not match its input")

@@ -30,9 +30,9 @@ def drop_bookkeeping(graph: fx.Graph) -> None:
     """Remove assertions and guards: which calls a graph serves is decided before it runs."""
     for node in reversed(list(graph.nodes)):
         guard = node.op == "call_module" and str(node.target).startswith("_guards")
-        if guard or (node.op == "call_function" and op_name(node) in BOOKKEEPING):
-            if not node.users:
-                graph.erase_node(node)
+        bookkeeping = guard or (node.op == "call_function" and op_name(node) in BOOKKEEPING)
+        if bookkeeping and not node.users:
+            graph.erase_node(node)
 
 
 def functional(graph: fx.Graph) -> None:
@@ -52,7 +52,9 @@ def functional(graph: fx.Graph) -> None:
         if overload is None or not isinstance(mutated, fx.Node) or _is_shared(mutated, node, order):
             continue
         node.target = overload
-        mutated.replace_all_uses_with(node, delete_user_cb=lambda user, n=node: order.get(user, 1 << 60) > order[n])
+        for user in list(mutated.users):
+            if order.get(user, 1 << 60) > order[node]:
+                user.replace_input_with(mutated, node)
 
 
 def _is_shared(mutated: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:

@@ -1,14 +1,14 @@
 """Detect: residual streams, attention sublayers, modalities and readouts of a canonical graph.
 
-Start at :func:`detect`. From each attention node the walk goes back to the residual value that its queries come from and forward to the
-residual add. What the sublayers of one chain share is a *stream*. Nothing here knows any architecture: the evidence
-is where axis labels go (``propagate.py``) and which inputs a stream descends from.
+Start at :func:`detect`. From each attention node the walk goes back to the residual value that its queries come from
+and forward to the residual add. What the sublayers of one chain share is a *stream*. Nothing here knows any
+architecture: the evidence is where axis labels go (``propagate.py``) and which inputs a stream descends from.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import networkx as nx
 import torch
@@ -77,7 +77,8 @@ class Structure:
     unplaced: list[tuple[fx.Node, str]]
 
     def network(self) -> nx.DiGraph:
-        """Streams and attention sublayers as a directed graph: which stream feeds which sublayer, which sublayer which stream."""
+        """Streams and attention sublayers as a directed graph: which stream feeds which sublayer, which sublayer
+        which stream."""
         network = nx.DiGraph()
         for stream in self.streams:
             network.add_node(f"stream {stream.index}", kind="stream", modality=stream.modality, width=stream.width)
@@ -116,7 +117,9 @@ def detect(graph: fx.Graph) -> Structure:
             stream = _open_stream(sublayer, len(streams), nodes, order)
             streams.append(stream)
         if stream is None:
-            unplaced.append((node, "cross-attention whose queries come from no stream with self-attention (attention pooling)"))
+            unplaced.append(
+                (node, "cross-attention whose queries come from no stream with self-attention (attention pooling)")
+            )
             continue
         sublayer.stream = stream.index
         if sublayer.kind == "cross":
@@ -165,6 +168,7 @@ def seed(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object)
 
 def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node]:
     """The residual value that the queries come from, and the add behind the attention."""
+    query: Any = attention.args[0]
     seen = {attention}
     frontier = [attention]
     while frontier:
@@ -174,9 +178,10 @@ def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, f
             if user in seen or not is_tensor(user) or op_name(user) in ("attention",):
                 continue
             if op_name(user) in ADDS:
-                for other in user.args[:2]:
+                operands: tuple[Any, ...] = user.args[:2]
+                for other in operands:
                     same = is_tensor(other) and other is not node and example_shape(other) == example_shape(user)
-                    if same and order[other] < order[attention] and _descends(attention.args[0], other, order):
+                    if same and order[other] < order[attention] and _descends(query, other, order):
                         return other, user
             seen.add(user)
             frontier.append(user)
@@ -198,7 +203,8 @@ def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bo
 
 
 def _after(added: fx.Node) -> tuple[fx.Node, Literal["pre", "post"]]:
-    """The residual value behind an attention sublayer: past a parallel feed-forward, past a norm that alone reads it."""
+    """The residual value behind an attention sublayer: past a parallel feed-forward, past a norm that alone reads
+    it."""
     value = added
     while len(value.users) == 1:
         user = next(iter(value.users))

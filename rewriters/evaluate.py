@@ -55,7 +55,12 @@ def hides_later_keys(graph: fx.Graph, attention: fx.Node, inputs: Sequence[Any],
     if not isinstance(mask, fx.Node):
         return False
     value = evaluate(graph, mask, inputs, module)
-    if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 2:
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dim() < 2
+        or value.shape[-1] != value.shape[-2]
+        or value.shape[-1] < 2
+    ):
         return False
     seen = value if value.dtype == torch.bool else value > HIDDEN
     return not bool(seen.triu(1).any())

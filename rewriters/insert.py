@@ -1,9 +1,9 @@
 """Insert: put the sites of a plan into a graph and repair everything downstream.
 
-Start at :func:`insert`. The graph is walked once in order. Each operation that runs along a pruned token axis is put to the rule table
-(``rules.py``); the outcome's repairs are carried out: side inputs are aligned, baked-in lengths replaced, readouts remapped. Where
-every position is needed, tokens are scattered back (``restoration.py``). The stage decides nothing; what it cannot do it
-refuses with :class:`InsertRefusal`.
+Start at :func:`insert`. The graph is walked once in order. Each operation that runs along a pruned token axis is put
+to the rule table (``rules.py``); the outcome's repairs are carried out: side inputs are aligned, baked-in lengths
+replaced, readouts remapped. Where every position is needed, tokens are scattered back (``restoration.py``). The stage
+decides nothing; what it cannot do it refuses with :class:`InsertRefusal`.
 """
 
 from __future__ import annotations
@@ -181,7 +181,12 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
         call = graph.call_module(
             f"{SITES}.{site_key(site.name)}.attention",
             arguments,
-            {"scale": node.kwargs.get("scale"), "grouped": node.kwargs.get("grouped", False), "state": state, "readouts": readouts},
+            {
+                "scale": node.kwargs.get("scale"),
+                "grouped": node.kwargs.get("grouped", False),
+                "state": state,
+                "readouts": readouts,
+            },
         )
         output = graph.call_function(operator.getitem, (call, 0))
         seen = graph.call_function(operator.getitem, (call, 1))
@@ -197,9 +202,7 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
     graph.erase_node(node)
 
 
-def _insert_site(
-    done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[fx.Node, tuple[fx.Node, ...]]
-) -> None:
+def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[fx.Node, tuple[fx.Node, ...]]) -> None:
     graph = done.graph
     block_input, readouts = inputs
     block_input = done.replaced.get(block_input, block_input)
@@ -269,7 +272,9 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
 
 
 def _align(done: Insertion, node: fx.Node, align: Align) -> None:
-    operand = next(a for a in node.all_input_nodes if a is align.operand or done.aligned.get(("of", node, align.operand)) is a)
+    operand = next(
+        a for a in node.all_input_nodes if a is align.operand or done.aligned.get(("of", node, align.operand)) is a
+    )
     key = (operand, align.axis, align.present, align.dim, align.batch_dim, align.rank)
     if key not in done.aligned:
         state = done.state(align.axis.source, node)

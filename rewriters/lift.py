@@ -1,8 +1,9 @@
 """Lift: calls of known leaf modules become ``call_module`` nodes on the host's own submodules again.
 
-Start at :func:`lift`. The module path that export recorded tells which call was whose; a call is lifted only if the module's
-forward is torch's own and its operands are exactly that module's parameters. Hooks, adapters and quantisation then find the modules they
-look for, dropout follows ``train()`` and ``eval()``, and the graph prints like the model.
+Start at :func:`lift`. The module path that export recorded tells which call was whose; a call is lifted only if the
+module's forward is torch's own and its operands are exactly that module's parameters. Hooks, adapters and
+quantisation then find the modules they look for, dropout follows ``train()`` and ``eval()``, and the graph prints
+like the model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rewriters.rules import op_name
 
 Settings = Callable[[nn.Module], list[Any]]
 
-# Operation -> modules that issue it as their whole forward, with the names of their parameters in operand order after the input.
+# Operation -> modules that issue it as their whole forward, with the names of their parameters in operand order after
+# the input.
 LEAVES: dict[str, tuple[tuple[type[nn.Module], ...], tuple[str, ...]]] = {
     "linear": ((nn.Linear,), ("weight", "bias")),
     "layer_norm": ((nn.LayerNorm,), ("weight", "bias")),
@@ -97,5 +99,3 @@ def _replace(graph: fx.Graph, node: fx.Node, path: str, operand: fx.Node) -> int
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     return 1
-
-

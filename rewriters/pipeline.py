@@ -1,7 +1,7 @@
 """The pipeline, read top to bottom: capture -> canonicalise -> detect -> plan -> insert -> lift -> compile.
 
-Start at :func:`build`. It makes one :class:`~madtp.program.Program` for one call signature; ``madtp/api.py`` calls it for the first
-one, the pruned model for further ones.
+Start at :func:`build`. It makes one :class:`~madtp.program.Program` for one call signature; ``madtp/api.py`` calls it
+for the first one, the pruned model for further ones.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def _why_none(model: nn.Module, structure: Structure, plan: Plan) -> str:
     head = f"no place to prune was found in {type(model).__name__}"
     if not structure.sublayers and not structure.unplaced:
         return (
-            f"{head}: its graph holds no attention. madtp rewrites models made of transformer blocks over image or text tokens; "
-            "pass such a model, or its transformer submodule."
+            f"{head}: its graph holds no attention. madtp rewrites models made of transformer blocks over image or text "
+            "tokens; pass such a model, or its transformer submodule."
         )
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
     return f"{head}. Refused: " + " | ".join(sorted(reasons)[:8])

@@ -1,7 +1,7 @@
 """Plan: where pruning nodes will stand, as pure data.
 
-Start at :func:`make_plan`. A :class:`Plan` is frozen and goes through JSON unchanged, so it can be stored, edited and handed back.
-Later stages decide nothing: what is not in the plan does not happen.
+Start at :func:`make_plan`. A :class:`Plan` is frozen and goes through JSON unchanged, so it can be stored, edited and
+handed back. Later stages decide nothing: what is not in the plan does not happen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class SitePlan:
     Attributes:
         name: unique; the module path of the block. modality, stream, layer: where it stands.
         width: C. attention, block_input, value: node names. token_dim, batch_dim: of ``value``.
-        norm: "pre" or "post". class_position: of the class token. protected: constant positions (negative: from the end).
+        norm: "pre" or "post". class_position: of the class token. protected: constant positions (negative: from the
+        end).
         readouts: nodes that hold positions ``[B]`` the graph reads. causal: tokens see only earlier ones.
     """
 
@@ -65,8 +66,8 @@ class Refusal:
 class Plan:
     """All sites of a graph, the width of the alignment tokens, and what is refused.
 
-    ``images`` of one sample go through the vision tower; ``image_order`` says how they are stacked in its batch: "blocked" (all first
-    images, then all second ones) or "interleaved".
+    ``images`` of one sample go through the vision tower; ``image_order`` says how they are stacked in its batch:
+    "blocked" (all first images, then all second ones) or "interleaved".
     """
 
     sites: tuple[SitePlan, ...]
@@ -84,13 +85,20 @@ class Plan:
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         """Inverse of :meth:`to_dict`; raises :class:`PlanError` on unknown or missing fields."""
         if values.get("version") != PLAN_VERSION:
-            raise PlanError(f"the plan has version {values.get('version')!r}; this release reads version {PLAN_VERSION}.")
+            raise PlanError(
+                f"the plan has version {values.get('version')!r}; this release reads version {PLAN_VERSION}."
+            )
         try:
-            sites = tuple(SitePlan(**{**s, "protected": tuple(s["protected"]), "readouts": tuple(s["readouts"])}) for s in values["sites"])
+            sites = tuple(
+                SitePlan(**{**s, "protected": tuple(s["protected"]), "readouts": tuple(s["readouts"])})
+                for s in values["sites"]
+            )
             refusals = tuple(Refusal(**r) for r in values["refusals"])
             return cls(sites, refusals, values["alignment_width"], values["images"], values["image_order"])
         except (KeyError, TypeError) as error:
-            raise PlanError(f"the plan is malformed: {error}. Compare it with Plan.to_dict() of a fresh rewrite.") from error
+            raise PlanError(
+                f"the plan is malformed: {error}. Compare it with Plan.to_dict() of a fresh rewrite."
+            ) from error
 
     def without(self, names: Sequence[str], refusals: Sequence[Refusal]) -> Plan:
         """The plan with some sites turned into refusals."""
@@ -112,7 +120,12 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
     for stream in structure.streams:
         if config.towers is not None and stream.modality not in config.towers:
             refusals.extend(
-                Refusal(s.path, s.attention.name, f"config.towers leaves out the modality {stream.modality!r}", "add it to towers")
+                Refusal(
+                    s.path,
+                    s.attention.name,
+                    f"config.towers leaves out the modality {stream.modality!r}",
+                    "add it to towers",
+                )
                 for s in stream.sublayers
                 if s.kind == "self"
             )
@@ -172,7 +185,9 @@ def _readouts(stream: Stream, config: PruningConfig) -> tuple[tuple[int, ...], t
     positions: list[int] = list(stream.special)
     nodes: list[str] = []
     for readout in stream.flow.readouts.values():
-        offset = readout.axis.source[2] if isinstance(readout.axis.source, tuple) and readout.axis.source[1] == "rest" else 0
+        offset = (
+            readout.axis.source[2] if isinstance(readout.axis.source, tuple) and readout.axis.source[1] == "rest" else 0
+        )
         if readout.kind == "position":
             positions.append(readout.position + offset if readout.position >= 0 else readout.position)
         elif readout.kind in ("prefix", "rest"):
@@ -185,11 +200,17 @@ def _readouts(stream: Stream, config: PruningConfig) -> tuple[tuple[int, ...], t
 
 def _unfit(sublayer: Sublayer) -> Refusal | None:
     if not sublayer.value.users:
-        return Refusal(sublayer.path, sublayer.value.name, "its output is never read", "nothing: the block is dead code")
+        return Refusal(
+            sublayer.path, sublayer.value.name, "its output is never read", "nothing: the block is dead code"
+        )
     if not all(is_tensor(n) for n in (sublayer.value, sublayer.block_input)):
-        return Refusal(sublayer.path, sublayer.value.name, "its residual stream is not a tensor", "a different block structure")
+        return Refusal(
+            sublayer.path, sublayer.value.name, "its residual stream is not a tensor", "a different block structure"
+        )
     if example_shape(sublayer.value)[sublayer.token_dim] < 3:
-        return Refusal(sublayer.path, sublayer.value.name, "it has fewer than 3 tokens", "example inputs with more tokens")
+        return Refusal(
+            sublayer.path, sublayer.value.name, "it has fewer than 3 tokens", "example inputs with more tokens"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """Pricing: the cost table of a graph with its sites inserted.
 
-Start at :func:`cost_table`. Every operation that multiplies and accumulates becomes one term over symbolic sizes and the token axes
-that its dimensions run along.
+Start at :func:`cost_table`. Every operation that multiplies and accumulates becomes one term over symbolic sizes and
+the token axes that its dimensions run along.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
         score = width * done.plan.alignment_width if width != done.plan.alignment_width else 0
         path = f"madtp.sites.{site_key(site.name)}"
         table.terms.append(CostTerm(path, "query", score, axes=(before,), only_active=True))
-        table.terms.append(CostTerm(path, "guidance", done.plan.alignment_width, ("alignment_tokens",), (before,), True))
+        table.terms.append(
+            CostTerm(path, "guidance", done.plan.alignment_width, ("alignment_tokens",), (before,), True)
+        )
         call.meta["cost_path"] = path
     for source, (node, part) in done.derived.items():
         dim = _batch_dim(node, done)
@@ -128,7 +130,9 @@ def _linear(node: fx.Node, done: Insertion) -> CostTerm:
     operand = node.args[0]
     assert isinstance(operand, fx.Node)
     labels = labels_of(node, done.labels)
-    return _term(node, "linear", operand.meta["val"].shape[-1] if "val" in operand.meta else _weight(node), _dims(node, labels))
+    return _term(
+        node, "linear", operand.meta["val"].shape[-1] if "val" in operand.meta else _weight(node), _dims(node, labels)
+    )
 
 
 def _weight(node: fx.Node) -> int:
@@ -145,7 +149,9 @@ def _matmul(node: fx.Node, done: Insertion) -> CostTerm:
 def _convolution(node: fx.Node, done: Insertion) -> CostTerm:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
-    return _term(node, "convolution", math.prod(weight.meta["val"].shape[1:]), _dims(node, labels_of(node, done.labels)))
+    return _term(
+        node, "convolution", math.prod(weight.meta["val"].shape[1:]), _dims(node, labels_of(node, done.labels))
+    )
 
 
 def _norm(node: fx.Node, done: Insertion) -> CostTerm:
@@ -159,7 +165,12 @@ def _attention(node: fx.Node, operands: Sequence[Any], labels: list[Labels]) -> 
     query, key, value = operands
     shapes = [n.meta["val"].shape for n in (query, key, value)]
     batch = labels[0][0] if axes_of(labels[0][0]) else labels[1][0]
-    common = [(batch, shapes[0][0]), (labels[0][1], shapes[0][1]), (labels[0][2], shapes[0][2]), (labels[1][2], shapes[1][2])]
+    common = [
+        (batch, shapes[0][0]),
+        (labels[0][1], shapes[0][1]),
+        (labels[0][2], shapes[0][2]),
+        (labels[1][2], shapes[1][2]),
+    ]
     return [
         _term(node, "attention", 1, [*common, (labels[0][3], shapes[0][3])]),
         _term(node, "attention", 1, [*common, (labels[2][3], shapes[2][3])]),

@@ -1,7 +1,8 @@
 """Restoration: where a graph needs every position, scatter the tokens back to their places.
 
-Start at :class:`Restoration`. Tokens are scattered back in the space of the residual stream, where the last state of a dropped token
-means the same as that of a survivor; what the graph computes from there on, token by token, is computed again for all tokens.
+Start at :class:`Restoration`. Tokens are scattered back in the space of the residual stream, where the last state of
+a dropped token means the same as that of a survivor; what the graph computes from there on, token by token, is
+computed again for all tokens.
 """
 
 from __future__ import annotations

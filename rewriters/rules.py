@@ -1,10 +1,11 @@
 """The rule table: how axis labels move through each ATen operation.
 
-Start at :data:`RULES`, one row per operation, and :func:`apply`. A rule is a function from a node and the labels of its inputs
-to an :class:`Outcome`: labels of the result, and the repairs that keep the operation correct once token axes are shorter than they
-were captured (side inputs to align, baked-in sizes to replace, readouts to remap). Rules decide nothing else and change
-nothing; ``insert.py`` carries the repairs out, ``detect.py`` only reads the labels and readouts. An operation without a row, or a
-row that does not cover the labelled dimension, raises :class:`AxisError`: it is never taken for element-wise.
+Start at :data:`RULES`, one row per operation, and :func:`apply`. A rule is a function from a node and the labels of
+its inputs to an :class:`Outcome`: labels of the result, and the repairs that keep the operation correct once token
+axes are shorter than they were captured (side inputs to align, baked-in sizes to replace, readouts to remap). Rules
+decide nothing else and change nothing; ``insert.py`` carries the repairs out, ``detect.py`` only reads the labels and
+readouts. An operation without a row, or a row that does not cover the labelled dimension, raises :class:`AxisError`:
+it is never taken for element-wise.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Resize:
 class Readout:
     """A place where a token axis ends.
 
-    kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "index" (a graph value per
-    sample), "pool" (mean, sum, amax over tokens), "length" (the size of the axis), "batch" (a slice of the batch; the axis goes on).
+    kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "index" (a graph value
+    per sample), "pool" (mean, sum, amax over tokens), "length" (the size of the axis), "batch" (a slice of the batch;
+    the axis goes on).
     """
 
     kind: Literal["position", "prefix", "rest", "index", "pool", "length", "batch"]
@@ -126,12 +128,17 @@ def batch_dim_of(labels: Labels) -> int:
 
 
 def _same_axes(first: Dim, second: Dim) -> bool:
-    kinds = [tuple(f.axis if f.axis is None or f.axis.kind == "tokens" else f.axis.kind for f in d) for d in (first, second)]
+    kinds = [
+        tuple(f.axis if f.axis is None or f.axis.kind == "tokens" else f.axis.kind for f in d) for d in (first, second)
+    ]
     return kinds[0] == kinds[1]
 
 
-def broadcast(node: fx.Node, operands: list[fx.Node], labels: LabelMap, shape: tuple[int, ...], skip: int = 0) -> Outcome:
-    """Element-wise combination of ``operands`` with broadcasting to ``shape``; the last ``skip`` dimensions are left out."""
+def broadcast(
+    node: fx.Node, operands: list[fx.Node], labels: LabelMap, shape: tuple[int, ...], skip: int = 0
+) -> Outcome:
+    """Element-wise combination of ``operands`` with broadcasting to ``shape``; the last ``skip`` dimensions are left
+    out."""
     rank = len(shape)
     merged: list[Dim] = [plain(n) for n in shape]
     per_operand = {n: labels_of(n, labels) for n in operands}
@@ -311,9 +318,7 @@ def expand(node: fx.Node, labels: LabelMap) -> Outcome:
     own = labels_of(node.args[0], labels)
     shape = example_shape(node)
     new = len(shape) - len(own)
-    result = tuple(
-        plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape)
-    )
+    result = tuple(plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape))
     resizes: list[Resize] = []
     if op_name(node) == "expand":
         resizes = [Resize(1, d, None) for d, dim in enumerate(result) if has_tokens(dim)]
@@ -329,7 +334,9 @@ def repeat(node: fx.Node, labels: LabelMap) -> Outcome:
     for dim, count in zip(own, times[new:], strict=True):
         if not is_plain(dim) and count != 1:
             raise AxisError(f"repeat along {axes_of(dim)}")
-    return Outcome(labels=tuple(plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape)))
+    return Outcome(
+        labels=tuple(plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape))
+    )
 
 
 def repeat_interleave(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -423,7 +430,8 @@ def _batch_part(node: fx.Node, own: Labels, dim: int, shape: tuple[int, ...]) ->
     if len(set(tokens)) != 1 or len(own[dim]) != 1:
         raise AxisError("a slice of a batch that is folded or carries several token axes")
     return Outcome(
-        labels=_batch_result(own, dim, tokens[0], _cut(node, 0), shape[dim]), readout=Readout("batch", tokens[0], dim, dim)
+        labels=_batch_result(own, dim, tokens[0], _cut(node, 0), shape[dim]),
+        readout=Readout("batch", tokens[0], dim, dim),
     )
 
 
@@ -434,7 +442,7 @@ def _cut(node: fx.Node, part: int) -> tuple[Any, ...]:
 
 def _batch_result(own: Labels, dim: int, tokens: Axis, cut: tuple[Any, ...], size: int) -> Labels:
     source = (tokens.source, "part", cut)
-    result = []
+    result: list[Dim] = []
     for position, label in enumerate(own):
         if position == dim:
             result.append((Factor(Axis("batch", source), size),))
@@ -543,11 +551,12 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 
 _ELEMENTWISE = """
-abs add addcmul alias atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clip clone contiguous copysign cos
-detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt hardsigmoid hardswish hardtanh
-isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mod
-mul nan_to_num ne neg ones_like pow prelu reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt
-square sub tan tanh to _to_copy true_divide type_as where xlogy zeros_like __and__ __or__ __xor__ float
+abs add addcmul alias atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clip clone
+contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
+hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
+logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like pow prelu reciprocal relu relu6
+remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh to _to_copy true_divide
+type_as where xlogy zeros_like __and__ __or__ __xor__ float
 """.split()
 
 RULES: dict[str, Rule] = {
@@ -577,7 +586,7 @@ RULES: dict[str, Rule] = {
     "select": select,
     "slice": slice_,
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind"), split),
-    getattr(operator.getitem, "__name__"): getitem,
+    operator.getitem.__name__: getitem,
     "index": index,
     "embedding": embedding,
     "sym_size": size,

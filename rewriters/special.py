@@ -16,17 +16,17 @@ def _tensor_ancestors(node: fx.Node) -> set[fx.Node]:
     stack, seen = [node], {node}
     while stack:
         for operand in stack.pop().all_input_nodes:
-            if operand not in seen and is_tensor(operand):
-                seen.add(operand)
-                stack.append(operand)
-            elif operand not in seen and isinstance(operand.meta.get("val"), (list, tuple)):
+            if (operand not in seen and is_tensor(operand)) or (
+                operand not in seen and isinstance(operand.meta.get("val"), (list, tuple))
+            ):
                 seen.add(operand)
                 stack.append(operand)
     return seen
 
 
 def stream_modality(head: fx.Node) -> str:
-    """ "text" if the stream descends from token ids, "image" if from pixels or features, "joint" if from both, else "query"."""
+    """ "text" if the stream descends from token ids, "image" if from pixels or features, "joint" if from both, else
+    "query"."""
     ancestors = _tensor_ancestors(head)
     text = any(op_name(n) == "embedding" and _reads_ids(n) for n in ancestors if n.op == "call_function")
     image = any(n.op == "placeholder" and n.meta["val"].dtype.is_floating_point for n in ancestors)
@@ -58,7 +58,11 @@ def special_positions(head: fx.Node, token_dim: int) -> tuple[int, ...]:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             if normal_dim(dim, len(example_shape(node))) == token_dim:  # type: ignore[arg-type]
                 return _learned_prefix(list(node.args[0]), token_dim)  # type: ignore[arg-type]
-        same = [n for n in node.all_input_nodes if is_tensor(n) and sorted(example_shape(n)) == sorted(shape) and not is_learned(n)]
+        same = [
+            n
+            for n in node.all_input_nodes
+            if is_tensor(n) and sorted(example_shape(n)) == sorted(shape) and not is_learned(n)
+        ]
         if op_name(node) in ("transpose", "permute") and len(shape) == 3 and same:
             before = example_shape(same[0])
             token_dim = next((d for d in (0, 1) if before[d] == shape[token_dim]), token_dim)

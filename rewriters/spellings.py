@@ -1,8 +1,9 @@
 """Spellings of attention: scaled_dot_product_attention, and matmul, scale, mask, softmax, matmul in their variants.
 
-Start at :func:`canonical_attention`. Each softmax is read outwards to the product with the values and inwards to the product of
-queries and keys; scale factors and masks met on the way become operands of one attention node. A softmax that does not fit is
-left as it is (``detect`` then knows no attention there), so a near miss costs a site, never correctness.
+Start at :func:`canonical_attention`. Each softmax is read outwards to the product with the values and inwards to the
+product of queries and keys; scale factors and masks met on the way become operands of one attention node. A softmax
+that does not fit is left as it is (``detect`` then knows no attention there), so a near miss costs a site, never
+correctness.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **k
 
 
 def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
-    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+    arguments: dict[str, Any] = dict(
+        zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
+    )
     arguments |= node.kwargs
     rank = len(example_shape(node))
     with graph.inserting_before(node):
@@ -99,9 +102,10 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
     dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
     if dim not in (-1, len(example_shape(softmax)) - 1):
         raise NoMatch
-    product, dropout, ignored = _outwards(softmax)
+    product, dropout = _outwards(softmax)
     scores = _inwards(softmax.args[0])
-    query, key, value = scores.product.args[-2], scores.product.args[-1], product.args[1]
+    operands: tuple[Any, ...] = (scores.product.args[-2], scores.product.args[-1], product.args[1])
+    query, key, value = operands
     if not all(is_tensor(n) for n in (query, key, value)):
         raise NoMatch
     rank = len(example_shape(product))
@@ -119,7 +123,9 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         else:
             masks = scores.masks
         mask = _join(graph, masks, product)
-        new = emit(graph, attention, (query, key, value, mask, dropout, False), product, scale=scores.scale, grouped=False)
+        new = emit(
+            graph, attention, (query, key, value, mask, dropout, False), product, scale=scores.scale, grouped=False
+        )
         result = _fold(graph, new) if rank == 3 else new
         wanted = product.meta["val"].dtype
         if result.meta["val"].dtype != wanted:
@@ -127,9 +133,9 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
     product.replace_all_uses_with(result)
 
 
-def _outwards(softmax: fx.Node) -> tuple[fx.Node, float, list[fx.Node]]:
+def _outwards(softmax: fx.Node) -> tuple[fx.Node, float]:
     """The product of probabilities and values, and the dropout on the way."""
-    node, dropout, path = softmax, 0.0, [softmax]
+    node, dropout = softmax, 0.0
     while True:
         users = [u for u in node.users if u.op != "output"]
         if len(node.users) != 1 or len(users) != 1:
@@ -137,12 +143,11 @@ def _outwards(softmax: fx.Node) -> tuple[fx.Node, float, list[fx.Node]]:
         user = users[0]
         name = op_name(user)
         if name in PRODUCTS and user.args[0] is node and name != "baddbmm":
-            return user, dropout, path
+            return user, dropout
         if name == "dropout" and isinstance(user.args[1], float):
             dropout = user.args[1] if user.args[2] else 0.0
         elif name not in PASS_THROUGH and name not in RESHAPES and name != "expand":
             raise NoMatch
-        path.append(user)
         node = user
 
 
@@ -190,12 +195,13 @@ def _product(node: fx.Node) -> Scores:
 
 def _scaled(node: fx.Node, name: str) -> Scores:
     inner = _inwards(node.args[0])
-    factor = _number(node.args[1])
+    operand: Any = node.args[1]
+    factor = _number(operand)
     if factor is None:
-        shape = example_shape(node.args[1]) if is_tensor(node.args[1]) else ()
+        shape = example_shape(operand) if is_tensor(operand) else ()
         if name == "div" or not shape or shape[-2:] != (1, 1) or inner.masks or inner.scale != 1.0:
             raise NoMatch
-        inner.query_factors.append(node.args[1])  # type: ignore[arg-type]
+        inner.query_factors.append(operand)
         return inner
     factor = 1 / factor if name == "div" else factor
     inner.scale *= factor
@@ -262,7 +268,7 @@ def _folded_heads(query: fx.Node) -> int:
     while isinstance(node, fx.Node) and node.op == "call_function":
         name = op_name(node)
         if name in RESHAPES:
-            shape = example_shape(node.args[0])
+            shape = example_shape(node.all_input_nodes[0])
             if len(shape) == 4:
                 return shape[1]
             return max(1, shape[-1] // width)

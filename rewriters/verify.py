@@ -24,7 +24,8 @@ COARSE = 5e-2
 
 @dataclass
 class Case:
-    """What a check may look at: the original, the program, the tree it runs on, the control of its sites, the example call."""
+    """What a check may look at: the original, the program, the tree it runs on, the control of its sites, the example
+    call."""
 
     model: nn.Module
     program: Program
@@ -46,11 +47,14 @@ def graph_is_sound(case: Case) -> None:
 
 
 def inactive_equals_original(case: Case) -> None:
-    """With pruning off, the program computes what the model computes, at the example's batch size and for one sample."""
+    """With pruning off, the program computes what the model computes, at the example's batch size and for one
+    sample."""
     if any(m.training for m in case.model.modules()):
         return
     calls = [case.call]
-    if case.program.dynamic and all(0 in d for d, x in zip(case.program.dynamic, case.call.flat()[0], strict=True) if isinstance(x, Tensor)):
+    if case.program.dynamic and all(
+        0 in d for d, x in zip(case.program.dynamic, case.call.flat()[0], strict=True) if isinstance(x, Tensor)
+    ):
         calls.append(first_sample(case.call))
     temperature = case.control.temperature
     case.control.temperature = 0.0
@@ -93,7 +97,7 @@ def first_sample(call: Call) -> Call:
 
 def compare(expected: Any, actual: Any) -> None:
     """Raise :class:`RewriteError` unless two output structures agree to float tolerance."""
-    first, first_spec = pytree.tree_flatten(expected)
+    first, _ = pytree.tree_flatten(expected)
     second, _ = pytree.tree_flatten(actual)
     if len(first) != len(second) or type(expected) is not type(actual):
         raise RewriteError(
@@ -109,12 +113,14 @@ def compare(expected: Any, actual: Any) -> None:
             if not torch.equal(want, have):
                 raise RewriteError(f"output {position} differs from the original's.")
             continue
-        scale = want.detach().float().abs().nan_to_num(0, 0, 0).amax().clamp(min=1e-6) if want.numel() else torch.ones(())
+        scale = (
+            want.detach().float().abs().nan_to_num(0, 0, 0).amax().clamp(min=1e-6) if want.numel() else torch.ones(())
+        )
         error = ((want.float() - have.float()).abs() / scale).nan_to_num(0).amax() if want.numel() else torch.zeros(())
         if float(error) > RELATIVE.get(want.dtype, COARSE):
             raise RewriteError(
-                f"with pruning off, output {position} differs from the original's by {float(error):.1e} of its scale. The rewritten "
-                "graph would be wrong, so it is refused; please report the model."
+                f"with pruning off, output {position} differs from the original's by {float(error):.1e} of its scale. The "
+                "rewritten graph would be wrong, so it is refused; please report the model."
             )
 
 

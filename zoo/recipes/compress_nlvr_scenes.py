@@ -1,9 +1,9 @@
 """Compression of a trained BLIP-NLVR model on scenes: `madtp compress --reduction 0.8`.
 
-The dense model is rewritten and fine-tuned with pruning active: task loss plus the weighted alignment loss (the paper, section on training).
-The gain is steered step by step towards the asked reduction, which grows from `start_reduction` over the first
-`ramp` of the run; at the end it is calibrated on held-out pairs. The same recipe trains the controls: `pruning` holds
-fields of `madtp.PruningConfig`, such as `selection = "random"`.
+The dense model is rewritten and fine-tuned with pruning active: task loss plus the weighted alignment loss (the
+paper, section on training). The gain is steered step by step towards the asked reduction, which grows from
+`start_reduction` over the first `ramp` of the run; at the end it is calibrated on held-out pairs. The same recipe
+trains the controls: `pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
+from zoo.blip.nlvr import BlipNlvr
 from zoo.recipes.card import accuracy_by_kind
 from zoo.recipes.many import ManyStatements
 from zoo.recipes.nlvr_scenes import make_batch
@@ -109,10 +110,12 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = Settings.from_dict(settings)
     torch.manual_seed(training.seed)
-    model = zoo.create(chosen.model, chosen.checkpoint)
+    model = cast(BlipNlvr, zoo.create(chosen.model, chosen.checkpoint))
     teacher = None
     if chosen.distillation:
-        teacher = ManyStatements(zoo.create(chosen.model, chosen.checkpoint)).eval().requires_grad_(False)
+        teacher = (
+            ManyStatements(cast(BlipNlvr, zoo.create(chosen.model, chosen.checkpoint))).eval().requires_grad_(False)
+        )
     example = make_batch("val", chosen.data_seed, 0, 2, 2)
     config = PruningConfig.from_dict({"seed": training.seed, **chosen.pruning})
     pruned = madtp.rewrite(
@@ -159,7 +162,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         samples_per_step=chosen.pairs_per_step,
         sample_name="pairs",
     )
-    learner.module.compression = run
+    object.__setattr__(pruned, "compression", run)
     return learner
 
 
@@ -215,7 +218,7 @@ def deploy(run: Compression) -> PrunedModel:
 
 def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     """Calibrate on held-out pairs, write the folder `pruned` and its card `card.json`."""
-    run: Compression = learner.module.compression  # type: ignore[assignment, union-attr]
+    run = cast(Compression, learner.module.compression)
     chosen = run.settings
     pruned = deploy(run).eval()
     data = SceneDataset("val", chosen.calibration_pairs, seed=chosen.data_seed)
