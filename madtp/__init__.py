@@ -12,17 +12,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from madtp.api import count_macs, rewrite
     from madtp.calibration import calibrate
+    from madtp.checkpoint import load, save
     from madtp.config import PruningConfig
     from madtp.errors import MadtpError
     from madtp.pruned import PrunedModel
 
 __version__ = "0.1.0"
 
-__all__ = ["MadtpError", "PrunedModel", "PruningConfig", "__version__", "calibrate", "count_macs", "rewrite"]
+__all__ = [
+    "MadtpError",
+    "PrunedModel",
+    "PruningConfig",
+    "__version__",
+    "calibrate",
+    "count_macs",
+    "load",
+    "rewrite",
+    "save",
+]
 
 _HOMES = {
     "calibrate": "madtp.calibration",
     "count_macs": "madtp.api",
+    "load": "madtp.checkpoint",
+    "save": "madtp.checkpoint",
     "rewrite": "madtp.api",
     "PruningConfig": "madtp.config",
     "MadtpError": "madtp.errors",

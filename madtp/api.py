@@ -17,6 +17,7 @@ from madtp.calls import Call, batch_size, normalise_call
 from madtp.config import PruningConfig
 from madtp.errors import ExampleInputsError
 from madtp.pruned import PrunedModel
+from madtp.recorded_call import record_call
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
 from madtp.site import SiteSpec
 from madtp.tree import share
@@ -66,6 +67,7 @@ def rewrite(
         host, specs, keys, config, report, first.plan.alignment_width, first.plan.images, first.plan.image_order, again
     )
     pruned.adopt(first.program, call)
+    pruned.example = record_call(call)
     verify(Case(model, first.program, host, pruned._control, call))
     report.seconds = time.perf_counter() - started
     return pruned
@@ -155,5 +157,6 @@ def _words(readout: Any) -> str:
         "rest": f"all tokens from {readout.position} on",
         "index": "one token at a computed position",
         "pool": "pooling over tokens",
+        "masked_mean": "masked mean over tokens",
         "batch": "parts of the batch",
     }[readout.kind]

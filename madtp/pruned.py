@@ -63,6 +63,7 @@ class PrunedModel(nn.Module):
     Attributes:
         report: what was found and done; ``str()`` is a table.
         config: the :class:`~madtp.config.PruningConfig`.
+        example: the call it was rewritten with, as :func:`madtp.recorded_call.record_call` keeps it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class PrunedModel(nn.Module):
             object.__setattr__(self, name, value)
         self.report = report
         self.config = config
+        self.example: dict[str, Any] = {"args": [], "kwargs": {}}
         self._images, self._image_order = images, image_order
         self.training = host.training
 

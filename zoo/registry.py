@@ -132,7 +132,7 @@ def checkpoint_path(entry: ModelEntry, checkpoint: str | Path) -> Path:
 
 
 def create(name: str, checkpoint: str | Path | None = None) -> nn.Module:
-    """Build a model, in eval mode.
+    """Build a model, in eval mode. Its attribute `zoo_name` tells where it came from.
 
     Args:
         name: a name from :func:`list_models`.
@@ -145,6 +145,7 @@ def create(name: str, checkpoint: str | Path | None = None) -> nn.Module:
     entry = describe(name)
     path = None if checkpoint is None else checkpoint_path(entry, checkpoint)
     model = entry.builder()
+    object.__setattr__(model, "zoo_name", name)
     if path is not None:
         load_checkpoint(model, path)
     return model.eval()

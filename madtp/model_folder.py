@@ -1,0 +1,198 @@
+"""The folder format of saved models: ``config.json`` and one safetensors file whose name carries its hash.
+
+Start at :func:`write_folder` and :func:`read_folder`. The configuration names the tensors and is renamed into place last, so a
+folder always holds one whole model: the old one until that moment, the new one from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from madtp.errors import CheckpointError
+
+FORMAT = "madtp-pruned-model"
+VERSION = 1
+CONFIG = "config.json"
+DRAFT = ".draft"
+SHOWN = 3
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write a model; one that the folder holds already is replaced in one step, files that are not ours stay.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or its ``config.json`` belongs to something else.
+    """
+    _refuse_foreign(folder)
+    stored, aliases = _without_sharing(tensors)
+    draft = folder / f"model.safetensors{DRAFT}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(stored, draft, metadata={"format": FORMAT})
+            digest, size = _digest(draft), draft.stat().st_size
+            name = f"model-{digest[:12]}.safetensors"
+            _publish(draft, folder / name)
+            file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
+            content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
+            config = folder / f"{CONFIG}{DRAFT}"
+            config.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            _publish(config, folder / CONFIG)
+        finally:
+            draft.unlink(missing_ok=True)
+        for old in folder.glob("model-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error}); free space there or choose another folder."
+        ) from error
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and description of a saved model; every byte is checked.
+
+    Raises:
+        CheckpointError: the folder is missing, foreign, newer or damaged.
+    """
+    description = _read_config(folder)
+    try:
+        name, size, digest = (description["tensors"][k] for k in ("file", "bytes", "sha256"))
+        aliases = dict(description["tensors"]["aliases"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: its entry 'tensors' is not whole; save again.") from error
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {name!r} is no name of a file in the folder; save again.")
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{folder} lacks {name}, which its {CONFIG} names; copy the whole folder again.")
+    found = path.stat().st_size
+    if found != size:
+        raise CheckpointError(f"{path} is damaged: it has {found} of {size} bytes; copy it again.")
+    if _digest(path) != digest:
+        raise CheckpointError(f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again.")
+    try:
+        tensors = load_file(path)
+        tensors.update({alias: tensors[original] for alias, original in aliases.items()})
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
+    return tensors, description
+
+
+def shorten(items: list[str]) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise CheckpointError(f"there is no folder {folder}; give the folder that madtp.save wrote.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; give the folder that madtp.save wrote, not a file in it.")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG}, so it is no saved model, or saving never finished.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); copy it again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} does not describe a model that madtp saved; rewrite the model with madtp.rewrite and save it."
+        )
+    version = content.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path} is damaged: its version is {version!r}; save the model again.")
+    if version > VERSION:
+        raise CheckpointError(
+            f"{folder} was saved by madtp {content.get('madtp', '?')} in format {version}; this release reads up to format "
+            f"{VERSION}. Upgrade madtp."
+        )
+    return content
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give a folder to save into.")
+    path = folder / CONFIG
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} belongs to something other than madtp and is not overwritten; choose another folder."
+        )
+
+
+def _without_sharing(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as safetensors takes them, and which further names mean the same tensor (tied weights)."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach()
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        own = value.cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        stored[name] = (
+            own.clone() if memory in storages or own.numel() != len(own.untyped_storage()) // own.itemsize else own
+        )
+        storages.add(memory)
+    return stored, aliases
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Rename a complete file into place, once its content is on the disk."""
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point tensors cast to ``dtype``, tied ones once.
+
+    Raises:
+        CheckpointError: a finite value leaves the range of ``dtype``.
+    """
+    done: dict[Any, Tensor] = {}
+    result: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            result[name] = value
+            continue
+        key = (value.data_ptr(), value.shape, value.stride())
+        if key not in done or not value.numel():
+            done[key] = value.detach().to(dtype)
+            if bool((value.isfinite() & ~done[key].isfinite()).any()):
+                raise CheckpointError(
+                    f"{name} holds values up to {float(value.abs().max()):.3g}, too large for {dtype}; save in "
+                    "torch.bfloat16 or leave dtype out."
+                )
+        result[name] = done[key]
+    return result
