@@ -21,7 +21,8 @@ from madtp.threshold import keep_best, keep_mask, uniform_keep
 def candidates_of(valid: Tensor, protected: Tensor, config: PruningConfig) -> Tensor:
     """The tokens that pruning may take, [B, N] bool: neither protected nor, with padding="excluded", padding.
 
-    With our default padding survives nowhere: a site keeps `select(...) | (protected & valid)`.
+    With our default padding survives only where it is protected (a readout at the last position may read it): a site keeps
+    `select(...) | protected`.
     """
     return ~protected if config.padding == "scored" else valid & ~protected
 

@@ -121,7 +121,7 @@ class ScoringAttention(nn.Module):
         if self.spec.causal and readouts and self.control.config.causal_class_row == "readout":
             return slots_of(state, readouts[0])
         if position is not None:
-            return slots_of(state, torch.full((batch,), position, device=device))
+            return slots_of(state, torch.full((batch,), _from_start(position, state), device=device))
         return slots_of(state, readouts[0]) if readouts else None
 
 
@@ -182,7 +182,7 @@ class PruningSite(nn.Module):
         if config.straight_through and self.training:
             gate = straight_through_gate(scores, limit, control.gain, kept)
             tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
-        survivors = kept | (protected if config.padding == "scored" else protected & valid)
+        survivors = kept | protected
         if bool(survivors.all()):
             control.states[self.spec.name] = before
             return tokens, before
@@ -213,19 +213,25 @@ def _valid(state: TokenState | None, mask: Tensor | None, batch: int, length: in
     return valid_keys(mask, batch, length)
 
 
+def _from_start(position: int, state: TokenState) -> int:
+    return position + state.full_length if position < 0 else position
+
+
 def protected_slots(
     spec: SiteSpec, state: TokenState, readouts: tuple[Tensor, ...], batch: int, count: int, device: torch.device
 ) -> Tensor:
-    """``[B, N]`` slots that hold protected tokens."""
+    """``[B, N]`` slots that hold protected tokens, be they text padding; slots that only fill up the batch hold none."""
     if state.index is None:
         index = torch.arange(count, device=device).expand(batch, count)
     else:
         index = state.index
     protected = torch.zeros(batch, count, dtype=torch.bool, device=device)
     for position in spec.protected:
-        protected = protected | (index == position)
+        protected = protected | (index == _from_start(position, state))
     for positions in readouts:
         protected = protected | (index == positions[:, None].to(index.dtype))
+    if state.valid is not None:
+        protected = protected & state.valid
     return protected if state.merged is None else protected & ~state.merged
 
 
