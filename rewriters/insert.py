@@ -123,7 +123,7 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     at_attention = {by_name[s.attention]: s for s in plan.sites}
     at_value = {by_name[s.value]: s for s in plan.sites}
     nodes = {s.name: (by_name[s.block_input], tuple(by_name[r] for r in s.readouts)) for s in plan.sites}
-    restoration = Restoration(done, post_norm=any(s.norm == "post" for s in plan.sites))
+    restoration = Restoration(done, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
     _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1]) for s in plan.sites])
     for node in list(graph.nodes):
         if node in at_attention:
@@ -322,6 +322,8 @@ def _read_out(done: Insertion, node: fx.Node, readout: Readout) -> fx.Node:
             new = graph.call_function(
                 runtime.pool, (values, state, readout.dim, readout.batch_dim, op_name(node), keepdim)
             )
+        elif kind == "masked_mean":
+            new = graph.call_function(runtime.masked_mean, (*node.args, state, readout.batch_dim))
         else:
             new = graph.call_function(runtime.full_length, (state,))
     new.meta = dict(node.meta)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from madtp import state as runtime
-from rewriters.axes import AxisError, any_tokens, token_axis
+from rewriters.axes import AxisError, any_tokens, axes_of, token_axis
 from rewriters.rules import Align, batch_dim_of, labels_of, op_name
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ NORMS = frozenset(("layer_norm", "rms_norm"))
 class Restoration:
     """Restores values of one graph under insertion."""
 
-    def __init__(self, done: Insertion, post_norm: bool) -> None:
+    def __init__(self, done: Insertion, post_norm: frozenset[str]) -> None:
+        """``post_norm``: the sites of post-norm blocks, whose residual value is the output of a norm."""
         self.done = done
         self.post_norm = post_norm
         self.order = {node: position for position, node in enumerate(done.graph.nodes)}
@@ -45,14 +46,20 @@ class Restoration:
         labels = self.done.labels.get(node)
         if labels is None or node not in self.original or not isinstance(labels[0], tuple):
             return
-        if op_name(node) in NORMS and self.post_norm and self.original[node][0][0] in self.anchors:
-            self.anchors.add(node)
+        if op_name(node) in NORMS and self._is_post_norm(labels):
+            before = self.original[node][0][0]
+            if before in self.anchors and op_name(before) == "add":
+                self.anchors.add(node)
             return
         if op_name(node) != "add":
             return
         operands = [a for a in self.original[node][0][:2] if isinstance(a, fx.Node)]
         if len(operands) == 2 and (self._descends(*operands) or self._descends(*reversed(operands))):
             self.anchors.add(node)
+
+    def _is_post_norm(self, labels: Any) -> bool:
+        sources = [a.source for dim in labels for a in axes_of(dim) if a.kind == "tokens"]
+        return any(source in self.post_norm for source in sources)
 
     def _descends(self, node: fx.Node, ancestor: fx.Node) -> bool:
         limit = self.order.get(ancestor, 1 << 60)
