@@ -145,6 +145,29 @@ def pool(values: Tensor, state: TokenState, dim: int, batch_dim: int, how: str, 
     return total / mask.sum(dim, keepdim).clamp(min=1).to(values.dtype)
 
 
+def masked_mean(
+    values: Tensor,
+    weights: Tensor,
+    dim: int,
+    keepdim: bool,
+    minimum: float | None,
+    state: TokenState | None = None,
+    batch_dim: int = 0,
+) -> Tensor:
+    """Mean of ``values`` along ``dim`` weighted by ``weights`` (same rank), over the surviving tokens."""
+    if state is not None and state.index is not None:
+        weights = gather_positions(weights, state.index, dim, batch_dim, values.dim())
+        if state.valid is not None:
+            shape = [1] * values.dim()
+            shape[batch_dim], shape[dim] = state.batch, state.length
+            valid = state.valid if batch_dim < dim else state.valid.t()
+            weights = weights.masked_fill(~valid.reshape(shape), 0)
+    total = weights.sum(dim, keepdim)
+    if minimum is not None:
+        total = total.clamp(min=minimum)
+    return (values * weights).sum(dim, keepdim) / total
+
+
 def without_first(state: TokenState, start: int) -> TokenState:
     """The state of ``values[start:]``, where the first ``start`` tokens are protected and so still stand first."""
     if state.index is None:

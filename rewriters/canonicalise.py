@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from rewriters.pooling import canonical_pooling
 from rewriters.rules import op_name
 from rewriters.spellings import canonical_attention
 
@@ -90,6 +91,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("plain getitem", plain_getitem),
     ("dead code before", eliminate_dead_code),
     ("canonical attention", canonical_attention),
+    ("canonical pooling", canonical_pooling),
     ("dead code after", eliminate_dead_code),
 )
 

@@ -66,11 +66,11 @@ class Readout:
     """A place where a token axis ends.
 
     kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "index" (a graph value
-    per sample), "pool" (mean, sum, amax over tokens), "length" (the size of the axis), "batch" (a slice of the batch;
+    per sample), "pool" (mean, amax over tokens), "masked_mean", "length" (the size of the axis), "batch" (a slice of the batch;
     the axis goes on).
     """
 
-    kind: Literal["position", "prefix", "rest", "index", "pool", "length", "batch"]
+    kind: Literal["position", "prefix", "rest", "index", "pool", "masked_mean", "length", "batch"]
     axis: Axis
     dim: int
     batch_dim: int | None = None
@@ -532,6 +532,21 @@ def attend(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=(batch, query[1], query[2], value[3]), states=states)
 
 
+def masked_mean(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A weighted mean over one dimension; over a token axis it is pooling, the weights are a side input."""
+    own = labels_of(node.args[0], labels)
+    weights: Any = node.args[1]
+    _require_unlabelled([weights], labels, node)
+    dim, keepdim = int(node.args[2]), bool(node.args[3])  # type: ignore[arg-type]
+    rest = tuple(plain(1) if d == dim else x for d, x in enumerate(own) if keepdim or d != dim)
+    if is_plain(own[dim]):
+        raise AxisError("a masked mean beside a token axis")
+    axis = token_axis(own[dim])
+    if axis is None:
+        raise AxisError(f"a masked mean over {axes_of(own[dim])}")
+    return Outcome(labels=rest, readout=Readout("masked_mean", axis, dim, batch_dim_of(own)))
+
+
 def _require_plain(dims: tuple[Dim, ...], node: fx.Node) -> None:
     for dim in dims:
         if not is_plain(dim):
@@ -562,6 +577,7 @@ type_as where xlogy zeros_like __and__ __or__ __xor__ float
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     "attention": attend,
+    "masked_mean": masked_mean,
     "linear": linear,
     "matmul": matmul,
     "bmm": matmul,
