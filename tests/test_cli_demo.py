@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,15 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path) -> None:
     (tmp_path / "dense.safetensors").touch()
     with pytest.raises(CheckpointError, match="pruned models"):
         models.load_contenders(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_shipped_models_keep_what_their_names_promise(tmp_path: Path) -> None:
+    result = run.run_demo(tmp_path, samples=128, seed=0, console=Console(quiet=True))
+    dense, *pruned = result.measurements
+    assert dense.accuracy > 0.85
+    assert [m.model for m in pruned] == ["pruned −50%", "pruned −80%"]
+    for measurement, reduction in zip(pruned, (0.5, 0.8), strict=True):
+        assert measurement.reduction == pytest.approx(reduction, abs=0.03)
+        assert measurement.accuracy > dense.accuracy - 0.08
+        assert all(a >= b for a, b in pairwise(measurement.image_tokens))
