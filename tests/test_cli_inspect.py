@@ -116,12 +116,16 @@ def test_plain_data_leaves_out_what_json_cannot_hold() -> None:
 @pytest.mark.slow
 def test_inspect_prints_the_report_as_table_and_as_json_and_draws(tmp_path: Path) -> None:
     runner, graph = CliRunner(), tmp_path / "g.png"
-    table = runner.invoke(app, ["inspect", "blip_nlvr_mini", "--graph", str(graph)])
+    table = runner.invoke(app, ["inspect", "blip_nlvr_mini", "--graph", str(graph)], env={"COLUMNS": "140"})
     assert table.exit_code == 0, table.output
     assert "BlipNlvr" in table.output
     assert "visual_encoder.blocks.0" in table.output
+    assert "6 pre-norm self" in table.output
+    assert "cross (keys from stream 0)" in " ".join(table.output.split())
     assert graph.read_bytes().startswith(b"\x89PNG")
     as_json = json.loads(runner.invoke(app, ["inspect", "blip_nlvr_mini", "--json"]).stdout)
+    assert as_json["name"] == "blip_nlvr_mini"
+    assert as_json["model"] == "BlipNlvr"
     assert {site["modality"] for site in as_json["sites"]} == {"image", "text"}
     assert as_json["parameters"] > 1e6
 

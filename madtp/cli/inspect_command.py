@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from madtp.report import BlockReport, RewriteReport
 
 HELP = """Show the blocks, streams, pruning sites and refusals of a model.
 
@@ -47,16 +53,31 @@ def inspect_command(
         pruned = madtp.rewrite(found.model, found.example_inputs)
     report = pruned.report
     if as_json:
-        typer.echo(
-            json.dumps(
-                {"model": found.name, "origin": found.origin, "parameters": parameters, **to_plain(report)}, indent=2
-            )
-        )
+        found_as = {"name": found.name, "origin": found.origin, "parameters": parameters}
+        typer.echo(json.dumps({**found_as, **to_plain(report)}, indent=2))
     else:
-        output_console.print(
-            f"[bold]{type(found.model).__name__}[/bold] ({found.origin} {found.name}), {parameters / 1e6:.1f} M parameters"
-        )
+        title = f"[bold]{type(found.model).__name__}[/bold] ({found.origin} {found.name})"
+        output_console.print(f"{title}, {parameters / 1e6:.1f} M parameters", soft_wrap=True)
+        output_console.print(_streams(report))
         typer.echo(str(report))
     if graph is not None:
         draw_graph(report.network, graph)
         error_console.print(f"graph drawn to {graph}")
+
+
+def _streams(report: RewriteReport) -> Table:
+    """A row for each stream: what its blocks are, and where its tokens are read."""
+    from rich.table import Table
+
+    table = Table("stream", "modality", "width", "blocks", "read out as", title="streams", title_justify="left")
+    for stream in report.streams:
+        blocks = Counter(_kind(block) for block in report.blocks if block.stream == stream.index)
+        counted = ", ".join(f"{count} {kind}" for kind, count in blocks.items())
+        table.add_row(str(stream.index), stream.modality, str(stream.width), counted, ", ".join(stream.readouts))
+    return table
+
+
+def _kind(block: BlockReport) -> str:
+    """ "pre-norm self", "post-norm cross (keys from stream 0)"."""
+    source = f" (keys from stream {block.source})" if block.kind == "cross" and block.source is not None else ""
+    return f"{block.norm}-norm {block.kind}{source}"
