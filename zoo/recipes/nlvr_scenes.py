@@ -4,7 +4,7 @@ From true-or-false labels alone a small model learns nothing in reasonable time.
 linear heads that are thrown away afterwards, colour, shape and size of the object that their patch shows and whether its
 centre lies there; for the first `patch_steps` steps that is the whole loss. Afterwards every pair is seen once and
 asked about many times, vision being the expensive half; and the text's class token also predicts how often each picture
-shows what the statement speaks of.
+shows what the statement speaks of and where the things of a spatial relation are.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -12,7 +12,7 @@ shows what the statement speaks of.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ class Settings:
         pairs_per_step: picture pairs in a batch.
         statements_per_pair: statements asked about each.
         patch_steps: steps at the start in which only patch labels are learned.
-        patch_weight, count_weight: weights of the auxiliary losses afterwards.
-        fade_to: what both weights fall to by the end, by a cosine, as a fraction.
+        patch_weight, count_weight, place_weight: weights of the auxiliary losses afterwards.
+        fade_to: what these weights fall to by the end, by a cosine, as a fraction.
+        kinds: kinds of statement to train on, one listed twice being twice as frequent; none stands for all alike.
         data_seed: edition of the training data.
         evaluation_pairs: held-out pairs (with 8 statements each) of each evaluation during training.
         test_items: held-out test items that the model card reports on.
@@ -60,7 +61,9 @@ class Settings:
     patch_steps: int = 500
     patch_weight: float = 1.0
     count_weight: float = 1.0
+    place_weight: float = 2.0
     fade_to: float = 0.1
+    kinds: tuple[str, ...] = ()
     data_seed: int = 0
     evaluation_pairs: int = 128
     test_items: int = 8192
@@ -71,7 +74,7 @@ class Settings:
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ConfigError(f"the recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        return cls(**values)
+        return cls(**{**values, "kinds": tuple(values.get("kinds", ()))})
 
 
 class Pupil(nn.Module):
@@ -82,6 +85,7 @@ class Pupil(nn.Module):
         self.model = model
         self.heads = nn.Linear(width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
         self.counter = nn.Linear(model.config.text.width, 2 * COUNT_CLASSES)
+        self.places = nn.Linear(model.config.text.width, 4)
 
     def patch_loss(self, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Vision tokens [2B, N, C] (class token first) and annotated batch -> loss, accuracy on objects' shapes.
@@ -107,6 +111,13 @@ class Pupil(nn.Module):
         logits = self.counter(tokens).float().unflatten(-1, (2, COUNT_CLASSES))
         return F.cross_entropy(logits.flatten(0, 1), counts.flatten().clamp_max(COUNT_CLASSES - 1))
 
+    def place_loss(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Class tokens [M, C], places [M, 4] with NaN where a statement is not spatial -> loss of pointing at the two
+        things that decide a spatial relation."""
+        spatial = ~places[:, 0].isnan()
+        found = self.places(tokens[spatial]).float()
+        return F.smooth_l1_loss(found, places[spatial], beta=0.1, reduction="sum") / spatial.sum().clamp_min(1)
+
     def read(self, ids: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Statements [B, S, T], mask [B, S, T], encoded images [B, N, C] -> class tokens [B * S, C].
 
@@ -125,10 +136,12 @@ class Pupil(nn.Module):
         return x[:, 0]
 
 
-def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -> Batch:
+def make_batch(
+    split: str, seed: int, start: int, pairs: int, statements: int, kinds: Sequence[str] = ()
+) -> Batch:
     """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], the annotation, and, with statements,
     input_ids and attention_mask [B, S, T] and labels [B, S]."""
-    samples = [draw_sample(seed, split, start + number, statements) for number in range(pairs)]
+    samples = [draw_sample(seed, split, start + number, statements, kinds) for number in range(pairs)]
     batch = {
         "images": normalise(torch.stack([sample.images for sample in samples])),
         "labels_of_patches": _stack([sample.annotation.labels for sample in samples]),
@@ -140,6 +153,8 @@ def make_batch(split: str, seed: int, start: int, pairs: int, statements: int) -
         batch["input_ids"] = ids.unflatten(0, (pairs, statements))
         batch["attention_mask"] = mask.unflatten(0, (pairs, statements))
         batch["counts"] = torch.tensor([[statement.counts for statement in s.statements] for s in samples])
+        nowhere = (math.nan,) * 4
+        batch["places"] = torch.tensor([[statement.places or nowhere for statement in s.statements] for s in samples])
         batch["labels"] = torch.tensor([[int(statement.label) for statement in s.statements] for s in samples])
     return batch
 
@@ -157,7 +172,8 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
 
     def batch(step: int) -> Batch:
         asked = chosen.statements_per_pair if step >= chosen.patch_steps else 0
-        return make_batch("train", chosen.data_seed, step * chosen.pairs_per_step, chosen.pairs_per_step, asked)
+        start = step * chosen.pairs_per_step
+        return make_batch("train", chosen.data_seed, start, chosen.pairs_per_step, asked, chosen.kinds)
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         assert isinstance(module, Pupil)
@@ -171,9 +187,17 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         task = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(-1) == labels).float().mean()
         count = module.count_loss(tokens, batch["counts"].flatten(0, 1))
+        place = module.place_loss(tokens, batch["places"].flatten(0, 1))
         fade = _fade(step, chosen, training.steps)
-        total = task + chosen.patch_weight * fade * patch + chosen.count_weight * fade * count
-        return total, {"task": task.detach(), "accuracy": accuracy, "count": count.detach(), "patch": patch.detach(), "shape": shape_accuracy}
+        total = task + fade * (
+            chosen.patch_weight * patch + chosen.count_weight * count + chosen.place_weight * place
+        )
+        return total, {
+            "task": task.detach(),
+            "accuracy": accuracy,
+            "count": count.detach(),
+            "place": place.detach(),
+            "patch": patch.detach(), "shape": shape_accuracy}
 
     held_out: list[Batch] = []
     kinds: list[str] = []

@@ -160,10 +160,10 @@ def _words(sample: Sample, statement: Statement) -> Tensor:
     del sample
     ids = encode([statement.text])[0][0]
     size = len(VOCABULARY)
-    row = torch.zeros(size + 509)
+    row = torch.zeros(size + 211)
     row[ids] = 1
-    # Word pairs share 509 cells by their remainder.
-    row[size + (ids[:-1] * size + ids[1:]) % 509] = 1
+    # Word pairs share 211 cells by their remainder.
+    row[size + (ids[:-1] * size + ids[1:]) % 211] = 1
     return row
 
 

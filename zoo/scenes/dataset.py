@@ -20,7 +20,7 @@ from zoo.scenes.drawing import Annotation, draw_pictures
 from zoo.scenes.layout import draw_pair
 from zoo.scenes.objects import CANVAS, SPLITS, Pair, draws_for
 from zoo.scenes.phrases import Census
-from zoo.scenes.statements import Statement, draw_statement
+from zoo.scenes.statements import KINDS, Statement, draw_statement
 from zoo.scenes.tokens import encode
 
 MEAN = STD = 0.5
@@ -56,16 +56,22 @@ class Sample:
     statements: tuple[Statement, ...]
 
 
-def draw_sample(seed: int, split: str, index: int, statements: int = 1) -> Sample:
+def draw_sample(seed: int, split: str, index: int, statements: int = 1, kinds: Sequence[str] = ()) -> Sample:
     """Draw a pair and statements about it; the same arguments always give the same sample.
 
-    Pictures and first statements do not depend on how many statements are asked for.
+    Pictures and first statements do not depend on how many statements are asked for. `kinds` are the kinds of statement
+    to choose from, all equally likely (one listed twice is twice as likely); none stands for all.
+
+    Raises:
+        DataError: the split or a kind is not known, or seed or index is negative.
     """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise DataError(f"scenes have no statements of kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}")
     draws = draws_for(seed, split, index)
     pair = draw_pair(draws)
     images, annotation = draw_pictures(pair, draws)
     census = Census(pair)
-    drawn = tuple(draw_statement(census, draws) for _ in range(statements))
+    drawn = tuple(draw_statement(census, draws, kinds or tuple(KINDS)) for _ in range(statements))
     return Sample(pair, torch.from_numpy(images), annotation, drawn)
 
 

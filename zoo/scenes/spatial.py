@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from zoo.scenes.objects import Thing
+from zoo.scenes.objects import CANVAS, Thing
 from zoo.scenes.phrases import Phrase
 
 RELATIONS = ("left of", "right of", "above", "below")
 CLEAR = 7
 """Pixels between centres along the axis in question from which a relation is beyond doubt."""
 
+Places = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Whether some object that `one` names stands in the relation to some object that `other` names."""
+    """Whether some object that `one` names stands in the relation to some object that `other` names.
+
+    `places` are the centres x, y of the two objects that decide it, first `one`, as fractions of the picture.
+    """
 
     one: Phrase
     other: Phrase
     holds: bool
+    places: Places
 
 
 def relations(things: Sequence[Thing], number: int, sharing: str) -> Iterator[Relation]:
@@ -35,14 +41,18 @@ def relations(things: Sequence[Thing], number: int, sharing: str) -> Iterator[Re
         for second in kinds:
             if first == second or _shared(first, second) != sharing:
                 continue
-            best = max(
-                _lead(one, other, number)
-                for one in things
-                for other in things
-                if (one.colour, one.shape) == first and (other.colour, other.shape) == second
+            lead, one, other = max(
+                (
+                    (_lead(one, other, number), one, other)
+                    for one in things
+                    for other in things
+                    if (one.colour, one.shape) == first and (other.colour, other.shape) == second
+                ),
+                key=lambda entry: entry[0],
             )
-            if abs(best) >= CLEAR:
-                yield Relation(Phrase(None, *first), Phrase(None, *second), best > 0)
+            if abs(lead) >= CLEAR:
+                places = (one.x / CANVAS, one.y / CANVAS, other.x / CANVAS, other.y / CANVAS)
+                yield Relation(Phrase(None, *first), Phrase(None, *second), lead > 0, places)
 
 
 def _shared(first: tuple[int, int], second: tuple[int, int]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from zoo.scenes.objects import Draws
 from zoo.scenes.phrases import COLOUR, COLOUR_SHAPE, SHAPE, SIZED, Census, Form, Phrase, phrases_of
-from zoo.scenes.spatial import RELATIONS, relations
+from zoo.scenes.spatial import RELATIONS, Places, relations
 
 SIDES = ("left", "right")
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -25,22 +25,31 @@ NUMBERS = ("no", "one", "two", "three", "four")
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """An English statement, whether it is true, its kind, and how many things of the left and of the right picture
-    its first noun phrase names."""
+    """An English statement with what is known about it.
+
+    Attributes:
+        text: the statement.
+        label: whether it is true.
+        kind: one of KINDS.
+        counts: how many things of the left and of the right picture its first noun phrase names.
+        places: for a spatial relation, where the two things are that decide it; see :mod:`zoo.scenes.spatial`.
+    """
 
     text: str
     label: bool
     kind: str
     counts: tuple[int, int]
+    places: Places | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """A text that fills a frame, the (first) phrase put in, and how much it is preferred."""
+    """A text that fills a frame, the (first) phrase put in, how much it is preferred, and the places it speaks of."""
 
     text: str
     phrase: Phrase
     weight: float
+    places: Places | None = None
 
 
 @dataclass(slots=True)
@@ -178,7 +187,7 @@ def _spatial(census: Census, draws: Draws) -> Fillings:
     for relation in relations(census.pair.pictures[side], number, sharing):
         one, other = relation.one.words(), relation.other.words()
         text = f"a {one} is {RELATIONS[number]} a {other} in the {SIDES[side]} image"
-        (fillings.true if relation.holds else fillings.false).append(Filling(text, relation.one, 1.0))
+        (fillings.true if relation.holds else fillings.false).append(Filling(text, relation.one, 1.0, relation.places))
     return fillings
 
 
@@ -194,18 +203,17 @@ KINDS: dict[str, tuple[Template, ...]] = {
 _TRIES = 12
 
 
-def draw_statement(census: Census, draws: Draws, kind: str | None = None) -> Statement:
+def draw_statement(census: Census, draws: Draws, kinds: Sequence[str]) -> Statement:
     """Draw a statement about a pair that is true or false with equal probability.
 
-    Without a kind, all kinds are equally likely. A pair may allow no balanced frame of the kind asked for (two equal
+    The kinds given are equally likely. A pair may allow no balanced frame of the kind drawn (two equal
     pictures cannot be compared both truly and falsely); after a few tries existence takes its place.
     """
-    wanted = kind or draws.choice(tuple(KINDS))
-    for name in [wanted] * _TRIES + ["existence"] * 1000:
+    for name in [draws.choice(kinds)] * _TRIES + ["existence"] * 1000:
         fillings = draws.choice(KINDS[name])(census, draws)
         if fillings.true and fillings.false:
             label = draws.flip()
             options = fillings.true if label else fillings.false
             filling = draws.weighted(options, [option.weight for option in options])
-            return Statement(filling.text, label, name, census.both(filling.phrase))
+            return Statement(filling.text, label, name, census.both(filling.phrase), filling.places)
     raise AssertionError("a picture with objects always allows a balanced statement of existence")
