@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from madtp.checkpoint import load, save
     from madtp.config import PruningConfig
     from madtp.errors import MadtpError
+    from madtp.freezing import freeze
     from madtp.pruned import PrunedModel
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "count_macs",
+    "freeze",
     "load",
     "rewrite",
     "save",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "calibrate": "madtp.calibration",
     "count_macs": "madtp.api",
+    "freeze": "madtp.freezing",
     "load": "madtp.checkpoint",
     "save": "madtp.checkpoint",
     "rewrite": "madtp.api",

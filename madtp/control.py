@@ -23,7 +23,8 @@ class PruningControl:
         config: how pruning is done; ``temperature`` and ``gain`` below start from it and may be changed.
         forced: if given, which original tokens ``[B, N0]`` survive at each site, instead of DTP's decision (for tests
             of the graph and for replaying a decision).
-        states, features: record of the last forward, by site: state after the site; pooled features ``[B, K, d_e]``.
+        states, features, kept_counts: record of the last forward, by site: state after the site; pooled features ``[B, K, d_e]``;
+            ``kept_counts``: prunable tokens ``[B]`` that were kept.
     """
 
     config: PruningConfig
@@ -34,6 +35,7 @@ class PruningControl:
     static_counts: dict[str, int] = field(default_factory=dict)
     states: dict[str, TokenState] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    kept_counts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def active(self) -> bool:
@@ -44,6 +46,7 @@ class PruningControl:
         """Forget the last forward."""
         self.states.clear()
         self.features.clear()
+        self.kept_counts.clear()
 
     def collects_features(self) -> bool:
         """Whether the alignment features are wanted: they serve only a loss."""

@@ -179,6 +179,7 @@ class PruningSite(nn.Module):
         scores = terms.mean()
         limit = threshold(guidance, scores, candidates, max(control.temperature, 1e-6))
         kept = self._kept(terms, scores, limit, candidates, before)
+        control.kept_counts[self.spec.name] = kept.sum(1)
         if config.straight_through and self.training:
             gate = straight_through_gate(scores, limit, control.gain, kept)
             tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
