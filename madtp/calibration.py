@@ -36,6 +36,8 @@ class CalibrationResult:
         reduction_reached: fraction of the dense MACs saved on the batches.
         dense_macs, macs: multiply-accumulates per sample, without pruning and now.
         samples: number of samples measured on.
+        deviation: standard error of the reduction over batches, so the size of the deviation to expect on as many other
+            samples; None for fewer than 4 batches.
         evaluations: how often the batches were run.
         steer: the setting that was searched. history: every evaluation of it in order.
     """
@@ -47,15 +49,18 @@ class CalibrationResult:
     dense_macs: float
     macs: float
     samples: int
+    deviation: float | None
     evaluations: int
     steer: Steer
     history: tuple[Measurement, ...] = field(repr=False)
 
     def __str__(self) -> str:
         value = {"gain": self.gain, "temperature": self.temperature, "keep_ratio": self.keep_ratio}[self.steer]
+        spread = "" if self.deviation is None else f" (standard error {self.deviation:.1%})"
         return (
-            f"{self.reduction_reached:.1%} fewer MACs ({self.dense_macs / 1e9:.4g} G dense, {self.macs / 1e9:.4g} G pruned per "
-            f"sample) at {self.steer} {value:.5g}, on {self.samples} samples in {self.evaluations} evaluations"
+            f"{self.reduction_reached:.1%}{spread} fewer MACs ({self.dense_macs / 1e9:.4g} G dense, "
+            f"{self.macs / 1e9:.4g} G pruned per sample) at {self.steer} {value:.5g}, on {self.samples} samples in "
+            f"{self.evaluations} evaluations"
         )
 
 
@@ -108,6 +113,7 @@ def calibrate(
         dense_macs=search.dense,
         macs=best.macs,
         samples=search.samples,
+        deviation=search.deviation(),
         evaluations=len(search.history),
         steer=chosen.name,
         history=tuple(search.history),
@@ -187,7 +193,8 @@ class GainController:
     Args:
         target: fraction of the dense MACs to save; may be changed between steps.
         gain: start value.
-        rate: change of log(gain) a step, for each unit of error. Up to about ``(1 - smoothing) / 4`` it does not overshoot.
+        rate: change of log(gain) a step, for each unit of error. It does not overshoot while rate times the slope of the
+            reduction over log(gain), which is 1 to 9, stays below ``(1 - smoothing) / 4``; a little overshoot is harmless.
         smoothing: weight of the past in the exponential mean of observed reductions, in [0, 1).
         bounds: smallest and largest gain.
     Raises:
@@ -199,7 +206,7 @@ class GainController:
         target: float,
         *,
         gain: float = 1.0,
-        rate: float = 0.02,
+        rate: float = 0.01,
         smoothing: float = 0.9,
         bounds: tuple[float, float] = (0.05, 20.0),
     ) -> None:

@@ -22,6 +22,7 @@ from madtp.pruned import PREFIX, PrunedModel
 
 Steer = Literal["gain", "temperature", "keep_ratio"]
 EVALUATIONS = 25
+FEWEST_BATCHES = 4
 RESOLUTION = 1e-6  # of the logarithm of the knob: below it a step of the reduction is a jump
 
 
@@ -98,6 +99,8 @@ class Search:
         self.sizes = [next(t.shape[0] for t in call.tensors() if t.dim()) for call in calls]
         self.samples = sum(self.sizes)
         self.dense = 0.0
+        self.dense_of: list[float] = []
+        self.macs_of: list[float] = []
         self.history: list[Measurement] = []
 
     def run(self) -> Measurement:
@@ -111,6 +114,15 @@ class Search:
         if self._miss(best) > self.tolerance:
             raise CalibrationError(self._jump())
         return best
+
+    def deviation(self) -> float | None:
+        """Standard error of the last evaluation's reduction, from how far the batches differ."""
+        if len(self.calls) < FEWEST_BATCHES:
+            return None
+        mean = sum(self.macs_of) / sum(self.dense_of)
+        residuals = [macs - mean * dense for macs, dense in zip(self.macs_of, self.dense_of, strict=True)]
+        n = len(residuals)
+        return math.sqrt(sum(r * r for r in residuals) * n / (n - 1)) / sum(self.dense_of)
 
     def _miss(self, measured: Measurement) -> float:
         return abs(measured.reduction - self.target)
@@ -159,7 +171,7 @@ class Search:
     def _measure(self, value: float) -> Measurement:
         """Run all batches at a value of the knob."""
         self.knob.write(self.pruned, value)
-        macs = dense = 0.0
+        self.macs_of = []
         for number, (call, size) in enumerate(zip(self.calls, self.sizes, strict=True)):
             output = self.pruned(*call.args, **call.kwargs)
             if any(has_nan(x) for x in pytree.tree_leaves(output)):
@@ -167,11 +179,12 @@ class Search:
                     f"the model's output on batch {number} holds NaN at {self.knob.name} {value:.4g}; check the inputs and "
                     "the weights."
                 )
-            macs += size * self.pruned.macs()
-            dense += 0.0 if self.dense else size * dense_macs(self.pruned)
+            self.macs_of.append(size * self.pruned.macs())
+            if len(self.dense_of) <= number:
+                self.dense_of.append(size * dense_macs(self.pruned))
             self.progress.advance(self.task)
-        self.dense = self.dense or dense / self.samples
-        result = Measurement(value, macs / self.samples, 1.0 - macs / self.samples / self.dense)
+        self.dense, macs = sum(self.dense_of) / self.samples, sum(self.macs_of) / self.samples
+        result = Measurement(value, macs, 1.0 - macs / self.dense)
         self.history.append(result)
         return result
 
@@ -192,12 +205,15 @@ class Search:
         config = self.pruned.config
         kept = max(0.0, 1.0 - reached - fixed - overhead)
         limit = "temperature" if name == "temperature" else f"min_tokens={config.min_tokens}"
-        helps = "a larger gain" if name == "temperature" else "a smaller min_tokens"
+        helps = ["a larger gain"] if name == "temperature" else []
+        helps += ["a smaller min_tokens"] if config.min_tokens and name != "temperature" else []
+        helps += ["fewer alignment tokens"] if config.alignment else []
+        helps += ["pruning all towers"] if config.towers is not None else []
         return (
             f"a reduction of {self.target:.1%} cannot be reached: the most is {most:.1%}, at {name} {value:.3g}. Of the dense "
             f"MACs, {fixed:.1%} are spent before the first pruning or outside the pruned streams, {overhead:.1%} on choosing "
             f"tokens (alignment tokens), and {kept:.1%} on tokens that survive there ({limit}, protected and merged ones). "
-            f"What would help: {helps}, fewer alignment tokens, fewer protected positions, or larger inputs."
+            f"What would help: {', '.join([*helps, 'larger inputs'])}."
         )
 
     def _jump(self) -> str:
