@@ -92,13 +92,16 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     bare = {name: value for name, value in tensors.items() if not name.startswith(f"{PREFIX}.")}
     _check(folder, identity, host, host.state_dict(), bare)
     inputs = _inputs(folder, recorded, host) if example_inputs is None else example_inputs
-    pruned = _rewrite_as(folder, host, inputs, config, sites, width)
+    # Fixed counts cannot run before they are known, and checking the rewrite runs the model.
+    free = dataclasses.replace(config, batching="ragged") if config.batching == "static" else config
+    pruned = _rewrite_as(folder, host, inputs, free, sites, width)
     own = pruned.state_dict()
     _check(folder, identity, host, own, tensors)
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
     pruned.temperature, pruned.gain = settings
+    pruned.config = pruned._control.config = config
     pruned._control.static_counts.update(counts)
     return pruned
 
