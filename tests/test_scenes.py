@@ -49,10 +49,12 @@ def truth(text: str, pictures: tuple[tuple[Thing, ...], tuple[Thing, ...]]) -> b
         return shown(m[2], m[1]) == 0
     if m := re.fullmatch(f"the {side} image does not contain a {NOUN}", text):
         return shown(m[1], m[2]) == 0
-    if m := re.fullmatch(f"(both images contain|exactly one image contains|at least one image contains|no image contains) a {NOUN}", text):
+    subject = "(both images contain|exactly one image contains|at least one image contains|no image contains)"
+    if m := re.fullmatch(f"{subject} a {NOUN}", text):
         images = sum(count(things, m[2]) > 0 for things in pictures)
         return {"b": images == 2, "e": images == 1, "a": images >= 1, "n": images == 0}[text[0]]
-    if m := re.fullmatch(f"there (?:is|are) (exactly|at least|at most) (one|two|three|four) {NOUN} in the {side} image", text):
+    number_of = "(exactly|at least|at most) (one|two|three|four)"
+    if m := re.fullmatch(f"there (?:is|are) {number_of} {NOUN} in the {side} image", text):
         found, number = shown(m[4], m[3]), NUMBERS[m[2]]
         return {"exactly": found == number, "at least": found >= number, "at most": found <= number}[m[1]]
     if m := re.fullmatch(f"the {side} image has (more|fewer) {NOUN} than the {side} image", text):
@@ -85,7 +87,8 @@ def test_statements_are_as_true_as_they_say(seed: int, split: str, index: int) -
 @settings(max_examples=40, deadline=None)
 def test_a_sample_follows_from_seed_split_and_index(seed: int, split: str, index: int) -> None:
     one, again = draw_sample(seed, split, index, 3), draw_sample(seed, split, index, 5)
-    assert one.pair == again.pair and one.statements == again.statements[:3]
+    assert one.pair == again.pair
+    assert one.statements == again.statements[:3]
     assert torch.equal(one.images, again.images)
     np.testing.assert_array_equal(one.annotation.labels, again.annotation.labels)
 
@@ -101,7 +104,8 @@ def test_objects_lie_inside_the_picture_and_apart(index: int) -> None:
     for things in draw_sample(0, "train", index).pair.pictures:
         assert 2 <= len(things) <= 5
         for number, one in enumerate(things):
-            assert one.radius <= min(one.x, one.y) and max(one.x, one.y) <= CANVAS - 1 - one.radius
+            assert one.radius <= min(one.x, one.y)
+            assert max(one.x, one.y) <= CANVAS - 1 - one.radius
             for other in things[:number]:
                 distance = ((one.x - other.x) ** 2 + (one.y - other.y) ** 2) ** 0.5
                 assert distance >= 0.95 * (one.radius + other.radius)
@@ -116,12 +120,12 @@ def test_annotations_name_what_is_there(index: int) -> None:
         labels = annotation.labels[side]
         assert labels[3].sum() == len(things)
         assert set(labels[0]) - {0} <= {thing.colour + 1 for thing in things}
-        assert ((labels[0] > 0) == (labels[1] > 0)).all() and ((labels[0] > 0) == (labels[2] > 0)).all()
+        assert ((labels[0] > 0) == (labels[1] > 0)).all()
+        assert ((labels[0] > 0) == (labels[2] > 0)).all()
         for thing in things:
             patch = (thing.y // 8) * 8 + thing.x // 8
             assert tuple(labels[:3, patch]) == (thing.colour + 1, thing.shape + 1, thing.size + 1)
-            middle = np.array([patch % 8, patch // 8]) * 8 + 3.5
-            np.testing.assert_allclose(annotation.offset[side, patch] * 8 + middle, [thing.x, thing.y], atol=1e-4)
+            np.testing.assert_allclose(annotation.centre[side, patch] * 8 + 31.5, [thing.x, thing.y], atol=1e-4)
 
 
 def test_an_object_has_its_colour_in_the_picture() -> None:
@@ -151,10 +155,13 @@ def test_nothing_can_be_guessed_from_words_or_pictures_alone() -> None:
 def test_items_collate_to_what_a_model_takes() -> None:
     dataset = SceneDataset("test", 6, seed=3)
     items = [dataset[index] for index in range(len(dataset))]
-    assert items[0]["images"].shape == (2, 3, 64, 64) and items[0]["images"].dtype == torch.uint8
-    assert {item["label"] for item in items} <= {0, 1} and len({item["id"] for item in items}) == 6
+    assert items[0]["images"].shape == (2, 3, 64, 64)
+    assert items[0]["images"].dtype == torch.uint8
+    assert {item["label"] for item in items} <= {0, 1}
+    assert len({item["id"] for item in items}) == 6
     batch = collate(items)
-    assert batch["images"].shape == (6, 2, 3, 64, 64) and batch["images"].abs().max() <= 1
+    assert batch["images"].shape == (6, 2, 3, 64, 64)
+    assert batch["images"].abs().max() <= 1
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert torch.equal(batch["input_ids"] != 0, batch["attention_mask"].bool())
     assert batch["labels"].tolist() == [item["label"] for item in items]
@@ -162,7 +169,8 @@ def test_items_collate_to_what_a_model_takes() -> None:
 
 def test_other_image_sizes_show_the_same_scene() -> None:
     small, full = SceneDataset("test", 2, image_size=32)[1], SceneDataset("test", 2)[1]
-    assert small["images"].shape == (2, 3, 32, 32) and small["statement"] == full["statement"]
+    assert small["images"].shape == (2, 3, 32, 32)
+    assert small["statement"] == full["statement"]
     pooled = torch.nn.functional.avg_pool2d(normalise(full["images"]), 2)
     assert (pooled - normalise(small["images"])).abs().mean() < 0.05
 

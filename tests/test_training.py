@@ -185,11 +185,10 @@ def test_prefetch_keeps_order_and_hands_on_errors() -> None:
             raise ValueError("three")
         return step
 
-    seen = []
+    batches = prefetch(fail, 0, 9)
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
-        for value in prefetch(fail, 0, 9):
-            seen.append(value)
-    assert seen == [0, 1, 2]
+        next(batches)
     for value in prefetch(lambda step: step, 0, 10**9):
         if value == 5:
             break

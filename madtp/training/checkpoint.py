@@ -71,7 +71,9 @@ def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimize
         content = json.loads((path / _STATE).read_text())
         tensors = load_file(path / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is no whole training checkpoint ({error}); resume from an earlier one") from error
+        raise CheckpointError(
+            f"{path} is no whole training checkpoint ({error}); resume from an earlier one"
+        ) from error
     if content.get("version", 0) > VERSION:
         raise CheckpointError(f"{path} has version {content['version']}, this code reads {VERSION}; upgrade madtp")
     weights = _below(tensors, "module.")

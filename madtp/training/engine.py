@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,7 @@ class _Loop:
             self.module.train()
         self.board.show_evaluation(done, self.evaluation)
 
-    def _compute_context(self) -> ContextManager[object]:
+    def _compute_context(self) -> ExitStack:
         contexts = ExitStack()
         device = torch.device(self.device).type
         if self.config.precision == "bfloat16":

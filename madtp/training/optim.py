@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from madtp.errors import TrainingError
 from madtp.training.config import TrainingConfig
@@ -52,7 +52,7 @@ def make_optimisers(module: nn.Module, config: TrainingConfig) -> list[torch.opt
     return made
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
+def _matrices(module: nn.Module) -> list[Tensor]:
     """Return the weights for Muon, each once even where modules share them."""
     found = {
         id(layer.weight): layer.weight

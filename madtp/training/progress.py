@@ -59,4 +59,6 @@ class Progress:
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" if abs(value) < 1e-2 else f"{name} {value:.3f}" for name, value in metrics.items())
+    return "  ".join(
+        f"{name} {value:.3g}" if abs(value) < 1e-2 else f"{name} {value:.3f}" for name, value in metrics.items()
+    )

@@ -73,9 +73,7 @@ def train(
     recipe = _recipe(content["recipe"])
     folder = Path(output)
     learner = recipe.build(content.get("settings", {}), training)
-    result = fit(
-        learner, training, folder, resume=resume, device=device, progress=progress, stop_after=stop_after
-    )
+    result = fit(learner, training, folder, resume=resume, device=device, progress=progress, stop_after=stop_after)
     if result.steps == training.steps:
         recipe.finish(learner, result, folder)
     return result
@@ -87,7 +85,9 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not TOML or JSON, an unknown table, or no recipe.
     """
-    content, where = (dict(config), "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
+    content, where = (
+        (dict(config), "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
+    )
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):

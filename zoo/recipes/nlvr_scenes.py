@@ -27,6 +27,8 @@ import zoo
 from madtp.errors import ConfigError
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Batch, Learner, TrainingResult
+from zoo.blip.nlvr import BlipNlvr
+from zoo.blip.text import TextLayer
 from zoo.recipes.card import measure, write_release
 from zoo.scenes import draw_sample, encode, normalise
 from zoo.scenes.drawing import PATCH
@@ -80,27 +82,30 @@ class Settings:
 class Pupil(nn.Module):
     """The model with linear heads that read patch labels off its vision tokens."""
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    def __init__(self, model: BlipNlvr) -> None:
         super().__init__()
         self.model = model
-        self.heads = nn.Linear(width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
+        self.heads = nn.Linear(model.config.vision.width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
         self.counter = nn.Linear(model.config.text.width, 2 * COUNT_CLASSES)
         self.places = nn.Linear(model.config.text.width, 4)
 
     def patch_loss(self, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Vision tokens [2B, N, C] (class token first) and annotated batch -> loss, accuracy on objects' shapes.
 
-        The outline of the object inside a patch and the way to the object's centre are asked for too: shape shows
-        only across patches, and is learned several times faster once tokens know where edges run.
+        The outline of the object inside a patch and where the object's centre lies in the picture are asked for too.
+        Shape shows only across patches and is learned several times faster once tokens know where edges run; and
+        without a reason to carry their position tokens lose it, and spatial relations are never learned.
         """
-        *parts, outline, offset = self.heads(tokens[:, 1:]).float().split((*PATCH_CLASSES, PATCH * PATCH, 2), dim=-1)
-        labels, true_outline, true_offset = (
-            batch[name].transpose(0, 1).flatten(0, 1) for name in ("labels_of_patches", "outline", "offset")
+        *parts, outline, centre = self.heads(tokens[:, 1:]).float().split((*PATCH_CLASSES, PATCH * PATCH, 2), dim=-1)
+        labels, true_outline, true_centre = (
+            batch[name].transpose(0, 1).flatten(0, 1) for name in ("labels_of_patches", "outline", "centre")
         )
         targets = labels.unbind(1)
-        losses = [F.cross_entropy(part.flatten(0, 1), target.flatten()) for part, target in zip(parts, targets, strict=True)]
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), target.flatten()) for part, target in zip(parts, targets, strict=True)
+        ]
         losses.append(F.binary_cross_entropy_with_logits(outline, true_outline.float()))
-        losses.append(F.smooth_l1_loss(offset, true_offset))
+        losses.append(F.smooth_l1_loss(centre, true_centre))
         on_object = targets[1] > 0
         right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
         return torch.stack(losses).sum(), right
@@ -129,6 +134,7 @@ class Pupil(nn.Module):
         keep = mask.flatten(0, 1).bool()[:, None, None, :]
         x = encoder.embeddings(ids.flatten(0, 1))
         for layer in encoder.encoder.layer:
+            assert isinstance(layer, TextLayer)
             x = layer.attention(x, keep)
             x = layer.crossattention(x.reshape(pairs, statements * length, -1), first, second)
             x = x.reshape(pairs * statements, length, -1)
@@ -136,9 +142,7 @@ class Pupil(nn.Module):
         return x[:, 0]
 
 
-def make_batch(
-    split: str, seed: int, start: int, pairs: int, statements: int, kinds: Sequence[str] = ()
-) -> Batch:
+def make_batch(split: str, seed: int, start: int, pairs: int, statements: int, kinds: Sequence[str] = ()) -> Batch:
     """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], the annotation, and, with statements,
     input_ids and attention_mask [B, S, T] and labels [B, S]."""
     samples = [draw_sample(seed, split, start + number, statements, kinds) for number in range(pairs)]
@@ -146,7 +150,7 @@ def make_batch(
         "images": normalise(torch.stack([sample.images for sample in samples])),
         "labels_of_patches": _stack([sample.annotation.labels for sample in samples]),
         "outline": _stack([sample.annotation.outline for sample in samples]),
-        "offset": _stack([sample.annotation.offset for sample in samples]),
+        "centre": _stack([sample.annotation.centre for sample in samples]),
     }
     if statements:
         ids, mask = encode([statement.text for sample in samples for statement in sample.statements])
@@ -168,7 +172,9 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     chosen = Settings.from_dict(settings)
     torch.manual_seed(training.seed)
     model = zoo.create(chosen.model)
-    pupil = Pupil(model, model.config.vision.width)
+    if not isinstance(model, BlipNlvr):
+        raise ConfigError(f"the recipe trains models of the family BLIP-NLVR; {chosen.model} is another")
+    pupil = Pupil(model)
 
     def batch(step: int) -> Batch:
         asked = chosen.statements_per_pair if step >= chosen.patch_steps else 0
@@ -189,15 +195,15 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         count = module.count_loss(tokens, batch["counts"].flatten(0, 1))
         place = module.place_loss(tokens, batch["places"].flatten(0, 1))
         fade = _fade(step, chosen, training.steps)
-        total = task + fade * (
-            chosen.patch_weight * patch + chosen.count_weight * count + chosen.place_weight * place
-        )
+        total = task + fade * (chosen.patch_weight * patch + chosen.count_weight * count + chosen.place_weight * place)
         return total, {
             "task": task.detach(),
             "accuracy": accuracy,
             "count": count.detach(),
             "place": place.detach(),
-            "patch": patch.detach(), "shape": shape_accuracy}
+            "patch": patch.detach(),
+            "shape": shape_accuracy,
+        }
 
     held_out: list[Batch] = []
     kinds: list[str] = []

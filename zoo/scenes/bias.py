@@ -73,7 +73,9 @@ class BiasReport:
         for kind, share in self.true_by_kind.items():
             table.add_row(f"true statements among {kind}", f"{share:.2%}", "50%")
         table.add_row(
-            f"dispersion of truth over {self.strings} strings", f"{self.dispersion:.3f}", f"1 ± {self.dispersion_error:.3f}"
+            f"dispersion of truth over {self.strings} strings",
+            f"{self.dispersion:.3f}",
+            f"1 ± {self.dispersion_error:.3f}",
         )
         return table
 
@@ -117,9 +119,7 @@ def _wording(statement: Statement) -> str:
     return " ".join("_" if word in blank else word for word in statement.text.split())
 
 
-def _by_table(
-    name: str, seen: Sequence[Sample], unseen: Sequence[Sample], key: Callable[[Statement], str]
-) -> Guess:
+def _by_table(name: str, seen: Sequence[Sample], unseen: Sequence[Sample], key: Callable[[Statement], str]) -> Guess:
     votes: Counter[str] = Counter()
     for sample in seen:
         for statement in sample.statements:

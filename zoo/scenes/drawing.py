@@ -13,9 +13,9 @@ from zoo.scenes.sprites import Plane, grain, sprite, textures
 PATCH = 8
 """Side in pixels of the patches that annotations speak about."""
 
-_RGB = np.array(
-    [(214, 40, 40), (38, 160, 62), (46, 88, 224), (240, 206, 40), (152, 58, 190)], dtype=np.float32
-)[:, :, None, None]
+_RGB = np.array([(214, 40, 40), (38, 160, 62), (46, 88, 224), (240, 206, 40), (152, 58, 190)], dtype=np.float32)[
+    :, :, None, None
+]
 
 _LEAST_COVERAGE = 10
 """Pixels of a patch that an object must cover for the patch to bear its label."""
@@ -31,13 +31,13 @@ class Annotation:
         labels: [2, 4, P] int64. Colour, shape and size of the object that covers most of the patch, each counted from 1
             with 0 for background; last, 1 where an object's centre lies.
         outline: [2, P, PATCH * PATCH] bool, the pixels of the patch that objects cover.
-        offset: [2, P, 2] float32, from the middle of the patch to the centre of its object (x, y) in patch sides; 0 on
-            background.
+        centre: [2, P, 2] float32, from the middle of the picture to the centre (x, y) of the patch's object, on background
+            to the middle of the patch, in patch sides.
     """
 
     labels: npt.NDArray[np.int64]
     outline: npt.NDArray[np.bool_]
-    offset: npt.NDArray[np.float32]
+    centre: npt.NDArray[np.float32]
 
 
 def draw_pictures(pair: Pair, draws: Draws) -> tuple[npt.NDArray[np.uint8], Annotation]:
@@ -103,6 +103,6 @@ def _annotate(annotation: Annotation, side: int, cover: npt.NDArray[np.bool_], t
     table = np.array([(0, 0, 0)] + [(t.colour + 1, t.shape + 1, t.size + 1) for t in things], dtype=np.int64)
     annotation.labels[side, :3] = table[owner].T
     centres = np.array([(0, 0)] + [(t.x, t.y) for t in things], dtype=np.float32)
-    annotation.offset[side] = np.where(owner[:, None] > 0, (centres[owner] - _MIDDLES) / PATCH, 0)
+    annotation.centre[side] = (np.where(owner[:, None] > 0, centres[owner], _MIDDLES) - (CANVAS - 1) / 2) / PATCH
     for thing in things:
         annotation.labels[side, 3, (thing.y // PATCH) * GRID + thing.x // PATCH] = 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 from zoo.scenes.objects import COLOURS, SHAPES, SIZES, Pair, Thing
@@ -52,10 +52,14 @@ class Form:
 COLOUR_SHAPE = Form(None, True, True)
 COLOUR = Form(None, True, False)
 SHAPE = Form(None, False, True)
-SIZED = tuple(Form(size, colour, shape) for size in range(len(SIZES)) for colour, shape in ((1, 1), (1, 0), (0, 1)))
+SIZED = tuple(
+    Form(size, colour, shape)
+    for size in range(len(SIZES))
+    for colour, shape in ((True, True), (True, False), (False, True))
+)
 
 
-@lru_cache(maxsize=None)
+@cache
 def phrases_of(form: Form) -> tuple[Phrase, ...]:
     """Return every phrase of a form."""
     colours = range(len(COLOURS)) if form.colour else (None,)

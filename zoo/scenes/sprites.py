@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ _TEXTURE_SIDE = CANVAS + 32
 _TILT = np.deg2rad(16.0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(shape: int, radius: int, angle: int) -> Plane:
     """Return coverage in [0, 1] of a shape, [2 * radius + 1, 2 * radius + 1]."""
     side = 2 * radius + 1

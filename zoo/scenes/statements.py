@@ -129,7 +129,9 @@ def _number(census: Census, draws: Draws) -> Fillings:
 
     def holds(phrase: Phrase) -> tuple[bool, float]:
         count = census.count(side, phrase)
-        truth = count == number if relation == "exactly" else count >= number if relation == "at least" else count <= number
+        truth = (
+            count == number if relation == "exactly" else count >= number if relation == "at least" else count <= number
+        )
         return truth, (0.5 if count == 0 else 4.0 if abs(count - number) <= 1 else 1.0)
 
     def say(phrase: Phrase) -> str:
