@@ -27,6 +27,7 @@ from madtp.calibration import GainController, calibrate
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
+from madtp.search import KNOBS
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
@@ -34,6 +35,9 @@ from zoo.recipes.card import accuracy_by_kind
 from zoo.recipes.many import ManyStatements
 from zoo.recipes.nlvr_scenes import make_batch
 from zoo.scenes import SceneDataset, collate
+
+FIRST_KEEP_RATIO = 0.85
+"""Keep ratio of a control at gain 1: close to the start of the ramp."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Settings:
     ramp: float = 0.4
     rate: float = 0.03
     alignment_weight: float = 0.1
-    distillation: float = 1.0
+    distillation: float = 0.0
     pruning: Mapping[str, Any] = field(default_factory=dict)
     data_seed: int = 0
     first_pair: int = 1_000_000
@@ -91,6 +95,14 @@ class Compression:
     controller: GainController
     model: nn.Module
     macs: tuple[float, float] = (0.0, 0.0)
+
+
+def set_strength(pruned: PrunedModel, gain: float) -> None:
+    """Prune with ``gain``; a control with a fixed keep ratio gets a ratio that falls as the gain rises."""
+    if pruned.config.keep_ratio is None:
+        pruned.gain = gain
+    else:
+        KNOBS["keep_ratio"].write(pruned, min(1.0, FIRST_KEEP_RATIO / gain))
 
 
 def statement_macs(pruned: PrunedModel, statements: int) -> tuple[float, float]:
@@ -132,7 +144,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         controller.load_state_dict(state["controller"])
         controller.target = _target(step, chosen, training.steps)
-        pruned.gain = controller.gain
+        set_strength(pruned, controller.gain)
         return _loss(run, batch)
 
     def on_step(done: int, module: nn.Module, metrics: Metrics) -> None:
