@@ -1,7 +1,7 @@
 """The oracle: the original model, run eagerly, with dropped tokens masked out of every later attention.
 
 Start at :func:`masked_run`. It knows nothing of graphs: attention functions of torch are replaced while the model runs, and the
-path of the running module says, by the hand-written statements of `models.py`, which tokens its keys are.
+path of the running module says, by the hand-written statements of `cases.py`, which tokens its keys are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import Case
+from cases import Case
 from torch import Tensor, nn
 
 Kept = dict[str, list[Tensor]]
@@ -36,8 +36,10 @@ def leaves(output: Any, path: str = "") -> dict[str, Tensor]:
     """Tensors of an output structure by dotted path; a bare tensor has the path ""."""
     if isinstance(output, Tensor):
         return {path: output}
-    items = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, (list, tuple)) else ()
     found: dict[str, Tensor] = {}
+    if not isinstance(output, (Mapping, list, tuple)):
+        return found
+    items = output.items() if isinstance(output, Mapping) else enumerate(output)
     for key, value in items:
         found |= leaves(value, f"{path}.{key}" if path else str(key))
     return found
@@ -110,7 +112,9 @@ def _attention(visible: Callable[[], Tensor | None]) -> Iterator[None]:
     sdpa, softmaxes = F.scaled_dot_product_attention, (F.softmax, torch.softmax, Tensor.softmax)
     fastpath = torch.backends.mha.get_fastpath_enabled()
 
-    def hidden_sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def hidden_sdpa(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         show = visible()
         if show is not None:
             names = ("dropout_p", "is_causal")
@@ -154,7 +158,7 @@ def _watch(case: Case, model: nn.Module, run: Run, stack: list[str]) -> list[Any
     handles: list[Any] = []
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, i, p=path: stack.append(p)))
-        handles.append(module.register_forward_hook(lambda m, i, o: stack.pop() and None))
+        handles.append(module.register_forward_hook(lambda m, i, o: _leave(stack)))
     for stream, count in case.layers.items():
         for layer in range(count):
             path, _, side = case.residual[stream].format(layer).partition(":")
@@ -162,6 +166,10 @@ def _watch(case: Case, model: nn.Module, run: Run, stack: list[str]) -> list[Any
         last = model.get_submodule(case.final[stream])
         handles.append(last.register_forward_hook(_once(run.tokens, stream, case)))
     return handles
+
+
+def _leave(stack: list[str]) -> None:
+    stack.pop()
 
 
 def _once(tokens: dict[str, Tensor], stream: str, case: Case) -> Callable[..., None]:
