@@ -1,22 +1,18 @@
 """Lift: calls of known leaf modules become ``call_module`` nodes on the host's own submodules again.
 
 Start at :func:`lift`. The module path that export recorded tells which call was whose; a call is lifted only if the
-module's forward is torch's own and its operands are exactly that module's parameters. Hooks, adapters and
+operation is all that its module issues and its operands are exactly that module's parameters. Hooks, adapters and
 quantisation then find the modules they look for, dropout follows ``train()`` and ``eval()``, and the graph prints
 like the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import fx, nn
 
+from rewriters.detect import module_path
 from rewriters.evaluate import attribute
 from rewriters.rules import op_name
-
-Settings = Callable[[nn.Module], list[Any]]
 
 # Operation -> modules that issue it as their whole forward, with the names of their parameters in operand order after
 # the input.
@@ -37,8 +33,12 @@ LEAVES: dict[str, tuple[tuple[type[nn.Module], ...], tuple[str, ...]]] = {
 def lift(graph: fx.Graph, host: nn.Module) -> int:
     """Lift in place; returns how many calls were lifted."""
     lifted = 0
+    issued: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            issued.setdefault(module_path(node), set()).add(op_name(node))
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or len(issued[module_path(node)]) != 1:
             continue
         name = op_name(node)
         if name == "embedding":
@@ -53,18 +53,14 @@ def lift(graph: fx.Graph, host: nn.Module) -> int:
 
 
 def _issuer(node: fx.Node, host: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, nn.Module] | None:
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
+    path = module_path(node)
+    if not path:
         return None
-    path = list(stack.values())[-1][0]
     try:
-        module = attribute(host, path) if path else host
+        module = attribute(host, path)
     except AttributeError:
         return None
-    for kind in kinds:
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return path, module
-    return None
+    return (path, module) if isinstance(module, kinds) else None
 
 
 def _lift(
