@@ -1,0 +1,71 @@
+"""The dense recipe on a run of two steps, and its short cut for many statements about one pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from madtp.errors import ConfigError
+from madtp.training import TrainingConfig, train
+from madtp.training.progress import Progress
+from zoo.recipes.nlvr_scenes import Pupil, build, make_batch
+
+SETTINGS: dict[str, Any] = {
+    "pairs_per_step": 2,
+    "statements_per_pair": 3,
+    "patch_steps": 1,
+    "evaluation_pairs": 2,
+    "test_items": 6,
+}
+
+
+def test_reading_many_statements_at_once_equals_classifying_each() -> None:
+    torch.manual_seed(0)
+    pupil = Pupil(zoo.create("blip_nlvr_mini")).eval()  # type: ignore[arg-type]
+    batch = make_batch("val", 0, 0, pairs=2, statements=5)
+    with torch.no_grad():
+        first, second = pupil.model.encode_images(batch["images"])
+        together = pupil.model.cls_head(pupil.read(batch["input_ids"], batch["attention_mask"], first, second))
+        apart = pupil.model(
+            batch["images"].repeat_interleave(5, 0),
+            batch["input_ids"].flatten(0, 1),
+            batch["attention_mask"].flatten(0, 1),
+        )
+    torch.testing.assert_close(together, apart)
+
+
+def test_a_run_leaves_weights_that_the_zoo_loads_and_a_card(tmp_path: Path) -> None:
+    content = {
+        "recipe": "zoo.recipes.nlvr_scenes",
+        "training": {"steps": 3, "warmup_steps": 1, "optimiser": "muon", "checkpoint_every": 0},
+        "settings": SETTINGS,
+    }
+    quiet = Progress(quiet=True)
+    assert train(content, tmp_path, progress=quiet, stop_after=2).steps == 2
+    assert not (tmp_path / "dense.safetensors").exists()
+    train(content, tmp_path, progress=quiet, resume=True)
+    model = zoo.create("blip_nlvr_mini", checkpoint=tmp_path / "dense.safetensors")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    card = json.loads((tmp_path / "dense.json").read_text())
+    assert card["test"]["items"] == 6
+    assert 0 <= card["test"]["accuracy"]["all"] <= 1
+    assert card["training"]["steps"] == 3
+
+
+def test_batches_follow_from_the_step() -> None:
+    learner = build(SETTINGS, TrainingConfig())
+    assert "labels" not in learner.batch(0)
+    one, again, other = learner.batch(1), learner.batch(1), learner.batch(2)
+    assert all(torch.equal(one[name], again[name]) for name in one if name != "places")
+    assert torch.equal(one["places"].nan_to_num(), again["places"].nan_to_num())
+    assert not torch.equal(one["images"], other["images"])
+
+
+def test_what_the_recipe_cannot_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no setting pears_per_step"):
+        build({"pears_per_step": 2}, TrainingConfig())
