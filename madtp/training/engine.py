@@ -40,6 +40,7 @@ class Learner:
         on_step: called after each optimiser step with the number of steps done, the module and the step's metrics, e.g.
             to steer the pruning gain. State that it keeps must live in the module's buffers or in `state`.
         state: JSON-able values of the learner's own that checkpoints carry along (updated in place on resume).
+        card: JSON-able facts about the run as configured now, for the recipe's model card; not in checkpoints.
         samples_per_step: what the shown rate counts.
         sample_name: plural noun for it.
     """
@@ -50,6 +51,7 @@ class Learner:
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     on_step: Callable[[int, nn.Module, Metrics], None] | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
     samples_per_step: int = 1
     sample_name: str = "samples"
 

@@ -212,10 +212,11 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         assert isinstance(module, Pupil)
         if not held_out:
             for start in range(0, chosen.evaluation_pairs, 32):
-                held_out.append(make_batch("val", chosen.data_seed, start, 32, 8))
+                pairs = min(32, chosen.evaluation_pairs - start)
+                held_out.append(make_batch("val", chosen.data_seed, start, pairs, 8))
                 kinds.extend(
                     statement.kind
-                    for number in range(32)
+                    for number in range(pairs)
                     for statement in draw_sample(chosen.data_seed, "val", start + number, 8).statements
                 )
         right = []
@@ -234,7 +235,12 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         batch=batch,
         loss=loss,
         evaluate=evaluate,
-        state={"settings": asdict(chosen), "training": training.to_dict()},
+        card={
+            "model": chosen.model,
+            "data": "scenes",
+            "settings": asdict(chosen),
+            "training": training.to_dict(),
+        },
         samples_per_step=chosen.pairs_per_step,
         sample_name="pairs",
     )
@@ -243,18 +249,9 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
 def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     """Write `dense.safetensors` and its model card `dense.json` into the output folder."""
     assert isinstance(learner.module, Pupil)
-    settings = Settings.from_dict(learner.state["settings"])
-    write_release(
-        learner.module.model,
-        output / "dense.safetensors",
-        {
-            "model": settings.model,
-            "data": "scenes",
-            "settings": learner.state["settings"],
-            "training": learner.state["training"],
-        },
-        measure(settings.model, settings.test_items, settings.data_seed),
-    )
+    settings = Settings.from_dict(learner.card["settings"])
+    test = measure(settings.model, settings.test_items, settings.data_seed)
+    write_release(learner.module.model, output / "dense.safetensors", learner.card, test)
 
 
 def _fade(step: int, settings: Settings, steps: int) -> float:
