@@ -135,7 +135,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     )
     controller = GainController(chosen.start_reduction, gain=config.gain, rate=chosen.rate)
     run = Compression(chosen, pruned, teacher, controller, model)
-    state = {"settings": asdict(chosen), "training": training.to_dict(), "controller": controller.state_dict()}
+    state: dict[str, Any] = {"controller": controller.state_dict()}
 
     def batch(step: int) -> Batch:
         start = chosen.first_pair + step * chosen.pairs_per_step
@@ -173,6 +173,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         state=state,
         samples_per_step=chosen.pairs_per_step,
         sample_name="pairs",
+        card={"settings": asdict(chosen), "training": training.to_dict()},
     )
     object.__setattr__(pruned, "compression", run)
     return learner
@@ -245,8 +246,7 @@ def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     card = {
         "model": chosen.model,
         "data": "scenes",
-        "settings": learner.state["settings"],
-        "training": learner.state["training"],
+        **learner.card,
         "calibration": {
             "gain": calibration.gain,
             "temperature": calibration.temperature,
