@@ -70,10 +70,11 @@ def _is_shared(mutated: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bo
 
 def eliminate_dead_code(graph: fx.Graph) -> None:
     """Remove computations whose results nobody reads."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _writes(node))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node))
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether ``node`` changes one of its operands."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 

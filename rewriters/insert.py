@@ -17,6 +17,7 @@ from torch import fx
 
 from madtp import state as runtime
 from rewriters.axes import Axis, AxisError, Labels, any_tokens, token_axis
+from rewriters.canonicalise import writes
 from rewriters.detect import seed
 from rewriters.plan import Plan, SitePlan
 from rewriters.propagate import runs_along
@@ -138,6 +139,8 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
         if node in at_value:
             site = at_value[node]
             _insert_site(done, current, site, nodes[site.name])
+    # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or writes(n))
     graph.lint()
     return done
 

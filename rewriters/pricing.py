@@ -119,7 +119,10 @@ def _term(node: fx.Node, kind: str, constant: float, dims: Sequence[tuple[Dim, A
             sizes.append(_size(size))
     numbers = [s for s in sizes if isinstance(s, int)]
     constant *= math.prod(numbers)
-    return CostTerm(module_path(node), kind, constant, tuple(s for s in sizes if not isinstance(s, int)), tuple(axes))
+    symbols = tuple(s for s in sizes if not isinstance(s, int))
+    # Computed once more for all tokens, beside the survivors: without pruning the same values, not counted twice.
+    again = node.meta.get("again")
+    return CostTerm(module_path(node), kind, constant, symbols, tuple(axes), again is not None and bool(again.users))
 
 
 def _dims(node: fx.Node, labels: Labels) -> list[tuple[Dim, Any]]:

@@ -159,7 +159,7 @@ class Restoration:
         new_kwargs = fx.map_arg(kwargs, lambda n: self._current(n, before))
         with self.done.graph.inserting_before(before):
             new = self.done.graph.create_node("call_function", node.target, new_args, new_kwargs)
-        new.meta = dict(node.meta)
+        new.meta = {**node.meta, "again": node}
         return new
 
     def _current(self, node: fx.Node, before: fx.Node) -> Any:
