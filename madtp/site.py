@@ -184,6 +184,8 @@ class PruningSite(nn.Module):
             gate = straight_through_gate(scores, limit, control.gain, kept)
             tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
         survivors = kept | protected
+        if not config.merge:
+            survivors = _never_nothing(survivors, scores, candidates)
         if bool(survivors.all()):
             control.states[self.spec.name] = before
             return tokens, before
@@ -206,6 +208,13 @@ class PruningSite(nn.Module):
         if self.spec.name in control.static_counts:
             counts = torch.full((scores.size(0),), control.static_counts[self.spec.name], device=scores.device)
         return select(terms, scores, limit, candidates, control.config, gain=control.gain, counts=counts)
+
+
+def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
+    """Each sample keeps its best token at least, even where the configuration asks for none."""
+    best = scores.masked_fill(~candidates, float("-inf")).argmax(1, keepdim=True)
+    lost = ~survivors.any(1, keepdim=True) & candidates.any(1, keepdim=True)
+    return survivors.scatter(1, best, lost | survivors.gather(1, best))
 
 
 def _valid(state: TokenState | None, mask: Tensor | None, batch: int, length: int) -> Tensor | None:

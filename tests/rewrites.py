@@ -81,7 +81,7 @@ def gap(first: Tensor, second: Tensor) -> float:
     assert first.shape == second.shape, f"shapes {tuple(first.shape)} and {tuple(second.shape)}"
     if not first.numel():
         return 0.0
-    scale = first.detach().abs().amax().clamp(min=1e-3)
+    scale = first.detach().abs().amax().clamp(min=0.1)
     return float(((first.detach() - second.detach()).abs() / scale).nan_to_num(float("inf")).amax())
 
 

@@ -146,7 +146,8 @@ def test_the_shipped_models_keep_what_their_names_promise(tmp_path: Path) -> Non
     dense, *pruned = result.measurements
     assert dense.accuracy > 0.85
     assert [m.model for m in pruned] == ["pruned −50%", "pruned −80%"]
-    for measurement, reduction in zip(pruned, (0.5, 0.8), strict=True):
+    # What the shipped weights lose, with room for 128 samples: README, "Weak points".
+    for measurement, reduction, loss in zip(pruned, (0.5, 0.8), (0.05, 0.2), strict=True):
         assert measurement.reduction == pytest.approx(reduction, abs=0.03)
-        assert measurement.accuracy > dense.accuracy - 0.08
+        assert measurement.accuracy > dense.accuracy - loss
         assert all(a >= b for a, b in pairwise(measurement.image_tokens))
