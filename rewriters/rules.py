@@ -189,6 +189,20 @@ def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
     return broadcast(node, tensor_operands(node), labels, example_shape(node))
 
 
+def like_first(node: fx.Node, labels: LabelMap) -> Outcome:
+    """The first operand's values in another type; of the second only its type is read."""
+    return Outcome(labels=labels_of(node.args[0], labels))
+
+
+def prelu(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A slope for each entry of dimension 1, or one for all."""
+    own, weight = labels_of(node.args[0], labels), node.args[1]
+    _require_unlabelled([weight], labels, node)  # type: ignore[list-item]
+    if dim_size(unlabelled(example_shape(weight))[0]) > 1:  # type: ignore[arg-type]
+        _require_plain(own[1:2], node)
+    return Outcome(labels=own)
+
+
 def last_dims(count: Callable[[fx.Node], int]) -> Rule:
     """Mixes the last ``count`` dimensions of the first operand, leaves the others alone; the result keeps the shape."""
 
@@ -319,10 +333,7 @@ def expand(node: fx.Node, labels: LabelMap) -> Outcome:
     shape = example_shape(node)
     new = len(shape) - len(own)
     result = tuple(plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape))
-    resizes: list[Resize] = []
-    if op_name(node) == "expand":
-        resizes = [Resize(1, d, None) for d, dim in enumerate(result) if has_tokens(dim)]
-    return Outcome(labels=result, resizes=tuple(resizes))
+    return Outcome(labels=result, resizes=tuple(Resize(1, d, None) for d, dim in enumerate(result) if has_tokens(dim)))
 
 
 def repeat(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -566,16 +577,18 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 
 _ELEMENTWISE = """
-abs add addcmul alias atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clip clone
-contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
+abs add addcmul alias atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
+clone contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
 hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
-logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like pow prelu reciprocal relu relu6
-remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh to _to_copy true_divide
-type_as where xlogy zeros_like __and__ __or__ __xor__ float
+logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like pow reciprocal relu relu6
+remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
+zeros_like __and__ __or__ __xor__
 """.split()
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
+    "prelu": prelu,
     "attention": attend,
     "masked_mean": masked_mean,
     "linear": linear,
@@ -593,7 +606,7 @@ RULES: dict[str, Rule] = {
     "squeeze": squeeze,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), view),
     "expand": expand,
-    "expand_as": expand,
+    "expand_as": elementwise,
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
     "cat": cat,
