@@ -171,7 +171,9 @@ class FrozenBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, 16))
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(torch.cat([self.token.expand(len(x), -1, -1), x], 1))[:, 0]
