@@ -1,6 +1,7 @@
 """Run one operation as the rewriter would leave it, and compare with experiments that know nothing of rules.
 
-Start at :func:`check`. A :class:`Sample` is one call of an ATen operation on tensors of which some run along tokens. Two experiments:
+Start at :func:`check`. A :class:`Sample` is one call of an ATen operation on tensors of which some run along tokens. Two
+experiments:
 
 * *change one token*: the values of one token of one sample change; the output may change where its labels say that token
   stands, and nowhere else;
@@ -32,9 +33,12 @@ BATCH_AXIS, TOKEN_AXIS, OTHER_AXIS = Axis("batch", "s"), Axis("tokens", "s"), Ax
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A tensor operand. `dims` gives its sizes: "B" and "N" stand for batch and tokens, "M" for another stream's tokens, a tuple for a folded
+    """A tensor operand.
+
+    `dims` gives its sizes: "B" and "N" stand for batch and tokens, "M" for another stream's tokens, a tuple for a folded
     dimension. `kind`: "float", "bool", "long" (small numbers), "arange", "mask" (boolean; shows at least the first key),
-    "kept" (positions of tokens that survive)."""
+    "kept" (positions of tokens that survive).
+    """
 
     dims: tuple[Any, ...]
     kind: str = "float"

@@ -31,7 +31,7 @@ def _unary() -> list[Sample]:
     flat = "ceil floor isinf isnan logical_not ones_like round sign zeros_like relu6 hardtanh".split()
     found = []
     for name in names.split():
-        target = getattr(getattr(aten, name), "default")
+        target = getattr(aten, name).default
         found.append(sample(target, x(), constant=name in flat))
         found.append(sample(target, x(4, "N", 1, "B"), constant=name in flat))
     return found
