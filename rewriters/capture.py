@@ -158,14 +158,17 @@ def is_free(size: Any) -> bool:
 
 
 def _shape_constants(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
-    """Export leaves the constants that it lifted without a shape; later stages want one on every tensor."""
+    """Give the constants that export lifted a shape, as later stages want on every tensor, and scalars their number."""
     values = (n.meta.get("val") for n in graph.nodes)
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     for node in graph.nodes:
-        if mode is not None and node.op == "get_attr" and "val" not in node.meta:
-            constant = constants.get(node.target)
-            if isinstance(constant, Tensor):
-                node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
+        constant = constants.get(str(node.target)) if node.op == "get_attr" else None
+        if not isinstance(constant, Tensor):
+            continue
+        if mode is not None and "val" not in node.meta:
+            node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
+        if constant.dim() == 0 and constant.dtype != torch.bool:
+            node.meta["number"] = float(constant)
 
 
 def pytree_attr(module: nn.Module, target: str) -> Any:

@@ -226,6 +226,8 @@ def _number(value: Any) -> float | None:
     """A Python number, or the value of a scalar constant of the graph."""
     if isinstance(value, (int, float)):
         return float(value)
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        return value.meta.get("number")
     if isinstance(value, fx.Node) and value.op == "call_function":
         name = op_name(value)
         if name in ("full", "scalar_tensor"):

@@ -102,6 +102,8 @@ def _visible(case: Case, stack: list[str], kept: Kept) -> Tensor | None:
             if before == 0:
                 return None
             visible = kept[keys.stream][before - 1][:, keys.skip :]
+            if bool(visible.all()):
+                return None
             return visible if keys.part is None else visible.chunk(2)[keys.part]
     return None
 

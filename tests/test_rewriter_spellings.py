@@ -1,0 +1,130 @@
+"""Every spelling of attention becomes one node that computes the same; what only looks like attention is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import expected, leaves, survivors
+from rewrites import eager_arithmetic, gap
+from spelled import LENGTH, SPELLINGS, SpelledAttention, Speller, inputs, sdpa, spelled_case
+from torch import Tensor, fx, nn
+
+import madtp
+from madtp import PruningConfig
+from madtp.calls import normalise_call
+from rewriters.canonicalise import canonicalise
+from rewriters.capture import capture
+from rewriters.rules import op_name
+
+
+@pytest.fixture(autouse=True)
+def plain_attention() -> Iterator[None]:
+    with eager_arithmetic():
+        yield
+
+
+def canonical(model: nn.Module, call: dict[str, Any]) -> fx.Graph:
+    """The canonical graph of a model."""
+    graph = capture(model, normalise_call(model, (), call)).graph
+    canonicalise(graph)
+    return graph
+
+
+def attentions(graph: fx.Graph) -> list[fx.Node]:
+    """Its attention nodes."""
+    return [n for n in graph.nodes if n.op == "call_function" and op_name(n) == "attention"]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@torch.no_grad()
+def test_spelling_is_recognised_and_pruned_correctly(name: str) -> None:
+    torch.manual_seed(0)
+    case = spelled_case(name, SPELLINGS[name], sdpa)
+    model = case.build()
+    pruned = madtp.rewrite(model, case.inputs(3, 0), config=PruningConfig(merge=False, alignment_tokens=4))
+    assert [s.name for s in pruned.report.sites] == ["blocks.0", "blocks.1"]
+    assert not pruned.report.refusals
+    for batch in (1, 2, 4):
+        call = case.inputs(batch, 0)
+        with pruned.dense():
+            assert gap(model(**call), pruned(**call)) < 1e-5
+        forced = {"image": [torch.rand(batch, LENGTH) < 0.7 for _ in range(2)]}
+        kept = survivors(case, forced, call) if name == "sdpa_causal" else _without_padding(case, forced, call)
+        pruned._control.forced = dict(zip(("blocks.0", "blocks.1"), forced["image"], strict=True))
+        found = leaves(pruned(**call))
+        pruned._control.forced = None
+        assert gap(expected(case, model, call, kept)[""], found[""]) < 1e-5
+
+
+def _without_padding(case: Any, forced: dict[str, list[Tensor]], call: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    return survivors(case, {"image": [f & call["mask"] for f in forced["image"]]}, call)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling_becomes_one_attention_node(name: str) -> None:
+    graph = canonical(Speller(SPELLINGS[name]).eval(), inputs(2, 0))
+    assert len(attentions(graph)) == 1
+    assert not [n for n in graph.nodes if n.op == "call_function" and "softmax" in op_name(n)]
+
+
+def wrong_dimension(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join((q @ k.mT).softmax(-2) @ v)
+
+
+def over_channels(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join(v @ (q.mT @ k).softmax(-1))
+
+
+def channel_sdpa(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join(torch.nn.functional.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT)
+
+
+def weights_used_twice(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    weights = (q @ k.mT * 0.5).softmax(-1)
+    return m.join(weights @ v) + weights.mean(dim=1).diagonal(dim1=1, dim2=2)[:, :, None]
+
+
+def multiplied_weights(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join(((q @ k.mT * 0.5).softmax(-1) * m.bias) @ v)
+
+
+def soft_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    scores = (q @ k.mT).masked_fill(~mask[:, None, None, :], -3.0)
+    return m.join(scores.softmax(-1) @ v)
+
+
+MISSES = (wrong_dimension, over_channels, channel_sdpa, weights_used_twice, multiplied_weights, soft_mask)
+
+
+@pytest.mark.parametrize("miss", MISSES, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_near_miss_costs_sites_and_never_correctness(miss: Any) -> None:
+    torch.manual_seed(0)
+    case = spelled_case(miss.__name__, sdpa, miss, sdpa)
+    model = case.build()
+    call = case.inputs(3, 0)
+    pruned = madtp.rewrite(model, call, config=PruningConfig(merge=False, alignment_tokens=4))
+    assert [s.name for s in pruned.report.sites] == ["blocks.2"]
+    refused = [r for r in pruned.report.refusals if r.block.startswith("blocks.0")]
+    assert refused
+    assert all(r.reason and r.node and r.help for r in refused)
+    with pruned.dense():
+        assert gap(model(**call), pruned(**call)) < 1e-5
+    wanted = torch.rand(3, LENGTH) < 0.6
+    pruned._control.forced = {"blocks.2": wanted}
+    everything = torch.ones_like(wanted)
+    kept = {"image": [everything, everything, (wanted & call["mask"]) | case.protected(call)["image"]]}
+    assert gap(expected(case, model, call, kept)[""], pruned(**call)) < 1e-5
+
+
+def test_soft_mask_above_the_hiding_bound_is_no_mask() -> None:
+    assert len(attentions(canonical(Speller(soft_mask).eval(), inputs(2, 0)))) == 0
