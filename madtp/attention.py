@@ -136,7 +136,7 @@ def attention_with_statistics(
         stop = min(start + QUERY_BLOCK, count)
         scores = (query[:, :, start:stop] * factor) @ transposed
         scores = _masked(scores, mask, causal, start, stop)
-        probabilities = scores.softmax(-1, dtype=torch.float32)
+        probabilities = _softmax(scores, mask)
         strongest = probabilities.amax(1)
         if rows is not None:
             strongest = strongest.masked_fill(~rows[:, start:stop, None], 0)
@@ -150,6 +150,14 @@ def attention_with_statistics(
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     norms = output.float().norm(dim=-1)
     return output, AttentionStatistics(received, None if class_slot is None else class_row, norms)
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Probabilities in float32; zeros for a query that sees no key (padding on the left), as torch's own attention has it."""
+    if mask is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    blind = scores.amax(-1, keepdim=True) == float("-inf")
+    return scores.masked_fill(blind, 0).softmax(-1, dtype=torch.float32).masked_fill(blind, 0)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, causal: bool, start: int, stop: int) -> Tensor:

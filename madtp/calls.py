@@ -98,7 +98,7 @@ def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...]
         if not isinstance(leaf, Tensor):
             described.append((type(leaf).__name__, repr(leaf)))
             continue
-        free = dynamic[position] if dynamic is not None else ()
+        free = dynamic[position] if dynamic is not None and position < len(dynamic) else ()
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
         described.append((str(leaf.dtype), shape))
     return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()))
