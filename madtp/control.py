@@ -23,7 +23,8 @@ class PruningControl:
         config: how pruning is done; ``temperature`` and ``gain`` below start from it and may be changed.
         forced: if given, which original tokens ``[B, N0]`` survive at each site, instead of DTP's decision (for tests
             of the graph and for replaying a decision).
-        states, features, kept_counts: record of the last forward, by site: state after the site; pooled features ``[B, K, d_e]``;
+        states, features, kept_counts: record of the last forward, by site: state after the site; pooled features
+        ``[B, K, d_e]``;
             ``kept_counts``: prunable tokens ``[B]`` that were kept.
     """
 

@@ -86,10 +86,18 @@ def plain_getitem(graph: fx.Graph) -> None:
             node.target = operator.getitem
 
 
+def reshape_views(graph: fx.Graph) -> None:
+    """A view becomes a reshape: pruned tensors need not have the strides that the captured ones had."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default and not any(writes(user) for user in node.users):
+            node.target = torch.ops.aten.reshape.default
+
+
 PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
     ("plain getitem", plain_getitem),
+    ("reshape views", reshape_views),
     ("dead code before", eliminate_dead_code),
     ("canonical attention", canonical_attention),
     ("canonical pooling", canonical_pooling),

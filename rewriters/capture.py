@@ -10,10 +10,11 @@ instead.
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,15 +47,16 @@ def _traceable() -> Iterator[None]:
     """Switch off what hides a model's arithmetic from tracing (the fused encoder layer of torch.nn)."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    quiet = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    # On failure torch.export prints the whole graph; the reason is in the exception.
+    unread = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
             warnings.simplefilter("ignore")
             yield
     finally:
-        quiet.setLevel(level)
+        logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(before)
 
 

@@ -109,21 +109,19 @@ def detect(graph: fx.Graph) -> Structure:
             continue
         try:
             sublayer = _sublayer(node, nodes, order)
+            stream = _stream_of(sublayer, streams)
+            if stream is None and sublayer.kind == "self":
+                stream = _open_stream(sublayer, len(streams), nodes, order)
+                streams.append(stream)
+            if stream is None:
+                raise AxisError(
+                    "cross-attention whose queries come from no stream with self-attention (attention pooling)"
+                )
+            sublayer.stream = stream.index
+            sublayer.source = _source_of(node, streams) if sublayer.kind == "cross" else None
         except AxisError as error:
             unplaced.append((node, str(error)))
             continue
-        stream = _stream_of(sublayer, streams)
-        if stream is None and sublayer.kind == "self":
-            stream = _open_stream(sublayer, len(streams), nodes, order)
-            streams.append(stream)
-        if stream is None:
-            unplaced.append(
-                (node, "cross-attention whose queries come from no stream with self-attention (attention pooling)")
-            )
-            continue
-        sublayer.stream = stream.index
-        if sublayer.kind == "cross":
-            sublayer.source = _source_of(node, streams)
         stream.sublayers.append(sublayer)
         sublayers.append(sublayer)
     return Structure(graph, streams, sublayers, unplaced)

@@ -127,18 +127,17 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     restoration = Restoration(done, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
     _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1]) for s in plan.sites])
     for node in list(graph.nodes):
-        if node in at_attention:
-            _insert_attention(done, node, at_attention[node], nodes[at_attention[node].name][1])
-            continue
-        if node.op == "output":
-            _finish(done, node, restoration)
-            continue
-        current = node
-        if runs_along(node, done.labels):
-            current = _carry(done, node, restoration)
-        if node in at_value:
-            site = at_value[node]
-            _insert_site(done, current, site, nodes[site.name])
+        try:
+            if node in at_attention:
+                _insert_attention(done, node, at_attention[node], nodes[at_attention[node].name][1])
+            elif node.op == "output":
+                _finish(done, node, restoration)
+            else:
+                current = _carry(done, node, restoration) if runs_along(node, done.labels) else node
+                if node in at_value:
+                    _insert_site(done, current, at_value[node], nodes[at_value[node].name])
+        except AxisError as error:
+            raise InsertRefusal(node, str(error), _sources(node, done.labels)) from error
     # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or writes(n))
     graph.lint()

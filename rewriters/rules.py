@@ -367,7 +367,9 @@ def repeat_interleave(node: fx.Node, labels: LabelMap) -> Outcome:
 
 def cat(node: fx.Node, labels: LabelMap) -> Outcome:
     """Concatenation along a dimension that runs along no axis; the other dimensions must agree."""
-    operands = list(node.args[0])  # type: ignore[arg-type]
+    # torch lets an empty vector stand for "nothing" in a concatenation.
+    listed: Any = node.args[0]
+    operands = [n for n in listed if example_shape(n) != (0,)]
     shape = example_shape(node)
     dim = normal_dim(_argument(node, 1, "dim", 0), len(shape))
     for operand in operands:
@@ -631,4 +633,8 @@ def apply(node: fx.Node, labels: LabelMap) -> Outcome:
     rule = RULES.get(op_name(node))
     if rule is None:
         raise AxisError(f"no rule for the operation {op_name(node)}")
-    return rule(node, labels)
+    try:
+        return rule(node, labels)
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        # A form of the call that the rule was not written for: refuse it, whatever its arguments look like.
+        raise AxisError(f"the rule of {op_name(node)} does not cover this form of it ({error})") from error

@@ -10,6 +10,7 @@ import torch
 from models import CASES
 from rewrites import Subject, eager_arithmetic
 from rewrites import subject as rewritten
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +34,8 @@ class _Norms(TorchDispatchMode):
 def counted(run: Callable[[], object], batch: int) -> float:
     """Multiply-accumulates per sample of a run, by torch's own counter."""
     counter, norms = FlopCounterMode(display=False), _Norms()
-    with torch.no_grad(), counter, norms:
+    # Older releases count attention only where it is spelled out as matrix products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, norms:
         run()
     return (counter.get_total_flops() / 2 + norms.total) / batch
 
