@@ -6,6 +6,7 @@ at the zoo.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from madtp.recorded_call import record_call
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
 from madtp.site import SiteSpec
 from madtp.tree import share
+
+log = logging.getLogger("madtp")
 
 
 def rewrite(
@@ -60,7 +63,16 @@ def rewrite(
     names = frozenset(s.name for s in first.plan.sites)
 
     def again(root: nn.Module, further: Call, serial: int) -> Any:
-        return build(root, further, config, serial=serial, only=names).program
+        further_one = build(root, further, config, serial=serial, only=names)
+        lost = names - {s.name for s in further_one.plan.sites}
+        if lost:
+            reasons = {r.reason for r in further_one.plan.refusals if r.block in lost} or {"no attention found there"}
+            log.warning(
+                "for this call signature nothing is pruned at %s: %s",
+                ", ".join(sorted(lost)),
+                "; ".join(sorted(reasons)),
+            )
+        return further_one.program
 
     report = _report(model, first)
     pruned = PrunedModel(

@@ -51,6 +51,7 @@ def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     except TypeError as error:
         raise ExampleInputsError(
             f"the inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}. "
+            f"Given: {', '.join(kwargs) or f'{len(args)} positional ones'}. "
             "Pass a dict of keyword arguments, or a tuple of positional ones."
         ) from error
     named: dict[str, Any] = {}

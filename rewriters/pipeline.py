@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from madtp.calls import Call
 from madtp.config import PruningConfig
-from madtp.errors import NoSiteError
+from madtp.errors import NoSiteError, PlanError
 from madtp.program import Program, compile_graph
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import Capture, capture
@@ -56,10 +56,31 @@ def build(
         NoSiteError: nothing could be pruned.
     """
     captured = capture(model, call)
+    try:
+        return _rewrite(model, call, config, captured, serial, only, plan)
+    except MadtpError:
+        raise
+    except Exception as error:
+        raise RewriteError(
+            f"{type(model).__name__} is built in a way that the rewriter does not expect: {type(error).__name__}: {error}. "
+            "Please report the model; rewriting one of its submodules may work."
+        ) from error
+
+
+def _rewrite(
+    model: nn.Module,
+    call: Call,
+    config: PruningConfig,
+    captured: Capture,
+    serial: int,
+    only: Collection[str] | None,
+    plan: Plan | None,
+) -> Rewritten:
     canonicalise(captured.graph)
     structure = detect(captured.graph)
     if plan is None:
         plan = make_plan(structure, config, call.flat()[0], _with_constants(model, captured))
+    _check_plan(plan, captured.graph)
     if only is not None:
         plan = plan.without([s.name for s in plan.sites if s.name not in only], ())
     done, plan = _insert_what_works(captured.graph, plan)
@@ -91,6 +112,17 @@ def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
         if "." not in name:
             root.__dict__[name] = value
     return root
+
+
+def _check_plan(plan: Plan, graph: fx.Graph) -> None:
+    present = {n.name for n in graph.nodes}
+    for site in plan.sites:
+        for name in (site.attention, site.block_input, site.value, *site.readouts):
+            if name not in present:
+                raise PlanError(
+                    f"the plan's site {site.name!r} names the node {name!r}, which this model's graph does not have. A plan "
+                    "serves the model and the call signature it was made for; start from the plan of a fresh rewrite."
+                )
 
 
 def _insert_what_works(graph: fx.Graph, plan: Plan) -> tuple[Insertion, Plan]:

@@ -1,0 +1,216 @@
+"""What cannot be rewritten is refused with place, reason and help; wrong inputs get errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import networkx
+import pytest
+import torch
+from models import CASES, vit
+from rewrites import gap
+from rewrites import subject as rewritten
+from torch import Tensor, nn
+
+import madtp
+from madtp import PruningConfig
+from madtp.errors import ExampleInputsError, NoSiteError, PlanError
+from madtp.program import Program
+from rewriters.pipeline import build
+from rewriters.plan import Plan
+
+
+def pixels(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32)
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+def test_a_model_without_attention_has_no_site() -> None:
+    with pytest.raises(NoSiteError, match=r"Convolutions.*no attention"):
+        madtp.rewrite(Convolutions(), (pixels(),))
+
+
+def test_one_sample_is_too_few() -> None:
+    with pytest.raises(ExampleInputsError, match="at least 2"):
+        madtp.rewrite(vit(), (pixels(1),))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"pixels": pixels()}, "pixels"),
+        ((pixels(), pixels(), pixels(), pixels()), "too many"),
+        ((), "missing"),
+        ([pixels()], "list"),
+        ((torch.randn(2, 3, 20, 20),), "fails on the example inputs"),
+        ((torch.randn(2, 1, 32, 32),), "fails on the example inputs"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(inputs: Any, words: str) -> None:
+    with pytest.raises(ExampleInputsError, match=words):
+        madtp.rewrite(vit(), inputs)
+
+
+def test_inputs_must_agree_on_the_batch() -> None:
+    inputs = CASES["blip_nlvr"].inputs(3, 6)
+    inputs["input_ids"] = inputs["input_ids"][:2]
+    with pytest.raises(ExampleInputsError, match="batch"):
+        madtp.rewrite(CASES["blip_nlvr"].build(), inputs)
+
+
+def test_a_model_that_the_zoo_does_not_know_needs_inputs() -> None:
+    with pytest.raises(ExampleInputsError, match="example_inputs"):
+        madtp.rewrite(Convolutions())
+
+
+class Sorted(nn.Module):
+    """Between its two blocks stands an operation without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.first = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.second = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).sort(dim=1).values)[:, 0]
+
+
+def test_an_operation_without_a_rule_refuses_the_sites_before_it() -> None:
+    torch.manual_seed(0)
+    model = Sorted().eval()
+    x = torch.randn(3, 7, 8)
+    pruned = madtp.rewrite(model, (x,))
+    assert [s.name for s in pruned.report.sites] == ["second.layers.0", "second.layers.1"]
+    refused = {r.block: r for r in pruned.report.refusals}
+    assert refused.keys() == {"first.layers.0", "first.layers.1"}
+    for refusal in refused.values():
+        assert "sort" in refusal.reason
+        assert refusal.node.startswith("sort")
+        assert "rule" in refusal.help
+    text = str(pruned.report)
+    assert "sort" in text
+    assert "first.layers.0" in text
+    with torch.no_grad(), pruned.dense():
+        assert gap(model(x), pruned(x)) < 1e-5
+
+
+class Grid(nn.Module):
+    """A head on a grid of all patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = vit(class_token=False, global_pool="")
+        self.trunk.head = nn.Identity()
+        self.head = nn.Conv2d(16, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.trunk(x)
+        return self.head(tokens.transpose(1, 2).reshape(tokens.shape[0], 16, 4, 4))
+
+
+def test_a_head_on_the_grid_reads_all_patches() -> None:
+    torch.manual_seed(0)
+    model = Grid().eval()
+    pruned = madtp.rewrite(model, (pixels(),), config=PruningConfig(gain=2.0))
+    assert len(pruned.report.sites) == 3
+    with torch.no_grad():
+        assert pruned(pixels()).shape == (2, 2, 4, 4)
+        assert int(pruned.token_counts()["trunk.blocks.2"].max()) < 16
+        with pruned.dense():
+            x = pixels(3)
+            assert gap(model(x), pruned(x)) < 1e-5
+
+
+def test_towers_left_out_are_refused_by_configuration() -> None:
+    case = CASES["towers_batch_first_pre"]
+    pruned = madtp.rewrite(case.build(), case.inputs(2, 6), config=PruningConfig(towers=("image",)))
+    assert {s.modality for s in pruned.report.sites} == {"image"}
+    assert {r.block.split(".")[0] for r in pruned.report.refusals} == {"text"}
+    assert all("towers" in r.reason for r in pruned.report.refusals)
+
+
+def test_attention_pooling_is_reported_and_not_pruned() -> None:
+    report = rewritten("vit_attention_pool").pruned.report
+    assert [r.block for r in report.refusals] == ["attn_pool"]
+
+
+def test_report_reads_as_a_table_and_draws_as_a_graph() -> None:
+    subject = rewritten("blip_nlvr")
+    report = subject.pruned.report
+    assert report.capture == "whole"
+    for site in report.sites:
+        assert site.name in str(report)
+    network = report.network
+    assert isinstance(network, networkx.DiGraph)
+    kinds = networkx.get_node_attributes(network, "kind")
+    assert sorted(set(kinds.values())) == ["cross", "self", "stream"]
+    crossing = [n for n, kind in kinds.items() if kind == "cross"]
+    assert len(crossing) == 6
+    images = next(n for n, m in networkx.get_node_attributes(network, "modality").items() if m == "image")
+    assert all(network.has_edge(images, n) for n in crossing)
+
+
+def planned(name: str) -> tuple[nn.Module, Any, Plan]:
+    """A model, its example call and its plan."""
+    case = CASES[name]
+    model = case.build()
+    call = madtp.api.example_call(model, case.inputs(2, 6))  # type: ignore[attr-defined]
+    return model, call, build(model, call, PruningConfig()).plan
+
+
+def test_plan_survives_json_and_can_be_edited() -> None:
+    model, call, plan = planned("blip_nlvr")
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    fewer = plan.without([s.name for s in plan.sites if s.layer == 0], ())
+    pruned = madtp.rewrite(model, call.kwargs, plan=fewer)
+    assert {s.layer for s in pruned.report.sites} == {1, 2}
+
+
+def test_a_malformed_plan_is_refused() -> None:
+    _, _, plan = planned("vit")
+    values = plan.to_dict()
+    with pytest.raises(PlanError, match="version"):
+        Plan.from_dict({**values, "version": 99})
+    with pytest.raises(PlanError, match="malformed"):
+        Plan.from_dict({n: v for n, v in values.items() if n != "sites"})
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    _, _, plan = planned("blip_nlvr")
+    with pytest.raises(madtp.MadtpError):
+        madtp.rewrite(vit(), (pixels(),), plan=plan)
+
+
+def test_a_child_called_madtp_is_refused() -> None:
+    model = vit()
+    model.madtp = nn.Linear(2, 2)
+    with pytest.raises(madtp.MadtpError, match="madtp"):
+        madtp.rewrite(model, (pixels(),))
+
+
+def test_rewritten_code_can_be_read() -> None:
+    subject = rewritten("vit")
+    with torch.no_grad():
+        subject.pruned(pixels())
+    source = subject.pruned.code()
+    assert "self.madtp.sites.blocks_0" in source
+    assert "mlp.fc1" in source
+    assert isinstance(subject.pruned._last[0], Program)
+
+
+def test_asking_before_the_first_forward_is_an_error() -> None:
+    pruned = madtp.rewrite(vit(), (pixels(),))
+    for ask in (pruned.token_counts, pruned.macs, pruned.kept_tokens, pruned.alignment_loss):
+        with pytest.raises(madtp.MadtpError, match="forward"):
+            ask()
