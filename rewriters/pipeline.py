@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from madtp.calls import Call
 from madtp.config import PruningConfig
-from madtp.errors import NoSiteError, PlanError
+from madtp.errors import MadtpError, NoSiteError, PlanError, RewriteError
 from madtp.program import Program, compile_graph
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import Capture, capture

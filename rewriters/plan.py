@@ -132,7 +132,7 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
             continue
         protected, readouts = _readouts(stream, config)
         for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
-            reason = _unfit(sublayer)
+            reason = _unfit(sublayer) or _taken(sublayer, sites)
             if reason is not None:
                 refusals.append(reason)
                 continue
@@ -211,6 +211,17 @@ def _unfit(sublayer: Sublayer) -> Refusal | None:
         return Refusal(
             sublayer.path, sublayer.value.name, "it has fewer than 3 tokens", "example inputs with more tokens"
         )
+    return None
+
+
+def _taken(sublayer: Sublayer, sites: Sequence[SitePlan]) -> Refusal | None:
+    """Attention sublayers side by side end in one residual value, which takes one site."""
+    for site in sites:
+        if site.value == sublayer.value.name:
+            reason = f"it runs in parallel with {site.name}, whose site prunes for both"
+            return Refusal(
+                sublayer.path, sublayer.attention.name, reason, "nothing: its tokens are pruned all the same"
+            )
     return None
 
 

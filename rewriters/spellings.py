@@ -9,6 +9,7 @@ correctness.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,12 +47,11 @@ def canonical_attention(graph: fx.Graph) -> None:
         if node.op != "call_function":
             continue
         if op_name(node) == "scaled_dot_product_attention":
-            _from_sdpa(graph, node)
+            with suppress(AxisError):
+                _from_sdpa(graph, node)
         elif op_name(node) in ("softmax", "_softmax", "_safe_softmax"):
-            try:
+            with suppress(NoMatch, AxisError):
                 _from_softmax(graph, node)
-            except (NoMatch, AxisError):
-                continue
 
 
 def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
@@ -64,8 +64,12 @@ def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **k
     fake = like.meta["val"].fake_mode if hasattr(like.meta.get("val"), "fake_mode") else None
     if fake is None:
         raise AxisError(f"{like.name} carries no shape")
-    with fake, torch.no_grad():
-        node.meta["val"] = target(*values[0], **values[1])
+    try:
+        with fake, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+    except Exception as error:  # shapes that do not fit raise many kinds
+        graph.erase_node(node)
+        raise AxisError(f"the shapes of {like.name} do not fit: {error}") from error
     return node
 
 

@@ -51,3 +51,31 @@ def test_views_become_reshapes() -> None:
     reshape_views(graph)
     result = fx.GraphModule(nn.Module(), graph)(torch.arange(8.0).reshape(2, 4).t())
     assert result.shape == (4, 2)
+
+
+class ParallelAttention(nn.Module):
+    """Two attentions side by side on one residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images).flatten(2).transpose(1, 2)
+        normed = [norm(x) for norm in self.norms]
+        parts = [a(n, n, n, need_weights=False)[0] for a, n in zip(self.attentions, normed, strict=True)]
+        x = x + parts[0] + parts[1]
+        return self.head(x.mean(1))
+
+
+def test_parallel_attentions_share_one_site() -> None:
+    torch.manual_seed(0)
+    model, images = ParallelAttention().eval(), torch.randn(3, 3, 16, 16)
+    pruned = madtp.rewrite(model, (images,), config=madtp.PruningConfig(temperature=4.0, alignment_tokens=4))
+    assert len(pruned.report.sites) == 1
+    assert len(pruned.report.refusals) == 1
+    with torch.no_grad(), pruned.dense():
+        torch.testing.assert_close(pruned(images), model(images), rtol=1e-5, atol=1e-6)
