@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from rewriters.outcomes import op_name
 from rewriters.pooling import canonical_pooling
-from rewriters.rules import op_name
 from rewriters.spellings import canonical_attention
 
 BOOKKEEPING = frozenset(

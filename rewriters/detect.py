@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_tensor, plain, token_axis
+from rewriters.outcomes import labels_of, op_name
 from rewriters.propagate import Flow, propagate
-from rewriters.rules import labels_of, op_name
 from rewriters.special import special_positions, stream_modality
 
 ADDS = frozenset(("add",))

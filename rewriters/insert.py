@@ -19,10 +19,11 @@ from madtp import state as runtime
 from rewriters.axes import Axis, AxisError, Labels, any_tokens, token_axis
 from rewriters.canonicalise import writes
 from rewriters.detect import seed
+from rewriters.outcomes import Align, Outcome, Readout, labels_of, op_name
 from rewriters.plan import Plan, SitePlan
 from rewriters.propagate import runs_along
 from rewriters.restoration import Restoration
-from rewriters.rules import Align, Outcome, Readout, apply, labels_of, op_name
+from rewriters.rules import apply
 
 aten = torch.ops.aten
 SITES = "madtp.sites"

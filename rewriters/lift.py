@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from rewriters.detect import module_path
 from rewriters.evaluate import attribute
-from rewriters.rules import op_name
+from rewriters.outcomes import op_name
 
 # Operation -> modules that issue it as their whole forward, with the names of their parameters in operand order after
 # the input.

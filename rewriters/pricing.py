@@ -18,7 +18,7 @@ from rewriters.axes import AxisError, Dim, Labels, axes_of, is_tensor
 from rewriters.capture import Capture
 from rewriters.detect import module_path
 from rewriters.insert import Insertion, site_key
-from rewriters.rules import labels_of, op_name
+from rewriters.outcomes import labels_of, op_name
 
 NORM_COST = {"layer_norm": 5, "group_norm": 5, "rms_norm": 5, "batch_norm": 2}
 

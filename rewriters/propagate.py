@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from rewriters.axes import AxisError, Labels, any_tokens
-from rewriters.rules import LabelMap, Readout, apply
+from rewriters.outcomes import LabelMap, Readout
+from rewriters.rules import apply
 
 
 @dataclass

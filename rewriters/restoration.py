@@ -13,7 +13,7 @@ from torch import fx
 
 from madtp import state as runtime
 from rewriters.axes import AxisError, any_tokens, axes_of, token_axis
-from rewriters.rules import Align, batch_dim_of, labels_of, op_name
+from rewriters.outcomes import Align, batch_dim_of, labels_of, op_name
 
 if TYPE_CHECKING:
     from rewriters.insert import Insertion

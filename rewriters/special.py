@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from rewriters.axes import example_shape, is_tensor, normal_dim
-from rewriters.rules import op_name
+from rewriters.outcomes import op_name
 
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution unfold im2col".split())
 

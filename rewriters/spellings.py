@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.attention import HIDDEN, attention
 from rewriters.axes import AxisError, example_shape, is_tensor
-from rewriters.rules import op_name
+from rewriters.outcomes import op_name
 
 aten = torch.ops.aten
 PASS_THROUGH = frozenset("to _to_copy type_as float contiguous clone alias detach".split())

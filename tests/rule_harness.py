@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 from madtp.state import TokenState
 from rewriters.axes import Axis, Factor, Labels, axes_of, dim_size, has_tokens
 from rewriters.insert import Insertion, _carry
+from rewriters.outcomes import Outcome
 from rewriters.plan import Plan
 from rewriters.restoration import Restoration
-from rewriters.rules import Outcome, apply
+from rewriters.rules import apply
 
 BATCH, TOKENS = 3, 6
 BATCH_AXIS, TOKEN_AXIS, OTHER_AXIS = Axis("batch", "s"), Axis("tokens", "s"), Axis("tokens", "t")

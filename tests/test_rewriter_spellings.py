@@ -17,7 +17,7 @@ from madtp import PruningConfig
 from madtp.calls import normalise_call
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import capture
-from rewriters.rules import op_name
+from rewriters.outcomes import op_name
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,193 @@
+"""What a rule says, and the helpers that rules share.
+
+Start at :class:`Outcome`: labels of the result of an operation, and the repairs that keep it correct once token axes are
+shorter than they were captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import fx
+
+from rewriters.axes import (
+    Axis,
+    AxisError,
+    Dim,
+    Labels,
+    axes_of,
+    dim_size,
+    example_shape,
+    has_tokens,
+    is_plain,
+    is_tensor,
+    plain,
+    token_axis,
+    unlabelled,
+)
+
+
+@dataclass(frozen=True)
+class Align:
+    """Gather ``operand`` along ``dim`` (counted in the broadcast result) so that it runs along ``axis``."""
+
+    operand: fx.Node
+    dim: int
+    axis: Axis
+    batch_dim: int
+    rank: int
+    present: Axis | None = None
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The size argument ``position`` of ``args[argument]`` becomes the present length of ``axis`` (-1: inferred)."""
+
+    argument: int
+    position: int
+    axis: Axis | None
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A place where a token axis ends.
+
+    kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "index" (a graph value
+    per sample), "pool" (mean, amax over tokens), "masked_mean", "length" (the size of the axis), "batch" (a slice of the batch;
+    the axis goes on).
+    """
+
+    kind: Literal["position", "prefix", "rest", "index", "pool", "masked_mean", "length", "batch"]
+    axis: Axis
+    dim: int
+    batch_dim: int | None = None
+    position: int = 0
+    index: fx.Node | None = None
+    parts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule says: labels of the result (a tuple of labels for several results) and the repairs."""
+
+    labels: Labels | None = None
+    results: tuple[Labels, ...] | None = None
+    aligns: tuple[Align, ...] = ()
+    resizes: tuple[Resize, ...] = ()
+    readout: Readout | None = None
+    states: Mapping[str, Axis] = field(default_factory=dict)
+
+
+LabelMap = Mapping[fx.Node, Labels | tuple[Labels, ...]]
+
+
+Rule = Callable[[fx.Node, LabelMap], Outcome]
+
+
+def labels_of(node: Any, labels: LabelMap) -> Labels:
+    """Labels of a tensor operand; an operand that was never labelled runs along no axis."""
+    known = labels.get(node)
+    if known is not None:
+        return known  # type: ignore[return-value]
+    return unlabelled(example_shape(node))
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the operation without overload: "add", "layer_norm", "getitem", "attention"."""
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    if packet is not None:
+        return str(packet.__name__)
+    return str(getattr(target, "__name__", target))
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """Operands that are tensors, in order."""
+    return [n for n in node.all_input_nodes if is_tensor(n)]
+
+
+def batch_dim_of(labels: Labels) -> int:
+    """The dimension that is the batch; raises if there is none or it is folded with others."""
+    for position, dim in enumerate(labels):
+        if any(a.kind == "batch" for a in axes_of(dim)):
+            if len(dim) > 1:
+                raise AxisError("the batch is folded together with other dimensions")
+            return position
+    raise AxisError("a token axis stands without its batch")
+
+
+def _same_axes(first: Dim, second: Dim) -> bool:
+    kinds = [
+        tuple(f.axis if f.axis is None or f.axis.kind == "tokens" else f.axis.kind for f in d) for d in (first, second)
+    ]
+    return kinds[0] == kinds[1]
+
+
+def broadcast(
+    node: fx.Node, operands: list[fx.Node], labels: LabelMap, shape: tuple[int, ...], skip: int = 0
+) -> Outcome:
+    """Element-wise combination of ``operands`` with broadcasting to ``shape``; the last ``skip`` dimensions are left
+    out."""
+    rank = len(shape)
+    merged: list[Dim] = [plain(n) for n in shape]
+    per_operand = {n: labels_of(n, labels) for n in operands}
+    for own in per_operand.values():
+        for offset in range(1 + skip, len(own) + 1):
+            dim = own[-offset]
+            if not is_plain(dim):
+                merged[rank - offset] = _merge(merged[rank - offset], dim, labels)
+    aligns: list[Align] = []
+    for operand, own in per_operand.items():
+        for offset in range(1 + skip, len(own) + 1):
+            target, dim = merged[rank - offset], own[-offset]
+            if not has_tokens(target) or dim_size(dim) == 1:
+                continue
+            if is_plain(dim):
+                axis = token_axis(target)
+                assert axis is not None
+                aligns.append(Align(operand, rank - offset, axis, _batch_position(merged), rank))
+            elif not _same_axes(dim, target):
+                old, new = token_axis(dim), token_axis(target)
+                assert new is not None
+                aligns.append(Align(operand, rank - offset, new, _batch_position(merged), rank, present=old))
+    return Outcome(labels=tuple(merged), aligns=tuple(aligns))
+
+
+def _batch_position(merged: list[Dim]) -> int:
+    return batch_dim_of(tuple(merged))
+
+
+def _merge(first: Dim, second: Dim, labels: LabelMap) -> Dim:
+    """Labels of a dimension that two operands share; the newer state of one stream wins."""
+    if is_plain(first):
+        return second
+    if _same_axes(first, second):
+        return first
+    old, new = token_axis(first), token_axis(second)
+    if old is None or new is None:
+        raise AxisError(f"a dimension runs along {axes_of(first)} in one operand and {axes_of(second)} in another")
+    lineage = getattr(labels, "newer", None)
+    winner = lineage(old, new) if lineage is not None else None
+    if winner is None:
+        raise AxisError(f"two token axes that have nothing to do with each other meet ({old} and {new})")
+    return first if winner == old else second
+
+
+def require_plain(dims: tuple[Dim, ...], node: fx.Node) -> None:
+    for dim in dims:
+        if not is_plain(dim):
+            raise AxisError(f"{op_name(node)} mixes values along {axes_of(dim)[0].kind}")
+
+
+def require_unlabelled(operands: list[fx.Node], labels: LabelMap, node: fx.Node) -> None:
+    for operand in operands:
+        if is_tensor(operand) and operand in labels and not all(is_plain(d) for d in labels_of(operand, labels)):
+            raise AxisError(f"{op_name(node)} takes {operand.name}, which runs along tokens, as a parameter")
+
+
+def call_argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default

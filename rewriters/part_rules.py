@@ -1,0 +1,217 @@
+"""Rules of operations that read a part of a dimension or reduce it; see ``rules.py`` for the table.
+
+Along a token axis these are the readouts; along the batch the token state is cut or repeated with the values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from rewriters.axes import (
+    Axis,
+    AxisError,
+    Dim,
+    Factor,
+    Labels,
+    axes_of,
+    dim_size,
+    example_shape,
+    example_size,
+    has_tokens,
+    is_plain,
+    normal_dim,
+    plain,
+    token_axis,
+)
+from rewriters.outcomes import (
+    LabelMap,
+    Outcome,
+    Readout,
+    batch_dim_of,
+    call_argument,
+    labels_of,
+    op_name,
+    require_unlabelled,
+)
+
+
+def reduce(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A reduction; over a token axis it is a pooling readout."""
+    own = labels_of(node.args[0], labels)
+    position = 2 if op_name(node) in ("linalg_vector_norm", "norm") else 1
+    dims = call_argument(node, position, "dim", None)
+    if dims is None or dims == []:
+        raise AxisError("a reduction over all dimensions")
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    gone = {normal_dim(d, len(own)) for d in dims}
+    keep = len(example_shape(node)) == len(own)
+    rest = tuple(plain(1) if d in gone else dim for d, dim in enumerate(own) if keep or d not in gone)
+    mixed = [d for d in gone if not is_plain(own[d])]
+    if not mixed:
+        return Outcome(labels=rest)
+    axis = token_axis(own[mixed[0]])
+    if len(gone) > 1 or axis is None or op_name(node) not in ("mean", "amax"):
+        raise AxisError(f"{op_name(node)} over {axes_of(own[mixed[0]])}")
+    return Outcome(labels=rest, readout=Readout("pool", axis, mixed[0], batch_dim_of(own)))
+
+
+def masked_mean(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A weighted mean over one dimension; over a token axis it is pooling, the weights are a side input."""
+    own = labels_of(node.args[0], labels)
+    weights: Any = node.args[1]
+    require_unlabelled([weights], labels, node)
+    dim, keepdim = int(node.args[2]), bool(node.args[3])  # type: ignore[arg-type]
+    rest = tuple(plain(1) if d == dim else x for d, x in enumerate(own) if keepdim or d != dim)
+    if is_plain(own[dim]):
+        raise AxisError("a masked mean beside a token axis")
+    axis = token_axis(own[dim])
+    if axis is None:
+        raise AxisError(f"a masked mean over {axes_of(own[dim])}")
+    return Outcome(labels=rest, readout=Readout("masked_mean", axis, dim, batch_dim_of(own)))
+
+
+def select(node: fx.Node, labels: LabelMap) -> Outcome:
+    """One index of a dimension; of a token axis it is a readout at a constant position."""
+    own = labels_of(node.args[0], labels)
+    dim = normal_dim(node.args[1], len(own))  # type: ignore[arg-type]
+    rest = own[:dim] + own[dim + 1 :]
+    if is_plain(own[dim]):
+        return Outcome(labels=rest)
+    axis = token_axis(own[dim])
+    index = node.args[2]
+    if axis is None or not isinstance(index, int):
+        raise AxisError(f"a select along {axes_of(own[dim])} at {index}")
+    return Outcome(labels=rest, readout=Readout("position", axis, dim, batch_dim_of(own), index))
+
+
+_FAR = 1 << 40
+
+
+def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A range of a dimension; of a token axis the first tokens, or all but the first."""
+    own = labels_of(node.args[0], labels)
+    shape = example_shape(node)
+    dim = normal_dim(call_argument(node, 1, "dim", 0), len(own))
+    if is_plain(own[dim]):
+        return Outcome(labels=(*own[:dim], plain(shape[dim]), *own[dim + 1 :]))
+    start, end, step = (call_argument(node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
+    start = 0 if start is None else start
+    size = dim_size(own[dim])
+    whole_end = end is None or (isinstance(end, int) and end > _FAR) or (isinstance(end, int) and end == size)
+    if step == 1 and start == 0 and (whole_end or shape[dim] == size):
+        return Outcome(labels=own)
+    axis = token_axis(own[dim])
+    if axis is None or step != 1 or not isinstance(start, int):
+        if axis is None and step == 1:
+            return _batch_part(node, own, dim, shape)
+        raise AxisError(f"a slice [{start}:{end}:{step}] of {axes_of(own[dim])}")
+    if start > 0 and whole_end:
+        rest = (Factor(Axis("tokens", (axis.source, "rest", start)), size - start),)
+        return Outcome(
+            labels=(*own[:dim], rest, *own[dim + 1 :]), readout=Readout("rest", axis, dim, batch_dim_of(own), start)
+        )
+    if start == 0 and isinstance(end, int) and 0 < end < size:
+        return Outcome(
+            labels=(*own[:dim], plain(end), *own[dim + 1 :]),
+            readout=Readout("prefix", axis, dim, batch_dim_of(own), end),
+        )
+    raise AxisError(f"a slice [{start}:{end}] from the middle of a token axis")
+
+
+def repeat_interleave(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Each entry of a dimension a fixed number of times in a row; along the batch the token state is repeated too."""
+    own = labels_of(node.args[0], labels)
+    times, dim = node.args[1], call_argument(node, 2, "dim", None)
+    if not isinstance(times, int) or dim is None:
+        raise AxisError("repeat_interleave by a tensor or over all elements")
+    dim = normal_dim(dim, len(own))
+    shape = example_shape(node)
+    if is_plain(own[dim]):
+        return Outcome(labels=(*own[:dim], plain(shape[dim]), *own[dim + 1 :]))
+    if has_tokens(own[dim]):
+        raise AxisError("repeat_interleave along tokens")
+    return _batch_part(node, own, dim, shape)
+
+
+def _batch_part(node: fx.Node, own: Labels, dim: int, shape: tuple[int, ...]) -> Outcome:
+    tokens = [a for d in own for a in axes_of(d) if a.kind == "tokens"]
+    if len(set(tokens)) != 1 or len(own[dim]) != 1:
+        raise AxisError("a slice of a batch that is folded or carries several token axes")
+    return Outcome(
+        labels=_batch_result(own, dim, tokens[0], _cut(node, 0), shape[dim]),
+        readout=Readout("batch", tokens[0], dim, dim),
+    )
+
+
+def _cut(node: fx.Node, part: int) -> tuple[Any, ...]:
+    """Identifies a part of a batch: equal cuts of one state get the same state."""
+    return (op_name(node), str(node.args[1:]), part)
+
+
+def _batch_result(own: Labels, dim: int, tokens: Axis, cut: tuple[Any, ...], size: int) -> Labels:
+    source = (tokens.source, "part", cut)
+    result: list[Dim] = []
+    for position, label in enumerate(own):
+        if position == dim:
+            result.append((Factor(Axis("batch", source), size),))
+        else:
+            result.append(tuple(Factor(Axis("tokens", source), f.size) if f.axis == tokens else f for f in label))
+    return tuple(result)
+
+
+def split(node: fx.Node, labels: LabelMap) -> Outcome:
+    """chunk, split, split_with_sizes, unbind: several results along one dimension."""
+    own = labels_of(node.args[0], labels)
+    name = op_name(node)
+    dim = normal_dim(call_argument(node, 1 if name == "unbind" else 2, "dim", 0), len(own))
+    values = node.meta["val"]
+    if is_plain(own[dim]):
+        if name == "unbind":
+            rest = own[:dim] + own[dim + 1 :]
+            return Outcome(results=tuple(rest for _ in values))
+        sizes = [example_size(v.shape[dim]) for v in values]
+        return Outcome(results=tuple((*own[:dim], plain(n), *own[dim + 1 :]) for n in sizes))
+    tokens = {a for d in own for a in axes_of(d) if a.kind == "tokens"}
+    if has_tokens(own[dim]) or len(tokens) != 1 or len(own[dim]) != 1 or name == "unbind":
+        raise AxisError(f"{name} along {axes_of(own[dim])} into {len(values)} parts")
+    axis = tokens.pop()
+    sizes = [example_size(v.shape[dim]) for v in values]
+    results = tuple(_batch_result(own, dim, axis, _cut(node, part), n) for part, n in enumerate(sizes))
+    return Outcome(results=results, readout=Readout("batch", axis, dim, dim, parts=tuple(sizes)))
+
+
+def getitem(node: fx.Node, labels: LabelMap) -> Outcome:
+    """One of several results."""
+    results = labels[node.args[0]]  # type: ignore[index]
+    return Outcome(labels=results[node.args[1]])  # type: ignore[index, arg-type]
+
+
+def index(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``x[arange(B), positions]``: one token of each sample, at a position given by the graph."""
+    own = labels_of(node.args[0], labels)
+    indices = list(node.args[1])  # type: ignore[arg-type]
+    used = [d for d, i in enumerate(indices) if i is not None]
+    require_unlabelled([i for i in indices if i is not None], labels, node)
+    if all(is_plain(own[d]) for d in used):
+        raise AxisError("an index beside a token axis")
+    if used != [0, 1] or batch_dim_of(own) != 0 or token_axis(own[1]) is None:
+        raise AxisError("an index that does not read one token a sample")
+    rows, positions = indices
+    if op_name(rows) != "arange" or len(example_shape(positions)) != 1 or len(example_shape(rows)) != 1:
+        raise AxisError("an index that does not read one token a sample")
+    axis = token_axis(own[1])
+    assert axis is not None
+    return Outcome(labels=(own[0], *own[2:]), readout=Readout("index", axis, 1, 0, index=positions))
+
+
+def size(node: fx.Node, labels: LabelMap) -> Outcome:
+    """The size of a dimension; of a token axis the length that it was captured with."""
+    own = labels_of(node.args[0], labels)
+    dim = own[normal_dim(node.args[1], len(own))]  # type: ignore[arg-type]
+    if not has_tokens(dim):
+        return Outcome()
+    axis = token_axis(dim)
+    assert axis is not None
+    return Outcome(readout=Readout("length", axis, normal_dim(node.args[1], len(own))))  # type: ignore[arg-type]
