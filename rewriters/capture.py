@@ -87,14 +87,14 @@ def capture(model: nn.Module, call: Call) -> Capture:
             for x, dims in zip(leaves, dynamic, strict=True)
         ]
         args_shapes, kwargs_shapes = pytree.tree_unflatten(shapes, spec)
-        combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes)
+        # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
+        combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
         try:
             with _traceable():
                 program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
         except Exception as error:  # export raises many kinds; the last one is reported
-            failures.append(
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-            )
+            lines = str(error).strip().splitlines() or [repr(error)]
+            failures.append(f"{type(error).__name__}: {lines[0]}")
             continue
         return _to_capture(program, call)
     _check_runs(model, call)
@@ -106,16 +106,16 @@ def capture(model: nn.Module, call: Call) -> Capture:
 
 def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dynamic shapes in the form that export expects: by parameter name, or a tuple where arguments are positional."""
-    if not call.args:
-        names = list(inspect.signature(model.forward).parameters.values())
-        catch_all = [p.name for p in names if p.kind is inspect.Parameter.VAR_KEYWORD]
-        known = {p.name for p in names}
-        extra = {k: v for k, v in kwargs.items() if k not in known}
-        tree = {k: v for k, v in kwargs.items() if k in known}
-        if extra:
-            tree[catch_all[0]] = extra
-        return tree
-    return (args, *kwargs.values()) if kwargs else args
+    if call.args:
+        return (args, *kwargs.values()) if kwargs else args
+    parameters = inspect.signature(model.forward).parameters.values()
+    catch_all = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    known = {p.name for p in parameters}
+    extra = {k: v for k, v in kwargs.items() if k not in known}
+    if not extra:
+        return kwargs
+    named = {k: v for k, v in kwargs.items() if k in known}
+    return {**named, catch_all[0]: extra}
 
 
 def _check_runs(model: nn.Module, call: Call) -> None:
