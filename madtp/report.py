@@ -6,7 +6,7 @@ Start at :class:`RewriteReport`; ``str()`` of it is a table.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ class RewriteReport:
     streams: list[StreamReport]
     network: networkx.DiGraph | None = None
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -135,14 +135,18 @@ def pool(values: Tensor, state: TokenState, dim: int, batch_dim: int, how: str, 
     """Mean or maximum over the surviving tokens; padding slots are left out."""
     if state.index is None or state.valid is None:
         return values.mean(dim, keepdim) if how == "mean" else values.amax(dim, keepdim)
-    shape = [1] * values.dim()
-    shape[batch_dim], shape[dim] = state.batch, state.length
-    valid = state.valid if batch_dim < dim else state.valid.t()
-    mask = valid.reshape(shape)
+    mask = _along(state.valid, values.dim(), dim, batch_dim)
     if how == "amax":
         return values.masked_fill(~mask, float("-inf")).amax(dim, keepdim)
     total = values.masked_fill(~mask, 0).sum(dim, keepdim)
     return total / mask.sum(dim, keepdim).clamp(min=1).to(values.dtype)
+
+
+def _along(valid: Tensor, rank: int, dim: int, batch_dim: int) -> Tensor:
+    """``valid [B, N]`` with ``rank`` dimensions, B at ``batch_dim`` and N at ``dim``."""
+    shape = [1] * rank
+    shape[batch_dim], shape[dim] = valid.shape
+    return (valid if batch_dim < dim else valid.t()).reshape(shape)
 
 
 def masked_mean(
@@ -158,10 +162,7 @@ def masked_mean(
     if state is not None and state.index is not None:
         weights = gather_positions(weights, state.index, dim, batch_dim, values.dim())
         if state.valid is not None:
-            shape = [1] * values.dim()
-            shape[batch_dim], shape[dim] = state.batch, state.length
-            valid = state.valid if batch_dim < dim else state.valid.t()
-            weights = weights.masked_fill(~valid.reshape(shape), 0)
+            weights = weights.masked_fill(~_along(state.valid, values.dim(), dim, batch_dim), 0)
     total = weights.sum(dim, keepdim)
     if minimum is not None:
         total = total.clamp(min=minimum)

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
+from rewriters.evaluate import attribute
 
 log = logging.getLogger("madtp")
 
@@ -140,7 +141,7 @@ def _to_capture(program: torch.export.ExportedProgram, call: Call) -> Capture:
     constants: dict[str, Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in named:
-            constants[node.target] = pytree_attr(module, node.target)
+            constants[node.target] = attribute(module, node.target)
     _shape_constants(graph, constants)
     leaves, _ = call.flat()
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -171,11 +172,3 @@ def _shape_constants(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
         if constant.dim() == 0 and constant.dtype != torch.bool:
             node.meta["number"] = float(constant)
-
-
-def pytree_attr(module: nn.Module, target: str) -> Any:
-    """The attribute of ``module`` at the dotted path ``target``."""
-    value: Any = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

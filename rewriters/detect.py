@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import networkx as nx
-import torch
 from torch import fx
 
 from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_tensor, plain, token_axis
@@ -21,7 +20,6 @@ from rewriters.special import special_positions, stream_modality
 
 ADDS = frozenset(("add",))
 NORMS = frozenset(("layer_norm", "rms_norm"))
-SKIPPED = "output is never read"
 
 
 @dataclass
@@ -256,9 +254,3 @@ def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: di
         flow=flow,
         parts=max(1, parts),
     )
-
-
-def is_floating(node: fx.Node) -> bool:
-    """Whether ``node`` yields a floating-point tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point

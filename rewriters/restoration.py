@@ -34,7 +34,6 @@ class Restoration:
         self.anchors: set[fx.Node] = set()
         self.restored: dict[fx.Node, fx.Node] = {}
         self.tainted: set[fx.Node] = set()
-        self.standing: dict[fx.Node, fx.Node] = {}
 
     def remember(self, node: fx.Node) -> None:
         """Taint what is computed from restored values."""
