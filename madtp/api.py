@@ -80,7 +80,7 @@ def rewrite(
     )
     pruned.adopt(first.program, call)
     pruned.example = record_call(call)
-    verify(Case(model, first.program, host, pruned._control, call))
+    verify(Case(model, first.program, host, pruned._control, call, first.plan))
     report.seconds = time.perf_counter() - started
     return pruned
 

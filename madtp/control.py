@@ -23,6 +23,8 @@ class PruningControl:
         config: how pruning is done; ``temperature`` and ``gain`` below start from it and may be changed.
         forced: if given, which original tokens ``[B, N0]`` survive at each site, instead of DTP's decision (for tests
             of the graph and for replaying a decision).
+        in_place: dropped tokens keep their slots, marked as padding, instead of leaving; merging has to be off. The graph must
+            compute the same for the survivors either way, which is how a rewrite checks itself.
         states, features, kept_counts: record of the last forward, by site: state after the site; pooled features
         ``[B, K, d_e]``;
             ``kept_counts``: prunable tokens ``[B]`` that were kept.
@@ -33,6 +35,7 @@ class PruningControl:
     temperature: float = 1.0
     gain: float = 1.0
     forced: dict[str, Tensor] | None = None
+    in_place: bool = False
     static_counts: dict[str, int] = field(default_factory=dict)
     states: dict[str, TokenState] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from madtp.guidance import AlignmentTokens, alignment_loss, mean_over_images
 from madtp.program import Program
 from madtp.report import RewriteReport
 from madtp.site import PruningSite, SiteSpec
+from madtp.state import kept_positions
 
 log = logging.getLogger("madtp")
 PREFIX = "madtp"
@@ -160,16 +161,7 @@ class PrunedModel(nn.Module):
     def kept_tokens(self) -> dict[str, Tensor]:
         """Which original tokens survive after each site in the last forward: ``{site: [B, N] bool}``; merged ones do
         not count."""
-        found = {}
-        for name, state in self._recorded().items():
-            kept = torch.ones(state.batch, state.full_length, dtype=torch.bool)
-            if state.index is not None:
-                kept = torch.zeros(state.batch, state.full_length, dtype=torch.bool, device=state.index.device)
-                real = ~state.merged if state.valid is None else state.valid & ~state.merged
-                rows, slots = real.nonzero(as_tuple=True)
-                kept[rows, state.index[rows, slots]] = True
-            found[name] = kept
-        return found
+        return {name: kept_positions(state) for name, state in self._recorded().items()}
 
     def alignment_loss(self) -> Tensor:
         """L_align of the last forward (MAG): mean of 1 - cos between the modalities' pooled features; differentiable.

@@ -21,7 +21,7 @@ from madtp.guidance import pooled_features, query_projection
 from madtp.importance import AttentionStatistics, ImportanceTerms, importance_terms
 from madtp.merging import merge_weights, merged_position, merged_token
 from madtp.selection import candidates_of, select, sorted_positions, survivor_order
-from madtp.state import TokenState, slots_of, untouched
+from madtp.state import TokenState, marked, slots_of, untouched
 from madtp.threshold import straight_through_gate, threshold
 
 
@@ -189,7 +189,10 @@ class PruningSite(nn.Module):
         if bool(survivors.all()):
             control.states[self.spec.name] = before
             return tokens, before
-        pruned, after = _assemble(tokens, before, survivors, candidates, valid, scores, self)
+        if control.in_place:
+            pruned, after = tokens, marked(before, survivors)
+        else:
+            pruned, after = _assemble(tokens, before, survivors, candidates, valid, scores, self)
         control.states[self.spec.name] = after
         return pruned, after
 

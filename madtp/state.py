@@ -55,6 +55,29 @@ def untouched(batch: int, length: int) -> TokenState:
     return TokenState(None, None, None, None, length, length, batch)
 
 
+def kept_positions(state: TokenState) -> Tensor:
+    """``[B, N0]`` which original tokens the slots hold; merged ones do not count."""
+    if state.index is None:
+        return torch.ones(state.batch, state.full_length, dtype=torch.bool)
+    kept = torch.zeros(state.batch, state.full_length, dtype=torch.bool, device=state.index.device)
+    real = torch.ones_like(kept[:, : state.length]) if state.valid is None else state.valid
+    if state.merged is not None:
+        real = real & ~state.merged
+    rows, slots = real.nonzero(as_tuple=True)
+    kept[rows, state.index[rows, slots]] = True
+    return kept
+
+
+def marked(state: TokenState, survivors: Tensor) -> TokenState:
+    """The state in which every token keeps its slot and all but ``survivors [B, N]`` are padding."""
+    index, merged = state.index, state.merged
+    if index is None:
+        index = torch.arange(state.length, device=survivors.device).expand(state.batch, state.length)
+    return replace(
+        state, index=index, valid=survivors, merged=torch.zeros_like(survivors) if merged is None else merged
+    )
+
+
 def state_length(state: TokenState) -> int:
     """Number of slots N."""
     return state.length

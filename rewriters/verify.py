@@ -17,23 +17,26 @@ from madtp.calls import Call
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
+from rewriters.plan import Plan
+from rewriters.replay import batch_mates_do_not_matter, dropping_equals_hiding, first_sample
 
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-8}
 COARSE = 5e-2
-# MACs a sample from which on one comparison has to do: a second one would cost seconds.
+# MACs a sample from which on one comparison has to do: further ones would cost seconds.
 EXPENSIVE = 2e10
 
 
 @dataclass
 class Case:
     """What a check may look at: the original, the program, the tree it runs on, the control of its sites, the example
-    call."""
+    call, the plan."""
 
     model: nn.Module
     program: Program
     root: nn.Module
     control: PruningControl
     call: Call
+    plan: Plan
 
 
 def graph_is_sound(case: Case) -> None:
@@ -54,10 +57,7 @@ def inactive_equals_original(case: Case) -> None:
     if any(m.training for m in case.model.modules()):
         return
     calls = [case.call]
-    cost = sum(case.program.cost.price(case.call.flat()[0], {}, False).values())
-    if cost < EXPENSIVE and all(
-        0 in d for d, x in zip(case.program.dynamic, case.call.flat()[0], strict=True) if isinstance(x, Tensor)
-    ):
+    if _is_cheap(case) and _batch_is_free(case):
         calls.append(first_sample(case.call))
     temperature = case.control.temperature
     case.control.temperature = 0.0
@@ -81,6 +81,25 @@ def pruned_keeps_shapes(case: Case) -> None:
             raise RewriteError(f"an output has shape {tuple(actual.shape)}, the model's has {tuple(expected.shape)}.")
 
 
+def decisions_hold(case: Case) -> None:
+    """With pruning on, a decision gives one result however it is carried out (see ``replay.py``)."""
+    misaligned = case.control.config.mask_order == "sorted"
+    if any(m.training for m in case.model.modules()) or not _is_cheap(case) or misaligned:
+        return
+    dropping_equals_hiding(case.program, case.root, case.control, case.call)
+    if case.control.config.batching == "ragged" and _batch_is_free(case):
+        batch_mates_do_not_matter(case.program, case.root, case.control, case.call, case.plan)
+
+
+def _is_cheap(case: Case) -> bool:
+    return sum(case.program.cost.price(case.call.flat()[0], {}, False).values()) < EXPENSIVE
+
+
+def _batch_is_free(case: Case) -> bool:
+    leaves = zip(case.program.dynamic, case.call.flat()[0], strict=True)
+    return all(0 in free for free, leaf in leaves if isinstance(leaf, Tensor))
+
+
 def _number(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
@@ -88,14 +107,6 @@ def _number(size: Any) -> int:
 def _outputs(graph: fx.Graph) -> Sequence[fx.Node]:
     output = next(n for n in graph.nodes if n.op == "output")
     return [n for n in output.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
-
-
-def first_sample(call: Call) -> Call:
-    """The call with the first sample of the batch only."""
-    leaves, spec = call.flat()
-    cut = [x[:1] if isinstance(x, Tensor) and x.dim() else x for x in leaves]
-    args, kwargs = pytree.tree_unflatten(cut, spec)
-    return Call(args, kwargs)
 
 
 def compare(expected: Any, actual: Any) -> None:
@@ -131,6 +142,7 @@ CHECKS: tuple[tuple[str, Callable[[Case], None]], ...] = (
     ("the graph is sound", graph_is_sound),
     ("pruning off equals the original", inactive_equals_original),
     ("pruning keeps output shapes", pruned_keeps_shapes),
+    ("decisions hold", decisions_hold),
 )
 
 

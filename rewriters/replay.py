@@ -1,0 +1,124 @@
+"""Checks of a rewrite with pruning on: one decision, carried out in different ways, must give one result.
+
+Start at :func:`dropping_equals_hiding`. The example inputs are run once; the tokens that survived are then forced upon further
+runs. Nothing here knows what the model computes, so every model that is rewritten is checked, whatever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from madtp.calls import Call
+from madtp.control import PruningControl
+from madtp.errors import RewriteError
+from madtp.program import Program
+from madtp.state import kept_positions
+from rewriters.plan import Plan
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-7}
+"""Relative to the scale of an output. Products of other sizes round differently; a real fault is far larger."""
+
+Forced = dict[str, Tensor]
+
+
+def dropping_equals_hiding(program: Program, root: Any, control: PruningControl, call: Call) -> None:
+    """Tokens that leave and tokens that stay but are hidden from attention and pooling give the same outputs.
+
+    A side input that is not gathered, an operation that mixes tokens unnoticed, a readout at the wrong place: each makes
+    the two differ.
+    """
+    with _pruning(control, merge=False):
+        dropped = _run(program, root, call)
+        control.forced = _survivors(control)
+        control.in_place = True
+        hidden = _run(program, root, call)
+    for position, (want, have) in enumerate(zip(hidden, dropped, strict=True)):
+        if error := _difference(want, have):
+            raise RewriteError(
+                f"output {position} changes by {error:.1e} of its scale if dropped tokens leave instead of being hidden, so "
+                "some operation mixes tokens in a way that the rewriter did not see; please report the model."
+            )
+
+
+def batch_mates_do_not_matter(program: Program, root: Any, control: PruningControl, call: Call, plan: Plan) -> None:
+    """The first sample alone gives what it gives in its batch, with the same decisions."""
+    batch = next(x.shape[0] for x in call.flat()[0] if isinstance(x, Tensor) and x.dim())
+    with _pruning(control, merge=control.config.merge):
+        _run(program, root, call)
+        # A forced decision always drops merged tokens, a free one may keep them; so both runs are forced.
+        control.forced = _survivors(control)
+        together = _run(program, root, call)
+        firsts = {name: _first_sample(kept, batch, plan) for name, kept in control.forced.items()}
+        if any(kept is None for kept in firsts.values()):
+            return
+        control.forced = {name: kept for name, kept in firsts.items() if kept is not None}
+        alone = _run(program, root, first_sample(call))
+    for position, (want, have) in enumerate(zip(alone, together, strict=True)):
+        if not isinstance(want, Tensor) or not want.dim():
+            continue
+        if error := _difference(want, have[tuple(slice(0, n) for n in want.shape)]):
+            raise RewriteError(
+                f"output {position} of the first sample changes by {error:.1e} of its scale with the samples that share its "
+                "batch, which it must not; please report the model."
+            )
+
+
+def first_sample(call: Call) -> Call:
+    """The call with the first sample of the batch only."""
+    leaves, spec = call.flat()
+    cut = [x[:1] if isinstance(x, Tensor) and x.dim() else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(cut, spec)
+    return Call(args, kwargs)
+
+
+@contextmanager
+def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
+    """Prune, at a middling strength where pruning is off."""
+    before = control.config, control.temperature, control.forced
+    control.config = replace(control.config, merge=merge)
+    control.temperature = control.temperature or 1.0
+    try:
+        yield
+    finally:
+        control.config, control.temperature, control.forced = before
+        control.in_place = False
+        control.begin()
+
+
+def _run(program: Program, root: Any, call: Call) -> list[Any]:
+    with torch.no_grad():
+        return pytree.tree_flatten(program.run(root, call.flat()[0]))[0]
+
+
+def _survivors(control: PruningControl) -> Forced:
+    return {name: kept_positions(state) for name, state in control.states.items()}
+
+
+def _first_sample(kept: Tensor, batch: int, plan: Plan) -> Tensor | None:
+    """Rows of the first sample among ``[parts * B, N]``; None where the rows are no multiple of the batch."""
+    parts, rest = divmod(kept.shape[0], batch)
+    if rest:
+        return None
+    blocked = plan.image_order == "blocked" or parts == 1
+    return kept.unflatten(0, (parts, batch))[:, 0] if blocked else kept[:parts]
+
+
+def _difference(want: Any, have: Any) -> float:
+    """Largest difference of two outputs relative to their scale; 0 where it is within tolerance or both are no numbers."""
+    if not isinstance(want, Tensor) or not want.dtype.is_floating_point or not want.numel():
+        return 0.0
+    if want.shape != have.shape:
+        return float("inf")
+    finite = want.isfinite()
+    scale = want.detach().abs()[finite].amax().float().clamp(min=1e-2) if bool(finite.any()) else torch.ones(())
+    error = float(((want.float() - have.float())[finite].abs() / scale).amax()) if bool(finite.any()) else 0.0
+    if not torch.equal(finite, have.isfinite()):
+        error = float("inf")
+    return error if error > TOLERANCE.get(want.dtype, 1e-1) else 0.0

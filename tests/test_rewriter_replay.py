@@ -1,0 +1,99 @@
+"""A rewrite that is wrong with pruning on is refused, whatever hides in the model: the rewriter checks its own result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rewrites import eager_arithmetic
+from torch import Tensor, nn
+
+import madtp
+from madtp.errors import RewriteError
+from rewriters import part_rules, rules
+from rewriters.outcomes import LabelMap, Outcome, labels_of
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, mixer: nn.Module | None) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        y = self.norm2(x)
+        return x + self.feed_forward(y if self.mixer is None else self.mixer(y))
+
+
+class Tower(nn.Module):
+    def __init__(self, mixer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 16))
+        self.blocks = nn.ModuleList([Block(16, mixer) for _ in range(3)])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 0]
+
+
+class Cumulative(nn.Module):
+    """Mixes tokens: each becomes the sum of those before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+class BatchMean(nn.Module):
+    """Mixes samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.fixture(autouse=True)
+def plain_attention() -> Iterator[None]:
+    with eager_arithmetic():
+        yield
+
+
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {"pixels": torch.randn(3, 3, 24, 24)}
+
+
+def _untouched(node: torch.fx.Node, labels: LabelMap) -> Outcome:
+    return Outcome(labels=labels_of(node.args[0], labels))
+
+
+def test_a_sound_rewrite_passes() -> None:
+    assert len(madtp.rewrite(Tower().eval(), inputs()).report.sites) == 3
+
+
+def test_a_rule_that_misses_a_mix_of_tokens_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.RULES, "cumsum", _untouched)
+    with pytest.raises(RewriteError, match="mixes tokens in a way that the rewriter did not see"):
+        madtp.rewrite(Tower(Cumulative()).eval(), inputs())
+
+
+def test_with_the_right_rule_the_mix_of_tokens_is_refused_by_name() -> None:
+    pruned = madtp.rewrite(Tower(Cumulative()).eval(), inputs())
+    assert any("cumsum" in refusal.reason for refusal in pruned.report.refusals)
+
+
+def test_a_rule_that_misses_a_mix_of_samples_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean(node: torch.fx.Node, labels: LabelMap) -> Outcome:
+        own = labels_of(node.args[0], labels)
+        return Outcome(labels=own) if node.args[1] == [0] else part_rules.reduce(node, labels)
+
+    monkeypatch.setitem(rules.RULES, "mean", mean)
+    with pytest.raises(RewriteError, match=r"output|decisions hold"):
+        madtp.rewrite(Tower(BatchMean()).eval(), inputs())
