@@ -58,10 +58,12 @@ def present_mask(
     key_state: TokenState | None,
 ) -> tuple[Tensor | None, bool]:
     """The mask over surviving tokens: rows and columns gathered, padding slots hidden."""
-    rows = None if query_state is None else query_state.index
-    columns = None if key_state is None else key_state.index
+    rows = None if query_state is None else mask_positions(query_state)
+    columns = None if key_state is None else mask_positions(key_state)
     if rows is None and columns is None:
         return mask, causal
+    if key_state is not None and key_state is not query_state and key_state.quirks.ignores_cross_masks:
+        mask = None
     if causal:
         row = torch.arange(query.size(2), device=query.device)[None] if rows is None else rows
         column = torch.arange(key.size(2), device=key.device)[None] if columns is None else columns
@@ -77,10 +79,15 @@ def present_mask(
 
 def _aligned(mask: Tensor, query_state: TokenState | None, key_state: TokenState | None) -> Tensor:
     for state, dim in ((query_state, 2), (key_state, 3)):
-        if state is not None and state.index is not None:
-            index = state.index if state.mask_index is None else state.mask_index
+        index = None if state is None else mask_positions(state)
+        if index is not None:
             mask = gather_positions(mask, index, dim, 0, 4)
     return mask
+
+
+def mask_positions(state: TokenState) -> Tensor | None:
+    """``[B, N]`` where masks over the original tokens are read; None where nothing was pruned."""
+    return state.index if state.mask_index is None else state.mask_index
 
 
 def join_masks(mask: Tensor, visible: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from madtp.attention import attention, attention_with_statistics, present_mask, valid_keys
+from madtp.config import PruningConfig
 from madtp.control import PruningControl
 from madtp.guidance import pooled_features, query_projection
 from madtp.importance import AttentionStatistics, ImportanceTerms, importance_terms
 from madtp.merging import merge_weights, merged_position, merged_token
 from madtp.selection import candidates_of, select, sorted_positions, survivor_order
-from madtp.state import TokenState, marked, slots_of, untouched
+from madtp.state import Quirks, TokenState, marked, slots_of, untouched
 from madtp.threshold import straight_through_gate, threshold
 
 
@@ -99,7 +100,8 @@ class ScoringAttention(nn.Module):
         positions = state if state is not None else untouched(batch, count)
         slot = self._class_slot(positions, readouts, batch, query.device)
         rows = torch.ones(batch, count, dtype=torch.bool, device=query.device) if valid is None else valid
-        rows = rows & ~protected_slots(self.spec, positions, readouts, batch, count, query.device)
+        guarded = protected_readouts(readouts, self.control.config)
+        rows = rows & ~protected_slots(self.spec, positions, guarded, batch, count, query.device)
         output, statistics = attention_with_statistics(
             query,
             key,
@@ -118,7 +120,9 @@ class ScoringAttention(nn.Module):
         self, state: TokenState, readouts: tuple[Tensor, ...], batch: int, device: torch.device
     ) -> Tensor | None:
         position = self.spec.class_position
-        if self.spec.causal and readouts and self.control.config.causal_class_row == "readout":
+        if self.spec.causal and self.control.config.causal_class_row == "first":
+            return torch.zeros(batch, dtype=torch.long, device=device)
+        if self.spec.causal and readouts:
             return slots_of(state, readouts[0])
         if position is not None:
             return slots_of(state, torch.full((batch,), _from_start(position, state), device=device))
@@ -167,7 +171,7 @@ class PruningSite(nn.Module):
             return tokens, before
         device = tokens.device
         valid = torch.ones(batch, count, dtype=torch.bool, device=device) if seen.valid is None else seen.valid
-        protected = protected_slots(self.spec, before, readouts, batch, count, device)
+        protected = protected_slots(self.spec, before, protected_readouts(readouts, config), batch, count, device)
         candidates = candidates_of(valid, protected, config)
         guidance = None
         if config.alignment and control.alignment is not None:
@@ -230,6 +234,11 @@ def _from_start(position: int, state: TokenState) -> int:
     return position + state.full_length if position < 0 else position
 
 
+def protected_readouts(readouts: tuple[Tensor, ...], config: PruningConfig) -> tuple[Tensor, ...]:
+    """The computed positions that must survive: the authors' code protects none."""
+    return readouts if config.readout == "remapped" else ()
+
+
 def protected_slots(
     spec: SiteSpec, state: TokenState, readouts: tuple[Tensor, ...], batch: int, count: int, device: torch.device
 ) -> Tensor:
@@ -287,19 +296,30 @@ def _assemble(
         index=index.gather(1, source),
         valid=None if bool(alive.all()) else alive,
         merged=merged.gather(1, source),
-        mask_index=_mask_index(state, dropped, candidates, scores, counts, config.mask_order),
+        mask_index=_mask_index(state, dropped, candidates, scores, counts, site, length),
         full_length=state.full_length,
         length=length,
         batch=batch,
+        quirks=Quirks(config.readout == "original", config.cross_mask == "ignored"),
     )
     return tokens.gather(1, source[:, :, None].expand(-1, -1, tokens.size(2))), after
 
 
 def _mask_index(
-    state: TokenState, dropped: Tensor, candidates: Tensor, scores: Tensor, counts: Tensor, rule: str
+    state: TokenState,
+    dropped: Tensor,
+    candidates: Tensor,
+    scores: Tensor,
+    counts: Tensor,
+    site: PruningSite,
+    length: int,
 ) -> Tensor | None:
-    """The authors' mask order: sorted by score, while the tokens are not (docs/deviations.md)."""
-    if rule == "tokens" or not bool(dropped.any()):
+    """The authors' reading of masks: cropped where causal, else by falling score while the tokens are not sorted
+    (docs/deviations.md)."""
+    config = site.control.config
+    if site.spec.causal and config.causal_mask == "cropped":
+        return torch.arange(length, device=scores.device).expand(state.batch, length)
+    if config.mask_order == "tokens" or not bool(dropped.any()):
         return state.mask_index
     before = state.mask_index if state.mask_index is not None else state.index
     kept = int(counts.max()) - int((~candidates[0]).sum())

@@ -9,11 +9,26 @@ Axis legend: B samples, N slots now, N0 tokens before the first site, C width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """What the authors' code does with pruned tokens and our default does not (docs/deviations.md).
+
+    reads_slots: a position that the graph computes (the end-of-text index) is read as a slot, whatever token stands there now.
+    ignores_cross_masks: cross-attention to these tokens takes no notice of its mask.
+    """
+
+    reads_slots: bool = False
+    ignores_cross_masks: bool = False
+
+
+NO_QUIRKS = Quirks()
 
 
 @dataclass(frozen=True)
@@ -26,10 +41,11 @@ class TokenState:
         valid: ``[B, N]`` False where a slot is padding; None: all are valid.
         merged: ``[B, N]`` True where a slot holds a merged token.
         mask_index: ``[B, N]`` positions by which attention masks are gathered where they differ from ``index`` (the
-            official behaviour ``mask_order="sorted"``); else None.
+            official behaviour: ``mask_order="sorted"``, ``causal_mask="cropped"``); else None.
         full_length: N0.
         length: N.
         batch: B.
+        quirks: further official behaviour.
     """
 
     index: Tensor | None
@@ -39,6 +55,7 @@ class TokenState:
     full_length: int
     length: int
     batch: int
+    quirks: Quirks = NO_QUIRKS
 
     @property
     def counts(self) -> Tensor | None:
@@ -136,6 +153,8 @@ def slots_of(state: TokenState, positions: Tensor) -> Tensor:
     """Slots ``[B]`` that hold the original ``positions [B]``; these are protected, so they survive."""
     if state.index is None:
         return positions
+    if state.quirks.reads_slots:
+        return positions.clamp(max=state.length - 1)
     hit = state.index == positions[:, None].to(state.index.dtype)
     if state.merged is not None:
         hit = hit & ~state.merged
@@ -197,31 +216,28 @@ def without_first(state: TokenState, start: int) -> TokenState:
     if state.index is None:
         return replace(state, full_length=state.full_length - start, length=state.length - start)
     assert state.merged is not None
-    return TokenState(
-        state.index[:, start:] - start,
-        None if state.valid is None else state.valid[:, start:],
-        state.merged[:, start:],
-        None if state.mask_index is None else state.mask_index[:, start:] - start,
-        state.full_length - start,
-        state.length - start,
-        state.batch,
+    return replace(
+        state,
+        index=state.index[:, start:] - start,
+        valid=None if state.valid is None else state.valid[:, start:],
+        merged=state.merged[:, start:],
+        mask_index=None if state.mask_index is None else state.mask_index[:, start:] - start,
+        full_length=state.full_length - start,
+        length=state.length - start,
     )
 
 
 def _rows(state: TokenState, start: int, end: int) -> TokenState:
-    def cut(field: Tensor | None) -> Tensor | None:
-        return None if field is None else field[start:end]
-
     count = len(range(*slice(start, end).indices(state.batch)))
-    return TokenState(
-        cut(state.index),
-        cut(state.valid),
-        cut(state.merged),
-        cut(state.mask_index),
-        state.full_length,
-        state.length,
-        count,
+    return replace(_each_field(state, lambda field: field[start:end]), batch=count)
+
+
+def _each_field(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
+    """The state with every tensor changed."""
+    index, valid, merged, mask_index = (
+        None if field is None else change(field) for field in (state.index, state.valid, state.merged, state.mask_index)
     )
+    return replace(state, index=index, valid=valid, merged=merged, mask_index=mask_index)
 
 
 def batch_slice(state: TokenState, start: int | None, end: int | None) -> TokenState:
@@ -245,18 +261,7 @@ def batch_split(state: TokenState, sizes: int | Sequence[int], part: int) -> Tok
 def batch_repeat(state: TokenState, times: int) -> TokenState:
     """The state of ``values.repeat_interleave(times)`` along the batch."""
 
-    def again(field: Tensor | None) -> Tensor | None:
-        return None if field is None else field.repeat_interleave(times, 0)
-
-    return TokenState(
-        again(state.index),
-        again(state.valid),
-        again(state.merged),
-        again(state.mask_index),
-        state.full_length,
-        state.length,
-        state.batch * times,
-    )
+    return replace(_each_field(state, lambda field: field.repeat_interleave(times, 0)), batch=state.batch * times)
 
 
 def restore(
