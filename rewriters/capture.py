@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.evaluate import attribute
+from rewriters.inline import inline_bodies
 
 log = logging.getLogger("madtp")
 
@@ -133,6 +134,7 @@ def _check_runs(model: nn.Module, call: Call) -> None:
 def _to_capture(program: torch.export.ExportedProgram, call: Call) -> Capture:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    inline_bodies(module)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, env)

@@ -79,3 +79,36 @@ def test_parallel_attentions_share_one_site() -> None:
     assert len(pruned.report.refusals) == 1
     with torch.no_grad(), pruned.dense():
         torch.testing.assert_close(pruned(images), model(images), rtol=1e-5, atol=1e-6)
+
+
+class Contexts(nn.Module):
+    """Positions are made without gradients and in full precision; one value is frozen by ``no_grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 8))
+        self.frozen = nn.Linear(8, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            shift = self.frozen(x)
+            with torch.autocast("cpu", enabled=False):
+                steps = torch.arange(x.shape[1])[:, None].float() / x.shape[1]
+                waves = (steps @ torch.ones(1, 8)).sin()
+        return self.encoder(x @ self.table + shift + waves)[:, 0]
+
+
+def test_values_without_gradients_and_autocast_stay_so() -> None:
+    model = Contexts().eval()
+    x = torch.randn(2, 6, 8)
+    pruned = madtp.rewrite(model, (x,))
+    assert len(pruned.report.sites) == 1
+    pruned.temperature = 0.0
+    torch.testing.assert_close(pruned(x), model(x))
+    pruned(x).sum().backward()
+    assert model.table.grad is not None
+    assert model.frozen.weight.grad is None
+    assert "without_autocast" in pruned.code()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(pruned(x), model(x))
