@@ -12,7 +12,9 @@ import torch
 import zoo
 from madtp.errors import ConfigError
 from madtp.training import TrainingConfig, train
+from madtp.training.config import from_plain
 from madtp.training.progress import Progress
+from zoo.recipes import compress_nlvr_scenes
 from zoo.recipes.nlvr_scenes import Pupil, build, make_batch
 
 SETTINGS: dict[str, Any] = {
@@ -69,3 +71,9 @@ def test_batches_follow_from_the_step() -> None:
 def test_what_the_recipe_cannot_train_is_refused() -> None:
     with pytest.raises(ConfigError, match="no setting pears_per_step"):
         build({"pears_per_step": 2}, TrainingConfig())
+    with pytest.raises(ConfigError, match="settings.model is 3; it takes a str"):
+        build({"model": 3}, TrainingConfig())
+
+
+def test_a_setting_that_may_be_left_empty_takes_none() -> None:
+    assert from_plain(compress_nlvr_scenes.Settings, {"checkpoint": None}, "settings").checkpoint is None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from madtp.errors import ConfigError
+
+T = TypeVar("T")
 
 OPTIMISERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
@@ -80,12 +82,31 @@ class TrainingConfig:
         Raises:
             ConfigError: a name is not a setting, or a value is out of range.
         """
-        known = {field.name: field for field in fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"training has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        for name, value in values.items():
-            wanted = type(known[name].default)
-            right = isinstance(value, list | tuple) if wanted is tuple else isinstance(value, wanted)
-            if isinstance(value, bool) or not (right or (wanted is float and isinstance(value, int))):
-                raise ConfigError(f"training.{name} is {value!r}; it takes a {wanted.__name__}")
-        return cls(**values)
+        return from_plain(cls, values, "training")
+
+
+def from_plain(settings: type[T], values: Mapping[str, Any], owner: str) -> T:
+    """An instance of a dataclass of settings from plain values; names left out keep their defaults.
+
+    Args:
+        settings: a dataclass whose fields have defaults.
+        values: by field name; lists may stand for tuples, whole numbers for floats.
+        owner: what messages call the table of settings.
+
+    Raises:
+        ConfigError: a name is not a setting, or a value is of another type than the default.
+    """
+    known = {field.name: field for field in fields(settings)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"{owner} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    converted = {}
+    for name, value in values.items():
+        wanted = type(known[name].default)
+        converted[name] = tuple(value) if wanted is tuple and isinstance(value, list) else value
+        optional = value is None and "None" in str(known[name].type)
+        if optional or wanted not in (int, float, str, tuple, bool):
+            continue
+        fits = isinstance(converted[name], wanted) or (wanted is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            raise ConfigError(f"{owner}.{name} is {value!r}; it takes a {wanted.__name__}")
+    return settings(**converted)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.search import KNOBS
-from madtp.training.config import TrainingConfig
+from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.recipes.card import accuracy_by_kind
@@ -73,16 +73,9 @@ class Settings:
     calibration_pairs: int = 512
     test_items: int = 8192
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings from plain values; raises ConfigError for a name that is no setting."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"the recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        settings = cls(**values)
-        if not 0 < settings.reduction < 1:
-            raise ConfigError(f"settings.reduction is {settings.reduction}; it takes a fraction between 0 and 1")
-        return settings
+    def __post_init__(self) -> None:
+        if not 0 < self.reduction < 1:
+            raise ConfigError(f"settings.reduction is {self.reduction}; it takes a fraction between 0 and 1")
 
 
 @dataclass
@@ -120,7 +113,7 @@ def statement_macs(pruned: PrunedModel, statements: int) -> tuple[float, float]:
 
 def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
-    chosen = Settings.from_dict(settings)
+    chosen = from_plain(Settings, settings, "settings")
     torch.manual_seed(training.seed)
     model = cast(BlipNlvr, zoo.create(chosen.model, chosen.checkpoint))
     teacher = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import zoo
 from madtp.errors import ConfigError
-from madtp.training.config import TrainingConfig
+from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import TextLayer
@@ -69,14 +69,6 @@ class Settings:
     data_seed: int = 0
     evaluation_pairs: int = 128
     test_items: int = 8192
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """Return settings from plain values; raises ConfigError for a name that is no setting."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"the recipe has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-        return cls(**{**values, "kinds": tuple(values.get("kinds", ()))})
 
 
 class Pupil(nn.Module):
@@ -169,7 +161,7 @@ def _stack(arrays: list[npt.NDArray[Any]]) -> Tensor:
 
 def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
-    chosen = Settings.from_dict(settings)
+    chosen = from_plain(Settings, settings, "settings")
     torch.manual_seed(training.seed)
     model = zoo.create(chosen.model)
     if not isinstance(model, BlipNlvr):
@@ -249,7 +241,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
 def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     """Write `dense.safetensors` and its model card `dense.json` into the output folder."""
     assert isinstance(learner.module, Pupil)
-    settings = Settings.from_dict(learner.card["settings"])
+    settings = from_plain(Settings, learner.card["settings"], "settings")
     test = measure(settings.model, settings.test_items, settings.data_seed)
     write_release(learner.module.model, output / "dense.safetensors", learner.card, test)
 
