@@ -137,8 +137,10 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
     if len(shape) != 3:
         raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C] or [N, B, C] is needed")
     between = nodes[order[block_input] + 1 : order[node]]
+    blocked: list[list[str]] = []
     for batch_dim, token_dim in ((0, 1), (1, 0)):
         flow = propagate(between, {block_input: seed(shape, batch_dim, token_dim, "probe")})
+        blocked.append(list(flow.blocked.values()))
         query, key = (labels_of(node.args[i], flow.labels) for i in (0, 1))
         try:
             if token_axis(query[2]) is None:
@@ -146,12 +148,15 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
             kind: Literal["self", "cross"] = "self" if token_axis(key[2]) is not None else "cross"
         except AxisError:
             continue
-        value, norm = _after(added)
+        value, norm = _after(added, node, block_input, order)
         if example_shape(value) != shape:
             raise AxisError("the residual stream changes its shape")
         return Sublayer(node, kind, block_input, value, norm, token_dim, batch_dim, _path(node, added))
-    reason = next(iter(flow.blocked.values()), "its queries do not run along the tokens of a residual stream")
-    raise AxisError(reason)
+    # The layout that the model has is blocked at fewer places than the other one.
+    reasons = min(
+        filter(None, blocked), key=len, default=["its queries do not run along the tokens of a residual stream"]
+    )
+    raise AxisError(reasons[0])
 
 
 def seed(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object) -> Labels:
@@ -198,9 +203,10 @@ def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bo
     return False
 
 
-def _after(added: fx.Node) -> tuple[fx.Node, Literal["pre", "post"]]:
-    """The residual value behind an attention sublayer: past a parallel feed-forward, past a norm that alone reads
-    it."""
+def _after(
+    added: fx.Node, attention: fx.Node, block_input: fx.Node, order: dict[fx.Node, int]
+) -> tuple[fx.Node, Literal["pre", "post"]]:
+    """The residual value behind an attention sublayer: past a parallel feed-forward, past the norm of a post-norm block."""
     value = added
     while len(value.users) == 1:
         user = next(iter(value.users))
@@ -208,9 +214,21 @@ def _after(added: fx.Node) -> tuple[fx.Node, Literal["pre", "post"]]:
             value = user
             continue
         if op_name(user) in NORMS and user.args[0] is value:
-            return user, "post"
+            final = _normed_before(attention, block_input, order) and not _is_added(user)
+            return (value, "pre") if final else (user, "post")
         break
     return value, "pre"
+
+
+def _normed_before(attention: fx.Node, block_input: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether the queries come from a norm of the block's input."""
+    query: Any = attention.args[0]
+    return any(op_name(user) in NORMS and _descends(query, user, order) for user in block_input.users)
+
+
+def _is_added(norm: fx.Node) -> bool:
+    """Whether a norm's output goes on as the residual stream."""
+    return any(op_name(user) in ADDS for user in norm.users)
 
 
 def _path(attention: fx.Node, added: fx.Node) -> str:
