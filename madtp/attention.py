@@ -160,11 +160,13 @@ def attention_with_statistics(
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Probabilities in float32; zeros for a query that sees no key (padding on the left), as torch's own attention has it."""
+    """Probabilities in float32 at least; zeros for a query that sees no key (padding on the left), as torch's own attention
+    has it."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
     if mask is None:
-        return scores.softmax(-1, dtype=torch.float32)
+        return scores.softmax(-1, dtype=dtype)
     blind = scores.amax(-1, keepdim=True) == float("-inf")
-    return scores.masked_fill(blind, 0).softmax(-1, dtype=torch.float32).masked_fill(blind, 0)
+    return scores.masked_fill(blind, 0).softmax(-1, dtype=dtype).masked_fill(blind, 0)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, causal: bool, start: int, stop: int) -> Tensor:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from rewriters.norms import canonical_norms
 from rewriters.outcomes import op_name
 from rewriters.pooling import canonical_pooling
+from rewriters.products import plain_products
 from rewriters.spellings import canonical_attention
 
 BOOKKEEPING = frozenset(
@@ -99,6 +101,8 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("plain getitem", plain_getitem),
     ("reshape views", reshape_views),
     ("dead code before", eliminate_dead_code),
+    ("plain products", plain_products),
+    ("canonical norms", canonical_norms),
     ("canonical attention", canonical_attention),
     ("canonical pooling", canonical_pooling),
     ("dead code after", eliminate_dead_code),

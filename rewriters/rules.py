@@ -54,6 +54,11 @@ def like_first(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=labels_of(node.args[0], labels))
 
 
+def fresh(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A new tensor of which the operand gives only type and device."""
+    return Outcome(labels=unlabelled(example_shape(node)))
+
+
 def prelu(node: fx.Node, labels: LabelMap) -> Outcome:
     """A slope for each entry of dimension 1, or one for all."""
     own, weight = labels_of(node.args[0], labels), node.args[1]
@@ -145,6 +150,7 @@ zeros_like __and__ __or__ __xor__
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
+    **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
     "prelu": prelu,
     "attention": attend,
     "masked_mean": masked_mean,

@@ -104,6 +104,9 @@ ELEMENTWISE = [
 ]
 
 SHAPES = [
+    sample(aten.new_zeros.default, x(), [1, TOKENS, TOKENS]),
+    sample(aten.new_ones.default, x("B", "N"), [BATCH, TOKENS]),
+    sample(aten.new_full.default, x("N", "B", 4), [4], 2.0),
     sample(aten.transpose.int, x(), 1, 2),
     sample(aten.transpose.int, x(), -3, 1),
     sample(aten.t.default, x("B", "N")),
