@@ -101,9 +101,9 @@ def marks(batch: int, length: int, *positions: int) -> Tensor:
     return found
 
 
-def lively(model: nn.Module) -> nn.Module:
+def lively(model: nn.Module, seed: int = 7) -> nn.Module:
     """The model with weights so large that every token matters to the outputs, in eval mode."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:

@@ -64,7 +64,7 @@ def masked_run(case: Case, model: nn.Module, inputs: dict[str, Tensor], kept: Ke
     run = Run({}, {s: [] for s in case.layers})
     handles = _watch(case, model, run, stack)
     try:
-        with _attention(lambda: _visible(case, stack, kept)):
+        with hidden_keys(lambda: _visible(case, stack, kept)):
             run.outputs = leaves(model(**inputs))
     finally:
         for handle in handles:
@@ -109,7 +109,7 @@ def _visible(case: Case, stack: list[str], kept: Kept) -> Tensor | None:
 
 
 @contextmanager
-def _attention(visible: Callable[[], Tensor | None]) -> Iterator[None]:
+def hidden_keys(visible: Callable[[], Tensor | None]) -> Iterator[None]:
     """Replace torch's attention and softmax by ones that hide keys."""
     sdpa, softmaxes = F.scaled_dot_product_attention, (F.softmax, torch.softmax, Tensor.softmax)
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -121,14 +121,14 @@ def _attention(visible: Callable[[], Tensor | None]) -> Iterator[None]:
         if show is not None:
             names = ("dropout_p", "is_causal")
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-            bias = torch.zeros(()) if attn_mask is None else attn_mask
+            bias = query.new_zeros(()) if attn_mask is None else attn_mask
             if bias.dtype == torch.bool:
-                bias = torch.zeros(bias.shape).masked_fill(~bias, float("-inf"))
+                bias = query.new_zeros(bias.shape).masked_fill(~bias, float("-inf"))
             if kwargs.pop("is_causal", False):
                 size = query.shape[-2], key.shape[-2]
                 bias = bias + torch.full(size, float("-inf")).triu(1)
             shape = (len(show), 1, 1, show.shape[1]) if query.dim() == 4 else (len(show), 1, show.shape[1])
-            attn_mask = bias + torch.zeros(shape).masked_fill(~show.reshape(shape), float("-inf"))
+            attn_mask = bias + query.new_zeros(shape).masked_fill(~show.reshape(shape), float("-inf"))
             args = ()
         return sdpa(query, key, value, attn_mask, *args, **kwargs)
 
