@@ -71,7 +71,7 @@ def test_batches_follow_from_the_step() -> None:
 def test_what_the_recipe_cannot_train_is_refused() -> None:
     with pytest.raises(ConfigError, match="no setting pears_per_step"):
         build({"pears_per_step": 2}, TrainingConfig())
-    with pytest.raises(ConfigError, match="settings.model is 3; it takes a str"):
+    with pytest.raises(ConfigError, match=r"settings\.model is 3; it takes a str"):
         build({"model": 3}, TrainingConfig())
 
 
