@@ -62,12 +62,14 @@ def test_a_transformers_config_is_built_and_runs(config_class: str, architecture
     assert type(find_model(str(tmp_path / "config.json")).model) is type(found.model)
 
 
-def test_end_of_text_stands_at_the_end_and_only_there() -> None:
+def test_end_of_text_stands_at_the_end_of_each_text_and_only_there() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPTextConfig(**TINY, vocab_size=99, eos_token_id=98, bos_token_id=97)
-    ids = example_inputs(transformers.CLIPTextModel(config))["input_ids"]
-    assert (ids[:, -1] == 98).all()
-    assert not (ids[:, :-1] >= 97).any()
+    inputs = example_inputs(transformers.CLIPTextModel(config))
+    ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1)
+    assert lengths[0] > lengths[-1]
+    assert (ids[torch.arange(2), lengths - 1] == 98).all()
+    assert ((ids >= 97).sum(1) == 1).all()
 
 
 def test_unknown_names_list_near_matches_of_zoo_and_timm() -> None:

@@ -1,11 +1,14 @@
 """Everything that knows a particular architecture, checkpoint format or data set.
 
-Start with :func:`list_models` and :func:`create`. To add a model, decorate its builder with :func:`register`.
+Start with :func:`list_models` and :func:`create`. To add a model, decorate its builder with :func:`register`;
+:func:`register_adapter` teaches the zoo example inputs of a family.
 """
 
 from __future__ import annotations
 
-import zoo.blip  # noqa: F401  (registers its models)
+import zoo.blip
+import zoo.inputs.families  # noqa: F401  (registers its adapters)
+from zoo.adapters import Adapter, find_adapter, list_adapters, register_adapter
 from zoo.checkpoint import load_checkpoint
 from zoo.examples import example_inputs, example_inputs_of, find_model
 from zoo.registry import ModelEntry, checkpoint_path, create, describe, list_models, register
@@ -18,6 +21,10 @@ __all__ = [
     "describe",
     "checkpoint_path",
     "ModelEntry",
+    "Adapter",
+    "register_adapter",
+    "find_adapter",
+    "list_adapters",
     "example_inputs",
     "example_inputs_of",
     "find_model",

@@ -1,0 +1,225 @@
+"""Examine one model: rewrite it and measure whether the invariants hold.
+
+Start at :func:`examine`. Every probe takes what :class:`_Subject` holds and says one thing.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import madtp
+from madtp.errors import MadtpError, NoSiteError
+from madtp.pruned import PrunedModel
+from madtp.report import RewriteReport
+from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
+from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, Refusal
+
+Inputs = Mapping[str, Any]
+Build = Callable[[], tuple[nn.Module, Inputs]]
+
+STRONG = 4.0
+STEPS = 10
+_FRAMES = 3
+
+
+def examine(name: str, build: Build) -> Record:
+    """Build a model and its inputs, rewrite it, and measure the invariants. Exceptions become part of the record."""
+    started = time.perf_counter()
+    record = _examine(Record(name, "error"), build)
+    return replace(record, seconds=time.perf_counter() - started)
+
+
+def _examine(record: Record, build: Build) -> Record:
+    torch.manual_seed(0)
+    try:
+        model, inputs = build()
+        model.eval()
+        record = replace(record, kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()))
+        with torch.no_grad(), _Attentions() as attentions:
+            model(**inputs)
+    except Exception as error:
+        return replace(record, outcome="unbuildable", failure=_text(error))
+    started = time.perf_counter()
+    try:
+        pruned = madtp.rewrite(model, dict(inputs))
+    except MadtpError as error:
+        return _refused(record, error, attentions.seen, time.perf_counter() - started)
+    except Exception as error:
+        return replace(record, failure=_text(error))
+    record = _reported(record, pruned.report, time.perf_counter() - started)
+    return _probed(record, model, pruned, inputs)
+
+
+def _refused(record: Record, error: MadtpError, attentions: int, seconds: float) -> Record:
+    outcome = "refused" if attentions or not isinstance(error, NoSiteError) else "no transformer"
+    refusal = Refusal("", f"{type(error).__name__}: {error}")
+    return replace(record, outcome=outcome, refusals=(refusal,), rewrite_seconds=seconds)
+
+
+def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
+    blocks = Counter(f"{block.norm}-norm {block.kind}" for block in report.blocks)
+    streams = {block.stream for block in report.blocks if block.kind == "self"}
+    names = {site.name for site in report.sites}
+    pruned = {block.stream for block in report.blocks if block.path in names}
+    return replace(
+        record,
+        outcome="rewritten" if streams <= pruned else "partly",
+        capture=report.capture,
+        blocks=dict(blocks),
+        streams=len(streams),
+        pruned=len(pruned & streams),
+        sites=len(report.sites),
+        refusals=tuple(Refusal(r.block, r.reason, r.help) for r in report.refusals),
+        rewrite_seconds=seconds,
+    )
+
+
+def _probed(record: Record, model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> Record:
+    """The record with the probes' results; the first that fails decides the outcome."""
+    faults: list[str] = []
+    for field, probe, fault in PROBES:
+        try:
+            value = probe(model, pruned, inputs)
+        except Exception as error:
+            return replace(record, outcome="error", failure=f"{field}: {_text(error)}")
+        record = replace(record, **{field: value})
+        if fault(value):
+            faults.append(f"{field}: {value if isinstance(value, bool) else f'{value:.1e}'}")
+    return replace(record, outcome="wrong", failure="; ".join(faults)) if faults else record
+
+
+@torch.no_grad()
+def identity(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
+    """Largest error with pruning off, at the example's batch size and at another one."""
+    errors = []
+    with pruned.dense():
+        for given in (inputs, repeated(inputs, 3)):
+            if given is not None:
+                errors.append(relative_error(leaves(model(**given)), leaves(pruned(**given))))
+    return max(errors)
+
+
+@torch.no_grad()
+def reduction(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
+    """Fraction of multiply-accumulates that a strong setting saves."""
+    with pruned.dense():
+        pruned(**inputs)
+        before = pruned.macs()
+    with _strongly(pruned):
+        pruned(**inputs)
+        return 1.0 - pruned.macs() / before
+
+
+@torch.no_grad()
+def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:
+    """Largest error of a sample alone against itself in the batch, with strong pruning; None where the original itself
+    couples the samples of a batch in every output."""
+    size = batched(inputs)
+    if size is None:
+        return None
+    together = leaves(model(**inputs))
+    errors: list[float] = []
+    for row in range(size):
+        one = cut(inputs, row, size)
+        alone = leaves(model(**one))
+        free = [key for key, value in alone.items() if _same_row(together.get(key), value, row, 1e-4)]
+        with _strongly(pruned):
+            batch, single = leaves(pruned(**inputs)), leaves(pruned(**one))
+        errors += [relative_error({0: batch[key][row : row + 1]}, {0: single[key]}) for key in free if key in single]
+    return max(errors, default=None)
+
+
+def _same_row(together: Tensor | None, alone: Tensor, row: int, tolerance: float) -> bool:
+    if together is None or not together.dim() or together.shape[1:] != alone.shape[1:] or alone.shape[0] != 1:
+        return False
+    return row < together.shape[0] and relative_error({0: together[row : row + 1]}, {0: alone}) <= tolerance
+
+
+def trains(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> bool | None:
+    """Whether a loss falls over ten steps of training; None where no output has a gradient in the original either."""
+    state = {name: value.clone() for name, value in pruned.state_dict().items()}
+    if _objective(leaves(model(**inputs)), {}) is None:
+        return None
+    pruned.train()
+    optimiser = torch.optim.Adam([p for p in pruned.parameters() if p.requires_grad], lr=1e-3)
+    targets: dict[Any, Tensor] = {}
+    losses = []
+    try:
+        for step in range(STEPS):
+            torch.manual_seed(step)
+            loss = _objective(leaves(pruned(**inputs)), targets)
+            assert loss is not None
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+    finally:
+        pruned.load_state_dict(state)
+        pruned.eval()
+    return min(losses[-_FRAMES:]) < losses[0]
+
+
+def _objective(outputs: Mapping[Any, Tensor], targets: dict[Any, Tensor]) -> Tensor | None:
+    """Mean squared distance of the differentiable outputs to fixed random targets."""
+    terms = []
+    for key, value in outputs.items():
+        if not (value.requires_grad and value.dtype.is_floating_point):
+            continue
+        usable = torch.isfinite(value.detach()) & (value.detach().abs() < 1e4)
+        if key not in targets:
+            generator = torch.Generator().manual_seed(len(targets))
+            targets[key] = torch.randn(value.shape, generator=generator)
+        if value.shape == targets[key].shape and bool(usable.any()):
+            terms.append((value.float()[usable] - targets[key][usable]).square().mean())
+    return torch.stack(terms).mean() if terms else None
+
+
+class _strongly:
+    """A context in which the model prunes strongly."""
+
+    def __init__(self, pruned: PrunedModel) -> None:
+        self.pruned, self.before = pruned, pruned.gain
+
+    def __enter__(self) -> None:
+        self.pruned.gain = STRONG
+
+    def __exit__(self, *_: object) -> None:
+        self.pruned.gain = self.before
+
+
+class _Attentions(TorchFunctionMode):
+    """Counts what attention is made of while a model runs: fused calls, and softmax over rows of at least three axes."""
+
+    seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        rows = args and isinstance(args[0], Tensor) and args[0].dim() > 2
+        if name in ("scaled_dot_product_attention", "multi_head_attention_forward") or (name == "softmax" and rows):
+            self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _text(error: Exception) -> str:
+    """The exception in a line, and the place in our code it came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}{place}"
+
+
+PROBES: tuple[tuple[str, Callable[[nn.Module, PrunedModel, Inputs], Any], Callable[[Any], bool]], ...] = (
+    ("identity", identity, lambda error: not error <= IDENTITY),
+    ("reduction", reduction, lambda saved: False),
+    ("independence", independence, lambda error: error is not None and not error <= INDEPENDENCE),
+    ("trains", trains, lambda falls: falls is False),
+)

@@ -1,0 +1,78 @@
+"""What a survey writes down of one architecture: :class:`Record`, one JSON object each.
+
+`OUTCOMES` lists what can become of a model, from best to worst.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+OUTCOMES = {
+    "rewritten": "every stream with self-attention is pruned, and every invariant holds",
+    "partly": "some streams are pruned, others refused with a reason; every invariant holds",
+    "refused": "nothing can be pruned; the reason is given",
+    "no transformer": "the model has no attention over tokens; it is refused, as it should be",
+    "unbuildable": "the small model or its inputs cannot be made, or it does not run: nothing to rewrite",
+    "error": "an exception that is no refusal, or no answer within the limits: a bug",
+    "wrong": "an invariant fails: the worst",
+}
+
+# Relative to the output's scale, in float32: with pruning off; and of a sample alone against itself in a batch.
+IDENTITY = 1e-5
+INDEPENDENCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A block, or the whole model, that is left alone, and why."""
+
+    block: str
+    reason: str
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one architecture. Errors are relative to the largest value of the output.
+
+    Attributes:
+        kind: class of the model. parameters, nodes: of the small model and of its graph.
+        capture: "whole" or "regions". blocks: attention sublayers found, by kind ("pre-norm self").
+        streams: residual streams with self-attention; pruned: those of them with a site.
+        identity, independence: largest errors; None where it was not measured. trains: the loss falls over ten steps.
+        reduction: fraction of multiply-accumulates saved at a strong setting.
+        seconds: of the rewrite, and of everything. failure: text of what went wrong.
+    """
+
+    name: str
+    outcome: str
+    kind: str = ""
+    parameters: int = 0
+    capture: str = ""
+    blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    streams: int = 0
+    pruned: int = 0
+    sites: int = 0
+    refusals: tuple[Refusal, ...] = ()
+    identity: float | None = None
+    independence: float | None = None
+    trains: bool | None = None
+    reduction: float | None = None
+    rewrite_seconds: float = 0.0
+    seconds: float = 0.0
+    failure: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` takes them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Inverse of :meth:`to_dict`; fields of other versions are ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in values.items() if name in known}
+        refusals = tuple(Refusal(**refusal) for refusal in values.get("refusals", ()))
+        return cls(**{**fields, "refusals": refusals})

@@ -1,0 +1,48 @@
+"""One architecture in a process of its own: :func:`work` is what the process runs.
+
+Importing this module is what the server of processes does once, so that a new process starts with torch in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import resource
+import sys
+import warnings
+from multiprocessing.connection import Connection
+
+import torch
+
+import madtp
+import rewriters.pipeline
+import rewriters.verify  # noqa: F401  (loaded once for all processes)
+from madtp.survey.examination import examine
+from madtp.survey.record import Record
+
+GIBI = 2**30
+
+
+def work(name: str, source: str, memory: float, answer: Connection) -> None:
+    """Examine the model `name` of the module `source` (its function `build(name)` makes model and inputs) within `memory`
+    GiB, and send the record."""
+    limit = int(memory * GIBI)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as unread, contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+        os.dup2(unread.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
+        try:
+            build = importlib.import_module(source).build
+            record = examine(name, lambda: build(name))
+        except MemoryError:
+            record = Record(name, "error", failure=f"needs more than {memory:g} GiB of memory")
+        except BaseException as error:  # whatever ends the process is part of the answer
+            record = Record(name, "error", failure=f"{type(error).__name__}: {error}")
+    answer.send(record.to_dict())
+    answer.close()
+
+
+__all__ = ["madtp", "work"]

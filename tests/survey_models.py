@@ -1,0 +1,50 @@
+"""A source of models for tests of the survey: `build(name)` as the runner wants it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from small_vit import images, vit
+from torch import Tensor, nn
+
+
+class Convolutional(nn.Module):
+    """No attention at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images).mean((-2, -1))
+
+
+class Uncapturable(nn.Module):
+    """Attention behind Python that depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = images.flatten(2).mT[..., :1].expand(-1, -1, 8)
+        for _ in range(int(images.abs().sum().item()) % 2 + 1):
+            tokens = self.layer(tokens, tokens, tokens)[0]
+        return tokens.mean(1)
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and its inputs; some names misbehave."""
+    if name == "missing":
+        raise LookupError("no such model")
+    if name == "endless":
+        time.sleep(600)
+    if name == "dies":
+        os._exit(3)
+    if name == "vit":
+        return vit(depth=2), {"x": images(2, 0)}
+    torch.manual_seed(0)
+    return {"conv": Convolutional, "uncapturable": Uncapturable}[name](), {"images": images(2, 0)}

@@ -1,0 +1,139 @@
+"""Small models of real classes: fields shrink by name, names are matched, and what is built runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import zoo.small
+from madtp.errors import UnknownModelError
+from zoo.small.shrink import shrink
+from zoo.small.timm import arguments
+
+LARGE = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 11008,
+    "layer_types": ["sliding", *["other"] * 30, "full"],
+    "vocab_size": 32000,
+    "pad_token_id": 0,
+    "image_token_id": 31999,
+    "name": "large",
+    "tie_word_embeddings": False,
+    "vision": {"image_size": 336, "patch_size": 14, "image_token_id": 31999, "end_token_id": 31998},
+}
+
+
+def test_sizes_shrink_and_what_belongs_together_stays_together() -> None:
+    small = shrink(LARGE)
+    assert small["hidden_size"] == small["num_attention_heads"] * small["head_dim"]
+    assert small["num_attention_heads"] % small["num_key_value_heads"] == 0
+    assert small["num_key_value_heads"] < small["num_attention_heads"]
+    assert small["vision"]["image_size"] % small["vision"]["patch_size"] == 0
+    assert small["layer_types"] == ["sliding", "full"]
+    assert len(small["layer_types"]) == small["num_hidden_layers"]
+
+
+def test_special_tokens_move_into_the_vocabulary_and_equal_ones_stay_equal() -> None:
+    small = shrink(LARGE)
+    assert small["image_token_id"] == small["vision"]["image_token_id"] < small["vocab_size"]
+    assert small["vision"]["end_token_id"] not in (small["image_token_id"], small["pad_token_id"])
+    assert small["pad_token_id"] == 0
+
+
+def test_other_fields_and_small_sizes_are_left_alone() -> None:
+    assert shrink({"name": "large", "tie_word_embeddings": False, "hidden_size": 16, "dropout": 0.1}) == {
+        "name": "large",
+        "tie_word_embeddings": False,
+        "hidden_size": 16,
+        "dropout": 0.1,
+    }
+
+
+def test_stages_double_in_width_and_heads() -> None:
+    small = shrink({"hidden_sizes": [64, 128, 320, 512], "num_attention_heads": [1, 2, 5, 8], "depths": [3, 4, 18, 3]})
+    widths = [w // h for w, h in zip(small["hidden_sizes"], small["num_attention_heads"], strict=True)]
+    assert widths == [16] * 4
+    assert small["depths"] == [1, 1, 1, 1]
+
+
+def test_a_backbone_has_a_layer_for_each_feature_that_is_read() -> None:
+    fields = {"num_hidden_layers": 12, "out_features": [f"stage{n}" for n in (3, 6, 9, 12)], "stage_names": ["stem"]}
+    small = shrink(fields)
+    assert small["num_hidden_layers"] == 4
+    assert small["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
+    assert "stage_names" not in small
+
+
+def test_names_match_with_and_without_their_library() -> None:
+    assert zoo.small.names(["hf:CLIPModel"]) == zoo.small.names(["CLIPModel"]) == ["hf:CLIPModel"]
+    everything = zoo.small.names()
+    assert len(everything) == len(set(everything)) > 250
+    assert {name.partition(":")[0] for name in everything} == {"hf", "timm", "open_clip"}
+
+
+def test_unknown_names_list_near_ones() -> None:
+    with pytest.raises(UnknownModelError, match="hf:CLIPModel"):
+        zoo.small.names(["hf:CLIPModell"])
+    with pytest.raises(UnknownModelError, match="no name of a small architecture"):
+        zoo.small.build_model("CLIPModel")
+
+
+def test_the_first_pattern_decides_how_an_image_model_shrinks() -> None:
+    assert arguments("test_vit") == {}
+    assert arguments("deit_tiny_patch16_224")["depth"] == 2
+    assert arguments("swin_tiny_patch4_window7_224")["window_size"] == 4
+    assert arguments("resnet18") == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:deit_tiny_patch16_224",
+        "timm:eva02_tiny_patch14_224",
+        "timm:swin_tiny_patch4_window7_224",
+        "timm:cait_xxs24_224",
+    ],
+)
+@torch.no_grad()
+def test_small_image_models_run(name: str) -> None:
+    _runs(name)
+
+
+@pytest.mark.parametrize("name", zoo.small.names(["open_clip:ViT-B-32", "open_clip:roberta*", "open_clip:coca_ViT*"]))
+@torch.no_grad()
+def test_small_contrastive_models_run(name: str) -> None:
+    pytest.importorskip("open_clip")
+    pytest.importorskip("transformers")
+    _runs(name)
+
+
+# One for each way of making inputs.
+FAMILIES = """CLIPModel SiglipModel Siglip2Model BlipForImageTextRetrieval Blip2ForConditionalGeneration ViltModel LxmertModel
+VisualBertModel FlavaModel BridgeTowerModel GitForCausalLM LlavaForConditionalGeneration LlavaNextForConditionalGeneration
+Qwen2VLForConditionalGeneration PaliGemmaForConditionalGeneration IdeficsForVisionText2Text Idefics3ForConditionalGeneration
+SmolVLMForConditionalGeneration MllamaForConditionalGeneration Kosmos2Model XCLIPModel LayoutLMv3Model
+Pix2StructForConditionalGeneration FuyuForCausalLM VisionEncoderDecoderModel BertForMultipleChoice T5Model""".split()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_small_models_of_every_family_run(name: str) -> None:
+    pytest.importorskip("transformers")
+    _runs(f"hf:{name}")
+
+
+def _runs(name: str) -> None:
+    """The model takes its example inputs, is small, and tells samples and padding apart."""
+    model, inputs = zoo.small.build(name)
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) < 4e6
+    model(**inputs)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and "input_ids" in inputs and mask.dim() == 2 and mask.shape[1] > 8:
+        assert mask[0].all()
+        assert not mask[-1].all()

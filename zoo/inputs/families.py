@@ -1,0 +1,238 @@
+"""The adapters that come with the zoo. Importing this module registers them; no library is imported.
+
+Start at :data:`TRANSFORMERS`: families whose arguments the common makers (`arguments.py`) do not cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from madtp.errors import ExampleInputsError
+from zoo.adapters import ExampleInputs, register_adapter
+from zoo.inputs.arguments import Maker, attention_mask, input_ids, make_inputs, sizes
+from zoo.inputs.draft import Draft
+
+
+def configured(makers: Mapping[str, Maker | None]) -> ExampleInputs:
+    """Example inputs of a model with a configuration, with makers of its own."""
+    return partial(make_inputs, makers=makers)
+
+
+def _one_image(draft: Draft) -> Tensor:
+    """One image a sample, counted: [B, 1, C, H, W]."""
+    return draft.images(1)
+
+
+def _tiles(draft: Draft) -> Tensor:
+    """The whole image and one tile of it: [B, 2, C, H, W]."""
+    return draft.images(2)
+
+
+def _clip(draft: Draft) -> Tensor:
+    """A clip [B, frames, C, H, W]."""
+    return draft.images(int(draft.vision.num_frames))
+
+
+def _flat_patches(draft: Draft) -> Tensor:
+    """Flattened patches [B, N, P * P * C]."""
+    (height, width), (rows, columns) = draft.image_size, draft.patch_size
+    return draft.normal((height // rows) * (width // columns), rows * columns * draft.channels)
+
+
+def _places(draft: Draft) -> Tensor:
+    """Placeholders for the pieces of one sample's images: [B, pieces]."""
+    return torch.full((draft.batch, draft.image_tokens), draft.image_token or 0)
+
+
+def _query_places(draft: Draft) -> Tensor | None:
+    """Ids behind one place for each query token: [B, T]."""
+    draft.image_tokens = int(draft.config.num_query_tokens)
+    ids = input_ids(draft)
+    return None if ids is None else torch.cat([_places(draft), ids], dim=1)
+
+
+def _choices(draft: Draft) -> Tensor | None:
+    """Two texts a sample: [B, 2, T]."""
+    ids = input_ids(draft)
+    return None if ids is None else torch.stack([ids, ids.flip(0)], dim=1)
+
+
+def _choices_mask(draft: Draft) -> Tensor:
+    mask = torch.ones_like(draft.made["input_ids"])
+    mask[-1, 0, -4:] = mask[0, 1, -4:] = 0
+    return mask
+
+
+def _two(maker_shape: tuple[int, ...], field: str | None = None) -> Maker:
+    """One thing for each of two choices, of the width that the configuration calls `field`."""
+
+    def make(draft: Draft) -> Tensor:
+        if field is None:
+            return torch.ones(draft.batch, 2, *maker_shape, dtype=torch.long)
+        return draft.normal(2, *maker_shape, int(getattr(draft.config, field)))
+
+    return make
+
+
+def _kosmos_ids(draft: Draft) -> Tensor | None:
+    draft.image_tokens = int(draft.config.latent_query_num)
+    places = draft.words(draft.image_tokens)
+    ids = input_ids(draft)
+    return None if ids is None else torch.cat([places, ids], dim=1)
+
+
+def _kosmos_places(draft: Draft) -> Tensor:
+    places = torch.zeros_like(draft.made["input_ids"], dtype=torch.bool)
+    places[:, : draft.image_tokens] = True
+    return places
+
+
+def _pix2struct_patches(draft: Draft) -> Tensor:
+    """Patches behind their row and column: [B, 16, 2 + what a patch holds]."""
+    rows = torch.arange(1, 5).repeat_interleave(4)
+    places = torch.stack([rows, torch.arange(1, 5).repeat(4)], dim=-1).expand(draft.batch, -1, -1).float()
+    return torch.cat([places, draft.normal(16, int(draft.vision.patch_embed_hidden_size))], dim=-1)
+
+
+def _over_patches(draft: Draft) -> Tensor:
+    return torch.ones(draft.batch, 16, dtype=torch.long)
+
+
+def _one_tile(draft: Draft) -> Tensor:
+    """One image of the most tiles a sample: [B, 1, tiles, C, H, W]."""
+    return draft.images(1, int(draft.vision.max_num_tiles))
+
+
+def _tile_mask(draft: Draft) -> Tensor:
+    return torch.ones(draft.batch, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
+
+
+def _tile_attention(draft: Draft) -> Tensor:
+    length = draft.made["input_ids"].shape[1]
+    return torch.ones(draft.batch, length, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
+
+
+def _places_of_patches(draft: Draft) -> Tensor | None:
+    """Ids behind one place for each patch, for models that take patches by another name: [B, T]."""
+    (height, width), (rows, columns) = draft.image_size, draft.patch_size
+    draft.image_tokens = (height // rows) * (width // columns)
+    ids = input_ids(draft)
+    return None if ids is None else torch.cat([_places(draft), ids], dim=1)
+
+
+def _image_attention(draft: Draft) -> Tensor:
+    return torch.ones(draft.batch, draft.made["input_ids"].shape[1], 1, dtype=torch.long)
+
+
+def _characters(draft: Draft) -> Tensor:
+    return draft.integers(1, 1000, 16)
+
+
+_COUNTED = {"pixel_values": _one_image, "pixel_mask": None}
+_TILED = {"pixel_values": _tiles}
+_QUERIES = {"input_ids": _query_places, "decoder_input_ids": None}
+
+TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
+    "bart.modeling_bart.BartForSequenceClassification": {"decoder_input_ids": None},
+    "bert.modeling_bert.BertForMultipleChoice": {"input_ids": _choices, "attention_mask": _choices_mask},
+    "blip_2": _QUERIES,
+    "blip_2.modeling_blip_2.Blip2ForImageTextRetrieval": {"decoder_input_ids": None},
+    "blip_2.modeling_blip_2.Blip2QFormerModel": {
+        "query_embeds": lambda draft: draft.normal(4, int(draft.config.hidden_size)),
+        "encoder_hidden_states": lambda draft: draft.normal(16, int(draft.config.encoder_hidden_size)),
+        "attention_mask": None,
+    },
+    "blip_2.modeling_blip_2.Blip2TextModelWithProjection": {},
+    "canine": {"input_ids": _characters, "attention_mask": attention_mask},
+    "flava.modeling_flava.FlavaForPreTraining": {
+        "codebook_pixel_values": lambda draft: torch.rand(draft.batch, 3, 64, 64, generator=draft.generator),
+        "bool_masked_pos": lambda draft: draft.integers(0, 2, 8, 8).bool(),
+        "input_ids_masked": lambda draft: draft.made["input_ids"],
+    },
+    "fuyu": {"image_patches": _flat_patches, "pixel_values": None, "input_ids": _places_of_patches},
+    "idefics": {**_COUNTED, "image_attention_mask": _image_attention},
+    "idefics2": _COUNTED,
+    "idefics3": _COUNTED,
+    "instructblip": {
+        **_QUERIES,
+        "qformer_input_ids": lambda draft: draft.words(8),
+        "qformer_attention_mask": lambda draft: torch.ones(draft.batch, 8, dtype=torch.long),
+    },
+    "kosmos2": {"input_ids": _kosmos_ids, "image_embeds_position_mask": _kosmos_places},
+    "llava": {"image_sizes": lambda draft: sizes(draft) if draft.vision.model_type == "pixtral" else None},
+    "llava_next": _TILED,
+    "llava_onevision": _TILED,
+    "mllama": {
+        "pixel_values": _one_tile,
+        "aspect_ratio_ids": lambda draft: torch.ones(draft.batch, 1, dtype=torch.long),
+        "aspect_ratio_mask": _tile_mask,
+        "cross_attention_mask": _tile_attention,
+    },
+    "modernvbert": _COUNTED,
+    "pix2struct": {"flattened_patches": _pix2struct_patches, "attention_mask": _over_patches},
+    "smolvlm": _COUNTED,
+    "timesformer": {"pixel_values": lambda draft: draft.images(int(draft.config.num_frames))},
+    "vilt.modeling_vilt.ViltForImagesAndTextClassification": {"pixel_values": _tiles, "pixel_mask": None},
+    "visual_bert.modeling_visual_bert.VisualBertForMultipleChoice": {
+        "input_ids": _choices,
+        "attention_mask": _choices_mask,
+        "visual_embeds": _two((36,), "visual_embedding_dim"),
+        "visual_attention_mask": _two((36,)),
+        "visual_token_type_ids": _two((36,)),
+    },
+    "vjepa2": {"pixel_values_videos": lambda draft: draft.images(int(draft.config.frames_per_clip))},
+    "x_clip": {"pixel_values": _clip},
+}
+
+
+def _timm(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    size = list(getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224)))
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(built, tuple):  # the size that this model was built for, where it differs from the published one
+        size[1:] = built
+    return {"x": torch.randn(batch, *size, generator=generator)}
+
+
+def _open_clip(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    towers: Any = model
+    text_tower = getattr(towers, "text", towers)
+    size = towers.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    vocabulary = int(getattr(towers, "vocab_size", None) or text_tower.vocab_size)
+    length = int(getattr(towers, "context_length", None) or getattr(text_tower, "context_length", None) or 16)
+    if hasattr(text_tower, "config"):  # a tower of transformers takes texts of any length
+        length = min(16, length)
+    text = torch.randint(5, vocabulary - 2, (batch, length), generator=generator)
+    text[:, 0] = vocabulary - 2
+    text[:-1, -1] = text[-1, -5] = vocabulary - 1
+    text[-1, -4:] = int(getattr(text_tower, "pad_id", None) or 0)
+    return {"image": torch.randn(batch, 3, height, width, generator=generator), "text": text}
+
+
+def _blip_nlvr(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    config: Any = model.config
+    side, text = config.vision.image_size, config.text
+    length = min(16, text.positions)
+    return {
+        "images": torch.randn(batch, 2, 3, side, side, generator=generator),
+        "input_ids": torch.randint(1, text.vocabulary, (batch, length), generator=generator),
+        "attention_mask": torch.ones(batch, length, dtype=torch.long),
+    }
+
+
+def _unknown(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    raise ExampleInputsError(f"the zoo has no example inputs for {type(model).__name__}; pass example_inputs.")
+
+
+register_adapter("zoo", _unknown)
+register_adapter("zoo.blip.nlvr.BlipNlvr", _blip_nlvr)
+register_adapter("timm", _timm)
+register_adapter("open_clip", _open_clip)
+register_adapter("transformers", make_inputs)
+for _family, _makers in TRANSFORMERS.items():
+    register_adapter(f"transformers.models.{_family}", configured(_makers))

@@ -1,0 +1,82 @@
+"""Small random models of real classes, for surveys and tests: `build("hf:CLIPModel")` makes a model and inputs offline.
+
+Start at :func:`names` and :func:`build`. `catalogue.py` lists the architectures, `shrink.py` makes configurations small,
+`overrides.py` holds what the names of their fields cannot tell.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from madtp.errors import UnknownModelError
+from zoo.small.catalogue import CATALOGUE
+
+# What a process that builds many of them should import once.
+PRELOAD = ("zoo.small.libraries",)
+_SEED = 0
+
+
+def names(patterns: Sequence[str] = ()) -> list[str]:
+    """Names that match any of the shell-style `patterns` (all when there are none), in the order of the catalogue.
+
+    Raises:
+        UnknownModelError: a pattern matches nothing; the message lists near names.
+    """
+    known = [f"{library}:{name}" for library, listed in CATALOGUE.items() for name in listed]
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in known):
+            near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.5)
+            advice = f"Near: {', '.join(near)}." if near else f"Libraries: {', '.join(CATALOGUE)}."
+            raise UnknownModelError(f"No small architecture matches {pattern!r}. {advice}")
+    return [name for name in known if not patterns or any(_matches(name, p) for p in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[2], pattern)
+
+
+def build_model(name: str) -> nn.Module:
+    """The small model of that name in eval mode, with weights that let every token matter.
+
+    Raises:
+        UnknownModelError: the name has no library in front.
+    """
+    library, _, architecture = name.partition(":")
+    if library not in CATALOGUE or not architecture:
+        raise UnknownModelError(f"{name!r} is no name of a small architecture, such as 'hf:CLIPModel'.")
+    from zoo.small import hf, open_clip, timm
+
+    makers = {"hf": hf.build, "timm": timm.build, "open_clip": open_clip.build}
+    torch.manual_seed(_SEED)
+    model = makers[library](architecture).eval()
+    _enliven(model)
+    return model
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The small model of that name and example inputs for it."""
+    from zoo.examples import example_inputs
+
+    model = build_model(name)
+    return model, example_inputs(model)
+
+
+def _enliven(model: nn.Module) -> None:
+    """Draw weights anew where initialisation would hide errors: tables of 0.02 and scales of zero make all tokens alike."""
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.dtype.is_floating_point or not parameter.numel():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                fan_in = parameter[0].numel() if parameter.dim() > 2 else parameter.shape[1]
+                parameter.copy_(noise / max(1, fan_in) ** 0.5)
+            elif parameter.dim() == 1:
+                parameter.add_(0.1 * noise)

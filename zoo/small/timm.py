@@ -1,0 +1,51 @@
+"""Small models of timm's architectures: the same code with few layers and narrow widths."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from zoo.small.shrink import HEADS, IMAGE, LAYERS, PATCH, WIDTH
+
+_VIT = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
+_STAGES = {"img_size": IMAGE, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+
+# The first pattern that matches gives the arguments of `timm.create_model`; architectures without one keep their own.
+_ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("test_*", {}),
+    ("swin*_tiny*", {**_STAGES, "window_size": 4}),
+    ("vit_base_mci*", {}),
+    ("vit_small_r26*", {"img_size": IMAGE, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}),
+    ("tnt*", {"embed_dim": WIDTH, "inner_dim": 16, "depth": LAYERS, "num_heads_outer": HEADS}),
+    ("volo*", {}),
+    ("pit*", {"img_size": IMAGE, "patch_size": 8, "stride": 8, "base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 4, 8)}),
+    ("crossvit*", {"embed_dim": (32, 64), "num_heads": (2, 4), "depth": ((1, 1, 0), (1, 1, 0))}),
+    ("pvt_v2*", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
+    ("twins_pcpvt*", {"img_size": IMAGE, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}),
+    ("twins_svt*", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}),
+    ("hiera*", {"embed_dim": 16, "stages": (1, 1, 1, 1), "num_heads": 1}),
+    ("coat_lite*", {"embed_dims": (16, 32, 64, 64), "serial_depths": (1, 1, 1, 1)}),
+    ("davit*", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
+    ("*vit*|deit*|beit*|eva*|aimv2*|cait*|xcit*|convit*|samvit*|naflexvit*|flexivit*", _VIT),
+)  # fmt: skip
+
+_OWN = "nest* mvitv2* visformer* mixer* gcvit* levit* mobilevit* efficientvit* tiny_vit* repvit* vitamin*".split()
+
+
+def build(name: str) -> nn.Module:
+    """The architecture of that name, small where its arguments allow it."""
+    import timm
+
+    return timm.create_model(name, pretrained=False, num_classes=10, **arguments(name))
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """What makes the architecture small; nothing where it has no such arguments."""
+    if any(fnmatchcase(name, pattern) for pattern in _OWN):
+        return {}
+    for patterns, found in _ARGUMENTS:
+        if any(fnmatchcase(name, pattern) for pattern in patterns.split("|")):
+            return found
+    return {}
