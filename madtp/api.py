@@ -20,7 +20,7 @@ from madtp.errors import ExampleInputsError
 from madtp.pruned import PrunedModel
 from madtp.recorded_call import record_call
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
-from madtp.site import SiteSpec
+from madtp.site import SegmentSpec, SiteSpec
 from madtp.tree import share
 
 log = logging.getLogger("madtp")
@@ -48,7 +48,7 @@ def rewrite(
         ExampleInputsError: the inputs are missing or do not fit. CaptureError: the model cannot be traced.
         NoSiteError: nothing can be pruned. RewriteError: the rewritten graph failed a check.
     """
-    from rewriters.insert import site_key
+    from rewriters.insertion import site_key
     from rewriters.pipeline import build
     from rewriters.verify import Case, verify
 
@@ -58,7 +58,18 @@ def rewrite(
     batch_size(call)
     host = share(model)
     first = build(host, call, config, plan=plan)
-    specs = [SiteSpec(s.name, s.modality, s.width, s.class_position, s.protected, s.causal) for s in first.plan.sites]
+    specs = [
+        SiteSpec(
+            s.name,
+            s.modality,
+            s.width,
+            s.class_position,
+            s.protected,
+            s.causal,
+            tuple(SegmentSpec(p.modality, p.pruned, p.protected) for p in s.segments),
+        )
+        for s in first.plan.sites
+    ]
     keys = [site_key(s.name) for s in first.plan.sites]
     names = frozenset(s.name for s in first.plan.sites)
 
@@ -138,6 +149,7 @@ def _report(model: nn.Module, rewritten: Any) -> RewriteReport:
             s.width,
             _tokens(tokens[s.attention]),
             s.protected,
+            tuple(p.modality for p in s.segments if p.pruned),
         )
         for s in plan.sites
     ]
@@ -150,6 +162,7 @@ def _report(model: nn.Module, rewritten: Any) -> RewriteReport:
             s.width,
             s.special,
             tuple(dict.fromkeys(_words(r) for r in s.flow.readouts.values() if r.kind != "length")),
+            () if s.layout is None else s.layout.segments,
         )
         for s in structure.streams
     ]
@@ -167,6 +180,9 @@ def _words(readout: Any) -> str:
         "position": f"token {readout.position}",
         "prefix": f"the first {readout.position} tokens",
         "rest": f"all tokens from {readout.position} on",
+        "range": "a range of tokens",
+        "cuts": "consecutive ranges of tokens",
+        "join": "concatenation with other tokens",
         "index": "one token at a computed position",
         "pool": "pooling over tokens",
         "masked_mean": "masked mean over tokens",

@@ -25,9 +25,8 @@ class PruningControl:
             of the graph and for replaying a decision).
         in_place: dropped tokens keep their slots, marked as padding, instead of leaving; merging has to be off. The graph must
             compute the same for the survivors either way, which is how a rewrite checks itself.
-        states, features, kept_counts: record of the last forward, by site: state after the site; pooled features
-        ``[B, K, d_e]``;
-            ``kept_counts``: prunable tokens ``[B]`` that were kept.
+        states, features, kept_counts: record of the last forward: state after each site; pooled features ``[B, K, d_e]`` by
+            site and modality; prunable tokens ``[B]`` that were kept, by site (``site[modality]`` for a segment).
     """
 
     config: PruningConfig
@@ -38,7 +37,7 @@ class PruningControl:
     in_place: bool = False
     static_counts: dict[str, int] = field(default_factory=dict)
     states: dict[str, TokenState] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     kept_counts: dict[str, Tensor] = field(default_factory=dict)
 
     @property

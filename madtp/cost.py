@@ -16,6 +16,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from madtp.state import TokenState
+
 Source = Any
 
 
@@ -47,6 +49,26 @@ class Part:
     times: int = 1
 
 
+@dataclass(frozen=True)
+class Range:
+    """Tokens of ``parent`` from ``start`` to ``end`` (numbers or symbolic, as a slice has them).
+
+    Which tokens survive decides how many of them are in a range; from counts alone they are taken to be spread evenly.
+    """
+
+    parent: Source
+    start: Any
+    end: Any
+
+
+@dataclass(frozen=True)
+class Join:
+    """Tokens of several streams one after the other; a parent of None is an unpruned stream of that length."""
+
+    parents: tuple[Source | None, ...]
+    lengths: tuple[Any, ...]
+
+
 @dataclass
 class CostTable:
     """All priced operations of a program.
@@ -59,20 +81,30 @@ class CostTable:
     symbols: dict[Any, tuple[int, int]] = field(default_factory=dict)
     lengths: dict[Source, tuple[Any, Any]] = field(default_factory=dict)
     parts: dict[Source, Part] = field(default_factory=dict)
+    ranges: dict[Source, Range] = field(default_factory=dict)
+    joins: dict[Source, Join] = field(default_factory=dict)
     named: dict[str, float] = field(default_factory=dict)
 
     def bind(self, name: str, value: float) -> None:
         """Give a named size its value."""
         self.named[name] = value
 
-    def price(self, leaves: Sequence[Any], counts: Mapping[str, Tensor], active: bool) -> dict[str, float]:
+    def price(
+        self,
+        leaves: Sequence[Any],
+        counts: Mapping[str, Tensor],
+        active: bool,
+        states: Mapping[str, TokenState] | None = None,
+    ) -> dict[str, float]:
         """MACs per sample by module path.
 
         Args:
             leaves: flattened inputs, for the sizes.
             counts: tokens ``[entries]`` after each site; a site left out keeps everything.
             active: whether pruning is on (its own cost counts).
+            states: token states after each site, where they are known; they tell which tokens a range holds.
         """
+        states = {} if states is None else states
         bound = {symbol: leaves[leaf].shape[dim] for symbol, (leaf, dim) in self.symbols.items()}
         batch = next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
         known: dict[Source, Tensor] = {}
@@ -86,7 +118,7 @@ class CostTable:
             if term.axes:
                 product: Tensor | None = None
                 for axis in term.axes:
-                    own = self._tokens(axis, counts, bound, known)
+                    own = self._tokens(axis, counts, bound, known, states)
                     product = own if product is None else product * own
                 assert product is not None
                 amount *= float(product.sum())
@@ -94,13 +126,29 @@ class CostTable:
         return total
 
     def _tokens(
-        self, source: Source, counts: Mapping[str, Tensor], bound: Mapping[Any, int], known: dict[Source, Tensor]
+        self,
+        source: Source,
+        counts: Mapping[str, Tensor],
+        bound: Mapping[Any, int],
+        known: dict[Source, Tensor],
+        states: Mapping[str, TokenState],
     ) -> Tensor:
         if source in known:
             return known[source]
-        if source in self.parts:
+        if source in self.ranges:
+            result = self._range(self.ranges[source], counts, bound, known, states)
+        elif source in self.joins:
+            join = self.joins[source]
+            parts = [
+                float(evaluate_size(length, bound))
+                if parent is None
+                else self._tokens(parent, counts, bound, known, states)
+                for parent, length in zip(join.parents, join.lengths, strict=True)
+            ]
+            result = torch.as_tensor(sum(parts))
+        elif source in self.parts:
             part = self.parts[source]
-            parent = self._tokens(part.parent, counts, bound, known)
+            parent = self._tokens(part.parent, counts, bound, known, states)
             first, last = round(part.first * len(parent)), round(part.last * len(parent))
             result = (parent[first:last] - part.less).repeat_interleave(part.times)
         elif isinstance(source, str) and source in counts:
@@ -113,6 +161,25 @@ class CostTable:
             )
         known[source] = result
         return result
+
+    def _range(
+        self,
+        part: Range,
+        counts: Mapping[str, Tensor],
+        bound: Mapping[Any, int],
+        known: dict[Source, Tensor],
+        states: Mapping[str, TokenState],
+    ) -> Tensor:
+        start, end = (b if b is None else int(evaluate_size(b, bound)) for b in (part.start, part.end))
+        state = states.get(part.parent) if isinstance(part.parent, str) else None
+        if state is not None and state.index is not None:
+            first, last, _ = slice(start, end).indices(state.full_length)
+            inside = (state.index >= first) & (state.index < last)
+            return (inside if state.valid is None else inside & state.valid).sum(1).double().cpu()
+        parent = self._tokens(part.parent, counts, bound, known, states)
+        full = int(parent.amax()) if state is None else state.full_length
+        share = len(range(*slice(start, end).indices(full))) / max(1, full)
+        return parent * share
 
 
 def evaluate_size(size: Any, bound: Mapping[Any, int]) -> float:

@@ -171,10 +171,9 @@ class PrunedModel(nn.Module):
         """
         features = self._control.features
         sums: dict[str, Tensor] = {}
-        for site in self.report.sites:
-            if site.name in features:
-                known = sums.get(site.modality)
-                sums[site.modality] = features[site.name] if known is None else known + features[site.name]
+        for (_, modality), pooled in features.items():
+            known = sums.get(modality)
+            sums[modality] = pooled if known is None else known + pooled
         if "image" not in sums or "text" not in sums:
             raise MadtpError(
                 f"the alignment loss needs features of image and text; the last forward has {sorted(sums) or 'none'}. Run a "
@@ -196,7 +195,7 @@ class PrunedModel(nn.Module):
         self._recorded()
         program, leaves = self._last
         counts = {n: s.counts for n, s in self._control.states.items() if s.counts is not None}
-        return program.cost.price(leaves, counts, self._control.active)
+        return program.cost.price(leaves, counts, self._control.active, self._control.states)
 
     @contextmanager
     def dense(self) -> Iterator[PrunedModel]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SiteReport:
     """A pruning site. block_kind: norm placement and attention ("pre-norm self", "post-norm self"). tokens: in the
-    example."""
+    example. segments: modalities that are pruned, each by itself, in a stream that several share."""
 
     name: str
     modality: str
@@ -25,6 +25,7 @@ class SiteReport:
     width: int
     tokens: int
     protected: tuple[int, ...]
+    segments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class StreamReport:
-    """A residual stream. readouts: where its tokens are read, in words."""
+    """A residual stream. readouts: where its tokens are read, in words. segments: modalities of a stream that several
+    share, in the order of its tokens."""
 
     index: int
     modality: str
     width: int
     special: tuple[int, ...]
     readouts: tuple[str, ...]
+    segments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class RewriteReport:
         for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):
             sites.add_column(column)
         for site in self.sites:
-            values = (site.name, site.modality, site.block_kind, site.layer, site.width, site.tokens)
+            modality = " + ".join(site.segments) or site.modality
+            values = (site.name, modality, site.block_kind, site.layer, site.width, site.tokens)
             sites.add_row(*map(str, values), ", ".join(map(str, site.protected)))
         console.print(sites)
         if self.refusals:

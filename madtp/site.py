@@ -15,15 +15,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from madtp.assembly import assemble
 from madtp.attention import attention, attention_with_statistics, present_mask, valid_keys
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
 from madtp.guidance import pooled_features, query_projection
 from madtp.importance import AttentionStatistics, ImportanceTerms, importance_terms
-from madtp.merging import merge_weights, merged_position, merged_token
-from madtp.selection import candidates_of, select, sorted_positions, survivor_order
-from madtp.state import Quirks, TokenState, marked, slots_of, untouched
+from madtp.segments import SegmentMap, segment_slots, special_slots
+from madtp.selection import candidates_of, select
+from madtp.state import TokenState, marked, slots_of, untouched
 from madtp.threshold import straight_through_gate, threshold
+
+
+@dataclass(frozen=True)
+class SegmentSpec:
+    """A segment of a stream that several modalities share: whether it is pruned, positions in it that never are."""
+
+    modality: str
+    pruned: bool
+    protected: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class SiteSpec:
 
     name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token,
     None if there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens
-    see only earlier ones.
+    see only earlier ones. segments: of a stream that several modalities share, in the order of their numbers.
     """
 
     name: str
@@ -41,6 +51,22 @@ class SiteSpec:
     class_position: int | None
     protected: tuple[int, ...]
     causal: bool
+    segments: tuple[SegmentSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens that are judged together: all of a stream, or those of one segment.
+
+    key: name in the records of a forward, the site's or ``site[modality]``. candidates: ``[B, N]``.
+    """
+
+    key: str
+    modality: str
+    candidates: Tensor
+
+
+Position = Tensor | int
 
 
 class Seen(NamedTuple):
@@ -70,14 +96,16 @@ class ScoringAttention(nn.Module):
         scale: float | None = None,
         grouped: bool = False,
         state: TokenState | None = None,
-        readouts: tuple[Tensor, ...] = (),
+        readouts: tuple[Position, ...] = (),
+        segments: SegmentMap | None = None,
     ) -> tuple[Tensor, Seen]:
         """Attention as :func:`madtp.attention.attention`, and what the site needs of it.
 
         Args:
             state: of the stream, None at its first site.
-            readouts: ``[B]`` original positions that the graph reads; the first stands in for the class token where
-                there is none.
+            readouts: original positions that the graph reads, ``[B]`` or one for all; the first stands in for the class
+                token where there is none.
+            segments: which token is of which segment.
         """
         if not self.control.active:
             output = attention(
@@ -96,12 +124,12 @@ class ScoringAttention(nn.Module):
         present, still_causal = present_mask(query, key, mask, causal, state, state)
         batch, count = query.size(0), query.size(2)
         scored_padding = self.control.config.padding == "scored"
-        valid = None if scored_padding else _valid(state, present, batch, key.size(2))
+        valid = None if scored_padding else self._valid(state, present, batch, key.size(2))
         positions = state if state is not None else untouched(batch, count)
-        slot = self._class_slot(positions, readouts, batch, query.device)
+        slot = self._class_slot(positions, readouts, batch, query.device, segments)
         rows = torch.ones(batch, count, dtype=torch.bool, device=query.device) if valid is None else valid
         guarded = protected_readouts(readouts, self.control.config)
-        rows = rows & ~protected_slots(self.spec, positions, guarded, batch, count, query.device)
+        rows = rows & ~protected_slots(self.spec, positions, guarded, segments, query.device)
         output, statistics = attention_with_statistics(
             query,
             key,
@@ -116,17 +144,34 @@ class ScoringAttention(nn.Module):
         )
         return output, Seen(statistics, valid)
 
+    def _valid(self, state: TokenState | None, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        if state is None or state.index is None:
+            return valid_keys(mask, batch, length)
+        if all(segment.pruned for segment in self.spec.segments):
+            return state.valid
+        # Padding stays in a segment that is left alone, so the mask has to tell it at every site.
+        shown = valid_keys(mask, batch, length)
+        return shown if state.valid is None else state.valid if shown is None else state.valid & shown
+
     def _class_slot(
-        self, state: TokenState, readouts: tuple[Tensor, ...], batch: int, device: torch.device
+        self,
+        state: TokenState,
+        readouts: tuple[Position, ...],
+        batch: int,
+        device: torch.device,
+        segments: SegmentMap | None = None,
     ) -> Tensor | None:
         position = self.spec.class_position
         if self.spec.causal and self.control.config.causal_class_row == "first":
             return torch.zeros(batch, dtype=torch.long, device=device)
-        if self.spec.causal and readouts:
-            return slots_of(state, readouts[0])
-        if position is not None:
+        if position is not None and not (self.spec.causal and readouts):
             return slots_of(state, torch.full((batch,), _from_start(position, state), device=device))
-        return slots_of(state, readouts[0]) if readouts else None
+        if readouts:
+            first = readouts[0]
+            return slots_of(state, first if isinstance(first, Tensor) else torch.full((batch,), first, device=device))
+        if segments is not None and segments.special is not None and bool(segments.special.any()):
+            return slots_of(state, segments.special.int().argmax().expand(batch))
+        return None
 
 
 class PruningSite(nn.Module):
@@ -150,7 +195,8 @@ class PruningSite(nn.Module):
         block_input: Tensor,
         seen: Seen,
         state: TokenState | None,
-        readouts: tuple[Tensor, ...] = (),
+        readouts: tuple[Position, ...] = (),
+        segments: SegmentMap | None = None,
     ) -> tuple[Tensor, TokenState]:
         """Prune.
 
@@ -159,7 +205,8 @@ class PruningSite(nn.Module):
             block_input: ``[B, N, C]`` residual stream at the block's input.
             seen: from this site's ``attention``.
             state: of ``tokens``; None at the first site of a stream.
-            readouts: ``[B]`` original positions that must survive.
+            readouts: original positions that must survive, ``[B]`` or one for all.
+            segments: which token is of which segment; None where all are of one.
         Returns:
             surviving tokens ``[B, N', C]`` and their state.
         """
@@ -171,23 +218,21 @@ class PruningSite(nn.Module):
             return tokens, before
         device = tokens.device
         valid = torch.ones(batch, count, dtype=torch.bool, device=device) if seen.valid is None else seen.valid
-        protected = protected_slots(self.spec, before, protected_readouts(readouts, config), batch, count, device)
+        protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, device)
         candidates = candidates_of(valid, protected, config)
-        guidance = None
+        parts, others = self._parts(candidates, protected, before, segments)
+        queries, guidance = None, None
         if config.alignment and control.alignment is not None:
             queries = self.query(block_input)
             guidance = control.alignment(queries)
-            if control.collects_features():
-                control.features[self.spec.name] = pooled_features(queries, guidance, candidates)
-        terms = importance_terms(seen.statistics, guidance, candidates, config, width=self.alignment_width)
-        scores = terms.mean()
-        limit = threshold(guidance, scores, candidates, max(control.temperature, 1e-6))
-        kept = self._kept(terms, scores, limit, candidates, before)
-        control.kept_counts[self.spec.name] = kept.sum(1)
-        if config.straight_through and self.training:
-            gate = straight_through_gate(scores, limit, control.gain, kept)
-            tokens = tokens * torch.where(kept, gate, torch.ones_like(gate)).unsqueeze(-1).to(tokens.dtype)
-        survivors = kept | protected
+        kept, scores = torch.zeros_like(candidates), torch.zeros_like(seen.statistics.received)
+        for part in parts:
+            own_scores, own_kept, gate = self._judge(part, seen.statistics, queries, guidance, before)
+            scores = own_scores if len(parts) == 1 else torch.where(part.candidates, own_scores, scores)
+            kept = kept | own_kept
+            if gate is not None:
+                tokens = tokens * gate.unsqueeze(-1).to(tokens.dtype)
+        survivors = kept | protected | others
         if not config.merge:
             survivors = _never_nothing(survivors, scores, candidates)
         if bool(survivors.all()):
@@ -196,13 +241,53 @@ class PruningSite(nn.Module):
         if control.in_place:
             pruned, after = tokens, marked(before, survivors)
         else:
-            pruned, after = _assemble(tokens, before, survivors, candidates, valid, scores, self)
+            groups = [part.candidates for part in parts]
+            pruned, after = assemble(tokens, before, survivors, groups, valid, scores, config, causal=self.spec.causal)
         control.states[self.spec.name] = after
         return pruned, after
 
-    def _kept(
-        self, terms: ImportanceTerms, scores: Tensor, limit: Tensor, candidates: Tensor, state: TokenState
-    ) -> Tensor:
+    def _parts(
+        self, candidates: Tensor, protected: Tensor, state: TokenState, segments: SegmentMap | None
+    ) -> tuple[list[Part], Tensor]:
+        """What is judged together, and the tokens ``[B, N]`` of segments that are left alone."""
+        others = torch.zeros_like(candidates)
+        if segments is None:
+            return [Part(self.spec.name, self.spec.modality, candidates)], others
+        slots = segment_slots(segments, state)
+        parts = []
+        for number, segment in enumerate(self.spec.segments):
+            inside = slots == number
+            if segment.pruned:
+                parts.append(Part(f"{self.spec.name}[{segment.modality}]", segment.modality, candidates & inside))
+            else:
+                others = others | inside if state.valid is None else others | (inside & state.valid)
+        return parts, others
+
+    def _judge(
+        self,
+        part: Part,
+        statistics: AttentionStatistics,
+        queries: Tensor | None,
+        guidance: Tensor | None,
+        state: TokenState,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Importance ``[B, N]``, survivors ``[B, N]`` among the candidates, and in training the gate ``[B, N]`` that carries
+        gradients to the threshold."""
+        control, config = self.control, self.control.config
+        if queries is not None and guidance is not None and control.collects_features():
+            features = pooled_features(queries, guidance, part.candidates)
+            control.features[self.spec.name, part.modality] = features
+        terms = importance_terms(statistics, guidance, part.candidates, config, width=self.alignment_width)
+        scores = terms.mean()
+        limit = threshold(guidance, scores, part.candidates, max(control.temperature, 1e-6))
+        kept = self._kept(part, terms, scores, limit, state)
+        control.kept_counts[part.key] = kept.sum(1)
+        if not (config.straight_through and self.training):
+            return scores, kept, None
+        gate = straight_through_gate(scores, limit, control.gain, kept)
+        return scores, kept, torch.where(kept, gate, torch.ones_like(gate))
+
+    def _kept(self, part: Part, terms: ImportanceTerms, scores: Tensor, limit: Tensor, state: TokenState) -> Tensor:
         control = self.control
         if control.forced is not None:
             wanted = control.forced[self.spec.name]
@@ -210,11 +295,11 @@ class PruningSite(nn.Module):
                 wanted = wanted.gather(1, state.index)
                 assert state.merged is not None
                 wanted = wanted & ~state.merged
-            return wanted & candidates
+            return wanted & part.candidates
         counts = None
-        if self.spec.name in control.static_counts:
-            counts = torch.full((scores.size(0),), control.static_counts[self.spec.name], device=scores.device)
-        return select(terms, scores, limit, candidates, control.config, gain=control.gain, counts=counts)
+        if part.key in control.static_counts:
+            counts = torch.full((scores.size(0),), control.static_counts[part.key], device=scores.device)
+        return select(terms, scores, limit, part.candidates, control.config, gain=control.gain, counts=counts)
 
 
 def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
@@ -224,104 +309,34 @@ def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Ten
     return survivors.scatter(1, best, lost | survivors.gather(1, best))
 
 
-def _valid(state: TokenState | None, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    if state is not None and state.index is not None:
-        return state.valid
-    return valid_keys(mask, batch, length)
-
-
 def _from_start(position: int, state: TokenState) -> int:
     return position + state.full_length if position < 0 else position
 
 
-def protected_readouts(readouts: tuple[Tensor, ...], config: PruningConfig) -> tuple[Tensor, ...]:
+def protected_readouts(readouts: tuple[Position, ...], config: PruningConfig) -> tuple[Position, ...]:
     """The computed positions that must survive: the authors' code protects none."""
     return readouts if config.readout == "remapped" else ()
 
 
 def protected_slots(
-    spec: SiteSpec, state: TokenState, readouts: tuple[Tensor, ...], batch: int, count: int, device: torch.device
+    spec: SiteSpec,
+    state: TokenState,
+    readouts: tuple[Position, ...],
+    segments: SegmentMap | None,
+    device: torch.device,
 ) -> Tensor:
     """``[B, N]`` slots that hold protected tokens, be they text padding; slots that only fill up the batch hold none."""
-    if state.index is None:
-        index = torch.arange(count, device=device).expand(batch, count)
-    else:
-        index = state.index
-    protected = torch.zeros(batch, count, dtype=torch.bool, device=device)
+    index = state.index
+    if index is None:
+        index = torch.arange(state.length, device=device).expand(state.batch, state.length)
+    protected = torch.zeros_like(index, dtype=torch.bool)
+    if segments is not None:
+        protected = special_slots(segments, [segment.protected for segment in spec.segments], state)
     for position in spec.protected:
         protected = protected | (index == _from_start(position, state))
     for positions in readouts:
-        protected = protected | (index == positions[:, None].to(index.dtype))
+        wanted = positions[:, None].to(index.dtype) if isinstance(positions, Tensor) else positions
+        protected = protected | (index == wanted)
     if state.valid is not None:
         protected = protected & state.valid
     return protected if state.merged is None else protected & ~state.merged
-
-
-def _assemble(
-    tokens: Tensor,
-    state: TokenState,
-    survivors: Tensor,
-    candidates: Tensor,
-    valid: Tensor,
-    scores: Tensor,
-    site: PruningSite,
-) -> tuple[Tensor, TokenState]:
-    """Survivors first, then the merged token, then padding slots; all fields move by the same indices."""
-    config = site.control.config
-    batch, count, _ = tokens.shape
-    device = tokens.device
-    dropped = candidates & ~survivors
-    index = torch.arange(count, device=device).expand(batch, count) if state.index is None else state.index
-    merged = torch.zeros_like(survivors) if state.merged is None else state.merged
-    order = survivor_order(survivors, scores, candidates, config.order)
-    counts = survivors.sum(1)
-    totals = counts
-    if config.merge:
-        weights = merge_weights(scores, dropped)
-        slot, seen = merged_position(scores, dropped, valid, config.merged_mask)
-        if site.spec.causal and config.causal_mask == "gathered":
-            stands_for = index.masked_fill(~dropped, -1).amax(1, keepdim=True).clamp(min=0)
-        else:
-            stands_for = index.gather(1, slot[:, None])
-        totals = counts + seen.long()
-        tokens = torch.cat([tokens, merged_token(tokens, weights).to(tokens.dtype)], 1)
-        index = torch.cat([index, stands_for], 1)
-        merged = torch.cat([merged, torch.ones_like(merged[:, :1])], 1)
-    length = int(totals.max())
-    slots = torch.arange(length, device=device).expand(batch, length)
-    source = torch.nn.functional.pad(order, (0, 1), value=count)[:, :length]
-    source = torch.where(slots < counts[:, None], source, torch.full_like(source, tokens.size(1) - 1))
-    alive = slots < totals[:, None]
-    after = TokenState(
-        index=index.gather(1, source),
-        valid=None if bool(alive.all()) else alive,
-        merged=merged.gather(1, source),
-        mask_index=_mask_index(state, dropped, candidates, scores, counts, site, length),
-        full_length=state.full_length,
-        length=length,
-        batch=batch,
-        quirks=Quirks(config.readout == "original", config.cross_mask == "ignored"),
-    )
-    return tokens.gather(1, source[:, :, None].expand(-1, -1, tokens.size(2))), after
-
-
-def _mask_index(
-    state: TokenState,
-    dropped: Tensor,
-    candidates: Tensor,
-    scores: Tensor,
-    counts: Tensor,
-    site: PruningSite,
-    length: int,
-) -> Tensor | None:
-    """The authors' reading of masks: cropped where causal, else by falling score while the tokens are not sorted
-    (docs/deviations.md)."""
-    config = site.control.config
-    if site.spec.causal and config.causal_mask == "cropped":
-        return torch.arange(length, device=scores.device).expand(state.batch, length)
-    if config.mask_order == "tokens" or not bool(dropped.any()):
-        return state.mask_index
-    before = state.mask_index if state.mask_index is not None else state.index
-    kept = int(counts.max()) - int((~candidates[0]).sum())
-    positions = sorted_positions(scores, candidates, kept)
-    return positions if before is None else before.gather(1, positions)

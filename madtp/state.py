@@ -167,7 +167,11 @@ def read_position(values: Tensor, state: TokenState, dim: int, batch_dim: int, p
         return values.select(dim, position)
     if position < 0:
         position += state.full_length
-    positions = torch.full((state.batch,), position, device=values.device)
+    return read_each(values, state, dim, batch_dim, torch.full((state.batch,), position, device=values.device))
+
+
+def read_each(values: Tensor, state: TokenState, dim: int, batch_dim: int, positions: Tensor) -> Tensor:
+    """The values of the token that stood at ``positions [B]`` of each sample; drops ``dim``."""
     moved = values.movedim((batch_dim, dim), (0, 1))
     read = moved[torch.arange(state.batch, device=values.device), slots_of(state, positions)]
     return read.movedim(0, batch_dim if batch_dim < dim else batch_dim - 1)
@@ -229,10 +233,10 @@ def without_first(state: TokenState, start: int) -> TokenState:
 
 def _rows(state: TokenState, start: int, end: int) -> TokenState:
     count = len(range(*slice(start, end).indices(state.batch)))
-    return replace(_each_field(state, lambda field: field[start:end]), batch=count)
+    return replace(each_field(state, lambda field: field[start:end]), batch=count)
 
 
-def _each_field(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
+def each_field(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
     """The state with every tensor changed."""
     index, valid, merged, mask_index = (
         None if field is None else change(field) for field in (state.index, state.valid, state.merged, state.mask_index)
@@ -261,7 +265,7 @@ def batch_split(state: TokenState, sizes: int | Sequence[int], part: int) -> Tok
 def batch_repeat(state: TokenState, times: int) -> TokenState:
     """The state of ``values.repeat_interleave(times)`` along the batch."""
 
-    return replace(_each_field(state, lambda field: field.repeat_interleave(times, 0)), batch=state.batch * times)
+    return replace(each_field(state, lambda field: field.repeat_interleave(times, 0)), batch=state.batch * times)
 
 
 def restore(

@@ -32,6 +32,20 @@ class Axis:
         return f"{self.kind}({self.source})"
 
 
+def roots(source: Any) -> frozenset[Any]:
+    """The sources that a source was derived from: one for a part or a range of tokens, several for a concatenation."""
+    if not isinstance(source, tuple):
+        return frozenset((source,))
+    if source[1] == "join":
+        return frozenset().union(*(roots(parent) for parent in source[0] if parent is not None))
+    return roots(source[0])
+
+
+def is_joined(source: Any) -> bool:
+    """Whether ``source`` is, or was derived from, a concatenation of token axes."""
+    return isinstance(source, tuple) and (source[1] == "join" or is_joined(source[0]))
+
+
 class Factor(NamedTuple):
     """One factor of a dimension: the axis it runs along (None if none) and its size in the example."""
 

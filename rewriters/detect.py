@@ -14,12 +14,18 @@ import networkx as nx
 from torch import fx
 
 from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_tensor, plain, token_axis
+from rewriters.layout import Layout, find_layout
 from rewriters.outcomes import labels_of, op_name
 from rewriters.propagate import Flow, propagate
 from rewriters.special import special_positions, stream_modality
 
 ADDS = frozenset(("add",))
 NORMS = frozenset(("layer_norm", "rms_norm"))
+# Operations that a residual value may pass between blocks of one stream.
+SAME_VALUES = frozenset(
+    "dropout to _to_copy type_as contiguous clone alias detach mul div transpose permute slice".split()
+)
+CHAIN = ADDS | NORMS | SAME_VALUES
 
 
 @dataclass
@@ -49,6 +55,7 @@ class Stream:
     """A chain of residual states of one token sequence.
 
     special: positions of learned tokens (class token, registers). flow: where its tokens go from the first site on.
+    layout: of a stream that several modalities share.
     """
 
     index: int
@@ -58,11 +65,7 @@ class Stream:
     sublayers: list[Sublayer] = field(default_factory=list)
     flow: Flow = field(default_factory=Flow)
     parts: int = 1
-
-    @property
-    def name(self) -> str:
-        """Modality, numbered from the second stream of a modality on."""
-        return self.modality
+    layout: Layout | None = None
 
 
 @dataclass
@@ -145,7 +148,8 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
         try:
             if token_axis(query[2]) is None:
                 continue
-            kind: Literal["self", "cross"] = "self" if token_axis(key[2]) is not None else "cross"
+            own = token_axis(query[2]) == token_axis(key[2])
+            kind: Literal["self", "cross"] = "self" if own else "cross"
         except AxisError:
             continue
         value, norm = _after(added, node, block_input, order)
@@ -245,9 +249,27 @@ def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
         if known is None:
             continue
         axis = token_axis(known[sublayer.token_dim])  # type: ignore[arg-type]
-        if axis is not None:
+        if axis is not None and _continues(sublayer.block_input, stream):
             return stream
     return None
+
+
+def _continues(value: fx.Node, stream: Stream) -> bool:
+    """Whether ``value`` stands on the residual chain of ``stream``: no projection, no concatenation in between."""
+    if example_shape(value)[-1] != stream.width:
+        return False
+    earlier = {sublayer.value for sublayer in stream.sublayers}
+    stack, seen = [value], {value}
+    while stack:
+        node = stack.pop()
+        if node in earlier:
+            return True
+        if node.op == "call_function" and op_name(node) in CHAIN:
+            for operand in node.all_input_nodes:
+                if operand in stream.flow.labels and operand not in seen:
+                    seen.add(operand)
+                    stack.append(operand)
+    return False
 
 
 def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
@@ -262,7 +284,7 @@ def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
 def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: dict[fx.Node, int]) -> Stream:
     shape = example_shape(sublayer.value)
     labels = seed(shape, sublayer.batch_dim, sublayer.token_dim, index)
-    flow = propagate(nodes[order[sublayer.value] + 1 :], {sublayer.value: labels})
+    flow = propagate(nodes[order[sublayer.value] + 1 :], {sublayer.value: labels}, beyond_joins=False)
     parts = max([len(r.parts) for r in flow.readouts.values() if r.kind == "batch"], default=1)
     return Stream(
         index,
@@ -271,4 +293,5 @@ def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: di
         special_positions(sublayer.block_input, sublayer.token_dim),
         flow=flow,
         parts=max(1, parts),
+        layout=find_layout(sublayer.block_input, sublayer.token_dim),
     )

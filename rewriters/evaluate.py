@@ -47,8 +47,15 @@ def evaluate(graph: fx.Graph, wanted: fx.Node, inputs: Sequence[Any], module: nn
     return values[wanted]
 
 
-def hides_later_keys(graph: fx.Graph, attention: fx.Node, inputs: Sequence[Any], module: nn.Module) -> bool:
-    """Whether no query of the attention node sees a later key on the example inputs (causal attention)."""
+def hides_later_keys(
+    graph: fx.Graph,
+    attention: fx.Node,
+    inputs: Sequence[Any],
+    module: nn.Module,
+    among: tuple[int, int] | None = None,
+) -> bool:
+    """Whether no query of the attention node sees a later key on the example inputs (causal attention); ``among``: looking at
+    the tokens between two positions only."""
     if len(attention.args) > 5 and attention.args[5]:
         return True
     mask = attention.args[3] if len(attention.args) > 3 else None
@@ -62,5 +69,7 @@ def hides_later_keys(graph: fx.Graph, attention: fx.Node, inputs: Sequence[Any],
         or value.shape[-1] < 2
     ):
         return False
+    if among is not None:
+        value = value[..., slice(*among), slice(*among)]
     seen = value if value.dtype == torch.bool else value > HIDDEN
     return not bool(seen.triu(1).any())

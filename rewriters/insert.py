@@ -9,16 +9,17 @@ decides nothing; what it cannot do it refuses with :class:`InsertRefusal`.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from madtp import segments as segment_runtime
 from madtp import state as runtime
-from rewriters.axes import Axis, AxisError, Labels, any_tokens, token_axis
+from rewriters.axes import AxisError, Labels, any_tokens, token_axis
 from rewriters.canonicalise import writes
 from rewriters.detect import seed
+from rewriters.insertion import Insertion, InsertRefusal, Labelling, site_key
 from rewriters.outcomes import Align, Outcome, Readout, labels_of, op_name
 from rewriters.plan import Plan, SitePlan
 from rewriters.propagate import runs_along
@@ -28,90 +29,6 @@ from rewriters.rules import apply
 aten = torch.ops.aten
 SITES = "madtp.sites"
 END = 9223372036854775807
-
-
-class InsertRefusal(Exception):
-    """A node downstream of some sites cannot be handled; ``sources`` are the sites whose tokens reach it."""
-
-    def __init__(self, node: fx.Node, reason: str, sources: set[str]) -> None:
-        super().__init__(f"{node.name}: {reason}")
-        self.node, self.reason, self.sources = node, reason, sources
-
-
-class Labelling(dict[fx.Node, Any]):
-    """Labels by node, with the lineage of states: which site follows which on a stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parent: dict[Any, Any] = {}
-
-    def chain(self, source: Any) -> list[Any]:
-        """``source`` and the sites before it on its stream, latest first."""
-        result = [source]
-        while source in self.parent:
-            source = self.parent[source]
-            result.append(source)
-        return result
-
-    def newer(self, first: Axis, second: Axis) -> Axis | None:
-        """The later of two states of one stream; None if they have nothing to do with each other."""
-        if second.source in self.chain(first.source):
-            return first
-        return second if first.source in self.chain(second.source) else None
-
-
-def site_key(name: str) -> str:
-    """Name of a site as a module name."""
-    return name.replace(".", "_").replace("#", "__")
-
-
-@dataclass
-class Insertion:
-    """A graph with its sites in place.
-
-    Attributes:
-        labels: axis labels of the finished graph, for the cost model.
-        states: node of each token state, by source.
-        attention_of: site by the node of its scoring attention.
-    """
-
-    graph: fx.Graph
-    plan: Plan
-    labels: Labelling = field(default_factory=Labelling)
-    states: dict[Any, fx.Node] = field(default_factory=dict)
-    before_site: dict[str, tuple[fx.Node, fx.Node | None]] = field(default_factory=dict)
-    derived: dict[Any, tuple[fx.Node, int]] = field(default_factory=dict)
-    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
-    lengths: dict[Any, fx.Node] = field(default_factory=dict)
-    site_inputs: dict[str, tuple[fx.Node, ...]] = field(default_factory=dict)
-
-    def before_site_values(self) -> set[fx.Node]:
-        """Residual values in front of a site."""
-        return {value for value, _ in self.before_site.values()}
-
-    def state(self, source: Any, before: fx.Node) -> fx.Node:
-        """The node that holds the token state of ``source``; derived states are computed where first needed."""
-        if source not in self.states:
-            parent, kind, *_ = source
-            base = self.state(parent, before)
-            with self.graph.inserting_before(before):
-                if kind == "rest":
-                    self.states[source] = self.graph.call_function(runtime.without_first, (base, source[2]))
-                else:
-                    self.states[source] = self._part(base, *self.derived[source])
-        return self.states[source]
-
-    def _part(self, base: fx.Node, node: fx.Node, part: int) -> fx.Node:
-        name = op_name(node)
-        if name == "chunk":
-            return self.graph.call_function(runtime.batch_chunk, (base, node.args[1], part))
-        if name == "slice":
-            start, end = (node.args[i] if len(node.args) > i else None for i in (2, 3))
-            return self.graph.call_function(runtime.batch_slice, (base, start, end))
-        if name == "repeat_interleave":
-            return self.graph.call_function(runtime.batch_repeat, (base, node.args[1]))
-        return self.graph.call_function(runtime.batch_split, (base, node.args[1], part))
 
 
 def insert(graph: fx.Graph, plan: Plan) -> Insertion:
@@ -124,12 +41,15 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     by_name = {n.name: n for n in graph.nodes}
     at_attention = {by_name[s.attention]: s for s in plan.sites}
     at_value = {by_name[s.value]: s for s in plan.sites}
-    nodes = {s.name: (by_name[s.block_input], tuple(by_name[r] for r in s.readouts)) for s in plan.sites}
+    readouts = {name: _position(graph, name, by_name) for s in plan.sites for name in s.readouts}
+    nodes = {s.name: (by_name[s.block_input], tuple(readouts[r] for r in s.readouts)) for s in plan.sites}
     restoration = Restoration(done, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
-    _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1]) for s in plan.sites])
+    _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1], s.name) for s in plan.sites])
     for node in list(graph.nodes):
+        restoration.remember(node)
         try:
             if node in at_attention:
+                restoration.check(node, _sources(node, done.labels))
                 _insert_attention(done, node, at_attention[node], nodes[at_attention[node].name][1])
             elif node.op == "output":
                 _finish(done, node, restoration)
@@ -139,17 +59,27 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
                     _insert_site(done, current, at_value[node], nodes[at_value[node].name])
         except AxisError as error:
             raise InsertRefusal(node, str(error), _sources(node, done.labels)) from error
+        restoration.pass_on(node)
     # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or writes(n))
     graph.lint()
     return done
 
 
-def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, ...]]]) -> None:
+def _position(graph: fx.Graph, name: str, by_name: dict[str, fx.Node]) -> fx.Node:
+    """The node of a readout position: "node", or "node+3" for three tokens behind it."""
+    base, _, offset = name.partition("+")
+    if not offset:
+        return by_name[base]
+    with graph.inserting_after(by_name[base]):
+        return graph.call_function(operator.add, (by_name[base], int(offset)))
+
+
+def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, ...], str]]) -> None:
     """Move the computation of readout positions in front of the sites that protect them."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     first: dict[fx.Node, fx.Node] = {}
-    for attention, readouts in wanted:
+    for attention, readouts, _ in wanted:
         for readout in readouts:
             if readout not in first or order[attention] < order[first[readout]]:
                 first[readout] = attention
@@ -160,6 +90,9 @@ def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, 
             node = stack.pop()
             if node in late or order[node] < order[attention] or node.op == "placeholder":
                 continue
+            if node is attention:
+                reason = "a position that is read is computed from the tokens themselves"
+                raise InsertRefusal(readout, reason, {s for a, r, s in wanted if readout in r})
             late.add(node)
             stack.extend(node.all_input_nodes)
         for node in sorted(late, key=order.__getitem__):
@@ -179,6 +112,7 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
     state = None
     if outcome is not None and outcome.states:
         state = done.state(next(iter(outcome.states.values())).source, node)
+    segments = _segments(done, site, node)
     arguments = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
     with graph.inserting_before(node):
         call = graph.call_module(
@@ -189,6 +123,7 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
                 "grouped": node.kwargs.get("grouped", False),
                 "state": state,
                 "readouts": readouts,
+                "segments": segments,
             },
         )
         output = graph.call_function(operator.getitem, (call, 0))
@@ -201,8 +136,34 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
         done.labels[output] = outcome.labels
     node.replace_all_uses_with(output)
     done.replaced[node] = output
-    done.site_inputs[site.name] = (seen, *readouts)
+    done.site_inputs[site.name] = seen
     graph.erase_node(node)
+
+
+def _segments(done: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:
+    """The node that tells which token is of which segment, made once a stream; None where all are of one."""
+    if not site.segments or site.stream in done.segment_maps:
+        return done.segment_maps.get(site.stream)
+    nodes = {n.name: done.replaced.get(n, n) for n in (*done.replaced, *done.graph.nodes)}
+    with done.graph.inserting_before(before):
+        if site.mask is not None:
+            made = done.graph.call_function(segment_runtime.scattered, (nodes[site.mask],))
+        else:
+            lengths = [_part_length(done, nodes[p.node], p.dim, before) for p in site.parts]
+            numbers, special = [p.segment for p in site.parts], [p.special for p in site.parts]
+            arguments = (lengths, numbers, special, before.args[0])
+            made = done.graph.call_function(segment_runtime.concatenated, arguments)
+    done.segment_maps[site.stream] = made
+    return made
+
+
+def _part_length(done: Insertion, node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
+    """Original tokens of a part of a concatenation."""
+    labels = done.labels.get(node)
+    axis = None if labels is None else token_axis(labels[dim])
+    if axis is None:
+        return done.graph.call_function(aten.sym_size.int, (node, dim))
+    return done.graph.call_function(runtime.full_length, (done.state(axis.source, before),))
 
 
 def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[fx.Node, tuple[fx.Node, ...]]) -> None:
@@ -223,7 +184,8 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
             tokens = graph.call_function(aten.transpose.int, (tokens, 0, 1))
             source = graph.call_function(aten.transpose.int, (source, 0, 1))
         call = graph.call_module(
-            f"{SITES}.{site_key(site.name)}", (tokens, source, done.site_inputs[site.name][0], state, readouts)
+            f"{SITES}.{site_key(site.name)}",
+            (tokens, source, done.site_inputs[site.name], state, readouts, done.segment_maps.get(site.stream)),
         )
         pruned = graph.call_function(operator.getitem, (call, 0))
         new_state = graph.call_function(operator.getitem, (call, 1))
@@ -239,20 +201,21 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
     done.states[site.name] = new_state
     done.replaced[value] = pruned
     done.before_site[site.name] = (value, state)
+    done.entrances[site.name] = block_input
     if previous is not None:
         done.labels.parent[site.name] = previous.source
 
 
 def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
     """Apply the rule of ``node`` and carry its repairs out; returns the node that now stands for it."""
+    sources = _sources(node, done.labels)
     try:
         outcome = apply(node, done.labels)
     except AxisError as error:
-        restoration.before(node, str(error), _sources(node, done.labels))
+        restoration.before(node, str(error), sources)
         return node
-    restoration.remember(node)
+    restoration.check(node, sources)
     for align in outcome.aligns:
-        restoration.check_side(align, node, _sources(node, done.labels))
         _align(done, node, align)
     for name, axis in outcome.states.items():
         node.kwargs = {**node.kwargs, name: done.state(axis.source, node)}
@@ -263,11 +226,14 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
     result = _read_out(done, node, outcome.readout) if outcome.readout is not None else node
     if outcome.results is not None:
         done.labels[result] = outcome.results
-        if outcome.readout is not None:
+        if outcome.readout is not None and outcome.readout.kind == "batch":
             for part, labels in enumerate(outcome.results):
                 done.derived[labels[outcome.readout.dim][0].axis.source] = (node, part)  # type: ignore[union-attr]
     elif outcome.labels is not None and any_tokens(outcome.labels):
         done.labels[result] = outcome.labels
+        if outcome.readout is not None and outcome.readout.kind == "join":
+            # While the operands stand where they were: readouts of the concatenation are computed in front of later sites.
+            done.state(outcome.readout.axis.source, node.next)
         if outcome.readout is not None and outcome.readout.kind == "batch":
             done.derived[outcome.labels[outcome.readout.dim][0].axis.source] = (node, 0)  # type: ignore[union-attr]
     restoration.note(result)
@@ -305,7 +271,7 @@ def _length(done: Insertion, source: Any, before: fx.Node) -> fx.Node:
 def _read_out(done: Insertion, node: fx.Node, readout: Readout) -> fx.Node:
     """Remap a readout; returns the node that replaces ``node``."""
     graph, kind = done.graph, readout.kind
-    if kind in ("prefix", "batch"):
+    if kind in ("prefix", "batch", "join"):
         return node
     state = done.state(readout.axis.source, node)
     values = node.args[0]
@@ -314,12 +280,21 @@ def _read_out(done: Insertion, node: fx.Node, readout: Readout) -> fx.Node:
             new = graph.call_function(
                 runtime.read_position, (values, state, readout.dim, readout.batch_dim, readout.position)
             )
+            if readout.keepdim:
+                new = graph.call_function(aten.unsqueeze.default, (new, readout.dim))
+        elif kind == "range":
+            places = (values, state, readout.dim, readout.batch_dim, *readout.bounds)
+            new = graph.call_function(segment_runtime.cut_range, places)
+        elif kind == "cuts":
+            places = (values, state, readout.dim, readout.batch_dim, readout.bounds)
+            new = graph.call_function(segment_runtime.cut_ranges, places)
         elif kind == "rest":
             new = graph.call_function(aten.slice.Tensor, (values, readout.dim, readout.position, END))
         elif kind == "index":
-            slots = graph.call_function(runtime.slots_of, (state, readout.index))
-            rows = node.args[1][0]  # type: ignore[index]
-            new = graph.call_function(aten.index.Tensor, (values, [rows, slots]))
+            places = (values, state, readout.dim, readout.batch_dim, readout.index)
+            new = graph.call_function(runtime.read_each, places)
+            if readout.keepdim:
+                new = graph.call_function(aten.unsqueeze.default, (new, readout.dim))
         elif kind == "pool":
             keepdim = node.meta["val"].dim() == values.meta["val"].dim()  # type: ignore[union-attr]
             new = graph.call_function(
@@ -352,10 +327,7 @@ def _sources(node: fx.Node, labels: Labelling) -> set[str]:
         for dim in _flatten(known):
             for factor in dim:
                 if factor.axis is not None and factor.axis.kind == "tokens":
-                    source = factor.axis.source
-                    while isinstance(source, tuple):
-                        source = source[0]
-                    found.update(labels.chain(source))
+                    found.update(labels.sites_before(factor.axis.source))
     return found
 
 

@@ -54,18 +54,24 @@ class Resize:
 class Readout:
     """A place where a token axis ends.
 
-    kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "index" (a graph value
-    per sample), "pool" (mean, amax over tokens), "masked_mean", "length" (the size of the axis), "batch" (a slice of the batch;
-    the axis goes on).
+    kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "range" (tokens from
+    ``bounds[0]`` to ``bounds[1]``, numbers or graph values), "cuts" (ranges that begin at ``bounds``), "index" (a graph
+    value per sample), "pool" (mean, amax over tokens), "masked_mean", "length" (the size of the axis), "batch" (a slice
+    of the batch; the axis goes on), "join" (the axis goes on in a concatenation). keepdim: a position leaves a dimension
+    of size 1.
     """
 
-    kind: Literal["position", "prefix", "rest", "index", "pool", "masked_mean", "length", "batch"]
+    kind: Literal[
+        "position", "prefix", "rest", "range", "cuts", "index", "pool", "masked_mean", "length", "batch", "join"
+    ]
     axis: Axis
     dim: int
     batch_dim: int | None = None
     position: int = 0
     index: fx.Node | None = None
     parts: tuple[int, ...] = ()
+    bounds: tuple[Any, ...] = (0, None)
+    keepdim: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,8 @@ def batch_dim_of(labels: Labels) -> int:
     raise AxisError("a token axis stands without its batch")
 
 
-def _same_axes(first: Dim, second: Dim) -> bool:
+def same_axes(first: Dim, second: Dim) -> bool:
+    """Whether two dimensions run along the same tokens, or both along a batch."""
     kinds = [
         tuple(f.axis if f.axis is None or f.axis.kind == "tokens" else f.axis.kind for f in d) for d in (first, second)
     ]
@@ -148,7 +155,7 @@ def broadcast(
                 axis = token_axis(target)
                 assert axis is not None
                 aligns.append(Align(operand, rank - offset, axis, _batch_position(merged), rank))
-            elif not _same_axes(dim, target):
+            elif not same_axes(dim, target):
                 old, new = token_axis(dim), token_axis(target)
                 assert new is not None
                 aligns.append(Align(operand, rank - offset, new, _batch_position(merged), rank, present=old))
@@ -163,7 +170,7 @@ def _merge(first: Dim, second: Dim, labels: LabelMap) -> Dim:
     """Labels of a dimension that two operands share; the newer state of one stream wins."""
     if is_plain(first):
         return second
-    if _same_axes(first, second):
+    if same_axes(first, second):
         return first
     old, new = token_axis(first), token_axis(second)
     if old is None or new is None:

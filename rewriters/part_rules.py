@@ -34,6 +34,7 @@ from rewriters.outcomes import (
     labels_of,
     op_name,
     require_unlabelled,
+    same_axes,
 )
 
 
@@ -87,6 +88,8 @@ def select(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 _FAR = 1 << 40
+# A constant cut of at most so many tokens separates special tokens, which are protected; a longer one separates segments.
+PREFIX = 8
 
 
 def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -103,21 +106,36 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
     if step == 1 and start == 0 and (whole_end or shape[dim] == size):
         return Outcome(labels=own)
     axis = token_axis(own[dim])
-    if axis is None or step != 1 or not isinstance(start, int):
-        if axis is None and step == 1:
-            return _batch_part(node, own, dim, shape)
+    if step != 1:
         raise AxisError(f"a slice [{start}:{end}:{step}] of {axes_of(own[dim])}")
-    if start > 0 and whole_end:
+    if axis is None:
+        return _batch_part(node, own, dim, shape)
+    if isinstance(start, int) and 0 < start <= PREFIX and whole_end:
         rest = (Factor(Axis("tokens", (axis.source, "rest", start)), size - start),)
         return Outcome(
             labels=(*own[:dim], rest, *own[dim + 1 :]), readout=Readout("rest", axis, dim, batch_dim_of(own), start)
         )
-    if start == 0 and isinstance(end, int) and 0 < end < size:
+    if start == 0 and isinstance(end, int) and 0 < end < size and end <= PREFIX:
         return Outcome(
             labels=(*own[:dim], plain(end), *own[dim + 1 :]),
             readout=Readout("prefix", axis, dim, batch_dim_of(own), end),
         )
-    raise AxisError(f"a slice [{start}:{end}] from the middle of a token axis")
+    return _range(own, dim, axis, shape[dim], (start, None if whole_end else end))
+
+
+def _range(own: Labels, dim: int, axis: Axis, size: int, bounds: tuple[Any, Any]) -> Outcome:
+    """Tokens between two bounds: one token is a readout at a position, more are an axis of their own."""
+    start = bounds[0]
+    if size == 1 and isinstance(start, int):
+        return Outcome(
+            labels=(*own[:dim], plain(1), *own[dim + 1 :]),
+            readout=Readout("position", axis, dim, batch_dim_of(own), start, keepdim=True),
+        )
+    part = (Factor(Axis("tokens", (axis.source, "range", *bounds)), size),)
+    return Outcome(
+        labels=(*own[:dim], part, *own[dim + 1 :]),
+        readout=Readout("range", axis, dim, batch_dim_of(own), bounds=bounds),
+    )
 
 
 def repeat_interleave(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -173,6 +191,8 @@ def split(node: fx.Node, labels: LabelMap) -> Outcome:
             return Outcome(results=tuple(rest for _ in values))
         sizes = [example_size(v.shape[dim]) for v in values]
         return Outcome(results=tuple((*own[:dim], plain(n), *own[dim + 1 :]) for n in sizes))
+    if has_tokens(own[dim]) and name != "unbind":
+        return _cuts(node, own, dim, [example_size(v.shape[dim]) for v in values])
     tokens = {a for d in own for a in axes_of(d) if a.kind == "tokens"}
     if has_tokens(own[dim]) or len(tokens) != 1 or len(own[dim]) != 1 or name == "unbind":
         raise AxisError(f"{name} along {axes_of(own[dim])} into {len(values)} parts")
@@ -180,6 +200,25 @@ def split(node: fx.Node, labels: LabelMap) -> Outcome:
     sizes = [example_size(v.shape[dim]) for v in values]
     results = tuple(_batch_result(own, dim, axis, _cut(node, part), n) for part, n in enumerate(sizes))
     return Outcome(results=results, readout=Readout("batch", axis, dim, dim, parts=tuple(sizes)))
+
+
+def _cuts(node: fx.Node, own: Labels, dim: int, sizes: list[int]) -> Outcome:
+    """Tokens cut into ranges, each an axis of its own."""
+    axis = token_axis(own[dim])
+    given = node.args[1] if isinstance(node.args[1], (list, tuple)) else sizes
+    bounds: list[Any] = [0]
+    for length in given[:-1]:
+        if length != 0 and isinstance(bounds[-1], fx.Node):
+            raise AxisError(f"{op_name(node)} along tokens at a border that depends on two sizes")
+        bounds.append(length if bounds[-1] == 0 else bounds[-1] + length if isinstance(length, int) else None)
+    if axis is None or None in bounds:
+        raise AxisError(f"{op_name(node)} along tokens at a border that depends on two sizes")
+    results = []
+    for start, end, length in zip(bounds, [*bounds[1:], None], sizes, strict=True):
+        part = (Factor(Axis("tokens", (axis.source, "range", start, end)), length),)
+        results.append((*own[:dim], part, *own[dim + 1 :]))
+    readout = Readout("cuts", axis, dim, batch_dim_of(own), bounds=tuple(bounds))
+    return Outcome(results=tuple(results), readout=readout)
 
 
 def getitem(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -204,6 +243,30 @@ def index(node: fx.Node, labels: LabelMap) -> Outcome:
     axis = token_axis(own[1])
     assert axis is not None
     return Outcome(labels=(own[0], *own[2:]), readout=Readout("index", axis, 1, 0, index=positions))
+
+
+def gather(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``x.gather(1, positions[:, None, None].expand(-1, 1, C))``: one token of each sample, at a position given by the
+    graph; along other dimensions entries of the same tokens."""
+    own, wanted = (labels_of(node.args[i], labels) for i in (0, 2))
+    dim = normal_dim(node.args[1], len(own))  # type: ignore[arg-type]
+    shape = example_shape(node)
+    if is_plain(own[dim]):
+        others = [d for d in range(len(own)) if d != dim]
+        if not is_plain(wanted[dim]) or not all(same_axes(own[d], wanted[d]) for d in others):
+            raise AxisError("a gather whose index runs along other tokens than its values")
+        return Outcome(labels=tuple(plain(shape[d]) if d == dim else own[d] for d in range(len(own))))
+    axis, batch_dim = token_axis(own[dim]), batch_dim_of(own)
+    positions: Any = node.args[2]
+    require_unlabelled([positions], labels, node)
+    while op_name(positions) in ("expand", "repeat", "unsqueeze", "view", "reshape", "to"):
+        positions = positions.args[0]
+    if axis is None or shape[dim] != 1 or example_shape(positions) != (shape[batch_dim],):
+        raise AxisError("a gather along tokens that does not read one token a sample")
+    return Outcome(
+        labels=tuple(plain(1) if d == dim else label for d, label in enumerate(own)),
+        readout=Readout("index", axis, dim, batch_dim, index=positions, keepdim=True),
+    )
 
 
 def size(node: fx.Node, labels: LabelMap) -> Outcome:

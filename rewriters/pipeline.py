@@ -19,7 +19,8 @@ from madtp.program import Program, compile_graph
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import Capture, capture
 from rewriters.detect import Structure, detect
-from rewriters.insert import Insertion, InsertRefusal, insert
+from rewriters.insert import insert
+from rewriters.insertion import Insertion, InsertRefusal
 from rewriters.lift import lift
 from rewriters.plan import Plan, Refusal, make_plan
 from rewriters.pricing import cost_table
@@ -117,7 +118,10 @@ def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
 def _check_plan(plan: Plan, graph: fx.Graph) -> None:
     present = {n.name for n in graph.nodes}
     for site in plan.sites:
-        for name in (site.attention, site.block_input, site.value, *site.readouts):
+        readouts = (name.partition("+")[0] for name in site.readouts)
+        parts = (part.node for part in site.parts)
+        masks = () if site.mask is None else (site.mask,)
+        for name in (site.attention, site.block_input, site.value, *readouts, *parts, *masks):
             if name not in present:
                 raise PlanError(
                     f"the plan's site {site.name!r} names the node {name!r}, which this model's graph does not have. A plan "

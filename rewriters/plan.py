@@ -16,11 +16,22 @@ from torch import fx
 
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
-from rewriters.axes import example_shape, is_tensor
+from rewriters.axes import AxisError, example_shape, is_tensor
 from rewriters.detect import Stream, Structure, Sublayer, module_path
 from rewriters.evaluate import hides_later_keys
+from rewriters.policy import SegmentPlan, left_alone, protected_readouts, segments_of
 
 PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part of a concatenation: node and token dimension, number of its segment, positions of learned tokens in it."""
+
+    node: str
+    dim: int
+    segment: int
+    special: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,10 @@ class SitePlan:
         width: C. attention, block_input, value: node names. token_dim, batch_dim: of ``value``.
         norm: "pre" or "post". class_position: of the class token. protected: constant positions (negative: from the
         end).
-        readouts: nodes that hold positions ``[B]`` the graph reads. causal: tokens see only earlier ones.
+        readouts: nodes that hold positions the graph reads (``[B]`` or one number), "node+3" for three tokens further on.
+        causal: tokens see only earlier ones.
+        segments: of a stream that several modalities share. parts: how they were concatenated; or mask: node that is true
+        where segment 1 was written into segment 0.
     """
 
     name: str
@@ -50,6 +64,9 @@ class SitePlan:
     protected: tuple[int, ...]
     readouts: tuple[str, ...]
     causal: bool
+    segments: tuple[SegmentPlan, ...] = ()
+    parts: tuple[PartPlan, ...] = ()
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,10 +106,7 @@ class Plan:
                 f"the plan has version {values.get('version')!r}; this release reads version {PLAN_VERSION}."
             )
         try:
-            sites = tuple(
-                SitePlan(**{**s, "protected": tuple(s["protected"]), "readouts": tuple(s["readouts"])})
-                for s in values["sites"]
-            )
+            sites = tuple(_site_from(s) for s in values["sites"])
             refusals = tuple(Refusal(**r) for r in values["refusals"])
             return cls(sites, refusals, values["alignment_width"], values["images"], values["image_order"])
         except (KeyError, TypeError) as error:
@@ -104,6 +118,13 @@ class Plan:
         """The plan with some sites turned into refusals."""
         kept = tuple(s for s in self.sites if s.name not in names)
         return dataclasses.replace(self, sites=kept, refusals=(*self.refusals, *refusals))
+
+
+def _site_from(values: Mapping[str, Any]) -> SitePlan:
+    segments = tuple(SegmentPlan(s["modality"], s["pruned"], tuple(s["protected"])) for s in values.get("segments", ()))
+    parts = tuple(PartPlan(p["node"], p["dim"], p["segment"], tuple(p["special"])) for p in values.get("parts", ()))
+    tuples = {name: tuple(values[name]) for name in ("protected", "readouts")}
+    return SitePlan(**{**values, **tuples, "segments": segments, "parts": parts})
 
 
 def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any], module: torch.nn.Module) -> Plan:
@@ -118,26 +139,22 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
     refusals = [_unplaced(node, reason) for node, reason in structure.unplaced]
     names: dict[str, int] = {}
     for stream in structure.streams:
-        if config.towers is not None and stream.modality not in config.towers:
-            refusals.extend(
-                Refusal(
-                    s.path,
-                    s.attention.name,
-                    f"config.towers leaves out the modality {stream.modality!r}",
-                    "add it to towers",
-                )
-                for s in stream.sublayers
-                if s.kind == "self"
-            )
+        segments = segments_of(stream, structure.graph, config, inputs, module)
+        left = left_alone(stream, segments, structure.graph, config, inputs, module)
+        try:
+            protected, readouts = protected_readouts(stream, config)
+        except AxisError as error:
+            left = left or (str(error), "a readout at a position that depends on one length only")
+        if left is not None:
+            refusals.extend(Refusal(s.path, s.attention.name, *left) for s in stream.sublayers if s.kind == "self")
             continue
-        protected, readouts = _readouts(stream, config)
         for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
             reason = _unfit(sublayer) or _taken(sublayer, sites)
             if reason is not None:
                 refusals.append(reason)
                 continue
             causal = hides_later_keys(structure.graph, sublayer.attention, inputs, module)
-            sites.append(_site(stream, sublayer, layer, protected, readouts, causal, names))
+            sites.append(_site(stream, sublayer, layer, protected, readouts, causal, segments, names))
     width = config.alignment_width or max((s.width for s in sites), default=1)
     images = max((s.parts for s in structure.streams if s.modality == "image"), default=1)
     return Plan(tuple(sites), tuple(refusals), width, images, "blocked" if images > 1 else "interleaved")
@@ -150,6 +167,7 @@ def _site(
     protected: tuple[int, ...],
     readouts: tuple[str, ...],
     causal: bool,
+    segments: tuple[SegmentPlan, ...],
     names: dict[str, int],
 ) -> SitePlan:
     name = sublayer.path
@@ -177,25 +195,17 @@ def _site(
         protected,
         readouts,
         causal,
+        segments,
+        *_layout(stream, segments),
     )
 
 
-def _readouts(stream: Stream, config: PruningConfig) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Positions that must survive: learned tokens, constant readouts, prefixes, configured ones; and readout nodes."""
-    positions: list[int] = list(stream.special)
-    nodes: list[str] = []
-    for readout in stream.flow.readouts.values():
-        offset = (
-            readout.axis.source[2] if isinstance(readout.axis.source, tuple) and readout.axis.source[1] == "rest" else 0
-        )
-        if readout.kind == "position":
-            positions.append(readout.position + offset if readout.position >= 0 else readout.position)
-        elif readout.kind in ("prefix", "rest"):
-            positions.extend(range(readout.position + offset))
-        elif readout.kind == "index" and readout.index is not None:
-            nodes.append(readout.index.name)
-    positions.extend(config.protected_positions(stream.modality))
-    return tuple(dict.fromkeys(positions)), tuple(dict.fromkeys(nodes))
+def _layout(stream: Stream, segments: tuple[SegmentPlan, ...]) -> tuple[tuple[PartPlan, ...], str | None]:
+    if not segments or stream.layout is None:
+        return (), None
+    mask = stream.layout.mask
+    parts = tuple(PartPlan(p.node.name, p.dim, p.segment, p.special) for p in stream.layout.parts)
+    return parts, None if mask is None else mask.name
 
 
 def _unfit(sublayer: Sublayer) -> Refusal | None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from madtp.cost import CostTable, CostTerm, Part
+from madtp.cost import CostTable, CostTerm, Join, Part, Range
 from rewriters.axes import AxisError, Dim, Labels, axes_of, is_tensor
 from rewriters.capture import Capture
 from rewriters.detect import module_path
-from rewriters.insert import Insertion, site_key
-from rewriters.outcomes import labels_of, op_name
+from rewriters.insertion import Insertion, site_key
+from rewriters.outcomes import call_argument, labels_of, op_name
 
 NORM_COST = {"layer_norm": 5, "group_norm": 5, "rms_norm": 5, "batch_norm": 2}
 
@@ -75,6 +75,8 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
         )
         call.meta["cost_path"] = path
     for source, (node, part) in done.derived.items():
+        if source[1] != "part":
+            continue
         dim = _batch_dim(node, done)
         total = _example(node.args[0].meta["val"].shape[dim])  # type: ignore[union-attr]
         if op_name(node) == "repeat_interleave":
@@ -89,13 +91,26 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
             first, last = sum(sizes[:part]), sum(sizes[: part + 1])
         table.parts[source] = Part(source[0], first / total, last / total)
     for source in done.states:
-        if isinstance(source, tuple) and source[1] == "rest":
+        if not isinstance(source, tuple):
+            continue
+        if source[1] == "rest":
             table.parts[source] = Part(source[0], 0.0, 1.0, source[2])
+        elif source[1] == "range":
+            table.ranges[source] = Range(source[0], *(_bound(b) for b in source[2:]))
+        elif source[1] == "join":
+            dim = call_argument(source[2], 1, "dim", 0)
+            operands = [n for n in source[2].args[0] if n.meta["val"].shape != (0,)]
+            lengths = tuple(_size(n.meta["val"].shape[dim]) for n in operands)
+            table.joins[source] = Join(source[0], lengths)
 
 
 def _batch_dim(node: fx.Node, done: Insertion) -> int:
     labels = labels_of(node.args[0], done.labels)
     return next(d for d, dim in enumerate(labels) if any(a.kind == "batch" for a in axes_of(dim)))
+
+
+def _bound(bound: Any) -> Any:
+    return _size(bound.meta["val"]) if isinstance(bound, fx.Node) else bound
 
 
 def _example(size: Any) -> int:

@@ -50,8 +50,9 @@ def _several(labels: Labels | tuple[Labels, ...]) -> bool:
     return bool(first) and not hasattr(first[0], "axis")
 
 
-def propagate(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Labels]) -> Flow:
-    """Run the rule table over ``nodes`` (in graph order) from the labels in ``seeds``."""
+def propagate(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Labels], *, beyond_joins: bool = True) -> Flow:
+    """Run the rule table over ``nodes`` (in graph order) from the labels in ``seeds``; ``beyond_joins``: also where the
+    tokens are concatenated with others."""
     flow = Flow(labels=dict(seeds))
     for node in nodes:
         if node in flow.labels or node.op == "output" or not runs_along(node, flow.labels):
@@ -63,6 +64,8 @@ def propagate(nodes: Iterable[fx.Node], seeds: Mapping[fx.Node, Labels]) -> Flow
             continue
         if outcome.readout is not None:
             flow.readouts[node] = outcome.readout
+            if outcome.readout.kind == "join" and not beyond_joins:
+                continue
         if outcome.results is not None:
             flow.labels[node] = outcome.results
         elif outcome.labels is not None and any_tokens(outcome.labels):

@@ -7,18 +7,21 @@ computed again for all tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from madtp import state as runtime
+from madtp.attention import attention
 from rewriters.axes import AxisError, any_tokens, axes_of, token_axis
-from rewriters.outcomes import Align, batch_dim_of, labels_of, op_name
-
-if TYPE_CHECKING:
-    from rewriters.insert import Insertion
+from rewriters.insertion import Insertion, InsertRefusal
+from rewriters.outcomes import batch_dim_of, labels_of, op_name
+from rewriters.rules import knows
 
 NORMS = frozenset(("layer_norm", "rms_norm"))
+SAME_SPACE = NORMS | frozenset(
+    "dropout to _to_copy type_as contiguous clone alias detach mul div add transpose".split()
+)
 
 
 class Restoration:
@@ -30,18 +33,32 @@ class Restoration:
         self.post_norm = post_norm
         self.order = {node: position for position, node in enumerate(done.graph.nodes)}
         self.original = {node: (node.args, dict(node.kwargs)) for node in done.graph.nodes}
+        self.operations: dict[fx.Node, Any] = {
+            node: node.target if node.op == "call_function" else None for node in done.graph.nodes
+        }
         self.users = {node: list(node.users) for node in done.graph.nodes}
         self.anchors: set[fx.Node] = set()
         self.restored: dict[fx.Node, fx.Node] = {}
-        self.tainted: set[fx.Node] = set()
+        self.stream_of = {site.name: site.stream for site in done.plan.sites}
+        # Sites whose dropped tokens a value was computed from, after they were scattered back, and why they were.
+        self.tainted: dict[fx.Node, dict[str, str]] = {}
 
     def remember(self, node: fx.Node) -> None:
         """Taint what is computed from restored values."""
-        if any(operand in self.tainted for operand in node.all_input_nodes):
-            self.tainted.add(node)
+        found: dict[str, str] = {}
+        for operand in node.all_input_nodes:
+            found |= self.tainted.get(operand, {})
+        if found:
+            self.tainted[node] = found
+
+    def pass_on(self, node: fx.Node) -> None:
+        """What replaces a tainted node is tainted."""
+        while node in self.done.replaced and node in self.tainted:
+            self.tainted[self.done.replaced[node]] = self.tainted[node]
+            node = self.done.replaced[node]
 
     def note(self, node: fx.Node) -> None:
-        """Learn whether ``node`` is a value of a residual stream: an add whose one operand descends from the other."""
+        """Learn whether ``node`` is a value of a residual stream: an add to a value of the stream."""
         labels = self.done.labels.get(node)
         if labels is None or node not in self.original or not isinstance(labels[0], tuple):
             return
@@ -50,27 +67,22 @@ class Restoration:
             if before in self.anchors and op_name(before) == "add":
                 self.anchors.add(node)
             return
-        if op_name(node) != "add":
-            return
-        operands = [a for a in self.original[node][0][:2] if isinstance(a, fx.Node)]
-        if len(operands) == 2 and (self._descends(*operands) or self._descends(*reversed(operands))):
+        if op_name(node) == "add" and any(self._is_residual(a) for a in self.original[node][0][:2]):
             self.anchors.add(node)
 
     def _is_post_norm(self, labels: Any) -> bool:
         sources = [a.source for dim in labels for a in axes_of(dim) if a.kind == "tokens"]
         return any(source in self.post_norm for source in sources)
 
-    def _descends(self, node: fx.Node, ancestor: fx.Node) -> bool:
-        limit = self.order.get(ancestor, 1 << 60)
-        stack, seen = [node], {node}
-        while stack:
-            current = stack.pop()
-            if current is ancestor:
+    def _is_residual(self, operand: Any) -> bool:
+        """Whether ``operand`` is a value of the residual stream, up to operations that leave it in its space."""
+        sites = self.done.before_site_values()
+        while isinstance(operand, fx.Node):
+            if operand in self.anchors or operand in sites or self.done.replaced.get(operand) in sites:
                 return True
-            for operand in self._original_inputs(current):
-                if operand not in seen and self.order.get(operand, -1) >= limit:
-                    seen.add(operand)
-                    stack.append(operand)
+            if operand.op != "call_function" or op_name(operand) not in SAME_SPACE:
+                return False
+            operand = next((a for a in self._original_inputs(operand) if a in self.done.labels), None)
         return False
 
     def _original_inputs(self, node: fx.Node) -> list[fx.Node]:
@@ -79,10 +91,11 @@ class Restoration:
         return found
 
     def before(self, node: fx.Node, reason: str, sources: set[str]) -> None:
-        """Feed ``node`` with restored operands; refuse if what it computes goes on to an attention."""
-        from rewriters.insert import InsertRefusal
+        """Feed ``node`` with restored operands: another stream may read every position, or a head.
 
-        if self._reaches_attention(node):
+        An operation that no rule knows may do anything with the tokens; where later attention reads it, it is refused.
+        """
+        if not knows(node) and self._reaches_attention(node):
             raise InsertRefusal(node, reason, sources)
         for operand in list(node.all_input_nodes):
             labels = self.done.labels.get(operand)
@@ -92,14 +105,15 @@ class Restoration:
                 node.replace_input_with(operand, self.full(operand, node))
             except AxisError as error:
                 raise InsertRefusal(node, f"{reason}; {error}", sources) from error
-        self.tainted.add(node)
+        self.tainted[node] = self.tainted.get(node, {}) | dict.fromkeys(sources, f"{reason} at {node.name}")
 
-    def check_side(self, align: Align, node: fx.Node, sources: set[str]) -> None:
-        """A restored value may not flow back into pruned tokens: the dropped ones would take part again."""
-        from rewriters.insert import InsertRefusal
-
-        if align.operand in self.tainted:
-            raise InsertRefusal(node, "restored tokens flow back into the pruned stream", sources)
+    def check(self, node: fx.Node, sources: set[str]) -> None:
+        """A restored value may not flow back into the stream it came from while attention follows: dropped tokens would take
+        part again."""
+        back = {site: why for site, why in self.tainted.get(node, {}).items() if site in sources}
+        if back and self._reaches_attention(node):
+            reason = f"{next(iter(back.values()))}, which reads every position, flows back into the pruned tokens"
+            raise InsertRefusal(node, reason, set(back))
 
     def _reaches_attention(self, node: fx.Node) -> bool:
         stack, seen = [node], {node}
@@ -121,12 +135,22 @@ class Restoration:
         if labels is None or not _labelled(labels):
             return node
         site = self._site_after(node)
-        if site is not None or node in self.anchors:
+        if (site is not None or node in self.anchors) and self._sites_of_stream(labels):
             result = self._restore(node, before)
         else:
             result = self._recompute(node, before)
         self.restored[node] = result
         return result
+
+    def _sites_of_stream(self, labels: Any) -> list[str]:
+        """The sites that pruned the tokens of a value in its own stream, first one first; none if the value was cut,
+        concatenated or belongs to a stream that begins with pruned tokens and has no site yet."""
+        source = next(a.source for dim in labels for a in axes_of(dim) if a.kind == "tokens")
+        if isinstance(source, tuple):
+            return []
+        names = [name for name in self.done.labels.chain(source) if not isinstance(name, tuple)]
+        own = [name for name in names if self.stream_of.get(name) == self.stream_of.get(names[0])]
+        return own[::-1]
 
     def _site_after(self, node: fx.Node) -> str | None:
         for name, (value, _) in self.done.before_site.items():
@@ -140,10 +164,11 @@ class Restoration:
         token_dim = next(d for d, dim in enumerate(labels) if token_axis(dim) is not None)
         axis = token_axis(labels[token_dim])
         assert axis is not None
-        if isinstance(axis.source, tuple):
-            raise AxisError("tokens of a part of the batch cannot be restored")
-        sites = reversed(self.done.labels.chain(axis.source))
-        earlier = [self.done.before_site[name] for name in sites]
+        sites = self._sites_of_stream(labels)
+        earlier: list[tuple[fx.Node, fx.Node | None]] = [self.done.before_site[name] for name in sites]
+        if earlier[0][1] is not None:
+            # The stream began with tokens that another one had pruned: what was dropped there enters all the same.
+            earlier.insert(0, (self.full(self.done.entrances[sites[0]], before), None))
         state = self.done.state(axis.source, before)
         with self.done.graph.inserting_before(before):
             new = self.done.graph.call_function(runtime.restore, (node, state, token_dim, batch_dim, earlier))
@@ -151,13 +176,16 @@ class Restoration:
         return new
 
     def _recompute(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        if node.op != "call_function" or op_name(node) == "attention" or node not in self.original:
+        old = node
+        if node not in self.original:
+            old = next((before for before, after in self.done.replaced.items() if after is node), node)
+        if old not in self.original or self.operations[old] is None or self.operations[old] is attention:
             raise AxisError("every position is needed behind an operation that mixes tokens")
-        args, kwargs = self.original[node]
+        args, kwargs = self.original[old]
         new_args = fx.map_arg(args, lambda n: self._current(n, before))
         new_kwargs = fx.map_arg(kwargs, lambda n: self._current(n, before))
         with self.done.graph.inserting_before(before):
-            new = self.done.graph.create_node("call_function", node.target, new_args, new_kwargs)
+            new = self.done.graph.create_node("call_function", self.operations[old], new_args, new_kwargs)
         new.meta = {**node.meta, "again": node}
         return new
 

@@ -28,6 +28,7 @@ from rewriters.axes import (
     token_axis,
     unlabelled,
 )
+from rewriters.channel_rules import batch_norm, conv1d, einsum, index_select, view_as_complex, view_as_real
 from rewriters.outcomes import (
     LabelMap,
     Outcome,
@@ -40,7 +41,18 @@ from rewriters.outcomes import (
     require_unlabelled,
     tensor_operands,
 )
-from rewriters.part_rules import getitem, index, masked_mean, reduce, repeat_interleave, select, size, slice_, split
+from rewriters.part_rules import (
+    gather,
+    getitem,
+    index,
+    masked_mean,
+    reduce,
+    repeat_interleave,
+    select,
+    size,
+    slice_,
+    split,
+)
 from rewriters.shape_rules import cat, expand, permute, repeat, squeeze, stack, transpose, unsqueeze, view
 
 
@@ -137,6 +149,16 @@ def attend(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=(batch, query[1], query[2], value[3]), states=states)
 
 
+# Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.
+EVERY_POSITION = frozenset(
+    """
+masked_scatter index_put index_put_ conv2d conv3d conv_transpose1d conv_transpose2d avg_pool1d avg_pool2d max_pool2d
+adaptive_avg_pool1d adaptive_avg_pool2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle im2col grid_sampler
+""".split()
+)
+
+
 _ELEMENTWISE = """
 abs add addcmul alias atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
 clone contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
@@ -155,6 +177,13 @@ RULES: dict[str, Rule] = {
     "attention": attend,
     "masked_mean": masked_mean,
     "linear": linear,
+    "einsum": einsum,
+    "conv1d": conv1d,
+    "batch_norm": batch_norm,
+    "view_as_complex": view_as_complex,
+    "view_as_real": view_as_real,
+    "index_select": index_select,
+    "gather": gather,
     "matmul": matmul,
     "bmm": matmul,
     "layer_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
@@ -188,10 +217,17 @@ RULES: dict[str, Rule] = {
 assert attention.__name__ in RULES
 
 
+def knows(node: fx.Node) -> bool:
+    """Whether it is known what ``node`` does with tokens, be it that it needs every position."""
+    return op_name(node) in RULES or op_name(node) in EVERY_POSITION
+
+
 def apply(node: fx.Node, labels: LabelMap) -> Outcome:
     """The outcome of ``node`` under ``labels``; raises :class:`AxisError` if no rule covers it."""
     if node.op != "call_function":
         raise AxisError(f"a {node.op} node")
+    if op_name(node) in EVERY_POSITION:
+        raise AxisError(f"{op_name(node)} needs every position")
     rule = RULES.get(op_name(node))
     if rule is None:
         raise AxisError(f"no rule for the operation {op_name(node)}")

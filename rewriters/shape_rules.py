@@ -7,7 +7,10 @@ from typing import Any
 from torch import fx
 
 from rewriters.axes import (
+    Axis,
     AxisError,
+    Factor,
+    Labels,
     axes_of,
     dim_size,
     example_shape,
@@ -16,8 +19,20 @@ from rewriters.axes import (
     normal_dim,
     plain,
     relabel_view,
+    token_axis,
 )
-from rewriters.outcomes import LabelMap, Outcome, Resize, broadcast, call_argument, labels_of, op_name, require_plain
+from rewriters.outcomes import (
+    LabelMap,
+    Outcome,
+    Readout,
+    Resize,
+    batch_dim_of,
+    broadcast,
+    call_argument,
+    labels_of,
+    op_name,
+    require_plain,
+)
 
 
 def transpose(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -104,17 +119,60 @@ def repeat(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def cat(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Concatenation along a dimension that runs along no axis; the other dimensions must agree."""
+    """Concatenation; along tokens it joins token axes, or puts one together again that was cut. Other dimensions must
+    agree."""
     # torch lets an empty vector stand for "nothing" in a concatenation.
     listed: Any = node.args[0]
     operands = [n for n in listed if example_shape(n) != (0,)]
     shape = example_shape(node)
     dim = normal_dim(call_argument(node, 1, "dim", 0), len(shape))
-    for operand in operands:
-        require_plain((labels_of(operand, labels)[dim],), node)
-    outcome = broadcast(node, operands, labels, shape)
-    assert outcome.labels is not None
-    return outcome
+    along = [labels_of(operand, labels)[dim] for operand in operands]
+    if not any(has_tokens(d) for d in along):
+        require_plain(tuple(along), node)
+        return broadcast(node, operands, labels, shape)
+    axes = tuple(token_axis(d) for d in along)
+    whole = _put_together(operands, axes, dim, labels)
+    if whole is not None:
+        return Outcome(labels=whole)
+    return _join(node, operands, axes, dim, labels)
+
+
+def _put_together(operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int, labels: LabelMap) -> Labels | None:
+    """Labels of ``cat([f(x[:k]), g(x[k:])])``: the tokens of ``x`` again."""
+    if len(operands) != 2 or axes[0] is not None or axes[1] is None:
+        return None
+    source = axes[1].source
+    if not isinstance(source, tuple) or source[1] != "rest":
+        return None
+    prefix: Any = operands[0]
+    while op_name(prefix) in ("to", "type_as", "contiguous", "clone", "_to_copy"):
+        prefix = prefix.args[0]
+    if op_name(prefix) != "slice" or call_argument(prefix, 3, "end", None) != source[2]:
+        return None
+    whole = labels_of(prefix.args[0], labels)
+    if len(whole) <= dim or token_axis(whole[dim]) != Axis("tokens", source[0]):
+        return None
+    rest = labels_of(operands[1], labels)
+    batch = next(f.axis for d in whole for f in d if f.axis is not None and f.axis.kind == "batch")
+    return tuple(
+        whole[d] if d == dim else tuple(Factor(batch if f.axis is not None else None, f.size) for f in one)
+        for d, one in enumerate(rest)
+    )
+
+
+def _join(node: fx.Node, operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int, labels: LabelMap) -> Outcome:
+    shape = example_shape(node)
+    source = (tuple(None if a is None else a.source for a in axes), "join", node)
+    tracked = [labels_of(n, labels) for n, a in zip(operands, axes, strict=True) if a is not None]
+    places = {batch_dim_of(own) for own in tracked}
+    if len(places) != 1 or any(has_tokens(d) for own in tracked for at, d in enumerate(own) if at != dim):
+        raise AxisError("a concatenation of tokens whose batches do not agree")
+    batch_dim = places.pop()
+    result = [plain(n) for n in shape]
+    result[batch_dim] = (Factor(Axis("batch", source), shape[batch_dim]),)
+    axis = Axis("tokens", source)
+    result[dim] = (Factor(axis, shape[dim]),)
+    return Outcome(labels=tuple(result), readout=Readout("join", axis, dim, batch_dim))
 
 
 def stack(node: fx.Node, labels: LabelMap) -> Outcome:

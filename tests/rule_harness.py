@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from madtp.state import TokenState
 from rewriters.axes import Axis, Factor, Labels, axes_of, dim_size, has_tokens
-from rewriters.insert import Insertion, _carry
+from rewriters.insert import _carry
+from rewriters.insertion import Insertion
 from rewriters.outcomes import Outcome
 from rewriters.plan import Plan
 from rewriters.restoration import Restoration
@@ -37,8 +38,8 @@ class Operand:
     """A tensor operand.
 
     `dims` gives its sizes: "B" and "N" stand for batch and tokens, "M" for another stream's tokens, a tuple for a folded
-    dimension. `kind`: "float", "bool", "long" (small numbers), "arange", "mask" (boolean; shows at least the first key),
-    "kept" (positions of tokens that survive).
+    dimension. `kind`: "float", "bool", "long" (small numbers), "complex", "arange", "mask" (boolean; shows at least
+    the first key), "kept" (positions of tokens that survive).
     """
 
     dims: tuple[Any, ...]
@@ -67,6 +68,8 @@ class Operand:
             return torch.randint(0, 4, shape, generator=generator)
         if self.kind == "arange":
             return torch.arange(shape[0])
+        if self.kind == "complex":
+            return torch.complex(*(torch.rand(shape, generator=generator) for _ in range(2)))
         return torch.rand(shape, generator=generator) * 0.8 + 0.1
 
 
@@ -172,7 +175,7 @@ def _change_one_token(one: Sample, values: dict[Operand, Tensor], generator: tor
             rows = _rows(found, one)
             for part, (old, new, own) in enumerate(zip(before, call(one, changed), labels, strict=True)):
                 assert own is not None
-                different = ~torch.isclose(old.double(), new.double(), rtol=0, atol=0, equal_nan=True)
+                different = ~torch.isclose(old, new, rtol=0, atol=0, equal_nan=True)
                 allowed = _places(own, [r == row for r in rows[part]], token)
                 assert not bool((different & ~allowed).any()), f"{one.name}: token {token} of sample {row} leaks"
                 if (
@@ -214,16 +217,29 @@ def _places(labels: Labels, rows: list[bool], token: int) -> Tensor:
     for dim in labels:
         for factor in dim:
             if factor.axis is not None:
-                line = torch.arange(factor.size) == token - _offset(factor.axis.source)
+                line = derived(factor.axis.source, torch.arange(TOKENS) == token, False)
                 line = torch.tensor(rows) if factor.axis.kind == "batch" else line
                 mask = mask & line.reshape([-1 if d == position else 1 for d in range(len(shape))])
             position += 1
     return mask.reshape([dim_size(d) for d in labels])
 
 
-def _offset(source: Any) -> int:
-    """Tokens cut off in front of a derived axis."""
-    return int(source[2]) if isinstance(source, tuple) and source[1] == "rest" else 0
+def derived(source: Any, base: Tensor, fill: bool) -> Tensor:
+    """What a line over all tokens [N] becomes along a derived axis; `fill` at tokens that come from elsewhere."""
+    if not isinstance(source, tuple):
+        return base
+    if source[1] == "join":
+        parents, _, node = source
+        sizes = [n.meta["val"].shape[node.args[1]] for n in node.args[0]]
+        parts = [
+            torch.full((size,), fill) if parent is None else derived(parent, base, fill)
+            for parent, size in zip(parents, sizes, strict=True)
+        ]
+        return torch.cat(parts)
+    line = derived(source[0], base, fill)
+    if source[1] == "rest":
+        return line[source[2] :]
+    return line[slice(*source[2:])] if source[1] == "range" else line
 
 
 def _prune(one: Sample, values: dict[Operand, Tensor], generator: torch.Generator) -> None:
@@ -278,7 +294,8 @@ def take(value: Tensor, labels: Labels, index: Tensor) -> Tensor:
     flat = value.reshape([f.size for f in factors])
     moved = flat.movedim((axes["batch"], axes["tokens"]), (0, 1))
     source = next(f.axis.source for f in factors if f.axis is not None and f.axis.kind == "tokens")
-    own = index[: moved.shape[0], _offset(source) :] - _offset(source)
+    kept = torch.zeros(len(index), TOKENS, dtype=torch.bool).scatter(1, index, True)
+    own = torch.stack([derived(source, row, True).nonzero().squeeze(1) for row in kept[: moved.shape[0]]])
     picked = moved[torch.arange(moved.shape[0])[:, None], own].movedim((0, 1), (axes["batch"], axes["tokens"]))
     sizes = iter(picked.shape)
     shape = []

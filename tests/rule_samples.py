@@ -186,13 +186,38 @@ MIXING = [
     sample(attention, x("B", 2, "N", 4), x(BATCH, 2, 6, 4), x(BATCH, 2, 6, 3), x(BATCH, 1, 1, 6, kind="mask")),
 ]
 
+CHANNELS = [
+    sample(aten.einsum.default, "bnc,cd->bnd", [x(), x(4, 3)]),
+    sample(aten.einsum.default, "dc, bnc -> nbd", [x(3, 4), x()]),
+    sample(aten.einsum.default, "bnc,bnc->bn", [x(), x()]),
+    sample(aten.einsum.default, "bnc,bkc->bnk", [x(), x(BATCH, 5, 4)]),
+    sample(aten.conv1d.default, x("B", 4, "N"), x(5, 4, 1), x(5)),
+    sample(aten.conv1d.default, x("B", 4, "N"), x(4, 2, 1), None, [1], [0], [1], 2),
+    sample(aten.batch_norm.default, x("B", 4, "N"), x(4), x(4), x(4), x(4), False, 0.1, 1e-5, False),
+    sample(aten.batch_norm.default, x("B", 4, "N"), None, None, x(4), x(4), False, 0.1, 1e-5, False),
+    sample(aten.view_as_complex.default, x("B", "N", 3, 2)),
+    sample(aten.view_as_real.default, x("B", "N", 3, kind="complex")),
+    sample(aten.index_select.default, x(), 2, x(2, kind="long")),
+    sample(aten.index_select.default, x("N", "B", 4), -1, x(3, kind="long")),
+    sample(aten.gather.default, x("B", "N", 5), 2, x("B", "N", 2, kind="long")),
+]
+
 READOUTS = [
+    sample(aten.split.Tensor, x(), 2, 1),
+    sample(aten.split_with_sizes.default, x("N", "B", 4), [1, 3, 2]),
+    sample(aten.chunk.default, x("N", "B", 4), 1, 0),
     sample(aten.select.int, x(), 1, 0),
     sample(aten.select.int, x(), 1, -1),
     sample(aten.select.int, x("N", "B", 4), 0, 0),
     sample(aten.slice.Tensor, x(), 1, 0, 2),
     sample(aten.slice.Tensor, x(), 1, 1, FAR),
     sample(aten.slice.Tensor, x("N", "B", 4), 0, 2, TOKENS),
+    sample(aten.slice.Tensor, x(), 1, 1, 4),
+    sample(aten.slice.Tensor, x(), 1, -1, FAR),
+    sample(aten.slice.Tensor, x("N", "B", 4), 0, 0, -1),
+    sample(aten.cat.default, [x(), x(BATCH, 2, 4)], 1),
+    sample(aten.cat.default, [x(1, "B", 4), x("N", "B", 4)], 0),
+    sample(aten.cat.default, [x(), x()], 1),
     sample(aten.mean.dim, x(), [1]),
     sample(aten.mean.dim, x("N", "B", 4), [0], True),
     sample(aten.amax.default, x(), [1]),
@@ -208,7 +233,7 @@ READOUTS = [
     sample(aten.repeat_interleave.self_int, x(), 2, 0),
 ]
 
-SAMPLES = [*ELEMENTWISE, *SHAPES, *MIXING, *READOUTS]
+SAMPLES = [*ELEMENTWISE, *SHAPES, *MIXING, *CHANNELS, *READOUTS]
 
 # Near misses: what a rule must not let pass, and a word of the reason.
 REFUSED: list[tuple[Sample, str]] = [
@@ -221,11 +246,28 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(aten.repeat_interleave.self_int, x(), 2, 1), "repeat"),
     (sample(aten.repeat_interleave.self_int, x(), 2), "repeat"),
     (sample(aten.expand_as.default, x(), x("B", "M", 4)), "nothing to do with each other"),
-    (sample(aten.cat.default, [x(), x(BATCH, 1, 4)], 1), "cat"),
-    (sample(aten.slice.Tensor, x(), 1, 1, 3), "middle"),
+    (sample(aten.cat.default, [x(), x(BATCH, TOKENS, 4)], 0), "cat"),
+    (sample(aten.cat.default, [x("B", "N", "M"), x("B", 3, "M")], 1), "batches do not agree"),
     (sample(aten.slice.Tensor, x(), 1, 0, FAR, 2), "slice"),
     (sample(aten.unbind.int, x(), 1), "unbind"),
-    (sample(aten.split.Tensor, x(), 2, 1), "split"),
+    (sample(aten.unbind.int, x("N", "B", 4)), "unbind"),
+    (sample(aten.einsum.default, "bnc,bnd->bcd", [x(), x("B", "N", 3)]), "mixes"),
+    (sample(aten.einsum.default, "bnc,nc->bn", [x(), x(TOKENS, 4)]), "one operand"),
+    (sample(aten.einsum.default, "...c,cd->...d", [x(), x(4, 3)]), "form"),
+    (sample(aten.conv1d.default, x("B", 4, "N"), x(5, 4, 3), None, [1], [1]), "every position"),
+    (sample(aten.conv1d.default, x("B", "N", 4), x(5, TOKENS, 1)), "mixes"),
+    (
+        sample(
+            aten.batch_norm.default, x("B", "N", 4), x(TOKENS), x(TOKENS), x(TOKENS), x(TOKENS), False, 0.1, 1e-5, False
+        ),
+        "mixes",
+    ),
+    (sample(aten.batch_norm.default, x("B", 4, "N"), x(4), x(4), x(4), x(4), True, 0.1, 1e-5, False), "training"),
+    (sample(aten.index_select.default, x(), 1, x(2, kind="long")), "index_select"),
+    (sample(aten.gather.default, x(), 1, x(BATCH, 2, 4, kind="long")), "one token a sample"),
+    (sample(aten.gather.default, x(), 2, x(BATCH, TOKENS, 2, kind="long")), "other tokens"),
+    (sample(aten.conv2d.default, x("B", 4, "N", 1), x(5, 4, 1, 1)), "every position"),
+    (sample(aten.masked_scatter.default, x(), x(BATCH, TOKENS, 4, kind="bool"), x(BATCH, TOKENS, 4)), "every position"),
     (sample(aten.linear.default, x("B", 4, "N"), x(3, TOKENS)), "mixes"),
     (sample(aten.linear.default, x(2, 4), x("N", 4)), "parameter"),
     (sample(aten.matmul.default, x("B", 4, "N"), x(TOKENS, 3)), "mixes"),
