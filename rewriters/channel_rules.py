@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import fx
 
-from rewriters.axes import AxisError, Dim, axes_of, dim_size, example_shape, has_tokens, is_plain, plain
+from rewriters.axes import AxisError, Dim, axes_of, example_shape, has_tokens, is_plain, normal_dim, plain
 from rewriters.outcomes import LabelMap, Outcome, call_argument, labels_of, require_plain, require_unlabelled, same_axes
 
 
 def einsum(node: fx.Node, labels: LabelMap) -> Outcome:
     """``"bnc,cd->bnd"``: a letter that is summed runs along no axis, one that stays means the same in all operands."""
-    equation, operands = node.args[:2]
+    equation: Any = node.args[0]
+    operands: Any = node.args[1]
     if not isinstance(equation, str) or "->" not in equation or "." in equation:
         raise AxisError(f"an einsum of the form {equation!r}")
     inputs, output = equation.replace(" ", "").split("->")
     meaning: dict[str, Dim] = {}
-    for letters, operand in zip(inputs.split(","), operands, strict=True):  # type: ignore[arg-type]
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
         if len(set(letters)) != len(letters):
             raise AxisError(f"an einsum that reads a diagonal ({equation!r})")
         for letter, dim in zip(letters, labels_of(operand, labels), strict=True):
@@ -32,10 +33,11 @@ def einsum(node: fx.Node, labels: LabelMap) -> Outcome:
 
 def conv1d(node: fx.Node, labels: LabelMap) -> Outcome:
     """``[B, C, N] -> [B, C', N]`` where the kernel is one token wide; wider ones need every position."""
-    own, weight = labels_of(node.args[0], labels), node.args[1]
+    own = labels_of(node.args[0], labels)
+    weight: Any = node.args[1]
     require_unlabelled([n for n in node.args[1:3] if isinstance(n, fx.Node)], labels, node)
     stride, padding = (_number(call_argument(node, i, n, d)) for i, n, d in ((3, "stride", 1), (4, "padding", 0)))
-    if example_shape(weight)[-1] != 1 or stride != 1 or padding != 0:  # type: ignore[arg-type]
+    if example_shape(weight)[-1] != 1 or stride != 1 or padding != 0:
         raise AxisError("conv1d needs every position: its kernel is wider than one token")
     require_plain(own[-2:-1], node)
     return Outcome(labels=(*own[:-2], plain(example_shape(node)[-2]), own[-1]))
@@ -70,8 +72,8 @@ def view_as_real(node: fx.Node, labels: LabelMap) -> Outcome:
 def index_select(node: fx.Node, labels: LabelMap) -> Outcome:
     """Entries of a dimension that runs along no axis."""
     own = labels_of(node.args[0], labels)
-    dim = node.args[1] % len(own)  # type: ignore[operator]
+    dim = normal_dim(node.args[1], len(own))  # type: ignore[arg-type]
     require_unlabelled([node.args[2]], labels, node)  # type: ignore[list-item]
-    if not is_plain(own[dim]) or dim_size(own[dim]) == 0:
+    if not is_plain(own[dim]):
         raise AxisError(f"index_select along {axes_of(own[dim])}")
     return Outcome(labels=(*own[:dim], plain(example_shape(node)[dim]), *own[dim + 1 :]))
