@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_vit import images, vit
 from torch import Tensor, fx, nn
 
 import madtp
@@ -112,3 +113,23 @@ def test_values_without_gradients_and_autocast_stay_so() -> None:
     assert "without_autocast" in pruned.code()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(pruned(x), model(x))
+
+
+class _WithNothing(nn.Module):
+    """Returns nothing in the place of one output, as heads do whose labels are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = vit(depth=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        features = self.tower(x)
+        return features, None, features.sum(-1)
+
+
+def test_an_output_may_be_none() -> None:
+    model, x = _WithNothing().eval(), images(2, 0)
+    pruned = madtp.rewrite(model, (x,))
+    assert pruned(x)[1] is None
+    with pruned.dense(), torch.no_grad():
+        assert torch.equal(pruned(x)[2], model(x)[2])

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from madtp.cli.app import app
-from madtp.errors import DataError
+from madtp.errors import CaptureError, DataError
 from madtp.survey import OUTCOMES, Record, Refusal, examine
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
 from madtp.survey.runner import Limits, load, run, save
@@ -73,6 +73,18 @@ def test_an_exception_in_a_probe_is_an_error_with_its_place(monkeypatch: pytest.
     record = record_of("vit")
     assert record.outcome == "error"
     assert "IndexError: out of range (test_survey.py:" in record.failure
+
+
+def test_a_probe_that_is_refused_leaves_a_part_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from madtp.survey import examination
+
+    def refuses(*_: object) -> None:
+        raise CaptureError("not in training mode")
+
+    monkeypatch.setattr(examination, "PROBES", (("trains", refuses, bool),))
+    record = record_of("vit")
+    assert record.outcome == "partly"
+    assert record.refusals[-1] == Refusal("trains", "CaptureError: not in training mode")
 
 
 @pytest.mark.slow

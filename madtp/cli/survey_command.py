@@ -22,7 +22,7 @@ pruning saves, whether it trains.
 [bold]Outcomes[/bold], from best to worst
 
   rewritten       every stream with self-attention is pruned, all checks hold
-  partly          some streams are, others are refused with a reason
+  partly          some streams are; others, or training, are refused
   refused         nothing is; the reason is in the JSON and the markdown
   no transformer  no attention over tokens, so refusing is right
   unbuildable     no small model, or no inputs for it, could be made

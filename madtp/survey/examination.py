@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import madtp
-from madtp.errors import MadtpError, NoSiteError
+from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
@@ -84,11 +84,15 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
 
 
 def _probed(record: Record, model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> Record:
-    """The record with the probes' results; the first that fails decides the outcome."""
+    """The record with the probes' results. A probe that is refused (training, say, cannot be captured) leaves a part."""
     faults: list[str] = []
     for field, probe, fault in PROBES:
         try:
             value = probe(model, pruned, inputs)
+        except MadtpError as error:
+            refusals = (*record.refusals, Refusal(field, f"{type(error).__name__}: {error}"))
+            record = replace(record, outcome="partly", refusals=refusals)
+            continue
         except Exception as error:
             return replace(record, outcome="error", failure=f"{field}: {_text(error)}")
         record = replace(record, **{field: value})
@@ -122,7 +126,8 @@ def reduction(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
 @torch.no_grad()
 def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:
     """Largest error of a sample alone against itself in the batch, with strong pruning; None where the original itself
-    couples the samples of a batch in every output."""
+    couples the samples of a batch in every output. Where the batch size is frozen, a batch of copies stands for the sample
+    alone."""
     size = batched(inputs)
     if size is None:
         return None
@@ -133,9 +138,17 @@ def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float
         alone = leaves(model(**one))
         free = [key for key, value in alone.items() if _same_row(together.get(key), value, row, 1e-4)]
         with _strongly(pruned):
-            batch, single = leaves(pruned(**inputs)), leaves(pruned(**one))
-        errors += [relative_error({0: batch[key][row : row + 1]}, {0: single[key]}) for key in free if key in single]
+            batch = leaves(pruned(**inputs))
+            try:
+                single = leaves(pruned(**one))
+            except CaptureError:
+                single = leaves(pruned(**{**inputs, **(repeated(one, size) or {})}))
+        errors += [_row_error(batch[key], single[key], row) for key in free if key in single]
     return max(errors, default=None)
+
+
+def _row_error(batch: Tensor, single: Tensor, row: int) -> float:
+    return relative_error({0: batch[row : row + 1]}, {0: single[:1]})
 
 
 def _same_row(together: Tensor | None, alone: Tensor, row: int, tolerance: float) -> bool:

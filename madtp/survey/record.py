@@ -12,7 +12,7 @@ from typing import Any
 
 OUTCOMES = {
     "rewritten": "every stream with self-attention is pruned, and every invariant holds",
-    "partly": "some streams are pruned, others refused with a reason; every invariant holds",
+    "partly": "some streams are pruned; others, or training, are refused with a reason; every invariant holds",
     "refused": "nothing can be pruned; the reason is given",
     "no transformer": "the model has no attention over tokens; it is refused, as it should be",
     "unbuildable": "the small model or its inputs cannot be made, or it does not run: nothing to rewrite",

@@ -49,6 +49,12 @@ def _places(draft: Draft) -> Tensor:
     return torch.full((draft.batch, draft.image_tokens), draft.image_token or 0)
 
 
+def _ranks(draft: Draft) -> Tensor:
+    """The order in which patches are hidden, so that every call hides the same: [B, N]."""
+    (height, width), (rows, columns) = draft.image_size, draft.patch_size
+    return torch.rand(draft.batch, (height // rows) * (width // columns), generator=draft.generator)
+
+
 def _query_places(draft: Draft) -> Tensor | None:
     """Ids behind one place for each query token: [B, T]."""
     draft.image_tokens = int(draft.config.num_query_tokens)
@@ -185,6 +191,7 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
         "visual_attention_mask": _two((36,)),
         "visual_token_type_ids": _two((36,)),
     },
+    "vit_mae": {"noise": _ranks},
     "vjepa2": {"pixel_values_videos": lambda draft: draft.images(int(draft.config.frames_per_clip))},
     "x_clip": {"pixel_values": _clip},
 }
