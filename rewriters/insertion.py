@@ -88,6 +88,7 @@ class Insertion:
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     lengths: dict[Any, fx.Node] = field(default_factory=dict)
+    joined: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     site_inputs: dict[str, fx.Node] = field(default_factory=dict)
     segment_maps: dict[int, fx.Node] = field(default_factory=dict)
 
@@ -116,6 +117,7 @@ class Insertion:
         parents, _, node = source
         operands = [n for n in node.args[0] if is_tensor(n) and n.meta["val"].shape != (0,)]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        self.joined[source] = tuple(n.meta["val"].shape[dim] for n in operands)
         parts: list[fx.Node] = []
         for parent, operand in zip(parents, operands, strict=True):
             if parent is not None:

@@ -18,7 +18,7 @@ from rewriters.axes import AxisError, Dim, Labels, axes_of, is_tensor
 from rewriters.capture import Capture
 from rewriters.detect import module_path
 from rewriters.insertion import Insertion, site_key
-from rewriters.outcomes import call_argument, labels_of, op_name
+from rewriters.outcomes import labels_of, op_name
 
 NORM_COST = {"layer_norm": 5, "group_norm": 5, "rms_norm": 5, "batch_norm": 2}
 
@@ -98,10 +98,7 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
         elif source[1] == "range":
             table.ranges[source] = Range(source[0], *(_bound(b) for b in source[2:]))
         elif source[1] == "join":
-            dim = call_argument(source[2], 1, "dim", 0)
-            operands = [n for n in source[2].args[0] if n.meta["val"].shape != (0,)]
-            lengths = tuple(_size(n.meta["val"].shape[dim]) for n in operands)
-            table.joins[source] = Join(source[0], lengths)
+            table.joins[source] = Join(source[0], tuple(_size(n) for n in done.joined[source]))
 
 
 def _batch_dim(node: fx.Node, done: Insertion) -> int:

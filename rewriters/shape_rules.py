@@ -124,6 +124,8 @@ def cat(node: fx.Node, labels: LabelMap) -> Outcome:
     # torch lets an empty vector stand for "nothing" in a concatenation.
     listed: Any = node.args[0]
     operands = [n for n in listed if example_shape(n) != (0,)]
+    if len(operands) == 1:
+        return Outcome(labels=labels_of(operands[0], labels))
     shape = example_shape(node)
     dim = normal_dim(call_argument(node, 1, "dim", 0), len(shape))
     along = [labels_of(operand, labels)[dim] for operand in operands]

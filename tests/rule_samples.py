@@ -142,6 +142,7 @@ SHAPES = [
     sample(aten.cat.default, [x(), x("B", "N", 2)], -1),
     sample(aten.cat.default, [x(BATCH, TOKENS, 3), x()], 2),
     sample(aten.concat.default, [x(), x(BATCH, TOKENS, 2)], -1),
+    sample(aten.cat.default, [x(0), x("B", 2, "N", 4)], -2),
     sample(aten.stack.default, [x(), x()], 0),
     sample(aten.stack.default, [x(), x(BATCH, TOKENS, 4)], -1),
     sample(aten.select.int, x(), 2, 1),

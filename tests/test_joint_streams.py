@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Tensors, lively, text
-from joint import Fusion, Segmenter, SingleStream, Windows
+from cases import WIDTH, Tensors, lively, text
+from joint import Encoder, Fusion, Patches, Segmenter, SingleStream, Windows
 from rewrites import gap
 from torch import Tensor, nn
 
@@ -142,3 +142,27 @@ def test_tokens_that_enter_a_joined_stream_stay_pruned() -> None:
     image, words = kept["image_encoder.blocks.1"], kept["text_encoder.blocks.1"]
     before = torch.cat([image, words], 1)
     assert bool((kept["fusion.blocks.0"] <= before).all())
+
+
+class Concatenated(nn.Module):
+    """Returns its tokens behind a copy of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.encoder = Patches(), Encoder(2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.encoder(self.image(pixels))
+        return torch.cat([x[:, :1] * 2, x], 1)
+
+
+@torch.no_grad()
+def test_a_concatenation_that_only_an_output_reads_is_restored() -> None:
+    torch.manual_seed(0)
+    model = lively(Concatenated())
+    pixels = torch.randn(2, 3, 32, 32)
+    pruned = madtp.rewrite(model, (pixels,))
+    assert len(pruned.report.sites) == 2
+    assert pruned(pixels).shape == (2, 18, WIDTH)
+    with pruned.dense():
+        assert gap(model(pixels), pruned(pixels)) < 1e-5
