@@ -9,19 +9,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import networkx as nx
 import torch
 from torch import nn
 
-from madtp.calls import Call, batch_size, normalise_call
+from madtp.calls import Call, check_batch, normalise_call
 from madtp.config import PruningConfig
-from madtp.errors import ExampleInputsError
+from madtp.counting import count_eagerly
+from madtp.errors import CaptureError, ExampleInputsError, RewriteError
+from madtp.program import Program
+from madtp.programs import Builder
 from madtp.pruned import PrunedModel
 from madtp.recorded_call import record_call
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
 from madtp.site import SegmentSpec, SiteSpec
 from madtp.tree import share
+
+if TYPE_CHECKING:
+    from rewriters.plan import SitePlan
+    from rewriters.regions import Part, Parts
 
 log = logging.getLogger("madtp")
 
@@ -48,52 +56,94 @@ def rewrite(
         ExampleInputsError: the inputs are missing or do not fit. CaptureError: the model cannot be traced.
         NoSiteError: nothing can be pruned. RewriteError: the rewritten graph failed a check.
     """
-    from rewriters.insertion import site_key
-    from rewriters.pipeline import build
-    from rewriters.verify import Case, verify
+    from rewriters.regions import build_all
 
     started = time.perf_counter()
     config = PruningConfig() if config is None else config
     call = example_call(model, example_inputs)
-    batch_size(call)
-    host = share(model)
-    first = build(host, call, config, plan=plan)
-    specs = [
-        SiteSpec(
-            s.name,
-            s.modality,
-            s.width,
-            s.class_position,
-            s.protected,
-            s.causal,
-            tuple(SegmentSpec(p.modality, p.pruned, p.protected) for p in s.segments),
-        )
-        for s in first.plan.sites
-    ]
-    keys = [site_key(s.name) for s in first.plan.sites]
-    names = frozenset(s.name for s in first.plan.sites)
+    check_batch(model, call)
+    found = build_all(share(model), call, config, plan)
+    pruned = _assemble(model, found, config, call)
+    pruned.report.seconds = time.perf_counter() - started
+    return pruned
 
-    def again(root: nn.Module, further: Call, serial: int) -> Any:
-        further_one = build(root, further, config, serial=serial, only=names)
-        lost = names - {s.name for s in further_one.plan.sites}
+
+def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call) -> PrunedModel:
+    """The pruned model of all parts that pass the checks; a region that does not is left alone."""
+    from rewriters.insertion import site_key
+
+    while True:
+        complete = found.plan
+        pruned = PrunedModel(
+            share(model),
+            [_spec(s) for s in complete.sites],
+            [site_key(s.name) for s in complete.sites],
+            config,
+            _report(model, found),
+            complete.alignment_width,
+            complete.images,
+            complete.image_order,
+        )
+        for part in found.parts:
+            pruned.stand_in(part.region.path, _builder(part, config)).adopt(part.rewritten.program, part.call)
+        pruned.example = record_call(call)
+        failed = _check(model, pruned, found, call)
+        if failed is None:
+            return pruned
+        found.give_up(failed)
+
+
+def _spec(site: SitePlan) -> SiteSpec:
+    segments = tuple(SegmentSpec(s.modality, s.pruned, s.protected) for s in site.segments)
+    return SiteSpec(site.name, site.modality, site.width, site.class_position, site.protected, site.causal, segments)
+
+
+def _builder(part: Part, config: PruningConfig) -> Builder:
+    """What captures a part for a further call signature, onto the sites that it has."""
+    from rewriters.pipeline import build
+
+    names = frozenset(s.name for s in part.rewritten.plan.sites)
+
+    def again(module: nn.Module, further: Call, serial: int) -> Program:
+        found = build(module, further, config, region=part.region, serial=serial, only=names)
+        lost = names - {s.name for s in found.plan.sites}
         if lost:
-            reasons = {r.reason for r in further_one.plan.refusals if r.block in lost} or {"no attention found there"}
+            reasons = {r.reason for r in found.plan.refusals if r.block in lost} or {"no attention found there"}
             log.warning(
                 "for this call signature nothing is pruned at %s: %s",
                 ", ".join(sorted(lost)),
                 "; ".join(sorted(reasons)),
             )
-        return further_one.program
+        return found.program
 
-    report = _report(model, first)
-    pruned = PrunedModel(
-        host, specs, keys, config, report, first.plan.alignment_width, first.plan.images, first.plan.image_order, again
-    )
-    pruned.adopt(first.program, call)
-    pruned.example = record_call(call)
-    verify(Case(model, first.program, host, pruned._control, call, first.plan))
-    report.seconds = time.perf_counter() - started
-    return pruned
+    return again
+
+
+def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> tuple[Part, str] | None:
+    """Check what was rewritten; returns a region that is wrong, with the reason.
+
+    Raises:
+        RewriteError: no region is left, or the model as a whole is wrong.
+    """
+    from rewriters.verify import Case, verify
+
+    for part in found.parts:
+        original = model.get_submodule(part.region.path)
+        try:
+            verify(
+                Case(original, part.rewritten.program, pruned._host, pruned._control, part.call, part.rewritten.plan)
+            )
+        except RewriteError as error:
+            if len(found.parts) == 1:
+                raise
+            return part, str(error)
+    if not found.whole:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
+            pruned(*call.args, **call.kwargs)
+        pruned._control.begin()
+        if pruned.report.notes:
+            raise RewriteError(f"the rewritten regions do not fit the model. {pruned.report.notes[0]}")
+    return None
 
 
 def example_call(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> Call:
@@ -121,7 +171,7 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) ->
 
     The field's figures print this number as "FLOPs" (see ``madtp/cost.py`` for what counts). For a pruned model the
     inputs are run and priced by the tokens that each sample really kept; any other model is captured and priced in
-    closed form.
+    closed form, or run and counted where it cannot be captured.
     """
     if isinstance(model, PrunedModel):
         call = normalise_call(model._host, *_split(inputs))
@@ -130,43 +180,49 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) ->
         return model.macs()
     from rewriters.pipeline import price_dense
 
-    return price_dense(model, normalise_call(model, *_split(inputs)))
+    call = normalise_call(model, *_split(inputs))
+    try:
+        return price_dense(model, call)
+    except CaptureError:
+        return count_eagerly(model, call)
 
 
 def _split(inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
-def _report(model: nn.Module, rewritten: Any) -> RewriteReport:
-    structure, plan = rewritten.structure, rewritten.plan
+def _report(model: nn.Module, found: Parts) -> RewriteReport:
+    whole = RewriteReport(type(model).__name__, "whole" if found.whole else "regions", [], [], [], [])
+    whole.network = nx.DiGraph()
+    whole.refusals.extend(RefusalReport(r.block, r.node, r.reason, r.help) for r in found.plan.refusals)
+    if not found.whole:
+        whole.regions = tuple(part.region.path for part in found.parts)
+    for part in found.parts:
+        _report_part(whole, part)
+    return whole
+
+
+def _report_part(report: RewriteReport, part: Part) -> None:
+    """Add a part to the report; its streams are numbered after those of the parts before it."""
+    structure, region = part.rewritten.structure, part.region
+    first = len(report.streams)
     tokens = {s.attention.name: s for s in structure.sublayers}
-    sites = [
-        SiteReport(
-            s.name,
-            s.modality,
-            f"{s.norm}-norm self",
-            s.layer,
-            s.width,
-            _tokens(tokens[s.attention]),
-            s.protected,
-            tuple(p.modality for p in s.segments if p.pruned),
+    for s in part.rewritten.plan.sites:
+        kind = f"{s.norm}-norm self"
+        count = _tokens(tokens[s.attention])
+        segments = tuple(p.modality for p in s.segments if p.pruned)
+        report.sites.append(SiteReport(s.name, s.modality, kind, s.layer, s.width, count, s.protected, segments))
+    for block in structure.sublayers:
+        source = None if block.source is None else first + block.source
+        path = region.inside(block.path)
+        report.blocks.append(BlockReport(path, block.kind, block.norm, first + block.stream, source))
+    for stream in structure.streams:
+        readouts = tuple(dict.fromkeys(_words(r) for r in stream.flow.readouts.values() if r.kind != "length"))
+        segments = () if stream.layout is None else stream.layout.segments
+        report.streams.append(
+            StreamReport(first + stream.index, stream.modality, stream.width, stream.special, readouts, segments)
         )
-        for s in plan.sites
-    ]
-    refusals = [RefusalReport(r.block, r.node, r.reason, r.help) for r in plan.refusals]
-    blocks = [BlockReport(s.path, s.kind, s.norm, s.stream, s.source) for s in structure.sublayers]
-    streams = [
-        StreamReport(
-            s.index,
-            s.modality,
-            s.width,
-            s.special,
-            tuple(dict.fromkeys(_words(r) for r in s.flow.readouts.values() if r.kind != "length")),
-            () if s.layout is None else s.layout.segments,
-        )
-        for s in structure.streams
-    ]
-    return RewriteReport(type(model).__name__, "whole", sites, refusals, blocks, streams, structure.network())
+    report.network = nx.compose(report.network, structure.network(region.inside, first))
 
 
 def _tokens(sublayer: Any) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,6 +31,10 @@ class Call:
     def tensors(self) -> list[Tensor]:
         """The tensors among the leaves."""
         return [leaf for leaf in self.flat()[0] if isinstance(leaf, Tensor)]
+
+    def samples(self) -> int:
+        """Samples in the batch, by the first tensor."""
+        return next((int(t.shape[0]) for t in self.tensors() if t.dim()), 1)
 
 
 @dataclass(frozen=True)
@@ -71,24 +76,32 @@ def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     return Call(tuple(positional), named)
 
 
-def batch_size(call: Call) -> int:
-    """Batch size of the example inputs; raises :class:`ExampleInputsError` unless all agree and it is at least 2."""
+def check_batch(model: nn.Module, call: Call) -> None:
+    """Refuse example inputs without tensors, of one sample, or that disagree on the batch size.
+
+    Where first dimensions differ the model has the word: it may take patches of all images in one row.
+
+    Raises :class:`ExampleInputsError`.
+    """
     tensors = [t for t in call.tensors() if t.dim() > 0]
     if not tensors:
         raise ExampleInputsError("the example inputs hold no tensor; pass the tensors the model is called with.")
     sizes = {t.shape[0] for t in tensors}
-    if len(sizes) > 1:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-        raise ExampleInputsError(
-            f"the example inputs disagree on the batch size (first dimensions {sorted(sizes)} of shapes {shapes}). "
-            "Give every tensor the same number of samples."
-        )
-    size = sizes.pop()
-    if size < 2:
+    if min(sizes) < 2:
         raise ExampleInputsError(
             "the example inputs hold one sample; give at least 2, so that the batch axis can be told from axes of size 1."
         )
-    return size
+    if len(sizes) == 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*call.args, **call.kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ExampleInputsError(
+            f"the example inputs disagree on the batch size (first dimensions {sorted(sizes)} of shapes {shapes}), and the "
+            f"model fails on them: {type(error).__name__}: {error}. Give every tensor the same number of samples."
+        ) from error
 
 
 def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...] | None) -> Signature:

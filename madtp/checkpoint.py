@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import madtp
+from madtp.additions import PREFIX
 from madtp.calls import Call
 from madtp.config import PruningConfig
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
 from madtp.model_folder import CONFIG, narrowed, read_folder, shorten, write_folder
-from madtp.pruned import PREFIX, PrunedModel
+from madtp.pruned import PrunedModel
 from madtp.recorded_call import replay_call
 from madtp.site import PruningSite
 from madtp.tree import share
@@ -169,7 +170,7 @@ def _rewrite_as(
 ) -> PrunedModel:
     """Rewrite with the saved sites, which an edited plan may have chosen."""
     from madtp.api import example_call, rewrite
-    from rewriters.pipeline import build
+    from rewriters.regions import build_all
 
     pruned = rewrite(host, inputs, config=config)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
@@ -182,7 +183,7 @@ def _rewrite_as(
             f"{folder} prunes at {len(missing)} sites that this model does not have ({shorten(missing)}); pass the model "
             "that was saved, and example_inputs of the same kind."
         )
-    plan = build(share(host), example_call(host, inputs), config).plan
+    plan = build_all(share(host), example_call(host, inputs), config).plan
     kept = []
     for site in plan.sites:
         if site.name in wanted:

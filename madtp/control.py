@@ -5,14 +5,32 @@ Start at :class:`PruningControl`. It is plain state, not a module: nothing here 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from madtp.config import PruningConfig
 from madtp.guidance import AlignmentTokens
+from madtp.program import Program
 from madtp.state import TokenState
+
+
+@dataclass
+class Run:
+    """One program that ran in the last forward. inputs: its leaves, tensors without their values. states: after each of
+    its sites."""
+
+    program: Program
+    inputs: list[Any]
+    states: dict[str, TokenState]
+
+    def batch(self) -> int:
+        """Samples that went through."""
+        return next((int(x.shape[0]) for x in self.inputs if isinstance(x, Tensor) and x.dim()), 1)
 
 
 @dataclass
@@ -27,6 +45,10 @@ class PruningControl:
             compute the same for the survivors either way, which is how a rewrite checks itself.
         states, features, kept_counts: record of the last forward: state after each site; pooled features ``[B, K, d_e]`` by
             site and modality; prunable tokens ``[B]`` that were kept, by site (``site[modality]`` for a segment).
+        runs: programs that ran in the last forward, in order. outside: multiply-accumulates of the last forward, per
+            sample, that no program did; None if they were not counted. batch: its samples; None if not known.
+        bypassed: regions run what the original runs. depth, depth_inside: how many calls of the model, and programs of
+            regions, are under way. stale: the record is of a forward before the present one.
     """
 
     config: PruningConfig
@@ -39,6 +61,13 @@ class PruningControl:
     states: dict[str, TokenState] = field(default_factory=dict)
     features: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     kept_counts: dict[str, Tensor] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    outside: float | None = None
+    batch: int | None = None
+    bypassed: bool = False
+    depth: int = 0
+    depth_inside: int = 0
+    stale: bool = False
 
     @property
     def active(self) -> bool:
@@ -50,6 +79,42 @@ class PruningControl:
         self.states.clear()
         self.features.clear()
         self.kept_counts.clear()
+        self.runs.clear()
+        self.outside = self.batch = None
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call of the model: the record starts anew when something runs in the outermost one."""
+        self.stale = self.stale or self.depth == 0
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Around a program of a region, which is priced by its own table."""
+        self.depth_inside += 1
+        try:
+            yield
+        finally:
+            self.depth_inside -= 1
+
+    def opened(self) -> None:
+        """A program is about to run: forget the forward before this one."""
+        if self.stale:
+            self.begin()
+            self.stale = False
+
+    @contextmanager
+    def bypassing(self) -> Iterator[None]:
+        """Regions run what the original runs inside the block."""
+        before, self.bypassed = self.bypassed, True
+        try:
+            yield
+        finally:
+            self.bypassed = before
 
     def collects_features(self) -> bool:
         """Whether the alignment features are wanted: they serve only a loss."""

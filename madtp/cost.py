@@ -8,8 +8,8 @@ made, counts it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -84,6 +84,11 @@ class CostTable:
     ranges: dict[Source, Range] = field(default_factory=dict)
     joins: dict[Source, Join] = field(default_factory=dict)
     named: dict[str, float] = field(default_factory=dict)
+
+    def under(self, place: Callable[[str], str], added: str) -> CostTable:
+        """The table with module paths moved by ``place``, but for what lies under the name ``added``."""
+        terms = [t if t.path.split(".")[0] == added else replace(t, path=place(t.path)) for t in self.terms]
+        return replace(self, terms=terms)
 
     def bind(self, name: str, value: float) -> None:
         """Give a named size its value."""

@@ -29,6 +29,11 @@ class Program:
     cost: CostTable
     constants: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites that the graph passes."""
+        return [name for name in self.cost.lengths if isinstance(name, str)]
+
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on flattened inputs; returns the model's own output structure."""
         return pytree.tree_unflatten(list(self.forward(root, *leaves)), self.out_spec)

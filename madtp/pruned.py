@@ -6,56 +6,29 @@ original's parameters under their own names; all that pruning adds lies under th
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from madtp.calls import Call, Signature, normalise_call, signature
+from madtp.additions import PREFIX, Additions
+from madtp.calls import normalise_call
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
-from madtp.errors import CaptureError, ConfigError, MadtpError, RewriteError
-from madtp.guidance import AlignmentTokens, alignment_loss, mean_over_images
-from madtp.program import Program
+from madtp.errors import ConfigError, MadtpError, RewriteError
+from madtp.guidance import alignment_loss, mean_over_images
+from madtp.programs import Builder, Programs
+from madtp.region import HostForward, Notes, Region
 from madtp.report import RewriteReport
-from madtp.site import PruningSite, SiteSpec
+from madtp.site import SiteSpec
 from madtp.state import kept_positions
 
-log = logging.getLogger("madtp")
-PREFIX = "madtp"
-CACHE = 16
-
-Builder = Callable[[nn.Module, Call, int], Program]
-
-
-@dataclass
-class _Entry:
-    program: Program
-    signature: Signature
-
-
-class Additions(nn.Module):
-    """All that pruning adds to a model: alignment tokens, sites, constants of the captured graphs."""
-
-    def __init__(self, specs: list[SiteSpec], keys: list[str], control: PruningControl, alignment_width: int) -> None:
-        super().__init__()
-        config = control.config
-        if config.alignment:
-            self.alignment = AlignmentTokens(config.alignment_tokens, alignment_width, seed=config.seed)
-            control.alignment = self.alignment
-        self.sites = nn.ModuleDict(
-            {
-                key: PruningSite(spec, control, alignment_width, config.seed + 1 + number)
-                for number, (key, spec) in enumerate(zip(keys, specs, strict=True))
-            }
-        )
-        self.constants = nn.Module()
+OUTSIDE = "(outside the regions)"
+Tokens = Literal["kept", "all", "none"]
 
 
 class PrunedModel(nn.Module):
@@ -77,7 +50,6 @@ class PrunedModel(nn.Module):
         alignment_width: int,
         images: int,
         image_order: str,
-        builder: Builder,
     ) -> None:
         """Made by :func:`madtp.rewrite`; ``host`` is a copy of the original's module tree that this model owns."""
         super().__init__()
@@ -95,10 +67,8 @@ class PrunedModel(nn.Module):
         for name, value in (
             ("_host", host),
             ("_control", control),
-            ("_builder", builder),
-            ("_programs", OrderedDict()),
-            ("_last", None),
-            ("_serial", 0),
+            ("_whole", None),
+            ("_regions", {}),
         ):
             object.__setattr__(self, name, value)
         self.report = report
@@ -125,6 +95,19 @@ class PrunedModel(nn.Module):
     def gain(self, value: float) -> None:
         self._control.gain = _strength("gain", value)
 
+    def stand_in(self, path: str, builder: Builder) -> Programs:
+        """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on."""
+        programs = Programs(path, self._host.get_submodule(path), self._host, builder)
+        if not path:
+            object.__setattr__(self, "_whole", programs)
+            return programs
+        notes = Notes(self.report.notes)
+        self._regions[path] = programs
+        programs.module.__dict__["forward"] = Region(programs, self._control, notes)
+        if "forward" not in self._host.__dict__:
+            self._host.__dict__["forward"] = HostForward(self._host, self._control, notes)
+        return programs
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -132,16 +115,20 @@ class PrunedModel(nn.Module):
             host = self.__dict__.get("_host")
             if host is None or name.startswith("__"):
                 raise
-            return getattr(host, name)
+        value = getattr(host, name)
+        if inspect.ismethod(value) and value.__self__ is host:
+            return _as_one_call(value, self._control)
+        return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; arguments and return type are the original's."""
         call = normalise_call(self._host, args, kwargs)
-        program = self._program(call)
-        self._control.begin()
-        leaves = call.flat()[0]
-        object.__setattr__(self, "_last", (program, [_meta(x) for x in leaves]))
-        return program.run(self._host, leaves)
+        if self._whole is None:
+            return self._host(*args, **kwargs)
+        program = self._whole.find(call) or self._whole.build(call)
+        with self._control.call():
+            self._control.opened()
+            return self._whole.run(program, call)
 
     def train(self, mode: bool = True) -> PrunedModel:
         """Set training mode, as any module."""
@@ -152,11 +139,7 @@ class PrunedModel(nn.Module):
     def token_counts(self) -> dict[str, Tensor]:
         """Tokens kept of each sample at each site in the last forward: ``{site: [B]}`` (two images a sample:
         ``[2B]``)."""
-        found = {}
-        for name, state in self._recorded().items():
-            counts = state.counts
-            found[name] = torch.full((state.batch,), state.length) if counts is None else counts
-        return found
+        return {name: state.counts for name, state in self._recorded().items()}
 
     def kept_tokens(self) -> dict[str, Tensor]:
         """Which original tokens survive after each site in the last forward: ``{site: [B, N] bool}``; merged ones do
@@ -187,15 +170,28 @@ class PrunedModel(nn.Module):
         return alignment_loss(image, text)
 
     def macs(self) -> float:
-        """Multiply-accumulates per sample of the last forward, from the token counts it kept."""
+        """Multiply-accumulates per sample of the last forward, from the token counts it kept.
+
+        Where regions are rewritten, what runs outside them is counted too, but only for calls of the model itself:
+        after ``generate`` and the like this is the sum over the regions.
+        """
         return sum(self.macs_by_module().values())
 
-    def macs_by_module(self) -> dict[str, float]:
-        """:meth:`macs`, by module path."""
+    def macs_by_module(self, tokens: Tokens = "kept") -> dict[str, float]:
+        """:meth:`macs`, by module path: as it was, or if all tokens, or none that may be pruned, had been kept."""
         self._recorded()
-        program, leaves = self._last
-        counts = {n: s.counts for n, s in self._control.states.items() if s.counts is not None}
-        return program.cost.price(leaves, counts, self._control.active, self._control.states)
+        control = self._control
+        total: dict[str, float] = {} if control.outside is None else {OUTSIDE: control.outside}
+        for run in control.runs:
+            states = run.states if tokens == "kept" else {}
+            counts = {} if tokens == "all" else {name: state.counts for name, state in run.states.items()}
+            if tokens == "none":
+                counts = {name: torch.zeros_like(count) for name, count in counts.items()}
+            share = 1.0 if control.batch is None else run.batch() / control.batch
+            active = control.active and tokens == "kept"
+            for path, amount in run.program.cost.price(run.inputs, counts, active, states).items():
+                total[path] = total.get(path, 0.0) + amount * share
+        return total
 
     @contextmanager
     def dense(self) -> Iterator[PrunedModel]:
@@ -208,48 +204,26 @@ class PrunedModel(nn.Module):
             self._control.temperature, self._control.forced = before
 
     def code(self) -> str:
-        """The rewritten forward of the last call as Python source."""
+        """The rewritten forward of the last call as Python source; of several regions, one after the other."""
         self._recorded()
-        return self._last[0].graph.python_code("self").src
+        programs = {id(run.program): run.program for run in self._control.runs}
+        return "\n".join(p.graph.python_code("self").src for p in programs.values())
 
     def _recorded(self) -> dict[str, Any]:
-        if self._last is None:
+        if not self._control.runs:
             raise MadtpError("no forward has run yet; call the model first.")
         return self._control.states
 
-    def _program(self, call: Call) -> Program:
-        for cached in reversed(self._programs.values()):
-            if signature(self._host, call, cached.program.dynamic) == cached.signature:
-                return cached.program
-        return self._capture(call)
 
-    def _capture(self, call: Call) -> Program:
-        log.info("capturing %s for a new call signature", type(self._host).__name__)
-        additions = self._host._modules.pop(PREFIX)
-        try:
-            captured = _at_least_two(call)
-            program = self._builder(self._host, captured, self._serial)
-        finally:
-            self._host._modules[PREFIX] = additions
-        if captured is not call and _frozen_batch(program, captured):
-            raise CaptureError(
-                f"{type(self._host).__name__} was called with one sample, and torch.export froze its batch size, so a "
-                "capture of two samples cannot serve it. Call it with at least 2 samples, or write x.shape[0] where "
-                "forward says len(x) or int(...)."
-            )
-        self.adopt(program, call)
-        return program
+def _as_one_call(method: Callable[..., Any], control: PruningControl) -> Callable[..., Any]:
+    """A method of the host such that the record of the last forward spans all that one call of it runs."""
 
-    def adopt(self, program: Program, call: Call) -> None:
-        """Take a program into the cache as the one for calls like ``call``."""
-        object.__setattr__(self, "_serial", self._serial + 1)
-        program.cost.bind("alignment_tokens", self.config.alignment_tokens if self.config.alignment else 0)
-        for name, value in program.constants.items():
-            self._host._modules[PREFIX].constants.register_buffer(name, value, persistent=False)
-        entry = _Entry(program, signature(self._host, call, program.dynamic))
-        self._programs[self._serial] = entry
-        while len(self._programs) > CACHE:
-            self._programs.popitem(last=False)
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with control.call():
+            return method(*args, **kwargs)
+
+    return called
 
 
 def _strength(name: str, value: float) -> float:
@@ -257,23 +231,3 @@ def _strength(name: str, value: float) -> float:
     if not (0 <= number < float("inf")):
         raise ConfigError(f"{name} is {value!r}; it has to be a finite number of at least 0.")
     return number
-
-
-def _meta(leaf: Any) -> Any:
-    return torch.empty(leaf.shape, device="meta") if isinstance(leaf, Tensor) else leaf
-
-
-def _frozen_batch(program: Program, call: Call) -> bool:
-    leaves = zip(call.flat()[0], program.dynamic, strict=True)
-    return any(isinstance(x, Tensor) and x.dim() > 0 and 0 not in free for x, free in leaves)
-
-
-def _at_least_two(call: Call) -> Call:
-    """A call of one sample doubled, so that the batch axis can be told from axes of size 1."""
-    leaves, spec = call.flat()
-    tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
-    if not tensors or any(x.shape[0] != 1 for x in tensors):
-        return call
-    doubled = [torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in leaves]
-    args, kwargs = pytree.tree_unflatten(doubled, spec)
-    return Call(args, kwargs)

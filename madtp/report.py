@@ -6,7 +6,7 @@ Start at :class:`RewriteReport`; ``str()`` of it is a table.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,7 +64,11 @@ class RefusalReport:
 
 @dataclass
 class RewriteReport:
-    """What :func:`madtp.rewrite` found and did. network: streams and blocks as a networkx DiGraph."""
+    """What :func:`madtp.rewrite` found and did.
+
+    capture: "whole", or "regions" where only the submodules named in ``regions`` are rewritten. network: streams and
+    blocks as a networkx DiGraph. notes: remarks about later calls, such as those that run unpruned.
+    """
 
     model: str
     capture: str
@@ -74,6 +78,8 @@ class RewriteReport:
     streams: list[StreamReport]
     network: networkx.DiGraph | None = None
     seconds: float = 0.0
+    regions: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -85,6 +91,8 @@ class RewriteReport:
             f"{self.model}: {len(self.streams)} streams, {len(self.blocks)} attention sublayers, {len(self.sites)} sites, "
             f"{len(self.refusals)} refusals ({self.capture} capture, {self.seconds:.1f} s)"
         )
+        for text in (*(f"region: {path}" for path in self.regions), *(f"note: {note}" for note in self.notes)):
+            console.print(text)
         sites = Table(title="sites", title_justify="left")
         for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):
             sites.add_column(column)

@@ -16,9 +16,10 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from madtp.additions import PREFIX
 from madtp.calls import Call
 from madtp.errors import CalibrationError
-from madtp.pruned import PREFIX, PrunedModel
+from madtp.pruned import PrunedModel
 
 Steer = Literal["gain", "temperature", "keep_ratio"]
 EVALUATIONS = 25
@@ -42,9 +43,7 @@ def mac_reduction(pruned: PrunedModel) -> float:
 
 def dense_macs(pruned: PrunedModel) -> float:
     """MACs per sample that the last forward would have taken without pruning; nothing is run."""
-    pruned._recorded()
-    program, leaves = pruned._last
-    return float(sum(program.cost.price(leaves, {}, False).values()))
+    return float(sum(pruned.macs_by_module("all").values()))
 
 
 @dataclass(frozen=True)
@@ -196,11 +195,8 @@ class Search:
                 f"least that {name} gives here. Ask for more, or steer another setting."
             )
         most = max(m.reduction for m in self.history)
-        program, leaves = self.pruned._last
-        dense = program.cost.price(leaves, {}, False)
-        total = sum(dense.values())
-        none = {site: counts * 0 for site, counts in self.pruned.token_counts().items()}
-        fixed = sum(program.cost.price(leaves, none, False).values()) / total
+        total = dense_macs(self.pruned)
+        fixed = sum(self.pruned.macs_by_module("none").values()) / total
         overhead = sum(v for k, v in self.pruned.macs_by_module().items() if k.startswith(f"{PREFIX}.")) / total
         config = self.pruned.config
         kept = max(0.0, 1.0 - reached - fixed - overhead)

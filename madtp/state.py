@@ -58,12 +58,11 @@ class TokenState:
     quirks: Quirks = NO_QUIRKS
 
     @property
-    def counts(self) -> Tensor | None:
-        """``[B]`` tokens of each sample, padding left out; None if nothing was pruned."""
-        if self.index is None:
-            return None
-        if self.valid is None:
-            return torch.full((self.batch,), self.length, device=self.index.device)
+    def counts(self) -> Tensor:
+        """``[B]`` tokens of each sample, padding left out once something was pruned."""
+        if self.index is None or self.valid is None:
+            device = None if self.index is None else self.index.device
+            return torch.full((self.batch,), self.length, device=device)
         return self.valid.sum(1)
 
 

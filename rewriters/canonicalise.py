@@ -23,6 +23,7 @@ BOOKKEEPING = frozenset(
     "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _is_all_true "
     "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
 )
+CONVERSIONS = frozenset(("to", "_to_copy", "type_as"))
 VIEWS = frozenset(
     "view reshape flatten unflatten transpose permute t expand unsqueeze squeeze select slice alias detach chunk split unbind "
     "getitem".split()
@@ -88,6 +89,19 @@ def plain_getitem(graph: fx.Graph) -> None:
             node.target = operator.getitem
 
 
+def drop_conversions(graph: fx.Graph) -> None:
+    """Remove conversions to the type and device that a tensor has anyway: they hide a residual stream from sight."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node) not in CONVERSIONS:
+            continue
+        before, after = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node.args[0], node))
+        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+            continue
+        if (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+
+
 def reshape_views(graph: fx.Graph) -> None:
     """A view becomes a reshape: pruned tensors need not have the strides that the captured ones had."""
     for node in graph.nodes:
@@ -98,6 +112,7 @@ def reshape_views(graph: fx.Graph) -> None:
 PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
+    ("drop conversions", drop_conversions),
     ("plain getitem", plain_getitem),
     ("reshape views", reshape_views),
     ("dead code before", eliminate_dead_code),

@@ -13,7 +13,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,8 +62,33 @@ def _traceable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _dynamic_choices(leaves: list[Any]) -> list[tuple[tuple[int, ...], ...]]:
+@dataclass(frozen=True)
+class Region:
+    """What is captured: the whole model, or the submodule at ``path`` of it.
+
+    modalities: of a region's floating inputs ("image", "text", both, or nothing), by their place in the call.
+    read: positions of tokens that the rest of the model reads in what the region returns.
+    """
+
+    path: str = ""
+    modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
+    read: tuple[int, ...] = ()
+
+    def inside(self, name: str) -> str:
+        """The path in the whole model of what lies at ``name`` in the region."""
+        return ".".join(part for part in (self.path, name) if part)
+
+    def holds(self, name: str) -> bool:
+        """Whether a module path of the whole model lies in the region."""
+        return not self.path or name == self.path or name.startswith((f"{self.path}.", f"{self.path}#"))
+
+
+WHOLE = Region()
+
+
+def _dynamic_choices(leaves: list[Any], region: Region) -> list[tuple[tuple[int, ...], ...]]:
     """Which dimensions to try as dynamic, most general first."""
+    every = [] if not region.path else [tuple(_lengths(x) if isinstance(x, Tensor) else () for x in leaves)]
     batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
     length = tuple(
         (0, x.dim() - 1)
@@ -72,38 +97,63 @@ def _dynamic_choices(leaves: list[Any]) -> list[tuple[tuple[int, ...], ...]]:
         for x, dims in zip(leaves, batch, strict=True)
     )
     none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)
-    return list(dict.fromkeys([length, batch, none]))
+    return [*dict.fromkeys([*(every or [length]), batch]), none]
 
 
-def capture(model: nn.Module, call: Call) -> Capture:
-    """Trace ``model`` on ``call`` in its present mode (train or eval).
+def _lengths(tensor: Tensor) -> tuple[int, ...]:
+    """Batch and token dimensions that a tensor inside a model may have: of a stream [B, N, C], of a mask, of ids."""
+    dims: tuple[int, ...]
+    if tensor.dtype.is_floating_point and tensor.dim() == 3:
+        dims = (0, 1)
+    elif tensor.dim() == 4 and tensor.shape[1] > 1:
+        dims = (0,)
+    else:
+        dims = tuple(range(tensor.dim()))
+    return tuple(d for d in dims if tensor.shape[d] > 1)
+
+
+def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
+    """Trace ``model`` on ``call`` in its present mode (train or eval); it is the module of ``region``.
 
     Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
     cannot be exported.
     """
-    leaves, spec = call.flat()
-    failures: list[str] = []
-    for dynamic in _dynamic_choices(leaves):
-        shapes = [
-            dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else None
-            for x, dims in zip(leaves, dynamic, strict=True)
-        ]
-        args_shapes, kwargs_shapes = pytree.tree_unflatten(shapes, spec)
-        # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
-        combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
-        try:
-            with _traceable():
-                program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
-        except Exception as error:  # export raises many kinds; the last one is reported
-            lines = str(error).strip().splitlines() or [repr(error)]
-            failures.append(f"{type(error).__name__}: {lines[0]}")
-            continue
-        return _to_capture(program, call)
+    leaves, _ = call.flat()
+    first, *others, fixed = _dynamic_choices(leaves, region)
+    program, failure = _export(model, call, first)
+    if program is None:
+        # What fails with all sizes fixed fails with free ones too, and most that fails is of that kind.
+        frozen, failure = _export(model, call, fixed)
+        if frozen is not None:
+            freer = (_export(model, call, dynamic)[0] for dynamic in others)
+            program = next((found for found in freer if found is not None), frozen)
+    if program is not None:
+        return _to_capture(program, call, region)
     _check_runs(model, call)
     raise CaptureError(
-        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failures[-1]}. Remove "
+        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
         "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
     )
+
+
+def _export(
+    model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...]
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    """The exported model, or why there is none."""
+    leaves, spec = call.flat()
+    shapes = [
+        dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else None
+        for x, dims in zip(leaves, dynamic, strict=True)
+    ]
+    args_shapes, kwargs_shapes = pytree.tree_unflatten(shapes, spec)
+    # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
+    combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
+    try:
+        with _traceable():
+            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False), ""
+    except Exception as error:  # export raises many kinds
+        lines = str(error).strip().splitlines() or [repr(error)]
+        return None, f"{type(error).__name__}: {lines[0]}"
 
 
 def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -131,7 +181,7 @@ def _check_runs(model: nn.Module, call: Call) -> None:
         ) from error
 
 
-def _to_capture(program: torch.export.ExportedProgram, call: Call) -> Capture:
+def _to_capture(program: torch.export.ExportedProgram, call: Call, region: Region) -> Capture:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     inline_bodies(module)
@@ -145,10 +195,13 @@ def _to_capture(program: torch.export.ExportedProgram, call: Call) -> Capture:
         if node.op == "get_attr" and node.target not in named:
             constants[node.target] = attribute(module, node.target)
     _shape_constants(graph, constants)
-    leaves, _ = call.flat()
+    leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     dynamic: list[tuple[int, ...]] = []
-    for leaf, node in zip(leaves, placeholders, strict=True):
+    for (place, leaf), node in zip(leaves, placeholders, strict=True):
+        known = region.modalities.get(pytree.keystr(place))
+        if known is not None:
+            node.meta["modalities"] = known
         value = node.meta.get("val")
         free = [d for d, n in enumerate(value.shape) if is_free(n)] if isinstance(leaf, Tensor) else []
         dynamic.append(tuple(free))

@@ -7,6 +7,7 @@ architecture: the evidence is where axis labels go (``propagate.py``) and which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,22 +78,24 @@ class Structure:
     sublayers: list[Sublayer]
     unplaced: list[tuple[fx.Node, str]]
 
-    def network(self) -> nx.DiGraph:
+    def network(self, place: Callable[[str], str] = str, first: int = 0) -> nx.DiGraph:
         """Streams and attention sublayers as a directed graph: which stream feeds which sublayer, which sublayer
-        which stream."""
+        which stream. Module paths are moved by ``place``, numbers of streams by ``first``."""
         network = nx.DiGraph()
         for stream in self.streams:
-            network.add_node(f"stream {stream.index}", kind="stream", modality=stream.modality, width=stream.width)
+            network.add_node(
+                f"stream {first + stream.index}", kind="stream", modality=stream.modality, width=stream.width
+            )
         chains: dict[int, list[str]] = {stream.index: [] for stream in self.streams}
         for sublayer in self.sublayers:
-            name = sublayer.path
+            name = place(sublayer.path)
             while name in network:
                 name += "'"
-            network.add_node(name, kind=sublayer.kind, stream=sublayer.stream, norm=sublayer.norm)
+            network.add_node(name, kind=sublayer.kind, stream=first + sublayer.stream, norm=sublayer.norm)
             chains[sublayer.stream].append(name)
-            network.add_edge(f"stream {sublayer.stream}", name, role="queries")
+            network.add_edge(f"stream {first + sublayer.stream}", name, role="queries")
             if sublayer.source is not None:
-                network.add_edge(f"stream {sublayer.source}", name, role="keys")
+                network.add_edge(f"stream {first + sublayer.source}", name, role="keys")
         for chain in chains.values():
             nx.add_path(network, chain, role="residual")
         return network

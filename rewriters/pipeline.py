@@ -12,20 +12,21 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from madtp.additions import PREFIX
 from madtp.calls import Call
 from madtp.config import PruningConfig
 from madtp.errors import MadtpError, NoSiteError, PlanError, RewriteError
 from madtp.program import Program, compile_graph
 from rewriters.canonicalise import canonicalise
-from rewriters.capture import Capture, capture
-from rewriters.detect import Structure, detect
+from rewriters.capture import WHOLE, Capture, Region, capture
+from rewriters.detect import Structure, detect, module_path
 from rewriters.insert import insert
 from rewriters.insertion import Insertion, InsertRefusal
 from rewriters.lift import lift
 from rewriters.plan import Plan, Refusal, make_plan
 from rewriters.pricing import cost_table
 
-CONSTANTS = "madtp.constants"
+CONSTANTS = f"{PREFIX}.constants"
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Rewritten:
     program: Program
     plan: Plan
     structure: Structure
+    region: Region = WHOLE
 
 
 def build(
@@ -42,6 +44,7 @@ def build(
     call: Call,
     config: PruningConfig,
     *,
+    region: Region = WHOLE,
     serial: int = 0,
     only: Collection[str] | None = None,
     plan: Plan | None = None,
@@ -49,6 +52,7 @@ def build(
     """Rewrite ``model`` for calls like ``call``.
 
     Args:
+        region: what ``model`` is of the whole model; sites and modules are named from there.
         serial: number of the program, keeps the names of its constants apart.
         only: names of the sites that exist already (a further signature adds none).
         plan: an edited plan to follow instead of a new one.
@@ -56,9 +60,9 @@ def build(
         CaptureError, ExampleInputsError: from the capture.
         NoSiteError: nothing could be pruned.
     """
-    captured = capture(model, call)
+    captured = capture(model, call, region)
     try:
-        return _rewrite(model, call, config, captured, serial, only, plan)
+        return _rewrite(model, call, config, captured, region, serial, only, plan)
     except MadtpError:
         raise
     except Exception as error:
@@ -73,6 +77,7 @@ def _rewrite(
     call: Call,
     config: PruningConfig,
     captured: Capture,
+    region: Region,
     serial: int,
     only: Collection[str] | None,
     plan: Plan | None,
@@ -80,20 +85,28 @@ def _rewrite(
     canonicalise(captured.graph)
     structure = detect(captured.graph)
     if plan is None:
-        plan = make_plan(structure, config, call.flat()[0], _with_constants(model, captured))
-    _check_plan(plan, captured.graph)
+        plan = make_plan(structure, config, call.flat()[0], _with_constants(model, captured)).under(region)
+    _check_plan(plan, captured.graph, region)
     if only is not None:
         plan = plan.without([s.name for s in plan.sites if s.name not in only], ())
     done, plan = _insert_what_works(captured.graph, plan)
     if not plan.sites and only is None:
         raise NoSiteError(_why_none(model, structure, plan))
-    table = cost_table(done, captured)
+    table = cost_table(done, captured).under(region.inside, PREFIX)
     constants = _place_constants(done.graph, captured, serial)
     lift(done.graph, model)
+    _name_from_root(done.graph, region)
     program = Program(
         done.graph, compile_graph(done.graph, str(serial)), captured.out_spec, captured.dynamic, table, constants
     )
-    return Rewritten(program, plan, structure)
+    return Rewritten(program, plan, structure, region)
+
+
+def _name_from_root(graph: fx.Graph, region: Region) -> None:
+    """Name the modules and parameters of a region by their place in the whole model, on which its program runs."""
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and str(node.target).split(".")[0] != PREFIX:
+            node.target = region.inside(str(node.target))
 
 
 def price_dense(model: nn.Module, call: Call) -> float:
@@ -115,8 +128,8 @@ def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
     return root
 
 
-def _check_plan(plan: Plan, graph: fx.Graph) -> None:
-    present = {n.name for n in graph.nodes}
+def _check_plan(plan: Plan, graph: fx.Graph, region: Region) -> None:
+    present = {n.name: n for n in graph.nodes}
     for site in plan.sites:
         readouts = (name.partition("+")[0] for name in site.readouts)
         parts = (part.node for part in site.parts)
@@ -127,6 +140,12 @@ def _check_plan(plan: Plan, graph: fx.Graph) -> None:
                     f"the plan's site {site.name!r} names the node {name!r}, which this model's graph does not have. A plan "
                     "serves the model and the call signature it was made for; start from the plan of a fresh rewrite."
                 )
+        path = region.inside(module_path(present[site.attention]))
+        if path != region.path and not Region(site.name.split("#")[0]).holds(path):
+            raise PlanError(
+                f"the plan's site {site.name!r} names the node {site.attention!r}, which lies at {path!r} in this graph; start "
+                "from the plan of a fresh rewrite."
+            )
 
 
 def _insert_what_works(graph: fx.Graph, plan: Plan) -> tuple[Insertion, Plan]:

@@ -17,6 +17,7 @@ from torch import fx
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
 from rewriters.axes import AxisError, example_shape, is_tensor
+from rewriters.capture import Region
 from rewriters.detect import Stream, Structure, Sublayer, module_path
 from rewriters.evaluate import hides_later_keys
 from rewriters.policy import SegmentPlan, left_alone, protected_readouts, segments_of
@@ -114,6 +115,16 @@ class Plan:
                 f"the plan is malformed: {error}. Compare it with Plan.to_dict() of a fresh rewrite."
             ) from error
 
+    def under(self, region: Region) -> Plan:
+        """The plan of a region with the names that its blocks have in the whole model; what that reads is protected."""
+        sites = tuple(_from_outside(s, region) for s in self.sites)
+        refusals = tuple(dataclasses.replace(r, block=region.inside(r.block)) for r in self.refusals)
+        return dataclasses.replace(self, sites=sites, refusals=refusals)
+
+    def of(self, region: Region) -> Plan:
+        """The part of the plan that lies in a region."""
+        return dataclasses.replace(self, sites=tuple(s for s in self.sites if region.holds(s.name)), refusals=())
+
     def without(self, names: Sequence[str], refusals: Sequence[Refusal]) -> Plan:
         """The plan with some sites turned into refusals."""
         kept = tuple(s for s in self.sites if s.name not in names)
@@ -125,6 +136,26 @@ def _site_from(values: Mapping[str, Any]) -> SitePlan:
     parts = tuple(PartPlan(p["node"], p["dim"], p["segment"], tuple(p["special"])) for p in values.get("parts", ()))
     tuples = {name: tuple(values[name]) for name in ("protected", "readouts")}
     return SitePlan(**{**values, **tuples, "segments": segments, "parts": parts})
+
+
+def _from_outside(site: SitePlan, region: Region) -> SitePlan:
+    first = site.class_position
+    if first is None and not site.causal and not site.readouts and region.read:
+        first = region.read[0]
+    protected = tuple(dict.fromkeys((*site.protected, *region.read)))
+    return dataclasses.replace(site, name=region.inside(site.name), protected=protected, class_position=first)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """The plans of several regions as one."""
+    several = next((p for p in plans if p.images > 1), plans[0])
+    return Plan(
+        tuple(s for p in plans for s in p.sites),
+        tuple(r for p in plans for r in p.refusals),
+        max(p.alignment_width for p in plans),
+        several.images,
+        several.image_order,
+    )
 
 
 def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any], module: torch.nn.Module) -> Plan:

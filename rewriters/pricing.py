@@ -66,13 +66,9 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
         before = done.labels.parent.get(site.name)
         before = ("before", site.name) if before is None else before
         call = calls[f"madtp.sites.{site_key(site.name)}"]
-        width = site.width
-        score = width * done.plan.alignment_width if width != done.plan.alignment_width else 0
         path = f"madtp.sites.{site_key(site.name)}"
-        table.terms.append(CostTerm(path, "query", score, axes=(before,), only_active=True))
-        table.terms.append(
-            CostTerm(path, "guidance", done.plan.alignment_width, ("alignment_tokens",), (before,), True)
-        )
+        table.terms.append(CostTerm(path, "query", 1, (f"projection of {site.width}",), (before,), True))
+        table.terms.append(CostTerm(path, "guidance", 1, ("alignment_tokens", "alignment_width"), (before,), True))
         call.meta["cost_path"] = path
     for source, (node, part) in done.derived.items():
         if source[1] != "part":

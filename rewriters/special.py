@@ -28,8 +28,12 @@ def stream_modality(head: fx.Node) -> str:
     """ "text" if the stream descends from token ids, "image" if from pixels or features, "joint" if from both, else
     "query"."""
     ancestors = _tensor_ancestors(head)
+    inputs = [n for n in ancestors if n.op == "placeholder" and n.meta["val"].dtype.is_floating_point]
+    # What goes into a region was followed through a run; what goes into a whole model is pixels or features.
+    carried = frozenset().union(*(n.meta.get("modalities", {"image"}) for n in inputs))
     text = any(op_name(n) == "embedding" and _reads_ids(n) for n in ancestors if n.op == "call_function")
-    image = any(n.op == "placeholder" and n.meta["val"].dtype.is_floating_point for n in ancestors)
+    text = text or "text" in carried
+    image = "image" in carried
     image = image or any(n.op == "call_function" and op_name(n) in CONVOLUTIONS for n in ancestors)
     if text and image:
         return "joint"

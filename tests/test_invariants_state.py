@@ -194,6 +194,6 @@ def test_positional_and_keyword_calls_share_a_capture() -> None:
     subject = rewritten("blip_nlvr")
     inputs = CASES["blip_nlvr"].inputs(2, 6)
     with subject.set(temperature=0.0) as pruned, torch.no_grad():
-        known = len(pruned._programs)
+        known = len(pruned._whole.entries)
         assert torch.equal(pruned(*inputs.values()), pruned(**inputs))
-        assert len(pruned._programs) == known
+        assert len(pruned._whole.entries) == known

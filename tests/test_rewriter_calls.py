@@ -164,7 +164,7 @@ def test_training_works_after_inference_mode(clip: Subject) -> None:
 def test_first_call_may_hold_one_sample() -> None:
     subject = rewritten("vit")
     fresh = copy.deepcopy(subject.pruned)
-    fresh._programs.clear()
+    fresh._whole.entries.clear()
     x = subject.case.inputs(1, 0)["x"]
     with torch.no_grad(), fresh.dense():
         assert torch.equal(fresh(x), subject.model(x))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from small_vit import images, vit
 from torch import Tensor, fx, nn
 
 import madtp
+from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.axes import AxisError
-from rewriters.canonicalise import reshape_views
+from rewriters.canonicalise import canonicalise, reshape_views
+from rewriters.capture import capture
+from rewriters.outcomes import op_name
 from rewriters.rules import apply
 
 
@@ -133,3 +138,31 @@ def test_an_output_may_be_none() -> None:
     assert pruned(x)[1] is None
     with pruned.dense(), torch.no_grad():
         assert torch.equal(pruned(x)[2], model(x)[2])
+
+
+def _converted(model: nn.Module, *inputs: Tensor) -> list[str]:
+    graph = capture(model, Call(inputs, {})).graph
+    canonicalise(graph)
+    return [op_name(n) for n in graph.nodes if n.op == "call_function"]
+
+
+class Converts(nn.Module):
+    """Converts its input in one of several ways."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(x) + 1
+
+
+@pytest.mark.parametrize(
+    "how", [lambda x: x.to(x.device), lambda x: x.float(), lambda x: x.to(torch.float32, copy=True)]
+)
+def test_conversions_to_what_a_tensor_is_are_dropped(how: Callable[[Tensor], Tensor]) -> None:
+    assert _converted(Converts(how), torch.randn(2, 3)) == ["add"]
+
+
+def test_conversions_to_another_type_stay() -> None:
+    assert len(_converted(Converts(lambda x: x.double()), torch.randn(2, 3))) == 2

@@ -100,12 +100,8 @@ def set_strength(pruned: PrunedModel, gain: float) -> None:
 
 def statement_macs(pruned: PrunedModel, statements: int) -> tuple[float, float]:
     """MACs of the last forward as one statement about one pair costs them: pruned, dense."""
-    program, leaves = pruned._last
-    table = program.cost
     found = []
-    counts = {n: s.counts for n, s in pruned._control.states.items() if s.counts is not None}
-    for kept, active in ((counts, True), ({}, False)):
-        by_path = table.price(leaves, kept, active)
+    for by_path in (pruned.macs_by_module(), pruned.macs_by_module("all")):
         vision = sum(n for path, n in by_path.items() if "visual_encoder" in path)
         found.append(vision + (sum(by_path.values()) - vision) / statements)
     return found[0], found[1]

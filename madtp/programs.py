@@ -1,0 +1,126 @@
+"""The programs of one module, by call signature: found again, or captured once more.
+
+Start at :class:`Programs`. A capture serves one kind of call (:class:`madtp.calls.Signature`); what it was made for is
+compared with each call, and a call that none of them serves is captured by itself onto the same sites.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from madtp.additions import PREFIX, Additions
+from madtp.calls import Call, Signature, signature
+from madtp.control import Run
+from madtp.errors import CaptureError
+from madtp.program import Program
+
+log = logging.getLogger("madtp")
+CACHE = 16
+
+Builder = Callable[[nn.Module, Call, int], Program]
+
+
+@dataclass
+class _Entry:
+    program: Program
+    signature: Signature
+
+
+class Programs:
+    """The programs that stand for calls of ``module``, which lies at ``path`` of the module tree ``host``.
+
+    builder: captures and rewrites the module for a further call, under a serial number.
+    """
+
+    def __init__(self, path: str, module: nn.Module, host: nn.Module, builder: Builder) -> None:
+        self.path, self.module, self.host, self.builder = path, module, host, builder
+        self.additions: Additions = host._modules[PREFIX]  # type: ignore[assignment]
+        self.entries: OrderedDict[int, _Entry] = OrderedDict()
+
+    def find(self, call: Call) -> Program | None:
+        """The program that serves ``call``, if there is one."""
+        for cached in reversed(self.entries.values()):
+            if signature(self.module, call, cached.program.dynamic) == cached.signature:
+                return cached.program
+        return None
+
+    def build(self, call: Call) -> Program:
+        """Capture and rewrite the module for calls like ``call``.
+
+        Raises:
+            MadtpError: from the rewrite, or because the program could not serve a single sample.
+        """
+        log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
+        captured = _at_least_two(call)
+        with self._untouched():
+            program = self.builder(self.module, captured, self.additions.programs)
+        if captured is not call and _frozen_batch(program, captured):
+            raise CaptureError(
+                f"{type(self.module).__name__} was called with one sample, and torch.export froze its batch size, so a "
+                "capture of two samples cannot serve it. Call it with at least 2 samples, or write x.shape[0] where "
+                "forward says len(x) or int(...)."
+            )
+        self.adopt(program, call)
+        return program
+
+    def adopt(self, program: Program, call: Call) -> None:
+        """Take a program into the cache as the one for calls like ``call``."""
+        additions = self.additions
+        additions.bind(program.cost)
+        for name, value in program.constants.items():
+            additions.constants.register_buffer(name, value, persistent=False)
+        self.entries[additions.programs] = _Entry(program, signature(self.module, call, program.dynamic))
+        additions.programs += 1
+        while len(self.entries) > CACHE:
+            self.entries.popitem(last=False)
+
+    def run(self, program: Program, call: Call) -> Any:
+        """Run a program and record it; returns what the module returns."""
+        control = self.additions.control
+        leaves = call.flat()[0]
+        result = program.run(self.host, leaves)
+        states = {name: control.states[name] for name in program.sites if name in control.states}
+        control.runs.append(Run(program, [_meta(x) for x in leaves], states))
+        return result
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """The module as it was before the rewrite: without additions, and with its own forward."""
+        own = self.module._modules.pop(PREFIX, None)
+        replaced = self.module.__dict__.pop("forward", None)
+        try:
+            yield
+        finally:
+            if own is not None:
+                self.module._modules[PREFIX] = own
+            if replaced is not None:
+                self.module.__dict__["forward"] = replaced
+
+
+def _meta(leaf: Any) -> Any:
+    return torch.empty(leaf.shape, device="meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _frozen_batch(program: Program, call: Call) -> bool:
+    leaves = zip(call.flat()[0], program.dynamic, strict=True)
+    return any(isinstance(x, Tensor) and x.dim() > 0 and 0 not in free for x, free in leaves)
+
+
+def _at_least_two(call: Call) -> Call:
+    """A call of one sample doubled, so that the batch axis can be told from axes of size 1."""
+    leaves, spec = call.flat()
+    tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
+    if not tensors or any(x.shape[0] != 1 for x in tensors):
+        return call
+    doubled = [torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in leaves]
+    args, kwargs = pytree.tree_unflatten(doubled, spec)
+    return Call(args, kwargs)

@@ -1,0 +1,194 @@
+"""Regions: submodules that run a rewritten program where Python stays in charge of the rest of the model.
+
+Start at :class:`Region`, which stands in for the ``forward`` of one module of the host's copy, and
+:class:`HostForward`, which stands in for the forward of the whole. The modules keep their class, attributes and
+parameters; only the instance's ``forward`` is another. What no program serves runs as the original does: never an
+error, and never with tokens dropped that later calls would miss.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from madtp.calls import Call, Signature, normalise_call, signature
+from madtp.compare import compare
+from madtp.control import PruningControl
+from madtp.counting import Counter
+from madtp.errors import ExampleInputsError, MadtpError
+from madtp.program import Program
+from madtp.programs import Programs
+
+log = logging.getLogger("madtp")
+FAILURES = 3
+REMEMBERED = 256
+CONSTANTS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Notes:
+    """Remarks about calls, each logged once and kept for the report."""
+
+    def __init__(self, kept: list[str]) -> None:
+        self.kept = kept
+
+    def add(self, text: str) -> None:
+        """Log ``text`` unless it was said before."""
+        if text not in self.kept:
+            self.kept.append(text)
+            log.warning("%s", text)
+
+
+class _Forward:
+    """Stands in for ``module.forward``; looks like it to whoever inspects its signature."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.__wrapped__ = self.original
+
+
+class Region(_Forward):
+    """The forward of a region: a rewritten program where one serves the call, else the original's own code."""
+
+    def __init__(self, programs: Programs, control: PruningControl, notes: Notes) -> None:
+        super().__init__(programs.module)
+        self.programs, self.control, self.notes = programs, control, notes
+        self.failed: set[Signature] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.control.bypassed:
+            return self.original(*args, **kwargs)
+        try:
+            call = normalise_call(self.module, args, kwargs)
+        except ExampleInputsError:  # the original says best what is wrong
+            return self.original(*args, **kwargs)
+        program = self._program(call)
+        if program is None:
+            return self.original(*args, **kwargs)
+        with self.control.call(), self.control.inside():
+            self.control.opened()
+            return self.programs.run(program, call)
+
+    def _program(self, call: Call) -> Program | None:
+        state = held_state((call.args, call.kwargs))
+        if state is not None:
+            self._note(
+                f"it was called with a {state}, which later calls read again, so tokens dropped now would be missed then"
+            )
+            return None
+        found = self.programs.find(call)
+        if found is not None or len(self.failed) >= FAILURES:
+            return found
+        exact = signature(self.module, call, None)
+        if exact in self.failed:
+            return None
+        try:
+            return self.programs.build(call)
+        except MadtpError as error:
+            self.failed.add(exact)
+            self._note(f"a further kind of call cannot be rewritten: {error}")
+            return None
+
+    def _note(self, reason: str) -> None:
+        self.notes.add(f"calls of {self.programs.path} that run unpruned: {reason}")
+
+
+def held_state(values: Any) -> str | None:
+    """The kind of an object in a nest of containers that is neither a tensor nor a constant, such as a key/value cache:
+    something that later calls may read again. None if there is none."""
+    if isinstance(values, CONSTANTS):
+        return None
+    if isinstance(values, Mapping):
+        values = tuple(values.values())
+    if not isinstance(values, (tuple, list)):
+        return type(values).__name__
+    return next((kind for value in values if (kind := held_state(value)) is not None), None)
+
+
+class HostForward(_Forward):
+    """The forward of a host whose submodules are regions.
+
+    The first call of each kind (structure, constants, modes) is run without and with the regions, pruning off: a model
+    that collects values from the inside of a region would miss them. Such calls run as the original from then on.
+    """
+
+    def __init__(self, host: nn.Module, control: PruningControl, notes: Notes) -> None:
+        super().__init__(host)
+        self.control, self.notes = control, notes
+        self.trusted: dict[Signature, bool] = {}
+        self.counted: dict[Signature, float] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        control = self.control
+        if control.bypassed:
+            return self.original(*args, **kwargs)
+        call = normalise_call(self.module, args, kwargs)
+        kind = signature(self.module, call, _all_dims(call))
+        if kind not in self.trusted:
+            self.trusted[kind] = self._agrees(call)
+        with control.call():
+            if control.depth > 1:
+                return self._run(kind, args, kwargs)
+            control.opened()
+            control.batch = call.samples()
+            return self._counted(call, kind, args, kwargs)
+
+    def _run(self, kind: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.trusted[kind]:
+            return self.original(*args, **kwargs)
+        with self.control.bypassing():
+            return self.original(*args, **kwargs)
+
+    def _counted(self, call: Call, kind: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run, and count what the regions do not do where these sizes are new."""
+        exact = signature(self.module, call, None)
+        if exact in self.counted:
+            self.control.outside = self.counted[exact]
+            return self._run(kind, args, kwargs)
+        with Counter(lambda: self.control.depth_inside > 0) as counter:
+            result = self._run(kind, args, kwargs)
+        while len(self.counted) >= REMEMBERED:
+            self.counted.pop(next(iter(self.counted)))
+        self.counted[exact] = self.control.outside = counter.total / (self.control.batch or 1)
+        return result
+
+    def _agrees(self, call: Call) -> bool:
+        """Whether regions reproduce the original on ``call`` with pruning off."""
+        control = self.control
+        before = control.temperature, control.forced
+        reason = ""
+        try:
+            control.temperature, control.forced = 0.0, None
+            results = []
+            for bypassed in (True, False):
+                own = call if held_state((call.args, call.kwargs)) is None else copy.deepcopy(call)
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    results.append(self._silently(own, bypassed))
+            compare(*results, values=not any(m.training for m in self.module.modules()))
+        except MadtpError as error:
+            reason = str(error)
+        finally:
+            control.temperature, control.forced = before
+        if reason:
+            self.notes.add(
+                f"calls of {type(self.module).__name__} that run unpruned: {reason} It collects values from the inside of a "
+                "rewritten region; leave the option that asks for them out."
+            )
+        return not reason
+
+    def _silently(self, call: Call, bypassed: bool) -> Any:
+        if not bypassed:
+            return self.original(*call.args, **call.kwargs)
+        with self.control.bypassing():
+            return self.original(*call.args, **call.kwargs)
+
+
+def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:
+    leaves = call.flat()[0]
+    return tuple(tuple(range(x.dim())) if isinstance(x, Tensor) else () for x in leaves)

@@ -1,0 +1,112 @@
+"""Record one real run of a model: how each of its modules is called.
+
+Start at :func:`record`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from madtp.calls import Call, normalise_call
+from madtp.errors import ExampleInputsError
+from madtp.region import held_state
+from rewriters.tracking import Tracker
+
+
+@dataclass
+class Recorded:
+    """The first call of a module.
+
+    Attributes:
+        modalities: of the leaves of its inputs, by their path in the call.
+        attentions: how many it computes in one run of the model.
+        read: positions of tokens that others read in its results.
+        state: kind of an object that goes in or comes out and may be read by later calls, such as a key/value cache;
+            None if there is none.
+    """
+
+    call: Call
+    modalities: dict[str, frozenset[str] | None]
+    attentions: int = 0
+    read: set[int] = field(default_factory=set)
+    state: str | None = None
+
+
+@dataclass
+class Recording:
+    """A run of a model. calls: by module path, of modules that have children. attentions: of the whole run."""
+
+    calls: dict[str, Recorded] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+
+    def attended(self) -> None:
+        """Count an attention for all modules that are at work."""
+        for path in dict.fromkeys(self.active):
+            if path in self.calls:
+                self.calls[path].attentions += 1
+
+
+def record(model: nn.Module, call: Call) -> Recording:
+    """Run ``model`` once on ``call``, with gradients off, and record how its modules are called.
+
+    Raises:
+        ExampleInputsError: the model itself fails.
+    """
+    recording = Recording()
+    tracker = Tracker(call.tensors(), recording.attended)
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+        if not path or not any(True for _ in module.children()):
+            continue
+        handles.append(module.register_forward_pre_hook(_enter(path, recording, tracker), with_kwargs=True))
+        handles.append(module.register_forward_hook(_leave(path, recording, tracker), always_call=True))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), tracker:
+            model(*call.args, **call.kwargs)
+    except Exception as error:
+        raise ExampleInputsError(
+            f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
+            "Check names, shapes and dtypes of the inputs."
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in handles:
+            handle.remove()
+    return recording
+
+
+def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.active.append(path)
+        if path in recording.calls:
+            return
+        try:
+            call = normalise_call(module, args, kwargs)
+        except ExampleInputsError:
+            return
+        leaves, spec = pytree.tree_flatten_with_path((call.args, call.kwargs))
+        modalities = {pytree.keystr(place): tracker.modalities(leaf) for place, leaf in leaves}
+        # Containers are copied: the model may change them later in the run.
+        fresh_args, fresh_kwargs = pytree.tree_unflatten([leaf for _, leaf in leaves], spec)
+        fresh = Call(fresh_args, fresh_kwargs)
+        recording.calls[path] = Recorded(fresh, modalities, state=held_state((fresh_args, fresh_kwargs)))
+
+    return hook
+
+
+def _leave(path: str, recording: Recording, tracker: Tracker) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        recording.active.pop()
+        if path in recording.calls:
+            recorded = recording.calls[path]
+            recorded.state = recorded.state or held_state(output)
+            tracker.follow(output, recorded.read)
+
+    return hook

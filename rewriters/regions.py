@@ -1,0 +1,182 @@
+"""Regions: rewrite the submodules of a model that does not export whole, or whose Python has to stay in charge.
+
+Start at :func:`build_all`. The whole model is tried first, but for one with a ``generate`` method, which calls its
+submodules as it likes. Otherwise the model is run once, and the walk goes down its module tree to the largest
+submodules that export as they were called there, and that hold transformer blocks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from madtp.calls import Call
+from madtp.config import PruningConfig
+from madtp.errors import CaptureError, ExampleInputsError, MadtpError, NoSiteError, PlanError, RewriteError
+from rewriters.capture import Region
+from rewriters.pipeline import Rewritten, build
+from rewriters.plan import Plan, Refusal, joined
+from rewriters.recording import Recorded, Recording, record
+
+ATTEMPTS = 40
+# After so many modules of one class that cannot be captured, its others are not tried.
+OF_ONE_CLASS = 2
+STATE = "a {} holds what later calls read again, so tokens dropped now would be missed then"
+WITHOUT = "call it without the cache (an argument like use_cache=False), or prune other parts only"
+
+
+@dataclass
+class Part:
+    """One rewritten part of a model, with the call it was captured from."""
+
+    rewritten: Rewritten
+    call: Call
+
+    @property
+    def region(self) -> Region:
+        """Where it lies."""
+        return self.rewritten.region
+
+
+@dataclass
+class Parts:
+    """All rewritten parts of a model: itself, or regions of it. refusals: of submodules that are left alone."""
+
+    parts: list[Part]
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def give_up(self, failed: tuple[Part, str]) -> None:
+        """Leave a part alone."""
+        part, reason = failed
+        self.parts.remove(part)
+        self.refusals.append(Refusal(part.region.path, "", reason, "please report the model"))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the one part is the model itself."""
+        return [p.region.path for p in self.parts] == [""]
+
+    @property
+    def plan(self) -> Plan:
+        """The plans of all parts as one."""
+        plan = joined([p.rewritten.plan for p in self.parts])
+        return plan.without((), self.refusals)
+
+
+def build_all(host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None = None) -> Parts:
+    """Rewrite ``host`` as a whole or by regions.
+
+    Raises:
+        MadtpError: as :func:`rewriters.pipeline.build`, where neither works.
+    """
+    regions: Parts | None = None
+    if callable(getattr(host, "generate", None)):
+        regions = _by_regions(host, call, config, plan)
+        if regions.parts:
+            return regions
+    try:
+        return Parts([Part(build(host, call, config, plan=plan), call)])
+    except (CaptureError, RewriteError, PlanError) as error:
+        if regions is None:
+            regions = _by_regions(host, call, config, plan)
+        if not regions.parts:
+            raise _neither(error, regions) from error
+        return regions
+
+
+def _neither(error: MadtpError, found: Parts) -> MadtpError:
+    reasons = [f"{r.block}: {r.reason}" for r in found.refusals]
+    if not reasons:
+        return error
+    return type(error)(f"{error} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}")
+
+
+def _by_regions(host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None) -> Parts:
+    walk = _Walk(host, record(host, call), config, plan)
+    walk.down("", host)
+    if plan is not None and walk.parts:
+        lost = {s.name for s in plan.sites} - {s.name for p in walk.parts for s in p.rewritten.plan.sites}
+        if lost:
+            raise PlanError(
+                f"the plan has {len(lost)} sites that no region of this model holds ({sorted(lost)[0]}, ...); start from the "
+                "plan of a fresh rewrite."
+            )
+    return Parts(walk.parts, walk.refusals)
+
+
+class _Walk:
+    """The walk down a module tree."""
+
+    def __init__(self, host: nn.Module, recording: Recording, config: PruningConfig, plan: Plan | None) -> None:
+        self.host, self.recording, self.config, self.plan = host, recording, config, plan
+        self.parts: list[Part] = []
+        self.refusals: list[Refusal] = []
+        self.attempts = 0
+        self.failures: Counter[type[nn.Module]] = Counter()
+        self.seen: set[int] = set()
+
+    def down(self, path: str, module: nn.Module) -> None:
+        """Make regions of the children of ``module``, or of theirs."""
+        for name, child in module.named_children():
+            place = f"{path}.{name}" if path else name
+            if id(child) in self.seen or not self._worth_trying(place, child):
+                continue
+            self.seen.add(id(child))
+            recorded = self.recording.calls.get(place)
+            if recorded is None:
+                self.down(place, child)
+                continue
+            self._choose(place, child, recorded)
+
+    def _choose(self, path: str, module: nn.Module, recorded: Recorded) -> None:
+        """Make a region of ``module``, or of its children where they have more sites together."""
+        parts, refusals = len(self.parts), len(self.refusals)
+        found = self._try(path, module, recorded)
+        if isinstance(found, Part) and not found.rewritten.plan.refusals:
+            self.parts.append(found)
+            return
+        self.down(path, module)
+        below = sum(len(part.rewritten.plan.sites) for part in self.parts[parts:])
+        own = len(found.rewritten.plan.sites) if isinstance(found, Part) else 0
+        if below > own:
+            return
+        del self.parts[parts:], self.refusals[refusals:]
+        if isinstance(found, Part):
+            self.parts.append(found)
+        else:
+            self.refusals.append(found)
+
+    def _worth_trying(self, path: str, module: nn.Module) -> bool:
+        recorded = self.recording.calls.get(path)
+        if recorded is None:
+            return any(True for _ in module.children())
+        # In a region with one attention no other one would see fewer tokens.
+        if recorded.attentions < 2:
+            return False
+        return self.plan is None or bool(self.plan.of(Region(path)).sites)
+
+    def _try(self, path: str, module: nn.Module, recorded: Recorded) -> Part | Refusal:
+        """Rewrite one module, or say why not."""
+        if recorded.state is not None:
+            return Refusal(path, "", STATE.format(recorded.state), WITHOUT)
+        if self.attempts >= ATTEMPTS or self.failures[type(module)] >= OF_ONE_CLASS:
+            return Refusal(path, "", "others like it could not be captured", "rewrite it by itself")
+        region = Region(path, recorded.modalities, tuple(sorted(recorded.read)))
+        self.attempts += 1
+        try:
+            rewritten = build(
+                module, recorded.call, self.config, region=region, serial=len(self.parts), plan=self._plan_of(region)
+            )
+        except NoSiteError as error:
+            return Refusal(path, "", str(error), "see the reason")
+        except (CaptureError, ExampleInputsError) as error:
+            self.failures[type(module)] += 1
+            return Refusal(path, "", str(error), "an exportable module")
+        except (RewriteError, PlanError) as error:
+            return Refusal(path, "", str(error), "please report the model")
+        return Part(rewritten, recorded.call)
+
+    def _plan_of(self, region: Region) -> Plan | None:
+        return None if self.plan is None else self.plan.of(region)
