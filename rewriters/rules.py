@@ -71,6 +71,18 @@ def fresh(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=unlabelled(example_shape(node)))
 
 
+def as_complex(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``[..., 2] -> [...]``: the last dimension holds real and imaginary parts."""
+    own = labels_of(node.args[0], labels)
+    require_plain(own[-1:], node)
+    return Outcome(labels=own[:-1])
+
+
+def as_real(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``[...] -> [..., 2]``."""
+    return Outcome(labels=(*labels_of(node.args[0], labels), plain(2)))
+
+
 def prelu(node: fx.Node, labels: LabelMap) -> Outcome:
     """A slope for each entry of dimension 1, or one for all."""
     own, weight = labels_of(node.args[0], labels), node.args[1]
@@ -160,10 +172,10 @@ _upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle im2
 
 
 _ELEMENTWISE = """
-abs add addcmul alias atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
-clone contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
+abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
+clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
 hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
-logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like pow reciprocal relu relu6
+logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
 remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
 zeros_like __and__ __or__ __xor__
 """.split()
@@ -173,6 +185,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
     **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
+    "view_as_complex": as_complex,
+    "view_as_real": as_real,
     "prelu": prelu,
     "attention": attend,
     "masked_mean": masked_mean,

@@ -104,6 +104,13 @@ ELEMENTWISE = [
 ]
 
 SHAPES = [
+    sample(aten.view_as_complex.default, x("B", "N", 3, 2)),
+    sample(aten.view_as_complex.default, x("B", 2, "N", 3, 2)),
+    sample(aten.view_as_real.default, x("B", "N", 3, kind="complex")),
+    sample(aten.mul.Tensor, x("B", 2, "N", 3, kind="complex"), x(TOKENS, 3, kind="complex")),
+    sample(aten.complex.default, x("B", "N"), x(TOKENS)),
+    sample(aten.polar.default, x("B", "N", 3), x(TOKENS, 3)),
+    sample(aten.angle.default, x("B", "N", 3, kind="complex")),
     sample(aten.new_zeros.default, x(), [1, TOKENS, TOKENS]),
     sample(aten.new_ones.default, x("B", "N"), [BATCH, TOKENS]),
     sample(aten.new_full.default, x("N", "B", 4), [4], 2.0),
@@ -238,6 +245,7 @@ SAMPLES = [*ELEMENTWISE, *SHAPES, *MIXING, *CHANNELS, *READOUTS]
 
 # Near misses: what a rule must not let pass, and a word of the reason.
 REFUSED: list[tuple[Sample, str]] = [
+    (sample(aten.polar.default, x("B", "N"), x("B", "M")), "nothing to do with each other"),
     (sample(aten.prelu.default, x(), x(TOKENS)), "mixes"),
     (sample(aten.add.Tensor, x(), x("B", "M", 4)), "nothing to do with each other"),
     (sample(aten.view.default, x("B", "N", 4), [BATCH, 2, TOKENS // 2, 4]), "cuts"),

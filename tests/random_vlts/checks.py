@@ -26,6 +26,8 @@ from random_vlts.oracle import Kept, masked_outputs
 
 # Everything runs in float64, so what is larger than this is an error.
 TOLERANCE = 1e-7
+# Scores, and with them the weights of merged tokens, are float32 whatever the model is.
+MERGED = 1e-4
 SIZES = ((1, 5), (2, 9), (4, 6))
 Tensors = dict[str, Tensor]
 
@@ -240,12 +242,12 @@ def batch_mates_do_not_matter(subject: Subject) -> None:
             together, kept = leaves(pruned(**given)), pruned.kept_tokens()
             order = torch.tensor([2, 0, 1])
             permuted = leaves(pruned(**{n: v[order] for n, v in given.items()}))
-            same({n: v[order] for n, v in together.items()}, permuted, "a permuted batch")
+            same({n: v[order] for n, v in together.items()}, permuted, "a permuted batch", MERGED)
             for row in range(3):
                 alone = leaves(pruned(**{n: v[row : row + 1] for n, v in given.items()}))
                 for name, mask in pruned.kept_tokens().items():
                     assert torch.equal(mask, kept[name][row : row + 1]), f"{name} keeps other tokens of a sample alone"
-                same({n: v[row : row + 1] for n, v in together.items()}, alone, f"sample {row} alone")
+                same({n: v[row : row + 1] for n, v in together.items()}, alone, f"sample {row} alone", MERGED)
 
 
 @torch.no_grad()
@@ -321,12 +323,12 @@ def save_and_load_round_trip(subject: Subject) -> None:
         assert torch.equal(value, leaves(loaded(**given))[name]), f"{name} differs after save and load"
 
 
-def same(wanted: Tensors, found: Tensors, where: str) -> None:
+def same(wanted: Tensors, found: Tensors, where: str, tolerance: float = TOLERANCE) -> None:
     """Raise unless two sets of outputs agree."""
     assert wanted.keys() == found.keys(), f"{where}: outputs {sorted(found)} instead of {sorted(wanted)}"
     for name, value in wanted.items():
         error = gap(value, found[name])
-        assert error < TOLERANCE, f"{where}: the output {name!r} is off by {error:.1e} of its scale"
+        assert error < tolerance, f"{where}: the output {name!r} is off by {error:.1e} of its scale"
 
 
 CHECKS: tuple[tuple[Callable[[Subject], None], int], ...] = (
