@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from random_vlts.attention import cross_attention, self_attention
@@ -22,10 +23,29 @@ class Memory:
     masks: Masks
 
 
+@dataclass(frozen=True)
+class CrossOptions:
+    """How a cross-attention stands in its block: with a feed-forward of its own, behind a gate that starts at zero."""
+
+    feed_forward: bool = False
+    gate: bool = False
+
+
+class Gate(nn.Module):
+    """A learned share of a sublayer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.share.tanh() * x
+
+
 class Block(nn.Module):
     """Parts that all placements share. ``memory``: what the cross-attention reads, if there is one."""
 
-    def __init__(self, blocks: Blocks, stream: str, layer: int, memory: Reads | None, own_feed_forward: bool) -> None:
+    def __init__(self, blocks: Blocks, stream: str, layer: int, memory: Reads | None, options: CrossOptions) -> None:
         super().__init__()
         first = blocks.product == "sequence_first"
         self.norm1, self.norm2 = norm(blocks.norm), norm(blocks.norm)
@@ -36,7 +56,8 @@ class Block(nn.Module):
         self.crosses = memory is not None
         if memory is not None:
             self.cross, self.cross_norm = cross_attention(blocks, memory), norm(blocks.norm)
-        self.cross_mlp = feed_forward(blocks.feed_forward) if memory is not None and own_feed_forward else None
+            self.cross_gate = Gate() if options.gate else nn.Identity()
+        self.cross_mlp = feed_forward(blocks.feed_forward) if memory is not None and options.feed_forward else None
         if self.cross_mlp is not None:
             self.cross_mlp_norm = norm(blocks.norm)
 
@@ -45,7 +66,7 @@ class PreNorm(Block):
     def forward(self, x: Tensor, masks: Masks, memory: Memory | None = None) -> Tensor:
         x = self.tap(x + self.branch1(self.attention(self.norm1(x), masks)))
         if self.crosses and memory is not None:
-            x = x + self.cross(self.cross_norm(x), memory.tokens, memory.masks)
+            x = x + self.cross_gate(self.cross(self.cross_norm(x), memory.tokens, memory.masks))
         if self.cross_mlp is not None:
             x = x + self.cross_mlp(self.cross_mlp_norm(x))
         return self.end(x + self.branch2(self.mlp(self.norm2(x))))
@@ -55,7 +76,7 @@ class PostNorm(Block):
     def forward(self, x: Tensor, masks: Masks, memory: Memory | None = None) -> Tensor:
         x = self.tap(self.norm1(x + self.branch1(self.attention(x, masks))))
         if self.crosses and memory is not None:
-            x = self.cross_norm(self.cross(x, memory.tokens, memory.masks) + x)
+            x = self.cross_norm(self.cross_gate(self.cross(x, memory.tokens, memory.masks)) + x)
         if self.cross_mlp is not None:
             x = self.cross_mlp_norm(self.cross_mlp(x) + x)
         return self.end(self.norm2(self.branch2(self.mlp(x)) + x))
@@ -64,14 +85,14 @@ class PostNorm(Block):
 class Sandwich(Block):
     """A norm before and after each sublayer."""
 
-    def __init__(self, blocks: Blocks, stream: str, layer: int, memory: Reads | None, own_feed_forward: bool) -> None:
-        super().__init__(blocks, stream, layer, memory, own_feed_forward)
+    def __init__(self, blocks: Blocks, stream: str, layer: int, memory: Reads | None, options: CrossOptions) -> None:
+        super().__init__(blocks, stream, layer, memory, options)
         self.after_norm1, self.after_norm2 = norm(blocks.norm), norm(blocks.norm)
 
     def forward(self, x: Tensor, masks: Masks, memory: Memory | None = None) -> Tensor:
         x = self.tap(x + self.branch1(self.after_norm1(self.attention(self.norm1(x), masks))))
         if self.crosses and memory is not None:
-            x = x + self.cross(self.cross_norm(x), memory.tokens, memory.masks)
+            x = x + self.cross_gate(self.cross(self.cross_norm(x), memory.tokens, memory.masks))
         if self.cross_mlp is not None:
             x = x + self.cross_mlp(self.cross_mlp_norm(x))
         return self.end(x + self.branch2(self.after_norm2(self.mlp(self.norm2(x)))))
@@ -85,7 +106,7 @@ class Parallel(Block):
         x = x + self.branch1(self.attention(h, masks)) + self.branch2(self.mlp(self.norm2(h)))
         x = self.tap(x)
         if self.crosses and memory is not None:
-            x = x + self.cross(self.cross_norm(x), memory.tokens, memory.masks)
+            x = x + self.cross_gate(self.cross(self.cross_norm(x), memory.tokens, memory.masks))
         if self.cross_mlp is not None:
             x = x + self.cross_mlp(self.cross_mlp_norm(x))
         return self.end(x)
@@ -98,7 +119,7 @@ class ParallelSum(Block):
         h = self.norm1(x)
         total = self.branch1(self.attention(h, masks)) + self.branch2(self.mlp(self.norm2(h)))
         if self.crosses and memory is not None:
-            total = total + self.cross(self.cross_norm(h), memory.tokens, memory.masks)
+            total = total + self.cross_gate(self.cross(self.cross_norm(h), memory.tokens, memory.masks))
         if self.cross_mlp is not None:
             total = total + self.cross_mlp(self.cross_mlp_norm(h))
         return self.end(self.tap(x + total))
@@ -127,7 +148,7 @@ class Stream(nn.Module):
         causal: bool = False,
         memory: Reads | None = None,
         crossing: tuple[int, ...] = (),
-        own_feed_forward: bool = False,
+        options: CrossOptions = CrossOptions(),
     ) -> None:
         super().__init__()
         kind = PLACEMENTS[blocks.placement]
@@ -135,7 +156,7 @@ class Stream(nn.Module):
         self.masks, self.memory_masks = MaskMaker(blocks, causal), MaskMaker(blocks)
         self.relative = Relative(blocks, grid)
         self.layers = nn.ModuleList(
-            kind(blocks, name, i, memory if i in crossing else None, own_feed_forward) for i in range(blocks.depth)
+            kind(blocks, name, i, memory if i in crossing else None, options) for i in range(blocks.depth)
         )
         self.norm = nn.Identity() if blocks.placement == "post" else norm(blocks.norm)
 

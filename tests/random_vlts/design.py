@@ -46,7 +46,14 @@ class Blocks:
         "sequence_first",
     ] = "sdpa"
     mask: Literal[
-        "boolean_row", "boolean_square", "additive_row", "additive_square", "additive_large", "boolean_keys", "infinite"
+        "boolean_row",
+        "boolean_square",
+        "additive_row",
+        "additive_square",
+        "additive_large",
+        "boolean_keys",
+        "additive_pairs",
+        "infinite",
     ] = "boolean_row"
     positions: Literal[
         "learned",
@@ -65,7 +72,7 @@ class Blocks:
     layer_scale: Literal[False, True] = False
     drop_path: Literal[False, True] = False
     heads: Literal[2, 4] = 2
-    depth: Literal[2, 2, 3] = 2
+    depth: Literal[2, 3] = 2
 
     @property
     def multihead(self) -> bool:
@@ -89,8 +96,8 @@ class Design:
     """A random vision-language transformer.
 
     arrangement: which streams there are and how they meet. image, text, fusion: blocks of the streams (fusion: of what reads
-    both). special: learned tokens in front of the patches. padding: whether the text comes with a mask. cross: the layers that
-    read the other stream.
+    both). special: learned tokens in front of the patches. padding: of the text; without it there is no mask. cross: the layers
+    that read the other stream.
     """
 
     arrangement: Literal[
@@ -118,9 +125,10 @@ class Design:
         "head",
     ] = "first"
     causal: Literal[False, True] = False
-    padding: Literal[True, False] = True
+    padding: Literal["right", "left", "none"] = "right"
     cross: Literal["all", "last", "some"] = "all"
     cross_feed_forward: Literal[False, True] = False
+    cross_gate: Literal[False, True] = False
     order: Literal["text_first", "image_first"] = "text_first"
     type_embeddings: Literal[True, False] = True
     scatter: Literal["masked_scatter", "where", "index_put"] = "masked_scatter"
@@ -129,11 +137,26 @@ class Design:
     def legal(self) -> Design:
         """The nearest combination that makes sense."""
         found = dataclasses.replace(self, image=self.image.legal(), text=self.text.legal(), fusion=self.fusion.legal())
-        if not self.padding and self.text_readout in ("end_by_length", "masked_mean"):
+        if self.padding == "none" and self.text_readout in ("end_by_length", "masked_mean"):
             found = dataclasses.replace(found, text_readout="end_by_argmax")
+        if self.padding == "left":
+            found = found._for_left_padding()
         if self.special == "none" and self.image_readout in ("first", "first_and_mean"):
             found = dataclasses.replace(found, image_readout="mean")
         return found
+
+    def _for_left_padding(self) -> Design:
+        """A padded query in front of a text sees no key at all: infinite masks would make that NaN, as would torch's module."""
+        text, fusion = (
+            dataclasses.replace(
+                blocks,
+                mask="boolean_row" if blocks.mask == "infinite" else blocks.mask,
+                product="matmul" if blocks.multihead else blocks.product,
+            )
+            for blocks in (self.text, self.fusion)
+        )
+        readout = "last" if self.text_readout == "end_by_length" else self.text_readout
+        return dataclasses.replace(self, text=text, fusion=fusion, text_readout=readout)
 
     @property
     def prefix(self) -> int:

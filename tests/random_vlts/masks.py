@@ -69,6 +69,8 @@ class MaskMaker(nn.Module):
         return Masks(mask=None if shown is None else self._in_form(shown, x))
 
     def _boolean(self, seen: Tensor, length: int) -> Tensor:
+        if self.form == "additive_pairs" and seen.shape[1] == length:
+            return (seen[:, :, None] & seen[:, None, :]).unsqueeze(1)
         row = seen.unsqueeze(1).unsqueeze(1) if self.form == "boolean_keys" else seen[:, None, None, :]
         return row.expand(-1, -1, length, -1) if self.form.endswith("square") else row
 

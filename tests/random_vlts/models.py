@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cases import lively
 from torch import Tensor, nn
 
-from random_vlts.blocks import Stream
+from random_vlts.blocks import CrossOptions, Stream
 from random_vlts.design import Blocks, Design
 from random_vlts.marks import END, GRID, LONGEST, PATCH, PATCHES, PICTURE, VOCABULARY, WIDTH, Reads
 from random_vlts.positions import absolute
@@ -87,7 +87,7 @@ class Towers(nn.Module):
             causal=design.causal,
             memory=Reads("image"),
             crossing=crossing,
-            own_feed_forward=design.cross_feed_forward,
+            options=CrossOptions(design.cross_feed_forward, design.cross_gate),
         )
         self.readout = text_readout(design.text_readout, "text")
 
@@ -119,13 +119,20 @@ class CoAttention(nn.Module):
         super().__init__()
         self.embed, self.words = Pixels(design, design.image), Words(design.text)
         depth = min(design.image.depth, design.text.depth)
-        options = {"own_feed_forward": design.cross_feed_forward}
+        options = CrossOptions(design.cross_feed_forward, design.cross_gate)
         self.image, self.text = nn.ModuleList(), nn.ModuleList()
         grid = (PATCHES + design.prefix, design.prefix)
         for layer in range(depth):
-            image = Stream(_one(design.image), "image", grid, memory=Reads("text", layer), crossing=(0,), **options)
+            image = Stream(
+                _one(design.image), "image", grid, memory=Reads("text", layer), crossing=(0,), options=options
+            )
             text = Stream(
-                _one(design.text), "text", causal=design.causal, memory=Reads("image", layer), crossing=(0,), **options
+                _one(design.text),
+                "text",
+                causal=design.causal,
+                memory=Reads("image", layer),
+                crossing=(0,),
+                options=options,
             )
             for stream in (image, text):
                 _renumber(stream, layer)
@@ -167,7 +174,7 @@ class Queries(nn.Module):
             "query",
             memory=Reads("image"),
             crossing=crossing_layers(design, design.fusion),
-            own_feed_forward=design.cross_feed_forward,
+            options=CrossOptions(design.cross_feed_forward, design.cross_gate),
         )
         self.readout = image_readout("sequence" if design.image_readout in ("grid", "first") else "mean", "query", 0)
 
@@ -189,7 +196,7 @@ class Joint(nn.Module):
             self.image = Stream(design.image, "image", (PATCHES + design.prefix, design.prefix))
             self.text = Stream(design.text, "text", causal=design.causal)
         self.type_embed = nn.Embedding(2, WIDTH) if design.type_embeddings else None
-        self.text_first, self.padding = design.order == "text_first", design.padding
+        self.text_first = design.order == "text_first"
         self.stream = Stream(design.fusion, "joint")
         self.image_readout = image_readout(design.image_readout, "joint_image", design.prefix)
         self.text_readout = text_readout(design.text_readout, "joint_text")
@@ -283,7 +290,13 @@ def inputs(design: Design, batch: int, length: int, seed: int) -> Tensors:
         start = 1 + row % 2
         ids[row, start : start + pictures] = PICTURE
     found = {"pixels": pixels, "ids": ids.masked_fill(~seen, 0)}
-    return {**found, "attention_mask": seen.long()} if design.padding else found
+    if design.padding == "none":
+        return found
+    found["attention_mask"] = seen.long()
+    if design.padding == "left":
+        for name in ("ids", "attention_mask"):
+            found[name] = torch.stack([r.roll(len(r) - int(n)) for r, n in zip(found[name], lengths, strict=True)])
+    return found
 
 
 def lengths(design: Design, inputs: Tensors) -> dict[str, int]:
