@@ -19,6 +19,7 @@ from rewriters.layout import Layout, find_layout
 from rewriters.outcomes import labels_of, op_name
 from rewriters.propagate import Flow, propagate
 from rewriters.special import special_positions, stream_modality
+from rewriters.spellings import looks_like_attention
 
 ADDS = frozenset(("add",))
 NORMS = frozenset(("layer_norm", "rms_norm"))
@@ -109,6 +110,8 @@ def detect(graph: fx.Graph) -> Structure:
     sublayers: list[Sublayer] = []
     unplaced: list[tuple[fx.Node, str]] = []
     for node in nodes:
+        if looks_like_attention(node):
+            unplaced.append((node, "attention in a spelling that the rewriter does not know"))
         if node.op != "call_function" or op_name(node) != "attention":
             continue
         try:

@@ -20,6 +20,7 @@ from rewriters.axes import AxisError, example_shape, is_tensor
 from rewriters.capture import Region
 from rewriters.detect import Stream, Structure, Sublayer, module_path
 from rewriters.evaluate import hides_later_keys
+from rewriters.outcomes import op_name
 from rewriters.policy import SegmentPlan, left_alone, protected_readouts, segments_of
 
 PLAN_VERSION = 1
@@ -267,9 +268,8 @@ def _taken(sublayer: Sublayer, sites: Sequence[SitePlan]) -> Refusal | None:
 
 
 def _unplaced(node: fx.Node, reason: str) -> Refusal:
-    return Refusal(
-        module_path(node) or node.name,
-        node.name,
-        reason,
-        "attention on a residual stream x + f(x) of shape [B, N, C]; attention pooling needs no site",
-    )
+    if op_name(node) == "attention":
+        help = "attention on a residual stream x + f(x) of shape [B, N, C]; attention pooling needs no site"
+    else:
+        help = "scaled_dot_product_attention, or a product, scale, mask, softmax and product over heads [B, H, N, D]"
+    return Refusal(module_path(node) or node.name, node.name, reason, help)

@@ -71,18 +71,6 @@ def fresh(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=unlabelled(example_shape(node)))
 
 
-def as_complex(node: fx.Node, labels: LabelMap) -> Outcome:
-    """``[..., 2] -> [...]``: the last dimension holds real and imaginary parts."""
-    own = labels_of(node.args[0], labels)
-    require_plain(own[-1:], node)
-    return Outcome(labels=own[:-1])
-
-
-def as_real(node: fx.Node, labels: LabelMap) -> Outcome:
-    """``[...] -> [..., 2]``."""
-    return Outcome(labels=(*labels_of(node.args[0], labels), plain(2)))
-
-
 def prelu(node: fx.Node, labels: LabelMap) -> Outcome:
     """A slope for each entry of dimension 1, or one for all."""
     own, weight = labels_of(node.args[0], labels), node.args[1]
@@ -185,8 +173,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
     **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
-    "view_as_complex": as_complex,
-    "view_as_real": as_real,
     "prelu": prelu,
     "attention": attend,
     "masked_mean": masked_mean,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -25,10 +25,21 @@ aten = torch.ops.aten
 PASS_THROUGH = frozenset("to _to_copy type_as float contiguous clone alias detach".split())
 RESHAPES = frozenset("view reshape _unsafe_view unflatten flatten".split())
 PRODUCTS = frozenset("matmul bmm baddbmm".split())
+SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax"))
 
 
 class NoMatch(Exception):
     """This softmax is not attention of a known spelling."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask on the way: "add" it ``times`` so much, or "hide" or "show" keys by it. rank: of the scores that it meets."""
+
+    kind: Literal["add", "hide", "show"]
+    node: fx.Node
+    rank: int
+    times: float = 1.0
 
 
 @dataclass
@@ -37,7 +48,7 @@ class Scores:
 
     product: fx.Node
     scale: float = 1.0
-    masks: list[tuple[str, fx.Node, float]] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
     query_factors: list[fx.Node] = field(default_factory=list)
 
 
@@ -49,7 +60,7 @@ def canonical_attention(graph: fx.Graph) -> None:
         if op_name(node) == "scaled_dot_product_attention":
             with suppress(AxisError):
                 _from_sdpa(graph, node)
-        elif op_name(node) in ("softmax", "_softmax", "_safe_softmax"):
+        elif op_name(node) in SOFTMAXES:
             with suppress(NoMatch, AxisError):
                 _from_softmax(graph, node)
 
@@ -85,7 +96,7 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
         if rank == 3:
             heads = _folded_heads(operands[0])
             operands = [_unfold(graph, n, heads) for n in operands]
-            mask = None if mask is None else _unfold_mask(graph, mask, heads, node)
+            mask = None if mask is None else _unfold_mask(graph, mask, heads, node, rank)
         elif rank != 4:
             return
         new = emit(
@@ -123,7 +134,7 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         if rank == 3:
             heads = _folded_heads(query)
             query, key, value = (_unfold(graph, n, heads) for n in (query, key, value))
-            masks = [(k, _unfold_mask(graph, m, heads, product), s) for k, m, s in scores.masks]
+            masks = [replace(m, node=_unfold_mask(graph, m.node, heads, product, m.rank)) for m in scores.masks]
         else:
             masks = scores.masks
         mask = _join(graph, masks, product)
@@ -135,6 +146,21 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         if result.meta["val"].dtype != wanted:
             result = emit(graph, aten.to.dtype, (result, wanted), product)
     product.replace_all_uses_with(result)
+
+
+def looks_like_attention(node: fx.Node) -> bool:
+    """Whether ``node`` is a softmax whose probabilities weigh something: attention in a spelling that is not known."""
+    if op_name(node) not in SOFTMAXES:
+        return False
+    frontier = list(node.users)
+    while frontier:
+        user = frontier.pop()
+        name = op_name(user)
+        if name in PRODUCTS or name == "einsum":
+            return True
+        if name == "dropout" or name in PASS_THROUGH or name in RESHAPES:
+            frontier.extend(user.users)
+    return False
 
 
 def _outwards(softmax: fx.Node) -> tuple[fx.Node, float]:
@@ -173,16 +199,20 @@ def _inwards(node: Any) -> Scores:
         if hidden is None or hidden > HIDDEN:
             raise NoMatch
         inner = _inwards(node.args[0])
-        inner.masks.append(("hide", node.args[1], inner.scale))
+        inner.masks.append(Mask("hide", node.args[1], _rank(node)))
         return inner
     if name == "where":
         hidden = _number(node.args[2])
         if hidden is None or hidden > HIDDEN:
             raise NoMatch
         inner = _inwards(node.args[1])
-        inner.masks.append(("show", node.args[0], inner.scale))
+        inner.masks.append(Mask("show", node.args[0], _rank(node)))
         return inner
     raise NoMatch
+
+
+def _rank(node: fx.Node) -> int:
+    return len(example_shape(node))
 
 
 def _product(node: fx.Node) -> Scores:
@@ -191,7 +221,7 @@ def _product(node: fx.Node) -> Scores:
     beta, alpha = float(node.kwargs.get("beta", 1)), float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
     found = Scores(node, scale=alpha)
     if beta == 1:
-        found.masks.append(("add", node.args[0], 1.0))  # type: ignore[arg-type]
+        found.masks.append(Mask("add", node.args[0], _rank(node)))  # type: ignore[arg-type]
     elif beta != 0:
         raise NoMatch
     return found
@@ -209,7 +239,7 @@ def _scaled(node: fx.Node, name: str) -> Scores:
         return inner
     factor = 1 / factor if name == "div" else factor
     inner.scale *= factor
-    inner.masks = [(kind, mask, times * factor if kind == "add" else times) for kind, mask, times in inner.masks]
+    inner.masks = [replace(m, times=m.times * factor) if m.kind == "add" else m for m in inner.masks]
     return inner
 
 
@@ -221,7 +251,7 @@ def _masked_sum(node: fx.Node) -> Scores:
             inner = _inwards(scores)
         except NoMatch:
             continue
-        inner.masks.append(("add", mask, 1.0))  # type: ignore[arg-type]
+        inner.masks.append(Mask("add", mask, _rank(node)))  # type: ignore[arg-type]
         return inner
     raise NoMatch
 
@@ -243,22 +273,23 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _join(graph: fx.Graph, masks: list[tuple[str, fx.Node, float]], like: fx.Node) -> fx.Node | None:
+def _join(graph: fx.Graph, masks: list[Mask], like: fx.Node) -> fx.Node | None:
     """All masks as one operand: boolean if all are, else additive."""
     booleans: list[fx.Node] = []
     additive: list[fx.Node] = []
-    for kind, mask, times in masks:
-        if kind == "add":
-            additive.append(mask if times == 1.0 else emit(graph, aten.mul.Tensor, (mask, times), like))
+    for mask in masks:
+        node = mask.node
+        if mask.kind == "add":
+            additive.append(node if mask.times == 1.0 else emit(graph, aten.mul.Tensor, (node, mask.times), like))
             continue
-        as_bool = mask if mask.meta["val"].dtype == torch.bool else emit(graph, aten.to.dtype, (mask, torch.bool), like)
-        booleans.append(emit(graph, aten.bitwise_not.default, (as_bool,), like) if kind == "hide" else as_bool)
+        as_bool = node if node.meta["val"].dtype == torch.bool else emit(graph, aten.to.dtype, (node, torch.bool), like)
+        booleans.append(emit(graph, aten.bitwise_not.default, (as_bool,), like) if mask.kind == "hide" else as_bool)
     shown = booleans[0] if booleans else None
-    for mask in booleans[1:]:
-        shown = emit(graph, aten.bitwise_and.Tensor, (shown, mask), like)
+    for one in booleans[1:]:
+        shown = emit(graph, aten.bitwise_and.Tensor, (shown, one), like)
     total = additive[0] if additive else None
-    for mask in additive[1:]:
-        total = emit(graph, aten.add.Tensor, (total, mask), like)
+    for one in additive[1:]:
+        total = emit(graph, aten.add.Tensor, (total, one), like)
     if total is None or shown is None:
         return total if shown is None else shown
     hidden = emit(graph, aten.bitwise_not.default, (shown,), like)
@@ -290,13 +321,16 @@ def _unfold(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
     return emit(graph, aten.unflatten.int, (node, 0, [-1, heads]), node)
 
 
-def _unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node) -> fx.Node:
+def _unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node, rank: int) -> fx.Node:
+    """A mask of scores ``[B * H, Q, K]`` as one of ``[B, H, Q, K]``; one that met scores of ``rank`` 4 is that already."""
     shape = example_shape(mask)
-    if len(shape) == 4 or len(shape) < 3:
+    if rank == 4 or len(shape) < 3:
         return mask
     total = math.prod(example_shape(like)[:1])
     if shape[0] == total and heads > 1:
         return emit(graph, aten.unflatten.int, (mask, 0, [-1, heads]), like)
+    if heads > 1 and shape[0] != 1:
+        raise AxisError("a mask of folded scores that is neither of each head nor of all")
     return emit(graph, aten.unsqueeze.default, (mask, 1), like)
 
 

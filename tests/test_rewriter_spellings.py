@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import expected, leaves, survivors
 from rewrites import eager_arithmetic, gap
-from spelled import LENGTH, SPELLINGS, SpelledAttention, Speller, inputs, sdpa, spelled_case
+from spelled import HEAD, HEADS, LENGTH, SPELLINGS, SpelledAttention, Speller, inputs, sdpa, spelled_case
 from torch import Tensor, fx, nn
 
 import madtp
@@ -128,3 +128,23 @@ def test_near_miss_costs_sites_and_never_correctness(miss: Any) -> None:
 
 def test_soft_mask_above_the_hiding_bound_is_no_mask() -> None:
     assert len(attentions(canonical(Speller(soft_mask).eval(), inputs(2, 0)))) == 0
+
+
+def folded_with_bias_of_heads(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    batch, length, _ = x.shape
+    q, k, v = (t.reshape(batch * HEADS, length, HEAD) for t in m.split(x))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, HEADS, length, length) * 0.5 + m.bias
+    weights = scores.view(batch * HEADS, length, length).softmax(-1)
+    return m.join(torch.bmm(weights, v).view(batch, HEADS, length, HEAD))
+
+
+@pytest.mark.parametrize("batch", [HEADS, HEADS + 1])
+@torch.no_grad()
+def test_a_bias_of_each_head_is_none_of_each_sample(batch: int) -> None:
+    model = Speller(folded_with_bias_of_heads).eval()
+    captured = capture(model, normalise_call(model, (), inputs(batch, 0)))
+    canonicalise(captured.graph)
+    assert len(attentions(captured.graph)) == 1
+    call = inputs(batch, 0)
+    found = fx.GraphModule(model, captured.graph)(*call.values())[0]
+    assert gap(model(**call), found) < 1e-5

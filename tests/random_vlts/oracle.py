@@ -23,11 +23,13 @@ class Kept:
     """Which tokens [B, N] are left, by stream, after each place where it may be pruned (all of them where it is not).
 
     parts: which joint stream lies where: name of a part to its stream and slice. starts: tokens that a stream starts with.
+    pooled: whether pooling of a part leaves dropped tokens out, too; else they take part as they last were.
     """
 
     after: dict[str, list[Tensor]]
     parts: dict[str, tuple[str, slice]]
     starts: dict[str, Tensor]
+    pooled: bool = True
 
     def of(self, stream: str, places: int = -1) -> Tensor | None:
         """Tokens left after the first ``places`` places, None if the stream is never pruned."""
@@ -105,7 +107,7 @@ def _pooling(model: nn.Module, kept: Kept) -> Iterator[None]:
     """Pooling runs over what is left."""
     pools = [m for m in model.modules() if isinstance(m, Pooling)]
     for module in pools:
-        left = kept.of(module.stream)
+        left = kept.of(module.stream) if kept.pooled or module.stream not in kept.parts else None
         if left is not None:
             module.forward = _over(module, left)  # type: ignore[method-assign]
     try:
