@@ -226,8 +226,8 @@ def _agree(wanted: Tensors, found: Tensors) -> bool:
 def _as_wanted(subject: Subject, given: Tensors, kept: Kept, forced: Tensors) -> None:
     must, may = protected(subject.design, given)
     for stream, layers in kept.after.items():
-        if stream == "joint":
-            continue  # which of its tokens are protected is the planner's choice as yet
+        if stream == "joint" or (stream == "text" and subject.design.arrangement == "scattered"):
+            continue  # which segments are pruned, and what is protected in them, is policy
         before = torch.ones_like(layers[0])
         for layer, now in enumerate(layers):
             name = subject.sites.get((stream, layer))
