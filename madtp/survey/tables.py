@@ -69,7 +69,7 @@ def reasons(records: Iterable[Record]) -> list[tuple[str, list[str]]]:
 def general(text: str) -> str:
     """A reason without what differs from model to model: class and node names, numbers, quotations."""
     text = re.split(r" Remove data-dependent| what would help:|; pass such a model", " ".join(text.split()))[0]
-    text = re.sub(r"\b[A-Z]\w+ (runs on the example inputs)", r"the model \1", text)
+    text = re.sub(r"\b[A-Z]\w+ (runs on the example inputs|is built in a way)", r"the model \1", text)
     text = re.sub(r"found in \w+", "found", text)
     text = re.sub(r"\S+ \(node \w+\)", "a block", text)
     text = re.sub(r"'[^']*'", "'...'", text)

@@ -118,7 +118,9 @@ def _tile_mask(draft: Draft) -> Tensor:
     return torch.ones(draft.batch, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
 
 
-def _tile_attention(draft: Draft) -> Tensor:
+def _tile_attention(draft: Draft) -> Tensor | None:
+    if "pixel_values" not in draft.made:
+        return None
     length = draft.made["input_ids"].shape[1]
     return torch.ones(draft.batch, length, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
 

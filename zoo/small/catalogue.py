@@ -102,7 +102,6 @@ ViT-B-32 ViT-B-32-quickgelu ViT-L-14-CLIPA ViT-H-14-worldwide ViT-S-16-alt ViT-b
 coca_roberta-ViT-B-32 roberta-ViT-B-32 xlm-roberta-base-ViT-B-32 mt5-base-ViT-B-32 nllb-clip-base
 nllb-clip-base-siglip ViT-B-16-SigLIP ViT-B-16-SigLIP2 ViT-SO400M-14-SigLIP EVA01-g-14 EVA02-B-16 PE-Core-B-16
 MobileCLIP-B ViTamin-S vit_medium_patch16_gap_256 vit_relpos_medium_patch16_cls_224 RN50
-convnext_base
 """.split()
 
 CATALOGUE: dict[str, tuple[str, ...]] = {"hf": tuple(_HF), "open_clip": tuple(_OPEN_CLIP), "timm": tuple(_TIMM)}

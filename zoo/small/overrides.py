@@ -61,6 +61,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Qwen2VLConfig": _ROTARY,
     "Qwen2_5_VLConfig": _ROTARY,
     "Glm4vConfig": _ROTARY,
+    "PerceiverConfig": {"image_size": 64, "num_latents": 16, "d_latents": 64, "d_model": 64, "num_self_attends_per_block": 2},
     "SamConfig": {
         "prompt_encoder_config": {"image_size": 64, "patch_size": 8, "hidden_size": 64},
         "vision_config": {"output_channels": 64, "window_size": 4},

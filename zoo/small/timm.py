@@ -16,7 +16,7 @@ _STAGES = {"img_size": IMAGE, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_head
 _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("test_*", {}),
     ("swin*_tiny*", {**_STAGES, "window_size": 4}),
-    ("vit_base_mci*", {}),
+    ("vit_base_mci*", {"img_size": IMAGE, "depth": LAYERS}),
     ("vit_small_r26*", {"img_size": IMAGE, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}),
     ("tnt*", {"embed_dim": WIDTH, "inner_dim": 16, "depth": LAYERS, "num_heads_outer": HEADS}),
     ("volo*", {}),
