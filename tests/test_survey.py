@@ -144,6 +144,7 @@ def test_the_page_holds_every_row_and_outcome() -> None:
     for outcome in OUTCOMES:
         assert f"| {outcome} | " in page
     assert "needs \\| this" in page
+    assert "measured today" in markdown(RECORDS, "measured today")
     assert row(RECORDS[0])[3:6] == ("4 pre-norm self", "4", "2/2")
 
 

@@ -52,6 +52,7 @@ def survey_command(
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Also write a page with the table.", show_default=False)
     ] = None,
+    note: Annotated[str, typer.Option(help="A remark for the head of the page, such as versions and date.")] = "",
     again: Annotated[
         str, typer.Option(help="Run these outcomes of the file again, as in 'error,wrong'; 'all' for everything.")
     ] = "",
@@ -77,7 +78,7 @@ def survey_command(
     output_console.print(summary(shown), soft_wrap=True)
     if markdown_file is not None:
         markdown_file.parent.mkdir(parents=True, exist_ok=True)
-        markdown_file.write_text(markdown(list(records.values())), encoding="utf-8")
+        markdown_file.write_text(markdown(list(records.values()), note), encoding="utf-8")
         error_console.print(f"page written to {markdown_file}")
     if any(record.outcome in ("wrong", "error") for record in shown):
         raise typer.Exit(1)

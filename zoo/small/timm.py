@@ -38,7 +38,10 @@ def build(name: str) -> nn.Module:
     """The architecture of that name, small where its arguments allow it."""
     import timm
 
-    return timm.create_model(name, pretrained=False, num_classes=10, **arguments(name))
+    given = arguments(name)
+    size = given.get("img_size")  # what example inputs go by where the model itself takes any size
+    overlay = {} if size is None else {"pretrained_cfg_overlay": {"input_size": (3, size, size)}}
+    return timm.create_model(name, pretrained=False, num_classes=10, **overlay, **given)
 
 
 def arguments(name: str) -> dict[str, Any]:
