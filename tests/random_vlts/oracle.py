@@ -68,13 +68,19 @@ def _standing_still(model: nn.Module, kept: Kept) -> Iterator[None]:
         if tap.end:
             x = torch.where(kept.after[tap.stream][tap.layer][:, :, None], x, still[tap.stream])
         else:
-            before = kept.after[tap.stream][tap.layer - 1] if tap.layer else None
+            before = kept.after[tap.stream][tap.layer - 1] if tap.layer else kept.starts.get(tap.stream)
             last = still.get(tap.stream)
             x = x if before is None or last is None else torch.where(before[:, :, None], x, last)
             still[tap.stream] = x
         return x.transpose(0, 1) if tap.sequence_first else x
 
+    def enter(block: nn.Module, arguments: Any) -> None:
+        if block.tap.layer == 0 and block.tap.stream in kept.starts:
+            x = arguments[0]
+            still[block.tap.stream] = x.transpose(0, 1) if block.tap.sequence_first else x
+
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, Tap)]
+    handles += [m.register_forward_pre_hook(enter) for m in model.modules() if isinstance(getattr(m, "tap", None), Tap)]
     try:
         yield
     finally:
