@@ -8,7 +8,6 @@ token and padding, K alignment tokens.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -77,13 +76,11 @@ def importance_terms(
     guidance: Tensor | None,
     candidates: Tensor,
     config: PruningConfig,
-    *,
-    width: int,
 ) -> ImportanceTerms:
     """The three terms, every one zero outside the candidates.
 
     s1_j = c_j / sum c
-    s2_j = softmax_j(g_j / sqrt(d_e)), g_j = max_k G_jk         (guidance_score="sum": g_j / sum g)
+    s2_j = softmax_j((g_j - mean g) / std g), g_j = max_k G_jk   (guidance_score="sum": g_j / sum g)
     s3_j = t_j / sum t, t_j = sum_h A_h0j |o_hj| / sum_h |o_hj|   (class_score="raw": t_j)
 
     Args:
@@ -91,13 +88,12 @@ def importance_terms(
         guidance: G [B, N, K]; None leaves s2 out.
         candidates: [B, N] bool, the tokens that pruning may take.
         config: its `guidance_score`, `class_score` and `alignment` are read.
-        width: d_e.
     """
     alignment = None
     if guidance is not None and config.alignment:
         best = guidance.float().amax(dim=-1)
         if config.guidance_score == "softmax":
-            alignment = masked_softmax(best / math.sqrt(width), candidates)
+            alignment = masked_softmax(_standardise(best, candidates), candidates)
         else:
             best = best.masked_fill(~candidates, 0.0)
             total = best.sum(dim=1, keepdim=True)
@@ -117,20 +113,28 @@ def importance(
     guidance: Tensor | None,
     candidates: Tensor,
     config: PruningConfig,
-    *,
-    width: int,
 ) -> Tensor:
     """S [B, N] float32, the mean of the terms that exist; see `importance_terms`.
 
     With our defaults S sums to one over the candidates and is zero elsewhere.
     """
-    return importance_terms(statistics, guidance, candidates, config, width=width).mean()
+    return importance_terms(statistics, guidance, candidates, config).mean()
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int = 1) -> Tensor:
     """Softmax along `dim` over the entries in `mask`, zero elsewhere, and zero (not NaN) where the mask is empty."""
     filled = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return filled.softmax(dim=dim) * mask
+
+
+def _standardise(values: Tensor, candidates: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the candidates of each sample; values that differ by rounding alone become zeros."""
+    count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
+    values = values.masked_fill(~candidates, 0.0)
+    centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~candidates, 0.0)
+    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    rounding = 1e-5 * values.abs().amax(dim=1, keepdim=True) + TINY
+    return torch.where(deviation > rounding, centred / deviation.clamp_min(TINY), torch.zeros_like(centred))
 
 
 def _normalise(values: Tensor, candidates: Tensor) -> Tensor:

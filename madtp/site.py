@@ -277,7 +277,7 @@ class PruningSite(nn.Module):
         if queries is not None and guidance is not None and control.collects_features():
             features = pooled_features(queries, guidance, part.candidates)
             control.features[self.spec.name, part.modality] = features
-        terms = importance_terms(statistics, guidance, part.candidates, config, width=self.alignment_width)
+        terms = importance_terms(statistics, guidance, part.candidates, config)
         scores = terms.mean()
         limit = threshold(guidance, scores, part.candidates, max(control.temperature, 1e-6))
         kept = self._kept(part, terms, scores, limit, state)

@@ -86,7 +86,7 @@ def prune(
     protected[:, 0] = True
     candidates = candidates_of(valid, protected, config)
     full = F.pad(score, (0, 0, 1, 0))
-    terms = importance_terms(statistics, full, candidates, config, width=WIDTH)
+    terms = importance_terms(statistics, full, candidates, config)
     scores = terms.mean()
     theta = threshold(full, scores, candidates, config.temperature)
     above = keep_mask(scores, theta, config.gain, candidates, min_tokens=0, smallest_drop=0).sum(1)

@@ -44,7 +44,7 @@ class Layer:
         return attention_statistics(self.probabilities, self.output, self.candidates, 0)
 
     def terms(self, config: PruningConfig = OURS) -> ImportanceTerms:
-        return importance_terms(self.statistics(), self.guidance, self.candidates, config, width=WIDTH)
+        return importance_terms(self.statistics(), self.guidance, self.candidates, config)
 
     def take(self, order: Tensor) -> Layer:
         """The layer with its tokens in another order, the same for every sample."""
@@ -94,13 +94,31 @@ def _decide(layer: Layer, config: PruningConfig, temperature: float, gain: float
 @given(layers(), st.booleans())
 def test_terms_sum_to_one_over_candidates_and_vanish_elsewhere(layer: Layer, class_token: bool) -> None:
     statistics = layer.statistics() if class_token else layer.statistics()._replace(class_row=None)
-    terms = importance_terms(statistics, layer.guidance, layer.candidates, OURS, width=WIDTH)
+    terms = importance_terms(statistics, layer.guidance, layer.candidates, OURS)
     assert (terms.class_attention is not None) == class_token
     for term in (*terms, terms.mean()):
         if term is not None:
             torch.testing.assert_close(term.sum(1), torch.ones(len(term)))
             assert bool((term >= 0).all())
             assert bool((term[~layer.candidates] == 0).all())
+
+
+@given(layers(), st.floats(0.5, 1000.0), st.floats(-50.0, 50.0))
+def test_the_scale_of_the_residual_stream_leaves_the_alignment_term_alone(
+    layer: Layer, scale: float, shift: float
+) -> None:
+    grown = importance_terms(layer.statistics(), layer.guidance * scale + shift, layer.candidates, OURS).alignment
+    torch.testing.assert_close(grown, layer.terms().alignment, atol=2e-3, rtol=2e-3)
+
+
+def test_equal_guidance_gives_equal_shares_whatever_the_rounding() -> None:
+    guidance = torch.full((1, 5, 2), 7.0)
+    guidance[0, 2] += 1e-6
+    statistics = AttentionStatistics(torch.ones(1, 5), None, None)
+    candidates = torch.tensor([[False, True, True, True, True]])
+    terms = importance_terms(statistics, guidance, candidates, OURS)
+    assert terms.alignment is not None
+    assert terms.alignment.tolist() == [[0.0, 0.25, 0.25, 0.25, 0.25]]
 
 
 @given(layers(), st.data())
@@ -245,7 +263,7 @@ def test_a_sample_of_nothing_but_padding_is_harmless() -> None:
     candidates = torch.tensor([[False, True, True, True], [False] * 4])
     statistics = AttentionStatistics(torch.rand(2, 4), torch.zeros(2, HEADS, 4), torch.zeros(2, HEADS, 4))
     for config in (OURS, PruningConfig.official()):
-        terms = importance_terms(statistics, torch.randn(2, 4, KINDS), candidates, config, width=WIDTH)
+        terms = importance_terms(statistics, torch.randn(2, 4, KINDS), candidates, config)
         theta = threshold(torch.randn(2, 4, KINDS), terms.mean(), candidates, 1.0)
         kept = select(terms, terms.mean(), theta, candidates, config, gain=1.0)
         weights = merge_weights(terms.mean(), candidates & ~kept)
@@ -261,7 +279,7 @@ def test_low_precision_inputs_are_judged_in_float32(dtype: torch.dtype) -> None:
     received, row, norms = torch.rand(2, 600), torch.rand(2, HEADS, 600), torch.rand(2, HEADS, 600)
     guidance = 30 * torch.randn(2, 600, KINDS)
     low = AttentionStatistics(received.to(dtype), row.to(dtype), norms.to(dtype))
-    terms = importance_terms(low, guidance.to(dtype), candidates, OURS, width=WIDTH)
+    terms = importance_terms(low, guidance.to(dtype), candidates, OURS)
     theta = threshold(guidance.to(dtype), terms.mean(), candidates, 1.0)
     assert terms.mean().dtype == theta.dtype == torch.float32
     torch.testing.assert_close(terms.mean().sum(1), torch.ones(2))
@@ -273,7 +291,7 @@ def test_gradients_reach_scores_by_merging_and_guidance_by_the_gate() -> None:
     candidates = torch.ones(1, 6, dtype=torch.bool)
     guidance = torch.randn(1, 6, KINDS, requires_grad=True)
     statistics = AttentionStatistics(torch.rand(1, 6), torch.rand(1, HEADS, 6), torch.rand(1, HEADS, 6))
-    scores = importance_terms(statistics, guidance, candidates, OURS, width=WIDTH).mean()
+    scores = importance_terms(statistics, guidance, candidates, OURS).mean()
     theta = threshold(guidance, scores, candidates, 4.0)
     kept = keep_mask(scores, theta, 1.1, candidates)
     tokens = torch.randn(1, 6, WIDTH)
