@@ -42,7 +42,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "straight-through": {"straight_through": True},
 }
 SMALLER = "smaller-input"
-IMAGE_SIZE = {0.8: 24, 0.5: 40}
+IMAGE_SIZE = {0.8: 40, 0.5: 72}
+"""Sides, in whole patches, whose dense MACs come nearest to what pruning leaves (81.5% and 45.4% saved)."""
 
 
 class Downscaled(nn.Module):

@@ -18,7 +18,7 @@ from madtp.demo import measure, models, run
 from madtp.errors import CheckpointError, DataError
 from zoo.scenes import SceneDataset, collate
 
-PATCHES = 64
+PATCHES = 144
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class FakePruned(nn.Module):
 def contenders(monkeypatch: pytest.MonkeyPatch) -> list[models.Contender]:
     fakes = [
         models.Contender("dense", zoo.create("blip_nlvr_mini"), pruned=False),
-        models.Contender("pruned −50%", FakePruned((32, 16), 50e6), pruned=True),
+        models.Contender("pruned −50%", FakePruned((PATCHES // 2, PATCHES // 4), 50e6), pruned=True),
         models.Contender("pruned −80%", FakePruned((9, 3), 20e6), pruned=True),
     ]
     monkeypatch.setattr(measure, "TIMING_ROUNDS", 2)
@@ -98,7 +98,7 @@ def test_the_demo_measures_prints_and_draws(contenders: list[models.Contender], 
     assert strong.reduction == pytest.approx(0.8)
     assert strong.image_tokens == (10.0, 4.0)
     assert strong.text_tokens == (5.0,)
-    assert dense.image_tokens == (65.0,) * 6
+    assert dense.image_tokens == (PATCHES + 1.0,) * 6
     assert dense.milliseconds > 0
 
 
@@ -114,10 +114,10 @@ def test_kept_patches_belong_to_the_image_they_are_shown_with(contenders: list[m
     examples = run.explain(contenders, items, collate(items))
     for example in examples:
         first, second = example.survivals[0].kept[0]
-        assert first[:32].all()
-        assert not first[32:].any()
-        assert second[32:].all()
-        assert not second[:32].any()
+        assert first[: PATCHES // 2].all()
+        assert not first[PATCHES // 2 :].any()
+        assert second[PATCHES // 2 :].all()
+        assert not second[: PATCHES // 2].any()
 
 
 def test_examples_cover_the_kinds_of_statement_and_depend_on_the_seed_alone() -> None:

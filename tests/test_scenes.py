@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from madtp.errors import DataError
 from zoo.scenes import VOCABULARY, SceneDataset, collate, draw_sample, encode, normalise
 from zoo.scenes.bias import report
+from zoo.scenes.drawing import GRID, PATCH
 from zoo.scenes.objects import CANVAS, COLOURS, SHAPES, SIZES, SPLITS, Thing
 from zoo.scenes.statements import KINDS
 from zoo.scenes.tokens import LONGEST
@@ -123,9 +124,10 @@ def test_annotations_name_what_is_there(index: int) -> None:
         assert ((labels[0] > 0) == (labels[1] > 0)).all()
         assert ((labels[0] > 0) == (labels[2] > 0)).all()
         for thing in things:
-            patch = (thing.y // 8) * 8 + thing.x // 8
+            patch = (thing.y // PATCH) * GRID + thing.x // PATCH
             assert tuple(labels[:3, patch]) == (thing.colour + 1, thing.shape + 1, thing.size + 1)
-            np.testing.assert_allclose(annotation.centre[side, patch] * 8 + 31.5, [thing.x, thing.y], atol=1e-4)
+            middle = annotation.centre[side, patch] * PATCH + (CANVAS - 1) / 2
+            np.testing.assert_allclose(middle, [thing.x, thing.y], atol=1e-4)
 
 
 def test_an_object_has_its_colour_in_the_picture() -> None:
@@ -155,12 +157,12 @@ def test_nothing_can_be_guessed_from_words_or_pictures_alone() -> None:
 def test_items_collate_to_what_a_model_takes() -> None:
     dataset = SceneDataset("test", 6, seed=3)
     items = [dataset[index] for index in range(len(dataset))]
-    assert items[0]["images"].shape == (2, 3, 64, 64)
+    assert items[0]["images"].shape == (2, 3, CANVAS, CANVAS)
     assert items[0]["images"].dtype == torch.uint8
     assert {item["label"] for item in items} <= {0, 1}
     assert len({item["id"] for item in items}) == 6
     batch = collate(items)
-    assert batch["images"].shape == (6, 2, 3, 64, 64)
+    assert batch["images"].shape == (6, 2, 3, CANVAS, CANVAS)
     assert batch["images"].abs().max() <= 1
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert torch.equal(batch["input_ids"] != 0, batch["attention_mask"].bool())
@@ -168,8 +170,8 @@ def test_items_collate_to_what_a_model_takes() -> None:
 
 
 def test_other_image_sizes_show_the_same_scene() -> None:
-    small, full = SceneDataset("test", 2, image_size=32)[1], SceneDataset("test", 2)[1]
-    assert small["images"].shape == (2, 3, 32, 32)
+    small, full = SceneDataset("test", 2, image_size=48)[1], SceneDataset("test", 2)[1]
+    assert small["images"].shape == (2, 3, 48, 48)
     assert small["statement"] == full["statement"]
     pooled = torch.nn.functional.avg_pool2d(normalise(full["images"]), 2)
     assert (pooled - normalise(small["images"])).abs().mean() < 0.05

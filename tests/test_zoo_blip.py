@@ -149,7 +149,7 @@ def test_mini_has_the_sizes_of_its_entry() -> None:
     model = zoo.create("blip_nlvr_mini")
     assert isinstance(model, BlipNlvr)
     assert zoo.describe("blip_nlvr_mini").input_size == (3, MINI.vision.image_size, MINI.vision.image_size)
-    assert model.config.vision.tokens == 65
+    assert model.config.vision.tokens == 145
     assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 3e6
 
 

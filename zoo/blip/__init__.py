@@ -32,7 +32,7 @@ def blip_nlvr() -> nn.Module:
 @register(
     "blip_nlvr_mini",
     description="The architecture of blip_nlvr, small enough to train on two cores; for the scenes data",
-    input_size=(3, 64, 64),
+    input_size=(3, 96, 96),
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     licence="Apache-2.0",
@@ -40,7 +40,7 @@ def blip_nlvr() -> nn.Module:
     checkpoints=("dense",),
 )
 def blip_nlvr_mini() -> nn.Module:
-    """64 patches an image, width 128, 6 vision and 4 text layers, 2.6 M parameters."""
+    """144 patches an image, width 128, 6 vision and 4 text layers, 2.6 M parameters."""
     from zoo.blip.config import MINI
     from zoo.blip.nlvr import BlipNlvr
 

@@ -106,6 +106,6 @@ class NlvrConfig:
 BASE = NlvrConfig()
 
 MINI = NlvrConfig(
-    vision=VisionConfig(image_size=64, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
+    vision=VisionConfig(image_size=96, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
     text=TextConfig(vocabulary=128, positions=40, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
 )

@@ -82,7 +82,7 @@ class SceneDataset(Dataset[Item]):
         split: "train", "val" or "test"; no two share an item.
         size: number of items.
         seed: which of the endless editions of the data set.
-        image_size: side of the pictures in pixels; other than 64 is resampled from 64.
+        image_size: side of the pictures in pixels; other than 96 is resampled from 96.
 
     Raises:
         DataError: the split is unknown, or a number is out of range.

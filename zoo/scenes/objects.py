@@ -18,7 +18,7 @@ COLOURS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
 
-CANVAS = 64
+CANVAS = 96
 """Side of a drawn picture in pixels; other image sizes are resampled from it."""
 
 RADII = ((5, 6), (8, 9))

@@ -40,7 +40,7 @@ def build(name: str) -> nn.Module:
 
     given = arguments(name)
     size = given.get("img_size")  # what example inputs go by where the model itself takes any size
-    overlay = {} if size is None else {"pretrained_cfg_overlay": {"input_size": (3, size, size)}}
+    overlay: dict[str, Any] = {} if size is None else {"pretrained_cfg_overlay": {"input_size": (3, size, size)}}
     return timm.create_model(name, pretrained=False, num_classes=10, **overlay, **given)
 
 
