@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import survey_models
@@ -14,6 +15,7 @@ from madtp.cli.app import app
 from madtp.errors import CaptureError, DataError
 from madtp.survey import OUTCOMES, Record, Refusal, examine
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
+from madtp.survey.record import judged
 from madtp.survey.runner import Limits, load, run, save
 from madtp.survey.tables import counted, general, markdown, reasons, row, summary
 
@@ -81,10 +83,27 @@ def test_a_probe_that_is_refused_leaves_a_part_undone(monkeypatch: pytest.Monkey
     def refuses(*_: object) -> None:
         raise CaptureError("not in training mode")
 
-    monkeypatch.setattr(examination, "PROBES", (("trains", refuses, bool),))
+    monkeypatch.setattr(examination, "PROBES", (*examination.PROBES[:2], ("trains", refuses, bool)))
     record = record_of("vit")
     assert record.outcome == "partly"
     assert record.refusals[-1] == Refusal("trains", "CaptureError: not in training mode")
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({}, "rewritten"),
+        ({"refusals": (Refusal("head", "no residual add"),)}, "rewritten"),
+        ({"refusals": (Refusal("blocks.0", "a"), Refusal("blocks.1", "b"))}, "partly"),
+        ({"refusals": (Refusal("trains", "cannot be captured"),)}, "partly"),
+        ({"pruned": 1}, "partly"),
+        ({"reduction": -0.1}, "partly"),
+        ({"reduction": None}, "partly"),
+    ],
+)
+def test_what_is_only_half_done_is_not_called_rewritten(changes: dict[str, Any], outcome: str) -> None:
+    done = Record("a", "rewritten", streams=2, pruned=2, sites=2, reduction=0.4)
+    assert judged(replace(done, **changes)).outcome == outcome
 
 
 @pytest.mark.slow

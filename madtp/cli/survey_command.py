@@ -21,8 +21,8 @@ pruning saves, whether it trains.
 
 [bold]Outcomes[/bold], from best to worst
 
-  rewritten       every stream with self-attention is pruned, all checks hold
-  partly          some streams are; others, or training, are refused
+  rewritten       every stream is pruned, compute is saved, all checks hold
+  partly          a stream or training is refused, or nothing is saved
   refused         nothing is; the reason is in the JSON and the markdown
   no transformer  no attention over tokens, so refusing is right
   unbuildable     no small model, or no inputs for it, could be made

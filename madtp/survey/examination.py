@@ -21,7 +21,7 @@ from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
-from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, Refusal
+from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, Refusal, judged
 
 Inputs = Mapping[str, Any]
 Build = Callable[[], tuple[nn.Module, Inputs]]
@@ -72,7 +72,7 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
     pruned = {block.stream for block in report.blocks if block.path in names}
     return replace(
         record,
-        outcome="rewritten" if streams <= pruned else "partly",
+        outcome="rewritten",
         capture=report.capture,
         blocks=dict(blocks),
         streams=len(streams),
@@ -91,14 +91,16 @@ def _probed(record: Record, model: nn.Module, pruned: PrunedModel, inputs: Input
             value = probe(model, pruned, inputs)
         except MadtpError as error:
             refusals = (*record.refusals, Refusal(field, f"{type(error).__name__}: {error}"))
-            record = replace(record, outcome="partly", refusals=refusals)
+            record = replace(record, refusals=refusals)
             continue
         except Exception as error:
             return replace(record, outcome="error", failure=f"{field}: {_text(error)}")
         record = replace(record, **{field: value})
         if fault(value):
             faults.append(f"{field}: {value if isinstance(value, bool) else f'{value:.1e}'}")
-    return replace(record, outcome="wrong", failure="; ".join(faults)) if faults else record
+    if faults:
+        return replace(record, outcome="wrong", failure="; ".join(faults))
+    return judged(record)
 
 
 @torch.no_grad()

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 OUTCOMES = {
-    "rewritten": "every stream with self-attention is pruned, and every invariant holds",
-    "partly": "some streams are pruned; others, or training, are refused with a reason; every invariant holds",
+    "rewritten": "every stream is pruned, hardly an attention is refused, compute is saved, and every invariant holds",
+    "partly": "every invariant holds, but a stream, half the attentions or training is refused, or nothing is saved",
     "refused": "nothing can be pruned; the reason is given",
     "no transformer": "the model has no attention over tokens; it is refused, as it should be",
     "unbuildable": "the small model or its inputs cannot be made, or it does not run: nothing to rewrite",
     "error": "an exception that is no refusal, or no answer within the limits: a bug",
     "wrong": "an invariant fails: the worst",
 }
+
+# Fields that a probe fills; a probe that is refused is a refusal of that name.
+PROBED = ("identity", "reduction", "independence", "trains")
 
 # Relative to the output's scale, in float32: with pruning off; and of a sample alone against itself in a batch.
 IDENTITY = 1e-5
@@ -76,3 +79,18 @@ class Record:
         fields = {name: value for name, value in values.items() if name in known}
         refusals = tuple(Refusal(**refusal) for refusal in values.get("refusals", ()))
         return cls(**{**fields, "refusals": refusals})
+
+
+def judged(record: Record) -> Record:
+    """The record of a model that was rewritten and passed, called partly done where much of it was not.
+
+    An attention that is refused may be none that needs a site (attention pooling), so some refusals are allowed: fewer than
+    there are sites. One that concerns the whole of training is not.
+    """
+    whole = (
+        record.pruned == record.streams
+        and len(record.refusals) < record.sites
+        and not any(refusal.block in PROBED for refusal in record.refusals)
+        and (record.reduction or 0.0) > 0
+    )
+    return dataclasses.replace(record, outcome="rewritten" if whole else "partly")
