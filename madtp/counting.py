@@ -17,6 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from madtp.calls import Call
 
 aten = torch.ops.aten
+# Not in the registry of older releases of torch.
+CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 # Per element: with and without affine parameters.
 NORMS = {aten.native_layer_norm: (5, 4), aten.native_group_norm: (5, 4), aten._fused_rms_norm: (5, 4)}
 
@@ -59,6 +61,9 @@ def count_eagerly(model: nn.Module, call: Call) -> float:
 
 def _amount(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
     packet = getattr(func, "_overloadpacket", func)
+    if packet is CPU_ATTENTION:
+        query, key, value = args[:3]
+        return math.prod(query.shape[:3]) * key.shape[2] * (query.shape[3] + value.shape[3])
     if packet in flop_registry:
         # The registry counts a multiplication and an addition as two.
         return flop_registry[packet](*args, **kwargs, out_val=result) / 2
