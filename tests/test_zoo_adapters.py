@@ -72,11 +72,6 @@ def test_a_malformed_key_is_refused(key: str) -> None:
         zoo.register_adapter(key, ones)
 
 
-def test_protected_positions_belong_to_a_modality() -> None:
-    with pytest.raises(ConfigError, match=r"\['sound'\]"):
-        zoo.register_adapter("some.package", ones, protect={"sound": (0,)})
-
-
 def test_a_zoo_model_without_example_inputs_says_so() -> None:
     assert zoo.find_adapter(zoo.create("blip_nlvr_mini")).key.endswith(BlipNlvr.__name__)  # type: ignore[union-attr]
 

@@ -7,15 +7,13 @@ key is compared with the qualified names of the model's own classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from madtp.config import MODALITIES
 from madtp.errors import ConfigError
 
 ExampleInputs = Callable[[nn.Module, int, torch.Generator], dict[str, Any]]
@@ -32,16 +30,10 @@ class Adapter:
         key: qualified name of a class ("transformers.models.clip.modeling_clip.CLIPModel"), which serves its subclasses
             too, or of a module or package ("timm"), which serves what it defines.
         example_inputs: makes a small valid batch from (model, batch size, generator): keyword arguments.
-        protect: positions that are never pruned, by modality, as in `PruningConfig.protect`.
-        region: path of the submodule to rewrite where the whole model cannot be captured; None lets the rewriter search.
-        export_patches: makes a context in which the model can be traced, for models that need a library's own patches.
     """
 
     key: str
     example_inputs: ExampleInputs
-    protect: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    region: str | None = None
-    export_patches: Callable[[], AbstractContextManager[Any]] | None = None
 
     def __post_init__(self) -> None:
         if not _KEY.fullmatch(self.key):
@@ -50,27 +42,15 @@ class Adapter:
             )
         if not callable(self.example_inputs):
             raise ConfigError(f"The adapter of '{self.key}' needs a function as example_inputs.")
-        unknown = sorted(set(self.protect) - set(MODALITIES))
-        if unknown:
-            raise ConfigError(
-                f"The adapter of '{self.key}' protects {unknown}; modalities are {', '.join(MODALITIES)}."
-            )
 
 
-def register_adapter(
-    key: str,
-    example_inputs: ExampleInputs,
-    *,
-    protect: Mapping[str, tuple[int, ...]] | None = None,
-    region: str | None = None,
-    export_patches: Callable[[], AbstractContextManager[Any]] | None = None,
-) -> Adapter:
+def register_adapter(key: str, example_inputs: ExampleInputs) -> Adapter:
     """Teach the zoo a family of models; see :class:`Adapter` for the arguments.
 
     Raises:
         ConfigError: the key is taken or malformed.
     """
-    adapter = Adapter(key, example_inputs, dict(protect or {}), region, export_patches)
+    adapter = Adapter(key, example_inputs)
     if key in _adapters:
         raise ConfigError(f"An adapter is registered for '{key}' already; register a subclass, or another key.")
     _adapters[key] = adapter
