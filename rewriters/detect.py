@@ -200,6 +200,7 @@ def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, f
 
 
 def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether ``node`` gets values from ``ancestor``; sizes do not count."""
     limit = order[ancestor]
     stack, seen = [node], {node}
     while stack:
@@ -207,7 +208,7 @@ def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bo
         if current is ancestor:
             return True
         for operand in current.all_input_nodes:
-            if operand not in seen and order[operand] >= limit:
+            if operand not in seen and order[operand] >= limit and op_name(operand) != "sym_size":
                 seen.add(operand)
                 stack.append(operand)
     return False
@@ -224,7 +225,7 @@ def _after(
             value = user
             continue
         if op_name(user) in NORMS and user.args[0] is value:
-            final = _normed_before(attention, block_input, order) and not _is_added(user)
+            final = _normed_before(attention, block_input, order) and not _is_stream(user, order)
             return (value, "pre") if final else (user, "post")
         break
     return value, "pre"
@@ -236,9 +237,14 @@ def _normed_before(attention: fx.Node, block_input: fx.Node, order: dict[fx.Node
     return any(op_name(user) in NORMS and _descends(query, user, order) for user in block_input.users)
 
 
-def _is_added(norm: fx.Node) -> bool:
-    """Whether a norm's output goes on as the residual stream."""
-    return any(op_name(user) in ADDS for user in norm.users)
+def _is_stream(norm: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether a norm's output goes on as the residual stream: something computed from it is added to it."""
+    for user in norm.users:
+        if op_name(user) in ADDS:
+            others = [a for a in user.args[:2] if isinstance(a, fx.Node) and a is not norm]
+            if any(_descends(other, norm, order) for other in others):
+                return True
+    return False
 
 
 def _path(attention: fx.Node, added: fx.Node) -> str:

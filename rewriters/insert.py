@@ -83,7 +83,8 @@ def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, 
         for readout in readouts:
             if readout not in first or order[attention] < order[first[readout]]:
                 first[readout] = attention
-    for readout, attention in first.items():
+    # What several readouts are computed from moves with the last of these steps, in front of the earliest site.
+    for readout, attention in sorted(first.items(), key=lambda item: -order[item[1]]):
         late: set[fx.Node] = set()
         stack = [readout]
         while stack:

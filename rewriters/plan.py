@@ -20,6 +20,7 @@ from rewriters.axes import AxisError, example_shape, is_tensor
 from rewriters.capture import Region
 from rewriters.detect import Stream, Structure, Sublayer, module_path
 from rewriters.evaluate import hides_later_keys
+from rewriters.inheritance import inherited
 from rewriters.outcomes import op_name
 from rewriters.policy import SegmentPlan, left_alone, protected_readouts, segments_of
 
@@ -170,16 +171,22 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
     sites: list[SitePlan] = []
     refusals = [_unplaced(node, reason) for node, reason in structure.unplaced]
     names: dict[str, int] = {}
+    inheritance = inherited(structure, config)
     for stream in structure.streams:
+        wanted = inheritance[stream.index]
         segments = segments_of(stream, structure.graph, config, inputs, module)
         left = left_alone(stream, segments, structure.graph, config, inputs, module)
         try:
             protected, readouts = protected_readouts(stream, config)
         except AxisError as error:
             left = left or (str(error), "a readout at a position that depends on one length only")
+        if wanted.unknown is not None:
+            left = left or (wanted.unknown, "a readout at a position that can be told in the stream it comes from")
         if left is not None:
             refusals.extend(Refusal(s.path, s.attention.name, *left) for s in stream.sublayers if s.kind == "self")
             continue
+        protected = tuple(dict.fromkeys((*protected, *wanted.positions)))
+        readouts = tuple(dict.fromkeys((*readouts, *wanted.readouts)))
         for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
             reason = _unfit(sublayer) or _taken(sublayer, sites)
             if reason is not None:

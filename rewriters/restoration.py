@@ -58,7 +58,8 @@ class Restoration:
             node = self.done.replaced[node]
 
     def note(self, node: fx.Node) -> None:
-        """Learn whether ``node`` is a value of a residual stream: an add to a value of the stream."""
+        """Learn whether ``node`` is a value of a residual stream: an add of two values along its tokens, one of them the
+        stream's. A constant added to normalised tokens (a type embedding) makes no residual value of them."""
         labels = self.done.labels.get(node)
         if labels is None or node not in self.original or not isinstance(labels[0], tuple):
             return
@@ -67,8 +68,15 @@ class Restoration:
             if before in self.anchors and op_name(before) == "add":
                 self.anchors.add(node)
             return
-        if op_name(node) == "add" and any(self._is_residual(a) for a in self.original[node][0][:2]):
+        if op_name(node) != "add":
+            return
+        operands = self.original[node][0][:2]
+        if all(map(self._runs_along, operands)) and any(map(self._is_residual, operands)):
             self.anchors.add(node)
+
+    def _runs_along(self, operand: Any) -> bool:
+        """Whether a captured operand runs along pruned tokens now."""
+        return operand in self.done.labels or self.done.replaced.get(operand) in self.done.labels
 
     def _is_post_norm(self, labels: Any) -> bool:
         sources = [a.source for dim in labels for a in axes_of(dim) if a.kind == "tokens"]

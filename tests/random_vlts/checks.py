@@ -127,12 +127,9 @@ def protected(design: Design, given: Tensors) -> tuple[Tensors, Tensors]:
             must["text"] |= given["ids"] == END
         order = ["text", "image"] if design.order == "text_first" else ["image", "text"]
         must["joint"], may["joint"] = (torch.cat([m[s] for s in order], 1) for m in (must, may))
-    loose = {"joint_after_towers": ("image", "text", "joint"), "joint": ("joint",)}.get(design.arrangement, ())
-    if design.text_readout == "end_by_gather":
-        loose = (*loose, "text")
-    for stream in loose:
-        may[stream] |= must[stream]
-        must[stream] = torch.zeros_like(must[stream])
+    # What a joint stream protects in the space of its own positions is policy; the streams before it must protect it too.
+    may["joint"] |= must["joint"]
+    must["joint"] = torch.zeros_like(must["joint"])
     return must, may
 
 
