@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from madtp.calls import Call
+from madtp.fast_path import spelled_out
 
 aten = torch.ops.aten
 # Not in the registry of older releases of torch.
@@ -32,15 +34,14 @@ class Counter(TorchDispatchMode):
         self.total = 0.0
 
     def __enter__(self) -> Counter:
-        # The fused encoder layer of torch.nn hides its products.
-        self.fused = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+        self.open = ExitStack()
+        self.open.enter_context(spelled_out())
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.backends.mha.set_fastpath_enabled(self.fused)
+        self.open.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

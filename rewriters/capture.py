@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
+from madtp.fast_path import spelled_out
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
 
@@ -47,19 +48,16 @@ class Capture:
 @contextmanager
 def _traceable() -> Iterator[None]:
     """Switch off what hides a model's arithmetic from tracing (the fused encoder layer of torch.nn)."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     # On failure torch.export prints the whole graph; the reason is in the exception.
     unread = io.StringIO()
     try:
-        with warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
+        with spelled_out(), warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(frozen=True)
@@ -171,9 +169,15 @@ def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: d
 
 
 def _check_runs(model: nn.Module, call: Call) -> None:
+    with torch.no_grad(), blamed_on_the_inputs(model):
+        model(*call.args, **call.kwargs)
+
+
+@contextmanager
+def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
+    """What ``model`` itself raises inside the block becomes an :class:`ExampleInputsError`."""
     try:
-        with torch.no_grad():
-            model(*call.args, **call.kwargs)
+        yield
     except Exception as error:
         raise ExampleInputsError(
             f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "

@@ -14,7 +14,9 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls import Call, normalise_call
 from madtp.errors import ExampleInputsError
+from madtp.fast_path import spelled_out
 from madtp.region import held_state
+from rewriters.capture import blamed_on_the_inputs
 from rewriters.tracking import Tracker
 
 
@@ -65,18 +67,10 @@ def record(model: nn.Module, call: Call) -> Recording:
             continue
         handles.append(module.register_forward_pre_hook(_enter(path, recording, tracker), with_kwargs=True))
         handles.append(module.register_forward_hook(_leave(path, recording, tracker), always_call=True))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), tracker:
+        with blamed_on_the_inputs(model), spelled_out(), torch.no_grad(), torch.random.fork_rng(devices=[]), tracker:
             model(*call.args, **call.kwargs)
-    except Exception as error:
-        raise ExampleInputsError(
-            f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
-            "Check names, shapes and dtypes of the inputs."
-        ) from error
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     return recording

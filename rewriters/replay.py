@@ -50,7 +50,7 @@ def dropping_equals_hiding(program: Program, root: Any, control: PruningControl,
 
 def batch_mates_do_not_matter(program: Program, root: Any, control: PruningControl, call: Call, plan: Plan) -> None:
     """The first sample alone gives what it gives in its batch, with the same decisions."""
-    batch = next(x.shape[0] for x in call.flat()[0] if isinstance(x, Tensor) and x.dim())
+    batch = call.samples()
     with _pruning(control, merge=control.config.merge):
         _run(program, root, call)
         # A forced decision always drops merged tokens, a free one may keep them; so both runs are forced.
