@@ -1,4 +1,4 @@
-"""Compare what two models return."""
+"""Compare what two models return: :func:`compare` whole structures, :func:`relative_difference` two tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from madtp.errors import RewriteError
 
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-8}
 COARSE = 5e-2
+LARGE = 1e30
+"""Numbers of this size and above stand for infinity (masked logits)."""
+
+
+def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> float:
+    """Largest difference of two floating tensors of one shape, relative to the largest finite value of ``want``.
+
+    Infinite where one holds a number and the other infinity or NaN. ``floor``: the least scale.
+    """
+    if want.is_complex():
+        want, have = torch.view_as_real(want), torch.view_as_real(have)
+    want, have = want.detach().double(), have.detach().double()
+    finite = want.isfinite() & (want.abs() < LARGE)
+    if not torch.equal(finite, have.isfinite() & (have.abs() < LARGE)):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    scale = want[finite].abs().amax().clamp(min=floor)
+    return float((want - have)[finite].abs().amax() / scale)
 
 
 def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
@@ -34,12 +53,9 @@ def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
             if not torch.equal(want, have):
                 raise RewriteError(f"output {position} differs from the original's.")
             continue
-        scale = (
-            want.detach().float().abs().nan_to_num(0, 0, 0).amax().clamp(min=1e-6) if want.numel() else torch.ones(())
-        )
-        error = ((want.float() - have.float()).abs() / scale).nan_to_num(0).amax() if want.numel() else torch.zeros(())
-        if float(error) > RELATIVE.get(want.dtype, COARSE):
+        error = relative_difference(want, have)
+        if error > RELATIVE.get(want.dtype, COARSE):
             raise RewriteError(
-                f"with pruning off, output {position} differs from the original's by {float(error):.1e} of its scale. The "
+                f"with pruning off, output {position} differs from the original's by {error:.1e} of its scale. The "
                 "rewritten graph would be wrong, so it is refused; please report the model."
             )

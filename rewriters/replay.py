@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from madtp.calls import Call
+from madtp.compare import relative_difference
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
@@ -117,9 +118,5 @@ def _difference(want: Any, have: Any) -> float:
         return 0.0
     if want.shape != have.shape:
         return float("inf")
-    finite = want.isfinite()
-    scale = want.detach().abs()[finite].amax().float().clamp(min=1e-2) if bool(finite.any()) else torch.ones(())
-    error = float(((want.float() - have.float())[finite].abs() / scale).amax()) if bool(finite.any()) else 0.0
-    if not torch.equal(finite, have.isfinite()):
-        error = float("inf")
+    error = relative_difference(want, have, floor=1e-2)
     return error if error > TOLERANCE.get(want.dtype, 1e-1) else 0.0

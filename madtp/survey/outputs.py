@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from madtp.compare import relative_difference
+
 
 def leaves(output: Any) -> dict[str, Tensor]:
     """Tensors of an output structure by dotted path; objects that are no containers (caches) are left out."""
@@ -48,14 +50,7 @@ def _difference(want: Tensor, have: Tensor) -> float:
         return 0.0
     if not (want.is_floating_point() or want.is_complex()):
         return 0.0 if torch.equal(want, have) else float("inf")
-    want, have = want.detach().to(torch.float64), have.detach().to(torch.float64)
-    finite = want.isfinite() & (want.abs() < 1e30)
-    if not torch.equal(finite, have.isfinite() & (have.abs() < 1e30)):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    scale = want[finite].abs().max().clamp(min=1e-6)
-    return float((want - have)[finite].abs().max() / scale)
+    return relative_difference(want, have)
 
 
 def batched(inputs: Mapping[str, Any]) -> int | None:

@@ -1,0 +1,39 @@
+"""Comparing outputs: what counts as equal, and what no comparison may let through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from madtp.compare import compare, relative_difference
+from madtp.errors import RewriteError
+
+INF, NAN = float("inf"), float("nan")
+HIDDEN = torch.finfo(torch.float32).min
+
+
+def test_equal_outputs_pass() -> None:
+    compare({"a": torch.tensor([1.0, -INF, NAN])}, {"a": torch.tensor([1.0, -INF, NAN])})
+
+
+@pytest.mark.parametrize("wrong", [NAN, INF, HIDDEN, 3.1])
+def test_numbers_that_are_wrong_or_none_are_found(wrong: float) -> None:
+    with pytest.raises(RewriteError, match="differs from the original"):
+        compare(torch.tensor([1.0, 3.0]), torch.tensor([1.0, wrong]))
+
+
+def test_masked_values_do_not_set_the_scale() -> None:
+    want = torch.tensor([1.0, HIDDEN])
+    assert relative_difference(want, torch.tensor([1.5, HIDDEN])) == pytest.approx(0.5)
+    assert relative_difference(want, torch.tensor([1.5, 2.0])) == INF
+
+
+def test_complex_numbers_differ_in_both_parts() -> None:
+    want: Tensor = torch.tensor([2 + 0j])
+    assert relative_difference(want, torch.tensor([2 + 1j])) == pytest.approx(0.5)
+
+
+def test_the_floor_is_the_least_scale() -> None:
+    assert relative_difference(torch.tensor([1e-4]), torch.tensor([2e-4]), floor=1e-2) == pytest.approx(1e-2)
+    assert relative_difference(torch.zeros(0), torch.zeros(0)) == 0.0
