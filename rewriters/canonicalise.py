@@ -1,7 +1,7 @@
 """Canonicalise: one spelling for everything that later stages look for.
 
-Start at :data:`PASSES`. Export's bookkeeping goes, in-place operations become functional ones, and every spelling of
-attention becomes one node, a call of :func:`madtp.attention.attention` with named operands (see ``spellings.py``).
+Start at :data:`PASSES`. Export's bookkeeping goes, in-place operations become functional ones (``functional.py``), and every
+spelling of attention becomes one node, a call of :func:`madtp.attention.attention` with named operands (``spellings.py``).
 Values stay equal.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from rewriters.functional import functional, writes
 from rewriters.norms import canonical_norms
 from rewriters.outcomes import op_name
 from rewriters.pooling import canonical_pooling
@@ -24,10 +25,6 @@ BOOKKEEPING = frozenset(
     "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
 )
 CONVERSIONS = frozenset(("to", "_to_copy", "type_as"))
-VIEWS = frozenset(
-    "view reshape flatten unflatten transpose permute t expand unsqueeze squeeze select slice alias detach chunk split unbind "
-    "getitem".split()
-)
 
 
 def drop_bookkeeping(graph: fx.Graph) -> None:
@@ -39,47 +36,9 @@ def drop_bookkeeping(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def functional(graph: fx.Graph) -> None:
-    """Turn in-place operations on fresh tensors into functional ones; those on views are left, and refused later."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-            continue
-        name = target.overloadpacket.__name__
-        if not target._schema.is_mutable or not name.endswith("_") or not node.args:
-            continue
-        base = name[:-1] if not name.endswith("__") else f"__{name.strip('_')[1:]}__"
-        packet = getattr(torch.ops.aten, base, None)
-        overload = getattr(packet, target._overloadname, None) if packet is not None else None
-        mutated = node.args[0]
-        if overload is None or not isinstance(mutated, fx.Node) or _is_shared(mutated, node, order):
-            continue
-        node.target = overload
-        for user in list(mutated.users):
-            if order.get(user, 1 << 60) > order[node]:
-                user.replace_input_with(mutated, node)
-
-
-def _is_shared(mutated: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether the memory that ``node`` writes can be seen through another node afterwards."""
-    if mutated.op in ("placeholder", "get_attr"):
-        return True
-    if op_name(mutated) in VIEWS:
-        base = mutated.args[0]
-        return isinstance(base, fx.Node) and any(order.get(u, 0) > order[node] for u in base.users)
-    return any(op_name(u) in VIEWS and order.get(u, 0) < order[node] for u in mutated.users)
-
-
 def eliminate_dead_code(graph: fx.Graph) -> None:
     """Remove computations whose results nobody reads."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node))
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether ``node`` changes one of its operands."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def plain_getitem(graph: fx.Graph) -> None:

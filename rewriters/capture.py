@@ -13,7 +13,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,10 +194,7 @@ def _to_capture(program: torch.export.ExportedProgram, call: Call, region: Regio
     output = graph.graph_copy(module.graph, env)
     graph.output(output)
     named = dict(program.named_parameters()) | dict(program.named_buffers())
-    constants: dict[str, Tensor] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in named:
-            constants[node.target] = attribute(module, node.target)
+    constants = _own_constants(graph, module, named)
     _shape_constants(graph, constants)
     leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -212,6 +209,17 @@ def _to_capture(program: torch.export.ExportedProgram, call: Call, region: Regio
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     return Capture(graph, constants, out_spec, tuple(dynamic), call, [p.name for p in placeholders])
+
+
+def _own_constants(graph: fx.Graph, module: fx.GraphModule, named: Collection[str]) -> dict[str, Tensor]:
+    """What the graph holds beside parameters and buffers, under plain names that no module has to have."""
+    constants: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in named:
+            value = attribute(module, node.target)
+            node.target = str(node.target).replace(".", "_")
+            constants[node.target] = value
+    return constants
 
 
 def is_free(size: Any) -> bool:

@@ -17,8 +17,8 @@ from torch import fx
 from madtp import segments as segment_runtime
 from madtp import state as runtime
 from rewriters.axes import AxisError, Labels, any_tokens, token_axis
-from rewriters.canonicalise import writes
 from rewriters.detect import seed
+from rewriters.functional import writes
 from rewriters.insertion import Insertion, InsertRefusal, Labelling, site_key
 from rewriters.outcomes import Align, Outcome, Readout, labels_of, op_name
 from rewriters.plan import Plan, SitePlan

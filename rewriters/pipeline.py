@@ -122,9 +122,7 @@ def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
     from madtp.tree import share
 
     root = share(model)
-    for name, value in captured.constants.items():
-        if "." not in name:
-            root.__dict__[name] = value
+    root.__dict__.update(captured.constants)
     return root
 
 
@@ -186,7 +184,7 @@ def _place_constants(graph: fx.Graph, captured: Capture, serial: int) -> dict[st
     placed: dict[str, Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in captured.constants:
-            name = f"p{serial}_{str(node.target).replace('.', '_')}"
+            name = f"p{serial}_{node.target}"
             placed[name] = captured.constants[node.target]
             node.target = f"{CONSTANTS}.{name}"
     return placed
