@@ -88,7 +88,9 @@ class Region(_Forward):
         if exact in self.failed:
             return None
         try:
-            return self.programs.build(call)
+            # What a capture computes is no part of the model's work: nobody counts it, least of all its symbols.
+            with self.control.inside():
+                return self.programs.build(call)
         except MadtpError as error:
             self.failed.add(exact)
             self._note(f"a further kind of call cannot be rewritten: {error}")

@@ -33,7 +33,7 @@ class Vision(nn.Module):
 
 
 class Selector(nn.Module):
-    """Data-dependent Python between two towers: the text is cut to its longest sample."""
+    """Data-dependent Python between two towers: the text is cut to its longest sample, and masked only if one is shorter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,8 @@ class Selector(nn.Module):
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensors:
         longest = int(attention_mask.sum(1).max().item())
         image = self.vision(pixels)
-        words = self.text(self.words(input_ids[:, :longest]), attention_mask[:, :longest] == 0)[:, 0]
+        padding = attention_mask[:, :longest] == 0
+        words = self.text(self.words(input_ids[:, :longest]), padding if padding.any() else None)[:, 0]
         return {"image": image, "text": words, "score": nn.functional.cosine_similarity(image[:, 0], words)}
 
 

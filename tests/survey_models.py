@@ -36,6 +36,22 @@ class Uncapturable(nn.Module):
         return tokens.mean(1)
 
 
+class Shuffled(nn.Module):
+    """Patches in an order drawn anew at every call, by Python that depends on data; returns all tokens and the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit(depth=2)
+        self.vit.head, self.vit.fc_norm = nn.Identity(), nn.Identity()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        count = tokens.shape[1] - 1
+        order = torch.multinomial(torch.ones(int((images == images).any().item()) * count), count) + 1
+        tokens = self.vit.blocks(torch.cat([tokens[:, :1], tokens[:, order]], 1))
+        return {"tokens": tokens, "first": tokens[:, 0]}
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its inputs; some names misbehave."""
     if name == "missing":
@@ -46,5 +62,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
         os._exit(3)
     if name == "vit":
         return vit(depth=2), {"x": images(2, 0)}
+    if name == "shuffled":
+        return Shuffled(), {"images": images(2, 0)}
     torch.manual_seed(0)
     return {"conv": Convolutional, "uncapturable": Uncapturable}[name](), {"images": images(2, 0)}
