@@ -30,7 +30,8 @@ class Run:
 
     def batch(self) -> int:
         """Samples that went through."""
-        return next((int(x.shape[0]) for x in self.inputs if isinstance(x, Tensor) and x.dim()), 1)
+        rows = next((int(x.shape[0]) for x in self.inputs if isinstance(x, Tensor) and x.dim()), 1)
+        return rows // self.program.repeats
 
 
 @dataclass
@@ -106,6 +107,16 @@ class PruningControl:
         if self.stale:
             self.begin()
             self.stale = False
+
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Pruning switched off inside the block."""
+        before = self.temperature, self.forced
+        self.temperature, self.forced = 0.0, None
+        try:
+            yield
+        finally:
+            self.temperature, self.forced = before
 
     @contextmanager
     def bypassing(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,9 +19,10 @@ class Program:
     """A graph ready to run on the module tree it was made for.
 
     graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
-    that the graph holds itself.
+    that the graph holds itself. repeats: how often it runs each sample of a call.
     """
 
+    repeats: ClassVar[int] = 1
     graph: fx.Graph
     forward: Callable[..., Any]
     out_spec: pytree.TreeSpec

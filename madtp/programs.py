@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from madtp.additions import PREFIX, Additions
 from madtp.calls import Call, Signature, signature
 from madtp.control import Run
-from madtp.errors import CaptureError
+from madtp.pairs import Pair, as_pair, doubled, first_of_each, twice
 from madtp.program import Program
 
 log = logging.getLogger("madtp")
@@ -57,29 +56,39 @@ class Programs:
         """Capture and rewrite the module for calls like ``call``.
 
         Raises:
-            MadtpError: from the rewrite, or because the program could not serve a single sample.
+            MadtpError: from the rewrite, or because no program can serve a single sample.
         """
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
-        captured = _at_least_two(call)
+        captured = doubled(call)
         with self._untouched():
             program = self.builder(self.module, captured, self.additions.programs)
+        self._hold(program)
         if captured is not call and _frozen_batch(program, captured):
-            raise CaptureError(
-                f"{type(self.module).__name__} was called with one sample, and torch.export froze its batch size, so a "
-                "capture of two samples cannot serve it. Call it with at least 2 samples, or write x.shape[0] where "
-                "forward says len(x) or int(...)."
-            )
-        self.adopt(program, call)
+            program = self._serving_one(program, call)
+        self._remember(program, call)
         return program
+
+    def _serving_one(self, program: Program, call: Call) -> Program:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with self._untouched():
+                wanted = self.module(*call.args, **call.kwargs)
+            with self.additions.control.unpruned():
+                return as_pair(program, self.module, self.host, call, wanted)
 
     def adopt(self, program: Program, call: Call) -> None:
         """Take a program into the cache as the one for calls like ``call``."""
-        additions = self.additions
-        additions.bind(program.cost)
+        self._hold(program)
+        self._remember(program, call)
+
+    def _hold(self, program: Program) -> None:
+        """Give the program what it needs to run."""
+        self.additions.bind(program.cost)
         for name, value in program.constants.items():
-            additions.constants.register_buffer(name, value, persistent=False)
-        self.entries[additions.programs] = _Entry(program, signature(self.module, call, program.dynamic))
-        additions.programs += 1
+            self.additions.constants.register_buffer(name, value, persistent=False)
+
+    def _remember(self, program: Program, call: Call) -> None:
+        self.entries[self.additions.programs] = _Entry(program, signature(self.module, call, program.dynamic))
+        self.additions.programs += 1
         while len(self.entries) > CACHE:
             self.entries.popitem(last=False)
 
@@ -89,6 +98,9 @@ class Programs:
         leaves = call.flat()[0]
         result = program.run(self.host, leaves)
         states = {name: control.states[name] for name in program.sites if name in control.states}
+        if isinstance(program, Pair):
+            leaves = [twice(x) for x in leaves]
+            control.states.update(first_of_each(states))
         control.runs.append(Run(program, [_meta(x) for x in leaves], states))
         return result
 
@@ -113,14 +125,3 @@ def _meta(leaf: Any) -> Any:
 def _frozen_batch(program: Program, call: Call) -> bool:
     leaves = zip(call.flat()[0], program.dynamic, strict=True)
     return any(isinstance(x, Tensor) and x.dim() > 0 and 0 not in free for x, free in leaves)
-
-
-def _at_least_two(call: Call) -> Call:
-    """A call of one sample doubled, so that the batch axis can be told from axes of size 1."""
-    leaves, spec = call.flat()
-    tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
-    if not tensors or any(x.shape[0] != 1 for x in tensors):
-        return call
-    doubled = [torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x for x in leaves]
-    args, kwargs = pytree.tree_unflatten(doubled, spec)
-    return Call(args, kwargs)

@@ -196,12 +196,8 @@ class PrunedModel(nn.Module):
     @contextmanager
     def dense(self) -> Iterator[PrunedModel]:
         """Pruning switched off inside the block."""
-        before = self._control.temperature, self._control.forced
-        self._control.temperature, self._control.forced = 0.0, None
-        try:
+        with self._control.unpruned():
             yield self
-        finally:
-            self._control.temperature, self._control.forced = before
 
     def code(self) -> str:
         """The rewritten forward of the last call as Python source; of several regions, one after the other."""

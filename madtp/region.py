@@ -161,22 +161,17 @@ class HostForward(_Forward):
 
     def _agrees(self, call: Call) -> bool:
         """Whether regions reproduce the original on ``call`` with pruning off."""
-        control = self.control
-        before = control.temperature, control.forced
         reason = ""
         try:
-            control.temperature, control.forced = 0.0, None
             results = []
             for bypassed in (True, False):
                 own = call if held_state((call.args, call.kwargs)) is None else copy.deepcopy(call)
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                with torch.no_grad(), torch.random.fork_rng(devices=[]), self.control.unpruned():
                     torch.manual_seed(0)
                     results.append(self._silently(own, bypassed))
             compare(*results, values=not any(m.training for m in self.module.modules()))
         except MadtpError as error:
             reason = str(error)
-        finally:
-            control.temperature, control.forced = before
         if reason:
             self.notes.add(
                 f"calls of {type(self.module).__name__} that run unpruned: {reason} It collects values from the inside of a "

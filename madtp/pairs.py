@@ -1,0 +1,85 @@
+"""One sample where a capture can only take two: the sample runs twice, side by side, and the first half is handed back.
+
+Start at :func:`as_pair`. A batch axis of size one cannot be told from other axes of size one, so captures are made of two.
+Where export froze that size, no capture serves a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from madtp.calls import Call
+from madtp.compare import compare
+from madtp.errors import CaptureError, RewriteError
+from madtp.program import Program
+from madtp.state import TokenState, batch_slice
+
+
+@dataclass
+class Pair(Program):
+    """A program of two samples that serves one. halved: by output, the dimensions of which the first half is the sample's."""
+
+    repeats: ClassVar[int] = 2
+    halved: tuple[tuple[int, ...], ...] = ()
+
+    def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
+        """Call the graph on the sample twice; returns what the model returns for one."""
+        outputs = list(self.forward(root, *map(twice, leaves)))
+        for position, dims in enumerate(self.halved):
+            for dim in dims:
+                outputs[position] = outputs[position].narrow(dim, 0, outputs[position].shape[dim] // 2)
+        return pytree.tree_unflatten(outputs, self.out_spec)
+
+
+def twice(leaf: Any) -> Any:
+    """A tensor with its one sample doubled; anything else as it is."""
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+
+def doubled(call: Call) -> Call:
+    """A call of one sample as one of two; other calls as they are."""
+    leaves, spec = call.flat()
+    tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
+    if not tensors or any(x.shape[0] != 1 for x in tensors):
+        return call
+    args, kwargs = pytree.tree_unflatten([twice(x) for x in leaves], spec)
+    return Call(args, kwargs)
+
+
+def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wanted: Any) -> Pair:
+    """The program of two samples, made to serve ``call`` of one, for which ``module`` returns ``wanted``.
+
+    Pruning has to be off.
+
+    Raises:
+        CaptureError: what the program returns for two equal samples does not hold what is wanted for one.
+    """
+    found = program.run(host, doubled(call).flat()[0])
+    halved = tuple(map(_halved, pytree.tree_leaves(wanted), pytree.tree_leaves(found)))
+    pair = Pair(**vars(program), halved=halved)
+    try:
+        compare(wanted, pair.run(host, call.flat()[0]), values=not any(m.training for m in module.modules()))
+    except RewriteError as error:
+        raise CaptureError(
+            f"{type(module).__name__} was called with one sample, and torch.export froze its batch size, so a capture of two "
+            f"samples has to serve it, but {error} Call it with at least 2 samples, or write x.shape[0] where forward says "
+            "len(x) or int(...)."
+        ) from error
+    return pair
+
+
+def _halved(wanted: Any, found: Any) -> tuple[int, ...]:
+    if not isinstance(wanted, Tensor) or not isinstance(found, Tensor) or wanted.dim() != found.dim():
+        return ()
+    return tuple(d for d, (n, m) in enumerate(zip(wanted.shape, found.shape, strict=True)) if m == 2 * n)
+
+
+def first_of_each(states: Mapping[str, TokenState]) -> dict[str, TokenState]:
+    """The states of the sample itself."""
+    return {name: batch_slice(state, 0, 1) if state.batch == 2 else state for name, state in states.items()}
