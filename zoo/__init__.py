@@ -9,7 +9,7 @@ from __future__ import annotations
 import zoo.blip
 import zoo.inputs.families  # noqa: F401  (registers its adapters)
 from zoo.adapters import Adapter, find_adapter, list_adapters, register_adapter
-from zoo.checkpoint import load_checkpoint
+from zoo.checkpoint import LoadReport, load_checkpoint
 from zoo.examples import example_inputs, example_inputs_of, find_model
 from zoo.registry import ModelEntry, checkpoint_path, create, describe, list_models, register
 
@@ -17,6 +17,7 @@ __all__ = [
     "list_models",
     "create",
     "load_checkpoint",
+    "LoadReport",
     "register",
     "describe",
     "checkpoint_path",

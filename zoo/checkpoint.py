@@ -1,15 +1,14 @@
 """Read checkpoint files of other projects into zoo models, strictly. Start with :func:`load_checkpoint`.
 
-Nothing in a file is executed, and a model is changed only after every key, shape and value has been checked.
+`checkpoint_files.py` reads files, `key_table.py` says how keys map. Nothing in a file is executed, and a model is changed only
+after every key, shape and value has been checked.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,68 +16,93 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import CheckpointError
+from zoo.checkpoint_files import read_checkpoint
+from zoo.key_table import KeyTable, choose, matches, translate
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
-SAFETENSORS_SUFFIX = ".safetensors"
-# Training scripts save the weights under one of these, beside optimiser state, epoch and the like.
-WRAPPER_KEYS = ("model", "state_dict")
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class KeyTable:
-    """How the keys of a file map to a model beyond equal names. A model class carries it as `checkpoint_table`.
+class LoadReport:
+    """What became of a checkpoint's keys; `str()` is a line for people.
 
-    Patterns are shell-style. `ignored`: keys that a file may hold and the model does not want. `optional`: keys of the
-    model that a file may lack. `position_grids`: position embeddings [1, 1 + side * side, C] (class token first) that
-    are resized when the side differs.
+    Attributes:
+        path: of the file.
+        format: name of its :class:`~zoo.key_table.KeyTable`.
+        loaded: how many tensors of the model got values.
+        unused: keys of the file that the model does not want.
+        absent: keys of the model that the file lacks and may lack.
+        resized: position embeddings that were resized, by the model's names.
     """
 
-    ignored: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ("madtp.*",)
-    position_grids: tuple[str, ...] = ()
+    path: Path
+    format: str
+    loaded: int
+    unused: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: format {self.format}, {self.loaded} tensors loaded"]
+        for name in ("unused", "absent", "resized"):
+            keys = list(getattr(self, name))
+            if keys:
+                parts.append(f"{len(keys)} {name} ({_shorten(keys)})")
+        return ", ".join(parts)
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Copy the weights of a `.pth` or `.safetensors` file into a model, all or nothing.
+def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
+    """Copy the weights of a checkpoint into a model, all or nothing.
+
+    Args:
+        model: its class may list the formats that it reads as `checkpoint_tables`.
+        path: a `.pth` or `.safetensors` file, the index of a sharded checkpoint, a folder that holds one of these, or a
+            TorchScript archive.
 
     Raises:
         CheckpointError: the file is missing, truncated, unsafe, of another model or size, or holds NaN.
     """
     path = Path(path)
-    table = getattr(model, "checkpoint_table", KeyTable())
+    return load_tensors(model, read_checkpoint(path).tensors, path)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> LoadReport:
+    """As :func:`load_checkpoint`, with tensors that were read already; `path` says where from, for messages."""
+    table = choose(getattr(model, "checkpoint_tables", ()), tensors)
     own = model.state_dict()
-    found = {key: value for key, value in read_tensors(path).items() if not _matches(key, table.ignored)}
-    _check_keys(path, model, own, found, table)
-    for key in table.position_grids:
+    try:
+        found = translate(tensors, table)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is no checkpoint of this {type(model).__name__}: {error}") from error
+    tied = _tied(own)
+    _check_keys(path, model, own, found, table, tied)
+    resized = [key for key in table.position_grids if found[key].shape != own[key].shape]
+    for key in resized:
         found[key] = resize_position_grid(found[key], own[key].shape)
     _check_tensors(path, model, own, found)
+    _check_tied(path, found, tied)
     with torch.no_grad():
         for key, value in found.items():
             own[key].copy_(value)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file, on the CPU, without the wrapper of a training script.
-
-    Raises:
-        CheckpointError: the file is missing, of unknown kind, truncated, unsafe, or holds no named tensors.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint file {path}.")
-    if path.suffix == SAFETENSORS_SUFFIX:
-        return _read_safetensors(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _unwrap(path, _read_pickle(path))
-    kinds = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
-    raise CheckpointError(f"{path} ends in {path.suffix!r}; a checkpoint ends in one of {kinds}.")
+    return LoadReport(
+        path,
+        table.name,
+        len(found),
+        tuple(key for key in tensors if matches(key, table.ignored)),
+        tuple(key for key in own if key not in found and matches(key, table.optional)),
+        tuple(resized),
+    )
 
 
 def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
     """Resize [1, 1 + m * m, C] to `shape` [1, 1 + n * n, C] by bicubic interpolation; the class token stays as it is.
 
+    Both may lack the first dimension.
+
     A tensor that is no such grid, or whose width differs, is returned unchanged, for the shape check to name.
     """
+    if embedding.dim() == 2 and len(shape) == 2:
+        return resize_position_grid(embedding[None], torch.Size((1, *shape)))[0]
     if embedding.shape == shape or embedding.dim() != 3 or embedding.shape[-1] != shape[-1]:
         return embedding
     old, new = math.isqrt(embedding.shape[1] - 1), math.isqrt(shape[1] - 1)
@@ -89,53 +113,38 @@ def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([embedding[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
-
-
-def _read_pickle(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or holds Python objects besides tensors and plain containers, which are refused since "
-            "reading them can run code. Convert it to safetensors where you trust it."
-        ) from error
-    except Exception as error:  # torch.load raises whatever a broken archive or pickle stream trips over
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); fetch it again.") from error
-
-
-def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
-    for key in WRAPPER_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors.")
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path} holds a {type(value).__name__} under {key!r} where a tensor belongs.")
-    return {str(key): value for key, value in content.items()}
-
-
-def _matches(key: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
 def _shorten(items: list[str]) -> str:
     return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 
+def _tied(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For each key all keys of the same tensor."""
+    groups: dict[object, list[str]] = {}
+    for key, value in own.items():
+        identity = key if value.is_meta or not value.numel() else (value.data_ptr(), value.shape, value.stride())
+        groups.setdefault(identity, []).append(key)
+    return {key: keys for keys in groups.values() for key in keys}
+
+
+def _check_tied(path: Path, found: Mapping[str, Tensor], tied: Mapping[str, list[str]]) -> None:
+    for key, value in found.items():
+        first = next(twin for twin in tied[key] if twin in found)
+        if not torch.equal(found[first], value):
+            raise CheckpointError(
+                f"{path} holds different values for {first} and {key}, which are one tensor in the model; it was trained "
+                "with them apart."
+            )
+
+
 def _check_keys(
-    path: Path, model: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor], table: KeyTable
+    path: Path,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    table: KeyTable,
+    tied: Mapping[str, list[str]],
 ) -> None:
-    missing = [key for key in own if key not in found and not _matches(key, table.optional)]
+    missing = [key for key in own if not any(twin in found for twin in tied[key]) and not matches(key, table.optional)]
     unexpected = [key for key in found if key not in own]
     faults = [
         f"{len(keys)} {kind} ({_shorten(keys)})"
@@ -143,9 +152,11 @@ def _check_keys(
         if keys
     ]
     if faults:
+        advice = "Create the model that the file was saved from."
+        if any(key.startswith("madtp.") for key in unexpected):
+            advice = "Its keys of madtp.* belong to a pruned model: use madtp.load for the folder."
         raise CheckpointError(
-            f"{path} is no checkpoint of this {type(model).__name__}: of {len(own)} keys {' and '.join(faults)}. "
-            "Create the model that the file was saved from."
+            f"{path} is no checkpoint of this {type(model).__name__}: of {len(own)} keys {' and '.join(faults)}. {advice}"
         )
 
 

@@ -1,47 +1,88 @@
-"""The BLIP family. `config.py` holds sizes, `nlvr.py` the model, `text.py` its text encoder, `checkpoint.py` key names.
+"""The BLIP family. `config.py` holds sizes, a file of each task its model, `checkpoint.py` key names.
 
-Importing this package registers the models; timm is imported when one is built.
+`nlvr.py` reasons about image pairs (text encoder in `text.py`), `retrieval.py`, `caption.py` and `vqa.py` share `med.py`;
+`decoding.py` writes text with the latter two, `losses.py` trains them. Importing this package registers the models;
+timm is imported when one is built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+
 from torch import nn
 
-from zoo.registry import register
+from zoo.registry import Builder, register
 
 _PAPER = "https://arxiv.org/abs/2201.12086"
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
 
 
-@register(
+def _published(name: str, description: str, side: int = 384) -> Callable[[Builder], Builder]:
+    """Register a size of which weights are published."""
+    return register(
+        name,
+        description=description,
+        input_size=(3, side, side),
+        mean=_CLIP_MEAN,
+        std=_CLIP_STD,
+        licence="BSD-3-Clause (published weights)",
+        paper=_PAPER,
+    )
+
+
+def _mini(name: str, description: str, checkpoints: tuple[str, ...] = ()) -> Callable[[Builder], Builder]:
+    """Register a size that two cores can train."""
+    return register(
+        name,
+        description=f"{description}, small enough to train on two cores; for the scenes data",
+        input_size=(3, 96, 96),
+        mean=_HALF,
+        std=_HALF,
+        licence="Apache-2.0",
+        paper=_PAPER,
+        checkpoints=checkpoints,
+    )
+
+
+def _builder(task: str, model: str, size: str) -> Builder:
+    """Builds the class `model` of `zoo.blip.<task>` in the size of that name in `zoo.blip.config`."""
+
+    def build() -> nn.Module:
+        config = getattr(import_module("zoo.blip.config"), size)
+        return getattr(import_module(f"zoo.blip.{task}"), model)(config)
+
+    return build
+
+
+def _register_task(
+    name: str,
+    task: str,
+    model: str,
+    what: str,
+    sizes: tuple[str, str, str],
+    side: int = 384,
+    weights: tuple[str, ...] = (),
+) -> None:
+    """Base, large and mini of one task."""
+    base, large, mini = sizes
+    _published(name, f"BLIP base for {what}: ViT-B/16 at {side}, BERT base", side)(_builder(task, model, base))
+    _published(f"{name}_large", f"BLIP large for {what}: ViT-L/16 at {side}, BERT base", side)(
+        _builder(task, model, large)
+    )
+    _mini(f"{name}_mini", f"The architecture of {name}", weights)(_builder(task, model, mini))
+
+
+_SIZES = ("BLIP_BASE", "BLIP_LARGE", "BLIP_MINI")
+_register_task(
     "blip_nlvr",
-    description="BLIP base for statements about two images (NLVR2): ViT-B/16 at 384, BERT base",
-    input_size=(3, 384, 384),
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    licence="BSD-3-Clause (published weights)",
-    paper=_PAPER,
+    "nlvr",
+    "BlipNlvr",
+    "statements about two images (NLVR2)",
+    ("BASE", "LARGE", "MINI"),
+    weights=("dense",),
 )
-def blip_nlvr() -> nn.Module:
-    """The published base size, 259 M parameters."""
-    from zoo.blip.config import BASE
-    from zoo.blip.nlvr import BlipNlvr
-
-    return BlipNlvr(BASE)
-
-
-@register(
-    "blip_nlvr_mini",
-    description="The architecture of blip_nlvr, small enough to train on two cores; for the scenes data",
-    input_size=(3, 96, 96),
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    licence="Apache-2.0",
-    paper=_PAPER,
-    checkpoints=("dense",),
-)
-def blip_nlvr_mini() -> nn.Module:
-    """144 patches an image, width 128, 6 vision and 4 text layers, 2.6 M parameters."""
-    from zoo.blip.config import MINI
-    from zoo.blip.nlvr import BlipNlvr
-
-    return BlipNlvr(MINI)
+_register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _SIZES)
+_register_task("blip_caption", "caption", "BlipCaption", "captions", _SIZES)
+_register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", ("VQA_BASE", "VQA_LARGE", "BLIP_MINI"), 480)

@@ -1,11 +1,54 @@
-"""How published BLIP-NLVR files map to :class:`zoo.blip.nlvr.BlipNlvr`: same names, with these exceptions."""
+"""How the files of BLIP map to the models here, by format. Published names are the models' own, so their rows are few.
+
+Formats: the published `.pth`, those of the MADTP authors' code, and transformers' safetensors. The authors' files hold the
+alignment tokens besides.
+"""
 
 from __future__ import annotations
 
-from zoo.checkpoint import KeyTable
+from zoo.key_table import KeyTable, Row
 
-NLVR_TABLE = KeyTable(
-    # Constants that older transformers saved with the weights.
-    ignored=("text_encoder.embeddings.position_ids",),
-    position_grids=("visual_encoder.pos_embed",),
+VISION_POSITIONS = "visual_encoder.pos_embed"
+# Constants that older transformers saved with the weights.
+_CONSTANTS = ("*embeddings.position_ids",)
+# The authors' alignment tokens, and the plain model has no use for them.
+ALIGNMENT_TOKENS = "space_dict"
+# Copies and queues of retrieval's training.
+_TRAINING = (
+    "visual_encoder_m.*",
+    "text_encoder_m.*",
+    "vision_proj_m.*",
+    "text_proj_m.*",
+    "image_queue",
+    "text_queue",
+    "idx_queue",
+    "ptr_queue",
 )
+_VISION_ROWS = (
+    Row("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    Row("vision_model.embeddings.position_embedding", VISION_POSITIONS),
+    Row("vision_model.embeddings.patch_embedding.*", "visual_encoder.patch_embed.proj.*"),
+    Row("vision_model.encoder.layers.*.self_attn.qkv.*", "visual_encoder.blocks.*.attn.qkv.*"),
+    Row("vision_model.encoder.layers.*.self_attn.projection.*", "visual_encoder.blocks.*.attn.proj.*"),
+    Row("vision_model.encoder.layers.*.layer_norm1.*", "visual_encoder.blocks.*.norm1.*"),
+    Row("vision_model.encoder.layers.*.layer_norm2.*", "visual_encoder.blocks.*.norm2.*"),
+    Row("vision_model.encoder.layers.*.mlp.*", "visual_encoder.blocks.*.mlp.*"),
+    Row("vision_model.post_layernorm.*", "visual_encoder.norm.*"),
+)
+
+
+def _tables(ignored: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> tuple[KeyTable, ...]:
+    """The formats of one task. ignored: of published files. optional: what transformers' files lack."""
+    grids, constants = (VISION_POSITIONS,), (*_CONSTANTS, *ignored)
+    may_lack = KeyTable().optional
+    return (
+        KeyTable("transformers", "vision_model.*", _VISION_ROWS, _CONSTANTS, (*may_lack, *optional), grids),
+        KeyTable("MADTP", ALIGNMENT_TOKENS, (), (*constants, ALIGNMENT_TOKENS), may_lack, grids),
+        KeyTable("BLIP", "*", (), constants, may_lack, grids),
+    )
+
+
+NLVR_TABLES = tuple(table for table in _tables() if table.name != "transformers")  # which has no such model
+RETRIEVAL_TABLES = _tables(ignored=_TRAINING, optional=("temp",))
+CAPTION_TABLES = _tables()
+VQA_TABLES = _tables()

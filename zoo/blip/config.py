@@ -1,8 +1,11 @@
-"""Sizes of a BLIP-NLVR model. Start with `NlvrConfig`; `BASE` and `MINI` are the two registered sizes."""
+"""Sizes of the BLIP models. Start with `NlvrConfig` (image pairs) and `BlipConfig` (the other tasks).
+
+The constants at the end are the registered sizes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from madtp.errors import ConfigError
 
@@ -63,10 +66,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the text encoder, a post-norm BERT with twin cross-attention.
+    """Sizes of a text encoder or decoder, a post-norm BERT with cross-attention.
 
-    Layers from `merge_from_layer` on merge the twin cross-attention outputs by a linear layer, earlier ones by
-    their mean.
+    With twin cross-attention (image pairs), layers from `merge_from_layer` on merge both outputs by a linear layer, earlier
+    ones by their mean.
     """
 
     vocabulary: int = 30524
@@ -103,9 +106,43 @@ class NlvrConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
 
-BASE = NlvrConfig()
+@dataclass(frozen=True)
+class BlipConfig:
+    """A model of one image and text: retrieval, captions or question answering; the defaults are the published base size.
 
-MINI = NlvrConfig(
-    vision=VisionConfig(image_size=96, patch_size=8, width=128, depth=6, heads=4, mlp_width=512),
-    text=TextConfig(vocabulary=128, positions=40, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0),
-)
+    Attributes:
+        embedding: width in which retrieval compares images and texts.
+        encode_id: [ENC], first token of a text that is encoded while looking at an image.
+        decode_id: [DEC], first token of a text that is written.
+        end_id: [SEP], last token of a text that is written.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embedding: int = 256
+    encode_id: int = 30523
+    decode_id: int = 30522
+    end_id: int = 102
+
+    def __post_init__(self) -> None:
+        _check_positive("blip", embedding=self.embedding)
+        for name in ("encode_id", "decode_id", "end_id"):
+            if not 0 <= getattr(self, name) < self.text.vocabulary:
+                raise ConfigError(
+                    f"blip.{name} {getattr(self, name)} lies outside the vocabulary of {self.text.vocabulary}."
+                )
+
+
+VIT_LARGE = VisionConfig(width=1024, depth=24, heads=16, mlp_width=4096)
+_VIT_MINI = VisionConfig(image_size=96, patch_size=8, width=128, depth=6, heads=4, mlp_width=512)
+_TEXT_MINI = TextConfig(vocabulary=128, positions=40, width=128, depth=4, heads=4, mlp_width=512, dropout=0.0)
+
+BASE = NlvrConfig()
+LARGE = NlvrConfig(vision=VIT_LARGE)
+MINI = NlvrConfig(vision=_VIT_MINI, text=_TEXT_MINI)
+
+BLIP_BASE = BlipConfig()
+BLIP_LARGE = BlipConfig(vision=VIT_LARGE)
+BLIP_MINI = BlipConfig(vision=_VIT_MINI, text=_TEXT_MINI, embedding=64, encode_id=1, decode_id=126, end_id=127)
+VQA_BASE = replace(BLIP_BASE, vision=replace(BLIP_BASE.vision, image_size=480))
+VQA_LARGE = replace(BLIP_LARGE, vision=replace(BLIP_LARGE.vision, image_size=480))

@@ -6,36 +6,17 @@ Language-Image Pre-training for Unified Vision-Language Understanding and Genera
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from zoo.blip.checkpoint import NLVR_TABLE
-from zoo.blip.config import NlvrConfig, VisionConfig
+from zoo.blip.checkpoint import NLVR_TABLES
+from zoo.blip.config import NlvrConfig
 from zoo.blip.text import TextEncoder
-from zoo.checkpoint import KeyTable
+from zoo.blip.vision import build_vision_tower
+from zoo.key_table import KeyTable
 
-VISION_LAYER_NORM_EPS = 1e-6
 ANSWERS = 2
-
-
-def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """timm's VisionTransformer without head: images [B, 3, H, W] -> normalised tokens [B, N, V], class token first."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=config.mlp_width / config.width,
-        drop_path_rate=config.drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=VISION_LAYER_NORM_EPS),
-        num_classes=0,
-        global_pool="",
-    )
 
 
 class BlipNlvr(nn.Module):
@@ -45,7 +26,7 @@ class BlipNlvr(nn.Module):
     tokens of one image (class token first), V vision width, T text tokens.
     """
 
-    checkpoint_table: ClassVar[KeyTable] = NLVR_TABLE
+    checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = NLVR_TABLES
 
     def __init__(self, config: NlvrConfig) -> None:
         super().__init__()

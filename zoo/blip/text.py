@@ -30,11 +30,12 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("position_ids", torch.arange(config.positions)[None], persistent=False)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        length, limit = input_ids.shape[1], self.position_ids.shape[1]
-        if length > limit:
-            raise DataError(f"The text is {length} tokens long and the model has {limit} positions; cut the text.")
-        positions = self.position_embeddings(self.position_ids[:, :length])
+    def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """`start` is the position of the first id, for a text that is fed in pieces."""
+        end, limit = start + input_ids.shape[1], self.position_ids.shape[1]
+        if end > limit:
+            raise DataError(f"The text is {end} tokens long and the model has {limit} positions; cut the text.")
+        positions = self.position_embeddings(self.position_ids[:, start:end])
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
 
 
@@ -56,16 +57,24 @@ class AttentionHeads(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns [B, T, C]; `mask` [B, 1, 1, S] bool is True where a key may be attended."""
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, heads, T, head_dim]."""
+        return self._split_heads(self.query(x))
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, source_width] -> keys and values, each [B, heads, S, head_dim]."""
+        return self._split_heads(self.key(source)), self._split_heads(self.value(source))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns [B, T, C]; `mask` (bool, broadcast to [B, heads, T, S]) is True where a key may be attended."""
         out = F.scaled_dot_product_attention(
-            self._split_heads(self.query(x)),
-            self._split_heads(self.key(source)),
-            self._split_heads(self.value(source)),
-            attn_mask=mask,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            query, key, value, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
         )
         return out.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns [B, T, C]; for `mask` see :meth:`attend`."""
+        return self.attend(self.queries(x), *self.keys_values(source), mask)
 
 
 class ResidualOutput(nn.Module):
@@ -183,7 +192,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
         self.encoder = TextLayers(config, vision_width)
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Encode statements.
@@ -204,7 +213,8 @@ class TextEncoder(nn.Module):
         return self.encoder(self.embeddings(input_ids), mask, first, second)
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """Start values of one module, as BERT has them."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear):

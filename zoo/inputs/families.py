@@ -234,12 +234,36 @@ def _blip_nlvr(model: nn.Module, batch: int, generator: torch.Generator) -> dict
     }
 
 
+def _blip(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    """An image and a text each; the last text is padded."""
+    config: Any = model.config
+    side, text = config.vision.image_size, config.text
+    length = min(16, text.positions)
+    ids = torch.randint(1, text.vocabulary, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    ids[-1, -4:], mask[-1, -4:] = text.pad_id, 0
+    return {
+        "images": torch.randn(batch, 3, side, side, generator=generator),
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
+
+
+def _blip_vqa(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    """A question and an answer for each image."""
+    made = _blip(model, batch, generator)
+    return {**made, "answer_ids": made["input_ids"][:, :5], "answer_mask": torch.ones(batch, 5, dtype=torch.long)}
+
+
 def _unknown(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
     raise ExampleInputsError(f"the zoo has no example inputs for {type(model).__name__}; pass example_inputs.")
 
 
 register_adapter("zoo", _unknown)
 register_adapter("zoo.blip.nlvr.BlipNlvr", _blip_nlvr)
+for _task in ("retrieval.BlipRetrieval", "caption.BlipCaption"):
+    register_adapter(f"zoo.blip.{_task}", _blip)
+register_adapter("zoo.blip.vqa.BlipVqa", _blip_vqa)
 register_adapter("timm", _timm)
 register_adapter("open_clip", _open_clip)
 register_adapter("transformers", make_inputs)

@@ -1,0 +1,45 @@
+"""BLIP for captions: a decoder that writes about an image. Start with `BlipCaption`; `decoding.py` writes captions with it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.blip.checkpoint import CAPTION_TABLES
+from zoo.blip.config import BlipConfig
+from zoo.blip.med import MedDecoder
+from zoo.blip.vision import build_vision_tower
+from zoo.key_table import KeyTable
+
+
+class CaptionOutput(NamedTuple):
+    """logits: [B, T, vocabulary] of the token after each, None without text. image_tokens: [B, N, V]."""
+
+    logits: Tensor | None
+    image_tokens: Tensor
+
+
+class BlipCaption(nn.Module):
+    """Vision tower and text decoder. Axes: B samples, N vision tokens (class token first), V vision width, T text tokens."""
+
+    checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = CAPTION_TABLES
+
+    def __init__(self, config: BlipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = build_vision_tower(config.vision)
+        self.text_decoder = MedDecoder(
+            config.text, config.vision.width, begin_id=config.decode_id, end_id=config.end_id
+        )
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> CaptionOutput:
+        """Images [B, 3, H, W] and captions [B, T] ([DEC] first), mask [B, T] (1: token), padding at the end."""
+        tokens = self.visual_encoder(images)
+        if input_ids is None:
+            return CaptionOutput(None, tokens)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return CaptionOutput(self.text_decoder(input_ids, mask, tokens), tokens)

@@ -1,0 +1,185 @@
+"""Text from BLIP's decoders: captions, answers, and answers of a list ranked. Start with `write_captions`, `rank_answers`.
+
+The models may be pruned ones: they encode by their own call, and the decoder then runs step by step. Axes: B samples, K
+beams, T tokens, W words of the vocabulary, A answers of a list, L tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from madtp.errors import ConfigError
+from zoo.blip.caption import CaptionOutput
+from zoo.blip.losses import next_token_losses
+from zoo.blip.med import DecoderState, MedDecoder
+from zoo.blip.vqa import VqaOutput
+
+_NEVER = -1e9
+
+
+class Captioner(Protocol):
+    """A `BlipCaption`, dense or rewritten."""
+
+    text_decoder: MedDecoder
+
+    def __call__(self, images: Tensor) -> CaptionOutput:
+        """Encode images [B, 3, H, W]."""
+
+
+class Answerer(Protocol):
+    """A `BlipVqa`, dense or rewritten."""
+
+    text_decoder: MedDecoder
+
+    def __call__(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> VqaOutput:
+        """Encode questions [B, T] (mask [B, T], 1: token) about images [B, 3, H, W]."""
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How to search.
+
+    Attributes:
+        count: K, hypotheses that are followed at once.
+        min_length, max_length: of the whole text, prompt and end included.
+        length_penalty: a hypothesis scores its log-probability over (new tokens, its end included, + `length_offset`) to
+            this power.
+        length_offset: counts the prompt, too; the published captions were made with its length less one.
+    """
+
+    count: int = 3
+    min_length: int = 1
+    max_length: int = 30
+    length_penalty: float = 1.0
+    length_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 1 <= self.min_length <= self.max_length:
+            raise ConfigError(
+                f"{self.count} beams of {self.min_length} to {self.max_length} tokens: count has to be at least 1, and the "
+                "lengths in order."
+            )
+
+
+@dataclass
+class _Finished:
+    """The best complete texts of one sample."""
+
+    limit: int
+    texts: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    def add(self, score: float, ids: Tensor) -> None:
+        self.texts = sorted([*self.texts, (score, ids)], key=lambda text: -text[0])[: self.limit]
+
+    def unbeaten_by(self, score: float) -> bool:
+        """Whether there are enough, and none is worse than a text of this score would be."""
+        return len(self.texts) == self.limit and score <= self.texts[-1][0]
+
+
+@torch.no_grad()
+def beam_search(decoder: MedDecoder, prompt: Tensor, state: DecoderState, beams: Beams) -> list[Tensor]:
+    """The most probable continuation of each prompt.
+
+    Args:
+        decoder: writes, from `state` = decoder.start(...) for the B samples.
+        prompt: [B, T] long, without padding.
+
+    Returns:
+        B tensors of new ids, without prompt and end.
+    """
+    count, (batch, given) = beams.count, prompt.shape
+    if given >= beams.max_length:
+        raise ConfigError(f"the prompt has {given} tokens, and texts may have {beams.max_length}; raise max_length.")
+    ids = prompt.repeat_interleave(count, dim=0)
+    state = state.reorder(torch.arange(batch, device=prompt.device).repeat_interleave(count))
+    scores = torch.full((batch, count), _NEVER, device=prompt.device)
+    scores[:, 0] = 0  # all beams are alike at first
+    finished = [_Finished(count) for _ in range(batch)]
+    going = set(range(batch))
+    logits, state = decoder.step(ids, state)
+    while True:
+        new, last = ids.shape[1] + 1 - given, ids.shape[1] + 1 == beams.max_length
+        words = logits.float().log_softmax(dim=-1)
+        if ids.shape[1] < beams.min_length:
+            words[:, decoder.end_id] = -torch.inf
+        vocabulary = words.shape[1]
+        best, place = (scores[:, :, None] + words.view(batch, count, -1)).flatten(1).topk(2 * count, dim=1)
+        beam, word = place // vocabulary, place % vocabulary
+        ends = word == decoder.end_id
+        norm = (new + beams.length_offset) ** beams.length_penalty
+        for sample in going:
+            for rank in range(count):  # further down, a text that ends is none of the best
+                if ends[sample, rank] or last:
+                    text = ids[sample * count + int(beam[sample, rank]), given:]
+                    text = text if ends[sample, rank] else torch.cat([text, word[sample, rank, None]])
+                    finished[sample].add(float(best[sample, rank]) / norm, text)
+        scores, chosen = best.masked_fill(ends, _NEVER).topk(count, dim=1)
+        going = {s for s in going if not finished[s].unbeaten_by(float(scores[s, 0]) / norm)}
+        if last or not going:
+            return [texts.texts[0][1] for texts in finished]
+        first = torch.arange(batch, device=ids.device)[:, None] * count
+        rows, word = (first + beam.gather(1, chosen)).flatten(), word.gather(1, chosen).flatten()
+        ids = torch.cat([ids[rows], word[:, None]], dim=1)
+        logits, state = decoder.step(word[:, None], state.reorder(rows))
+
+
+@torch.no_grad()
+def write_captions(model: Captioner, images: Tensor, prompt: Tensor, beams: Beams | None = None) -> list[Tensor]:
+    """Captions of images [B, 3, H, W]: ids behind the prompt [T] ([DEC] first), without end.
+
+    Default beams: as published, of 10 to 30 tokens.
+    """
+    if beams is None:
+        beams = Beams(min_length=10, max_length=30, length_offset=len(prompt) - 1)
+    state = model.text_decoder.start(model(images).image_tokens)
+    return beam_search(model.text_decoder, prompt.expand(len(images), -1), state, beams)
+
+
+@torch.no_grad()
+def write_answers(
+    model: Answerer, images: Tensor, input_ids: Tensor, attention_mask: Tensor, beams: Beams | None = None
+) -> list[Tensor]:
+    """Answers to questions [B, T] about images [B, 3, H, W]: ids without end."""
+    states = model(images, input_ids, attention_mask).question_states
+    prompt = torch.full((len(images), 1), model.text_decoder.begin_id, device=images.device)
+    state = model.text_decoder.start(states, attention_mask)
+    return beam_search(model.text_decoder, prompt, state, Beams(max_length=10) if beams is None else beams)
+
+
+@torch.no_grad()
+def rank_answers(
+    model: Answerer,
+    images: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    *,
+    candidates: int = 128,
+) -> Tensor:
+    """Which answer of a list fits each question best.
+
+    Args:
+        model: dense or rewritten.
+        images: [B, 3, H, W].
+        input_ids: questions [B, T], with attention_mask [B, T].
+        answer_ids: the list [A, L], [DEC] first, with answer_mask [A, L] (1: token).
+        candidates: answers whose first word is most probable; only these are scored whole.
+
+    Returns:
+        [B] long, places in the list.
+    """
+    decoder = model.text_decoder
+    batch, candidates = len(images), min(candidates, len(answer_ids))
+    states = model(images, input_ids, attention_mask).question_states
+    logits, _ = decoder.step(answer_ids[:1, :1].expand(batch, -1), decoder.start(states, attention_mask))
+    places = logits.softmax(dim=-1)[:, answer_ids[:, 1]].topk(candidates, dim=1).indices
+    rows = torch.arange(batch, device=images.device).repeat_interleave(candidates)
+    ids, mask = answer_ids[places.flatten()], answer_mask[places.flatten()]
+    scored = decoder(ids, mask, states[rows], attention_mask[rows])
+    losses = next_token_losses(scored, ids, mask)[0].sum(dim=1).view(batch, candidates)
+    return places.gather(1, losses.argmin(dim=1, keepdim=True))[:, 0]

@@ -1,0 +1,61 @@
+"""Losses of the text decoders. Start with `caption_loss` and `answer_loss`.
+
+Axes: B texts, T tokens of a text, W words of the vocabulary, A answers, L tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+SMOOTHING = 0.1
+
+
+def next_token_losses(
+    logits: Tensor, input_ids: Tensor, attention_mask: Tensor, *, prompt: int = 0, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each token given those before it.
+
+    Args:
+        logits: [B, T, W] of the token after each.
+        input_ids: [B, T].
+        attention_mask: [B, T], 1 for a token, 0 for padding.
+        prompt: tokens at the start that are given, not predicted.
+        smoothing: share of the target that is spread over all words.
+
+    Returns:
+        losses [B, T - 1], 0 for what is not predicted, and which are predicted, [B, T - 1] bool.
+    """
+    targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
+    targets[:, :prompt] = IGNORED
+    targets = targets[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+    )
+    return losses, targets != IGNORED
+
+
+def caption_loss(
+    logits: Tensor, input_ids: Tensor, attention_mask: Tensor, *, prompt: int, smoothing: float = SMOOTHING
+) -> Tensor:
+    """Mean loss of the tokens behind the prompt, over all captions of the batch; a scalar."""
+    losses, predicted = next_token_losses(logits, input_ids, attention_mask, prompt=prompt, smoothing=smoothing)
+    return losses.sum() / predicted.sum()
+
+
+def answer_loss(
+    logits: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    weights: Tensor,
+    questions: int,
+    *,
+    smoothing: float = SMOOTHING,
+) -> Tensor:
+    """Summed loss of each answer, times its weight [A], per question; a scalar.
+
+    logits [A, L, W], answer_ids and answer_mask [A, L]; `questions` is how many they belong to.
+    """
+    losses, _ = next_token_losses(logits, answer_ids, answer_mask, smoothing=smoothing)
+    return (losses.sum(dim=1) * weights).sum() / questions
