@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,3 +67,12 @@ def test_draws_reach_every_choice() -> None:
             assert len({getattr(d, field.name) for d in drawn}) > 1, field.name
     for field in dataclasses.fields(Blocks):
         assert len({getattr(d.text, field.name) for d in drawn}) > 1, field.name
+
+
+@pytest.mark.slow
+def test_the_command_draws_in_worker_processes() -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "random_vlts", "0", "1"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 draws" in done.stdout
