@@ -30,16 +30,10 @@ def evaluate(graph: fx.Graph, wanted: fx.Node, inputs: Sequence[Any], module: nn
             if operand not in needed:
                 needed.add(operand)
                 stack.append(operand)
-    values: dict[fx.Node, Any] = {}
-    position = 0
+    values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
     with torch.no_grad():
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[position]
-                position += 1
-            elif node not in needed:
-                continue
-            elif node.op == "get_attr":
+        for node in sorted(needed - values.keys()):
+            if node.op == "get_attr":
                 values[node] = attribute(module, str(node.target))
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])

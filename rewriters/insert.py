@@ -19,7 +19,7 @@ from madtp import state as runtime
 from rewriters.axes import AxisError, Labels, any_tokens, token_axis
 from rewriters.detect import seed
 from rewriters.functional import writes
-from rewriters.insertion import Insertion, InsertRefusal, Labelling, site_key
+from rewriters.insertion import Insertion, InsertRefusal, site_key
 from rewriters.outcomes import Align, Outcome, Readout, labels_of, op_name
 from rewriters.plan import Plan, SitePlan
 from rewriters.propagate import runs_along
@@ -49,7 +49,7 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
         restoration.remember(node)
         try:
             if node in at_attention:
-                restoration.check(node, _sources(node, done.labels))
+                restoration.check(node)
                 _insert_attention(done, node, at_attention[node], nodes[at_attention[node].name][1])
             elif node.op == "output":
                 _finish(done, node, restoration)
@@ -58,7 +58,7 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
                 if node in at_value:
                     _insert_site(done, current, at_value[node], nodes[at_value[node].name])
         except AxisError as error:
-            raise InsertRefusal(node, str(error), _sources(node, done.labels)) from error
+            raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
         restoration.pass_on(node)
     # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or writes(n))
@@ -107,9 +107,9 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
         try:
             outcome = apply(node, done.labels)
         except AxisError as error:
-            raise InsertRefusal(node, str(error), _sources(node, done.labels)) from error
+            raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
         if len({a.source for a in outcome.states.values()}) > 1:
-            raise InsertRefusal(node, "queries and keys are at different sites", _sources(node, done.labels))
+            raise InsertRefusal(node, "queries and keys are at different sites", done.labels.sites_reaching(node))
     state = None
     if outcome is not None and outcome.states:
         state = done.state(next(iter(outcome.states.values())).source, node)
@@ -175,7 +175,9 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
     previous = token_axis(labels[site.token_dim]) if labels is not None else None
     known = done.labels.get(block_input)
     if (token_axis(known[site.token_dim]) if known is not None else None) != previous:
-        raise InsertRefusal(value, "the block's input and output are at different sites", _sources(value, done.labels))
+        raise InsertRefusal(
+            value, "the block's input and output are at different sites", done.labels.sites_reaching(value)
+        )
     users = list(value.users)
     after = value.next
     state = None if previous is None else done.state(previous.source, after)
@@ -202,6 +204,7 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
     done.states[site.name] = new_state
     done.replaced[value] = pruned
     done.before_site[site.name] = (value, state)
+    done.site_values.add(value)
     done.entrances[site.name] = block_input
     if previous is not None:
         done.labels.parent[site.name] = previous.source
@@ -209,13 +212,12 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
 
 def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
     """Apply the rule of ``node`` and carry its repairs out; returns the node that now stands for it."""
-    sources = _sources(node, done.labels)
     try:
         outcome = apply(node, done.labels)
     except AxisError as error:
-        restoration.before(node, str(error), sources)
+        restoration.before(node, str(error))
         return node
-    restoration.check(node, sources)
+    restoration.check(node)
     for align in outcome.aligns:
         _align(done, node, align)
     for name, axis in outcome.states.items():
@@ -318,25 +320,3 @@ def _finish(done: Insertion, output: fx.Node, restoration: Restoration) -> None:
         labels: Labels | None = done.labels.get(value)
         if labels is not None and any_tokens(labels):
             output.replace_input_with(value, restoration.full(value, output))
-
-
-def _sources(node: fx.Node, labels: Labelling) -> set[str]:
-    """Names of the sites whose tokens reach ``node``."""
-    found: set[str] = set()
-    for operand in node.all_input_nodes:
-        known = labels.get(operand)
-        for dim in _flatten(known):
-            for factor in dim:
-                if factor.axis is not None and factor.axis.kind == "tokens":
-                    found.update(labels.sites_before(factor.axis.source))
-    return found
-
-
-def _flatten(labels: Any) -> list[Any]:
-    if not labels:
-        return []
-    if labels[0] and hasattr(labels[0][0], "axis"):
-        return list(labels)
-    if isinstance(labels[0], tuple) and (not labels[0] or isinstance(labels[0][0], tuple)):
-        return [d for one in labels for d in (one if one and isinstance(one[0], tuple) else ())]
-    return list(labels)

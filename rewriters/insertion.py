@@ -13,7 +13,7 @@ from torch import fx
 
 from madtp import segments as segment_runtime
 from madtp import state as runtime
-from rewriters.axes import Axis, is_tensor, roots
+from rewriters.axes import Axis, Dim, Factor, axes_of, is_tensor, roots
 from rewriters.outcomes import op_name
 from rewriters.plan import Plan
 
@@ -55,11 +55,30 @@ class Labelling(dict[fx.Node, Any]):
                     found.add(one)
         return found
 
+    def sites_reaching(self, node: fx.Node) -> set[Any]:
+        """Names of the sites whose tokens reach ``node``."""
+        found: set[Any] = set()
+        for operand in node.all_input_nodes:
+            for dim in _dims(self.get(operand)):
+                for axis in axes_of(dim):
+                    if axis.kind == "tokens":
+                        found |= self.sites_before(axis.source)
+        return found
+
     def newer(self, first: Axis, second: Axis) -> Axis | None:
         """The later of two states of one stream; None if they have nothing to do with each other."""
         if second.source in self.chain(first.source):
             return first
         return second if first.source in self.chain(second.source) else None
+
+
+def _dims(labels: Any) -> list[Dim]:
+    """The labels of all dimensions of a value, of several results one after the other."""
+    if not labels:
+        return []
+    if labels[0] and isinstance(labels[0][0], tuple) and not isinstance(labels[0][0], Factor):
+        return [dim for one in labels for dim in one]
+    return list(labels)
 
 
 def site_key(name: str) -> str:
@@ -74,7 +93,8 @@ class Insertion:
     Attributes:
         labels: axis labels of the finished graph, for the cost model.
         states: node of each token state, by source.
-        before_site: residual value in front of each site and its state. entrances: residual value at the block's input.
+        before_site: residual value in front of each site and its state. site_values: these values.
+        entrances: residual value at the block's input.
         attention_of: site by the node of its scoring attention.
     """
 
@@ -83,6 +103,7 @@ class Insertion:
     labels: Labelling = field(default_factory=Labelling)
     states: dict[Any, fx.Node] = field(default_factory=dict)
     before_site: dict[str, tuple[fx.Node, fx.Node | None]] = field(default_factory=dict)
+    site_values: set[fx.Node] = field(default_factory=set)
     entrances: dict[str, fx.Node] = field(default_factory=dict)
     derived: dict[Any, tuple[fx.Node, int]] = field(default_factory=dict)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -91,10 +112,6 @@ class Insertion:
     joined: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     site_inputs: dict[str, fx.Node] = field(default_factory=dict)
     segment_maps: dict[int, fx.Node] = field(default_factory=dict)
-
-    def before_site_values(self) -> set[fx.Node]:
-        """Residual values in front of a site."""
-        return {value for value, _ in self.before_site.values()}
 
     def state(self, source: Any, before: fx.Node) -> fx.Node:
         """The node that holds the token state of ``source``; derived states are computed where first needed."""

@@ -84,7 +84,7 @@ class Restoration:
 
     def _is_residual(self, operand: Any) -> bool:
         """Whether ``operand`` is a value of the residual stream, up to operations that leave it in its space."""
-        sites = self.done.before_site_values()
+        sites = self.done.site_values
         while isinstance(operand, fx.Node):
             if operand in self.anchors or operand in sites or self.done.replaced.get(operand) in sites:
                 return True
@@ -98,11 +98,12 @@ class Restoration:
         fx.map_arg(self.original.get(node, ((), {})), lambda n: found.append(n))
         return found
 
-    def before(self, node: fx.Node, reason: str, sources: set[str]) -> None:
+    def before(self, node: fx.Node, reason: str) -> None:
         """Feed ``node`` with restored operands: another stream may read every position, or a head.
 
         An operation that no rule knows may do anything with the tokens; where later attention reads it, it is refused.
         """
+        sources = self.done.labels.sites_reaching(node)
         if not knows(node) and self._reaches_attention(node):
             raise InsertRefusal(node, reason, sources)
         for operand in list(node.all_input_nodes):
@@ -115,10 +116,13 @@ class Restoration:
                 raise InsertRefusal(node, f"{reason}; {error}", sources) from error
         self.tainted[node] = self.tainted.get(node, {}) | dict.fromkeys(sources, f"{reason} at {node.name}")
 
-    def check(self, node: fx.Node, sources: set[str]) -> None:
+    def check(self, node: fx.Node) -> None:
         """A restored value may not flow back into the stream it came from while attention follows: dropped tokens would take
         part again."""
-        back = {site: why for site, why in self.tainted.get(node, {}).items() if site in sources}
+        if node not in self.tainted:
+            return
+        sources = self.done.labels.sites_reaching(node)
+        back = {site: why for site, why in self.tainted[node].items() if site in sources}
         if back and self._reaches_attention(node):
             reason = f"{next(iter(back.values()))}, which reads every position, flows back into the pruned tokens"
             raise InsertRefusal(node, reason, set(back))
@@ -199,7 +203,7 @@ class Restoration:
 
     def _current(self, node: fx.Node, before: fx.Node) -> Any:
         """What stands for an operand of the captured graph now, with all its tokens."""
-        if node in self.done.before_site_values():
+        if node in self.done.site_values:
             return self.full(self.done.replaced[node], before)
         if node in self.done.replaced:
             node = self.done.replaced[node]
