@@ -7,6 +7,7 @@ Start with :func:`list_models` and :func:`create`. To add a model, decorate its 
 from __future__ import annotations
 
 import zoo.blip
+import zoo.clip
 import zoo.inputs.families  # noqa: F401  (registers its adapters)
 from zoo.adapters import Adapter, find_adapter, list_adapters, register_adapter
 from zoo.checkpoint import LoadReport, load_checkpoint

@@ -1,8 +1,8 @@
 """The BLIP family. `config.py` holds sizes, a file of each task its model, `checkpoint.py` key names.
 
-`nlvr.py` reasons about image pairs (text encoder in `text.py`), `retrieval.py`, `caption.py` and `vqa.py` share `med.py`;
-`decoding.py` writes text with the latter two, `losses.py` trains them. Importing this package registers the models;
-timm is imported when one is built.
+`nlvr.py` reasons about image pairs (text encoder in `text.py`); `retrieval.py`, `caption.py` and `vqa.py` share `med.py`.
+`matching.py` trains and re-ranks retrieval, `decoding.py` writes captions and answers, `losses.py` trains these.
+Importing this package registers the models; timm is imported when one is built.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """BLIP for image-text retrieval: which text fits which image? Start with `BlipRetrieval`.
 
 Contrastive features compare all images with all texts at the price of one pass each; matching then looks at one pair
-at a time, with the text attending to the image, and re-ranks the best.
+at a time, with the text attending to the image, and re-ranks the best. The momentum copies and queues that train it
+are no part of the model: see `zoo/contrast.py` for the contrastive and `matching.py` for the matching loss.
 """
 
 from __future__ import annotations

@@ -255,6 +255,19 @@ def _blip_vqa(model: nn.Module, batch: int, generator: torch.Generator) -> dict[
     return {**made, "answer_ids": made["input_ids"][:, :5], "answer_mask": torch.ones(batch, 5, dtype=torch.long)}
 
 
+def _clip_pairs(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    """An image and a text each; the last text ends earlier."""
+    config: Any = model.config
+    length = min(16, config.positions)
+    ids = torch.randint(1, config.vocabulary - 1, (batch, length), generator=generator)
+    ids[:-1, -1] = ids[-1, -5] = config.vocabulary - 1
+    ids[-1, -4:] = 0
+    return {
+        "images": torch.randn(batch, 3, config.image_size, config.image_size, generator=generator),
+        "input_ids": ids,
+    }
+
+
 def _unknown(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
     raise ExampleInputsError(f"the zoo has no example inputs for {type(model).__name__}; pass example_inputs.")
 
@@ -264,6 +277,7 @@ register_adapter("zoo.blip.nlvr.BlipNlvr", _blip_nlvr)
 for _task in ("retrieval.BlipRetrieval", "caption.BlipCaption"):
     register_adapter(f"zoo.blip.{_task}", _blip)
 register_adapter("zoo.blip.vqa.BlipVqa", _blip_vqa)
+register_adapter("zoo.clip.model.Clip", _clip_pairs)
 register_adapter("timm", _timm)
 register_adapter("open_clip", _open_clip)
 register_adapter("transformers", make_inputs)

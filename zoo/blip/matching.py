@@ -1,0 +1,116 @@
+"""BLIP's matching head in training and evaluation. Start with `matching_loss` and `rerank`.
+
+Axes: B pairs, T tokens of a text, N image tokens, V their width; I images and J texts of a data set.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from madtp.errors import DataError
+from zoo.blip.retrieval import RetrievalOutput
+
+# What pairs score that are not among the candidates; the published code has the same number.
+LEFT_OUT = -100.0
+
+
+class Matcher(Protocol):
+    """A `BlipRetrieval`, dense or rewritten."""
+
+    def __call__(self, *, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> RetrievalOutput:
+        """Match encoded images [B, N, V] with texts [B, T]."""
+
+
+def matching_loss(
+    model: Matcher, found: RetrievalOutput, input_ids: Tensor, attention_mask: Tensor, samples: Tensor
+) -> Tensor:
+    """Cross-entropy of the batch's pairs and of as many wrong images and wrong texts, the likelier the more similar.
+
+    Args:
+        model: is trained.
+        found: what it returned for the pairs.
+        input_ids: [B, T].
+        attention_mask: [B, T].
+        samples: [B] long, which image each pair is of; of one image, none is a wrong one.
+
+    Raises:
+        DataError: all pairs are of one image, or the model was not asked for pairs.
+    """
+    if found.match_logits is None or found.image_tokens is None:
+        raise DataError("the matching loss needs a call of the model with images and texts.")
+    if found.image_features is None or found.text_features is None:
+        raise DataError("the matching loss needs a call of the model with images, not with image_tokens.")
+    same = samples[:, None] == samples[None]
+    if bool(same.all(dim=1).any()):
+        raise DataError(f"all {len(samples)} pairs of the batch are of one image; matching needs at least two.")
+    with torch.no_grad():
+        similar = found.scale * found.image_features @ found.text_features.T
+        wrong_texts = _draw(similar, same)
+        wrong_images = _draw(similar.T, same)
+    tokens = torch.cat([found.image_tokens[wrong_images], found.image_tokens])
+    ids, mask = torch.cat([input_ids, input_ids[wrong_texts]]), torch.cat([attention_mask, attention_mask[wrong_texts]])
+    wrong = _match(model, tokens, ids, mask)
+    labels = torch.zeros(3 * len(samples), dtype=torch.long, device=samples.device)
+    labels[: len(samples)] = 1
+    return F.cross_entropy(torch.cat([found.match_logits, wrong]), labels)
+
+
+def _match(model: Matcher, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Logits [B, 2] of encoded images [B, N, V] with texts [B, T]."""
+    logits = model(image_tokens=image_tokens, input_ids=input_ids, attention_mask=attention_mask).match_logits
+    if logits is None:
+        raise DataError(f"{type(model).__name__} returned no match_logits for image_tokens and texts.")
+    return logits
+
+
+def _draw(similar: Tensor, forbidden: Tensor) -> Tensor:
+    """For each row one column [B] that is not forbidden, by the softmax of the similarities [B, B]."""
+    likely = similar.float().masked_fill(forbidden, -torch.inf).softmax(dim=1)
+    return torch.multinomial(likely, 1)[:, 0]
+
+
+@torch.no_grad()
+def rerank(
+    model: Matcher,
+    similar: Tensor,
+    image_tokens: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    candidates: int = 256,
+    batch: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Scores of texts for each image and of images for each text; the most similar are matched, the others left out.
+
+    Args:
+        model: matches.
+        similar: products of features, [I, J].
+        image_tokens: [I, N, V], on any device.
+        input_ids: [J, T].
+        attention_mask: [J, T].
+        candidates: how many are matched for each image, and for each text.
+        batch: pairs that are matched at a time.
+
+    Returns:
+        [I, J] and [J, I]: similarity plus the logit of a match.
+    """
+    device = input_ids.device
+
+    def scores(similar: Tensor, images_first: bool) -> Tensor:
+        best, columns = similar.topk(min(candidates, similar.shape[1]), dim=1)
+        rows = torch.arange(len(similar), device=device).repeat_interleave(columns.shape[1])
+        images, texts = (rows, columns.flatten()) if images_first else (columns.flatten(), rows)
+        result = torch.full_like(similar, LEFT_OUT)
+        for pairs, values in zip(
+            torch.arange(len(rows), device=device).split(batch), best.flatten().split(batch), strict=True
+        ):
+            tokens = image_tokens[images[pairs].to(image_tokens.device)].to(device)
+            ids, mask = input_ids[texts[pairs]], attention_mask[texts[pairs]]
+            result[rows[pairs], columns.flatten()[pairs]] = values + _match(model, tokens, ids, mask)[:, 1]
+        return result
+
+    return scores(similar, True), scores(similar.T, False)
