@@ -1,0 +1,56 @@
+"""From an RGB image to the tensor that a model takes: :func:`evaluation`, :func:`training`, as BLIP was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from madtp.errors import ConfigError
+from zoo.datasets.records import Transform
+from zoo.registry import describe
+from zoo.transforms.augment import RandomAugment
+
+SMALLEST_CROP = 0.5
+"""Least share of an image's area that a training crop covers, in BLIP's fine-tuning."""
+
+
+def evaluation(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Squeeze an image to size by size pixels (bicubic), scale to [0, 1] and normalise: [3, size, size]."""
+    from torchvision import transforms
+
+    _check(size)
+    resize = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([resize, *_finish(mean, std)])
+
+
+def training(size: int, mean: Sequence[float], std: Sequence[float], smallest_crop: float = SMALLEST_CROP) -> Transform:
+    """A random crop, squeezed as in :func:`evaluation`, mirrored by chance and augmented: [3, size, size].
+
+    Chance is torch's. Of a pair, each image is cropped and mirrored for itself, as BLIP does.
+    """
+    from torchvision import transforms
+
+    _check(size)
+    if not 0 < smallest_crop <= 1:
+        raise ConfigError(f"smallest_crop is {smallest_crop}; it is a share in (0, 1].")
+    crop = transforms.RandomResizedCrop(
+        size, scale=(smallest_crop, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+    )
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), RandomAugment(), *_finish(mean, std)])
+
+
+def for_model(name: str) -> Transform:
+    """The evaluation transform with the size and normalisation of a model of the zoo."""
+    entry = describe(name)
+    return evaluation(entry.input_size[1], entry.mean, entry.std)
+
+
+def _finish(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+    from torchvision import transforms
+
+    return [transforms.ToTensor(), transforms.Normalize(tuple(mean), tuple(std))]
+
+
+def _check(size: int) -> None:
+    if size < 1:
+        raise ConfigError(f"the image size is {size}; it has to be at least 1.")
