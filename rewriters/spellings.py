@@ -26,6 +26,8 @@ PASS_THROUGH = frozenset("to _to_copy type_as float contiguous clone alias detac
 RESHAPES = frozenset("view reshape _unsafe_view unflatten flatten".split())
 PRODUCTS = frozenset("matmul bmm baddbmm".split())
 SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax"))
+# A score added to a finite number as low as this is lost in it, so a query that sees no key weighs all of them alike.
+SWALLOWING = -1e8
 
 
 class NoMatch(Exception):
@@ -34,12 +36,14 @@ class NoMatch(Exception):
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask on the way: "add" it ``times`` so much, or "hide" or "show" keys by it. rank: of the scores that it meets."""
+    """A mask on the way: "add" it ``times`` so much, or "hide" or "show" keys by it. rank: of the scores that it meets.
+    hidden: the number that stands in place of a hidden score."""
 
     kind: Literal["add", "hide", "show"]
     node: fx.Node
     rank: int
     times: float = 1.0
+    hidden: float = -math.inf
 
 
 @dataclass
@@ -167,8 +171,8 @@ def _outwards(softmax: fx.Node) -> tuple[fx.Node, float]:
     """The product of probabilities and values, and the dropout on the way."""
     node, dropout = softmax, 0.0
     while True:
-        users = [u for u in node.users if u.op != "output"]
-        if len(node.users) != 1 or len(users) != 1:
+        users = [u for u in node.users if not _is_only_returned(u)]
+        if len(users) != 1:
             raise NoMatch
         user = users[0]
         name = op_name(user)
@@ -179,6 +183,14 @@ def _outwards(softmax: fx.Node) -> tuple[fx.Node, float]:
         elif name not in PASS_THROUGH and name not in RESHAPES and name != "expand":
             raise NoMatch
         node = user
+
+
+def _is_only_returned(node: fx.Node) -> bool:
+    """Whether ``node`` serves the outputs of the graph alone: attention maps that a model hands out."""
+    if node.op == "output":
+        return True
+    passed = op_name(node) == "dropout" or op_name(node) in PASS_THROUGH or op_name(node) in RESHAPES
+    return passed and bool(node.users) and all(map(_is_only_returned, node.users))
 
 
 def _inwards(node: Any) -> Scores:
@@ -194,21 +206,28 @@ def _inwards(node: Any) -> Scores:
         return _scaled(node, name)
     if name == "add" and not node.kwargs:
         return _masked_sum(node)
-    if name == "masked_fill":
-        hidden = _number(node.args[2])
-        if hidden is None or hidden > HIDDEN:
-            raise NoMatch
+    if name == "sub" and not node.kwargs:
         inner = _inwards(node.args[0])
-        inner.masks.append(Mask("hide", node.args[1], _rank(node)))
+        if not _is_shift(node.args[1], node):
+            inner.masks.append(Mask("add", node.args[1], _rank(node), times=-1.0))
         return inner
-    if name == "where":
+    if name in ("masked_fill", "where"):
         hidden = _number(node.args[2])
         if hidden is None or hidden > HIDDEN:
             raise NoMatch
-        inner = _inwards(node.args[1])
-        inner.masks.append(Mask("show", node.args[0], _rank(node)))
+        kind, scores, mask = ("hide", *node.args[:2]) if name == "masked_fill" else ("show", *node.args[1::-1])
+        inner = _inwards(scores)
+        inner.masks.append(Mask(kind, mask, _rank(node), hidden=hidden))
         return inner
     raise NoMatch
+
+
+def _is_shift(value: Any, scores: fx.Node) -> bool:
+    """Whether ``value`` is one number for all keys of a query, which a softmax does not feel."""
+    if not is_tensor(value):
+        return isinstance(value, (int, float))
+    shape = example_shape(value)
+    return (not shape or shape[-1] == 1) and example_shape(scores)[-1] > 1
 
 
 def _rank(node: fx.Node) -> int:
@@ -245,12 +264,12 @@ def _scaled(node: fx.Node, name: str) -> Scores:
 
 def _masked_sum(node: fx.Node) -> Scores:
     for scores, mask in ((node.args[0], node.args[1]), (node.args[1], node.args[0])):
-        if not is_tensor(mask):
-            continue
         try:
             inner = _inwards(scores)
         except NoMatch:
             continue
+        if isinstance(mask, (int, float)):
+            return inner
         inner.masks.append(Mask("add", mask, _rank(node)))  # type: ignore[arg-type]
         return inner
     raise NoMatch
@@ -283,7 +302,13 @@ def _join(graph: fx.Graph, masks: list[Mask], like: fx.Node) -> fx.Node | None:
             additive.append(node if mask.times == 1.0 else emit(graph, aten.mul.Tensor, (node, mask.times), like))
             continue
         as_bool = node if node.meta["val"].dtype == torch.bool else emit(graph, aten.to.dtype, (node, torch.bool), like)
-        booleans.append(emit(graph, aten.bitwise_not.default, (as_bool,), like) if mask.kind == "hide" else as_bool)
+        finite = -math.inf < mask.hidden <= SWALLOWING
+        if (mask.kind == "hide") != finite:
+            as_bool = emit(graph, aten.bitwise_not.default, (as_bool,), like)
+        if finite:
+            additive.append(_lowered(graph, as_bool, mask.hidden, like))
+        else:
+            booleans.append(as_bool)
     shown = booleans[0] if booleans else None
     for one in booleans[1:]:
         shown = emit(graph, aten.bitwise_and.Tensor, (shown, one), like)
@@ -293,9 +318,14 @@ def _join(graph: fx.Graph, masks: list[Mask], like: fx.Node) -> fx.Node | None:
     if total is None or shown is None:
         return total if shown is None else shown
     hidden = emit(graph, aten.bitwise_not.default, (shown,), like)
-    zeros = emit(graph, aten.to.dtype, (hidden, total.meta["val"].dtype), like)
-    large = emit(graph, aten.mul.Tensor, (zeros, torch.finfo(total.meta["val"].dtype).min), like)
-    return emit(graph, aten.add.Tensor, (total, large), like)
+    return emit(graph, aten.add.Tensor, (total, _lowered(graph, hidden, -math.inf, total)), like)
+
+
+def _lowered(graph: fx.Graph, hidden: fx.Node, number: float, like: fx.Node) -> fx.Node:
+    """``number`` (at least the lowest of the type) where ``hidden`` is true, 0 elsewhere."""
+    dtype = like.meta["val"].dtype
+    zeros = emit(graph, aten.to.dtype, (hidden, dtype), like)
+    return emit(graph, aten.mul.Tensor, (zeros, max(number, torch.finfo(dtype).min)), like)
 
 
 def _folded_heads(query: fx.Node) -> int:

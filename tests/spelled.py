@@ -214,6 +214,18 @@ def cosine(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join((scores + torch.where(mask, 0.0, LOW)[:, None, None, :]).softmax(-1) @ v)
 
 
+def shifted_scores(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    scores = ((q / 2) @ k.mT + torch.where(mask, 0.0, LOW)[:, None, None, :]) / 32 + 1
+    return m.join((((scores - scores.amax(-1).unsqueeze(-1)) * 32).softmax(-1)) @ v)
+
+
+def subtracted_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    scores = (0 + q @ k.mT) - 1e6 * (1 - mask[:, None, None].float())
+    return m.join(scores.softmax(-1) @ v)
+
+
 SPELLINGS: dict[str, Spelling] = {
     f.__name__: f
     for f in (
@@ -241,6 +253,8 @@ SPELLINGS: dict[str, Spelling] = {
         learned_bias,
         relative_bias,
         cosine,
+        shifted_scores,
+        subtracted_mask,
     )
 }
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import expected, leaves, survivors
 from rewrites import eager_arithmetic, gap
-from spelled import HEAD, HEADS, LENGTH, SPELLINGS, SpelledAttention, Speller, inputs, sdpa, spelled_case
+from spelled import HEAD, HEADS, LENGTH, LOW, SPELLINGS, SpelledAttention, Speller, inputs, sdpa, spelled_case
 from torch import Tensor, fx, nn
 
 import madtp
@@ -102,7 +103,20 @@ def soft_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join(scores.softmax(-1) @ v)
 
 
-MISSES = (wrong_dimension, over_channels, channel_sdpa, weights_used_twice, multiplied_weights, soft_mask)
+def subtracted_from(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join((1.0 - q @ k.mT).softmax(-1) @ v)
+
+
+MISSES = (
+    wrong_dimension,
+    over_channels,
+    channel_sdpa,
+    weights_used_twice,
+    multiplied_weights,
+    soft_mask,
+    subtracted_from,
+)
 
 
 @pytest.mark.parametrize("miss", MISSES, ids=lambda f: f.__name__)
@@ -128,6 +142,60 @@ def test_near_miss_costs_sites_and_never_correctness(miss: Any) -> None:
 
 def test_soft_mask_above_the_hiding_bound_is_no_mask() -> None:
     assert len(attentions(canonical(Speller(soft_mask).eval(), inputs(2, 0)))) == 0
+
+
+def blind_queries(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    return m.join((q @ k.mT * 0.5).masked_fill(~pairs, LOW).softmax(-1) @ v)
+
+
+def blind_queries_where(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    return m.join(torch.where(pairs, q @ k.mT * 0.5, -1e9).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("spelling", [blind_queries, blind_queries_where], ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_a_query_that_sees_no_key_weighs_all_alike(spelling: Any) -> None:
+    model = Speller(spelling).eval()
+    model.forward = lambda x, mask: model.blocks[0](model.embed(x), mask)  # every position, padded ones too
+    graph = canonical(model, inputs(3, 0))
+    assert len(attentions(graph)) == 1
+    call = inputs(3, 0)
+    assert gap(model(**call), fx.GraphModule(model, graph)(*call.values())[0]) < 1e-5
+
+
+class HandsOutMaps(Speller):
+    """Returns its attention maps, too."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        x = self.embed(x) + self.positions
+        maps = []
+        for block in self.blocks:
+            q, k, v = block.attn.split(block.norm1(x))
+            scores = (q @ k.mT * 0.5).masked_fill(~mask[:, None, None, :], LOW)
+            maps.append(F.dropout(scores.softmax(-1), 0.1, self.training))
+            x = x + block.attn.join(maps[-1] @ v)
+            x = x + block.mlp(block.norm2(x))
+        return (self.norm(x)[:, 0], *maps)
+
+
+@torch.no_grad()
+def test_attention_maps_that_are_handed_out_keep_their_shape_and_hinder_no_site() -> None:
+    torch.manual_seed(0)
+    model = HandsOutMaps(SPELLINGS["sdpa"], SPELLINGS["sdpa"]).eval()
+    call = inputs(3, 0)
+    pruned = madtp.rewrite(model, call, config=PruningConfig(merge=False, alignment_tokens=4))
+    assert len(pruned.report.sites) == 2
+    with pruned.dense():
+        assert all(gap(one, other) < 1e-5 for one, other in zip(model(**call), pruned(**call), strict=True))
+    pruned.temperature = 4.0
+    found = pruned(**call)
+    assert [f.shape for f in found] == [f.shape for f in model(**call)]
+    assert gap(found[1], model(**call)[1]) < 1e-5  # nothing was dropped in front of the first map
+    assert min(int(counts.min()) for counts in pruned.token_counts().values()) < LENGTH
 
 
 def folded_with_bias_of_heads(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
