@@ -15,7 +15,8 @@ from torch import fx
 
 from rewriters.functional import functional, writes
 from rewriters.norms import canonical_norms
-from rewriters.outcomes import op_name
+from rewriters.outcomes import call_argument, op_name
+from rewriters.part_rules import PREFIX
 from rewriters.pooling import canonical_pooling
 from rewriters.products import plain_products
 from rewriters.spellings import canonical_attention
@@ -24,6 +25,7 @@ BOOKKEEPING = frozenset(
     "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _is_all_true "
     "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
 )
+END = 9223372036854775807
 CONVERSIONS = frozenset(("to", "_to_copy", "type_as"))
 
 
@@ -46,6 +48,25 @@ def plain_getitem(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and op_name(node) == "getitem":
             node.target = operator.getitem
+
+
+def plain_slices(graph: fx.Graph) -> None:
+    """A split into the first few entries and the others becomes two slices: special tokens are told by such slices."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node) not in ("split", "split_with_sizes"):
+            continue
+        sizes, dim = node.args[1], call_argument(node, 2, "dim", 0)
+        few = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and isinstance(sizes[0], int)
+        if dim == 0 or not few or not 0 < sizes[0] <= PREFIX or any(u.target is not operator.getitem for u in node.users):
+            continue
+        for part in list(node.users):
+            bounds = (0, sizes[0]) if part.args[1] in (0, -2) else (sizes[0], END)
+            with graph.inserting_before(part):
+                cut = graph.call_function(torch.ops.aten.slice.Tensor, (node.args[0], dim, *bounds))
+            cut.meta = dict(part.meta)
+            part.replace_all_uses_with(cut)
+            graph.erase_node(part)
+        graph.erase_node(node)
 
 
 def drop_conversions(graph: fx.Graph) -> None:
@@ -73,6 +94,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("functional", functional),
     ("drop conversions", drop_conversions),
     ("plain getitem", plain_getitem),
+    ("plain slices", plain_slices),
     ("reshape views", reshape_views),
     ("dead code before", eliminate_dead_code),
     ("plain products", plain_products),

@@ -53,7 +53,7 @@ from rewriters.part_rules import (
     slice_,
     split,
 )
-from rewriters.shape_rules import cat, expand, permute, repeat, squeeze, stack, transpose, unsqueeze, view
+from rewriters.shape_rules import cat, expand, permute, repeat, reshape_as, squeeze, stack, transpose, unsqueeze, view
 
 
 def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -197,6 +197,7 @@ RULES: dict[str, Rule] = {
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), view),
+    **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand": expand,
     "expand_as": elementwise,
     "repeat": repeat,

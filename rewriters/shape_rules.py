@@ -32,6 +32,7 @@ from rewriters.outcomes import (
     labels_of,
     op_name,
     require_plain,
+    same_axes,
 )
 
 
@@ -93,6 +94,15 @@ def view(node: fx.Node, labels: LabelMap) -> Outcome:
             inferred = True
             resizes.append(Resize(argument, position, None))
     return Outcome(labels=result, resizes=tuple(resizes))
+
+
+def reshape_as(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A view to the shape of another tensor: of the same tokens, else its size would be another one's."""
+    own, other = (labels_of(node.args[i], labels) for i in (0, 1))
+    result = relabel_view(own, example_shape(node))
+    if not all(same_axes(d, o) for d, o in zip(result, other, strict=True) if has_tokens(d) or has_tokens(o)):
+        raise AxisError("a view to the shape of a tensor that runs along other tokens")
+    return Outcome(labels=result)
 
 
 def expand(node: fx.Node, labels: LabelMap) -> Outcome:
