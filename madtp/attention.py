@@ -32,6 +32,7 @@ def attention(
     *,
     scale: float | None = None,
     grouped: bool = False,
+    present_mask: Tensor | None = None,
     query_state: TokenState | None = None,
     key_state: TokenState | None = None,
 ) -> Tensor:
@@ -41,27 +42,32 @@ def attention(
         query, key, value: ``[B, H, Q, D]``, ``[B, H, K, D]``, ``[B, H, K, Dv]``; with ``grouped`` keys may have fewer
         heads.
         mask: boolean (True = may attend) or additive, broadcastable to ``[B, H, Q0, K0]`` over the *original* tokens.
+        present_mask: the like over the tokens that are there, in place of ``mask``: a bias that is computed from them.
         query_state, key_state: states of the pruned streams, None where a stream is not pruned.
     Returns:
         ``[B, H, Q, Dv]``.
     """
-    mask, causal = present_mask(query, key, mask, causal, query_state, key_state)
+    mask, causal = mask_of_survivors(query, key, mask, causal, present_mask, query_state, key_state)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=grouped)
 
 
-def present_mask(
+def mask_of_survivors(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
     causal: bool,
+    present: Tensor | None,
     query_state: TokenState | None,
     key_state: TokenState | None,
 ) -> tuple[Tensor | None, bool]:
-    """The mask over surviving tokens: rows and columns gathered, padding slots hidden."""
+    """The mask over surviving tokens: rows and columns gathered, padding slots hidden.
+
+    present: a mask over them, in place of ``mask``.
+    """
     rows = None if query_state is None else mask_positions(query_state)
     columns = None if key_state is None else mask_positions(key_state)
     if rows is None and columns is None:
-        return mask, causal
+        return mask if present is None else present, causal
     if key_state is not None and key_state is not query_state and key_state.quirks.ignores_cross_masks:
         mask = None
     if causal:
@@ -69,8 +75,8 @@ def present_mask(
         column = torch.arange(key.size(2), device=key.device)[None] if columns is None else columns
         order = (row[:, None, :, None] >= column[:, None, None, :]).expand(query.size(0), 1, -1, -1)
         mask = order if mask is None else join_masks(_aligned(mask, query_state, key_state), order)
-    elif mask is not None:
-        mask = _aligned(mask, query_state, key_state)
+    else:
+        mask = present if mask is None else _aligned(mask, query_state, key_state)
     if key_state is not None and key_state.valid is not None:
         valid = key_state.valid[:, None, None, :]
         mask = valid if mask is None else join_masks(mask, valid)
@@ -122,7 +128,7 @@ def attention_with_statistics(
     """Attention together with the statistics of DTP.
 
     Args:
-        mask: over the present tokens (see :func:`present_mask`).
+        mask: over the present tokens (see :func:`mask_of_survivors`).
         rows: ``[B, Q]`` queries that count in the column sums; None = all.
         class_slot: ``[B]`` slot whose row is the class attention; None if the stream has no such token.
     Returns:

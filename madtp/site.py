@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.assembly import assemble
-from madtp.attention import attention, attention_with_statistics, present_mask, valid_keys
+from madtp.attention import attention, attention_with_statistics, mask_of_survivors, valid_keys
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
 from madtp.guidance import pooled_features, query_projection
@@ -95,6 +95,7 @@ class ScoringAttention(nn.Module):
         *,
         scale: float | None = None,
         grouped: bool = False,
+        present_mask: Tensor | None = None,
         state: TokenState | None = None,
         readouts: tuple[Position, ...] = (),
         segments: SegmentMap | None = None,
@@ -117,11 +118,12 @@ class ScoringAttention(nn.Module):
                 causal,
                 scale=scale,
                 grouped=grouped,
+                present_mask=present_mask,
                 query_state=state,
                 key_state=state,
             )
             return output, Seen(None, None)
-        present, still_causal = present_mask(query, key, mask, causal, state, state)
+        present, still_causal = mask_of_survivors(query, key, mask, causal, present_mask, state, state)
         batch, count = query.size(0), query.size(2)
         scored_padding = self.control.config.padding == "scored"
         valid = None if scored_padding else self._valid(state, present, batch, key.size(2))

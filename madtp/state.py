@@ -104,18 +104,23 @@ def full_length(state: TokenState) -> int:
     return state.full_length
 
 
-def align(side: Tensor, state: TokenState, dim: int, batch_dim: int, rank: int) -> Tensor:
+def align(side: Tensor, state: TokenState, dim: int, batch_dim: int, rank: int, heads: int = 1) -> Tensor:
     """Gather a side input along its token dimension so that it fits the surviving tokens.
 
     Args:
         side: tensor that broadcasts to ``rank`` dimensions; its size at ``dim`` is N0.
         dim, batch_dim: token and batch dimension in the broadcast result.
+        heads: rows of each sample at ``batch_dim``, one after the other.
     Returns:
-        ``side`` with ``rank`` dimensions, N at ``dim`` and B at ``batch_dim``.
+        ``side`` with ``rank`` dimensions, N at ``dim`` and B times ``heads`` at ``batch_dim``.
     """
     if state.index is None:
         return side
-    return gather_positions(side, state.index, dim, batch_dim, rank)
+    return gather_positions(side, _each_head(state.index, heads), dim, batch_dim, rank)
+
+
+def _each_head(index: Tensor, heads: int) -> Tensor:
+    return index if heads == 1 else index.repeat_interleave(heads, 0)
 
 
 def gather_positions(side: Tensor, index: Tensor, dim: int, batch_dim: int, rank: int) -> Tensor:
@@ -131,7 +136,9 @@ def gather_positions(side: Tensor, index: Tensor, dim: int, batch_dim: int, rank
     return gathered.movedim((0, 1), (batch_dim, dim))
 
 
-def realign(values: Tensor, before: TokenState, state: TokenState, dim: int, batch_dim: int, rank: int) -> Tensor:
+def realign(
+    values: Tensor, before: TokenState, state: TokenState, dim: int, batch_dim: int, rank: int, heads: int = 1
+) -> Tensor:
     """Carry values along an earlier state of the same stream to the present one.
 
     Slots that hold a merged token read the value at the position the merged token stands for.
@@ -139,13 +146,13 @@ def realign(values: Tensor, before: TokenState, state: TokenState, dim: int, bat
     if state.index is None:
         return values
     if before.index is None:
-        return align(values, state, dim, batch_dim, rank)
+        return align(values, state, dim, batch_dim, rank, heads)
     assert before.merged is not None
     place = before.index.masked_fill(before.merged, -1)
     hit = state.index[:, :, None] == place[:, None, :]
     fallback = state.index[:, :, None] == before.index[:, None, :]
     slot = torch.where(hit.any(2), hit.int().argmax(2), fallback.int().argmax(2))
-    return gather_positions(values, slot, dim, batch_dim, rank)
+    return gather_positions(values, _each_head(slot, heads), dim, batch_dim, rank)
 
 
 def slots_of(state: TokenState, positions: Tensor) -> Tensor:

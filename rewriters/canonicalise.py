@@ -57,7 +57,12 @@ def plain_slices(graph: fx.Graph) -> None:
             continue
         sizes, dim = node.args[1], call_argument(node, 2, "dim", 0)
         few = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and isinstance(sizes[0], int)
-        if dim == 0 or not few or not 0 < sizes[0] <= PREFIX or any(u.target is not operator.getitem for u in node.users):
+        if (
+            dim == 0
+            or not few
+            or not 0 < sizes[0] <= PREFIX
+            or any(u.target is not operator.getitem for u in node.users)
+        ):
             continue
         for part in list(node.users):
             bounds = (0, sizes[0]) if part.args[1] in (0, -2) else (sizes[0], END)

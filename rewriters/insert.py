@@ -111,6 +111,10 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
         if len({a.source for a in outcome.states.values()}) > 1:
             raise InsertRefusal(node, "queries and keys are at different sites", done.labels.sites_reaching(node))
     state = None
+    for align in outcome.aligns if outcome is not None else ():
+        _align(done, node, align)
+    if outcome is not None and outcome.renamed is not None:
+        _rename(node, *outcome.renamed)
     if outcome is not None and outcome.states:
         state = done.state(next(iter(outcome.states.values())).source, node)
     segments = _segments(done, site, node)
@@ -122,6 +126,7 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
             {
                 "scale": node.kwargs.get("scale"),
                 "grouped": node.kwargs.get("grouped", False),
+                "present_mask": node.kwargs.get("present_mask"),
                 "state": state,
                 "readouts": readouts,
                 "segments": segments,
@@ -220,6 +225,8 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
     restoration.check(node)
     for align in outcome.aligns:
         _align(done, node, align)
+    if outcome.renamed is not None:
+        _rename(node, *outcome.renamed)
     for name, axis in outcome.states.items():
         node.kwargs = {**node.kwargs, name: done.state(axis.source, node)}
     for resize in outcome.resizes:
@@ -243,16 +250,22 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
     return result
 
 
+def _rename(node: fx.Node, position: int, name: str) -> None:
+    """Pass a positional argument under another name."""
+    node.update_kwarg(name, node.args[position])
+    node.update_arg(position, None)
+
+
 def _align(done: Insertion, node: fx.Node, align: Align) -> None:
     operand = next(
         a for a in node.all_input_nodes if a is align.operand or done.aligned.get(("of", node, align.operand)) is a
     )
-    key = (operand, align.axis, align.present, align.dim, align.batch_dim, align.rank)
+    places = (align.dim, align.batch_dim, align.rank, align.heads)
+    key = (operand, align.axis, align.present, *places)
     if key not in done.aligned:
         state = done.state(align.axis.source, node)
         before = None if align.present is None else done.state(align.present.source, node)
         with done.graph.inserting_before(node):
-            places = (align.dim, align.batch_dim, align.rank)
             if before is None:
                 new = done.graph.call_function(runtime.align, (operand, state, *places))
             else:

@@ -31,7 +31,8 @@ from rewriters.axes import (
 
 @dataclass(frozen=True)
 class Align:
-    """Gather ``operand`` along ``dim`` (counted in the broadcast result) so that it runs along ``axis``."""
+    """Gather ``operand`` along ``dim`` (counted in the broadcast result) so that it runs along ``axis``. heads: how many rows
+    in a row are of one sample where the batch is folded with heads."""
 
     operand: fx.Node
     dim: int
@@ -39,6 +40,7 @@ class Align:
     batch_dim: int
     rank: int
     present: Axis | None = None
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Readout:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule says: labels of the result (a tuple of labels for several results) and the repairs."""
+    """What a rule says: labels of the result (a tuple of labels for several results) and the repairs. renamed: an argument
+    by position that is to be passed under another name."""
 
     labels: Labels | None = None
     results: tuple[Labels, ...] | None = None
@@ -84,6 +87,7 @@ class Outcome:
     resizes: tuple[Resize, ...] = ()
     readout: Readout | None = None
     states: Mapping[str, Axis] = field(default_factory=dict)
+    renamed: tuple[int, str] | None = None
 
 
 LabelMap = Mapping[fx.Node, Labels | tuple[Labels, ...]]
@@ -124,6 +128,16 @@ def batch_dim_of(labels: Labels) -> int:
     raise AxisError("a token axis stands without its batch")
 
 
+def outer_batch(labels: Labels) -> tuple[int, int]:
+    """The dimension that is the batch, alone or in front of heads, and the number of heads folded into it."""
+    for position, dim in enumerate(labels):
+        if any(a.kind == "batch" for a in axes_of(dim)):
+            if dim[0].axis is None or dim[0].axis.kind != "batch" or has_tokens(dim):
+                raise AxisError("the batch is folded together with other dimensions")
+            return position, dim_size(dim[1:])
+    raise AxisError("a token axis stands without its batch")
+
+
 def same_axes(first: Dim, second: Dim) -> bool:
     """Whether two dimensions run along the same tokens, or both along a batch."""
     kinds = [
@@ -154,16 +168,14 @@ def broadcast(
             if is_plain(dim):
                 axis = token_axis(target)
                 assert axis is not None
-                aligns.append(Align(operand, rank - offset, axis, _batch_position(merged), rank))
+                batch_dim, heads = outer_batch(tuple(merged))
+                aligns.append(Align(operand, rank - offset, axis, batch_dim, rank, heads=heads))
             elif not same_axes(dim, target):
                 old, new = token_axis(dim), token_axis(target)
                 assert new is not None
-                aligns.append(Align(operand, rank - offset, new, _batch_position(merged), rank, present=old))
+                batch_dim, heads = outer_batch(tuple(merged))
+                aligns.append(Align(operand, rank - offset, new, batch_dim, rank, old, heads))
     return Outcome(labels=tuple(merged), aligns=tuple(aligns))
-
-
-def _batch_position(merged: list[Dim]) -> int:
-    return batch_dim_of(tuple(merged))
 
 
 def _merge(first: Dim, second: Dim, labels: LabelMap) -> Dim:

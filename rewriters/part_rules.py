@@ -26,6 +26,7 @@ from rewriters.axes import (
     token_axis,
 )
 from rewriters.outcomes import (
+    Align,
     LabelMap,
     Outcome,
     Readout,
@@ -33,6 +34,7 @@ from rewriters.outcomes import (
     call_argument,
     labels_of,
     op_name,
+    outer_batch,
     require_unlabelled,
     same_axes,
 )
@@ -253,9 +255,17 @@ def gather(node: fx.Node, labels: LabelMap) -> Outcome:
     shape = example_shape(node)
     if is_plain(own[dim]):
         others = [d for d in range(len(own)) if d != dim]
-        if not is_plain(wanted[dim]) or not all(same_axes(own[d], wanted[d]) for d in others):
+        if not is_plain(wanted[dim]) or not all(_goes_along(own[d], wanted[d]) for d in others):
             raise AxisError("a gather whose index runs along other tokens than its values")
-        return Outcome(labels=tuple(plain(shape[d]) if d == dim else own[d] for d in range(len(own))))
+        result = tuple(plain(shape[d]) if d == dim else own[d] for d in range(len(own)))
+        missing = [d for d in others if has_tokens(own[d]) and is_plain(wanted[d])]
+        batch_dim, heads = outer_batch(own) if missing else (0, 1)
+        aligns = [
+            Align(node.args[2], d, axis, batch_dim, len(own), heads=heads)  # type: ignore[arg-type]
+            for d in missing
+            if (axis := token_axis(own[d])) is not None
+        ]
+        return Outcome(labels=result, aligns=tuple(aligns))
     axis, batch_dim = token_axis(own[dim]), batch_dim_of(own)
     positions: Any = node.args[2]
     require_unlabelled([positions], labels, node)
@@ -267,6 +277,11 @@ def gather(node: fx.Node, labels: LabelMap) -> Outcome:
         labels=tuple(plain(1) if d == dim else label for d, label in enumerate(own)),
         readout=Readout("index", axis, dim, batch_dim, index=positions, keepdim=True),
     )
+
+
+def _goes_along(values: Dim, index: Dim) -> bool:
+    """Whether an index reads each entry of a dimension at its own place: a table [B, N] beside the values of N tokens does."""
+    return same_axes(values, index) or (is_plain(index) and dim_size(index) == dim_size(values))
 
 
 def size(node: fx.Node, labels: LabelMap) -> Outcome:

@@ -18,6 +18,7 @@ from torch import fx
 from madtp.attention import attention
 from rewriters.axes import (
     AxisError,
+    Labels,
     any_tokens,
     dim_size,
     example_shape,
@@ -30,6 +31,7 @@ from rewriters.axes import (
 )
 from rewriters.channel_rules import batch_norm, conv1d, einsum, index_select, view_as_complex, view_as_real
 from rewriters.outcomes import (
+    Align,
     LabelMap,
     Outcome,
     Rule,
@@ -135,9 +137,6 @@ def attend(node: fx.Node, labels: LabelMap) -> Outcome:
     """Attention: the result runs along the queries; masks are aligned by the states of queries and keys."""
     query, key, value = (labels_of(node.args[i], labels) for i in range(3))
     require_plain((query[1], query[3], key[1], key[3], value[3]), node)
-    mask = node.args[3] if len(node.args) > 3 else None
-    if isinstance(mask, fx.Node) and mask in labels and any_tokens(labels_of(mask, labels)):
-        raise AxisError("an attention mask that is computed from pruned tokens")
     states = {}
     for name, own in (("query_state", query), ("key_state", key)):
         axis = token_axis(own[2])
@@ -146,7 +145,29 @@ def attend(node: fx.Node, labels: LabelMap) -> Outcome:
     if has_tokens(key[2]) and token_axis(value[2]) != token_axis(key[2]):
         raise AxisError("keys and values run along different tokens")
     batch = query[0] if not is_plain(query[0]) else key[0]
-    return Outcome(labels=(batch, query[1], query[2], value[3]), states=states)
+    result = (batch, query[1], query[2], value[3])
+    mask = node.args[3] if len(node.args) > 3 else None
+    if not isinstance(mask, fx.Node) or mask not in labels or not any_tokens(labels_of(mask, labels)):
+        return Outcome(labels=result, states=states)
+    aligns = _aligned_scores(mask, (batch, query[1], query[2], key[2]), labels)
+    return Outcome(labels=result, states=states, aligns=aligns, renamed=(3, "present_mask"))
+
+
+def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Align, ...]:
+    """What makes a mask that is computed from pruned tokens run along queries and keys as the scores ``[B, H, Q, K]`` do."""
+    own = labels_of(mask, labels)
+    own = (plain(1),) * (4 - len(own)) + own
+    require_plain(own[1:2], mask)
+    aligns = []
+    for dim in (2, 3):
+        axis, wanted = token_axis(own[dim]), token_axis(scores[dim])
+        if axis == wanted or dim_size(own[dim]) == 1:
+            continue
+        newer = getattr(labels, "newer", None)
+        if wanted is None or (axis is not None and (newer is None or newer(axis, wanted) != wanted)):
+            raise AxisError("an attention mask that is computed from other tokens than queries and keys")
+        aligns.append(Align(mask, dim, wanted, 0, 4, present=axis))
+    return tuple(aligns)
 
 
 # Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.

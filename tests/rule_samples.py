@@ -132,6 +132,8 @@ SHAPES = [
     sample(aten.reshape.default, x("B", 2, "N", 4), [BATCH * 2, TOKENS, 4]),
     sample(aten.reshape.default, x(("B", 2), "N", 4), [BATCH, 2, -1, 4]),
     sample(aten.reshape.default, x(("N", "B"), 4), [TOKENS, BATCH, 2, 2]),
+    sample(aten.reshape_as.default, x(("B", "N"), 4), x("B", "N", 2, 2)),
+    sample(aten.view_as.default, x("N", "B", 6), x("N", "B", 2, 3)),
     sample(aten._unsafe_view.default, x("B", "N", 6), [BATCH, TOKENS, 3, 2]),
     sample(aten.flatten.using_ints, x("B", 2, "N", 4), 0, 1),
     sample(aten.flatten.using_ints, x("B", "N", 2, 4), 2),
@@ -192,6 +194,7 @@ MIXING = [
     sample(aten.embedding.default, x(9, 4), x("B", "N", kind="long")),
     sample(attention, x("B", 2, "N", 4), x("B", 2, TOKENS, 4), x("B", 2, TOKENS, 4)),
     sample(attention, x("B", 2, "N", 4), x(BATCH, 2, 6, 4), x(BATCH, 2, 6, 3), x(BATCH, 1, 1, 6, kind="mask")),
+    sample(attention, x("B", 2, "N", 4), x(BATCH, 2, 5, 4), x(BATCH, 2, 5, 3), x("B", 2, "N", 5)),
 ]
 
 CHANNELS = [
@@ -208,6 +211,10 @@ CHANNELS = [
     sample(aten.index_select.default, x(), 2, x(2, kind="long")),
     sample(aten.index_select.default, x("N", "B", 4), -1, x(3, kind="long")),
     sample(aten.gather.default, x("B", "N", 5), 2, x("B", "N", 2, kind="long")),
+    sample(aten.gather.default, x(), 2, x(BATCH, TOKENS, 2, kind="long")),
+    sample(aten.gather.default, x(("B", 2), "N", 5), -1, x(2 * BATCH, TOKENS, 3, kind="long")),
+    sample(aten.add.Tensor, x(("B", 2), "N", 4), x(2 * BATCH, TOKENS, 4)),
+    sample(aten.mul.Tensor, x(TOKENS, 1), x(("B", 2), "N", 4)),
 ]
 
 READOUTS = [
@@ -251,6 +258,8 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(aten.view.default, x("B", "N", 4), [BATCH, 2, TOKENS // 2, 4]), "cuts"),
     (sample(aten.view.default, x("B", "N", 4), [TOKENS, BATCH, 4]), "cut"),
     (sample(aten.reshape.default, x("N", "B", 4), [BATCH, TOKENS, 4]), "cut"),
+    (sample(aten.reshape_as.default, x("B", "N", 6), x("B", TOKENS, 2, 3)), "other tokens"),
+    (sample(aten.view_as.default, x("B", "N", 4), x("B", "M", 4)), "other tokens"),
     (sample(aten.repeat.default, x(), [1, 2, 1]), "repeat"),
     (sample(aten.repeat_interleave.self_int, x(), 2, 1), "repeat"),
     (sample(aten.repeat_interleave.self_int, x(), 2), "repeat"),
@@ -274,7 +283,9 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(aten.batch_norm.default, x("B", 4, "N"), x(4), x(4), x(4), x(4), True, 0.1, 1e-5, False), "training"),
     (sample(aten.index_select.default, x(), 1, x(2, kind="long")), "index_select"),
     (sample(aten.gather.default, x(), 1, x(BATCH, 2, 4, kind="long")), "one token a sample"),
-    (sample(aten.gather.default, x(), 2, x(BATCH, TOKENS, 2, kind="long")), "other tokens"),
+    (sample(aten.gather.default, x(), 2, x("B", "M", 2, kind="long")), "other tokens"),
+    (sample(aten.gather.default, x("B", "N", 5), 2, x(BATCH, TOKENS - 1, 2, kind="long")), "other tokens"),
+    (sample(aten.add.Tensor, x((2, "B"), "N", 4), x(2 * BATCH, TOKENS, 4)), "folded"),
     (sample(aten.conv2d.default, x("B", 4, "N", 1), x(5, 4, 1, 1)), "every position"),
     (sample(aten.masked_scatter.default, x(), x(BATCH, TOKENS, 4, kind="bool"), x(BATCH, TOKENS, 4)), "every position"),
     (sample(aten.linear.default, x("B", 4, "N"), x(3, TOKENS)), "mixes"),
@@ -293,7 +304,8 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(aten.index.Tensor, x(), [x(BATCH, kind="long"), x(BATCH, kind="long")]), "index"),
     (sample(aten.embedding.default, x("N", 4), x(2, kind="long")), "parameter"),
     (sample(attention, x("B", 2, 6, 4), x("B", 2, "N", 4), x(BATCH, 2, TOKENS, 4)), "keys and values"),
-    (sample(attention, x("B", 2, "N", 4), x("B", 2, "N", 4), x("B", 2, "N", 4), x("B", 1, "N", TOKENS)), "mask"),
+    (sample(attention, x("B", 2, "N", 4), x("B", 2, "N", 4), x("B", 2, "N", 4), x("B", 1, "M", TOKENS)), "mask"),
+    (sample(attention, x(BATCH, 2, 6, 4), x("B", 2, "N", 4), x("B", 2, "N", 4), x("B", 1, "N", TOKENS)), "mask"),
     (sample(attention, x("B", "N", 2, 4), x("B", "N", 2, 4), x("B", "N", 2, 4)), "mixes"),
     (sample(masked_mean, x(), x("B", "N", 1), 1, False, None), "parameter"),
     (sample(masked_mean, x(), x(BATCH, TOKENS, 1), 2, False, None), "mean"),

@@ -226,6 +226,33 @@ def subtracted_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join(scores.softmax(-1) @ v)
 
 
+def mask_like_the_scores(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    scores = q @ k.mT * 0.5
+    hide = (mask == 0)[:, None, None, :].expand_as(scores)
+    return m.join(scores.masked_fill(hide, LOW).softmax(-1) @ v)
+
+
+def disentangled(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    """Each query looks up a number by distance, and so does each key."""
+    q, k, v = m.split(x)
+    table = m.table.view(-1, HEADS, 1).expand(-1, -1, HEAD).transpose(0, 1)
+    place = m.distance.expand(x.shape[0], HEADS, -1, -1)
+    bias = (q @ table.mT).gather(-1, place) + (k @ table.mT).gather(-1, place).transpose(-1, -2)
+    return m.join(((q @ k.mT) * 0.5 + bias + torch.where(mask, 0.0, LOW)[:, None, None, :]).softmax(-1) @ v)
+
+
+def disentangled_folded(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    batch, length, _ = x.shape
+    q, k, v = (t.reshape(batch * HEADS, length, HEAD) for t in m.split(x))
+    table = m.table.view(1, -1, HEADS).repeat(batch * HEADS, 1, HEAD // HEADS)
+    place = m.distance[None].expand(batch * HEADS, length, -1)
+    bias = torch.bmm(k, table.mT).gather(-1, place).transpose(-1, -2) / 3 + torch.bmm(q, table.mT).gather(-1, place)
+    scores = (torch.bmm(q, k.mT / 2) + bias).view(-1, HEADS, length, length)
+    scores = scores.masked_fill(~mask[:, None, None, :], LOW)
+    return m.join(torch.bmm(scores.softmax(-1).view(-1, length, length), v).view(batch, HEADS, length, HEAD))
+
+
 SPELLINGS: dict[str, Spelling] = {
     f.__name__: f
     for f in (
@@ -255,6 +282,9 @@ SPELLINGS: dict[str, Spelling] = {
         cosine,
         shifted_scores,
         subtracted_mask,
+        mask_like_the_scores,
+        disentangled,
+        disentangled_folded,
     )
 }
 
