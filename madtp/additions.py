@@ -42,5 +42,5 @@ class Additions(nn.Module):
         cost.bind("alignment_tokens", config.alignment_tokens if config.alignment else 0)
         cost.bind("alignment_width", self.alignment_width)
         for width in self.widths:
-            projected = config.alignment and width != self.alignment_width
+            projected = config.alignment and (config.query_projection == "always" or width != self.alignment_width)
             cost.bind(f"projection of {width}", width * self.alignment_width if projected else 0)

@@ -19,6 +19,7 @@ from madtp.errors import ConfigError
 
 Batching = Literal["ragged", "uniform", "static"]
 Selection = Literal["threshold", "random", "class_attention"]
+QueryProjection = Literal["differing", "always"]
 Positions = tuple[tuple[str, tuple[int, ...]], ...]
 
 MODALITIES = ("image", "text")
@@ -41,6 +42,8 @@ class PruningConfig:
         alignment: False leaves the alignment tokens out: no second term, and the threshold is the mean importance.
         alignment_tokens: K, their number.
         alignment_width: d_e; None takes the width of the widest pruned stream.
+        query_projection: where a linear layer maps a block's stream to the alignment tokens' width: where the widths are
+            "differing", or "always" (as the authors' code has it for CLIP).
         merge: dropped tokens become one token, their importance-weighted mean; False discards them.
         straight_through: lets gradients reach the threshold and the importance through a soft mask in training.
         selection: "threshold" is the method. Controls: "random" keeps random tokens, "class_attention" the best by the
@@ -62,6 +65,7 @@ class PruningConfig:
     alignment: bool = True
     alignment_tokens: int = 100
     alignment_width: int | None = None
+    query_projection: QueryProjection = "differing"
     merge: bool = True
     straight_through: bool = False
     selection: Selection = "threshold"

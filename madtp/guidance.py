@@ -37,12 +37,12 @@ class AlignmentTokens(nn.Module):
         return f"count={self.tokens.shape[0]}, width={self.tokens.shape[1]}"
 
 
-def query_projection(width: int, alignment_width: int, *, seed: int = 0) -> nn.Module:
-    """The map from a stream's width d to d_e, one per block and modality: nothing where they agree, else a Linear.
+def query_projection(width: int, alignment_width: int, *, seed: int = 0, always: bool = False) -> nn.Module:
+    """The map from a stream's width d to d_e, one per block and modality: a Linear, left out where they agree unless `always`.
 
     Its weights are drawn from N(0, 1 / d) by `seed`, so that queries keep the scale of the stream.
     """
-    if width == alignment_width:
+    if width == alignment_width and not always:
         return nn.Identity()
     linear = nn.Linear(width, alignment_width)
     generator = torch.Generator().manual_seed(seed)

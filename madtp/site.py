@@ -179,7 +179,8 @@ class ScoringAttention(nn.Module):
 class PruningSite(nn.Module):
     """Scores, keeps and merges the tokens of one block.
 
-    Parameters: ``query``, the map d -> d_e in front of the alignment tokens (an identity where the widths agree).
+    Parameters: ``query``, the map d -> d_e in front of the alignment tokens (an identity where the widths agree, unless the
+    configuration wants it always).
     """
 
     def __init__(self, spec: SiteSpec, control: PruningControl, alignment_width: int, seed: int) -> None:
@@ -189,7 +190,8 @@ class PruningSite(nn.Module):
         self.alignment_width = alignment_width
         self.attention = ScoringAttention(spec, control)
         if control.config.alignment:
-            self.query = query_projection(spec.width, alignment_width, seed=seed)
+            always = control.config.query_projection == "always"
+            self.query = query_projection(spec.width, alignment_width, seed=seed, always=always)
 
     def forward(
         self,

@@ -75,6 +75,11 @@ def test_query_projection_stands_only_where_widths_differ() -> None:
     assert torch.equal(linear.weight, query_projection(256, 8, seed=1).weight)  # type: ignore[arg-type]
 
 
+def test_query_projection_stands_everywhere_if_asked_to() -> None:
+    assert isinstance(query_projection(8, 8, always=True), nn.Linear)
+    assert isinstance(query_projection(9, 8, always=True), nn.Linear)
+
+
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="3 feature maps cannot be grouped into samples of 2 images"):
         mean_over_images(torch.zeros(3, 5, 8), 2)

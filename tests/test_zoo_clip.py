@@ -8,26 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_clip import SMALL, inputs, small
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import madtp
 import zoo
 from madtp.errors import CheckpointError, ConfigError, DataError
-from zoo.clip.config import MINI, VIT_B16, VIT_L14_336, ClipConfig, TowerConfig
+from zoo.clip.config import MINI, VIT_B16, VIT_L14_336, TowerConfig
 from zoo.clip.model import Clip
-
-SMALL = ClipConfig(12, 32, 8, TowerConfig(24, 2, 2), TowerConfig(16, 2, 2), vocabulary=40, positions=12)
-
-
-def small(seed: int = 0, config: ClipConfig = SMALL, strength: float = 3.0) -> Clip:
-    torch.manual_seed(seed)
-    model = Clip(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(strength)
-    return model
 
 
 class VisionOnly(Clip):
@@ -35,13 +24,6 @@ class VisionOnly(Clip):
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         return self.visual(images)
-
-
-def inputs(batch: int = 3, length: int = 9) -> dict[str, Tensor]:
-    ids = torch.randint(1, SMALL.vocabulary - 1, (batch, length))
-    ids[:, -1] = SMALL.vocabulary - 1
-    ids[1, 5], ids[1, 6:] = SMALL.vocabulary - 1, 0
-    return {"images": torch.randn(batch, 3, 32, 32), "input_ids": ids}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ after every key, shape and value has been checked.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,32 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
         tuple(key for key in own if key not in found and matches(key, table.optional)),
         tuple(resized),
     )
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Write the weights of a model to a new `.safetensors` file; tied ones once, as :func:`load_checkpoint` takes them.
+
+    Raises:
+        CheckpointError: the file exists, or cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists and is not overwritten; delete it or choose another name.")
+    own = model.state_dict()
+    tied = _tied(own)
+    kept = {key: value.detach().cpu().contiguous() for key, value in own.items() if key == tied[key][0]}
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(kept, draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:

@@ -7,11 +7,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.blip.checkpoint import CAPTION_TABLES
+from zoo.blip.checkpoint import CAPTION_TABLES, PRUNING_ROWS
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedDecoder
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable
+from zoo.key_table import KeyTable, Row
 
 
 class CaptionOutput(NamedTuple):
@@ -25,6 +25,7 @@ class BlipCaption(nn.Module):
     """Vision tower and text decoder. Axes: B samples, N vision tokens (class token first), V vision width, T text tokens."""
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = CAPTION_TABLES
+    pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """How the files of BLIP map to the models here, by format. Published names are the models' own, so their rows are few.
 
 Formats: the published `.pth`, those of the MADTP authors' code, and transformers' safetensors. The authors' files hold the
-alignment tokens besides.
+alignment tokens besides, which `zoo/official.py` reads.
 """
 
 from __future__ import annotations
@@ -52,3 +52,6 @@ NLVR_TABLES = tuple(table for table in _tables() if table.name != "transformers"
 RETRIEVAL_TABLES = _tables(ignored=_TRAINING, optional=("temp",))
 CAPTION_TABLES = _tables()
 VQA_TABLES = _tables()
+
+# What the authors add to their models, under the names of a pruned model.
+PRUNING_ROWS = (Row(ALIGNMENT_TOKENS, "madtp.alignment.tokens"),)

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from zoo.blip.checkpoint import NLVR_TABLES
+from zoo.blip.checkpoint import NLVR_TABLES, PRUNING_ROWS
 from zoo.blip.config import NlvrConfig
 from zoo.blip.text import TextEncoder
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable
+from zoo.key_table import KeyTable, Row
 
 ANSWERS = 2
 
@@ -27,6 +27,7 @@ class BlipNlvr(nn.Module):
     """
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = NLVR_TABLES
+    pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
 
     def __init__(self, config: NlvrConfig) -> None:
         super().__init__()

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import DataError
-from zoo.blip.checkpoint import RETRIEVAL_TABLES
+from zoo.blip.checkpoint import PRUNING_ROWS, RETRIEVAL_TABLES
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedEncoder, keys
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable
+from zoo.key_table import KeyTable, Row
 
 MATCHES = 2
 START_TEMPERATURE = 0.07
@@ -45,6 +45,7 @@ class BlipRetrieval(nn.Module):
     """
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = RETRIEVAL_TABLES
+    pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__()

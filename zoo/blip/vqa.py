@@ -10,11 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.blip.checkpoint import VQA_TABLES
+from zoo.blip.checkpoint import PRUNING_ROWS, VQA_TABLES
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedDecoder, MedEncoder, keys
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable
+from zoo.key_table import KeyTable, Row
 
 
 class VqaOutput(NamedTuple):
@@ -31,6 +31,7 @@ class BlipVqa(nn.Module):
     """
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = VQA_TABLES
+    pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__()

@@ -56,6 +56,12 @@ _TRANSFORMERS_ROWS = (
 )
 _GRIDS = (VISION_POSITIONS,)
 _PROJECTIONS = "*.query_model.q_map.0.*"
+# What the authors add to the model, under the names of a pruned one.
+PRUNING_ROWS = (
+    Row(ALIGNMENT_TOKENS, "madtp.alignment.tokens"),
+    Row("visual.transformer.resblocks.*.query_model.q_map.0.*", "madtp.sites.visual_transformer_resblocks_*.query.*"),
+    Row("transformer.resblocks.*.query_model.q_map.0.*", "madtp.sites.transformer_resblocks_*.query.*"),
+)
 TABLES = (
     KeyTable("transformers", "vision_model.*", _TRANSFORMERS_ROWS, ("*.position_ids",), position_grids=_GRIDS),
     KeyTable(

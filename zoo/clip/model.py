@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import DataError
-from zoo.clip.checkpoint import TABLES
+from zoo.clip.checkpoint import PRUNING_ROWS, TABLES
 from zoo.clip.config import ClipConfig, TowerConfig
-from zoo.key_table import KeyTable
+from zoo.key_table import KeyTable, Row
 
 START_TEMPERATURE = 0.07
 
@@ -113,6 +113,7 @@ class Clip(nn.Module):
     """Vision and text tower. The text tower's parts lie at the top, as OpenAI names them."""
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = TABLES
+    pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

@@ -1,0 +1,76 @@
+"""`madtp convert`: checkpoints of other projects as files of this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from zoo.checkpoint import LoadReport
+
+HELP = """Convert a checkpoint of another project.
+
+SOURCE is a published BLIP or CLIP file (.pth, .pt, also OpenAI's archives),
+transformers' safetensors (a file, a folder, or the index of a sharded one),
+or a checkpoint of the MADTP authors' code. Nothing in it is executed, and a
+key that is missing or unknown is an error.
+
+OUTPUT says what is written: a name that ends in .safetensors gets the dense
+model's weights; any other is a folder, and gets the pruned model that a
+checkpoint of the authors' code holds, with alignment tokens and temperature,
+for madtp.load.
+
+[bold]Examples[/bold]
+
+  madtp convert model_base_retrieval_coco.pth retrieval.safetensors --model blip_retrieval
+  madtp convert ViT-L-14-336px.pt clip.safetensors --model clip_vit_l14_336
+  madtp convert checkpoint_best.pth pruned-nlvr --model blip_nlvr
+"""
+
+DENSE_SUFFIX = ".safetensors"
+
+
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="File or folder to read.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="File or folder to write.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A name from `madtp models`.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Entry point of the command; see HELP."""
+    import json
+
+    from madtp.cli.console import error_console, output_console, to_plain
+    from madtp.errors import CheckpointError
+
+    if output.exists():
+        raise CheckpointError(f"{output} exists and is not overwritten; delete it or choose another name.")
+    with error_console.status(f"reading {source} into {model}"):
+        report = _dense(source, output, model) if output.suffix == DENSE_SUFFIX else _pruned(source, output, model)
+    if as_json:
+        typer.echo(json.dumps({**to_plain(report), "output": str(output)}, indent=2))
+        return
+    output_console.print(f"{report.loaded} tensors of format {report.format} written to {output}", soft_wrap=True)
+    for name in ("unused", "absent", "resized"):
+        for key in getattr(report, name):
+            output_console.print(f"{name:8} {key}", soft_wrap=True)
+
+
+def _dense(source: Path, output: Path, name: str) -> LoadReport:
+    import zoo
+
+    model = zoo.create(name)
+    report = zoo.load_checkpoint(model, source)
+    zoo.save_checkpoint(model, output)
+    return report
+
+
+def _pruned(source: Path, output: Path, name: str) -> LoadReport:
+    import madtp
+    import zoo
+    from zoo.official import load_official
+
+    found = load_official(zoo.create(name), source)
+    madtp.save(found.pruned, output)
+    return found.report
