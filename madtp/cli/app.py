@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from madtp.cli import convert_command, demo_command, inspect_command, models_command, survey_command, training_commands
+from madtp.cli import (
+    convert_command,
+    demo_command,
+    eval_command,
+    inspect_command,
+    models_command,
+    survey_command,
+    training_commands,
+)
 from madtp.errors import MadtpError
 
 HELP = """Make a vision-language transformer faster by pruning its tokens.
@@ -94,6 +102,7 @@ app.command("inspect", help=inspect_command.HELP)(inspect_command.inspect_comman
 app.command("train", help=training_commands.TRAIN_HELP)(training_commands.train_command)
 app.command("compress", help=training_commands.COMPRESS_HELP)(training_commands.compress_command)
 app.command("convert", help=convert_command.HELP)(convert_command.convert_command)
+app.command("eval", help=eval_command.HELP)(eval_command.eval_command)
 app.command("survey", help=survey_command.HELP)(survey_command.survey_command)
 app.command("models", help=models_command.HELP)(models_command.models_command)
 

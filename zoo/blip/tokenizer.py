@@ -31,7 +31,7 @@ class StatementTokenizer:
         Raises:
             DataError: the file is missing or lacks a special token, or [PAD] does not come first.
         """
-        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
         pieces = _read_vocabulary(Path(vocabulary))
         tokenizer = Tokenizer(models.WordPiece(pieces, unk_token=UNKNOWN, max_input_chars_per_word=100))
@@ -40,6 +40,7 @@ class StatementTokenizer:
         tokenizer.add_special_tokens([PAD, UNKNOWN, END, DECODE, ENCODE])
         special = [(token, tokenizer.token_to_id(token)) for token in (ENCODE, END)]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{ENCODE} $A {END}", special_tokens=special)
+        tokenizer.decoder = decoders.WordPiece()
         tokenizer.enable_truncation(positions)
         tokenizer.enable_padding(pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
         self._tokenizer = tokenizer
@@ -54,6 +55,10 @@ class StatementTokenizer:
         ids = torch.tensor([item.ids for item in encoded], dtype=torch.long)
         mask = torch.tensor([item.attention_mask for item in encoded], dtype=torch.long)
         return ids, mask
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

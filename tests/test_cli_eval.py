@@ -1,0 +1,137 @@
+"""`madtp eval` with the shipped models, on scenes and on files in the published formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import data_files
+import pytest
+from click.testing import Result as Outcome
+from typer.testing import CliRunner
+
+import zoo
+from madtp.cli.app import app
+from zoo.scenes import SceneDataset
+from zoo.tasks.reasoning import Reasoning
+
+STATEMENTS = (("there is a red circle in the left image", "True"), ("no image contains a blue cross", "False"))
+
+
+def run(*arguments: str, model: str = "blip_nlvr_mini") -> Outcome:
+    return CliRunner().invoke(app, ["eval", "--model", model, *arguments])
+
+
+def evaluated(path: Path, *arguments: str) -> dict[str, Any]:
+    outcome = run("--output", str(path), *arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(path.read_text())
+
+
+def test_the_dense_model_on_scenes(tmp_path: Path) -> None:
+    content = evaluated(tmp_path / "e.json", "-k", "dense", "-n", "10", "-b", "4", "--per-sample")
+    assert content["metrics"]["accuracy"] == 1.0
+    assert content["samples"] == 10
+    assert content["configuration"]["checkpoint"] == "dense"
+    known = SceneDataset("test", 10)
+    answers = [entry["reasoning"]["answer"] for entry in content["per_sample"]]
+    assert answers == [known[number]["label"] for number in range(10)]
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_files_of_nlvr2_in_both_formats(tmp_path: Path) -> None:
+    data_files.nlvr2_lines(tmp_path / "a", STATEMENTS)
+    content = evaluated(
+        tmp_path / "a.json", "-k", "dense", "-d", "nlvr2", "--root", str(tmp_path / "a"), "--split", "val"
+    )
+    assert content["samples"] == 2
+    assert set(content["metrics"]) == {"accuracy"}
+    path = data_files.nlvr2_list(tmp_path / "b", "test")
+    listed = [{**entry, "sentence": STATEMENTS[0][0]} for entry in json.loads(path.read_text())]
+    data_files.write_json(path, listed)
+    content = evaluated(tmp_path / "b.json", "-k", "dense", "-d", "nlvr2", "--root", str(tmp_path / "b"))
+    assert content["samples"] == 3
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("-k", "dense", "-n", "6", "-b", "2", "--per-sample")
+    whole = evaluated(tmp_path / "whole.json", *arguments)
+    own, ran = Reasoning.run, []
+
+    def interrupted(self: Reasoning, model: Any, samples: range, earlier: Any) -> Any:
+        ran.append(samples.start)
+        if ran == [0, 2]:
+            raise KeyboardInterrupt
+        return own(self, model, samples, earlier)
+
+    monkeypatch.setattr(Reasoning, "run", interrupted)
+    assert run("--output", str(tmp_path / "e.json"), *arguments).exit_code == 130
+    assert not (tmp_path / "e.json").exists()
+    content = evaluated(tmp_path / "e.json", *arguments)
+    assert ran == [0, 2, 2, 4]
+    assert content["metrics"] == whole["metrics"]
+    assert content["per_sample"] == whole["per_sample"]
+
+
+def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
+    arguments = ("--output", str(tmp_path / "e.json"), "-k", "dense")
+    data_files.write_json(tmp_path / "e.json.parts" / "setup.json", {"model": "another"})
+    outcome = run(*arguments)
+    assert outcome.exit_code == 1
+    assert "holds parts of another evaluation" in outcome.output
+
+
+@pytest.mark.slow
+def test_pruned_to_half_of_the_macs(tmp_path: Path) -> None:
+    arguments = ("-k", "dense", "-n", "8", "-b", "8", "-r", "0.5", "--calibration-samples", "8", "--per-sample")
+    content = evaluated(tmp_path / "e.json", *arguments, "--calibration-split", "test")
+    assert content["compute"]["reduction"] == pytest.approx(0.5, abs=0.015)
+    assert content["configuration"]["pruning"]["gain"] > 0
+    tokens = content["per_sample"][0]["tokens"]["reasoning"]
+    assert len(tokens["visual_encoder.blocks.0"]) == 2
+    assert tokens["visual_encoder.blocks.5"][0] < 145
+
+
+@pytest.mark.slow
+def test_a_saved_pruned_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    content = evaluated(tmp_path / "e.json", "-k", "pruned-80", "-n", "8")
+    assert content["compute"]["reduction"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-d", "nlvr2"), "lies in files"),
+        (("-d", "nlvr2", "--root", "/none"), "/none is no folder"),
+        (("--split", "dev"), "scenes has no split 'dev'"),
+        (("-k", "best"), "'best' is neither a file nor an embedded checkpoint"),
+        (("--vocabulary", "/none.txt"), "no vocabulary file /none.txt"),
+        (("-d", "other"), "no data set 'other'"),
+    ],
+)
+def test_what_does_not_fit_is_a_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    outcome = run("--output", str(tmp_path / "e.json"), *arguments)
+    assert outcome.exit_code == 1
+    assert message in outcome.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_of_another_task_is_refused(tmp_path: Path) -> None:
+    data_files.vqa_list(tmp_path, "test")
+    outcome = run("-d", "vqav2", "--root", str(tmp_path), "--output", str(tmp_path / "e.json"))
+    assert outcome.exit_code == 1
+    assert "blip_nlvr_mini is for reasoning and vqav2 for questions" in outcome.output
+
+
+def test_a_model_without_a_task_or_a_name_is_refused() -> None:
+    assert CliRunner().invoke(app, ["eval"]).exit_code == 2
+    outcome = run("--data", "scenes", model="none")
+    assert outcome.exit_code == 1
+    assert "no model 'none'" in outcome.output
+
+
+def test_data_sets_are_listed() -> None:
+    outcome = CliRunner().invoke(app, ["eval", "--list"])
+    assert outcome.exit_code == 0
+    assert all(name in outcome.output for name in zoo.list_data())

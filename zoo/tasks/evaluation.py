@@ -1,0 +1,184 @@
+"""From settings to a result file: :func:`evaluate_settings` loads, prunes, evaluates and writes; `madtp eval` calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import madtp
+import zoo
+from madtp.errors import ConfigError
+from madtp.evaluation import Evaluation, Parts, Task, evaluate
+from madtp.evaluation.parts import write_json
+from madtp.evaluation.run import batches
+from madtp.model_folder import CONFIG
+from madtp.pruned import PrunedModel
+from zoo.tasks.registry import build_task
+from zoo.transforms import for_model
+
+PARTS = ".parts"
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated on what.
+
+    Attributes:
+        model: name in the zoo.
+        checkpoint: name of embedded weights, a file, or a folder that `madtp.save` wrote; None for random weights, drawn by
+            `seed`.
+        data, root, split, annotations, limit, seed: see :func:`zoo.data`.
+        reduction: share of the dense MACs to save by calibration; None leaves the model as it is.
+        calibration_split: samples that it is calibrated on.
+        calibration_samples: how many of them, from the start.
+        batch_size: samples of a call.
+        vocabulary: a BERT `vocab.txt`, for models of full size.
+        device: "cpu", "cuda" ...
+    """
+
+    model: str
+    checkpoint: str | None = None
+    data: str = "scenes"
+    root: Path | None = None
+    split: str = "test"
+    annotations: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+    reduction: float | None = None
+    calibration_split: str = "train"
+    calibration_samples: int = 64
+    batch_size: int = 32
+    vocabulary: Path | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.reduction is not None and not 0 < self.reduction < 1:
+            raise ConfigError(
+                f"reduction is {self.reduction}; it is a share between 0 and 1 (0.8 saves 80% of the MACs)."
+            )
+        for name in ("batch_size", "calibration_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
+
+
+def evaluate_settings(
+    settings: EvaluationSettings,
+    output: Path,
+    *,
+    per_sample: bool = False,
+    begin: Callable[[int], None] = lambda samples: None,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> dict[str, Any]:
+    """Evaluate and write `output`, a JSON file; return its content.
+
+    While it runs, finished batches lie in a folder beside the file, from which the same evaluation goes on when it was
+    interrupted.
+
+    Args:
+        settings: what to evaluate.
+        output: file to write, replaced if it is there.
+        per_sample: also write what was found for each sample: answers, and tokens kept at each site.
+        begin, advance: told how many samples there are over all stages, and how many are done each time; for a progress bar.
+    """
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder; name a file for the result.")
+    device = torch.device(settings.device)
+    dense = zoo.create(settings.model)
+    task = _task(settings, dense, settings.split, settings.limit, settings.annotations)
+    setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
+    parts = Parts(output.with_name(output.name + PARTS), setup)
+    model = _load(settings).to(device)
+    if settings.reduction is not None:
+        model = _prune(settings, dense, model, parts)
+    begin(len(task.stages) * len(task.ids))
+    found = evaluate(model, task, batch_size=settings.batch_size, parts=parts, advance=advance)
+    content = _content(settings, task, model, found)
+    if per_sample:
+        content["per_sample"] = list(found.samples)
+    write_json(output, content)
+    parts.remove()
+    return content
+
+
+def _task(
+    settings: EvaluationSettings, model: nn.Module, split: str, limit: int | None, annotations: Path | None
+) -> Task:
+    data = zoo.data(
+        settings.data,
+        settings.root,
+        split,
+        transform=for_model(settings.model),
+        annotations=annotations,
+        limit=limit,
+        seed=settings.seed,
+    )
+    return build_task(settings.model, model, data, torch.device(settings.device), settings.vocabulary)
+
+
+def _load(settings: EvaluationSettings) -> nn.Module:
+    """The model with its weights, pruned if they are those of a pruned one."""
+    if settings.checkpoint is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return zoo.create(settings.model)
+    shipped = Path(str(resources.files("zoo"))) / "weights" / settings.model / settings.checkpoint
+    for folder in (Path(settings.checkpoint), shipped):
+        if folder.is_dir():
+            return madtp.load(folder, zoo.create(settings.model)).eval()
+    return zoo.create(settings.model, settings.checkpoint)
+
+
+def _prune(settings: EvaluationSettings, dense: nn.Module, model: nn.Module, parts: Parts) -> PrunedModel:
+    """Rewrite if need be, and calibrate; where parts are there, with the settings that they were made with."""
+    assert settings.reduction is not None
+    task = _task(settings, dense, settings.calibration_split, settings.calibration_samples, None)
+    calls = [task.inputs(places) for places in batches(task, settings.batch_size)]
+    pruned = model if isinstance(model, PrunedModel) else madtp.rewrite(model, calls[0]).eval()
+    known = parts.get("calibration")
+    if known is None:
+        madtp.calibrate(pruned, calls, reduction=settings.reduction)
+        parts.put("calibration", {"gain": pruned.gain, "temperature": pruned.temperature})
+    else:
+        pruned.gain, pruned.temperature = known["gain"], known["temperature"]
+    return pruned
+
+
+def _fingerprints(settings: EvaluationSettings) -> dict[str, list[int]]:
+    """Size and time of change of the files that were named, as a path may hold something else when a run goes on."""
+    named = [Path(settings.checkpoint or ""), settings.annotations, settings.vocabulary]
+    files = [path / CONFIG if path.is_dir() else path for path in named if path is not None]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
+
+
+def _versions() -> dict[str, str]:
+    return {"madtp_version": madtp.__version__, "torch_version": str(torch.__version__)}
+
+
+def _content(settings: EvaluationSettings, task: Task, model: nn.Module, found: Evaluation) -> dict[str, Any]:
+    pruning = None
+    if isinstance(model, PrunedModel):
+        pruning = {**model.config.to_dict(), "gain": model.gain, "temperature": model.temperature}
+    return {
+        "task": task.name,
+        "configuration": {**settings.to_dict(), **_versions(), "pruning": pruning},
+        "samples": len(task.ids),
+        "metrics": found.metrics,
+        "compute": {
+            "unit": 'multiply-accumulates per sample, which papers print as "FLOPs"',
+            "macs": found.macs,
+            "dense_macs": found.dense_macs,
+            "reduction": found.reduction,
+            "seconds": found.seconds,
+        },
+    }

@@ -1,0 +1,60 @@
+"""Is a statement about two images true? :class:`Reasoning`, for BLIP-NLVR."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from madtp.evaluation.task import Result
+from zoo.datasets.records import DataSet, PairStatement
+from zoo.metrics import accuracy, accuracy_by_kind
+from zoo.tasks.words import Words
+from zoo.transforms.texts import STATEMENT_WORDS, clean_caption
+
+
+class Reasoning:
+    """The task, which is its own only stage."""
+
+    name = "reasoning"
+
+    def __init__(self, data: DataSet[PairStatement], words: Words, device: torch.device) -> None:
+        self.data = data
+        self.words = words
+        self.device = device
+
+    @property
+    def stages(self) -> Sequence[Reasoning]:
+        return (self,)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [record.id for record in self.data.records]
+
+    def inputs(self, samples: range) -> dict[str, Any]:
+        """Image pairs [B, 2, 3, H, W], statements [B, T] and their mask."""
+        items = [self.data[place] for place in samples]
+        texts = [item.record.statement for item in items]
+        ids, mask = self.words.encode(
+            [clean_caption(t, STATEMENT_WORDS) for t in texts] if self.words.cleaned else texts
+        )
+        images = torch.stack([item.images for item in items])
+        return {
+            name: value.to(self.device)
+            for name, value in (("images", images), ("input_ids", ids), ("attention_mask", mask))
+        }
+
+    def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
+        """The answer, 1 for true, of each sample."""
+        del earlier
+        return [{"answer": answer} for answer in model(**self.inputs(samples)).argmax(-1).tolist()]
+
+    def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
+        """`accuracy`, and `accuracy/KIND` of each kind of statement where kinds are known."""
+        answers = [result["answer"] for result in results[self.name]]
+        labels = [record.label for record in self.data.records]
+        kinds = [record.kind for record in self.data.records]
+        by_kind = accuracy_by_kind(answers, labels, kinds) if any(kinds) else {}
+        return {"accuracy": accuracy(answers, labels), **{f"accuracy/{kind}": share for kind, share in by_kind.items()}}

@@ -1,0 +1,78 @@
+"""Which task a model of the zoo is for: :func:`build_task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from madtp.errors import DataError, UnknownModelError
+from madtp.evaluation.task import Task
+from zoo.datasets.records import DataSet
+from zoo.datasets.registry import describe_data
+from zoo.tasks.reasoning import Reasoning
+from zoo.tasks.words import Words, words_for
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """What a task is built of: the unpruned model, its data, its words, and the device of both."""
+
+    model: Any
+    data: DataSet[Any]
+    words: Words
+    device: torch.device
+
+
+Builder = Callable[[TaskRequest], Task]
+
+_TASKS: dict[str, tuple[str, Builder]] = {
+    "blip_nlvr*": ("reasoning", lambda request: Reasoning(request.data, request.words, request.device)),
+}
+"""By pattern of a model's name: its task, one of `zoo.datasets.registry.TASKS`, and what builds it."""
+
+
+def task_of(model: str) -> str:
+    """The task that a model of the zoo is for.
+
+    Raises:
+        UnknownModelError: it is for none that can be evaluated.
+    """
+    return _find(model)[0]
+
+
+def build_task(name: str, model: nn.Module, data: DataSet[Any], device: torch.device, vocabulary: Path | None) -> Task:
+    """The task of a model on a data set.
+
+    Args:
+        name: of the model in the zoo.
+        model: not pruned; its configuration is read.
+        data: with the transform of the model.
+        device: of the model.
+        vocabulary: see :func:`zoo.tasks.words.words_for`.
+
+    Raises:
+        DataError: the data set serves another task, or words do not fit the model.
+        UnknownModelError: the model is for no task that can be evaluated.
+    """
+    task, builder = _find(name)
+    served = describe_data(data.name).tasks
+    if task not in served:
+        raise DataError(
+            f"{name} is for {task} and {data.name} for {' and '.join(served)}; choose a data set for {task}."
+        )
+    config: Any = model.config
+    words = words_for(config.text.vocabulary, vocabulary)
+    return builder(TaskRequest(model, data, words, device))
+
+
+def _find(model: str) -> tuple[str, Builder]:
+    for pattern, entry in _TASKS.items():
+        if fnmatchcase(model, pattern):
+            return entry
+    raise UnknownModelError(f"{model!r} cannot be evaluated; models that can: {', '.join(_TASKS)}.")
