@@ -204,6 +204,8 @@ def _report(model: nn.Module, found: Parts) -> RewriteReport:
 
 def _report_part(report: RewriteReport, part: Part) -> None:
     """Add a part to the report; its streams are numbered after those of the parts before it."""
+    from rewriters.detect import module_path
+
     structure, region = part.rewritten.structure, part.region
     first = len(report.streams)
     tokens = {s.attention.name: s for s in structure.sublayers}
@@ -216,6 +218,7 @@ def _report_part(report: RewriteReport, part: Part) -> None:
         source = None if block.source is None else first + block.source
         path = region.inside(block.path)
         report.blocks.append(BlockReport(path, block.kind, block.norm, first + block.stream, source))
+    report.pooling += tuple(region.inside(module_path(node) or node.name) for node in structure.pooling)
     for stream in structure.streams:
         readouts = tuple(dict.fromkeys(_words(r) for r in stream.flow.readouts.values() if r.kind != "length"))
         segments = () if stream.layout is None else stream.layout.segments

@@ -27,6 +27,10 @@ class NoSiteError(RewriteError):
     """No place was found in the model where tokens could be pruned."""
 
 
+class NothingToPruneError(NoSiteError):
+    """Attention was found, but none of it runs over tokens that could become fewer: nothing is lost by leaving it alone."""
+
+
 class PlanError(MadtpError):
     """A plan is malformed or does not belong to the graph."""
 

@@ -66,7 +66,8 @@ class RefusalReport:
 class RewriteReport:
     """What :func:`madtp.rewrite` found and did.
 
-    capture: "whole", or "regions" where only the submodules named in ``regions`` are rewritten. network: streams and
+    pooling: module paths of attention that condenses tokens (into a class token or latents): it reads what is pruned and needs
+    no site. capture: "whole", or "regions" where only the submodules named in ``regions`` are rewritten. network: streams and
     blocks as a networkx DiGraph. notes: remarks about later calls, such as those that run unpruned.
     """
 
@@ -79,6 +80,7 @@ class RewriteReport:
     network: networkx.DiGraph | None = None
     seconds: float = 0.0
     regions: tuple[str, ...] = ()
+    pooling: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -91,7 +93,8 @@ class RewriteReport:
             f"{self.model}: {len(self.streams)} streams, {len(self.blocks)} attention sublayers, {len(self.sites)} sites, "
             f"{len(self.refusals)} refusals ({self.capture} capture, {self.seconds:.1f} s)"
         )
-        for text in (*(f"region: {path}" for path in self.regions), *(f"note: {note}" for note in self.notes)):
+        remarks = (("region", self.regions), ("attention pooling", self.pooling), ("note", self.notes))
+        for text in (f"{kind}: {one}" for kind, several in remarks for one in several):
             console.print(text)
         sites = Table(title="sites", title_justify="left")
         for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):

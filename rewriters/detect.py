@@ -7,7 +7,7 @@ architecture: the evidence is where axis labels go (``propagate.py``) and which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_te
 from rewriters.layout import Layout, find_layout
 from rewriters.outcomes import labels_of, op_name
 from rewriters.propagate import Flow, propagate
-from rewriters.special import special_positions, stream_modality
+from rewriters.special import pools, special_positions, stream_modality
 from rewriters.spellings import looks_like_attention
 
 ADDS = frozenset(("add",))
@@ -51,6 +51,10 @@ class Sublayer:
     stream: int = -1
     source: int | None = None
 
+    def width(self, value: fx.Node) -> int:
+        """C of a residual value."""
+        return example_shape(value)[3 - self.batch_dim - self.token_dim]
+
 
 @dataclass
 class Stream:
@@ -72,11 +76,13 @@ class Stream:
 
 @dataclass
 class Structure:
-    """What was found in a graph."""
+    """What was found in a graph. pooling: attention that condenses tokens and has none of its own to prune. unplaced: what is
+    attention, but of no known structure, and why."""
 
     graph: fx.Graph
     streams: list[Stream]
     sublayers: list[Sublayer]
+    pooling: list[fx.Node]
     unplaced: list[tuple[fx.Node, str]]
 
     def network(self, place: Callable[[str], str] = str, first: int = 0) -> nx.DiGraph:
@@ -108,6 +114,7 @@ def detect(graph: fx.Graph) -> Structure:
     order = {node: position for position, node in enumerate(nodes)}
     streams: list[Stream] = []
     sublayers: list[Sublayer] = []
+    pooling: list[fx.Node] = []
     unplaced: list[tuple[fx.Node, str]] = []
     for node in nodes:
         if looks_like_attention(node):
@@ -121,17 +128,18 @@ def detect(graph: fx.Graph) -> Structure:
                 stream = _open_stream(sublayer, len(streams), nodes, order)
                 streams.append(stream)
             if stream is None:
-                raise AxisError(
-                    "cross-attention whose queries come from no stream with self-attention (attention pooling)"
-                )
+                raise AxisError("cross-attention whose queries come from no stream with self-attention")
             sublayer.stream = stream.index
             sublayer.source = _source_of(node, streams) if sublayer.kind == "cross" else None
         except AxisError as error:
-            unplaced.append((node, str(error)))
+            if pools(node):
+                pooling.append(node)
+            else:
+                unplaced.append((node, str(error)))
             continue
         stream.sublayers.append(sublayer)
         sublayers.append(sublayer)
-    return Structure(graph, streams, sublayers, unplaced)
+    return Structure(graph, streams, sublayers, pooling, unplaced)
 
 
 def module_path(node: fx.Node) -> str:
@@ -144,10 +152,10 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
     block_input, added = _residual(node, order)
     shape = example_shape(block_input)
     if len(shape) != 3:
-        raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C] or [N, B, C] is needed")
+        raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed")
     between = nodes[order[block_input] + 1 : order[node]]
     blocked: list[list[str]] = []
-    for batch_dim, token_dim in ((0, 1), (1, 0)):
+    for batch_dim, token_dim in ((0, 1), (1, 0), (0, 2)):
         flow = propagate(between, {block_input: seed(shape, batch_dim, token_dim, "probe")})
         blocked.append(list(flow.blocked.values()))
         query, key = (labels_of(node.args[i], flow.labels) for i in (0, 1))
@@ -170,7 +178,7 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
 
 
 def seed(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object) -> Labels:
-    """Labels of a residual value ``[B, N, C]`` or ``[N, B, C]``."""
+    """Labels of a residual value ``[B, N, C]``, ``[N, B, C]`` or ``[B, C, N]``."""
     result = [plain(n) for n in shape]
     result[batch_dim] = (Factor(Axis("batch", source), shape[batch_dim]),)
     result[token_dim] = (Factor(Axis("tokens", source), shape[token_dim]),)
@@ -191,12 +199,22 @@ def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, f
             if op_name(user) in ADDS:
                 operands: tuple[Any, ...] = user.args[:2]
                 for other in operands:
-                    same = is_tensor(other) and other is not node and example_shape(other) == example_shape(user)
-                    if same and order[other] < order[attention] and _descends(query, other, order):
-                        return other, user
+                    for value in _summands(other, user) if other is not node else ():
+                        if order[value] < order[attention] and _descends(query, value, order):
+                            return value, user
             seen.add(user)
             frontier.append(user)
     raise AxisError("no residual add follows it")
+
+
+def _summands(value: Any, like: fx.Node) -> Iterator[fx.Node]:
+    """``value`` and what it is a sum of, of the shape of ``like``: sublayers side by side are added one after the other."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop(0)
+        if is_tensor(value) and example_shape(value) == example_shape(like):
+            yield value
+            waiting.extend(value.args[:2] if op_name(value) in ADDS else ())
 
 
 def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -261,14 +279,15 @@ def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
         if known is None:
             continue
         axis = token_axis(known[sublayer.token_dim])  # type: ignore[arg-type]
-        if axis is not None and _continues(sublayer.block_input, stream):
+        if axis is not None and _continues(sublayer, stream):
             return stream
     return None
 
 
-def _continues(value: fx.Node, stream: Stream) -> bool:
-    """Whether ``value`` stands on the residual chain of ``stream``: no projection, no concatenation in between."""
-    if example_shape(value)[-1] != stream.width:
+def _continues(sublayer: Sublayer, stream: Stream) -> bool:
+    """Whether ``sublayer`` stands on the residual chain of ``stream``: no projection, no concatenation in between."""
+    value = sublayer.block_input
+    if sublayer.width(value) != stream.width:
         return False
     earlier = {sublayer.value for sublayer in stream.sublayers}
     stack, seen = [value], {value}
@@ -301,7 +320,7 @@ def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: di
     return Stream(
         index,
         stream_modality(sublayer.block_input),
-        shape[2],
+        sublayer.width(sublayer.value),
         special_positions(sublayer.block_input, sublayer.token_dim),
         flow=flow,
         parts=max(1, parts),

@@ -188,17 +188,17 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
     state = None if previous is None else done.state(previous.source, after)
     with graph.inserting_before(after):
         tokens, source = value, block_input
-        if site.token_dim == 0:
-            tokens = graph.call_function(aten.transpose.int, (tokens, 0, 1))
-            source = graph.call_function(aten.transpose.int, (source, 0, 1))
+        if site.token_dim != 1:
+            tokens = graph.call_function(aten.transpose.int, (tokens, site.token_dim, 1))
+            source = graph.call_function(aten.transpose.int, (source, site.token_dim, 1))
         call = graph.call_module(
             f"{SITES}.{site_key(site.name)}",
             (tokens, source, done.site_inputs[site.name], state, readouts, done.segment_maps.get(site.stream)),
         )
         pruned = graph.call_function(operator.getitem, (call, 0))
         new_state = graph.call_function(operator.getitem, (call, 1))
-        if site.token_dim == 0:
-            pruned = graph.call_function(aten.transpose.int, (pruned, 0, 1))
+        if site.token_dim != 1:
+            pruned = graph.call_function(aten.transpose.int, (pruned, site.token_dim, 1))
     call.meta["nn_module_stack"] = value.meta.get("nn_module_stack", {})
     call.meta["site_input"] = (source, labels_of(block_input, done.labels), block_input)
     pruned.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}

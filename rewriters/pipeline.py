@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from madtp.additions import PREFIX
 from madtp.calls import Call
 from madtp.config import PruningConfig
-from madtp.errors import MadtpError, NoSiteError, PlanError, RewriteError
+from madtp.errors import MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
 from madtp.program import Program, compile_graph
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import WHOLE, Capture, Region, capture
@@ -91,7 +91,7 @@ def _rewrite(
         plan = plan.without([s.name for s in plan.sites if s.name not in only], ())
     done, plan = _insert_what_works(captured.graph, plan)
     if not plan.sites and only is None:
-        raise NoSiteError(_why_none(model, structure, plan))
+        raise _no_site(model, structure, plan)
     table = cost_table(done, captured).under(region.inside, PREFIX)
     constants = _place_constants(done.graph, captured, serial)
     lift(done.graph, model)
@@ -190,12 +190,16 @@ def _place_constants(graph: fx.Graph, captured: Capture, serial: int) -> dict[st
     return placed
 
 
-def _why_none(model: nn.Module, structure: Structure, plan: Plan) -> str:
+def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
     head = f"no place to prune was found in {type(model).__name__}"
     if not structure.sublayers and not structure.unplaced:
-        return (
-            f"{head}: its graph holds no attention. madtp rewrites models made of transformer blocks over image or text "
+        what = "its graph holds no attention"
+        if structure.pooling:
+            what = "its attention condenses tokens, and no block works on them"
+        kind = NothingToPruneError if structure.pooling else NoSiteError
+        return kind(
+            f"{head}: {what}. madtp rewrites models made of transformer blocks over image or text "
             "tokens; pass such a model, or its transformer submodule."
         )
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
-    return f"{head}. Refused: " + " | ".join(sorted(reasons)[:8])
+    return NoSiteError(f"{head}. Refused: " + " | ".join(sorted(reasons)[:8]))

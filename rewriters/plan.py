@@ -188,7 +188,9 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
         protected = tuple(dict.fromkeys((*protected, *wanted.positions)))
         readouts = tuple(dict.fromkeys((*readouts, *wanted.readouts)))
         for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
-            reason = _unfit(sublayer) or _taken(sublayer, sites)
+            if any(site.value == sublayer.value.name for site in sites):
+                continue  # It runs in parallel with another one, whose site prunes for both.
+            reason = _unfit(sublayer)
             if reason is not None:
                 refusals.append(reason)
                 continue
@@ -263,20 +265,9 @@ def _unfit(sublayer: Sublayer) -> Refusal | None:
     return None
 
 
-def _taken(sublayer: Sublayer, sites: Sequence[SitePlan]) -> Refusal | None:
-    """Attention sublayers side by side end in one residual value, which takes one site."""
-    for site in sites:
-        if site.value == sublayer.value.name:
-            reason = f"it runs in parallel with {site.name}, whose site prunes for both"
-            return Refusal(
-                sublayer.path, sublayer.attention.name, reason, "nothing: its tokens are pruned all the same"
-            )
-    return None
-
-
 def _unplaced(node: fx.Node, reason: str) -> Refusal:
     if op_name(node) == "attention":
-        help = "attention on a residual stream x + f(x) of shape [B, N, C]; attention pooling needs no site"
+        help = "attention on a residual stream x + f(x) of shape [B, N, C]"
     else:
         help = "scaled_dot_product_attention, or a product, scale, mask, softmax and product over heads [B, H, N, D]"
     return Refusal(module_path(node) or node.name, node.name, reason, help)

@@ -14,7 +14,15 @@ from torch import nn
 
 from madtp.calls import Call
 from madtp.config import PruningConfig
-from madtp.errors import CaptureError, ExampleInputsError, MadtpError, NoSiteError, PlanError, RewriteError
+from madtp.errors import (
+    CaptureError,
+    ExampleInputsError,
+    MadtpError,
+    NoSiteError,
+    NothingToPruneError,
+    PlanError,
+    RewriteError,
+)
 from rewriters.capture import Region
 from rewriters.pipeline import Rewritten, build
 from rewriters.plan import Plan, Refusal, joined
@@ -134,6 +142,8 @@ class _Walk:
         """Make a region of ``module``, or of its children where they have more sites together."""
         parts, refusals = len(self.parts), len(self.refusals)
         found = self._try(path, module, recorded)
+        if found is None:
+            return
         if isinstance(found, Part) and not found.rewritten.plan.refusals:
             self.parts.append(found)
             return
@@ -157,8 +167,8 @@ class _Walk:
             return False
         return self.plan is None or bool(self.plan.of(Region(path)).sites)
 
-    def _try(self, path: str, module: nn.Module, recorded: Recorded) -> Part | Refusal:
-        """Rewrite one module, or say why not."""
+    def _try(self, path: str, module: nn.Module, recorded: Recorded) -> Part | Refusal | None:
+        """Rewrite one module, or say why not; None where there is nothing to prune in it."""
         if recorded.state is not None:
             return Refusal(path, "", STATE.format(recorded.state), WITHOUT)
         if self.attempts >= ATTEMPTS or self.failures[type(module)] >= OF_ONE_CLASS:
@@ -169,6 +179,8 @@ class _Walk:
             rewritten = build(
                 module, recorded.call, self.config, region=region, serial=len(self.parts), plan=self._plan_of(region)
             )
+        except NothingToPruneError:
+            return None
         except NoSiteError as error:
             return Refusal(path, "", str(error), "see the reason")
         except (CaptureError, ExampleInputsError) as error:

@@ -20,7 +20,7 @@ from rewriters.rules import knows
 
 NORMS = frozenset(("layer_norm", "rms_norm"))
 SAME_SPACE = NORMS | frozenset(
-    "dropout to _to_copy type_as contiguous clone alias detach mul div add transpose".split()
+    "dropout to _to_copy type_as contiguous clone alias detach mul div add transpose permute".split()
 )
 
 
@@ -177,6 +177,9 @@ class Restoration:
         axis = token_axis(labels[token_dim])
         assert axis is not None
         sites = self._sites_of_stream(labels)
+        places = {(s.token_dim, s.batch_dim) for s in self.done.plan.sites if s.name in sites}
+        if places != {(token_dim, batch_dim)}:
+            raise AxisError("every position is needed where the tokens stand in another dimension than at the sites")
         earlier: list[tuple[fx.Node, fx.Node | None]] = [self.done.before_site[name] for name in sites]
         if earlier[0][1] is not None:
             # The stream began with tokens that another one had pruned: what was dropped there enters all the same.

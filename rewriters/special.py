@@ -48,6 +48,24 @@ def _reads_ids(embedding: fx.Node) -> bool:
     return any(not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype != torch.bool for n in inputs)
 
 
+def pools(attention: fx.Node) -> bool:
+    """Whether attention condenses tokens: into one, or into latents, which descend from parameters but for what attention
+    read into them."""
+    if example_shape(attention.args[0])[2] == 1:  # type: ignore[arg-type]
+        return True
+    stack, seen = [attention], {attention}
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return False
+        operands = node.args[:1] if op_name(node) == "attention" else node.all_input_nodes
+        for operand in operands:
+            if isinstance(operand, fx.Node) and operand not in seen and op_name(operand) != "sym_size":
+                seen.add(operand)
+                stack.append(operand)
+    return True
+
+
 def is_learned(node: fx.Node) -> bool:
     """Whether ``node`` depends on parameters only, not on any input."""
     return not any(n.op == "placeholder" for n in _tensor_ancestors(node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import madtp
 from madtp import PruningConfig
-from madtp.errors import ExampleInputsError, NoSiteError, PlanError
+from madtp.errors import ExampleInputsError, NoSiteError, NothingToPruneError, PlanError
 from madtp.program import Program
 from rewriters.pipeline import build
 from rewriters.plan import Plan
@@ -141,7 +142,71 @@ def test_towers_left_out_are_refused_by_configuration() -> None:
 
 def test_attention_pooling_is_reported_and_not_pruned() -> None:
     report = rewritten("vit_attention_pool").pruned.report
-    assert [r.block for r in report.refusals] == ["attn_pool"]
+    assert report.pooling == ("attn_pool",)
+    assert "attention pooling: attn_pool" in str(report)
+    assert not report.refusals
+
+
+class Resampled(nn.Module):
+    """Image tokens, read by two layers of cross-attention: from latents, or (near miss) from other features."""
+
+    def __init__(self, latents: bool) -> None:
+        super().__init__()
+        self.trunk = vit(class_token=False, global_pool="")
+        self.trunk.head = nn.Identity()
+        self.latents = nn.Parameter(torch.randn(1, 3, 16)) if latents else None
+        self.embed = nn.Linear(48, 16)
+        self.readers = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.trunk(x)
+        found = self.embed(x.reshape(len(x), -1, 48)) if self.latents is None else self.latents.expand(len(x), -1, -1)
+        for reader in self.readers:
+            found = found + reader(found, tokens, tokens)[0]
+        return found
+
+
+@pytest.mark.parametrize("latents", [True, False])
+def test_latents_need_no_site_and_other_queries_do(latents: bool) -> None:
+    report = madtp.rewrite(Resampled(latents).eval(), (pixels(),)).report
+    assert len(report.sites) == 3
+    assert report.pooling == (("readers.0", "readers.1") if latents else ())
+    assert [r.block for r in report.refusals] == ([] if latents else ["readers.0", "readers.1"])
+
+
+def test_a_model_that_only_pools_has_nothing_to_prune() -> None:
+    model = Resampled(True)
+    model.trunk = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2), Swap())
+    with pytest.raises(NothingToPruneError, match="condenses tokens"):
+        madtp.rewrite(model.eval(), (pixels(),))
+
+
+class Swap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class SideBySide(nn.Module):
+    """Two attention sublayers added to one residual value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = vit()
+        self.second = copy.deepcopy(self.trunk.blocks)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk._pos_embed(self.trunk.patch_embed(x))
+        for one, other in zip(self.trunk.blocks, self.second, strict=True):
+            x = x + one.attn(one.norm1(x)) + other.attn(other.norm1(x))
+            x = x + one.mlp(one.norm2(x))
+        return self.norm(x)[:, 0]
+
+
+def test_one_site_prunes_for_attention_side_by_side() -> None:
+    report = madtp.rewrite(SideBySide().eval(), (pixels(),)).report
+    assert len(report.sites) == 3
+    assert not report.refusals
 
 
 def test_report_reads_as_a_table_and_draws_as_a_graph() -> None:

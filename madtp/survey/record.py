@@ -84,8 +84,7 @@ class Record:
 def judged(record: Record) -> Record:
     """The record of a model that was rewritten and passed, called partly done where much of it was not.
 
-    An attention that is refused may be none that needs a site (attention pooling), so some refusals are allowed: fewer than
-    there are sites. One that concerns the whole of training is not.
+    Some refusals are allowed: fewer than there are sites. One that concerns the whole of training is not.
     """
     whole = (
         record.pruned == record.streams
