@@ -132,9 +132,10 @@ def _standardise(values: Tensor, candidates: Tensor) -> Tensor:
     count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
     values = values.masked_fill(~candidates, 0.0)
     centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~candidates, 0.0)
-    deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
-    rounding = 1e-5 * values.abs().amax(dim=1, keepdim=True) + TINY
-    return torch.where(deviation > rounding, centred / deviation.clamp_min(TINY), torch.zeros_like(centred))
+    variance = centred.square().sum(dim=1, keepdim=True) / count
+    alike = variance <= (1e-5 * values.abs().amax(dim=1, keepdim=True) + TINY).square()
+    # The root of zero has no gradient, not even where its result is left out.
+    return (centred / variance.masked_fill(alike, 1.0).sqrt()).masked_fill(alike, 0.0)
 
 
 def _normalise(values: Tensor, candidates: Tensor) -> Tensor:

@@ -329,3 +329,15 @@ def test_selection_refuses_what_it_cannot_do() -> None:
         select(terms, scores, torch.zeros(1), candidates, config, gain=1.0)
     with pytest.raises(ConfigError, match=r"needs counts for each site.*madtp\.freeze"):
         select(terms, scores, torch.zeros(1), candidates, PruningConfig(batching="static"), gain=1.0)
+
+
+def test_scores_of_tokens_that_are_all_alike_have_gradients() -> None:
+    guidance = torch.ones(2, 6, KINDS, requires_grad=True)
+    probabilities = torch.full((2, HEADS, 6, 6), 1 / 6)
+    statistics = attention_statistics(probabilities, torch.ones(2, HEADS, 6, WIDTH), torch.ones(2, 6).bool(), None)
+    terms = importance_terms(statistics, guidance, torch.ones(2, 6).bool(), OURS)
+    assert terms.alignment is not None
+    assert torch.equal(terms.alignment.detach(), torch.full((2, 6), 1 / 6))
+    (terms.alignment * torch.arange(6.0)).sum().backward()
+    assert guidance.grad is not None
+    assert bool(guidance.grad.isfinite().all())
