@@ -24,6 +24,9 @@ from madtp.program import Program
 
 log = logging.getLogger("madtp")
 CACHE = 16
+# Ways of the model's Python on calls of one signature that are captured; on others the original runs.
+BRANCHES = 4
+MANY_WAYS = f"the model's Python goes more than {BRANCHES} ways on calls of one kind"
 
 Builder = Callable[[nn.Module, Call, int], Program]
 
@@ -45,12 +48,20 @@ class Programs:
         self.additions: Additions = host._modules[PREFIX]  # type: ignore[assignment]
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
 
-    def find(self, call: Call) -> Program | None:
-        """The program that serves ``call``, if there is one."""
-        for cached in reversed(self.entries.values()):
-            if signature(self.module, call, cached.program.dynamic) == cached.signature:
-                return cached.program
-        return None
+    def candidates(self, call: Call) -> Iterator[Program]:
+        """The programs to try on ``call``: those for calls like it, then one that is captured for it."""
+        found = self.matching(call)
+        yield from found
+        if len(found) < BRANCHES:
+            yield self.build(call)
+
+    def matching(self, call: Call) -> list[Program]:
+        """The programs made for calls like ``call``, latest first; they differ in the way that the model's Python went."""
+        return [
+            cached.program
+            for cached in reversed(self.entries.values())
+            if signature(self.module, call, cached.program.dynamic) == cached.signature
+        ]
 
     def build(self, call: Call) -> Program:
         """Capture and rewrite the module for calls like ``call``.

@@ -9,19 +9,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from madtp.additions import PREFIX, Additions
+from madtp.branches import OtherBranch
 from madtp.calls import normalise_call
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
 from madtp.errors import ConfigError, MadtpError, RewriteError
 from madtp.guidance import alignment_loss, mean_over_images
-from madtp.programs import Builder, Programs
+from madtp.programs import MANY_WAYS, Builder, Programs
 from madtp.region import HostForward, Notes, Region
 from madtp.report import RewriteReport
 from madtp.site import SiteSpec
@@ -125,10 +126,13 @@ class PrunedModel(nn.Module):
         call = normalise_call(self._host, args, kwargs)
         if self._whole is None:
             return self._host(*args, **kwargs)
-        program = self._whole.find(call) or self._whole.build(call)
-        with self._control.call():
-            self._control.opened()
-            return self._whole.run(program, call)
+        for program in self._whole.candidates(call):
+            with suppress(OtherBranch), self._control.call():
+                self._control.opened()
+                return self._whole.run(program, call)
+        Notes(self.report.notes).add(f"calls that run unpruned: {MANY_WAYS}")
+        self._control.begin()
+        return self._host(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PrunedModel:
         """Set training mode, as any module."""

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from madtp.branches import OtherBranch
 from madtp.calls import Call, Signature, normalise_call, signature
 from madtp.compare import compare
 from madtp.control import PruningControl
 from madtp.counting import Counter
 from madtp.errors import ExampleInputsError, MadtpError
 from madtp.program import Program
-from madtp.programs import Programs
+from madtp.programs import BRANCHES, MANY_WAYS, Programs
 
 log = logging.getLogger("madtp")
 FAILURES = 3
@@ -67,34 +69,35 @@ class Region(_Forward):
             call = normalise_call(self.module, args, kwargs)
         except ExampleInputsError:  # the original says best what is wrong
             return self.original(*args, **kwargs)
-        program = self._program(call)
-        if program is None:
-            return self.original(*args, **kwargs)
-        with self.control.call(), self.control.inside():
-            self.control.opened()
-            return self.programs.run(program, call)
+        for program in self._candidates(call):
+            with suppress(OtherBranch), self.control.call(), self.control.inside():
+                self.control.opened()
+                return self.programs.run(program, call)
+        return self.original(*args, **kwargs)
 
-    def _program(self, call: Call) -> Program | None:
+    def _candidates(self, call: Call) -> Iterator[Program]:
         state = held_state((call.args, call.kwargs))
         if state is not None:
             self._note(
                 f"it was called with a {state}, which later calls read again, so tokens dropped now would be missed then"
             )
-            return None
-        found = self.programs.find(call)
-        if found is not None or len(self.failed) >= FAILURES:
-            return found
+            return
+        found = self.programs.matching(call)
+        yield from found
         exact = signature(self.module, call, None)
-        if exact in self.failed:
-            return None
+        if len(found) >= BRANCHES:
+            self._note(MANY_WAYS)
+        if len(found) >= BRANCHES or len(self.failed) >= FAILURES or exact in self.failed:
+            return
         try:
             # What a capture computes is no part of the model's work: nobody counts it, least of all its symbols.
             with self.control.inside():
-                return self.programs.build(call)
+                further = self.programs.build(call)
         except MadtpError as error:
             self.failed.add(exact)
             self._note(f"a further kind of call cannot be rewritten: {error}")
-            return None
+            return
+        yield further
 
     def _note(self, reason: str) -> None:
         self.notes.add(f"calls of {self.programs.path} that run unpruned: {reason}")

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from rewriters.functional import functional, writes
+from rewriters.decisions import keep_checks
+from rewriters.functional import functional, has_effect, writes
 from rewriters.norms import canonical_norms
 from rewriters.outcomes import call_argument, op_name
 from rewriters.part_rules import PREFIX
@@ -40,7 +41,7 @@ def drop_bookkeeping(graph: fx.Graph) -> None:
 
 def eliminate_dead_code(graph: fx.Graph) -> None:
     """Remove computations whose results nobody reads."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or writes(node))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or has_effect(node))
 
 
 def plain_getitem(graph: fx.Graph) -> None:
@@ -95,6 +96,7 @@ def reshape_views(graph: fx.Graph) -> None:
 
 
 PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
+    ("keep checks", keep_checks),
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
     ("drop conversions", drop_conversions),

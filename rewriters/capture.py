@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.fast_path import spelled_out
+from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
 
@@ -116,26 +117,38 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
     Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
     cannot be exported.
     """
-    leaves, _ = call.flat()
-    first, *others, fixed = _dynamic_choices(leaves, region)
-    program, failure = _export(model, call, first)
+    program, failure = _exported(model, call, region, {})
     if program is None:
-        # What fails with all sizes fixed fails with free ones too, and most that fails is of that kind.
-        frozen, failure = _export(model, call, fixed)
-        if frozen is not None:
-            freer = (_export(model, call, dynamic)[0] for dynamic in others)
-            program = next((found for found in freer if found is not None), frozen)
+        with blamed_on_the_inputs(model):
+            answers = decide(model, call)
+        if answers:
+            program, _ = _exported(model, call, region, answers)
     if program is not None:
         return _to_capture(program, call, region)
-    _check_runs(model, call)
     raise CaptureError(
         f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
         "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
     )
 
 
+def _exported(
+    model: nn.Module, call: Call, region: Region, answers: Answers
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    """The model exported with as many free sizes as possible, or why it cannot be."""
+    first, *others, fixed = _dynamic_choices(call.flat()[0], region)
+    program, failure = _export(model, call, first, answers)
+    if program is not None:
+        return program, ""
+    # What fails with all sizes fixed fails with free ones too, and most that fails is of that kind.
+    frozen, failure = _export(model, call, fixed, answers)
+    if frozen is None:
+        return None, failure
+    freer = (_export(model, call, dynamic, answers)[0] for dynamic in others)
+    return next((found for found in freer if found is not None), frozen), ""
+
+
 def _export(
-    model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...]
+    model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...], answers: Answers
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """The exported model, or why there is none."""
     leaves, spec = call.flat()
@@ -147,7 +160,7 @@ def _export(
     # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
     combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
     try:
-        with _traceable():
+        with _traceable(), Answering(answers):
             return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False), ""
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]
@@ -166,11 +179,6 @@ def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: d
         return kwargs
     named = {k: v for k, v in kwargs.items() if k in known}
     return {**named, catch_all[0]: extra}
-
-
-def _check_runs(model: nn.Module, call: Call) -> None:
-    with torch.no_grad(), blamed_on_the_inputs(model):
-        model(*call.args, **call.kwargs)
 
 
 @contextmanager

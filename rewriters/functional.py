@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from madtp.branches import expect
 from rewriters.outcomes import op_name
 
 aten = torch.ops.aten
@@ -39,6 +40,11 @@ def writes(node: fx.Node) -> bool:
     """Whether ``node`` changes one of its operands."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether ``node`` matters though nobody reads its result."""
+    return writes(node) or node.target is expect
 
 
 def _functional_form(node: fx.Node) -> Any:

@@ -18,7 +18,7 @@ from madtp import segments as segment_runtime
 from madtp import state as runtime
 from rewriters.axes import AxisError, Labels, any_tokens, token_axis
 from rewriters.detect import seed
-from rewriters.functional import writes
+from rewriters.functional import has_effect
 from rewriters.insertion import Insertion, InsertRefusal, site_key
 from rewriters.outcomes import Align, Outcome, Readout, labels_of, op_name
 from rewriters.plan import Plan, SitePlan
@@ -61,7 +61,9 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
             raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
         restoration.pass_on(node)
     # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or writes(n))
+    graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or has_effect(n)
+    )
     graph.lint()
     return done
 

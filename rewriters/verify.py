@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from madtp.branches import OtherBranch
 from madtp.calls import Call
 from madtp.compare import compare
 from madtp.control import PruningControl
@@ -126,5 +127,7 @@ def verify(case: Case) -> None:
             check(case)
         except RewriteError:
             raise
+        except OtherBranch:  # for one sample of the example: another program will serve such calls
+            continue
         except Exception as error:
             raise RewriteError(f"the check '{name}' failed: {type(error).__name__}: {error}") from error
