@@ -22,12 +22,14 @@ from torch.nn import functional as F
 
 import madtp
 import zoo
-from madtp.training.config import TrainingConfig
+from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, fit
 from madtp.training.run import read_config, train
 from zoo.blip.config import MINI
 from zoo.blip.nlvr import BlipNlvr
+from zoo.recipes.auxiliary import StatementHeads
 from zoo.recipes.card import accuracy_by_kind
+from zoo.recipes.compress_nlvr_scenes import Settings, answer_loss
 from zoo.recipes.many import ManyStatements
 from zoo.recipes.nlvr_scenes import make_batch
 from zoo.scenes import SceneDataset, collate
@@ -35,37 +37,25 @@ from zoo.scenes import SceneDataset, collate
 RECIPE = Path(zoo.__file__).parent / "recipes" / "blip_nlvr_mini_compress.toml"
 CONTROLS: dict[str, dict[str, Any]] = {
     "madtp": {},
-    "random": {"selection": "random", "alignment": False},
-    "class-attention": {"selection": "class_attention", "keep_ratio": 0.85, "alignment": False},
-    "no-alignment": {"alignment": False},
-    "no-merging": {"merge": False},
-    "straight-through": {"straight_through": True},
+    "untaught": {"teaching_steps": 0},
+    "no-alignment": {"pruning": {"alignment": False}},
+    "random": {"pruning": {"selection": "random", "alignment": False}},
+    "class-attention": {"pruning": {"selection": "class_attention", "keep_ratio": 0.85, "alignment": False}},
 }
+"""What each changes in the recipe's settings."""
 SMALLER = "smaller-input"
 IMAGE_SIZE = {0.8: 40, 0.5: 72}
 """Sides, in whole patches, whose dense MACs come nearest to what pruning leaves (81.5% and 45.4% saved)."""
 
 
-class Downscaled(nn.Module):
-    """A model for small images behind a downscaling of large ones."""
-
-    def __init__(self, model: BlipNlvr, size: int) -> None:
-        super().__init__()
-        self.model = model
-        self.size = size
+class Downscaled(BlipNlvr):
+    """The model for small images, behind a downscaling of large ones."""
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs [B, 2, 3, H, W] -> tokens of the first and the second images."""
-        small = F.interpolate(images.flatten(0, 1), (self.size, self.size), mode="area")
-        return self.model.encode_images(small.unflatten(0, images.shape[:2]))
-
-    def classify(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """As the model's."""
-        return self.model.classify(input_ids, attention_mask, first, second)
-
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """As the model's, on large images."""
-        return self.classify(input_ids, attention_mask, *self.encode_images(images))
+        side = self.config.vision.image_size
+        small = F.interpolate(images.flatten(0, 1), (side, side), mode="area")
+        return super().encode_images(small.unflatten(0, images.shape[:2]))
 
 
 def run_control(name: str, reduction: float, steps: int, seed: int, threads: int, output: Path) -> None:
@@ -76,8 +66,9 @@ def run_control(name: str, reduction: float, steps: int, seed: int, threads: int
     if name == SMALLER:
         smaller_input(content, output / name)
         return
-    pruning = {**content["settings"].get("pruning", {}), **CONTROLS[name]}
-    content["settings"]["pruning"] = pruning
+    changes = CONTROLS[name]
+    pruning = {**content["settings"].get("pruning", {}), **changes.get("pruning", {})}
+    content["settings"] |= {**changes, "pruning": pruning}
     train(content, output / name, resume=True)
 
 
@@ -86,21 +77,22 @@ def smaller_input(content: dict[str, Any], output: Path) -> None:
     settings, training = content["settings"], TrainingConfig.from_dict(content["training"])
     size = IMAGE_SIZE[settings["reduction"]]
     torch.manual_seed(training.seed)
-    model = BlipNlvr(replace(MINI, vision=replace(MINI.vision, image_size=size)))
-    zoo.load_checkpoint(model, zoo.checkpoint_path(zoo.describe("blip_nlvr_mini"), "dense"))
-    small = Downscaled(model, size)
-    module = ManyStatements(cast(BlipNlvr, small))
-    pairs, statements = settings["pairs_per_step"], settings["statements_per_pair"]
+    small = Downscaled(replace(MINI, vision=replace(MINI.vision, image_size=size)))
+    zoo.load_checkpoint(small, zoo.checkpoint_path(zoo.describe("blip_nlvr_mini"), "dense"))
+    chosen = from_plain(Settings, settings, "settings")
+    module = nn.ModuleDict({"model": ManyStatements(small), "heads": StatementHeads(MINI.text.width)})
 
     def batch(step: int) -> Batch:
-        return make_batch("train", 0, 1_000_000 + step * pairs, pairs, statements)
+        start = chosen.first_pair + step * chosen.pairs_per_step
+        return make_batch("train", chosen.data_seed, start, chosen.pairs_per_step, chosen.statements_per_pair)
 
     def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        logits = learned(batch["images"], batch["input_ids"], batch["attention_mask"]).float()
-        labels = batch["labels"].flatten()
-        return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
+        logits, tokens = module["model"](batch["images"], batch["input_ids"], batch["attention_mask"])
+        heads = cast(StatementHeads, module["heads"])
+        return answer_loss(heads, logits.float(), tokens, batch, chosen, step / training.steps)
 
-    fit(Learner(module, batch, loss, samples_per_step=pairs, sample_name="pairs"), training, output, resume=True)
+    learner = Learner(module, batch, loss, samples_per_step=chosen.pairs_per_step, sample_name="pairs")
+    fit(learner, training, output, resume=True)
     test = SceneDataset("test", 8192, seed=0)
     sample = collate([test[i] for i in range(64)])
     inputs = (sample["images"], sample["input_ids"], sample["attention_mask"])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from madtp.errors import MadtpError
     from madtp.freezing import freeze
     from madtp.pruned import PrunedModel
+    from madtp.teaching import teach
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "rewrite",
     "save",
+    "teach",
 ]
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "load": "madtp.checkpoint",
     "save": "madtp.checkpoint",
     "rewrite": "madtp.api",
+    "teach": "madtp.teaching",
     "PruningConfig": "madtp.config",
     "MadtpError": "madtp.errors",
     "PrunedModel": "madtp.pruned",

@@ -11,16 +11,14 @@ itself costs (alignment tokens) counts against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from madtp.calls import Call, normalise_call
-from madtp.errors import CalibrationError, ConfigError, ExampleInputsError
+from madtp.batches import calls_of, evaluating
+from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
 from madtp.search import KNOBS, Knob, Measurement, Search, Steer, dense_macs, has_nan, mac_reduction
 
@@ -93,13 +91,13 @@ def calibrate(
                 f"{name} is {value!r}; allowed: a fraction above 0 and below 1 (0.8 saves 80% of the MACs)."
             )
     chosen = _knob(pruned, steer)
-    calls = _calls(pruned, batches)
+    calls = calls_of(pruned, batches)
     _refuse_nan_weights(pruned)
     before = chosen.read(pruned)
     search = Search(pruned, calls, chosen, reduction, tolerance)
     found = False
     try:
-        with _evaluating(pruned):
+        with torch.no_grad(), evaluating(pruned):
             best = search.run()
         found = True
     finally:
@@ -145,43 +143,11 @@ def _knob(pruned: PrunedModel, steer: Steer | None) -> Knob:
     return KNOBS[name]
 
 
-def _calls(pruned: PrunedModel, batches: Iterable[Any]) -> list[Call]:
-    if isinstance(batches, (Mapping, Tensor)):
-        raise ExampleInputsError(f"batches is one {type(batches).__name__}; pass a list of batches.")
-    calls = []
-    for number, batch in enumerate(batches):
-        if not isinstance(batch, (Mapping, tuple)):
-            raise ExampleInputsError(
-                f"batch {number} is a {type(batch).__name__}; pass dicts of keyword arguments or tuples of positional ones."
-            )
-        args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((), batch)
-        call = normalise_call(pruned._host, args, kwargs)
-        if not any(t.dim() for t in call.tensors()):
-            raise ExampleInputsError(f"batch {number} holds no tensor.")
-        calls.append(call)
-    if not calls:
-        raise ExampleInputsError("there are no batches; give at least one (an iterator may have been used up).")
-    return calls
-
-
 def _refuse_nan_weights(pruned: PrunedModel) -> None:
     bad = [name for name, value in pruned.state_dict().items() if has_nan(value)]
     if bad:
         shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
         raise CalibrationError(f"{len(bad)} tensors of the model hold NaN ({shown}); load good weights.")
-
-
-@contextmanager
-def _evaluating(pruned: PrunedModel) -> Iterator[None]:
-    modules: list[nn.Module] = [*pruned.modules(), pruned._host]
-    modes = [m.training for m in modules]
-    pruned.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 class GainController:

@@ -5,13 +5,13 @@ Start at :class:`PruningControl`. It is plain state, not a module: nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from madtp.config import PruningConfig
 from madtp.guidance import AlignmentTokens
@@ -34,6 +34,17 @@ class Run:
         return rows // self.program.repeats
 
 
+class Observation(NamedTuple):
+    """What a site judges: its name, its own query projection, block_input and tokens ``[B, N, C]`` of the stream before and
+    after the self-attention, candidates ``[B, N]``, those of one part of a stream that several modalities share."""
+
+    site: str
+    query: nn.Module
+    block_input: Tensor
+    tokens: Tensor
+    candidates: Tensor
+
+
 @dataclass
 class PruningControl:
     """Shared by all sites of a model.
@@ -44,6 +55,7 @@ class PruningControl:
             of the graph and for replaying a decision).
         in_place: dropped tokens keep their slots, marked as padding, instead of leaving; merging has to be off. The graph must
             compute the same for the survivors either way, which is how a rewrite checks itself.
+        observer: if given, called by every site with what it judges; see :class:`Observation`.
         states, features, kept_counts: record of the last forward: state after each site; pooled features ``[B, K, d_e]`` by
             site and modality; prunable tokens ``[B]`` that were kept, by site (``site[modality]`` for a segment).
         runs: programs that ran in the last forward, in order. outside: multiply-accumulates of the last forward, per
@@ -58,6 +70,7 @@ class PruningControl:
     gain: float = 1.0
     forced: dict[str, Tensor] | None = None
     in_place: bool = False
+    observer: Callable[[Observation], None] | None = None
     static_counts: dict[str, int] = field(default_factory=dict)
     states: dict[str, TokenState] = field(default_factory=dict)
     features: dict[tuple[str, str], Tensor] = field(default_factory=dict)

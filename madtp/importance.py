@@ -91,10 +91,10 @@ def importance_terms(
     """
     alignment = None
     if guidance is not None and config.alignment:
-        best = guidance.float().amax(dim=-1)
         if config.guidance_score == "softmax":
-            alignment = masked_softmax(_standardise(best, candidates), candidates)
+            alignment = guidance_share(guidance, candidates)
         else:
+            best = guidance.float().amax(dim=-1)
             best = best.masked_fill(~candidates, 0.0)
             total = best.sum(dim=1, keepdim=True)
             alignment = best / torch.where(total == 0, torch.ones_like(total), total)
@@ -119,6 +119,11 @@ def importance(
     With our defaults S sums to one over the candidates and is zero elsewhere.
     """
     return importance_terms(statistics, guidance, candidates, config).mean()
+
+
+def guidance_share(guidance: Tensor, candidates: Tensor) -> Tensor:
+    """Our s2 [B, N] of guidance G [B, N, K]: the softmax over the candidates [B, N] of g, standardised per sample."""
+    return masked_softmax(_standardise(guidance.float().amax(dim=-1), candidates), candidates)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor, dim: int = 1) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from madtp.assembly import assemble
 from madtp.attention import attention, attention_with_statistics, mask_of_survivors, valid_keys
 from madtp.config import PruningConfig
-from madtp.control import PruningControl
+from madtp.control import Observation, PruningControl
 from madtp.guidance import pooled_features, query_projection
 from madtp.importance import AttentionStatistics, ImportanceTerms, importance_terms
 from madtp.segments import SegmentMap, segment_slots, special_slots
@@ -231,6 +231,8 @@ class PruningSite(nn.Module):
             guidance = control.alignment(queries)
         kept, scores = torch.zeros_like(candidates), torch.zeros_like(seen.statistics.received)
         for part in parts:
+            if control.observer is not None:
+                control.observer(Observation(part.key, self.query, block_input, tokens, part.candidates))
             own_scores, own_kept, gate = self._judge(part, seen.statistics, queries, guidance, before)
             scores = own_scores if len(parts) == 1 else torch.where(part.candidates, own_scores, scores)
             kept = kept | own_kept

@@ -31,6 +31,7 @@ from madtp.search import KNOBS
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
+from zoo.recipes.auxiliary import StatementHeads, faded
 from zoo.recipes.card import accuracy_by_kind
 from zoo.recipes.many import ManyStatements
 from zoo.recipes.nlvr_scenes import make_batch
@@ -50,7 +51,11 @@ class Settings:
         pairs_per_step, statements_per_pair: batch; each pair is encoded once.
         start_reduction, ramp: the target grows from here to `reduction` over this fraction of the steps.
         rate: of the gain controller.
+        teaching_pairs, teaching_steps: before the first step the alignment tokens are taught (`madtp.teach`) on so many
+            training pairs; 0 steps leave that out.
         alignment_weight: of the alignment loss.
+        count_weight, place_weight: of the auxiliary losses that dense training uses too (zoo/recipes/auxiliary.py); they
+            fade by a cosine to `fade_to` at the end.
         distillation: weight of the divergence from the dense model's answers; 0 leaves the dense model out.
         pruning: fields of `PruningConfig`.
         data_seed: edition of the data; training takes pairs from `first_pair` on.
@@ -65,7 +70,12 @@ class Settings:
     start_reduction: float = 0.3
     ramp: float = 0.4
     rate: float = 0.03
+    teaching_pairs: int = 256
+    teaching_steps: int = 200
     alignment_weight: float = 0.1
+    count_weight: float = 1.0
+    place_weight: float = 2.0
+    fade_to: float = 0.1
     distillation: float = 0.0
     pruning: Mapping[str, Any] = field(default_factory=dict)
     data_seed: int = 0
@@ -78,16 +88,30 @@ class Settings:
             raise ConfigError(f"settings.reduction is {self.reduction}; it takes a fraction between 0 and 1")
 
 
+class Pupil(nn.Module):
+    """The pruned many-statement model and the heads of the auxiliary losses."""
+
+    def __init__(self, pruned: PrunedModel, width: int) -> None:
+        super().__init__()
+        self.pruned = pruned
+        self.heads = StatementHeads(width)
+
+
 @dataclass
 class Compression:
-    """What a run holds beside the learner: the pruned many-statement model, the dense teacher, the controller."""
+    """What a run holds beside the learner: the pupil, the dense teacher, the controller."""
 
     settings: Settings
-    pruned: PrunedModel
+    pupil: Pupil
     teacher: ManyStatements | None
     controller: GainController
     model: nn.Module
     macs: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def pruned(self) -> PrunedModel:
+        """The pruned many-statement model."""
+        return self.pupil.pruned
 
 
 def set_strength(pruned: PrunedModel, gain: float) -> None:
@@ -122,8 +146,11 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     pruned = madtp.rewrite(
         ManyStatements(model), (example["images"], example["input_ids"], example["attention_mask"]), config=config
     )
+    if config.alignment and chosen.teaching_steps:
+        _teach(pruned, chosen)
     controller = GainController(chosen.start_reduction, gain=config.gain, rate=chosen.rate)
-    run = Compression(chosen, pruned, teacher, controller, model)
+    pupil = Pupil(pruned, model.config.text.width)
+    run = Compression(chosen, pupil, teacher, controller, model)
     state: dict[str, Any] = {"controller": controller.state_dict()}
 
     def batch(step: int) -> Batch:
@@ -134,7 +161,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         controller.load_state_dict(state["controller"])
         controller.target = _target(step, chosen, training.steps)
         set_strength(pruned, controller.gain)
-        return _loss(run, batch)
+        return _loss(run, batch, step / training.steps)
 
     def on_step(done: int, module: nn.Module, metrics: Metrics) -> None:
         controller.step(1 - run.macs[0] / run.macs[1])
@@ -147,14 +174,14 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
             held_out.extend(make_batch("val", chosen.data_seed, start, 32, 8) for start in range(0, 128, 32))
         right, cost = 0.0, 0.0
         for group in held_out:
-            logits = pruned(group["images"], group["input_ids"], group["attention_mask"])
+            logits, _ = pruned(group["images"], group["input_ids"], group["attention_mask"])
             right += float((logits.argmax(-1) == group["labels"].flatten()).float().mean())
             kept, dense = statement_macs(pruned, 8)
             cost += 1 - kept / dense
         return {"accuracy": right / len(held_out), "reduction": cost / len(held_out)}
 
     learner = Learner(
-        module=pruned,
+        module=pupil,
         batch=batch,
         loss=loss,
         evaluate=evaluate,
@@ -164,31 +191,52 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         sample_name="pairs",
         card={"settings": asdict(chosen), "training": training.to_dict()},
     )
-    object.__setattr__(pruned, "compression", run)
+    object.__setattr__(pupil, "compression", run)
     return learner
 
 
-def _loss(run: Compression, batch: Batch) -> tuple[Tensor, Metrics]:
+def _teach(pruned: PrunedModel, chosen: Settings) -> None:
+    pairs = min(16, chosen.teaching_pairs)
+    batches = []
+    for start in range(chosen.first_pair, chosen.first_pair + chosen.teaching_pairs, pairs):
+        batch = make_batch("train", chosen.data_seed, start, pairs, chosen.statements_per_pair)
+        batches.append((batch["images"], batch["input_ids"], batch["attention_mask"]))
+    print(madtp.teach(pruned, batches, objective=_margin, steps=chosen.teaching_steps))
+
+
+def _margin(output: tuple[Tensor, Tensor]) -> Tensor:
+    """How sure the model is of its answers."""
+    logits = output[0].float()
+    return (logits[:, 1] - logits[:, 0]).abs().sum()
+
+
+def answer_loss(
+    heads: StatementHeads, logits: Tensor, tokens: Tensor, batch: Batch, chosen: Settings, part: float
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """Task loss and the auxiliary losses after `part` (0 to 1) of a run, from logits [M, 2] and class tokens [M, C]."""
+    labels = batch["labels"].flatten()
+    task = F.cross_entropy(logits, labels)
+    count = heads.count_loss(tokens, batch["counts"].flatten(0, 1))
+    place = heads.place_loss(tokens, batch["places"].flatten(0, 1))
+    total = task + faded(part, chosen.fade_to) * (chosen.count_weight * count + chosen.place_weight * place)
+    accuracy = (logits.argmax(-1) == labels).float().mean()
+    return total, {"task": task.detach(), "accuracy": accuracy, "count": count.detach(), "place": place.detach()}
+
+
+def _loss(run: Compression, batch: Batch, part: float) -> tuple[Tensor, Metrics]:
     chosen, pruned = run.settings, run.pruned
     inputs = (batch["images"], batch["input_ids"], batch["attention_mask"])
-    logits = pruned(*inputs).float()
-    labels = batch["labels"].flatten()
+    logits, tokens = pruned(*inputs)
     run.macs = statement_macs(pruned, chosen.statements_per_pair)
-    task = F.cross_entropy(logits, labels)
-    total = task
-    metrics: dict[str, float | Tensor] = {
-        "task": task.detach(),
-        "accuracy": (logits.argmax(-1) == labels).float().mean(),
-        "reduction": 1 - run.macs[0] / run.macs[1],
-        "gain": pruned.gain,
-    }
+    total, metrics = answer_loss(run.pupil.heads, logits.float(), tokens, batch, chosen, part)
+    metrics |= {"reduction": 1 - run.macs[0] / run.macs[1], "gain": pruned.gain}
     if pruned.config.alignment and chosen.alignment_weight:
         alignment = pruned.alignment_loss()
         total = total + chosen.alignment_weight * alignment
         metrics["align"] = alignment.detach()
     if run.teacher is not None:
         with torch.no_grad():
-            wanted = run.teacher(*inputs).float().log_softmax(-1)
+            wanted = run.teacher(*inputs)[0].float().log_softmax(-1)
         divergence = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
         total = total + chosen.distillation * divergence
         metrics["distil"] = divergence.detach()

@@ -14,13 +14,15 @@ class ManyStatements(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pairs [B, 2, 3, H, W], statements [B, S, T], mask [B, S, T] (1: token) -> logits [B * S, 2]."""
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs [B, 2, 3, H, W], statements [B, S, T], mask [B, S, T] (1: token) -> logits [B * S, 2] and the class
+        tokens of the statements [B * S, C], which auxiliary heads read."""
         statements = input_ids.shape[1]
         first, second = self.model.encode_images(images)
-        return self.model.classify(
+        tokens = self.model.text_encoder(
             input_ids.flatten(0, 1),
             attention_mask.flatten(0, 1),
             first.repeat_interleave(statements, 0),
             second.repeat_interleave(statements, 0),
-        )
+        )[:, 0]
+        return self.model.cls_head(tokens), tokens

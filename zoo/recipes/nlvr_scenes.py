@@ -29,6 +29,7 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import TextLayer
+from zoo.recipes.auxiliary import StatementHeads, faded
 from zoo.recipes.card import measure, write_release
 from zoo.scenes import draw_sample, encode, normalise
 from zoo.scenes.drawing import PATCH
@@ -36,8 +37,6 @@ from zoo.scenes.objects import COLOURS, SHAPES, SIZES
 
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
 """Classes of the patch labels, in the order of :func:`zoo.scenes.drawing.draw_pictures`."""
-
-COUNT_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class Pupil(nn.Module):
         super().__init__()
         self.model = model
         self.heads = nn.Linear(model.config.vision.width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
-        self.counter = nn.Linear(model.config.text.width, 2 * COUNT_CLASSES)
-        self.places = nn.Linear(model.config.text.width, 4)
+        self.statements = StatementHeads(model.config.text.width)
 
     def patch_loss(self, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Vision tokens [2B, N, C] (class token first) and annotated batch -> loss, accuracy on objects' shapes.
@@ -101,19 +99,6 @@ class Pupil(nn.Module):
         on_object = targets[1] > 0
         right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
         return torch.stack(losses).sum(), right
-
-    def count_loss(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Class tokens of statements [M, C], counts [M, 2] -> loss of reading off how often either picture shows what
-        the statement's first phrase names."""
-        logits = self.counter(tokens).float().unflatten(-1, (2, COUNT_CLASSES))
-        return F.cross_entropy(logits.flatten(0, 1), counts.flatten().clamp_max(COUNT_CLASSES - 1))
-
-    def place_loss(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """Class tokens [M, C], places [M, 4] with NaN where a statement is not spatial -> loss of pointing at the two
-        things that decide a spatial relation."""
-        spatial = ~places[:, 0].isnan()
-        found = self.places(tokens[spatial]).float()
-        return F.smooth_l1_loss(found, places[spatial], beta=0.1, reduction="sum") / spatial.sum().clamp_min(1)
 
     def read(self, ids: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Statements [B, S, T], mask [B, S, T], encoded images [B, N, C] -> class tokens [B * S, C].
@@ -184,9 +169,9 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         labels = batch["labels"].flatten()
         task = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(-1) == labels).float().mean()
-        count = module.count_loss(tokens, batch["counts"].flatten(0, 1))
-        place = module.place_loss(tokens, batch["places"].flatten(0, 1))
-        fade = _fade(step, chosen, training.steps)
+        count = module.statements.count_loss(tokens, batch["counts"].flatten(0, 1))
+        place = module.statements.place_loss(tokens, batch["places"].flatten(0, 1))
+        fade = faded((step - chosen.patch_steps) / max(1, training.steps - chosen.patch_steps), chosen.fade_to)
         total = task + fade * (chosen.patch_weight * patch + chosen.count_weight * count + chosen.place_weight * place)
         return total, {
             "task": task.detach(),
@@ -244,9 +229,3 @@ def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     settings = from_plain(Settings, learner.card["settings"], "settings")
     test = measure(settings.model, settings.test_items, settings.data_seed)
     write_release(learner.module.model, output / "dense.safetensors", learner.card, test)
-
-
-def _fade(step: int, settings: Settings, steps: int) -> float:
-    """Return by what factor the auxiliary losses count, from 1 by a cosine to `fade_to`."""
-    part = (step - settings.patch_steps) / max(1, steps - settings.patch_steps)
-    return settings.fade_to + (1 - settings.fade_to) * 0.5 * (1 + math.cos(math.pi * part))
