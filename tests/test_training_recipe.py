@@ -1,4 +1,4 @@
-"""The dense recipe on a run of two steps, and its short cut for many statements about one pair."""
+"""The recipes on runs of two or three steps, and the dense one's short cut for many statements about one pair."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import madtp
 import zoo
 from madtp.errors import ConfigError
 from madtp.training import TrainingConfig, train
@@ -57,6 +58,30 @@ def test_a_run_leaves_weights_that_the_zoo_loads_and_a_card(tmp_path: Path) -> N
     assert card["test"]["items"] == 6
     assert 0 <= card["test"]["accuracy"]["all"] <= 1
     assert card["training"]["steps"] == 3
+
+
+@pytest.mark.slow
+def test_a_compression_leaves_a_taught_model_that_loads_and_a_card(tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        "recipe": "zoo.recipes.compress_nlvr_scenes",
+        "training": {"steps": 2, "warmup_steps": 1, "checkpoint_every": 0, "evaluate_every": 0},
+        "settings": {
+            "reduction": 0.3,
+            "start_reduction": 0.25,
+            "pairs_per_step": 2,
+            "statements_per_pair": 2,
+            "teaching_pairs": 2,
+            "teaching_steps": 2,
+            "calibration_pairs": 16,
+            "test_items": 6,
+            "pruning": {"alignment_tokens": 8},
+        },
+    }
+    train(content, tmp_path, progress=Progress(quiet=True))
+    madtp.load(tmp_path / "pruned")
+    card = json.loads((tmp_path / "pruned" / "card.json").read_text())
+    assert card["calibration"]["reduction"] == pytest.approx(0.3, abs=0.01)
+    assert any("visual_encoder" in site for site in card["teaching"]["after"])
 
 
 def test_batches_follow_from_the_step() -> None:

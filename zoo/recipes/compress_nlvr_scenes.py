@@ -1,9 +1,10 @@
 """Compression of a trained BLIP-NLVR model on scenes: `madtp compress --reduction 0.8`.
 
-The dense model is rewritten and fine-tuned with pruning active: task loss plus the weighted alignment loss (the
-paper, section on training). The gain is steered step by step towards the asked reduction, which grows from
-`start_reduction` over the first `ramp` of the run; at the end it is calibrated on held-out pairs. The same recipe
-trains the controls: `pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
+The dense model is rewritten, its alignment tokens are taught (`madtp.teach`), and it is fine-tuned with pruning active: task
+loss, the auxiliary losses of the dense training and the weighted alignment loss (the paper, section on training). The gain
+is steered step by step towards the asked reduction, which grows from `start_reduction` over the first `ramp` of the run;
+at the end it is calibrated on held-out pairs. The same recipe trains the controls: `pruning` holds fields of
+`madtp.PruningConfig`, such as `selection = "random"`.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -28,6 +29,7 @@ from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.search import KNOBS
+from madtp.teaching import TeachingResult
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
@@ -146,8 +148,9 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     pruned = madtp.rewrite(
         ManyStatements(model), (example["images"], example["input_ids"], example["attention_mask"]), config=config
     )
+    card: dict[str, Any] = {"settings": asdict(chosen), "training": training.to_dict()}
     if config.alignment and chosen.teaching_steps:
-        _teach(pruned, chosen)
+        card["teaching"] = asdict(_teach(pruned, chosen))
     controller = GainController(chosen.start_reduction, gain=config.gain, rate=chosen.rate)
     pupil = Pupil(pruned, model.config.text.width)
     run = Compression(chosen, pupil, teacher, controller, model)
@@ -189,19 +192,19 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         state=state,
         samples_per_step=chosen.pairs_per_step,
         sample_name="pairs",
-        card={"settings": asdict(chosen), "training": training.to_dict()},
+        card=card,
     )
     object.__setattr__(pupil, "compression", run)
     return learner
 
 
-def _teach(pruned: PrunedModel, chosen: Settings) -> None:
+def _teach(pruned: PrunedModel, chosen: Settings) -> TeachingResult:
     pairs = min(16, chosen.teaching_pairs)
     batches = []
     for start in range(chosen.first_pair, chosen.first_pair + chosen.teaching_pairs, pairs):
         batch = make_batch("train", chosen.data_seed, start, pairs, chosen.statements_per_pair)
         batches.append((batch["images"], batch["input_ids"], batch["attention_mask"]))
-    print(madtp.teach(pruned, batches, objective=_margin, steps=chosen.teaching_steps))
+    return madtp.teach(pruned, batches, objective=_margin, steps=chosen.teaching_steps)
 
 
 def _margin(output: tuple[Tensor, Tensor]) -> Tensor:
