@@ -63,6 +63,17 @@ def scaled_query(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Ten
     return join(torch.softmax(scores, dim=-1) @ value)
 
 
+def scaled_both(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
+    share = query.shape[-1] ** -0.25
+    scores = hide((query * share) @ (key * share).transpose(-1, -2), masks)
+    return join(scores.softmax(dim=-1) @ value)
+
+
+def upcast(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
+    scores = hide(torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5, masks)
+    return join(torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float64).to(query.dtype), value).contiguous())
+
+
 def folded(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
     batch, heads, length, head = query.shape
     keys = key.shape[2]
@@ -87,8 +98,26 @@ def einsum(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
 
 
 PRODUCTS: dict[str, Product] = {
-    f.__name__: f for f in (sdpa, matmul, divided, scaled_query, folded, folded_added, einsum)
+    f.__name__: f for f in (sdpa, matmul, divided, scaled_query, scaled_both, upcast, folded, folded_added, einsum)
 }
+
+
+class Cosine(nn.Module):
+    """Queries and keys of length one; a learned factor for each head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.zeros(heads, 1, 1))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
+        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
+        scores = hide(scores * self.logit_scale.clamp(max=4.0).exp(), masks)
+        return join(scores.softmax(dim=-1) @ value)
+
+
+def product(blocks: Blocks) -> Product:
+    """How these blocks compute attention from queries, keys and values."""
+    return Cosine(blocks.heads) if blocks.product == "cosine" else PRODUCTS[blocks.product]
 
 
 class SelfAttention(nn.Module):
@@ -101,7 +130,7 @@ class SelfAttention(nn.Module):
         self.head_norm = blocks.head_norm
         if blocks.head_norm:
             self.query_norm, self.key_norm = (norm(blocks.norm, WIDTH // blocks.heads) for _ in range(2))
-        self.product = PRODUCTS[blocks.product]
+        self.product = product(blocks)
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, masks: Masks) -> Tensor:
@@ -121,7 +150,7 @@ class CrossAttention(nn.Module):
         self.reads = reads
         plain = blocks.projection in ("separate", "grouped_flag", "grouped_expand")
         self.project = Separate(blocks.heads) if plain else SharedMemory(blocks.heads)
-        self.product = PRODUCTS[blocks.product]
+        self.product = product(blocks)
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, memory: Tensor, masks: Masks) -> Tensor:

@@ -166,7 +166,7 @@ class Stream(nn.Module):
 
     def prepare(self, x: Tensor, seen: Tensor | None) -> Masks:
         """Masks, biases and rotations of tokens [B, N, C]."""
-        return with_positions(self.masks(x, seen, x.shape[1]), *self.relative(x.shape[1]))
+        return with_positions(self.masks(x, seen, x.shape[1]), *self.relative(x.shape[1], seen))
 
     def remember(self, x: Tensor, memory: Tensor | None, seen: Tensor | None) -> Memory | None:
         """The memory [B, K, C] for queries [B, N, C]."""

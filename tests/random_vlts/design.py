@@ -31,13 +31,25 @@ class Blocks:
     placement: Literal["pre", "post", "sandwich", "parallel", "parallel_sum"] = "pre"
     norm: Literal["layer", "rms", "own_rms"] = "layer"
     projection: Literal[
-        "separate", "unbind", "chunk", "split", "select", "by_head", "grouped_expand", "grouped_repeat", "grouped_flag"
+        "separate",
+        "unbind",
+        "chunk",
+        "split",
+        "select",
+        "by_head",
+        "grouped_expand",
+        "grouped_repeat",
+        "grouped_flag",
+        "grouped_fused",
     ] = "separate"
     product: Literal[
         "sdpa",
         "matmul",
         "divided",
         "scaled_query",
+        "scaled_both",
+        "upcast",
+        "cosine",
         "folded",
         "folded_added",
         "einsum",
@@ -63,6 +75,7 @@ class Blocks:
         "rotary_pairs",
         "rotary_complex",
         "rotary_patches",
+        "rotary_ids",
         "table",
         "buckets",
         "slopes",

@@ -64,7 +64,9 @@ class MaskMaker(nn.Module):
             return Masks(causal=True)
         shown = None if seen is None else self._boolean(seen.bool(), length)
         if self.causal:
-            earlier = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
+            earlier = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            if shown is not None or self.form not in ("boolean_keys", "additive_square"):
+                earlier = earlier[None, None]
             shown = earlier if shown is None else shown & earlier
         return Masks(mask=None if shown is None else self._in_form(shown, x))
 

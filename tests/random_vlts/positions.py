@@ -83,7 +83,11 @@ class Rotary(nn.Module):
             angle = torch.cat([torch.zeros(skipped, half, dtype=speed.dtype), place * speed])
             self.register_buffer("angle", angle, persistent=False)
 
-    def forward(self, length: int) -> Rotate:
+    def forward(self, length: int, seen: Tensor | None) -> Rotate:
+        if self.form == "rotary_ids":
+            angle = self._by_ids(length, seen) if self.prefix is None else self.angle[None]
+            cos, sin = (f(torch.cat([angle, angle], -1)).unsqueeze(1) for f in (torch.cos, torch.sin))
+            return lambda x: x * cos + _halves(x) * sin
         if self.prefix is None:
             angle = torch.arange(length, device=self.speed.device)[:, None] * self.speed
         else:
@@ -98,6 +102,15 @@ class Rotary(nn.Module):
         if self.form == "rotary_patches" and self.prefix:
             return lambda x: _behind(x, cos, sin, self.prefix)  # type: ignore[arg-type]
         return lambda x: x * cos + _halves(x) * sin
+
+    def _by_ids(self, length: int, seen: Tensor | None) -> Tensor:
+        """Angles [B, N, D / 2]: positions count the tokens that are not padding."""
+        if seen is None:
+            ids = torch.arange(length, device=self.speed.device).unsqueeze(0)
+        else:
+            ids = (seen.long().cumsum(-1) - 1).clamp(min=0)
+        speed = self.speed[None, :, None].expand(ids.shape[0], -1, 1)
+        return (speed @ ids[:, None, :].to(speed.dtype)).transpose(1, 2)
 
 
 def _halves(x: Tensor) -> Tensor:
@@ -178,6 +191,6 @@ class Relative(nn.Module):
         maker = biases.get(blocks.positions)
         self.bias = None if maker is None else maker(blocks.heads, None if grid is None else grid[0])
 
-    def forward(self, length: int) -> tuple[Tensor | None, Rotate | None]:
+    def forward(self, length: int, seen: Tensor | None) -> tuple[Tensor | None, Rotate | None]:
         bias = None if self.bias is None else self.bias(length)
-        return bias, None if self.rotary is None else self.rotary(length)
+        return bias, None if self.rotary is None else self.rotary(length, seen)

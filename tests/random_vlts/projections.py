@@ -129,6 +129,21 @@ class GroupedRepeat(Grouped):
         return query, key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
 
 
+class GroupedFused(Projection):
+    """One map for all queries and half as many keys and values."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__(heads)
+        self.sizes = [WIDTH, WIDTH // 2, WIDTH // 2]
+        self.qkv = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Triple:
+        query, key, value = (
+            t.unflatten(-1, (-1, self.head)).transpose(1, 2) for t in self.qkv(x).split(self.sizes, -1)
+        )
+        return query, key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+
+
 def projection(kind: str, heads: int) -> nn.Module:
     """The projection of a self-attention."""
     makers: dict[str, type[Projection]] = {
@@ -141,5 +156,6 @@ def projection(kind: str, heads: int) -> nn.Module:
         "grouped_expand": GroupedExpand,
         "grouped_repeat": GroupedRepeat,
         "grouped_flag": Grouped,
+        "grouped_fused": GroupedFused,
     }
     return makers[kind](heads)
