@@ -43,7 +43,7 @@ class PruningConfig:
         alignment_tokens: K, their number.
         alignment_width: d_e; None takes the width of the widest pruned stream.
         query_projection: where a linear layer maps a block's stream to the alignment tokens' width: where the widths are
-            "differing", or "always" (as the authors' code has it for CLIP).
+            "differing", or "always" (as the authors' code has it for dual encoders).
         merge: dropped tokens become one token, their importance-weighted mean; False discards them.
         straight_through: lets gradients reach the threshold and the importance through a soft mask in training.
         selection: "threshold" is the method. Controls: "random" keeps random tokens, "class_attention" the best by the

@@ -35,6 +35,8 @@ FORMS: list[Sample] = [
     sample(aten.mT.default, x("B", 2, 4, "N")),
     sample(aten.permute.default, x("N", "B", 2, 3), [-3, -2, -4, -1]),
     sample(aten._unsafe_view.default, x(("B", "N"), 4), [BATCH, TOKENS, 2, 2]),
+    sample(aten.reshape_as.default, x("B", 2, "N", 3), x(("B", 2), "N", 3)),
+    sample(aten.view_as.default, x("B", "N", 2, 2), x("B", "N", 4)),
     sample(aten.concat.default, [x(BATCH, 1, TOKENS), x("B", 2, "N")], 1),
     # channels are mixed or reduced
     sample(aten.rms_norm.default, x("N", "B", 2, 4), [2, 4]),
