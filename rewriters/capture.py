@@ -30,6 +30,7 @@ from madtp.fast_path import spelled_out
 from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
+from rewriters.untouched import untouched
 
 log = logging.getLogger("madtp")
 
@@ -160,7 +161,7 @@ def _export(
     # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
     combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
     try:
-        with _traceable(), Answering(answers):
+        with _traceable(), Answering(answers), untouched(model):
             return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False), ""
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]

@@ -166,3 +166,30 @@ def test_conversions_to_what_a_tensor_is_are_dropped(how: Callable[[Tensor], Ten
 
 def test_conversions_to_another_type_stay() -> None:
     assert len(_converted(Converts(lambda x: x.double()), torch.randn(2, 3))) == 2
+
+
+class TakesNotes(nn.Module):
+    """Notes down what it computes, in a dictionary, a list and an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = vit()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.cache: dict[str, Tensor] = {}
+        self.calls: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "double" not in self.cache:
+            self.cache["double"] = self.scale * 2
+        self.calls.append(x)
+        self.last = x
+        return self.trunk(x) * self.cache["double"]
+
+
+def test_a_model_keeps_no_notes_of_being_traced() -> None:
+    model = TakesNotes().eval()
+    capture(model, Call((images(2),), {}))
+    assert model.cache == {}
+    assert model.calls == []
+    assert not hasattr(model, "last")
+    assert set(model.state_dict()) == set(TakesNotes().state_dict())

@@ -1,0 +1,39 @@
+"""Leave a model as it was: what its modules note down while they are traced (a cache of a mask, say) is forgotten.
+
+Start at :func:`untouched`. Such notes hold tensors without values, which would come back in later calls of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore the attributes of all modules on leaving, the contents of their plain containers included."""
+    before = [(vars(module), _contents(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for present, (values, contents) in before:
+            _refill(present, values)
+            for container, content in contents:
+                _refill(container, content)
+
+
+def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """The attributes of a module, and each plain container among them with a copy of what it holds."""
+    containers = [value for value in attributes.values() if type(value) in CONTAINERS]
+    return dict(attributes), [(container, copy.copy(container)) for container in containers]
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
