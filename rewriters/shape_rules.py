@@ -175,9 +175,9 @@ def _put_together(operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: i
 def _join(node: fx.Node, operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int, labels: LabelMap) -> Outcome:
     shape = example_shape(node)
     source = (tuple(None if a is None else a.source for a in axes), "join", node)
-    tracked = [labels_of(n, labels) for n, a in zip(operands, axes, strict=True) if a is not None]
-    places = {batch_dim_of(own) for own in tracked}
-    if len(places) != 1 or any(has_tokens(d) for own in tracked for at, d in enumerate(own) if at != dim):
+    every = [labels_of(n, labels) for n in operands]
+    places = {batch_dim_of(own) for own, axis in zip(every, axes, strict=True) if axis is not None}
+    if len(places) != 1 or any(has_tokens(d) for own in every for at, d in enumerate(own) if at != dim):
         raise AxisError("a concatenation of tokens whose batches do not agree")
     batch_dim = places.pop()
     result = [plain(n) for n in shape]

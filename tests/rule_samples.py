@@ -266,6 +266,7 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(aten.expand_as.default, x(), x("B", "M", 4)), "nothing to do with each other"),
     (sample(aten.cat.default, [x(), x(BATCH, TOKENS, 4)], 0), "cat"),
     (sample(aten.cat.default, [x("B", "N", "M"), x("B", 3, "M")], 1), "batches do not agree"),
+    (sample(aten.cat.default, [x("B", "N", 6), x("B", 1, "M")], 1), "batches do not agree"),
     (sample(aten.slice.Tensor, x(), 1, 0, FAR, 2), "slice"),
     (sample(aten.unbind.int, x(), 1), "unbind"),
     (sample(aten.unbind.int, x("N", "B", 4)), "unbind"),

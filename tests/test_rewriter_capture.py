@@ -188,7 +188,7 @@ class TakesNotes(nn.Module):
 
 def test_a_model_keeps_no_notes_of_being_traced() -> None:
     model = TakesNotes().eval()
-    capture(model, Call((images(2),), {}))
+    capture(model, Call((images(2, 0),), {}))
     assert model.cache == {}
     assert model.calls == []
     assert not hasattr(model, "last")
