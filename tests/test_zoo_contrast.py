@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import blip_tasks as tasks
 import pytest
+import small_clip
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 import madtp
 from madtp.errors import ConfigError, DataError
+from zoo import load_checkpoint
 from zoo.blip.matching import LEFT_OUT, matching_loss, rerank
 from zoo.contrast import MomentumContrast
 
@@ -83,6 +86,40 @@ def test_queues_hold_the_latest_features(sizes: list[int]) -> None:
         if sample >= 0:
             assert (trainer.image_queue[:, place] == sample).all()
             assert (trainer.text_queue[:, place] == -sample).all()
+
+
+@pytest.mark.parametrize("family", ["BLIP", "CLIP"])
+def test_published_training_state_is_read(tmp_path: Path, family: str) -> None:
+    """Copies stand beside the weights in published files, with `_m` in their names."""
+    if family == "BLIP":
+        trainer, copied = contrast(), ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+    else:
+        trainer = MomentumContrast(small_clip.small(), small_clip.SMALL.embedding, queue=8)
+        copied = ("visual", "transformer", "token_embedding", "ln_final", "text_projection", "positional_embedding")
+    torch.manual_seed(3)
+    own = {key: torch.rand_like(value) for key, value in trainer.model.state_dict().items()}
+    published = dict(own)
+    for key, value in own.items():
+        name, dot, rest = key.partition(".")
+        if name in copied:
+            published[f"{name}_m{dot}{rest}"] = value + 1
+    published |= {name: torch.rand_like(getattr(trainer, name)) for name in ("image_queue", "text_queue")}
+    published |= {"idx_queue": torch.full((1, 8), 3), "ptr_queue": torch.tensor([5])}
+    torch.save({"model": published}, tmp_path / "model_base_retrieval_coco.pth")
+    report = load_checkpoint(trainer, tmp_path / "model_base_retrieval_coco.pth")
+    assert (report.format, report.unused) == (f"{family}, with momentum", ())
+    assert set(report.absent) <= {
+        "follower.itm_head.weight",
+        "follower.itm_head.bias",
+        "follower.temp",
+        "follower.logit_scale",
+    }
+    for key, value in own.items():
+        assert torch.equal(trainer.model.state_dict()[key], value)
+        if key.partition(".")[0] in copied:
+            assert torch.equal(trainer.follower.state_dict()[key], value + 1)
+    assert torch.equal(trainer.image_queue, published["image_queue"])
+    assert int(trainer.ptr_queue) == 5
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -60,6 +60,19 @@ def test_published_file(tmp_path: Path, task: str) -> None:
     assert f"format BLIP, {len(own)} tensors loaded, {len(more)} unused" in str(report)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["blip_nlvr", "blip_retrieval", "blip_caption", "blip_vqa", "clip_vit_b16"])
+def test_published_file_of_full_size(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(5)
+    own = {key: value.half() for key, value in zoo.create(name).state_dict().items()}
+    path = tmp_path / "model.pth"
+    torch.save(own if name.startswith("clip") else {"model": own}, path)
+    model = zoo.create(name)
+    report = zoo.load_checkpoint(model, path)
+    assert report.loaded == len(own)
+    assert all(torch.equal(value.half(), own[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_file_of_the_authors_code(tmp_path: Path, task: str) -> None:
     own, more = published(task)

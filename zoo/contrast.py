@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.errors import ConfigError
+from zoo.key_table import KeyTable
 
 QUEUE = 57_600
 DECAY = 0.995
@@ -88,6 +89,11 @@ class MomentumContrast(nn.Module):
             self.register_buffer(name, nn.functional.normalize(torch.randn(embedding, queue), dim=0))
         self.register_buffer("idx_queue", torch.full((1, queue), EMPTY))
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
+
+    @property
+    def checkpoint_tables(self) -> tuple[KeyTable, ...]:
+        """How files of training map to the model, its copy and the queues: what the model's class says."""
+        return (self.model.momentum_table,) if hasattr(self.model, "momentum_table") else ()  # type: ignore[return-value]
 
     def forward(
         self, found: Features, images: Tensor, texts: Mapping[str, Tensor], samples: Tensor, alpha: float

@@ -14,16 +14,9 @@ _CONSTANTS = ("*embeddings.position_ids",)
 # The authors' alignment tokens, and the plain model has no use for them.
 ALIGNMENT_TOKENS = "space_dict"
 # Copies and queues of retrieval's training.
-_TRAINING = (
-    "visual_encoder_m.*",
-    "text_encoder_m.*",
-    "vision_proj_m.*",
-    "text_proj_m.*",
-    "image_queue",
-    "text_queue",
-    "idx_queue",
-    "ptr_queue",
-)
+_COPIED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+_QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
+_TRAINING = (*(f"{name}_m.*" for name in _COPIED), *_QUEUES)
 _VISION_ROWS = (
     Row("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
     Row("vision_model.embeddings.position_embedding", VISION_POSITIONS),
@@ -52,6 +45,20 @@ NLVR_TABLES = tuple(table for table in _tables() if table.name != "transformers"
 RETRIEVAL_TABLES = _tables(ignored=_TRAINING, optional=("temp",))
 CAPTION_TABLES = _tables()
 VQA_TABLES = _tables()
+
+# Training of retrieval (`zoo/contrast.py`): the copies become its follower. They lack what only matching needs.
+MOMENTUM_TABLE = KeyTable(
+    "BLIP, with momentum",
+    "image_queue",
+    (
+        *(Row(f"{name}_m.*", f"follower.{name}.*") for name in _COPIED),
+        *(Row(name, name) for name in _QUEUES),
+        Row("*", "model.*"),
+    ),
+    (*_CONSTANTS, ALIGNMENT_TOKENS),
+    ("model.madtp.*", "follower.madtp.*", "follower.itm_head.*", "follower.temp"),
+    (f"model.{VISION_POSITIONS}", f"follower.{VISION_POSITIONS}"),
+)
 
 # What the authors add to their models, under the names of a pruned model.
 PRUNING_ROWS = (Row(ALIGNMENT_TOKENS, "madtp.alignment.tokens"),)

@@ -80,6 +80,47 @@ class _Finished:
         return len(self.texts) == self.limit and score <= self.texts[-1][0]
 
 
+class _Search:
+    """The K best unfinished texts of each sample, and the best finished ones.
+
+    ids: [B * K, T]. scores: [B, K], log-probabilities. going: samples whose finished texts may still be beaten.
+    """
+
+    def __init__(self, beams: Beams, end_id: int, prompt: Tensor) -> None:
+        self.beams, self.end_id = beams, end_id
+        batch, self.given = prompt.shape
+        self.ids = prompt.repeat_interleave(beams.count, dim=0)
+        self.scores = torch.full((batch, beams.count), _NEVER, device=prompt.device)
+        self.scores[:, 0] = 0  # all beams are alike at first
+        self.finished = [_Finished(beams.count) for _ in range(batch)]
+        self.going = set(range(batch))
+        self.done = False
+
+    def advance(self, words: Tensor) -> Tensor:
+        """Add a word to every text, by log-probabilities [B * K, W]; returns which rows [B * K] the new texts come from."""
+        count, length = self.beams.count, self.ids.shape[1] + 1
+        if length <= self.beams.min_length:
+            words = words.index_fill(1, torch.tensor([self.end_id], device=words.device), -torch.inf)
+        totals = (self.scores[:, :, None] + words.unflatten(0, (-1, count))).flatten(1)
+        best, place = totals.topk(2 * count, dim=1)  # so many that K of them go on
+        beam, word = place // words.shape[1], place % words.shape[1]
+        ends, last = word == self.end_id, length == self.beams.max_length
+        norm = (length - self.given + self.beams.length_offset) ** self.beams.length_penalty
+        for sample in self.going:
+            for rank in range(count):  # further down, a text that ends is none of the best
+                if ends[sample, rank] or last:
+                    text = self.ids[sample * count + int(beam[sample, rank]), self.given :]
+                    text = text if ends[sample, rank] else torch.cat([text, word[sample, rank, None]])
+                    self.finished[sample].add(float(best[sample, rank]) / norm, text)
+        self.scores, chosen = best.masked_fill(ends, _NEVER).topk(count, dim=1)
+        self.going = {s for s in self.going if not self.finished[s].unbeaten_by(float(self.scores[s, 0]) / norm)}
+        self.done = last or not self.going
+        first = torch.arange(len(best), device=best.device)[:, None] * count
+        rows = (first + beam.gather(1, chosen)).flatten()
+        self.ids = torch.cat([self.ids[rows], word.gather(1, chosen).flatten()[:, None]], dim=1)
+        return rows
+
+
 @torch.no_grad()
 def beam_search(decoder: MedDecoder, prompt: Tensor, state: DecoderState, beams: Beams) -> list[Tensor]:
     """The most probable continuation of each prompt.
@@ -94,37 +135,14 @@ def beam_search(decoder: MedDecoder, prompt: Tensor, state: DecoderState, beams:
     count, (batch, given) = beams.count, prompt.shape
     if given >= beams.max_length:
         raise ConfigError(f"the prompt has {given} tokens, and texts may have {beams.max_length}; raise max_length.")
-    ids = prompt.repeat_interleave(count, dim=0)
+    search = _Search(beams, decoder.end_id, prompt)
     state = state.reorder(torch.arange(batch, device=prompt.device).repeat_interleave(count))
-    scores = torch.full((batch, count), _NEVER, device=prompt.device)
-    scores[:, 0] = 0  # all beams are alike at first
-    finished = [_Finished(count) for _ in range(batch)]
-    going = set(range(batch))
-    logits, state = decoder.step(ids, state)
+    logits, state = decoder.step(search.ids, state)
     while True:
-        new, last = ids.shape[1] + 1 - given, ids.shape[1] + 1 == beams.max_length
-        words = logits.float().log_softmax(dim=-1)
-        if ids.shape[1] < beams.min_length:
-            words[:, decoder.end_id] = -torch.inf
-        vocabulary = words.shape[1]
-        best, place = (scores[:, :, None] + words.view(batch, count, -1)).flatten(1).topk(2 * count, dim=1)
-        beam, word = place // vocabulary, place % vocabulary
-        ends = word == decoder.end_id
-        norm = (new + beams.length_offset) ** beams.length_penalty
-        for sample in going:
-            for rank in range(count):  # further down, a text that ends is none of the best
-                if ends[sample, rank] or last:
-                    text = ids[sample * count + int(beam[sample, rank]), given:]
-                    text = text if ends[sample, rank] else torch.cat([text, word[sample, rank, None]])
-                    finished[sample].add(float(best[sample, rank]) / norm, text)
-        scores, chosen = best.masked_fill(ends, _NEVER).topk(count, dim=1)
-        going = {s for s in going if not finished[s].unbeaten_by(float(scores[s, 0]) / norm)}
-        if last or not going:
-            return [texts.texts[0][1] for texts in finished]
-        first = torch.arange(batch, device=ids.device)[:, None] * count
-        rows, word = (first + beam.gather(1, chosen)).flatten(), word.gather(1, chosen).flatten()
-        ids = torch.cat([ids[rows], word[:, None]], dim=1)
-        logits, state = decoder.step(word[:, None], state.reorder(rows))
+        rows = search.advance(logits.float().log_softmax(dim=-1))
+        if search.done:
+            return [finished.texts[0][1] for finished in search.finished]
+        logits, state = decoder.step(search.ids[:, -1:], state.reorder(rows))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import DataError
-from zoo.blip.checkpoint import PRUNING_ROWS, RETRIEVAL_TABLES
+from zoo.blip.checkpoint import MOMENTUM_TABLE, PRUNING_ROWS, RETRIEVAL_TABLES
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedEncoder, keys
 from zoo.blip.vision import build_vision_tower
@@ -46,6 +46,7 @@ class BlipRetrieval(nn.Module):
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = RETRIEVAL_TABLES
     pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
+    momentum_table: ClassVar[KeyTable] = MOMENTUM_TABLE
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__()

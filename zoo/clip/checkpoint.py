@@ -12,18 +12,16 @@ VISION_POSITIONS = "visual.positional_embedding"
 # Sizes that OpenAI saves with the weights, and masks.
 _CONSTANTS = ("input_resolution", "context_length", "vocab_size", "*attn_mask", "*.position_ids")
 # Copies and queues of retrieval's training.
-_TRAINING = (
+_COPIED = (
     "visual_m.*",
     "transformer_m.*",
     "token_embedding_m.*",
     "ln_final_m.*",
     "text_projection_m",
     "positional_embedding_m",
-    "image_queue",
-    "text_queue",
-    "idx_queue",
-    "ptr_queue",
 )
+_QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
+_TRAINING = (*_COPIED, *_QUEUES)
 
 
 def _tower_rows(theirs: str, ours: str) -> tuple[Row, ...]:
@@ -71,4 +69,17 @@ TABLES = (
         position_grids=_GRIDS,
     ),
     KeyTable("OpenAI", "*", ignored=(*_CONSTANTS, *_TRAINING), position_grids=_GRIDS),
+)
+# Training of retrieval (`zoo/contrast.py`): the copies become its follower.
+MOMENTUM_TABLE = KeyTable(
+    "CLIP, with momentum",
+    "image_queue",
+    (
+        *(Row(name, f"follower.{name.replace('_m', '', 1)}") for name in _COPIED),
+        *(Row(name, name) for name in _QUEUES),
+        Row("*", "model.*"),
+    ),
+    (*_CONSTANTS, ALIGNMENT_TOKENS, _PROJECTIONS),
+    ("model.madtp.*", "follower.madtp.*", "follower.logit_scale"),
+    (f"model.{VISION_POSITIONS}", f"follower.{VISION_POSITIONS}"),
 )

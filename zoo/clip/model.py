@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import DataError
-from zoo.clip.checkpoint import PRUNING_ROWS, TABLES
+from zoo.clip.checkpoint import MOMENTUM_TABLE, PRUNING_ROWS, TABLES
 from zoo.clip.config import ClipConfig, TowerConfig
 from zoo.key_table import KeyTable, Row
 
@@ -114,6 +114,7 @@ class Clip(nn.Module):
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = TABLES
     pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
+    momentum_table: ClassVar[KeyTable] = MOMENTUM_TABLE
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
