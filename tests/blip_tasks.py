@@ -20,6 +20,7 @@ SMALL = BlipConfig(
     encode_id=ENCODE,
     decode_id=BEGIN,
     end_id=END,
+    class_id=1,
 )
 TASKS: dict[str, type[nn.Module]] = {"retrieval": BlipRetrieval, "caption": BlipCaption, "vqa": BlipVqa}
 

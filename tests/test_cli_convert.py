@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,8 @@ from zoo.blip.config import NlvrConfig
 from zoo.blip.nlvr import BlipNlvr
 from zoo.official import load_official
 
-EQUAL = (
-    tasks.BlipConfig(  # the authors' code has no linear layer for BLIP, so all widths are those of the alignment tokens
-        tasks.VisionConfig(image_size=32, patch_size=8, width=16, depth=2, heads=2, mlp_width=32),
-        tasks.SMALL.text,
-        12,
-        tasks.ENCODE,
-        tasks.BEGIN,
-        tasks.END,
-    )
-)
+# The authors' code has no linear layer for BLIP, so all widths are those of the alignment tokens.
+EQUAL = replace(tasks.SMALL, vision=replace(tasks.SMALL.vision, width=16, mlp_width=32))
 TEMPERATURE = 2.5
 
 

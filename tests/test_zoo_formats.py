@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def test_file_of_the_authors_code(tmp_path: Path, task: str) -> None:
 def test_images_of_another_size(tmp_path: Path, task: str) -> None:
     own, _ = published(task)
     torch.save({"model": own}, tmp_path / "small.pth")
-    config = tasks.SMALL
-    larger = tasks.small(task, tasks.BlipConfig(tasks.VisionConfig(48, 8, 24, 2, 2, 48), config.text, 12, 43, 41, 42))
+    config = replace(tasks.SMALL, vision=replace(tasks.SMALL.vision, image_size=48))
+    larger = tasks.small(task, config)
     report = zoo.load_checkpoint(larger, tmp_path / "small.pth")
     assert report.resized == ("visual_encoder.pos_embed",)
     assert larger.visual_encoder.pos_embed.shape == (1, 37, 24)

@@ -26,6 +26,7 @@ when the same command is given again.
   madtp eval --model blip_nlvr_mini --checkpoint dense --reduction 0.5
   madtp eval --model blip_nlvr_mini --checkpoint pruned-80 --per-sample
   madtp eval --model blip_nlvr --checkpoint model_base_nlvr.pth --data nlvr2 --root nlvr2 --vocabulary vocab.txt
+  madtp eval --model blip_vqa -k model_vqa.pth --data vqav2 --root vqa --vocabulary vocab.txt --answers list.json
   madtp eval --list
 """
 
@@ -55,6 +56,9 @@ def eval_command(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples at a time.")] = 32,
     vocabulary: Annotated[
         Path | None, typer.Option(help="vocab.txt of bert-base-uncased, for full-size models.", show_default=False)
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="JSON list to choose answers from; else they are written.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 ...")] = "cpu",
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("evaluation.json"),
@@ -86,6 +90,7 @@ def eval_command(
         calibration_samples=calibration_samples,
         batch_size=batch_size,
         vocabulary=vocabulary,
+        answers=answers,
         device=device,
     )
     output_console.print(_table(_run(settings, output, per_sample)))

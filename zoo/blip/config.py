@@ -114,7 +114,8 @@ class BlipConfig:
         embedding: width in which retrieval compares images and texts.
         encode_id: [ENC], first token of a text that is encoded while looking at an image.
         decode_id: [DEC], first token of a text that is written.
-        end_id: [SEP], last token of a text that is written.
+        end_id: [SEP], last token of a text.
+        class_id: [CLS], first token of a text that is encoded by itself.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -123,10 +124,11 @@ class BlipConfig:
     encode_id: int = 30523
     decode_id: int = 30522
     end_id: int = 102
+    class_id: int = 101
 
     def __post_init__(self) -> None:
         _check_positive("blip", embedding=self.embedding)
-        for name in ("encode_id", "decode_id", "end_id"):
+        for name in ("encode_id", "decode_id", "end_id", "class_id"):
             if not 0 <= getattr(self, name) < self.text.vocabulary:
                 raise ConfigError(
                     f"blip.{name} {getattr(self, name)} lies outside the vocabulary of {self.text.vocabulary}."
@@ -143,6 +145,8 @@ MINI = NlvrConfig(vision=_VIT_MINI, text=_TEXT_MINI)
 
 BLIP_BASE = BlipConfig()
 BLIP_LARGE = BlipConfig(vision=VIT_LARGE)
-BLIP_MINI = BlipConfig(vision=_VIT_MINI, text=_TEXT_MINI, embedding=64, encode_id=1, decode_id=126, end_id=127)
+BLIP_MINI = BlipConfig(
+    vision=_VIT_MINI, text=_TEXT_MINI, embedding=64, encode_id=1, decode_id=126, end_id=127, class_id=125
+)
 VQA_BASE = replace(BLIP_BASE, vision=replace(BLIP_BASE.vision, image_size=480))
 VQA_LARGE = replace(BLIP_LARGE, vision=replace(BLIP_LARGE.vision, image_size=480))

@@ -53,13 +53,13 @@ def matching_loss(
         wrong_images = _draw(similar.T, same)
     tokens = torch.cat([found.image_tokens[wrong_images], found.image_tokens])
     ids, mask = torch.cat([input_ids, input_ids[wrong_texts]]), torch.cat([attention_mask, attention_mask[wrong_texts]])
-    wrong = _match(model, tokens, ids, mask)
+    wrong = match(model, tokens, ids, mask)
     labels = torch.zeros(3 * len(samples), dtype=torch.long, device=samples.device)
     labels[: len(samples)] = 1
     return F.cross_entropy(torch.cat([found.match_logits, wrong]), labels)
 
 
-def _match(model: Matcher, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def match(model: Matcher, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Logits [B, 2] of encoded images [B, N, V] with texts [B, T]."""
     logits = model(image_tokens=image_tokens, input_ids=input_ids, attention_mask=attention_mask).match_logits
     if logits is None:
@@ -110,7 +110,7 @@ def rerank(
         ):
             tokens = image_tokens[images[pairs].to(image_tokens.device)].to(device)
             ids, mask = input_ids[texts[pairs]], attention_mask[texts[pairs]]
-            result[rows[pairs], columns.flatten()[pairs]] = values + _match(model, tokens, ids, mask)[:, 1]
+            result[rows[pairs], columns.flatten()[pairs]] = values + match(model, tokens, ids, mask)[:, 1]
         return result
 
     return scores(similar, True), scores(similar.T, False)

@@ -40,6 +40,7 @@ class EvaluationSettings:
         calibration_samples: how many of them, from the start.
         batch_size: samples of a call.
         vocabulary: a BERT `vocab.txt`, for models of full size.
+        answers: a JSON list of answers to choose from, for models that answer questions; None lets them write answers.
         device: "cpu", "cuda" ...
     """
 
@@ -56,6 +57,7 @@ class EvaluationSettings:
     calibration_samples: int = 64
     batch_size: int = 32
     vocabulary: Path | None = None
+    answers: Path | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -123,7 +125,7 @@ def _task(
         limit=limit,
         seed=settings.seed,
     )
-    return build_task(settings.model, model, data, torch.device(settings.device), settings.vocabulary)
+    return build_task(settings.model, model, data, torch.device(settings.device), settings.vocabulary, settings.answers)
 
 
 def _load(settings: EvaluationSettings) -> nn.Module:
@@ -156,7 +158,7 @@ def _prune(settings: EvaluationSettings, dense: nn.Module, model: nn.Module, par
 
 def _fingerprints(settings: EvaluationSettings) -> dict[str, list[int]]:
     """Size and time of change of the files that were named, as a path may hold something else when a run goes on."""
-    named = [Path(settings.checkpoint or ""), settings.annotations, settings.vocabulary]
+    named = [Path(settings.checkpoint or ""), settings.annotations, settings.vocabulary, settings.answers]
     files = [path / CONFIG if path.is_dir() else path for path in named if path is not None]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,26 +13,34 @@ from torch import nn
 
 from madtp.errors import DataError, UnknownModelError
 from madtp.evaluation.task import Task
+from zoo.datasets.questions import answer_list
 from zoo.datasets.records import DataSet
 from zoo.datasets.registry import describe_data
+from zoo.tasks.answering import Answering
+from zoo.tasks.captioning import Captioning
 from zoo.tasks.reasoning import Reasoning
+from zoo.tasks.retrieval import Retrieval
 from zoo.tasks.words import Words, words_for
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What a task is built of: the unpruned model, its data, its words, and the device of both."""
+    """What a task is built of: the unpruned model, its data, its words, the device of both, and a list of answers."""
 
     model: Any
     data: DataSet[Any]
     words: Words
     device: torch.device
+    answers: Sequence[str] | None = None
 
 
 Builder = Callable[[TaskRequest], Task]
 
 _TASKS: dict[str, tuple[str, Builder]] = {
     "blip_nlvr*": ("reasoning", lambda request: Reasoning(request.data, request.words, request.device)),
+    "blip_retrieval*": ("retrieval", lambda r: Retrieval(r.data, r.words, r.device, r.model)),
+    "blip_caption*": ("captioning", lambda r: Captioning(r.data, r.words, r.device, r.model)),
+    "blip_vqa*": ("questions", lambda r: Answering(r.data, r.words, r.device, r.model, r.answers)),
 }
 """By pattern of a model's name: its task, one of `zoo.datasets.registry.TASKS`, and what builds it."""
 
@@ -46,7 +54,14 @@ def task_of(model: str) -> str:
     return _find(model)[0]
 
 
-def build_task(name: str, model: nn.Module, data: DataSet[Any], device: torch.device, vocabulary: Path | None) -> Task:
+def build_task(
+    name: str,
+    model: nn.Module,
+    data: DataSet[Any],
+    device: torch.device,
+    vocabulary: Path | None,
+    answers: Path | None = None,
+) -> Task:
     """The task of a model on a data set.
 
     Args:
@@ -55,6 +70,7 @@ def build_task(name: str, model: nn.Module, data: DataSet[Any], device: torch.de
         data: with the transform of the model.
         device: of the model.
         vocabulary: see :func:`zoo.tasks.words.words_for`.
+        answers: a JSON list of the answers that a model for questions chooses from; None lets it write them.
 
     Raises:
         DataError: the data set serves another task, or words do not fit the model.
@@ -68,7 +84,8 @@ def build_task(name: str, model: nn.Module, data: DataSet[Any], device: torch.de
         )
     config: Any = model.config
     words = words_for(config.text.vocabulary, vocabulary)
-    return builder(TaskRequest(model, data, words, device))
+    listed = None if answers is None else answer_list(answers)
+    return builder(TaskRequest(model, data, words, device, listed))
 
 
 def _find(model: str) -> tuple[str, Builder]:

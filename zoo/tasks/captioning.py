@@ -1,0 +1,72 @@
+"""What does an image show? :class:`Captioning`, for BLIP's captioning model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from madtp.evaluation.task import Result
+from zoo.blip.caption import BlipCaption
+from zoo.blip.decoding import Beams, Captioner, write_captions
+from zoo.datasets.records import CaptionedImage, DataSet
+from zoo.metrics.captions import caption_metrics
+from zoo.tasks.spelling import CAPTION_TOKENS, spell
+from zoo.tasks.words import Words
+from zoo.transforms.texts import clean_caption
+
+PROMPT = "a picture of"
+"""What the published model begins every caption with."""
+
+
+class Captioning:
+    """The task, which is its own only stage. `model` is dense; its special tokens are read."""
+
+    name = "captioning"
+
+    def __init__(self, data: DataSet[CaptionedImage], words: Words, device: torch.device, model: BlipCaption) -> None:
+        self.data = data
+        self.words = words
+        self.device = device
+        self.config = model.config
+        # The words of scenes have no prompt, and its captions may be short.
+        self.prompt = PROMPT if words.cleaned else ""
+        self.beams = None if words.cleaned else Beams(max_length=min(30, model.config.text.positions))
+
+    @property
+    def stages(self) -> Sequence[Captioning]:
+        return (self,)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [record.id for record in self.data.records]
+
+    def inputs(self, samples: range) -> dict[str, Any]:
+        """Images [B, 3, H, W] with the first caption of each, ids and mask [B, T]."""
+        captions = [self.data.records[place].captions[0] for place in samples]
+        if self.words.cleaned:
+            captions = [clean_caption(caption) for caption in captions]
+        ids, mask = self._spell([f"{self.prompt} {caption}".strip() for caption in captions])
+        return {"images": self._images(samples), "input_ids": ids, "attention_mask": mask}
+
+    def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
+        """The `caption` that the model writes about each image."""
+        del earlier
+        prompt = self._spell([self.prompt])[0][0, :-1]
+        written = write_captions(cast(Captioner, model), self._images(samples), prompt, self.beams)
+        return [{"caption": self.words.decode(ids.tolist())} for ids in written]
+
+    def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
+        """BLEU and CIDEr, see :func:`zoo.metrics.captions.caption_metrics`."""
+        written = [result["caption"] for result in results[self.name]]
+        return caption_metrics(written, [record.captions for record in self.data.records])
+
+    def _images(self, samples: range) -> Tensor:
+        return torch.cat([self.data[place].images for place in samples]).to(self.device)
+
+    def _spell(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        limit = min(CAPTION_TOKENS, self.config.text.positions)
+        ids, mask = spell(self.words, texts, first=self.config.decode_id, end=self.config.end_id, limit=limit)
+        return ids.to(self.device), mask.to(self.device)

@@ -1,0 +1,152 @@
+"""Which text fits which image? :class:`Retrieval`, for BLIP: features of all first, then matching of the most similar.
+
+Axes: I images and J texts of the data set, B of a batch, T tokens, N image tokens, E width of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from madtp.evaluation.task import Result
+from zoo.blip.matching import LEFT_OUT, Matcher, match
+from zoo.blip.retrieval import BlipRetrieval
+from zoo.datasets.records import CaptionedImage, DataSet
+from zoo.metrics.recall import recalls
+from zoo.tasks.spelling import RETRIEVAL_TOKENS, spell
+from zoo.tasks.words import Words
+from zoo.transforms.texts import clean_caption
+
+CANDIDATES = 256
+"""Texts that are matched for each image, and images for each text; published for COCO (Flickr30k: 128)."""
+FEATURES, MATCHING = "features", "matching"
+
+
+class Retrieval:
+    """The task. `model` is dense; its special tokens are read."""
+
+    name = "retrieval"
+
+    def __init__(
+        self,
+        data: DataSet[CaptionedImage],
+        words: Words,
+        device: torch.device,
+        model: BlipRetrieval,
+        candidates: int = CANDIDATES,
+    ) -> None:
+        self.data = data
+        self.words = words
+        self.device = device
+        self.config = model.config
+        self.candidates = candidates
+        self.captions = [caption for record in data.records for caption in record.captions]
+        self.owners = [place for place, record in enumerate(data.records) for _ in record.captions]
+        self._stages = (Features(self), Matching(self))
+
+    @property
+    def stages(self) -> Sequence[Features | Matching]:
+        return self._stages
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [record.id for record in self.data.records]
+
+    def inputs(self, samples: range) -> dict[str, Any]:
+        """Images [B, 3, H, W] with the first caption of each, ids and mask [B, T]."""
+        texts = [self.data.records[place].captions[0] for place in samples]
+        return {"images": self.images(samples), **self.texts(texts)}
+
+    def images(self, places: Sequence[int]) -> Tensor:
+        """The images at these places, [B, 3, H, W]."""
+        return torch.cat([self.data[place].images for place in places]).to(self.device)
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Ids and mask of texts, [B, T]."""
+        if self.words.cleaned:
+            texts = [clean_caption(text) for text in texts]
+        limit = min(RETRIEVAL_TOKENS, self.config.text.positions)
+        ids, mask = spell(self.words, texts, first=self.config.class_id, end=self.config.end_id, limit=limit)
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def captions_of(self, samples: range) -> list[int]:
+        """Places of the captions of these images."""
+        return [place for place, owner in enumerate(self.owners) if owner in samples]
+
+    def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
+        """Recalls, see :func:`zoo.metrics.recall.recalls`."""
+        to_texts = torch.full((len(self.ids), len(self.captions)), LEFT_OUT)
+        to_images = torch.full((len(self.captions), len(self.ids)), LEFT_OUT)
+        for place, result in enumerate(results[MATCHING]):
+            for text, score in result["texts"]:
+                to_texts[place, text] = score
+            for caption, found in zip(self.captions_of(range(place, place + 1)), result["images"], strict=True):
+                for image, score in found:
+                    to_images[caption, image] = score
+        return recalls(to_texts, to_images, self.owners)
+
+
+class Features:
+    """The first stage: features of images and of their captions."""
+
+    name = FEATURES
+
+    def __init__(self, task: Retrieval) -> None:
+        self.task = task
+
+    def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
+        """`image`: a feature, `texts`: one for each caption."""
+        del earlier
+        captions = self.task.captions_of(samples)
+        images = model(images=self.task.images(samples)).image_features.tolist()
+        texts = model(**self.task.texts([self.task.captions[place] for place in captions])).text_features.tolist()
+        owned = [[t for t, place in zip(texts, captions, strict=True) if self.task.owners[place] == i] for i in samples]
+        return [{"image": image, "texts": own} for image, own in zip(images, owned, strict=True)]
+
+
+class Matching:
+    """The second stage: the most similar pairs are matched.
+
+    Encoded images are kept in memory (1.8 MB each of BLIP base), as the captions of any image may ask for them.
+    """
+
+    name = MATCHING
+
+    def __init__(self, task: Retrieval) -> None:
+        self.task = task
+        self.encoded: dict[int, Tensor] = {}
+
+    def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
+        """`texts`: [caption, score] of the candidates of each image; `images`: [image, score] of those of its captions."""
+        features = earlier[FEATURES]
+        images = torch.tensor([result["image"] for result in features])
+        texts = torch.tensor([feature for result in features for feature in result["texts"]])
+        results = []
+        for image in samples:
+            own = self.task.captions_of(range(image, image + 1))
+            found = self._score(model, images[image] @ texts.T, lambda text, image=image: (image, text))
+            of_captions = [
+                self._score(model, texts[text] @ images.T, lambda image, text=text: (image, text)) for text in own
+            ]
+            results.append({"texts": found, "images": of_captions})
+        return results
+
+    def _score(self, model: nn.Module, similar: Tensor, pair: Any) -> list[list[float]]:
+        """Match the most similar of a row; `pair` says of a place in it which image and which caption are meant."""
+        best, places = similar.topk(min(self.task.candidates, len(similar)))
+        pairs = [pair(place) for place in places.tolist()]
+        self._encode(model, [image for image, _ in pairs])
+        tokens = torch.stack([self.encoded[image] for image, _ in pairs]).to(self.task.device)
+        texts = self.task.texts([self.task.captions[text] for _, text in pairs])
+        scores = best + match(cast(Matcher, model), tokens, **texts)[:, 1].cpu()
+        return [list(found) for found in zip(places.tolist(), scores.tolist(), strict=True)]
+
+    def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
+        new = sorted(set(images) - self.encoded.keys())
+        for start in range(0, len(new), 32):
+            part = new[start : start + 32]
+            tokens = model(images=self.task.images(part)).image_tokens.cpu()
+            self.encoded |= dict(zip(part, tokens, strict=True))
