@@ -101,8 +101,8 @@ class Draws:
         return [pool.pop(self.below(len(pool))) for _ in range(k)]
 
 
-def draws_for(seed: int, split: str, index: int) -> Draws:
-    """Return the random stream of one item. Different splits never share a stream.
+def draws_for(seed: int, split: str, index: int, stream: int = 0) -> Draws:
+    """Return a random stream of one item: pictures and statements follow from the first. Different splits share none.
 
     Raises:
         DataError: the split is not known, or seed or index is negative.
@@ -111,5 +111,5 @@ def draws_for(seed: int, split: str, index: int) -> Draws:
         raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
     if seed < 0 or index < 0:
         raise DataError(f"seed and index of a scene must not be negative, found seed={seed}, index={index}")
-    sequence = np.random.SeedSequence((seed, SPLITS[split], index))
+    sequence = np.random.SeedSequence((seed, SPLITS[split], index, *([stream] if stream else [])))
     return Draws(np.random.Generator(np.random.Philox(sequence)))

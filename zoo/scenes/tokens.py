@@ -26,11 +26,15 @@ _FRAME_WORDS = (
     "no not number of one right same than the there three two"
 ).split()
 
+# Of captions and questions about one picture. They follow the others, whose ids trained weights depend on.
+_MORE_WORDS = "bottom colour five from how many to top what yes zero".split()
+
 VOCABULARY: tuple[str, ...] = (
     PAD,
     ENC,
     UNKNOWN,
     *sorted({*COLOURS, *SHAPES, *SIZES, ANY_SHAPE, *PLURALS.values(), *_FRAME_WORDS}),
+    *_MORE_WORDS,
 )
 
 
