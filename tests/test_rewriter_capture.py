@@ -82,7 +82,7 @@ def test_parallel_attentions_share_one_site() -> None:
     model, images = ParallelAttention().eval(), torch.randn(3, 3, 16, 16)
     pruned = madtp.rewrite(model, (images,), config=madtp.PruningConfig(temperature=4.0, alignment_tokens=4))
     assert len(pruned.report.sites) == 1
-    assert len(pruned.report.refusals) == 1
+    assert not pruned.report.refusals
     with torch.no_grad(), pruned.dense():
         torch.testing.assert_close(pruned(images), model(images), rtol=1e-5, atol=1e-6)
 
