@@ -26,8 +26,6 @@ PASS_THROUGH = frozenset("to _to_copy type_as float contiguous clone alias detac
 RESHAPES = frozenset("view reshape _unsafe_view unflatten flatten".split())
 PRODUCTS = frozenset("matmul bmm baddbmm".split())
 SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax"))
-# A score added to a finite number as low as this is lost in it, so a query that sees no key weighs all of them alike.
-SWALLOWING = -1e8
 
 
 class NoMatch(Exception):
@@ -141,7 +139,7 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
             masks = [replace(m, node=_unfold_mask(graph, m.node, heads, product, m.rank)) for m in scores.masks]
         else:
             masks = scores.masks
-        mask = _join(graph, masks, product)
+        mask = _join(graph, masks, product, query.meta["val"].dtype)
         new = emit(
             graph, attention, (query, key, value, mask, dropout, False), product, scale=scores.scale, grouped=False
         )
@@ -292,40 +290,44 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _join(graph: fx.Graph, masks: list[Mask], like: fx.Node) -> fx.Node | None:
-    """All masks as one operand: boolean if all are, else additive."""
-    booleans: list[fx.Node] = []
-    additive: list[fx.Node] = []
+def _join(graph: fx.Graph, masks: list[Mask], like: fx.Node, dtype: torch.dtype) -> fx.Node | None:
+    """All masks, the first that the scores met first, as one operand: boolean if all hide by minus infinity, else additive.
+
+    A query all of whose keys are hidden by one finite number weighs them alike. So it does where the lowest number of the type
+    is added to its scores, which are lost in it; by a boolean mask it would read nothing.
+    """
+    wholly = all(math.isinf(mask.hidden) for mask in masks if mask.kind != "add")
+    lowest = -math.inf if wholly else torch.finfo(dtype).min
+    total: fx.Node | None = None
+    shown: fx.Node | None = None
     for mask in masks:
-        node = mask.node
         if mask.kind == "add":
-            additive.append(node if mask.times == 1.0 else emit(graph, aten.mul.Tensor, (node, mask.times), like))
-            continue
-        as_bool = node if node.meta["val"].dtype == torch.bool else emit(graph, aten.to.dtype, (node, torch.bool), like)
-        finite = -math.inf < mask.hidden <= SWALLOWING
-        if (mask.kind == "hide") != finite:
-            as_bool = emit(graph, aten.bitwise_not.default, (as_bool,), like)
-        if finite:
-            additive.append(_lowered(graph, as_bool, mask.hidden, like))
+            node = mask.node if mask.times == 1.0 else emit(graph, aten.mul.Tensor, (mask.node, mask.times), like)
+            total = total if shown is None else _lowered(graph, total, shown, lowest, like, dtype)
+            total, shown = node if total is None else emit(graph, aten.add.Tensor, (total, node), like), None
         else:
-            booleans.append(as_bool)
-    shown = booleans[0] if booleans else None
-    for one in booleans[1:]:
-        shown = emit(graph, aten.bitwise_and.Tensor, (shown, one), like)
-    total = additive[0] if additive else None
-    for one in additive[1:]:
-        total = emit(graph, aten.add.Tensor, (total, one), like)
-    if total is None or shown is None:
+            seen = _seen(graph, mask, like)
+            shown = seen if shown is None else emit(graph, aten.bitwise_and.Tensor, (shown, seen), like)
+    if shown is None or (total is None and wholly):
         return total if shown is None else shown
-    hidden = emit(graph, aten.bitwise_not.default, (shown,), like)
-    return emit(graph, aten.add.Tensor, (total, _lowered(graph, hidden, -math.inf, total)), like)
+    return _lowered(graph, total, shown, lowest, like, dtype)
 
 
-def _lowered(graph: fx.Graph, hidden: fx.Node, number: float, like: fx.Node) -> fx.Node:
-    """``number`` (at least the lowest of the type) where ``hidden`` is true, 0 elsewhere."""
-    dtype = like.meta["val"].dtype
-    zeros = emit(graph, aten.to.dtype, (hidden, dtype), like)
-    return emit(graph, aten.mul.Tensor, (zeros, max(number, torch.finfo(dtype).min)), like)
+def _seen(graph: fx.Graph, mask: Mask, like: fx.Node) -> fx.Node:
+    """A mask that hides or shows, as a boolean that is true where keys are seen."""
+    node = mask.node
+    if node.meta["val"].dtype != torch.bool:
+        node = emit(graph, aten.to.dtype, (node, torch.bool), like)
+    return emit(graph, aten.bitwise_not.default, (node,), like) if mask.kind == "hide" else node
+
+
+def _lowered(
+    graph: fx.Graph, total: fx.Node | None, shown: fx.Node, lowest: float, like: fx.Node, dtype: torch.dtype
+) -> fx.Node:
+    """The additive mask ``total`` with ``lowest`` in place of its values where keys are not shown."""
+    if total is None:
+        total = emit(graph, aten.zeros_like.default, (shown,), like, dtype=dtype)
+    return emit(graph, aten.where.ScalarOther, (shown, total, lowest), like)
 
 
 def _folded_heads(query: fx.Node) -> int:

@@ -156,7 +156,36 @@ def blind_queries_where(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join(torch.where(pairs, q @ k.mT * 0.5, -1e9).softmax(-1) @ v)
 
 
-@pytest.mark.parametrize("spelling", [blind_queries, blind_queries_where], ids=lambda f: f.__name__)
+def blind_queries_by_a_modest_number(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    return m.join((q @ k.mT * 0.5).masked_fill(~pairs, -1e4).softmax(-1) @ v)
+
+
+def blind_queries_hidden_twice(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    order = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    return m.join((q @ k.mT * 0.5).masked_fill(~pairs, LOW).masked_fill(~order, LOW).softmax(-1) @ v)
+
+
+def blind_queries_added_and_filled(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    order = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    return m.join((q @ k.mT * 0.5 + torch.where(pairs, 0.0, LOW)).masked_fill(~order, LOW).softmax(-1) @ v)
+
+
+BLIND = (
+    blind_queries,
+    blind_queries_where,
+    blind_queries_by_a_modest_number,
+    blind_queries_hidden_twice,
+    blind_queries_added_and_filled,
+)
+
+
+@pytest.mark.parametrize("spelling", BLIND, ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_a_query_that_sees_no_key_weighs_all_alike(spelling: Any) -> None:
     model = Speller(spelling).eval()
