@@ -27,6 +27,7 @@ when the same command is given again.
   madtp eval --model blip_nlvr_mini --checkpoint pruned-80 --per-sample
   madtp eval --model blip_nlvr --checkpoint model_base_nlvr.pth --data nlvr2 --root nlvr2 --vocabulary vocab.txt
   madtp eval --model blip_vqa -k model_vqa.pth --data vqav2 --root vqa --vocabulary vocab.txt --answers list.json
+  madtp eval --model blip_vqa --checkpoint model_vqa.pth --data vqav2 --root coco --split val --vocabulary vocab.txt
   madtp eval --list
 """
 

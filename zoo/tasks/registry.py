@@ -19,19 +19,25 @@ from zoo.datasets.registry import describe_data
 from zoo.tasks.answering import Answering
 from zoo.tasks.captioning import Captioning
 from zoo.tasks.reasoning import Reasoning
-from zoo.tasks.retrieval import Retrieval
+from zoo.tasks.retrieval import ClipRetrieval, Retrieval
+from zoo.tasks.spelling import clip_texts
 from zoo.tasks.words import Words, words_for
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What a task is built of: the unpruned model, its data, its words, the device of both, and a list of answers."""
+    """What a task is built of: the unpruned model, its data, the device of both, its vocabulary, and a list of answers."""
 
     model: Any
     data: DataSet[Any]
-    words: Words
     device: torch.device
+    vocabulary: Path | None = None
     answers: Sequence[str] | None = None
+
+    @property
+    def words(self) -> Words:
+        """The words of a BLIP model."""
+        return words_for(self.model.config.text.vocabulary, self.vocabulary)
 
 
 Builder = Callable[[TaskRequest], Task]
@@ -39,6 +45,7 @@ Builder = Callable[[TaskRequest], Task]
 _TASKS: dict[str, tuple[str, Builder]] = {
     "blip_nlvr*": ("reasoning", lambda request: Reasoning(request.data, request.words, request.device)),
     "blip_retrieval*": ("retrieval", lambda r: Retrieval(r.data, r.words, r.device, r.model)),
+    "clip_*": ("retrieval", lambda r: ClipRetrieval(r.data, r.device, clip_texts(r.model.config, r.vocabulary))),
     "blip_caption*": ("captioning", lambda r: Captioning(r.data, r.words, r.device, r.model)),
     "blip_vqa*": ("questions", lambda r: Answering(r.data, r.words, r.device, r.model, r.answers)),
 }
@@ -82,10 +89,8 @@ def build_task(
         raise DataError(
             f"{name} is for {task} and {data.name} for {' and '.join(served)}; choose a data set for {task}."
         )
-    config: Any = model.config
-    words = words_for(config.text.vocabulary, vocabulary)
     listed = None if answers is None else answer_list(answers)
-    return builder(TaskRequest(model, data, words, device, listed))
+    return builder(TaskRequest(model, data, device, vocabulary, listed))
 
 
 def _find(model: str) -> tuple[str, Builder]:

@@ -1,11 +1,13 @@
 """Which text fits which image? :class:`Retrieval`, for BLIP: features of all first, then matching of the most similar.
 
+:class:`ClipRetrieval`, for CLIP, has features alone.
+
 Axes: I images and J texts of the data set, B of a batch, T tokens, N image tokens, E width of the features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,31 +27,16 @@ CANDIDATES = 256
 FEATURES, MATCHING = "features", "matching"
 
 
-class Retrieval:
-    """The task. `model` is dense; its special tokens are read."""
+class CaptionedImages:
+    """Images and captions of a data set, as the tasks of retrieval take them."""
 
     name = "retrieval"
 
-    def __init__(
-        self,
-        data: DataSet[CaptionedImage],
-        words: Words,
-        device: torch.device,
-        model: BlipRetrieval,
-        candidates: int = CANDIDATES,
-    ) -> None:
+    def __init__(self, data: DataSet[CaptionedImage], device: torch.device) -> None:
         self.data = data
-        self.words = words
         self.device = device
-        self.config = model.config
-        self.candidates = candidates
         self.captions = [caption for record in data.records for caption in record.captions]
         self.owners = [place for place, record in enumerate(data.records) for _ in record.captions]
-        self._stages = (Features(self), Matching(self))
-
-    @property
-    def stages(self) -> Sequence[Features | Matching]:
-        return self._stages
 
     @property
     def ids(self) -> Sequence[str]:
@@ -65,16 +52,42 @@ class Retrieval:
         return torch.cat([self.data[place].images for place in places]).to(self.device)
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the model takes of texts, [B, T]."""
+        raise NotImplementedError
+
+    def captions_of(self, samples: range) -> list[int]:
+        """Places of the captions of these images."""
+        return [place for place, owner in enumerate(self.owners) if owner in samples]
+
+
+class Retrieval(CaptionedImages):
+    """The task of BLIP. `model` is dense; its special tokens are read."""
+
+    def __init__(
+        self,
+        data: DataSet[CaptionedImage],
+        words: Words,
+        device: torch.device,
+        model: BlipRetrieval,
+        candidates: int = CANDIDATES,
+    ) -> None:
+        super().__init__(data, device)
+        self.words = words
+        self.config = model.config
+        self.candidates = candidates
+        self._stages = (Features(self), Matching(self))
+
+    @property
+    def stages(self) -> Sequence[Features | Matching]:
+        return self._stages
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Ids and mask of texts, [B, T]."""
         if self.words.cleaned:
             texts = [clean_caption(text) for text in texts]
         limit = min(RETRIEVAL_TOKENS, self.config.text.positions)
         ids, mask = spell(self.words, texts, first=self.config.class_id, end=self.config.end_id, limit=limit)
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-
-    def captions_of(self, samples: range) -> list[int]:
-        """Places of the captions of these images."""
-        return [place for place, owner in enumerate(self.owners) if owner in samples]
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
         """Recalls, see :func:`zoo.metrics.recall.recalls`."""
@@ -89,12 +102,38 @@ class Retrieval:
         return recalls(to_texts, to_images, self.owners)
 
 
+class ClipRetrieval(CaptionedImages):
+    """The task of CLIP: features decide. `encode` makes ids [B, T] of texts."""
+
+    def __init__(
+        self, data: DataSet[CaptionedImage], device: torch.device, encode: Callable[[Sequence[str]], Tensor]
+    ) -> None:
+        super().__init__(data, device)
+        self.encode = encode
+
+    @property
+    def stages(self) -> Sequence[Features]:
+        return (Features(self),)
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Ids of texts, [B, T]."""
+        return {"input_ids": self.encode(texts).to(self.device)}
+
+    def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
+        """Recalls, see :func:`zoo.metrics.recall.recalls`."""
+        features = results[FEATURES]
+        images = torch.tensor([result["image"] for result in features])
+        texts = torch.tensor([feature for result in features for feature in result["texts"]])
+        similar = images @ texts.T
+        return recalls(similar, similar.T, self.owners)
+
+
 class Features:
     """The first stage: features of images and of their captions."""
 
     name = FEATURES
 
-    def __init__(self, task: Retrieval) -> None:
+    def __init__(self, task: CaptionedImages) -> None:
         self.task = task
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
