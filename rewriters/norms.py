@@ -1,4 +1,5 @@
-"""Norms spelled out: ``x * rsqrt(mean(x ** 2) + eps) * weight`` becomes one node, as torch's own module is.
+"""Norms spelled out: ``x * rsqrt(mean(x ** 2) + eps) * weight`` and ``(x - mean(x)) / sqrt(mean((x - mean(x)) ** 2) + eps)``,
+scaled and shifted or not, become one node, as torch's own modules are.
 
 Start at :func:`canonical_norms`. Later stages tell a post-norm block by its norm and need to see it. A norm computed in a wider
 type stays in it: what is cast behind it, a weight too, is no part of the node.
@@ -6,6 +7,7 @@ type stays in it: what is cast behind it, a weight too, is no part of the node.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,16 +22,54 @@ UNCHANGED = frozenset("to _to_copy type_as float alias".split())
 
 
 def canonical_norms(graph: fx.Graph) -> None:
-    """Replace every root-mean-square norm in place; what does not fit keeps its spelling."""
+    """Replace every root-mean-square norm and layer norm in place; what does not fit keeps its spelling."""
+    spellings = {"rsqrt": _replace_rms, "sqrt": _replace_layer}
     for node in list(graph.nodes):
-        if node.op == "call_function" and op_name(node) == "rsqrt":
-            try:
-                _replace(graph, node)
-            except AxisError:
-                continue
+        if node.op == "call_function" and op_name(node) in spellings:
+            with suppress(AxisError):
+                spellings[op_name(node)](graph, node)
 
 
-def _replace(graph: fx.Graph, root: fx.Node) -> None:
+def _replace_layer(graph: fx.Graph, root: fx.Node) -> None:
+    found, scaled = _squares(root), _only_user(root)
+    if found is None or scaled is None or not _is(scaled, "div") or scaled.args[1] is not root or scaled.kwargs:
+        return
+    (centred, epsilon), over = found, scaled.args[0]
+    x = _centred(centred)
+    if x is None or _centred(over) is not x:
+        return
+    shape = example_shape(x)[-1:]
+    last, weight = _applied(scaled, "mul", shape)
+    last, bias = _applied(last, "add", shape)
+    if len({n.meta["val"].dtype for n in (x, root, scaled, last)}) != 1:
+        return
+    with graph.inserting_before(last):
+        new = emit(graph, aten.layer_norm.default, (x, list(shape), weight, bias, epsilon), last)
+    last.replace_all_uses_with(new)
+
+
+def _centred(node: Any) -> fx.Node | None:
+    """x of ``x - mean(x, -1, keepdim)``."""
+    if not _is(node, "sub") or node.kwargs or not _is(node.args[1], "mean") or not is_tensor(node.args[0]):
+        return None
+    x, mean = node.args
+    over_last = len(mean.args) == 3 and mean.args[1] in ([-1], [len(example_shape(x)) - 1]) and mean.args[2] is True
+    return x if mean.args[0] is x and over_last and not mean.kwargs else None
+
+
+def _applied(node: fx.Node, how: str, shape: tuple[int, ...]) -> tuple[fx.Node, fx.Node | None]:
+    """The only user of ``node`` and the parameter of ``shape`` that it adds or multiplies by; ``node`` and None if it does
+    neither."""
+    user = _only_user(node)
+    if user is None or not _is(user, how) or user.kwargs:
+        return node, None
+    other = _other(user, node)
+    return (
+        (user, other) if is_tensor(other) and other.op == "get_attr" and example_shape(other) == shape else (node, None)
+    )
+
+
+def _replace_rms(graph: fx.Graph, root: fx.Node) -> None:
     found = _squares(root)
     scaled = _only_user(root)
     if found is None or scaled is None or op_name(scaled) != "mul":
@@ -52,7 +92,7 @@ def _replace(graph: fx.Graph, root: fx.Node) -> None:
 
 
 def _squares(root: fx.Node) -> tuple[fx.Node, float] | None:
-    """x and eps of ``rsqrt(mean(x ** 2, -1, keepdim) + eps)``."""
+    """x and eps of ``rsqrt(mean(x ** 2, -1, keepdim) + eps)``, or of ``sqrt``."""
     added: Any = root.args[0]
     if not _is(added, "add") or added.kwargs or not isinstance(added.args[1], (int, float)):
         return None

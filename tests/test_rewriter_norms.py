@@ -24,6 +24,7 @@ class Normed(nn.Module):
         super().__init__()
         self.spelling = spelling
         self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.shift = nn.Parameter(torch.rand(8))
         self.table = nn.Parameter(torch.rand(5, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,6 +65,36 @@ def root_read_twice(m: Normed, x: Tensor) -> Tensor:
     return x * root + root
 
 
+def layer_norm(m: Normed, x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return m.weight * ((x - mean) / torch.sqrt(variance + 1e-7)) + m.shift
+
+
+def layer_norm_shifted(m: Normed, x: Tensor) -> Tensor:
+    centred = x - x.mean(2, keepdim=True)
+    return m.shift + centred / ((centred * centred).mean(2, keepdim=True) + 1e-5).sqrt() * m.weight
+
+
+def layer_norm_alone(m: Normed, x: Tensor) -> Tensor:
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def centred_over_tokens(m: Normed, x: Tensor) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def not_centred(m: Normed, x: Tensor) -> Tensor:
+    return x / ((x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def multiplied_by_the_root(m: Normed, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() / centred
+
+
 def run(spelling: Spelling, dtype: torch.dtype = torch.float32) -> tuple[fx.Graph, Tensor, Tensor]:
     """The canonical graph of a spelling, and what model and graph compute."""
     torch.manual_seed(0)
@@ -76,14 +107,36 @@ def run(spelling: Spelling, dtype: torch.dtype = torch.float32) -> tuple[fx.Grap
 
 
 def norms(graph: fx.Graph) -> int:
-    return sum(n.op == "call_function" and op_name(n) == "rms_norm" for n in graph.nodes)
+    return sum(n.op == "call_function" and op_name(n) in ("rms_norm", "layer_norm") for n in graph.nodes)
 
 
-@pytest.mark.parametrize("spelling", [weight_first, weight_last, without_weight, cast_to_its_own_type])
+RECOGNISED = (
+    weight_first,
+    weight_last,
+    without_weight,
+    cast_to_its_own_type,
+    layer_norm,
+    layer_norm_shifted,
+    layer_norm_alone,
+)
+MISSES = (
+    over_tokens,
+    of_another_value,
+    fourth_power,
+    root_read_twice,
+    centred_over_tokens,
+    not_centred,
+    multiplied_by_the_root,
+)
+
+
+@pytest.mark.parametrize("spelling", RECOGNISED)
 def test_a_spelled_norm_becomes_one_node(spelling: Spelling) -> None:
     graph, wanted, found = run(spelling)
     assert norms(graph) == 1
-    assert not [n for n in graph.nodes if n.op == "call_function" and op_name(n) in ("rsqrt", "pow", "mean")]
+    assert not [
+        n for n in graph.nodes if n.op == "call_function" and op_name(n) in ("rsqrt", "sqrt", "pow", "mean", "div")
+    ]
     assert gap(wanted, found) < 1e-6
 
 
@@ -93,7 +146,7 @@ def test_a_weight_for_each_token_is_no_part_of_the_norm() -> None:
     assert gap(wanted, found) < 1e-6
 
 
-@pytest.mark.parametrize("spelling", [over_tokens, of_another_value, fourth_power, root_read_twice])
+@pytest.mark.parametrize("spelling", MISSES)
 def test_near_misses_keep_their_spelling(spelling: Spelling) -> None:
     graph, wanted, found = run(spelling)
     assert norms(graph) == 0
