@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import madtp
-from madtp.additions import PREFIX
+from madtp.additions import PREFIX, Additions
 from madtp.calls import Call
 from madtp.config import PruningConfig
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
@@ -123,13 +123,17 @@ def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, A
         "gain": pruned.gain,
         "static_counts": dict(pruned._control.static_counts),
         "sites": [dataclasses.asdict(site.spec) for site in sites],
-        "alignment_width": sites[0].alignment_width,
+        "alignment_width": _alignment_width(pruned),
         "example": pruned.example,
     }
 
 
 def _sites(pruned: PrunedModel) -> list[PruningSite]:
     return [module for module in pruned.modules() if isinstance(module, PruningSite)]
+
+
+def _alignment_width(pruned: PrunedModel) -> int:
+    return next(m.alignment_width for m in pruned.modules() if isinstance(m, Additions))
 
 
 def _create(folder: Path, identity: Mapping[str, Any]) -> nn.Module:
@@ -175,7 +179,7 @@ def _rewrite_as(
     pruned = rewrite(host, inputs, config=config)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
     wanted = {name: _plain(site) for name, site in sites.items()}
-    if found == wanted and _sites(pruned)[0].alignment_width == width:
+    if found == wanted and _alignment_width(pruned) == width:
         return pruned
     missing = [name for name in wanted if name not in found]
     if missing:

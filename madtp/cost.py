@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -109,10 +110,9 @@ class CostTable:
             active: whether pruning is on (its own cost counts).
             states: token states after each site, where they are known; they tell which tokens a range holds.
         """
-        states = {} if states is None else states
         bound = {symbol: leaves[leaf].shape[dim] for symbol, (leaf, dim) in self.symbols.items()}
         batch = next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-        known: dict[Source, Tensor] = {}
+        tokens = _Tokens(self, counts, bound, {} if states is None else states)
         total: dict[str, float] = {}
         for term in self.terms:
             if term.only_active and not active:
@@ -121,70 +121,60 @@ class CostTable:
             for size in term.sizes:
                 amount *= self.named.get(size, 1.0) if isinstance(size, str) else evaluate_size(size, bound)
             if term.axes:
-                product: Tensor | None = None
-                for axis in term.axes:
-                    own = self._tokens(axis, counts, bound, known, states)
-                    product = own if product is None else product * own
-                assert product is not None
-                amount *= float(product.sum())
+                amount *= float(reduce(torch.mul, map(tokens.of, term.axes)).sum())
             total[term.path] = total.get(term.path, 0.0) + amount / batch
         return total
 
-    def _tokens(
-        self,
-        source: Source,
-        counts: Mapping[str, Tensor],
-        bound: Mapping[Any, int],
-        known: dict[Source, Tensor],
-        states: Mapping[str, TokenState],
-    ) -> Tensor:
-        if source in known:
-            return known[source]
-        if source in self.ranges:
-            result = self._range(self.ranges[source], counts, bound, known, states)
-        elif source in self.joins:
-            join = self.joins[source]
-            parts = [
-                float(evaluate_size(length, bound))
-                if parent is None
-                else self._tokens(parent, counts, bound, known, states)
-                for parent, length in zip(join.parents, join.lengths, strict=True)
-            ]
-            result = torch.as_tensor(sum(parts))
-        elif source in self.parts:
-            part = self.parts[source]
-            parent = self._tokens(part.parent, counts, bound, known, states)
-            first, last = round(part.first * len(parent)), round(part.last * len(parent))
-            result = (parent[first:last] - part.less).repeat_interleave(part.times)
-        elif isinstance(source, str) and source in counts:
-            result = counts[source].double().cpu()
-        else:
-            name = source[1] if isinstance(source, tuple) and source[0] == "before" else source
-            length, batch = self.lengths[name]
-            result = torch.full(
-                (int(evaluate_size(batch, bound)),), float(evaluate_size(length, bound)), dtype=torch.float64
-            )
-        known[source] = result
-        return result
 
-    def _range(
-        self,
-        part: Range,
-        counts: Mapping[str, Tensor],
-        bound: Mapping[Any, int],
-        known: dict[Source, Tensor],
-        states: Mapping[str, TokenState],
-    ) -> Tensor:
-        start, end = (b if b is None else int(evaluate_size(b, bound)) for b in (part.start, part.end))
-        state = states.get(part.parent) if isinstance(part.parent, str) else None
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens [entries] along each axis in one call; each is worked out once and kept in ``known``."""
+
+    table: CostTable
+    counts: Mapping[str, Tensor]
+    bound: Mapping[Any, int]
+    states: Mapping[str, TokenState]
+    known: dict[Source, Tensor] = field(default_factory=dict)
+
+    def of(self, source: Source) -> Tensor:
+        """Tokens along the axis of ``source``."""
+        if source not in self.known:
+            self.known[source] = self._count(source)
+        return self.known[source]
+
+    def _count(self, source: Source) -> Tensor:
+        table = self.table
+        if source in table.ranges:
+            return self._in_range(table.ranges[source])
+        if source in table.joins:
+            join = table.joins[source]
+            parts = zip(join.parents, join.lengths, strict=True)
+            return torch.as_tensor(sum(self._size(n) if parent is None else self.of(parent) for parent, n in parts))
+        if source in table.parts:
+            part = table.parts[source]
+            parent = self.of(part.parent)
+            first, last = round(part.first * len(parent)), round(part.last * len(parent))
+            return (parent[first:last] - part.less).repeat_interleave(part.times)
+        if isinstance(source, str) and source in self.counts:
+            return self.counts[source].double().cpu()
+        name = source[1] if isinstance(source, tuple) and source[0] == "before" else source
+        length, batch = map(self._size, table.lengths[name])
+        return torch.full((int(batch),), length, dtype=torch.float64)
+
+    def _in_range(self, part: Range) -> Tensor:
+        start, end = (b if b is None else int(self._size(b)) for b in (part.start, part.end))
+        state = self.states.get(part.parent) if isinstance(part.parent, str) else None
         if state is not None and state.index is not None:
             first, last, _ = slice(start, end).indices(state.full_length)
             inside = (state.index >= first) & (state.index < last)
             return (inside if state.valid is None else inside & state.valid).sum(1).double().cpu()
-        parent = self._tokens(part.parent, counts, bound, known, states)
+        parent = self.of(part.parent)
         full = int(parent.amax()) if state is None else state.full_length
         share = len(range(*slice(start, end).indices(full))) / max(1, full)
         return parent * share
+
+    def _size(self, size: Any) -> float:
+        return evaluate_size(size, self.bound)
 
 
 def evaluate_size(size: Any, bound: Mapping[Any, int]) -> float:

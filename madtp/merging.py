@@ -55,8 +55,3 @@ def merged_position(
     position = scores.float().masked_fill(~members, float("-inf")).argmax(dim=1)
     seen = valid & members
     return position, seen.gather(1, position.unsqueeze(1)).squeeze(1)
-
-
-def merged_valid(valid: Tensor, dropped: Tensor, scores: Tensor, rule: Literal["any", "best"] = "any") -> Tensor:
-    """Whether attention may see the merged token, [B] bool; see `merged_position`."""
-    return merged_position(scores, dropped, valid, rule)[1]

@@ -187,7 +187,6 @@ class PruningSite(nn.Module):
         super().__init__()
         self.spec = spec
         self.control = control
-        self.alignment_width = alignment_width
         self.attention = ScoringAttention(spec, control)
         if control.config.alignment:
             always = control.config.query_projection == "always"
