@@ -17,6 +17,7 @@ from madtp.calls import Call
 from madtp.config import PruningConfig
 from madtp.errors import MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
 from madtp.program import Program, compile_graph
+from rewriters.axes import AxisError
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import WHOLE, Capture, Region, capture
 from rewriters.detect import Structure, detect, module_path
@@ -65,6 +66,11 @@ def build(
         return _rewrite(model, call, config, captured, region, serial, only, plan)
     except MadtpError:
         raise
+    except AxisError as error:
+        raise RewriteError(
+            f"{type(model).__name__} cannot be followed token by token: {error} (rows that are selected by their values, say). "
+            "Rewrite the submodules in front of it and behind it."
+        ) from error
     except Exception as error:
         raise RewriteError(
             f"{type(model).__name__} is built in a way that the rewriter does not expect: {type(error).__name__}: {error}. "

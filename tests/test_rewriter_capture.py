@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp.calls import Call
-from madtp.errors import CaptureError, ExampleInputsError
+from madtp.errors import CaptureError, ExampleInputsError, RewriteError
 from rewriters.axes import AxisError
 from rewriters.canonicalise import canonicalise, reshape_views
 from rewriters.capture import capture
 from rewriters.outcomes import op_name
+from rewriters.pipeline import build
 from rewriters.rules import apply
 
 
@@ -193,3 +194,22 @@ def test_a_model_keeps_no_notes_of_being_traced() -> None:
     assert model.calls == []
     assert not hasattr(model, "last")
     assert set(model.state_dict()) == set(TakesNotes().state_dict())
+
+
+class Routed(nn.Module):
+    """Bright samples alone pass an expert, so how many rows there are depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit(depth=2)
+        self.expert = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.vit.forward_features(x)[:, 0]  # type: ignore[operator]
+        rows = (x.mean((1, 2, 3)) > 0).nonzero()[:, 0]
+        return pooled.index_put((rows,), self.expert(pooled[rows]))
+
+
+def test_sizes_that_depend_on_values_are_refused_in_words() -> None:
+    with pytest.raises(RewriteError, match="selected by their values"):
+        build(Routed().eval(), Call((images(2, 0),), {}), madtp.PruningConfig())

@@ -117,7 +117,8 @@ FAMILIES = """CLIPModel SiglipModel Siglip2Model BlipForImageTextRetrieval Blip2
 VisualBertModel FlavaModel BridgeTowerModel GitForCausalLM LlavaForConditionalGeneration LlavaNextForConditionalGeneration
 Qwen2VLForConditionalGeneration PaliGemmaForConditionalGeneration IdeficsForVisionText2Text Idefics3ForConditionalGeneration
 SmolVLMForConditionalGeneration MllamaForConditionalGeneration Kosmos2Model XCLIPModel LayoutLMv3Model
-Pix2StructForConditionalGeneration FuyuForCausalLM VisionEncoderDecoderModel BertForMultipleChoice T5Model""".split()
+Pix2StructForConditionalGeneration FuyuForCausalLM VisionEncoderDecoderModel BertForMultipleChoice T5Model
+BrosModel VivitModel VideoPrismVisionModel XLNetModel LevitModel""".split()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

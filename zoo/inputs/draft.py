@@ -87,8 +87,8 @@ class Draft:
     @property
     def length(self) -> int:
         """Length of a text."""
-        limit = first(self.text, "max_position_embeddings", "n_positions", default=TEXT_LENGTH)
-        return min(TEXT_LENGTH, int(limit))
+        limit = int(first(self.text, "max_position_embeddings", "n_positions", default=TEXT_LENGTH))
+        return min(TEXT_LENGTH, limit) if limit > 0 else TEXT_LENGTH  # -1: any length
 
     def images(self, *leading: int) -> Tensor:
         """Standard normal images `[batch, *leading, C, H, W]`."""

@@ -185,6 +185,7 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
     "pix2struct": {"flattened_patches": _pix2struct_patches, "attention_mask": _over_patches},
     "smolvlm": _COUNTED,
     "timesformer": {"pixel_values": lambda draft: draft.images(int(draft.config.num_frames))},
+    "videoprism": {"pixel_values_videos": lambda draft: draft.images(int(draft.vision.num_frames))},
     "vilt.modeling_vilt.ViltForImagesAndTextClassification": {"pixel_values": _tiles, "pixel_mask": None},
     "visual_bert.modeling_visual_bert.VisualBertForMultipleChoice": {
         "input_ids": _choices,
@@ -194,6 +195,7 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
         "visual_token_type_ids": _two((36,)),
     },
     "vit_mae": {"noise": _ranks},
+    "vivit": {"pixel_values": lambda draft: draft.images(int(draft.config.num_frames))},
     "vjepa2": {"pixel_values_videos": lambda draft: draft.images(int(draft.config.frames_per_clip))},
     "x_clip": {"pixel_values": _clip},
 }
