@@ -11,10 +11,13 @@ import pytest
 from click.testing import Result as Outcome
 from typer.testing import CliRunner
 
+import madtp
 import zoo
 from madtp.cli.app import app
+from madtp.errors import DataError
 from zoo.scenes import SceneDataset
 from zoo.tasks.reasoning import Reasoning
+from zoo.tasks.words import words_for
 
 STATEMENTS = (("there is a red circle in the left image", "True"), ("no image contains a blue cross", "False"))
 
@@ -74,6 +77,27 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert content["per_sample"] == whole["per_sample"]
 
 
+def test_a_model_with_a_vocabulary_of_word_pieces(tmp_path: Path) -> None:
+    data_files.nlvr2_lines(tmp_path / "data", (('There\'s a "red" circle!', "True"),))
+    # As many pieces as the mini model has ids, [DEC] and [ENC] counted, which come behind.
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"a circle red there ' s".split()]
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join([*pieces, *(f"[unused{number}]" for number in range(126 - len(pieces)))]) + "\n")
+    arguments = ("-k", "dense", "-d", "nlvr2", "--root", str(tmp_path / "data"), "--split", "val")
+    content = evaluated(tmp_path / "e.json", *arguments, "--vocabulary", str(vocabulary))
+    assert content["samples"] == 1
+    words = words_for(128, vocabulary)
+    assert words.cleaned
+    ids = words.encode(["there ' s a red circle"])[0][0].tolist()
+    assert ids == [127, 7, 8, 9, 4, 6, 5, 3]
+    assert words.decode(ids) == "there's a red circle"
+    vocabulary.write_text("\n".join(pieces) + "\n")
+    with pytest.raises(DataError, match=r"gives 12 word pieces.* has 128"):
+        words_for(128, vocabulary)
+    with pytest.raises(DataError, match="reads 30524 word pieces"):
+        words_for(30524, None)
+
+
 def test_parts_of_other_settings_are_refused(tmp_path: Path) -> None:
     arguments = ("--output", str(tmp_path / "e.json"), "-k", "dense")
     data_files.write_json(tmp_path / "e.json.parts" / "setup.json", {"model": "another"})
@@ -91,6 +115,27 @@ def test_pruned_to_half_of_the_macs(tmp_path: Path) -> None:
     tokens = content["per_sample"][0]["tokens"]["reasoning"]
     assert len(tokens["visual_encoder.blocks.0"]) == 2
     assert tokens["visual_encoder.blocks.5"][0] < 145
+
+
+@pytest.mark.slow
+def test_an_interrupted_pruned_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("-k", "dense", "-n", "4", "-b", "2", "-r", "0.4", "--calibration-samples", "4", "--per-sample")
+    whole = evaluated(tmp_path / "whole.json", *arguments)
+    own, ran = Reasoning.run, []
+
+    def interrupted(self: Reasoning, model: Any, samples: range, earlier: Any) -> Any:
+        ran.append(samples.start)
+        if ran == [0, 2]:
+            raise KeyboardInterrupt
+        return own(self, model, samples, earlier)
+
+    monkeypatch.setattr(Reasoning, "run", interrupted)
+    assert run("--output", str(tmp_path / "e.json"), *arguments).exit_code == 130
+    monkeypatch.setattr(madtp, "calibrate", None)  # what was found before is taken
+    content = evaluated(tmp_path / "e.json", *arguments)
+    assert ran == [0, 2, 2]
+    assert content["per_sample"] == whole["per_sample"]
+    assert content["compute"]["macs"] == whole["compute"]["macs"]
 
 
 @pytest.mark.slow

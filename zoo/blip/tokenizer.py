@@ -57,8 +57,8 @@ class StatementTokenizer:
         return ids, mask
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of ids, without special tokens; an apostrophe between words joins them, as in "man's"."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).replace(" ' ", "'")
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
