@@ -55,6 +55,7 @@ class Settings:
         rate: of the gain controller.
         teaching_pairs, teaching_steps: before the first step the alignment tokens are taught (`madtp.teach`) on so many
             training pairs; 0 steps leave that out.
+        teach_every: they are taught anew after so many steps each, as the streams that they score move; 0 for never.
         alignment_weight: of the alignment loss.
         count_weight, place_weight: of the auxiliary losses that dense training uses too (zoo/recipes/auxiliary.py); they
             fade by a cosine to `fade_to` at the end.
@@ -74,6 +75,7 @@ class Settings:
     rate: float = 0.03
     teaching_pairs: int = 256
     teaching_steps: int = 200
+    teach_every: int = 200
     alignment_weight: float = 0.1
     count_weight: float = 1.0
     place_weight: float = 2.0
@@ -149,8 +151,9 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         ManyStatements(model), (example["images"], example["input_ids"], example["attention_mask"]), config=config
     )
     card: dict[str, Any] = {"settings": asdict(chosen), "training": training.to_dict()}
-    if config.alignment and chosen.teaching_steps:
-        card["teaching"] = asdict(_teach(pruned, chosen))
+    taught = config.alignment and chosen.teaching_steps > 0
+    if taught:
+        card["teaching"] = asdict(_teach(pruned, chosen, 0))
     controller = GainController(chosen.start_reduction, gain=config.gain, rate=chosen.rate)
     pupil = Pupil(pruned, model.config.text.width)
     run = Compression(chosen, pupil, teacher, controller, model)
@@ -164,6 +167,8 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         controller.load_state_dict(state["controller"])
         controller.target = _target(step, chosen, training.steps)
         set_strength(pruned, controller.gain)
+        if taught and chosen.teach_every and step and step % chosen.teach_every == 0:
+            _teach(pruned, chosen, step)
         return _loss(run, batch, step / training.steps)
 
     def on_step(done: int, module: nn.Module, metrics: Metrics) -> None:
@@ -198,13 +203,17 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     return learner
 
 
-def _teach(pruned: PrunedModel, chosen: Settings) -> TeachingResult:
+def _teach(pruned: PrunedModel, chosen: Settings, step: int) -> TeachingResult:
+    """Teach on the pairs that training sees from `step` on."""
     pairs = min(16, chosen.teaching_pairs)
+    first = chosen.first_pair + step * chosen.pairs_per_step
+    device = next(pruned.parameters()).device
     batches = []
-    for start in range(chosen.first_pair, chosen.first_pair + chosen.teaching_pairs, pairs):
+    for start in range(first, first + chosen.teaching_pairs, pairs):
         batch = make_batch("train", chosen.data_seed, start, pairs, chosen.statements_per_pair)
-        batches.append((batch["images"], batch["input_ids"], batch["attention_mask"]))
-    return madtp.teach(pruned, batches, objective=_margin, steps=chosen.teaching_steps)
+        batches.append(tuple(batch[name].to(device) for name in ("images", "input_ids", "attention_mask")))
+    with torch.autocast(device.type, enabled=False):
+        return madtp.teach(pruned, batches, objective=_margin, steps=chosen.teaching_steps)
 
 
 def _margin(output: tuple[Tensor, Tensor]) -> Tensor:
