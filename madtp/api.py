@@ -19,6 +19,7 @@ from madtp.calls import Call, check_batch, normalise_call
 from madtp.config import PruningConfig
 from madtp.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, RewriteError
+from madtp.marks import MarkedAxes
 from madtp.program import Program
 from madtp.programs import Builder
 from madtp.pruned import PrunedModel
@@ -28,6 +29,7 @@ from madtp.site import SegmentSpec, SiteSpec
 from madtp.tree import share
 
 if TYPE_CHECKING:
+    from rewriters.capture import Region
     from rewriters.plan import SitePlan
     from rewriters.regions import Part, Parts
 
@@ -62,35 +64,39 @@ def rewrite(
     config = PruningConfig() if config is None else config
     call = example_call(model, example_inputs)
     check_batch(model, call)
-    found = build_all(share(model), call, config, plan)
-    pruned = _assemble(model, found, config, call)
-    pruned.report.seconds = time.perf_counter() - started
-    return pruned
+    wrong: dict[str, str] = {}
+    while True:
+        found = build_all(share(model), call, config, plan, wrong)
+        pruned = _assemble(model, found, config, call)
+        failed = _check(model, pruned, found, call)
+        if failed is None:
+            pruned.report.seconds = time.perf_counter() - started
+            return pruned
+        part, reason = failed
+        wrong[part.region.path] = reason
 
 
 def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call) -> PrunedModel:
-    """The pruned model of all parts that pass the checks; a region that does not is left alone."""
+    """The pruned model of all parts."""
     from rewriters.insertion import site_key
 
-    while True:
-        complete = found.plan
-        pruned = PrunedModel(
-            share(model),
-            [_spec(s) for s in complete.sites],
-            [site_key(s.name) for s in complete.sites],
-            config,
-            _report(model, found),
-            complete.alignment_width,
-            complete.images,
-            complete.image_order,
-        )
-        for part in found.parts:
-            pruned.stand_in(part.region.path, _builder(part, config)).adopt(part.rewritten.program, part.call)
-        pruned.example = record_call(call)
-        failed = _check(model, pruned, found, call)
-        if failed is None:
-            return pruned
-        found.give_up(failed)
+    complete = found.plan
+    pruned = PrunedModel(
+        share(model),
+        [_spec(s) for s in complete.sites],
+        [site_key(s.name) for s in complete.sites],
+        config,
+        _report(model, found),
+        complete.alignment_width,
+        complete.images,
+        complete.image_order,
+    )
+    for part in found.parts:
+        pruned.stand_in(part.region.path, _builder(part, config)).adopt(part.rewritten.program, part.call)
+        for inner in part.inner:
+            pruned.stand_in(inner.path, _builder(part, config, inner), inner=True)
+    pruned.example = record_call(call)
+    return pruned
 
 
 def _spec(site: SitePlan) -> SiteSpec:
@@ -98,14 +104,22 @@ def _spec(site: SitePlan) -> SiteSpec:
     return SiteSpec(site.name, site.modality, site.width, site.class_position, site.protected, site.causal, segments)
 
 
-def _builder(part: Part, config: PruningConfig) -> Builder:
-    """What captures a part for a further call signature, onto the sites that it has."""
-    from rewriters.pipeline import build
+def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> Builder:
+    """What captures a part, or a region ``inner`` to it, for a further call signature, onto the sites that it has."""
+    from rewriters.pipeline import build, build_continuation
 
-    names = frozenset(s.name for s in part.rewritten.plan.sites)
+    region = part.region if inner is None else inner
+    known = {s.name: _spec(s) for s in part.rewritten.plan.sites if region.holds(s.name)}
+    names = frozenset(known)
 
-    def again(module: nn.Module, further: Call, serial: int) -> Program:
-        found = build(module, further, config, region=part.region, serial=serial, only=names)
+    def again(module: nn.Module, further: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
+        if further.held():
+            return build_continuation(module, further, marked, region=region, serial=serial)
+        found = build(module, further, config, region=region, serial=serial, only=names)
+        if inner is not None and any(_spec(s) != known[s.name] for s in found.plan.sites):
+            raise RewriteError(
+                f"{region.path} by itself would be pruned in another way than as a part of {part.region.path}."
+            )
         lost = names - {s.name for s in found.plan.sites}
         if lost:
             reasons = {r.reason for r in found.plan.refusals if r.block in lost} or {"no attention found there"}
@@ -123,18 +137,17 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
     """Check what was rewritten; returns a region that is wrong, with the reason.
 
     Raises:
-        RewriteError: no region is left, or the model as a whole is wrong.
+        RewriteError: the model as a whole is wrong.
     """
+    from rewriters.pipeline import open_all
     from rewriters.verify import Case, verify
 
     for part in found.parts:
-        original = model.get_submodule(part.region.path)
+        original, opened = open_all(model.get_submodule(part.region.path), part.call)
         try:
-            verify(
-                Case(original, part.rewritten.program, pruned._host, pruned._control, part.call, part.rewritten.plan)
-            )
+            verify(Case(original, part.rewritten.program, pruned._host, pruned._control, opened, part.rewritten.plan))
         except RewriteError as error:
-            if len(found.parts) == 1:
+            if found.whole:
                 raise
             return part, str(error)
     if not found.whole:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,47 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.errors import ExampleInputsError
+from madtp.held import Blueprint, Form, held_state, open_tree
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model, brought into a normal form: everything that can be named is passed by name."""
+    """One call of a model, brought into a normal form: everything that can be named is passed by name.
+
+    form: where objects that later calls read again (a key/value cache) were opened as their tensors; None: nowhere.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    form: Form | None = None
+
+    def opened(self) -> Call:
+        """The call with objects opened as their tensors.
+
+        Raises :class:`madtp.held.CannotOpen`.
+        """
+        if self.form is not None or held_state((self.args, self.kwargs)) is None:
+            return self
+        (args, kwargs), form = open_tree((self.args, self.kwargs))
+        return Call(args, kwargs, form)
+
+    def with_leaves(self, leaves: list[Any]) -> Call:
+        """The call with other leaves in the same places."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.flat()[1])
+        return replace(self, args=args, kwargs=kwargs)
+
+    def held(self) -> set[int]:
+        """Leaves that are tensors of opened objects."""
+        if self.form is None:
+            return set()
+        found: set[int] = set()
+        position = 0
+        places = dict(self.form.held)
+        for place, part in enumerate(self.form.spec.flatten_up_to((self.args, self.kwargs))):
+            if place in places:
+                found.update(range(position, position + len(part)))
+            position += len(part) if place in places else 1
+        return found
 
     def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
         """Leaves of ``(args, kwargs)`` in placeholder order, and their structure."""
@@ -39,11 +72,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a capture depends on: structure, constants, frozen sizes and the training flags of the modules."""
+    """What a capture depends on: structure, constants, frozen sizes, the training flags of the modules, and what the objects
+    of a call hold beside their tensors."""
 
     structure: str
     leaves: tuple[Any, ...]
     modes: tuple[bool, ...]
+    held: tuple[Blueprint, ...] = ()
 
 
 def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -115,4 +150,5 @@ def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...]
         free = dynamic[position] if dynamic is not None and position < len(dynamic) else ()
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
         described.append((str(leaf.dtype), shape))
-    return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()))
+    held = () if call.form is None else tuple(blueprint for _, blueprint in call.form.held)
+    return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()), held)

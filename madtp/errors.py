@@ -23,6 +23,10 @@ class RewriteError(MadtpError):
     """The graph cannot be rewritten correctly."""
 
 
+class ContinuationError(MadtpError):
+    """A call goes on from what a pruned call has kept (a key/value cache), and no program can be made for it."""
+
+
 class NoSiteError(RewriteError):
     """No place was found in the model where tokens could be pruned."""
 

@@ -44,12 +44,11 @@ def twice(leaf: Any) -> Any:
 
 def doubled(call: Call) -> Call:
     """A call of one sample as one of two; other calls as they are."""
-    leaves, spec = call.flat()
+    leaves = call.flat()[0]
     tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
     if not tensors or any(x.shape[0] != 1 for x in tensors):
         return call
-    args, kwargs = pytree.tree_unflatten([twice(x) for x in leaves], spec)
-    return Call(args, kwargs)
+    return call.with_leaves([twice(x) for x in leaves])
 
 
 def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wanted: Any) -> Pair:

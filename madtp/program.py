@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from madtp.cost import CostTable
+from madtp.held import Returned
+from madtp.marks import MarkedAxes
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Program:
     """A graph ready to run on the module tree it was made for.
 
     graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
-    that the graph holds itself. repeats: how often it runs each sample of a call.
+    that the graph holds itself. repeats: how often it runs each sample of a call. returned: how to close
+    the objects that it returns opened; None if there are none. marked: their tensors that may have dead slots, by path.
     """
 
     repeats: ClassVar[int] = 1
@@ -29,6 +32,8 @@ class Program:
     dynamic: tuple[tuple[int, ...], ...]
     cost: CostTable
     constants: dict[str, Tensor] = field(default_factory=dict)
+    returned: Returned | None = None
+    marked: dict[str, MarkedAxes] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[str]:
@@ -36,7 +41,7 @@ class Program:
         return [name for name in self.cost.lengths if isinstance(name, str)]
 
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
-        """Call the graph on flattened inputs; returns the model's own output structure."""
+        """Call the graph on flattened inputs; returns the model's own output structure, objects opened."""
         return pytree.tree_unflatten(list(self.forward(root, *leaves)), self.out_spec)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from madtp.additions import PREFIX, Additions
 from madtp.calls import Call, Signature, signature
+from madtp.compare import compare
 from madtp.control import Run
+from madtp.held import CannotOpen, held_objects, held_state, opened
+from madtp.marks import MarkedAxes, any_dead, cleaned
 from madtp.pairs import Pair, as_pair, doubled, first_of_each, twice
 from madtp.program import Program
 
@@ -28,7 +31,7 @@ CACHE = 16
 BRANCHES = 4
 MANY_WAYS = f"the model's Python goes more than {BRANCHES} ways on calls of one kind"
 
-Builder = Callable[[nn.Module, Call, int], Program]
+Builder = Callable[[nn.Module, Call, int, Mapping[str, MarkedAxes]], Program]
 
 
 @dataclass
@@ -37,16 +40,41 @@ class _Entry:
     signature: Signature
 
 
+class StandIn:
+    """Stands in for ``module.forward``; looks like it to whoever inspects its signature."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.__wrapped__ = self.original
+
+
 class Programs:
     """The programs that stand for calls of ``module``, which lies at ``path`` of the module tree ``host``.
 
-    builder: captures and rewrites the module for a further call, under a serial number.
+    builder: captures and rewrites the module for a further call, under a serial number. inner: the module lies in another one
+    that programs stand for, so that nothing was rewritten and checked for it in advance.
     """
 
-    def __init__(self, path: str, module: nn.Module, host: nn.Module, builder: Builder) -> None:
-        self.path, self.module, self.host, self.builder = path, module, host, builder
+    def __init__(self, path: str, module: nn.Module, host: nn.Module, builder: Builder, *, inner: bool = False) -> None:
+        self.path, self.module, self.host, self.builder, self.inner = path, module, host, builder, inner
         self.additions: Additions = host._modules[PREFIX]  # type: ignore[assignment]
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
+        self.marked: dict[str, MarkedAxes] = {}
+
+    def continues_pruned(self, call: Call) -> bool:
+        """Whether ``call`` reads something from which an earlier, pruned call has dropped tokens."""
+        if not self.marked or held_state((call.args, call.kwargs)) is None:
+            return False
+        try:
+            call = call.opened()
+        except CannotOpen:
+            return False
+        assert call.form is not None
+        leaves = call.flat()[0]
+        paths = [path for _, blueprint in call.form.held for path in blueprint.paths()]
+        kept = zip(paths, (leaves[at] for at in sorted(call.held())), strict=True)
+        return any_dead((values, self.marked[path]) for path, values in kept if path in self.marked)
 
     def candidates(self, call: Call) -> Iterator[Program]:
         """The programs to try on ``call``: those for calls like it, then one that is captured for it."""
@@ -57,6 +85,10 @@ class Programs:
 
     def matching(self, call: Call) -> list[Program]:
         """The programs made for calls like ``call``, latest first; they differ in the way that the model's Python went."""
+        try:
+            call = call.opened()
+        except CannotOpen:
+            return []
         return [
             cached.program
             for cached in reversed(self.entries.values())
@@ -70,29 +102,51 @@ class Programs:
             MadtpError: from the rewrite, or because no program can serve a single sample.
         """
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
+        with suppress(CannotOpen):  # the builder says best what is wrong
+            call = call.opened()
         captured = doubled(call)
         with self._untouched():
-            program = self.builder(self.module, captured, self.additions.programs)
+            program = self.builder(self.module, captured, self.additions.programs, self.marked)
         self._hold(program)
         if captured is not call and _frozen_batch(program, captured):
             program = self._serving_one(program, call)
+        if call.held() or self.inner:
+            self._check(program, call)
         self._remember(program, call)
         return program
 
     def _serving_one(self, program: Program, call: Call) -> Program:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             with self._untouched():
-                wanted = self.module(*call.args, **call.kwargs)
+                wanted = opened(self.module, call.form)(*call.args, **call.kwargs)
             with self.additions.control.unpruned():
                 return as_pair(program, self.module, self.host, call, wanted)
+
+    def _check(self, program: Program, call: Call) -> None:
+        """With pruning off and all visible that was kept, a program computes what the module computes.
+
+        Raises:
+            RewriteError: it does not.
+        """
+        if any(m.training for m in self.module.modules()):
+            return
+        kept = call.held()
+        leaves = [cleaned(x) if at in kept and x.is_floating_point() else x for at, x in enumerate(call.flat()[0])]
+        visible = call.with_leaves(leaves)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with self._untouched():
+                expected = opened(self.module, call.form)(*visible.args, **visible.kwargs)
+            with self.additions.control.unpruned():
+                compare(expected, program.run(self.host, leaves))
 
     def adopt(self, program: Program, call: Call) -> None:
         """Take a program into the cache as the one for calls like ``call``."""
         self._hold(program)
-        self._remember(program, call)
+        self._remember(program, call.opened())
 
     def _hold(self, program: Program) -> None:
         """Give the program what it needs to run."""
+        self.marked.update(program.marked)
         self.additions.bind(program.cost)
         for name, value in program.constants.items():
             self.additions.constants.register_buffer(name, value, persistent=False)
@@ -106,27 +160,31 @@ class Programs:
     def run(self, program: Program, call: Call) -> Any:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
-        leaves = call.flat()[0]
+        leaves = call.opened().flat()[0]
         result = program.run(self.host, leaves)
         states = {name: control.states[name] for name in program.sites if name in control.states}
         if isinstance(program, Pair):
             leaves = [twice(x) for x in leaves]
             control.states.update(first_of_each(states))
         control.runs.append(Run(program, [_meta(x) for x in leaves], states))
-        return result
+        if program.returned is None:
+            return result
+        plain, tensors = result
+        return program.returned.close(plain, tensors, held_objects((call.args, call.kwargs)))
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """The module as it was before the rewrite: without additions, and with its own forward."""
+        """The module as it was before the rewrite: without additions, and with the forwards of its own."""
         own = self.module._modules.pop(PREFIX, None)
-        replaced = self.module.__dict__.pop("forward", None)
+        replaced = [m for m in self.module.modules() if isinstance(m.__dict__.get("forward"), StandIn)]
+        forwards = [m.__dict__.pop("forward") for m in replaced]
         try:
             yield
         finally:
             if own is not None:
                 self.module._modules[PREFIX] = own
-            if replaced is not None:
-                self.module.__dict__["forward"] = replaced
+            for module, forward in zip(replaced, forwards, strict=True):
+                module.__dict__["forward"] = forward
 
 
 def _meta(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
@@ -20,14 +21,16 @@ from madtp.branches import OtherBranch
 from madtp.calls import normalise_call
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
-from madtp.errors import ConfigError, MadtpError, RewriteError
+from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
 from madtp.guidance import alignment_loss, mean_over_images
+from madtp.held import held_state
 from madtp.programs import MANY_WAYS, Builder, Programs
 from madtp.region import HostForward, Notes, Region
 from madtp.report import RewriteReport
 from madtp.site import SiteSpec
 from madtp.state import kept_positions
 
+log = logging.getLogger("madtp")
 OUTSIDE = "(outside the regions)"
 Tokens = Literal["kept", "all", "none"]
 
@@ -96,9 +99,10 @@ class PrunedModel(nn.Module):
     def gain(self, value: float) -> None:
         self._control.gain = _strength("gain", value)
 
-    def stand_in(self, path: str, builder: Builder) -> Programs:
-        """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on."""
-        programs = Programs(path, self._host.get_submodule(path), self._host, builder)
+    def stand_in(self, path: str, builder: Builder, *, inner: bool = False) -> Programs:
+        """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on; ``inner``: it lies
+        in one for which that was asked already."""
+        programs = Programs(path, self._host.get_submodule(path), self._host, builder, inner=inner)
         if not path:
             object.__setattr__(self, "_whole", programs)
             return programs
@@ -130,6 +134,10 @@ class PrunedModel(nn.Module):
             with suppress(OtherBranch), self._control.call():
                 self._control.opened()
                 return self._whole.run(program, call)
+        if self._whole.continues_pruned(call):
+            raise ContinuationError(
+                f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
+            )
         Notes(self.report.notes).add(f"calls that run unpruned: {MANY_WAYS}")
         self._control.begin()
         return self._host(*args, **kwargs)
@@ -221,7 +229,14 @@ def _as_one_call(method: Callable[..., Any], control: PruningControl) -> Callabl
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
         with control.call():
-            return method(*args, **kwargs)
+            try:
+                return method(*args, **kwargs)
+            except ContinuationError as error:
+                if held_state((args, kwargs)) is not None:
+                    raise
+                log.warning("%s runs once more, unpruned: %s", method.__name__, error)
+            with control.bypassing():
+                return method(*args, **kwargs)
 
     return called
 

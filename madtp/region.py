@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -22,14 +22,14 @@ from madtp.calls import Call, Signature, normalise_call, signature
 from madtp.compare import compare
 from madtp.control import PruningControl
 from madtp.counting import Counter
-from madtp.errors import ExampleInputsError, MadtpError
+from madtp.errors import ContinuationError, ExampleInputsError, MadtpError
+from madtp.held import CannotOpen, held_state
 from madtp.program import Program
-from madtp.programs import BRANCHES, MANY_WAYS, Programs
+from madtp.programs import BRANCHES, MANY_WAYS, Programs, StandIn
 
 log = logging.getLogger("madtp")
 FAILURES = 3
 REMEMBERED = 256
-CONSTANTS = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class Notes:
@@ -45,43 +45,57 @@ class Notes:
             log.warning("%s", text)
 
 
-class _Forward:
-    """Stands in for ``module.forward``; looks like it to whoever inspects its signature."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.original: Callable[..., Any] = module.forward
-        self.__wrapped__ = self.original
-
-
-class Region(_Forward):
+class Region(StandIn):
     """The forward of a region: a rewritten program where one serves the call, else the original's own code."""
 
     def __init__(self, programs: Programs, control: PruningControl, notes: Notes) -> None:
         super().__init__(programs.module)
         self.programs, self.control, self.notes = programs, control, notes
         self.failed: set[Signature] = set()
+        self.reason = ""
+        self.keeps = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.control.bypassed:
+        if self.control.bypassed and not self.programs.marked:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs)
         except ExampleInputsError:  # the original says best what is wrong
             return self.original(*args, **kwargs)
-        for program in self._candidates(call):
+        # What a pruned call has kept is read by programs alone: the original would attend to what was dropped.
+        continues = self.programs.continues_pruned(call)
+        if self.control.bypassed and not continues:
+            return self.original(*args, **kwargs)
+        for program in self._candidates(call, continues):
             with suppress(OtherBranch), self.control.call(), self.control.inside():
                 self.control.opened()
                 return self.programs.run(program, call)
+        if continues:
+            raise self._lost()
         return self.original(*args, **kwargs)
 
-    def _candidates(self, call: Call) -> Iterator[Program]:
-        state = held_state((call.args, call.kwargs))
-        if state is not None:
-            self._note(
-                f"it was called with a {state}, which later calls read again, so tokens dropped now would be missed then"
-            )
+    def _lost(self) -> ContinuationError:
+        self.keeps = False
+        return ContinuationError(
+            f"{self.programs.path} was to go on from what a pruned call has kept, and no program can be made for this call: "
+            f"{self.reason or 'too many others could not be made'}. Start again; tokens are no longer pruned there in calls "
+            "that keep something for later ones."
+        )
+
+    def _candidates(self, call: Call, continues: bool) -> Iterator[Program]:
+        try:
+            call = call.opened()
+        except CannotOpen as error:
+            self._note(f"it was called with a {error}, which later calls may read again")
             return
+        if call.held() and not continues:
+            return
+        for program in self._made(call):
+            if program.marked and not self.keeps:
+                return
+            yield program
+
+    def _made(self, call: Call) -> Iterator[Program]:
         found = self.programs.matching(call)
         yield from found
         exact = signature(self.module, call, None)
@@ -95,6 +109,7 @@ class Region(_Forward):
                 further = self.programs.build(call)
         except MadtpError as error:
             self.failed.add(exact)
+            self.reason = str(error)
             self._note(f"a further kind of call cannot be rewritten: {error}")
             return
         yield further
@@ -103,19 +118,7 @@ class Region(_Forward):
         self.notes.add(f"calls of {self.programs.path} that run unpruned: {reason}")
 
 
-def held_state(values: Any) -> str | None:
-    """The kind of an object in a nest of containers that is neither a tensor nor a constant, such as a key/value cache:
-    something that later calls may read again. None if there is none."""
-    if isinstance(values, CONSTANTS):
-        return None
-    if isinstance(values, Mapping):
-        values = tuple(values.values())
-    if not isinstance(values, (tuple, list)):
-        return type(values).__name__
-    return next((kind for value in values if (kind := held_state(value)) is not None), None)
-
-
-class HostForward(_Forward):
+class HostForward(StandIn):
     """The forward of a host whose submodules are regions.
 
     The first call of each kind (structure, constants, modes) is run without and with the regions, pruning off: a model
@@ -133,7 +136,10 @@ class HostForward(_Forward):
         if control.bypassed:
             return self.original(*args, **kwargs)
         call = normalise_call(self.module, args, kwargs)
-        kind = signature(self.module, call, _all_dims(call))
+        described = call
+        with suppress(CannotOpen):
+            described = call.opened()
+        kind = signature(self.module, described, _all_dims(described))
         if kind not in self.trusted:
             self.trusted[kind] = self._agrees(call)
         with control.call():
@@ -141,7 +147,7 @@ class HostForward(_Forward):
                 return self._run(kind, args, kwargs)
             control.opened()
             control.batch = call.samples()
-            return self._counted(call, kind, args, kwargs)
+            return self._counted(described, kind, args, kwargs)
 
     def _run(self, kind: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.trusted[kind]:

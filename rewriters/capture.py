@@ -27,17 +27,21 @@ from torch.utils import _pytree as pytree
 from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.fast_path import spelled_out
+from madtp.held import Returned, returned_by
 from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
 from rewriters.untouched import untouched
 
 log = logging.getLogger("madtp")
+# A program, and how to close the objects that it returns opened.
+Exported = tuple[torch.export.ExportedProgram, Returned | None]
 
 
 @dataclass
 class Capture:
-    """A captured model: ``graph`` maps the flattened inputs to the flattened outputs."""
+    """A captured model: ``graph`` maps the flattened inputs to the flattened outputs. returned: how objects among these are
+    closed; None if there are none."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
@@ -45,6 +49,7 @@ class Capture:
     dynamic: tuple[tuple[int, ...], ...]
     example: Call
     placeholders: list[str] = field(default_factory=list)
+    returned: Returned | None = None
 
 
 @contextmanager
@@ -86,8 +91,8 @@ class Region:
 WHOLE = Region()
 
 
-def _dynamic_choices(leaves: list[Any], region: Region) -> list[tuple[tuple[int, ...], ...]]:
-    """Which dimensions to try as dynamic, most general first."""
+def _dynamic_choices(leaves: list[Any], held: Collection[int], region: Region) -> list[tuple[tuple[int, ...], ...]]:
+    """Which dimensions to try as dynamic, most general first; ``held``: tensors of objects, of which all may grow."""
     every = [] if not region.path else [tuple(_lengths(x) if isinstance(x, Tensor) else () for x in leaves)]
     batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
     length = tuple(
@@ -97,7 +102,14 @@ def _dynamic_choices(leaves: list[Any], region: Region) -> list[tuple[tuple[int,
         for x, dims in zip(leaves, batch, strict=True)
     )
     none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)
-    return [*dict.fromkeys([*(every or [length]), batch]), none]
+    grown = [
+        tuple(
+            tuple(d for d, n in enumerate(leaves[at].shape) if n > 1) if at in held else dims
+            for at, dims in enumerate(choice)
+        )
+        for choice in (every or [length])
+    ]
+    return [*dict.fromkeys([*grown, batch]), none]
 
 
 def _lengths(tensor: Tensor) -> tuple[int, ...]:
@@ -118,25 +130,23 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
     Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
     cannot be exported.
     """
-    program, failure = _exported(model, call, region, {})
-    if program is None:
+    exported, failure = _exported(model, call, region, {})
+    if exported is None:
         with blamed_on_the_inputs(model):
             answers = decide(model, call)
         if answers:
-            program, _ = _exported(model, call, region, answers)
-    if program is not None:
-        return _to_capture(program, call, region)
+            exported, _ = _exported(model, call, region, answers)
+    if exported is not None:
+        return _to_capture(*exported, call, region)
     raise CaptureError(
         f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
         "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
     )
 
 
-def _exported(
-    model: nn.Module, call: Call, region: Region, answers: Answers
-) -> tuple[torch.export.ExportedProgram | None, str]:
+def _exported(model: nn.Module, call: Call, region: Region, answers: Answers) -> tuple[Exported | None, str]:
     """The model exported with as many free sizes as possible, or why it cannot be."""
-    first, *others, fixed = _dynamic_choices(call.flat()[0], region)
+    first, *others, fixed = _dynamic_choices(call.flat()[0], call.held(), region)
     program, failure = _export(model, call, first, answers)
     if program is not None:
         return program, ""
@@ -150,22 +160,33 @@ def _exported(
 
 def _export(
     model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...], answers: Answers
-) -> tuple[torch.export.ExportedProgram | None, str]:
+) -> tuple[Exported | None, str]:
     """The exported model, or why there is none."""
     leaves, spec = call.flat()
     shapes = [
         dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else None
         for x, dims in zip(leaves, dynamic, strict=True)
     ]
-    args_shapes, kwargs_shapes = pytree.tree_unflatten(shapes, spec)
+    args_shapes, kwargs_shapes = _shapes_tree(spec, iter(shapes))
     # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
     combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
     try:
         with _traceable(), Answering(answers), untouched(model):
-            return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False), ""
+            program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
+        return (program, returned_by(model)), ""
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]
         return None, f"{type(error).__name__}: {lines[0]}"
+
+
+def _shapes_tree(spec: pytree.TreeSpec, shapes: Iterator[Any]) -> Any:
+    """Shapes in the structure of a call; export wants those of containers that Python does not come with as lists."""
+    if spec.is_leaf():
+        return next(shapes)
+    own = [_shapes_tree(child, shapes) for child in spec.children()]
+    if spec.type not in pytree.BUILTIN_TYPES:
+        return own
+    return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(own, spec.context)
 
 
 def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,14 +215,19 @@ def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _to_capture(program: torch.export.ExportedProgram, call: Call, region: Region) -> Capture:
+def _to_capture(
+    program: torch.export.ExportedProgram, returned: Returned | None, call: Call, region: Region
+) -> Capture:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     inline_bodies(module)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, env)
-    graph.output(output)
+    last = graph.output(output)
+    if returned is not None:
+        count = len(last.args[0])  # type: ignore[arg-type]
+        last.meta["held"] = dict(zip(range(count - len(returned.paths()), count), returned.paths(), strict=True))
     named = dict(program.named_parameters()) | dict(program.named_buffers())
     constants = _own_constants(graph, module, named)
     _shape_constants(graph, constants)
@@ -217,7 +243,8 @@ def _to_capture(program: torch.export.ExportedProgram, call: Call, region: Regio
         dynamic.append(tuple(free))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    return Capture(graph, constants, out_spec, tuple(dynamic), call, [p.name for p in placeholders])
+    names = [p.name for p in placeholders]
+    return Capture(graph, constants, out_spec, tuple(dynamic), call, names, returned)
 
 
 def _own_constants(graph: fx.Graph, module: fx.GraphModule, named: Collection[str]) -> dict[str, Tensor]:

@@ -16,11 +16,12 @@ from torch import fx
 
 from madtp import segments as segment_runtime
 from madtp import state as runtime
+from madtp.marks import MarkedAxes, placed
 from rewriters.axes import AxisError, Labels, any_tokens, token_axis
 from rewriters.detect import seed
 from rewriters.functional import has_effect
 from rewriters.insertion import Insertion, InsertRefusal, site_key
-from rewriters.outcomes import Align, Outcome, Readout, labels_of, op_name
+from rewriters.outcomes import Align, Outcome, Readout, batch_dim_of, labels_of, op_name
 from rewriters.plan import Plan, SitePlan
 from rewriters.propagate import runs_along
 from rewriters.restoration import Restoration
@@ -330,8 +331,32 @@ def _read_out(done: Insertion, node: fx.Node, readout: Readout) -> fx.Node:
 
 
 def _finish(done: Insertion, output: fx.Node, restoration: Restoration) -> None:
-    """Give every output its full length back."""
-    for value in list(output.all_input_nodes):
+    """Give every output its full length back; of what later calls read again, dropped tokens are marked."""
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    kept = output.meta.get("held", {})
+    for position, value in enumerate(results):
         labels: Labels | None = done.labels.get(value)
-        if labels is not None and any_tokens(labels):
-            output.replace_input_with(value, restoration.full(value, output))
+        if labels is None or not any_tokens(labels):
+            continue
+        if position in kept:
+            results[position] = _place(done, value, labels, kept[position], output)
+        else:
+            results[position] = restoration.full(value, output)
+    output.args = (tuple(results),)
+
+
+def _place(done: Insertion, value: fx.Node, labels: Labels, path: str, output: fx.Node) -> fx.Node:
+    """Kept tokens at their places, with marks at those of dropped ones."""
+    if not value.meta["val"].dtype.is_floating_point:
+        raise InsertRefusal(
+            value, "what it keeps for later calls are no floating numbers", done.labels.sites_reaching(output)
+        )
+    batch_dim = batch_dim_of(labels)
+    token_dim = next(d for d, dim in enumerate(labels) if token_axis(dim) is not None)
+    axis = token_axis(labels[token_dim])
+    assert axis is not None
+    with done.graph.inserting_before(output):
+        new = done.graph.call_function(placed, (value, done.state(axis.source, output), token_dim, batch_dim))
+    new.meta = dict(value.meta)
+    done.marked[path] = MarkedAxes(batch_dim, token_dim, str(axis.source))
+    return new

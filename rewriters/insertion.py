@@ -13,6 +13,7 @@ from torch import fx
 
 from madtp import segments as segment_runtime
 from madtp import state as runtime
+from madtp.marks import MarkedAxes
 from rewriters.axes import Axis, Dim, Factor, axes_of, is_tensor, roots
 from rewriters.outcomes import op_name
 from rewriters.plan import Plan
@@ -96,6 +97,7 @@ class Insertion:
         before_site: residual value in front of each site and its state. site_values: these values.
         entrances: residual value at the block's input.
         attention_of: site by the node of its scoring attention.
+        marked: outputs that later calls read again and that may lack tokens, by path in the object that holds them.
     """
 
     graph: fx.Graph
@@ -112,6 +114,7 @@ class Insertion:
     joined: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     site_inputs: dict[str, fx.Node] = field(default_factory=dict)
     segment_maps: dict[int, fx.Node] = field(default_factory=dict)
+    marked: dict[str, MarkedAxes] = field(default_factory=dict)
 
     def state(self, source: Any, before: fx.Node) -> fx.Node:
         """The node that holds the token state of ``source``; derived states are computed where first needed."""

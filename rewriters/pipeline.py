@@ -7,7 +7,8 @@ for the first one, the pruned model for further ones.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -15,11 +16,14 @@ from torch import Tensor, fx, nn
 from madtp.additions import PREFIX
 from madtp.calls import Call
 from madtp.config import PruningConfig
-from madtp.errors import MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
+from madtp.errors import CaptureError, MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
+from madtp.held import CannotOpen, opened
+from madtp.marks import MarkedAxes
 from madtp.program import Program, compile_graph
 from rewriters.axes import AxisError
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import WHOLE, Capture, Region, capture
+from rewriters.continuation import hide_dead
 from rewriters.detect import Structure, detect, module_path
 from rewriters.insert import insert
 from rewriters.insertion import Insertion, InsertRefusal
@@ -28,6 +32,7 @@ from rewriters.plan import Plan, Refusal, make_plan
 from rewriters.pricing import cost_table
 
 CONSTANTS = f"{PREFIX}.constants"
+NOTHING = Plan((), (), 1, 1, "interleaved")
 
 
 @dataclass
@@ -61,9 +66,55 @@ def build(
         CaptureError, ExampleInputsError: from the capture.
         NoSiteError: nothing could be pruned.
     """
+    model, call = open_all(model, call)
     captured = capture(model, call, region)
-    try:
+    with _blamed_on(model):
         return _rewrite(model, call, config, captured, region, serial, only, plan)
+
+
+def build_continuation(
+    model: nn.Module, call: Call, marked: Mapping[str, MarkedAxes], *, region: Region = WHOLE, serial: int = 0
+) -> Program:
+    """The program for calls that read what an earlier, pruned call has kept: nothing is pruned, what was dropped stays hidden.
+
+    Args:
+        marked: kept tensors that may lack tokens, by path in the object that holds them.
+    Raises:
+        CaptureError, ExampleInputsError: from the capture. RewriteError: what was kept is read by more than attention.
+    """
+    model, call = open_all(model, call)
+    captured = capture(model, call, region)
+    with _blamed_on(model):
+        canonicalise(captured.graph)
+        try:
+            assert captured.returned is not None
+            hide_dead(captured.graph, call, captured.returned, marked)
+        except AxisError as error:
+            raise RewriteError(
+                f"{type(model).__name__} goes on from pruned tokens in a way that is not followed: {error}."
+            ) from error
+        return _compiled(Insertion(captured.graph, NOTHING), model, captured, region, serial)
+
+
+def open_all(model: nn.Module, call: Call) -> tuple[nn.Module, Call]:
+    """A model and a call of it with objects that later calls read again opened as their tensors.
+
+    Raises:
+        CaptureError: an object cannot be opened.
+    """
+    try:
+        call = call.opened()
+    except CannotOpen as error:
+        raise CaptureError(
+            f"{type(model).__name__} was called with an object that cannot be taken apart: {error}; leave it out of the call."
+        ) from error
+    return opened(model, call.form), call
+
+
+@contextmanager
+def _blamed_on(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
     except MadtpError:
         raise
     except AxisError as error:
@@ -98,14 +149,18 @@ def _rewrite(
     done, plan = _insert_what_works(captured.graph, plan)
     if not plan.sites and only is None:
         raise _no_site(model, structure, plan)
+    return Rewritten(_compiled(done, model, captured, region, serial), plan, structure, region)
+
+
+def _compiled(done: Insertion, model: nn.Module, captured: Capture, region: Region, serial: int) -> Program:
+    """The program of a finished graph."""
     table = cost_table(done, captured).under(region.inside, PREFIX)
     constants = _place_constants(done.graph, captured, serial)
     lift(done.graph, model)
     _name_from_root(done.graph, region)
-    program = Program(
-        done.graph, compile_graph(done.graph, str(serial)), captured.out_spec, captured.dynamic, table, constants
-    )
-    return Rewritten(program, plan, structure, region)
+    forward = compile_graph(done.graph, str(serial))
+    spec, dynamic = captured.out_spec, captured.dynamic
+    return Program(done.graph, forward, spec, dynamic, table, constants, captured.returned, done.marked)
 
 
 def _name_from_root(graph: fx.Graph, region: Region) -> None:
@@ -117,9 +172,10 @@ def _name_from_root(graph: fx.Graph, region: Region) -> None:
 
 def price_dense(model: nn.Module, call: Call) -> float:
     """Multiply-accumulates per sample of an unmodified model."""
+    model, call = open_all(model, call)
     captured = capture(model, call)
     canonicalise(captured.graph)
-    done = Insertion(captured.graph, Plan((), (), 1, 1, "interleaved"))
+    done = Insertion(captured.graph, NOTHING)
     return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
 
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls import Call, normalise_call
 from madtp.errors import ExampleInputsError
 from madtp.fast_path import spelled_out
-from madtp.region import held_state
+from madtp.held import CannotOpen, cannot_open
 from rewriters.capture import blamed_on_the_inputs
 from rewriters.tracking import Tracker
 
@@ -28,8 +28,8 @@ class Recorded:
         modalities: of the leaves of its inputs, by their path in the call.
         attentions: how many it computes in one run of the model.
         read: positions of tokens that others read in its results.
-        state: kind of an object that goes in or comes out and may be read by later calls, such as a key/value cache;
-            None if there is none.
+        state: kind of an object that goes in or comes out, may be read by later calls and cannot be taken apart; None if
+            there is none.
     """
 
     call: Call
@@ -85,12 +85,15 @@ def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
             call = normalise_call(module, args, kwargs)
         except ExampleInputsError:
             return
-        leaves, spec = pytree.tree_flatten_with_path((call.args, call.kwargs))
+        state = None
+        try:
+            call = call.opened()
+        except CannotOpen as error:
+            state = str(error)
+        leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
         modalities = {pytree.keystr(place): tracker.modalities(leaf) for place, leaf in leaves}
         # Containers are copied: the model may change them later in the run.
-        fresh_args, fresh_kwargs = pytree.tree_unflatten([leaf for _, leaf in leaves], spec)
-        fresh = Call(fresh_args, fresh_kwargs)
-        recording.calls[path] = Recorded(fresh, modalities, state=held_state((fresh_args, fresh_kwargs)))
+        recording.calls[path] = Recorded(call.with_leaves([leaf for _, leaf in leaves]), modalities, state=state)
 
     return hook
 
@@ -100,7 +103,7 @@ def _leave(path: str, recording: Recording, tracker: Tracker) -> Any:
         recording.active.pop()
         if path in recording.calls:
             recorded = recording.calls[path]
-            recorded.state = recorded.state or held_state(output)
+            recorded.state = recorded.state or cannot_open(output)
             tracker.follow(output, recorded.read)
 
     return hook

@@ -8,7 +8,9 @@ submodules that export as they were called there, and that hold transformer bloc
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import nn
 
@@ -37,10 +39,15 @@ WITHOUT = "call it without the cache (an argument like use_cache=False), or prun
 
 @dataclass
 class Part:
-    """One rewritten part of a model, with the call it was captured from."""
+    """One rewritten part of a model, with the call it was captured from.
+
+    inner: regions in it that hold streams of their own. They serve when the host calls them by themselves, or when the part
+    runs as the original does.
+    """
 
     rewritten: Rewritten
     call: Call
+    inner: tuple[Region, ...] = ()
 
     @property
     def region(self) -> Region:
@@ -55,12 +62,6 @@ class Parts:
     parts: list[Part]
     refusals: list[Refusal] = field(default_factory=list)
 
-    def give_up(self, failed: tuple[Part, str]) -> None:
-        """Leave a part alone."""
-        part, reason = failed
-        self.parts.remove(part)
-        self.refusals.append(Refusal(part.region.path, "", reason, "please report the model"))
-
     @property
     def whole(self) -> bool:
         """Whether the one part is the model itself."""
@@ -73,22 +74,30 @@ class Parts:
         return plan.without((), self.refusals)
 
 
-def build_all(host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None = None) -> Parts:
+def build_all(
+    host: nn.Module,
+    call: Call,
+    config: PruningConfig,
+    plan: Plan | None = None,
+    wrong: Mapping[str, str] = MappingProxyType({}),
+) -> Parts:
     """Rewrite ``host`` as a whole or by regions.
 
+    Args:
+        wrong: regions that failed a check, with the reason; what lies below them is tried.
     Raises:
         MadtpError: as :func:`rewriters.pipeline.build`, where neither works.
     """
     regions: Parts | None = None
     if callable(getattr(host, "generate", None)):
-        regions = _by_regions(host, call, config, plan)
+        regions = _by_regions(host, call, config, plan, wrong)
         if regions.parts:
             return regions
     try:
         return Parts([Part(build(host, call, config, plan=plan), call)])
     except (CaptureError, RewriteError, PlanError) as error:
         if regions is None:
-            regions = _by_regions(host, call, config, plan)
+            regions = _by_regions(host, call, config, plan, wrong)
         if not regions.parts:
             raise _neither(error, regions) from error
         return regions
@@ -101,8 +110,10 @@ def _neither(error: MadtpError, found: Parts) -> MadtpError:
     return type(error)(f"{error} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}")
 
 
-def _by_regions(host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None) -> Parts:
-    walk = _Walk(host, record(host, call), config, plan)
+def _by_regions(
+    host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None, wrong: Mapping[str, str]
+) -> Parts:
+    walk = _Walk(host, record(host, call), config, plan, wrong)
     walk.down("", host)
     if plan is not None and walk.parts:
         lost = {s.name for s in plan.sites} - {s.name for p in walk.parts for s in p.rewritten.plan.sites}
@@ -117,8 +128,15 @@ def _by_regions(host: nn.Module, call: Call, config: PruningConfig, plan: Plan |
 class _Walk:
     """The walk down a module tree."""
 
-    def __init__(self, host: nn.Module, recording: Recording, config: PruningConfig, plan: Plan | None) -> None:
-        self.host, self.recording, self.config, self.plan = host, recording, config, plan
+    def __init__(
+        self,
+        host: nn.Module,
+        recording: Recording,
+        config: PruningConfig,
+        plan: Plan | None,
+        wrong: Mapping[str, str],
+    ) -> None:
+        self.host, self.recording, self.config, self.plan, self.wrong = host, recording, config, plan, wrong
         self.parts: list[Part] = []
         self.refusals: list[Refusal] = []
         self.attempts = 0
@@ -169,6 +187,8 @@ class _Walk:
 
     def _try(self, path: str, module: nn.Module, recorded: Recorded) -> Part | Refusal | None:
         """Rewrite one module, or say why not; None where there is nothing to prune in it."""
+        if path in self.wrong:
+            return Refusal(path, "", self.wrong[path], "please report the model")
         if recorded.state is not None:
             return Refusal(path, "", STATE.format(recorded.state), WITHOUT)
         if self.attempts >= ATTEMPTS or self.failures[type(module)] >= OF_ONE_CLASS:
@@ -188,7 +208,22 @@ class _Walk:
             return Refusal(path, "", str(error), "an exportable module")
         except (RewriteError, PlanError) as error:
             return Refusal(path, "", str(error), "please report the model")
-        return Part(rewritten, recorded.call)
+        return Part(rewritten, recorded.call, tuple(self._inner(path, module, rewritten.plan)))
+
+    def _inner(self, path: str, module: nn.Module, plan: Plan) -> Iterator[Region]:
+        """The largest submodules that hold whole streams of one modality, beside others."""
+        for name, child in module.named_children():
+            place = f"{path}.{name}" if path else name
+            recorded, sites = self.recording.calls.get(place), plan.of(Region(place)).sites
+            if not sites:
+                continue
+            others = {site.stream for site in plan.sites if site not in sites}
+            apart = others and others.isdisjoint(site.stream for site in sites)
+            alone = apart and not any(site.segments for site in sites)
+            if alone and recorded is not None and recorded.state is None and recorded.attentions > 1:
+                yield Region(place, recorded.modalities, tuple(sorted(recorded.read)))
+            else:
+                yield from self._inner(place, child, plan)
 
     def _plan_of(self, region: Region) -> Plan | None:
         return None if self.plan is None else self.plan.of(region)

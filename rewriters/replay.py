@@ -74,10 +74,7 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
 
 def first_sample(call: Call) -> Call:
     """The call with the first sample of the batch only."""
-    leaves, spec = call.flat()
-    cut = [x[:1] if isinstance(x, Tensor) and x.dim() else x for x in leaves]
-    args, kwargs = pytree.tree_unflatten(cut, spec)
-    return Call(args, kwargs)
+    return call.with_leaves([x[:1] if isinstance(x, Tensor) and x.dim() else x for x in call.flat()[0]])
 
 
 @contextmanager
