@@ -207,7 +207,7 @@ def _split(inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...]
 def _report(model: nn.Module, found: Parts) -> RewriteReport:
     whole = RewriteReport(type(model).__name__, "whole" if found.whole else "regions", [], [], [], [])
     whole.network = nx.DiGraph()
-    whole.refusals.extend(RefusalReport(r.block, r.node, r.reason, r.help) for r in found.plan.refusals)
+    whole.refusals.extend(RefusalReport(r.block, r.node, r.reason, r.help, r.by_policy) for r in found.plan.refusals)
     if not found.whole:
         whole.regions = tuple(part.region.path for part in found.parts)
     for part in found.parts:

@@ -54,12 +54,14 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class RefusalReport:
-    """A block that is left alone: module path, graph node, reason, and what would help."""
+    """A block that is left alone: module path, graph node, reason, and what would help. by_policy: it could be pruned, but
+    should not be unasked, as the text of a language model."""
 
     block: str
     node: str
     reason: str
     help: str
+    by_policy: bool = False
 
 
 @dataclass

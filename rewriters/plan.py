@@ -74,12 +74,13 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A block that is left alone: where, why, and what would help."""
+    """A block that is left alone: where, why, and what would help. by_policy: it could be pruned, but should not be unasked."""
 
     block: str
     node: str
     reason: str
     help: str
+    by_policy: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
         wanted = inheritance[stream.index]
         segments = segments_of(stream, structure.graph, config, inputs, module)
         left = left_alone(stream, segments, structure.graph, config, inputs, module)
+        chosen = left is not None
         try:
             protected, readouts = protected_readouts(stream, config)
         except AxisError as error:
@@ -183,7 +185,8 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
         if wanted.unknown is not None:
             left = left or (wanted.unknown, "a readout at a position that can be told in the stream it comes from")
         if left is not None:
-            refusals.extend(Refusal(s.path, s.attention.name, *left) for s in stream.sublayers if s.kind == "self")
+            blocks = (s for s in stream.sublayers if s.kind == "self")
+            refusals.extend(Refusal(s.path, s.attention.name, *left, by_policy=chosen) for s in blocks)
             continue
         protected = tuple(dict.fromkeys((*protected, *wanted.positions)))
         readouts = tuple(dict.fromkeys((*readouts, *wanted.readouts)))

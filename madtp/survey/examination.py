@@ -70,6 +70,8 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
     streams = {block.stream for block in report.blocks if block.kind == "self"}
     names = {site.name for site in report.sites}
     pruned = {block.stream for block in report.blocks if block.path in names}
+    chosen = {refusal.block for refusal in report.refusals if refusal.by_policy}
+    left = {block.stream for block in report.blocks if block.path in chosen} - pruned
     return replace(
         record,
         outcome="rewritten",
@@ -77,8 +79,9 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
         blocks=dict(blocks),
         streams=len(streams),
         pruned=len(pruned & streams),
+        left=len(left & streams),
         sites=len(report.sites),
-        refusals=tuple(Refusal(r.block, r.reason, r.help) for r in report.refusals),
+        refusals=tuple(Refusal(r.block, r.reason, r.help, r.by_policy) for r in report.refusals),
         rewrite_seconds=seconds,
     )
 

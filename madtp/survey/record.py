@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 OUTCOMES = {
-    "rewritten": "every stream is pruned, hardly an attention is refused, compute is saved, and every invariant holds",
+    "rewritten": "every stream is pruned but text that a language model predicts, hardly an attention is refused, compute is "
+    "saved, and every invariant holds",
     "partly": "every invariant holds, but a stream, half the attentions or training is refused, or nothing is saved",
     "refused": "nothing can be pruned; the reason is given",
     "no transformer": "the model has no attention over tokens; it is refused, as it should be",
@@ -30,11 +31,12 @@ INDEPENDENCE = 1e-3
 
 @dataclass(frozen=True)
 class Refusal:
-    """A block, or the whole model, that is left alone, and why."""
+    """A block, or the whole model, that is left alone, and why. by_policy: as pruning it would change predictions."""
 
     block: str
     reason: str
     help: str = ""
+    by_policy: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Record:
     Attributes:
         kind: class of the model. parameters, nodes: of the small model and of its graph.
         capture: "whole" or "regions". blocks: attention sublayers found, by kind ("pre-norm self").
-        streams: residual streams with self-attention; pruned: those of them with a site.
+        streams: residual streams with self-attention; pruned: those of them with a site; left: those without by policy.
         identity, independence: largest errors; None where it was not measured. trains: the loss falls over ten steps.
         reduction: fraction of multiply-accumulates saved at a strong setting.
         seconds: of the rewrite, and of everything. failure: text of what went wrong.
@@ -58,6 +60,7 @@ class Record:
     blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     streams: int = 0
     pruned: int = 0
+    left: int = 0
     sites: int = 0
     refusals: tuple[Refusal, ...] = ()
     identity: float | None = None
@@ -86,9 +89,10 @@ def judged(record: Record) -> Record:
 
     Some refusals are allowed: fewer than there are sites. One that concerns the whole of training is not.
     """
+    refused = [refusal for refusal in record.refusals if not refusal.by_policy]
     whole = (
-        record.pruned == record.streams
-        and len(record.refusals) < record.sites
+        record.pruned + record.left == record.streams
+        and len(refused) < record.sites
         and not any(refusal.block in PROBED for refusal in record.refusals)
         and (record.reduction or 0.0) > 0
     )
