@@ -1,7 +1,12 @@
-"""Compare what two models return: :func:`compare` whole structures, :func:`relative_difference` two tensors."""
+"""Compare what two models return: :func:`compare` whole structures, :func:`relative_difference` two tensors.
+
+Runs that are to be compared go inside :func:`drawing_alike`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +19,15 @@ RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-8}
 COARSE = 5e-2
 LARGE = 1e30
 """Numbers of this size and above stand for infinity (masked logits)."""
+
+
+@contextmanager
+def drawing_alike() -> Iterator[None]:
+    """Inside the block random numbers are those of every such block (models may draw in eval mode, an order of patches, say);
+    afterwards they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from madtp.calls import Call
-from madtp.compare import relative_difference
+from madtp.compare import drawing_alike, relative_difference
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
@@ -92,7 +92,7 @@ def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
 
 
 def _run(program: Program, root: Any, call: Call) -> list[Any]:
-    with torch.no_grad():
+    with torch.no_grad(), drawing_alike():
         return pytree.tree_flatten(program.run(root, call.flat()[0]))[0]
 
 

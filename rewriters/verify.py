@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.branches import OtherBranch
 from madtp.calls import Call
-from madtp.compare import compare
+from madtp.compare import compare, drawing_alike
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
@@ -64,8 +64,10 @@ def inactive_equals_original(case: Case) -> None:
     try:
         with torch.no_grad():
             for call in calls:
-                expected = case.model(*call.args, **call.kwargs)
-                actual = case.program.run(case.root, call.flat()[0])
+                with drawing_alike():
+                    expected = case.model(*call.args, **call.kwargs)
+                with drawing_alike():
+                    actual = case.program.run(case.root, call.flat()[0])
                 compare(expected, actual)
     finally:
         case.control.temperature = temperature
