@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import WIDTH
+from joint import Block
 from oracle import expected, leaves, survivors
 from rewrites import Subject, eager_arithmetic, gap
 from rewrites import subject as rewritten
-from torch import Tensor
+from torch import Tensor, nn
 
 import madtp
 
@@ -94,13 +96,40 @@ def test_hidden_states_come_back_at_full_length(clip: Subject) -> None:
     assert all(v.shape[1] in (7, 17) for n, v in found.items() if "hidden_states" in n)
 
 
-def test_a_signature_that_cannot_be_pruned_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_maps_come_back_over_all_tokens() -> None:
     subject = rewritten("clip_eager")
     inputs = {**subject.case.inputs(3, 7), "output_attentions": True}
-    with caplog.at_level("WARNING", logger="madtp"):
-        same_without_pruning(subject, inputs)
+    same_without_pruning(subject, inputs)
+    maps = [v for name, v in pruned_outputs(subject, inputs).items() if "attentions" in name]
+    assert maps
+    for found in maps:
+        assert found.shape[-2:] in ((7, 7), (17, 17))
+        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:-1]))
+
+
+class Mixing(nn.Module):
+    """Blocks; on request each token also takes what stands before it, which no token can do without the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor, mix: bool = False) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            if mix:
+                x = x + x.cumsum(1)
+        return x[:, 0]
+
+
+def test_a_signature_that_cannot_be_pruned_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, inputs = Mixing().eval(), torch.randn(3, 12, WIDTH)
+    pruned = madtp.rewrite(model, (inputs,))
+    with caplog.at_level("WARNING", logger="madtp"), torch.no_grad(), pruned.dense():
+        assert gap(model(inputs, mix=True), pruned(inputs, mix=True)) < 1e-5
     assert "nothing is pruned at" in caplog.text
-    assert subject.names["image"][0] in caplog.text
+    assert pruned.report.sites[0].name in caplog.text
 
 
 def test_an_image_of_another_size(clip: Subject) -> None:
