@@ -6,13 +6,15 @@ Start at :func:`untouched`. Such notes hold tensors without values, which would 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-CONTAINERS = (dict, list, set)
+# Hooks lie in an OrderedDict.
+CONTAINERS = (dict, list, set, OrderedDict)
 
 
 @contextmanager

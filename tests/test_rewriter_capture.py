@@ -170,7 +170,7 @@ def test_conversions_to_another_type_stay() -> None:
 
 
 class TakesNotes(nn.Module):
-    """Notes down what it computes, in a dictionary, a list and an attribute."""
+    """Notes down what it computes, in a dictionary, a list and an attribute, and listens to a part by a hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,6 +182,7 @@ class TakesNotes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if "double" not in self.cache:
             self.cache["double"] = self.scale * 2
+            self.trunk.register_forward_hook(lambda module, args, output: None)
         self.calls.append(x)
         self.last = x
         return self.trunk(x) * self.cache["double"]
@@ -192,6 +193,7 @@ def test_a_model_keeps_no_notes_of_being_traced() -> None:
     capture(model, Call((images(2, 0),), {}))
     assert model.cache == {}
     assert model.calls == []
+    assert not model.trunk._forward_hooks
     assert not hasattr(model, "last")
     assert set(model.state_dict()) == set(TakesNotes().state_dict())
 

@@ -48,7 +48,7 @@ def test_captions_equal_those_of_transformers(tmp_path: Any, count: int, minimum
     images = tasks.inputs("caption", batch=4)["images"]
     captions = write_captions(ours, images, PROMPT, Beams(count, minimum, 14))
     # transformers drops the last id of a prompt and puts its own first one in front.
-    prompt = torch.cat([PROMPT, PROMPT[:1]]).expand(4, -1)
+    prompt = torch.cat([PROMPT, PROMPT[:1]]).repeat(4, 1)
     out = theirs.generate(
         pixel_values=images,
         input_ids=prompt,
