@@ -7,7 +7,6 @@ after every key, shape and value has been checked.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from madtp.drafts import draft_of
 from madtp.errors import CheckpointError
 from zoo.checkpoint_files import read_checkpoint
 from zoo.key_table import KeyTable, choose, matches, translate
@@ -109,14 +109,9 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     own = model.state_dict()
     tied = _tied(own)
     kept = {key: value.detach().cpu().contiguous() for key, value in own.items() if key == tied[key][0]}
-    draft = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with draft_of(path) as draft:
             save_file(kept, draft)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
 

@@ -5,7 +5,6 @@ Registering costs no import of timm or transformers: an entry holds a builder, a
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.checkpoint import load_checkpoint
+from zoo.near import did_you_mean
 
 Builder = Callable[[], nn.Module]
 
@@ -106,8 +106,7 @@ def describe(name: str) -> ModelEntry:
     """
     if name in _entries:
         return _entries[name]
-    near = difflib.get_close_matches(name, _entries, n=3, cutoff=0.5)
-    advice = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known models: {', '.join(list_models())}."
+    advice = did_you_mean(name, _entries, otherwise=f"Known models: {', '.join(list_models())}.")
     raise UnknownModelError(f"The zoo has no model {name!r}. {advice}")
 
 

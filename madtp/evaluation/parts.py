@@ -7,12 +7,12 @@ to, so that those of another evaluation are never mixed in.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from madtp.drafts import draft_of
 from madtp.errors import CheckpointError
 
 SETUP = "setup.json"
@@ -70,14 +70,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with draft_of(path) as draft:
             draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written ({error}); free space there or choose another output."

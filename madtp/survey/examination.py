@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import madtp
+from madtp.compare import drawing_alike
 from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
@@ -154,8 +155,8 @@ def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float
 
 def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Outputs by path; what a model draws at random (an order of patches, say) is drawn alike at every call."""
-    torch.manual_seed(0)
-    return leaves(model(**inputs))
+    with drawing_alike():
+        return leaves(model(**inputs))
 
 
 def _row_error(batch: Tensor, single: Tensor, row: int) -> float:

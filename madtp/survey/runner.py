@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from madtp.drafts import draft_of
 from madtp.errors import DataError
 from madtp.survey.record import Record
 
@@ -124,7 +124,5 @@ def load(path: Path) -> list[Record]:
 def save(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON, whole or not at all."""
     content = {"format": FORMAT, "records": [record.to_dict() for record in sorted(records, key=lambda r: r.name)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with draft_of(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from typing import Any
 
 from madtp.errors import ConfigError, DataError
 from zoo.datasets.records import DataSet, ImageSource, Record, Transform
+from zoo.near import did_you_mean
 
 TASKS = ("reasoning", "captioning", "retrieval", "questions")
 
@@ -86,8 +86,7 @@ def describe_data(name: str) -> DataEntry:
     """
     if name in _entries:
         return _entries[name]
-    near = difflib.get_close_matches(name, _entries, n=3, cutoff=0.5)
-    advice = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(list_data())}."
+    advice = did_you_mean(name, _entries, otherwise=f"Known: {', '.join(list_data())}.")
     raise DataError(f"The zoo has no data set {name!r}. {advice}")
 
 
