@@ -9,6 +9,8 @@ Axis legend: B samples, H heads, Q queries, K keys, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +34,7 @@ def attention(
     *,
     scale: float | None = None,
     grouped: bool = False,
+    softcap: float | None = None,
     present_mask: Tensor | None = None,
     query_state: TokenState | None = None,
     key_state: TokenState | None = None,
@@ -42,13 +45,23 @@ def attention(
         query, key, value: ``[B, H, Q, D]``, ``[B, H, K, D]``, ``[B, H, K, Dv]``; with ``grouped`` keys may have fewer
         heads.
         mask: boolean (True = may attend) or additive, broadcastable to ``[B, H, Q0, K0]`` over the *original* tokens.
+        softcap: scores s become ``softcap * tanh(s / softcap)`` in front of the mask.
         present_mask: the like over the tokens that are there, in place of ``mask``: a bias that is computed from them.
         query_state, key_state: states of the pruned streams, None where a stream is not pruned.
     Returns:
         ``[B, H, Q, Dv]``.
     """
     mask, causal = mask_of_survivors(query, key, mask, causal, present_mask, query_state, key_state)
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=grouped)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        key, value = (_each_head(operand, query.size(1)) for operand in (key, value))
+    outputs = []
+    for _, _, probabilities in _by_blocks(query, key, mask, causal, scale, softcap):
+        outputs.append(F.dropout(probabilities.to(value.dtype), dropout_p, dropout_p > 0) @ value)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def mask_of_survivors(
@@ -122,34 +135,27 @@ def attention_with_statistics(
     *,
     scale: float | None,
     grouped: bool,
+    softcap: float | None,
     rows: Tensor | None,
     class_slot: Tensor | None,
 ) -> tuple[Tensor, AttentionStatistics]:
     """Attention together with the statistics of DTP.
 
     Args:
-        mask: over the present tokens (see :func:`mask_of_survivors`).
+        mask: over the present tokens (see :func:`mask_of_survivors`). softcap: as in :func:`attention`.
         rows: ``[B, Q]`` queries that count in the column sums; None = all.
         class_slot: ``[B]`` slot whose row is the class attention; None if the stream has no such token.
     Returns:
         output ``[B, H, Q, Dv]`` and :class:`~madtp.importance.AttentionStatistics`.
     """
-    heads = query.size(1)
-    if grouped and key.size(1) != heads:
-        key = key.repeat_interleave(heads // key.size(1), 1)
-        value = value.repeat_interleave(heads // value.size(1), 1)
-    factor = query.size(-1) ** -0.5 if scale is None else scale
-    batch, _, count, _ = query.shape
+    if grouped:
+        key, value = (_each_head(operand, query.size(1)) for operand in (key, value))
+    batch, heads, _, _ = query.shape
     keys = key.size(2)
-    transposed = key.transpose(-1, -2)
     outputs: list[Tensor] = []
     received = query.new_zeros(batch, keys, dtype=torch.float32)
     class_row = query.new_zeros(batch, heads, keys, dtype=torch.float32)
-    for start in range(0, count, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, count)
-        scores = (query[:, :, start:stop] * factor) @ transposed
-        scores = _masked(scores, mask, causal, start, stop)
-        probabilities = _softmax(scores, mask)
+    for start, stop, probabilities in _by_blocks(query, key, mask, causal, scale, softcap):
         strongest = probabilities.amax(1)
         if rows is not None:
             strongest = strongest.masked_fill(~rows[:, start:stop, None], 0)
@@ -163,6 +169,26 @@ def attention_with_statistics(
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
     norms = output.float().norm(dim=-1)
     return output, AttentionStatistics(received, None if class_slot is None else class_row, norms)
+
+
+def _each_head(operand: Tensor, heads: int) -> Tensor:
+    """Keys or values with one head for each of the queries'."""
+    return operand if operand.size(1) == heads else operand.repeat_interleave(heads // operand.size(1), 1)
+
+
+def _by_blocks(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, softcap: float | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """First and last query of each block, and its probabilities ``[B, H, Q', K]``."""
+    factor = query.size(-1) ** -0.5 if scale is None else scale
+    transposed = key.transpose(-1, -2)
+    for start in range(0, query.size(2), QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, query.size(2))
+        scores = (query[:, :, start:stop] * factor) @ transposed
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        scores = _masked(scores, mask, causal, start, stop)
+        yield start, stop, _softmax(scores, mask)
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

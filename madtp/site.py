@@ -95,6 +95,7 @@ class ScoringAttention(nn.Module):
         *,
         scale: float | None = None,
         grouped: bool = False,
+        softcap: float | None = None,
         present_mask: Tensor | None = None,
         state: TokenState | None = None,
         readouts: tuple[Position, ...] = (),
@@ -118,6 +119,7 @@ class ScoringAttention(nn.Module):
                 causal,
                 scale=scale,
                 grouped=grouped,
+                softcap=softcap,
                 present_mask=present_mask,
                 query_state=state,
                 key_state=state,
@@ -141,6 +143,7 @@ class ScoringAttention(nn.Module):
             still_causal,
             scale=scale,
             grouped=grouped,
+            softcap=softcap,
             rows=rows,
             class_slot=slot,
         )

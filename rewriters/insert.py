@@ -129,6 +129,7 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
             {
                 "scale": node.kwargs.get("scale"),
                 "grouped": node.kwargs.get("grouped", False),
+                "softcap": node.kwargs.get("softcap"),
                 "present_mask": node.kwargs.get("present_mask"),
                 "state": state,
                 "readouts": readouts,

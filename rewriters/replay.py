@@ -50,7 +50,8 @@ def dropping_equals_hiding(program: Program, root: Any, control: PruningControl,
 
 
 def batch_mates_do_not_matter(program: Program, root: Any, control: PruningControl, call: Call, plan: Plan) -> None:
-    """The first sample alone gives what it gives in its batch, with the same decisions."""
+    """The first sample alone gives what it gives in its batch, with the same decisions; but for outputs that compare samples
+    in the original, too."""
     batch = call.samples()
     with _pruning(control, merge=control.config.merge):
         _run(program, root, call)
@@ -62,14 +63,27 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
             return
         control.forced = {name: kept for name, kept in firsts.items() if kept is not None}
         alone = _run(program, root, first_sample(call))
-    for position, (want, have) in enumerate(zip(alone, together, strict=True)):
-        if not isinstance(want, Tensor) or not want.dim():
-            continue
-        if error := _difference(want, have[tuple(slice(0, n) for n in want.shape)]):
+    found = _apart(alone, together)
+    if not found:
+        return
+    with _dense(control):
+        coupled = _apart(_run(program, root, first_sample(call)), _run(program, root, call))
+    for position, error in found.items():
+        if position not in coupled:
             raise RewriteError(
                 f"output {position} of the first sample changes by {error:.1e} of its scale with the samples that share its "
                 "batch, which it must not; please report the model."
             )
+
+
+def _apart(alone: list[Any], together: list[Any]) -> dict[int, float]:
+    """Outputs of a sample alone that differ from its part of the batch's, and by how much."""
+    errors = {
+        position: _difference(want, have[tuple(slice(0, n) for n in want.shape)])
+        for position, (want, have) in enumerate(zip(alone, together, strict=True))
+        if isinstance(want, Tensor) and want.dim()
+    }
+    return {position: error for position, error in errors.items() if error}
 
 
 def first_sample(call: Call) -> Call:
@@ -88,6 +102,17 @@ def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
     finally:
         control.config, control.temperature, control.forced = before
         control.in_place = False
+        control.begin()
+
+
+@contextmanager
+def _dense(control: PruningControl) -> Iterator[None]:
+    temperature = control.temperature
+    control.temperature = 0.0
+    try:
+        yield
+    finally:
+        control.temperature = temperature
         control.begin()
 
 

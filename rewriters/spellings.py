@@ -46,10 +46,14 @@ class Mask:
 
 @dataclass
 class Scores:
-    """What was found between the product of queries and keys and the softmax."""
+    """What was found between the product of queries and keys and the softmax.
+
+    scale: of the product. softcap: c of ``c * tanh(scale * product)``, which the masks are added to; None without a cap.
+    """
 
     product: fx.Node
     scale: float = 1.0
+    softcap: float | None = None
     masks: list[Mask] = field(default_factory=list)
     query_factors: list[fx.Node] = field(default_factory=list)
 
@@ -140,8 +144,10 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         else:
             masks = scores.masks
         mask = _join(graph, masks, product, query.meta["val"].dtype)
+        cap: dict[str, float] = {} if scores.softcap is None else {"softcap": scores.softcap}
+        scale = scores.scale * cap.get("softcap", 1.0)
         new = emit(
-            graph, attention, (query, key, value, mask, dropout, False), product, scale=scores.scale, grouped=False
+            graph, attention, (query, key, value, mask, dropout, False), product, scale=scale, grouped=False, **cap
         )
         result = _fold(graph, new) if rank == 3 else new
         wanted = product.meta["val"].dtype
@@ -202,6 +208,8 @@ def _inwards(node: Any) -> Scores:
         return _inwards(node.args[0])
     if name in ("mul", "div"):
         return _scaled(node, name)
+    if name == "tanh":
+        return _capped(node)
     if name == "add" and not node.kwargs:
         return _masked_sum(node)
     if name == "sub" and not node.kwargs:
@@ -244,18 +252,31 @@ def _product(node: fx.Node) -> Scores:
     return found
 
 
+def _capped(node: fx.Node) -> Scores:
+    inner = _inwards(node.args[0])
+    if inner.masks or inner.softcap is not None:
+        raise NoMatch
+    return replace(inner, softcap=1.0)
+
+
 def _scaled(node: fx.Node, name: str) -> Scores:
     inner = _inwards(node.args[0])
     operand: Any = node.args[1]
     factor = _number(operand)
     if factor is None:
         shape = example_shape(operand) if is_tensor(operand) else ()
-        if name == "div" or not shape or shape[-2:] != (1, 1) or inner.masks or inner.scale != 1.0:
+        one_a_head = name == "mul" and shape[-2:] == (1, 1)
+        if not one_a_head or inner.masks or inner.scale != 1.0 or inner.softcap is not None:
             raise NoMatch
         inner.query_factors.append(operand)
         return inner
     factor = 1 / factor if name == "div" else factor
-    inner.scale *= factor
+    if inner.softcap is None:
+        inner.scale *= factor
+    elif factor == 0:
+        raise NoMatch
+    else:
+        inner.softcap *= factor
     inner.masks = [replace(m, times=m.times * factor) if m.kind == "add" else m for m in inner.masks]
     return inner
 

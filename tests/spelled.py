@@ -253,6 +253,33 @@ def disentangled_folded(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join(torch.bmm(scores.softmax(-1).view(-1, length, length), v).view(batch, HEADS, length, HEAD))
 
 
+def soft_capped(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    scores = ((q @ k.mT * 0.5) / 0.8).tanh() * 0.8
+    scores = scores + torch.where(mask, 0.0, LOW)[:, None, None, :]
+    return m.join(F.dropout(scores.softmax(-1), 0.1, m.training) @ v)
+
+
+def soft_capped_folded(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    batch, length, _ = x.shape
+    q, k, v = (t.reshape(batch * HEADS, length, HEAD) for t in m.split(x))
+    scores = -2 * torch.tanh(torch.bmm(q, k.mT) / -2).view(batch, HEADS, length, length) * 0.6
+    weights = scores.masked_fill(~mask[:, None, None, :], LOW).softmax(-1)
+    return m.join(torch.bmm(weights.view(batch * HEADS, length, length), v).view(batch, HEADS, length, HEAD))
+
+
+def soft_capped_grouped(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    batch, length, _ = x.shape
+    q, _, _ = m.split(x)
+    few = m.fewer(x).view(batch, length, 2, 1, HEAD).permute(2, 0, 3, 1, 4)
+    k, v = (
+        t[:, :, None].expand(batch, 1, HEADS, length, HEAD).reshape(batch, HEADS, length, HEAD) for t in few.unbind(0)
+    )
+    order = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+    scores = (5 * torch.tanh(q @ k.mT / 5)).masked_fill(~(order & mask[:, None, None, :]), LOW)
+    return m.join(scores.softmax(-1) @ v)
+
+
 SPELLINGS: dict[str, Spelling] = {
     f.__name__: f
     for f in (
@@ -285,6 +312,9 @@ SPELLINGS: dict[str, Spelling] = {
         mask_like_the_scores,
         disentangled,
         disentangled_folded,
+        soft_capped,
+        soft_capped_folded,
+        soft_capped_grouped,
     )
 }
 

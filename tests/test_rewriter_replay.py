@@ -10,8 +10,9 @@ from rewrites import eager_arithmetic
 from torch import Tensor, nn
 
 import madtp
+from madtp import state
 from madtp.errors import RewriteError
-from rewriters import part_rules, rules
+from rewriters import insert, part_rules, rules
 from rewriters.outcomes import LabelMap, Outcome, labels_of
 
 
@@ -97,3 +98,26 @@ def test_a_rule_that_misses_a_mix_of_samples_is_found_out(monkeypatch: pytest.Mo
     monkeypatch.setitem(rules.RULES, "mean", mean)
     with pytest.raises(RewriteError, match=r"output|decisions hold"):
         madtp.rewrite(Tower(BatchMean()).eval(), inputs())
+
+
+class Contrast(Tower):
+    """Compares samples, as scores between the texts and the images of a batch that are shares do."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = super().forward(pixels)
+        return (features @ features.mT).softmax(0), features
+
+
+def test_outputs_that_compare_samples_in_the_original_may_depend_on_them() -> None:
+    assert len(madtp.rewrite(Contrast().eval(), inputs()).report.sites) == 3
+
+
+def test_outputs_beside_those_that_compare_samples_are_still_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(values: Tensor, tokens: state.TokenState, *places: int) -> Tensor:
+        read = read_position(values, tokens, *places)
+        return read if tokens.index is None else read * read.mean(1, keepdim=True).softmax(0)
+
+    read_position = state.read_position
+    monkeypatch.setattr(insert.runtime, "read_position", shares)
+    with pytest.raises(RewriteError, match=r"output 1 of the first sample"):
+        madtp.rewrite(Contrast().eval(), inputs())

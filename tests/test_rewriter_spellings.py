@@ -108,6 +108,22 @@ def subtracted_from(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join((1.0 - q @ k.mT).softmax(-1) @ v)
 
 
+def capped_with_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    scores = 2 * torch.tanh((q @ k.mT + m.bias) / 2)
+    return m.join(scores.softmax(-1) @ v)
+
+
+def capped_by_head(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join(((q @ k.mT).tanh() * m.strength).softmax(-1) @ v)
+
+
+def capped_to_nothing(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = m.split(x)
+    return m.join(((q @ k.mT).tanh() * 0.0).softmax(-1) @ v)
+
+
 MISSES = (
     wrong_dimension,
     over_channels,
@@ -116,6 +132,9 @@ MISSES = (
     multiplied_weights,
     soft_mask,
     subtracted_from,
+    capped_with_mask,
+    capped_by_head,
+    capped_to_nothing,
 )
 
 
