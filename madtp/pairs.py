@@ -28,6 +28,11 @@ class Pair(Program):
     repeats: ClassVar[int] = 2
     halved: tuple[tuple[int, ...], ...] = ()
 
+    def serves(self, leaves: Sequence[Any]) -> bool:
+        """Whether the call holds one sample, and two of its kind are within the limits of the capture."""
+        tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
+        return all(x.shape[0] == 1 for x in tensors) and super().serves([twice(x) for x in leaves])
+
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on the sample twice; returns what the model returns for one."""
         outputs = list(self.forward(root, *map(twice, leaves)))
@@ -66,9 +71,9 @@ def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wa
         compare(wanted, pair.run(host, call.flat()[0]), values=not any(m.training for m in module.modules()))
     except RewriteError as error:
         raise CaptureError(
-            f"{type(module).__name__} was called with one sample, and torch.export froze its batch size, so a capture of two "
-            f"samples has to serve it, but {error} Call it with at least 2 samples, or write x.shape[0] where forward says "
-            "len(x) or int(...)."
+            f"{type(module).__name__} was called with one sample, and torch.export froze its batch size, or forward asks for "
+            f"it, so a capture of two samples has to serve it, but {error} Call it with at least 2 samples, or write "
+            "x.shape[0] where forward says len(x) or int(...)."
         ) from error
     return pair
 

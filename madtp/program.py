@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.cost import CostTable
 from madtp.held import Returned
+from madtp.limits import Limits
 from madtp.marks import MarkedAxes
 
 
@@ -23,6 +24,7 @@ class Program:
     graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
     that the graph holds itself. repeats: how often it runs each sample of a call. returned: how to close
     the objects that it returns opened; None if there are none. marked: their tensors that may have dead slots, by path.
+    limits: on the free sizes of a call.
     """
 
     repeats: ClassVar[int] = 1
@@ -34,11 +36,16 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     returned: Returned | None = None
     marked: dict[str, MarkedAxes] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def sites(self) -> list[str]:
         """Names of the sites that the graph passes."""
         return [name for name in self.cost.lengths if isinstance(name, str)]
+
+    def serves(self, leaves: Sequence[Any]) -> bool:
+        """Whether the free sizes of a call are within what the graph was captured for."""
+        return self.limits.allow(leaves)
 
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on flattened inputs; returns the model's own output structure, objects opened."""

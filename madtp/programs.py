@@ -89,10 +89,12 @@ class Programs:
             call = call.opened()
         except CannotOpen:
             return []
+        leaves = call.flat()[0]
         return [
             cached.program
             for cached in reversed(self.entries.values())
             if signature(self.module, call, cached.program.dynamic) == cached.signature
+            and cached.program.serves(leaves)
         ]
 
     def build(self, call: Call) -> Program:
@@ -108,7 +110,7 @@ class Programs:
         with self._untouched():
             program = self.builder(self.module, captured, self.additions.programs, self.marked)
         self._hold(program)
-        if captured is not call and _frozen_batch(program, captured):
+        if captured is not call and (_frozen_batch(program, captured) or not program.serves(call.flat()[0])):
             program = self._serving_one(program, call)
         if call.held() or self.inner:
             self._check(program, call)

@@ -4,7 +4,7 @@ Start at :func:`capture`. The model is traced by ``torch.export`` (non-strict) w
 inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes
 under the model's own parameter names and the module path of every node in ``meta["nn_module_stack"]``. Export's own
 guards and assertions are left behind: which calls a capture may serve is decided by :class:`madtp.calls.Signature`
-instead.
+and :class:`madtp.limits.Limits` instead.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.fast_path import spelled_out
 from madtp.held import Returned, returned_by
+from madtp.limits import Limits, limits_of
 from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
@@ -41,7 +42,7 @@ Exported = tuple[torch.export.ExportedProgram, Returned | None]
 @dataclass
 class Capture:
     """A captured model: ``graph`` maps the flattened inputs to the flattened outputs. returned: how objects among these are
-    closed; None if there are none."""
+    closed; None if there are none. limits: on the free sizes."""
 
     graph: fx.Graph
     constants: dict[str, Tensor]
@@ -50,6 +51,7 @@ class Capture:
     example: Call
     placeholders: list[str] = field(default_factory=list)
     returned: Returned | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
 @contextmanager
@@ -218,6 +220,7 @@ def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
 def _to_capture(
     program: torch.export.ExportedProgram, returned: Returned | None, call: Call, region: Region
 ) -> Capture:
+    limits = limits_of(_inputs(program))
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     inline_bodies(module)
@@ -244,7 +247,14 @@ def _to_capture(
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     names = [p.name for p in placeholders]
-    return Capture(graph, constants, out_spec, tuple(dynamic), call, names, returned)
+    return Capture(graph, constants, out_spec, tuple(dynamic), call, names, returned, limits)
+
+
+def _inputs(program: torch.export.ExportedProgram) -> dict[int, Any]:
+    """The traced inputs of the user by leaf."""
+    names = program.graph_signature.user_inputs
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return {leaf: values.get(name) for leaf, name in enumerate(names) if isinstance(name, str)}
 
 
 def _own_constants(graph: fx.Graph, module: fx.GraphModule, named: Collection[str]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from rewriters.axes import (
@@ -230,13 +231,17 @@ def getitem(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def index(node: fx.Node, labels: LabelMap) -> Outcome:
-    """``x[arange(B), positions]``: one token of each sample, at a position given by the graph."""
+    """``x[arange(B), positions]``: one token of each sample, at a position given by the graph; of one other dimension
+    entries of all tokens (``heads[:, :, [-1]]``)."""
     own = labels_of(node.args[0], labels)
     indices = list(node.args[1])  # type: ignore[arg-type]
     used = [d for d, i in enumerate(indices) if i is not None]
     require_unlabelled([i for i in indices if i is not None], labels, node)
     if all(is_plain(own[d]) for d in used):
-        raise AxisError("an index beside a token axis")
+        if len(used) != 1 or node.args[0] not in labels or indices[used[0]].meta["val"].dtype == torch.bool:
+            raise AxisError("an index of several dimensions, or by a mask, beside a token axis")
+        entries = tuple(plain(n) for n in example_shape(indices[used[0]]))
+        return Outcome(labels=(*own[: used[0]], *entries, *own[used[0] + 1 :]))
     if used != [0, 1] or batch_dim_of(own) != 0 or token_axis(own[1]) is None:
         raise AxisError("an index that does not read one token a sample")
     rows, positions = indices

@@ -160,7 +160,9 @@ def _compiled(done: Insertion, model: nn.Module, captured: Capture, region: Regi
     _name_from_root(done.graph, region)
     forward = compile_graph(done.graph, str(serial))
     spec, dynamic = captured.out_spec, captured.dynamic
-    return Program(done.graph, forward, spec, dynamic, table, constants, captured.returned, done.marked)
+    return Program(
+        done.graph, forward, spec, dynamic, table, constants, captured.returned, done.marked, captured.limits
+    )
 
 
 def _name_from_root(graph: fx.Graph, region: Region) -> None:

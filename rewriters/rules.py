@@ -114,6 +114,17 @@ def matmul(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=(*outer.labels[:-2], first[-2], second[-1]), aligns=outer.aligns)
 
 
+def addmm(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``bias + [M, C] @ [C, C']``: a linear layer over tokens folded with the batch, its weight transposed."""
+    bias, first, weight = node.args[:3]
+    own = labels_of(first, labels)
+    require_plain(own[-1:], node)
+    require_unlabelled([bias, weight], labels, node)  # type: ignore[list-item]
+    if len(example_shape(bias)) > 1 and example_shape(bias)[0] != 1:  # type: ignore[arg-type]
+        raise AxisError("addmm adds a value to each row by its place")
+    return Outcome(labels=(own[0], plain(example_shape(node)[-1])))
+
+
 def along(default: int, argument: int = 1, name: str = "dim") -> Rule:
     """Mixes one dimension (softmax, cumsum): it must run along no axis."""
 
@@ -207,6 +218,8 @@ RULES: dict[str, Rule] = {
     "gather": gather,
     "matmul": matmul,
     "bmm": matmul,
+    "mm": matmul,
+    "addmm": addmm,
     "layer_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
     "rms_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
     "softmax": along(-1),

@@ -97,11 +97,13 @@ def _is_cheap(case: Case) -> bool:
 
 
 def _batch_is_free(case: Case) -> bool:
-    """Whether the first sample can be cut out of the call: all tensors have a free batch dimension, of one size."""
+    """Whether the first sample can be cut out of the call: all tensors have a free batch dimension, of one size, and the
+    model's Python goes the same way for one sample."""
     leaves = zip(case.program.dynamic, case.call.flat()[0], strict=True)
     tensors = [(free, leaf) for free, leaf in leaves if isinstance(leaf, Tensor)]
     same = len({leaf.shape[0] for _, leaf in tensors if leaf.dim()}) == 1
-    return same and all(0 in free for free, _ in tensors)
+    free = same and all(0 in free for free, _ in tensors)
+    return free and case.program.serves(first_sample(case.call).flat()[0])
 
 
 def _number(size: Any) -> int:

@@ -52,6 +52,9 @@ FORMS: list[Sample] = [
     sample(aten.gather.default, x("N", 5, "B"), 1, x("N", 2, "B", kind="long")),
     # one token of each sample
     sample(aten.index.Tensor, x("B", "N", 2, 3), [x(BATCH, kind="arange"), x(BATCH, kind="kept")]),
+    # entries of another dimension
+    sample(aten.index.Tensor, x("B", "N", 6, 3), [None, None, x(1, kind="long")]),
+    sample(aten.index.Tensor, x("B", 4, "N"), [None, x(2, 3, kind="long")]),
 ]
 
 NEAR_MISSES: list[tuple[Sample, str]] = [
@@ -60,7 +63,7 @@ NEAR_MISSES: list[tuple[Sample, str]] = [
     (sample(aten.select.int, x(), 0, 1), "select along"),
     (sample(aten.sym_size.int, x(("B", "N"), 4), 0), "folded"),
     (sample(aten.index.Tensor, x("N", "B", 4), [x(BATCH, kind="kept"), x(BATCH, kind="arange")]), "one token a sample"),
-    (sample(aten.index.Tensor, x("B", 4, "N"), [None, x(2, kind="long")]), "beside a token axis"),
+    (sample(aten.index.Tensor, x(4, 3, "N"), [x(2, kind="long"), x(2, kind="long")]), "beside a token axis"),
     (sample(aten.matmul.default, x(), x(4)), "vector"),
     (sample(aten.rms_norm.default, x("B", 4, "N"), [TOKENS]), "mixes"),
     (sample(aten.log_softmax.int, x(), 1), "mixes"),

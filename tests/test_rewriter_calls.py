@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import WIDTH
-from joint import Block
+from joint import Block, Encoder, Words
 from oracle import expected, leaves, survivors
 from rewrites import Subject, eager_arithmetic, gap
 from rewrites import subject as rewritten
@@ -197,6 +197,34 @@ def test_first_call_may_hold_one_sample() -> None:
     x = subject.case.inputs(1, 0)["x"]
     with torch.no_grad(), fresh.dense():
         assert torch.equal(fresh(x), subject.model(x))
+
+
+class Choosing(nn.Module):
+    """Goes another way where a text is long, or a batch full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.encoder = Words(), Encoder(3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        if input_ids.shape[1] > 20:
+            x = 2 * x
+        if input_ids.shape[0] * input_ids.shape[1] < 16:
+            x = -x
+        return self.encoder(x)[:, 0]
+
+
+@torch.no_grad()
+def test_a_size_that_the_models_python_asks_for_is_captured_once_more() -> None:
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    pruned = madtp.rewrite(model, {"input_ids": torch.randint(0, 30, (3, 12))})
+    for batch, length in ((3, 20), (3, 21), (5, 30), (2, 7), (1, 20), (1, 30)):
+        ids = torch.randint(0, 30, (batch, length))
+        with pruned.dense():
+            assert gap(model(ids), pruned(input_ids=ids)) < 1e-5, (batch, length)
+    assert pruned._host.get_submodule("madtp").programs <= 5, "one program for each way"
 
 
 def test_wrong_calls_are_named() -> None:
