@@ -82,9 +82,9 @@ def smaller_input(content: dict[str, Any], output: Path) -> None:
     chosen = from_plain(Settings, settings, "settings")
     module = nn.ModuleDict({"model": ManyStatements(small), "heads": StatementHeads(MINI.text.width)})
 
-    def batch(step: int) -> Batch:
-        start = chosen.first_pair + step * chosen.pairs_per_step
-        return make_batch("train", chosen.data_seed, start, chosen.pairs_per_step, chosen.statements_per_pair)
+    def batch(step: int, rows: range) -> Batch:
+        start = chosen.first_pair + step * chosen.pairs_per_step + rows.start
+        return make_batch("train", chosen.data_seed, start, len(rows), chosen.statements_per_pair)
 
     def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         logits, tokens = module["model"](batch["images"], batch["input_ids"], batch["attention_mask"])

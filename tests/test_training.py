@@ -43,7 +43,7 @@ def learner(nan_at: int = -1) -> Learner:
     module = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.3), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 2))
     module[3].bias.requires_grad_(False)
 
-    def batch(step: int) -> Mapping[str, Tensor]:
+    def batch(step: int, rows: range) -> Mapping[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(8, 6, generator=generator)
         return {"x": x, "y": (x[:, 0] > 0).long()}

@@ -12,7 +12,8 @@ import typer
 TRAIN_HELP = """Train a model as a config file says.
 
 Without --config, trains the demonstration's model on scenes. The run can be
-interrupted at any time and resumed with the same result.
+interrupted at any time and resumed with the same result. Started by
+torchrun or accelerate, the processes divide every batch among them.
 
 [bold]Examples[/bold]
 
@@ -20,6 +21,7 @@ interrupted at any time and resumed with the same result.
   madtp train --output runs/dense --resume
   madtp train -o runs/quick --override training.steps=200
   madtp train --config mine.toml --output runs/mine
+  torchrun --nproc-per-node 2 -m madtp train --output runs/both
 """
 
 COMPRESS_HELP = """Prune a trained model and fine-tune it to a compute budget.
@@ -31,6 +33,7 @@ demonstration's model on scenes.
 
   madtp compress --reduction 0.8 --output runs/pruned-80
   madtp compress --reduction 0.5 -o runs/mine --checkpoint runs/dense/dense.safetensors
+  torchrun --nproc-per-node 2 -m madtp compress --reduction 0.8
 """
 
 TRAIN_CONFIG = "blip_nlvr_mini"
@@ -131,9 +134,11 @@ def _shipped(name: str) -> Path:
 
 def _run(config: Path, output: Path, values: Mapping[str, Any], resume: bool, device: str) -> None:
     from madtp.cli.console import output_console
+    from madtp.processes import launched
     from madtp.training.progress import Progress
     from madtp.training.run import read_config, train
 
     content = apply_overrides(read_config(config), values)
     result = train(content, output, resume=resume, device=device, progress=Progress(output_console))
-    output_console.print(f"{result.steps} steps done; everything lies in {output}", soft_wrap=True)
+    if launched().main:
+        output_console.print(f"{result.steps} steps done; everything lies in {output}", soft_wrap=True)

@@ -1,7 +1,8 @@
-"""Training checkpoints: weights, optimiser, random state and step, as safetensors and JSON, without pickle.
+"""Training checkpoints: weights, optimiser and step, as safetensors and JSON, without pickle.
 
 A checkpoint is a folder `step-00001200` that is written under another name and renamed when complete, so one that
-carries the right name is whole. :func:`write_checkpoint`, :func:`read_checkpoint`, :func:`last_checkpoint`.
+carries the right name is whole. Random state is not kept: every step seeds anew, from its number.
+:func:`write_checkpoint`, :func:`read_checkpoint`, :func:`last_checkpoint`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from madtp.errors import CheckpointError
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
-_RANDOM = "random"
 
 
 def write_checkpoint(
@@ -33,7 +32,9 @@ def write_checkpoint(
 ) -> Path:
     """Write the state after `step` steps below a folder, and remove all but the last `keep` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:08d}"
+    target = folder / checkpoint_name(step)
+    for left in folder.glob(".step-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(left)
     draft = folder / f".{target.name}.{os.getpid()}"
     draft.mkdir()
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
@@ -47,8 +48,6 @@ def write_checkpoint(
                     tensors[f"optimiser.{which}.{number}.{name}"] = value
                 else:
                     scalars[f"{which}.{number}.{name}"] = value
-    for name, value in _random_state().items():
-        tensors[f"{_RANDOM}.{name}"] = value
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft / _TENSORS)
     content = {"version": VERSION, "step": step, "groups": groups, "scalars": scalars, "extra": dict(extra)}
@@ -62,7 +61,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimizer]) -> tuple[int, dict[str, Any]]:
-    """Put a checkpoint's state into module, optimiser and random generators; return its step and extra content.
+    """Put a checkpoint's state into module and optimisers; return its step and extra content.
 
     Raises:
         CheckpointError: the checkpoint is damaged, newer than this code, or of another model.
@@ -91,8 +90,12 @@ def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimize
             optimiser.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{path} has another optimiser state than this run ({error})") from error
-    _set_random_state(_below(tensors, f"{_RANDOM}."))
     return content["step"], content["extra"]
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a checkpoint after `step` steps."""
+    return f"step-{step:08d}"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -107,18 +110,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _set_random_state(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    for name, state in states.items():
-        number = int(name.removeprefix("cuda")) if name.startswith("cuda") else -1
-        if 0 <= number < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, number)

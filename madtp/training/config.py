@@ -28,8 +28,10 @@ class TrainingConfig:
         betas: AdamW's.
         clip_norm: gradients are scaled down to this global norm; 0 leaves them alone.
         precision: "float32", or "bfloat16" for autocast (weights and optimiser stay in float32).
-        seed: seeds torch before the first step.
-        threads: torch threads; 0 leaves torch's choice.
+        seed: what is drawn at random in a step follows from it, the step and the part of the batch.
+        threads: torch threads of each process; 0 leaves torch's choice.
+        accumulate: micro batches whose gradients make up one step; the batch of a step is divided over processes first.
+        tensorboard: write what is logged for TensorBoard, too.
         log_every, evaluate_every, checkpoint_every: steps between; 0 means only at the end.
         keep_checkpoints: how many of the last checkpoints stay on disk.
     """
@@ -46,6 +48,8 @@ class TrainingConfig:
     precision: str = "bfloat16"
     seed: int = 0
     threads: int = 0
+    accumulate: int = 1
+    tensorboard: bool = False
     log_every: int = 20
     evaluate_every: int = 500
     checkpoint_every: int = 200
@@ -53,7 +57,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "keep_checkpoints"):
+        for name in ("steps", "accumulate", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "clip_norm"):

@@ -44,14 +44,15 @@ class Progress:
         self._bar = None
 
     def show(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of a step, and how fast samples passed since they were last shown."""
+        """Show the metrics of a step but those with a slash in their name, and how fast samples passed since the last."""
         name, samples, before, since = self._rate
         now = time.perf_counter()
         rate = (done - before) * samples / max(now - since, 1e-9)
         self._rate = name, samples, done, now
         if self._bar:
             self._bar.update(self._task, completed=done)
-        self.console.print(f"step {done:>6}  {_numbers(metrics)}  {rate:.0f} {name}/s", highlight=False)
+        shown = {metric: value for metric, value in metrics.items() if "/" not in metric}
+        self.console.print(f"step {done:>6}  {_numbers(shown)}  {rate:.0f} {name}/s", highlight=False)
 
     def show_evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show a held-out evaluation."""

@@ -11,7 +11,8 @@ A config file (TOML or JSON) names a recipe module and holds a table of settings
     pairs_per_step = 64
 
 The recipe module has `build(settings: dict, training: TrainingConfig) -> Learner` and
-`finish(learner: Learner, result: TrainingResult, output: Path) -> None`, which writes what the run is for.
+`finish(learner: Learner, result: TrainingResult, output: Path) -> None`, which writes what the run is for, in one process
+alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from madtp.errors import ConfigError
+from madtp.processes import joined
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner, TrainingResult, fit
 from madtp.training.progress import Progress
@@ -55,11 +57,13 @@ def train(
 ) -> TrainingResult:
     """Train as a config says; everything that the run writes goes below `output`.
 
+    Started by torchrun or accelerate in several processes, they divide every batch among them, and the first one writes.
+
     Args:
         config: path of a TOML or JSON file, or its content.
         output: folder for checkpoints, the finished weights and their model card.
         resume: go on from the last checkpoint in `output`.
-        device: torch device.
+        device: torch device; "cuda" in several processes is the GPU of each.
         progress: where numbers are shown; None shows them on the terminal.
         stop_after: stop after this many steps in all, leaving a checkpoint to resume from.
 
@@ -72,9 +76,10 @@ def train(
     training = TrainingConfig.from_dict(content.get("training", {}))
     recipe = _recipe(content["recipe"])
     folder = Path(output)
-    learner = recipe.build(content.get("settings", {}), training)
-    result = fit(learner, training, folder, resume=resume, device=device, progress=progress, stop_after=stop_after)
-    if result.steps == training.steps:
+    with joined(device) as (processes, place):
+        learner = recipe.build(content.get("settings", {}), training)
+        result = fit(learner, training, folder, resume=resume, device=place, progress=progress, stop_after=stop_after)
+    if processes.main and result.steps == training.steps:
         recipe.finish(learner, result, folder)
     return result
 

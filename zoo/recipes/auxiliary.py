@@ -28,12 +28,12 @@ class StatementHeads(nn.Module):
         logits = self.counter(tokens).float().unflatten(-1, (2, COUNT_CLASSES))
         return F.cross_entropy(logits.flatten(0, 1), counts.flatten().clamp_max(COUNT_CLASSES - 1))
 
-    def place_loss(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """Class tokens [M, C], places [M, 4] with NaN where a statement is not spatial -> loss of pointing at the two
-        things that decide a spatial relation."""
-        spatial = ~places[:, 0].isnan()
-        found = self.places(tokens[spatial]).float()
-        return F.smooth_l1_loss(found, places[spatial], beta=0.1, reduction="sum") / spatial.sum().clamp_min(1)
+    def place_loss(self, tokens: Tensor, places: Tensor, spatial: Tensor) -> Tensor:
+        """Class tokens [M, C], places [M, 4] with NaN where a statement is not spatial, how many are (a batch's `spatial`)
+        -> loss of pointing at the two things that decide a spatial relation."""
+        known = ~places[:, 0].isnan()
+        found = self.places(tokens[known]).float()
+        return F.smooth_l1_loss(found, places[known], beta=0.1, reduction="sum") / spatial.clamp_min(1e-9)
 
 
 def faded(part: float, to: float) -> float:

@@ -1,10 +1,10 @@
 """Compression of a trained BLIP-NLVR model on scenes: `madtp compress --reduction 0.8`.
 
 The dense model is rewritten, its alignment tokens are taught (`madtp.teach`), and it is fine-tuned with pruning active: task
-loss, the auxiliary losses of the dense training and the weighted alignment loss (the paper, section on training). The gain
-is steered step by step towards the asked reduction, which grows from `start_reduction` over the first `ramp` of the run;
-at the end it is calibrated on held-out pairs. The same recipe trains the controls: `pruning` holds fields of
-`madtp.PruningConfig`, such as `selection = "random"`.
+loss, the auxiliary losses of the dense training, the weighted alignment loss (the paper, section on training) and, on
+request, distillation from the dense model. The gain is steered step by step towards the asked reduction
+(madtp/training/compression.py); at the end it is calibrated on held-out pairs. The same recipe trains the controls:
+`pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -12,8 +12,7 @@ at the end it is calibrated on held-out pairs. The same recipe trains the contro
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,23 +23,23 @@ from torch.nn import functional as F
 
 import madtp
 import zoo
-from madtp.calibration import GainController, calibrate
+from madtp.calibration import calibrate
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.search import KNOBS
 from madtp.teaching import TeachingResult
+from madtp.training.compression import Budget, Steering, divergence, strength, teach_alike
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.recipes.auxiliary import StatementHeads, faded
 from zoo.recipes.card import accuracy_by_kind
 from zoo.recipes.many import ManyStatements
-from zoo.recipes.nlvr_scenes import make_batch
+from zoo.recipes.nlvr_scenes import TEXT_PADDING, make_batch
 from zoo.scenes import SceneDataset, collate
 
-FIRST_KEEP_RATIO = 0.85
-"""Keep ratio of a control at gain 1: close to the start of the ramp."""
+TEACHING = "teaching"
+"""Where a run's state holds what the first teaching did."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Settings:
         reduction: fraction of the dense MACs per statement to save.
         model, checkpoint: zoo name and weights to start from (a path or a shipped name).
         pairs_per_step, statements_per_pair: batch; each pair is encoded once.
-        start_reduction, ramp: the target grows from here to `reduction` over this fraction of the steps.
-        rate: of the gain controller.
+        start_reduction, ramp, rate: see :class:`madtp.training.compression.Budget`.
         teaching_pairs, teaching_steps: before the first step the alignment tokens are taught (`madtp.teach`) on so many
             training pairs; 0 steps leave that out.
         teach_every: they are taught anew after so many steps each, as the streams that they score move; 0 for never.
@@ -87,9 +85,10 @@ class Settings:
     calibration_pairs: int = 512
     test_items: int = 8192
 
-    def __post_init__(self) -> None:
-        if not 0 < self.reduction < 1:
-            raise ConfigError(f"settings.reduction is {self.reduction}; it takes a fraction between 0 and 1")
+    @property
+    def budget(self) -> Budget:
+        """How far to prune, and how fast to get there."""
+        return Budget(self.reduction, self.start_reduction, self.ramp, self.rate)
 
 
 class Pupil(nn.Module):
@@ -103,27 +102,17 @@ class Pupil(nn.Module):
 
 @dataclass
 class Compression:
-    """What a run holds beside the learner: the pupil, the dense teacher, the controller."""
+    """What a run holds beside the learner: the pupil, the dense teacher, the model that both started from."""
 
     settings: Settings
     pupil: Pupil
     teacher: ManyStatements | None
-    controller: GainController
     model: nn.Module
-    macs: tuple[float, float] = (0.0, 0.0)
 
     @property
     def pruned(self) -> PrunedModel:
         """The pruned many-statement model."""
         return self.pupil.pruned
-
-
-def set_strength(pruned: PrunedModel, gain: float) -> None:
-    """Prune with ``gain``; a control with a fixed keep ratio gets a ratio that falls as the gain rises."""
-    if pruned.config.keep_ratio is None:
-        pruned.gain = gain
-    else:
-        KNOBS["keep_ratio"].write(pruned, min(1.0, FIRST_KEEP_RATIO / gain))
 
 
 def statement_macs(pruned: PrunedModel, statements: int) -> tuple[float, float]:
@@ -138,6 +127,7 @@ def statement_macs(pruned: PrunedModel, statements: int) -> tuple[float, float]:
 def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = from_plain(Settings, settings, "settings")
+    budget = chosen.budget
     torch.manual_seed(training.seed)
     model = cast(BlipNlvr, zoo.create(chosen.model, chosen.checkpoint))
     teacher = None
@@ -150,30 +140,24 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     pruned = madtp.rewrite(
         ManyStatements(model), (example["images"], example["input_ids"], example["attention_mask"]), config=config
     )
-    card: dict[str, Any] = {"settings": asdict(chosen), "training": training.to_dict()}
-    taught = config.alignment and chosen.teaching_steps > 0
-    if taught:
-        card["teaching"] = asdict(_teach(pruned, chosen, 0))
-    controller = GainController(chosen.start_reduction, gain=config.gain, rate=chosen.rate)
     pupil = Pupil(pruned, model.config.text.width)
-    run = Compression(chosen, pupil, teacher, controller, model)
-    state: dict[str, Any] = {"controller": controller.state_dict()}
+    run = Compression(chosen, pupil, teacher, model)
+    state: dict[str, Any] = {}
+    steering = Steering(pruned, budget, training.steps, state)
 
-    def batch(step: int) -> Batch:
-        start = chosen.first_pair + step * chosen.pairs_per_step
-        return make_batch("train", chosen.data_seed, start, chosen.pairs_per_step, chosen.statements_per_pair)
+    def batch(step: int, rows: range) -> Batch:
+        start = chosen.first_pair + step * chosen.pairs_per_step + rows.start
+        return make_batch("train", chosen.data_seed, start, len(rows), chosen.statements_per_pair)
+
+    def before_step(step: int, module: nn.Module) -> None:
+        steering.before_step(step)
+        every = chosen.teach_every
+        if config.alignment and chosen.teaching_steps and (step % every == 0 if every else step == 0):
+            result = _teach(pruned, chosen, step)
+            state.setdefault(TEACHING, asdict(result))
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        controller.load_state_dict(state["controller"])
-        controller.target = _target(step, chosen, training.steps)
-        set_strength(pruned, controller.gain)
-        if taught and chosen.teach_every and step and step % chosen.teach_every == 0:
-            _teach(pruned, chosen, step)
         return _loss(run, batch, step / training.steps)
-
-    def on_step(done: int, module: nn.Module, metrics: Metrics) -> None:
-        controller.step(1 - run.macs[0] / run.macs[1])
-        state["controller"] = controller.state_dict()
 
     held_out: list[Batch] = []
 
@@ -193,11 +177,13 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         batch=batch,
         loss=loss,
         evaluate=evaluate,
-        on_step=on_step,
+        before_step=before_step,
+        on_step=lambda done, module, metrics: steering.on_step(metrics),
         state=state,
         samples_per_step=chosen.pairs_per_step,
         sample_name="pairs",
-        card=card,
+        padding=TEXT_PADDING,
+        card={"settings": asdict(chosen), "training": training.to_dict()},
     )
     object.__setattr__(pupil, "compression", run)
     return learner
@@ -208,12 +194,14 @@ def _teach(pruned: PrunedModel, chosen: Settings, step: int) -> TeachingResult:
     pairs = min(16, chosen.teaching_pairs)
     first = chosen.first_pair + step * chosen.pairs_per_step
     device = next(pruned.parameters()).device
-    batches = []
-    for start in range(first, first + chosen.teaching_pairs, pairs):
-        batch = make_batch("train", chosen.data_seed, start, pairs, chosen.statements_per_pair)
-        batches.append(tuple(batch[name].to(device) for name in ("images", "input_ids", "attention_mask")))
+
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        for start in range(first, first + chosen.teaching_pairs, pairs):
+            batch = make_batch("train", chosen.data_seed, start, pairs, chosen.statements_per_pair)
+            yield tuple(batch[name].to(device) for name in ("images", "input_ids", "attention_mask"))
+
     with torch.autocast(device.type, enabled=False):
-        return madtp.teach(pruned, batches, objective=_margin, steps=chosen.teaching_steps)
+        return teach_alike(pruned, batches, objective=_margin, steps=chosen.teaching_steps)
 
 
 def _margin(output: tuple[Tensor, Tensor]) -> Tensor:
@@ -229,7 +217,7 @@ def answer_loss(
     labels = batch["labels"].flatten()
     task = F.cross_entropy(logits, labels)
     count = heads.count_loss(tokens, batch["counts"].flatten(0, 1))
-    place = heads.place_loss(tokens, batch["places"].flatten(0, 1))
+    place = heads.place_loss(tokens, batch["places"].flatten(0, 1), batch["spatial"])
     total = task + faded(part, chosen.fade_to) * (chosen.count_weight * count + chosen.place_weight * place)
     accuracy = (logits.argmax(-1) == labels).float().mean()
     return total, {"task": task.detach(), "accuracy": accuracy, "count": count.detach(), "place": place.detach()}
@@ -239,26 +227,20 @@ def _loss(run: Compression, batch: Batch, part: float) -> tuple[Tensor, Metrics]
     chosen, pruned = run.settings, run.pruned
     inputs = (batch["images"], batch["input_ids"], batch["attention_mask"])
     logits, tokens = pruned(*inputs)
-    run.macs = statement_macs(pruned, chosen.statements_per_pair)
+    macs = statement_macs(pruned, chosen.statements_per_pair)
     total, metrics = answer_loss(run.pupil.heads, logits.float(), tokens, batch, chosen, part)
-    metrics |= {"reduction": 1 - run.macs[0] / run.macs[1], "gain": pruned.gain}
+    metrics |= strength(pruned, macs)
     if pruned.config.alignment and chosen.alignment_weight:
         alignment = pruned.alignment_loss()
         total = total + chosen.alignment_weight * alignment
         metrics["align"] = alignment.detach()
     if run.teacher is not None:
         with torch.no_grad():
-            wanted = run.teacher(*inputs)[0].float().log_softmax(-1)
-        divergence = F.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-        total = total + chosen.distillation * divergence
-        metrics["distil"] = divergence.detach()
+            wanted = run.teacher(*inputs)[0]
+        distance = divergence(logits, wanted)
+        total = total + chosen.distillation * distance
+        metrics["distil"] = distance.detach()
     return total, metrics
-
-
-def _target(step: int, settings: Settings, steps: int) -> float:
-    part = min(1.0, step / max(1.0, settings.ramp * steps))
-    span = settings.reduction - settings.start_reduction
-    return settings.start_reduction + span * 0.5 * (1 - math.cos(math.pi * part))
 
 
 def deploy(run: Compression) -> PrunedModel:
@@ -296,6 +278,7 @@ def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
         "model": chosen.model,
         "data": "scenes",
         **learner.card,
+        **({TEACHING: learner.state[TEACHING]} if TEACHING in learner.state else {}),
         "calibration": {
             "gain": calibration.gain,
             "temperature": calibration.temperature,

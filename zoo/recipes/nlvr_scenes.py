@@ -34,9 +34,12 @@ from zoo.recipes.card import measure, write_release
 from zoo.scenes import draw_sample, encode, normalise
 from zoo.scenes.drawing import PATCH
 from zoo.scenes.objects import COLOURS, SHAPES, SIZES
+from zoo.scenes.tokens import PAD, VOCABULARY
 
 PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
 """Classes of the patch labels, in the order of :func:`zoo.scenes.drawing.draw_pictures`."""
+TEXT_PADDING = {"input_ids": VOCABULARY.index(PAD), "attention_mask": 0}
+"""With what the statements of a batch are padded."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Pupil(nn.Module):
 
 def make_batch(split: str, seed: int, start: int, pairs: int, statements: int, kinds: Sequence[str] = ()) -> Batch:
     """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], the annotation, and, with statements,
-    input_ids and attention_mask [B, S, T] and labels [B, S]."""
+    input_ids and attention_mask [B, S, T], labels [B, S] and `spatial`, how many statements have places."""
     samples = [draw_sample(seed, split, start + number, statements, kinds) for number in range(pairs)]
     batch = {
         "images": normalise(torch.stack([sample.images for sample in samples])),
@@ -136,6 +139,7 @@ def make_batch(split: str, seed: int, start: int, pairs: int, statements: int, k
         batch["counts"] = torch.tensor([[statement.counts for statement in s.statements] for s in samples])
         nowhere = (math.nan,) * 4
         batch["places"] = torch.tensor([[statement.places or nowhere for statement in s.statements] for s in samples])
+        batch["spatial"] = (~batch["places"][..., 0].isnan()).sum().float()
         batch["labels"] = torch.tensor([[int(statement.label) for statement in s.statements] for s in samples])
     return batch
 
@@ -153,10 +157,10 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         raise ConfigError(f"the recipe trains models of the family BLIP-NLVR; {chosen.model} is another")
     pupil = Pupil(model)
 
-    def batch(step: int) -> Batch:
+    def batch(step: int, rows: range) -> Batch:
         asked = chosen.statements_per_pair if step >= chosen.patch_steps else 0
-        start = step * chosen.pairs_per_step
-        return make_batch("train", chosen.data_seed, start, chosen.pairs_per_step, asked, chosen.kinds)
+        start = step * chosen.pairs_per_step + rows.start
+        return make_batch("train", chosen.data_seed, start, len(rows), asked, chosen.kinds)
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         assert isinstance(module, Pupil)
@@ -170,7 +174,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         task = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(-1) == labels).float().mean()
         count = module.statements.count_loss(tokens, batch["counts"].flatten(0, 1))
-        place = module.statements.place_loss(tokens, batch["places"].flatten(0, 1))
+        place = module.statements.place_loss(tokens, batch["places"].flatten(0, 1), batch["spatial"])
         fade = faded((step - chosen.patch_steps) / max(1, training.steps - chosen.patch_steps), chosen.fade_to)
         total = task + fade * (chosen.patch_weight * patch + chosen.count_weight * count + chosen.place_weight * place)
         return total, {
@@ -220,6 +224,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
         },
         samples_per_step=chosen.pairs_per_step,
         sample_name="pairs",
+        padding=TEXT_PADDING,
     )
 
 

@@ -1,0 +1,125 @@
+"""Processes that work on one thing together, as torchrun or accelerate start them: :func:`joined`, :class:`Processes`.
+
+Both launchers describe the processes in the same environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT), which torch.distributed reads; nothing else is needed of either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that work together.
+
+    Attributes:
+        rank: number of this one, from 0.
+        size: how many there are; alone, nothing below communicates.
+
+    Each method has to be called by all of them, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over all processes."""
+        return values if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM) / self.size
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest value over all processes, entry by entry."""
+        return values if self.size == 1 else self._reduced(values, dist.ReduceOp.MAX)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[T | None] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]  # every place has been filled
+
+    def from_main(self, value: T) -> T:
+        """The main process's value."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Write the main process's values into the tensors of all."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    def wait(self) -> None:
+        """Return when all have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, things: Sequence[T]) -> Sequence[T]:
+        """Those of the things that this process takes: every `size`-th."""
+        return things[self.rank :: self.size]
+
+    @staticmethod
+    def _reduced(values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        result = values.clone()
+        dist.all_reduce(result, op=how)
+        return result
+
+
+ALONE = Processes()
+
+
+def current() -> Processes:
+    """This process in the group that has been joined; alone if there is none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def launched() -> Processes:
+    """This process among those that a launcher has started with it; alone if none has."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return Processes(int(os.environ.get("RANK", "0")), size) if size > 1 else ALONE
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Processes, str]]:
+    """Join the processes that a launcher has started with this one, for the block; alone where none has.
+
+    A group that is there already is used and left as it is.
+
+    Args:
+        device: "cpu", or "cuda" for one GPU a process, chosen by LOCAL_RANK.
+    Yields:
+        the processes, and the device of this one.
+    """
+    own = launched().size > 1 and not dist.is_initialized()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda:") and (own or current().size > 1):
+        torch.cuda.set_device(device)
+    if own:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield current(), device
+    finally:
+        if own:
+            dist.destroy_process_group()
