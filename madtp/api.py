@@ -113,7 +113,7 @@ def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> 
     names = frozenset(known)
 
     def again(module: nn.Module, further: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
-        if further.held():
+        if further.goes_on():
             return build_continuation(module, further, marked, region=region, serial=serial)
         found = build(module, further, config, region=region, serial=serial, only=names)
         if inner is not None and any(_spec(s) != known[s.name] for s in found.plan.sites):
@@ -143,7 +143,7 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
     from rewriters.verify import Case, verify
 
     for part in found.parts:
-        original, opened = open_all(model.get_submodule(part.region.path), part.call)
+        original, opened = open_all(model.get_submodule(part.region.path), part.call, part.rewritten.program.sizes())
         try:
             verify(Case(original, part.rewritten.program, pruned._host, pruned._control, opened, part.rewritten.plan))
         except RewriteError as error:

@@ -6,7 +6,7 @@ Start at :func:`normalise_call`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,14 +29,14 @@ class Call:
     kwargs: dict[str, Any]
     form: Form | None = None
 
-    def opened(self) -> Call:
-        """The call with objects opened as their tensors.
+    def opened(self, sizes: Collection[str] | None = ()) -> Call:
+        """The call with objects opened as their tensors, and numbers at the paths ``sizes`` in them (None: all).
 
         Raises :class:`madtp.held.CannotOpen`.
         """
         if self.form is not None or held_state((self.args, self.kwargs)) is None:
             return self
-        (args, kwargs), form = open_tree((self.args, self.kwargs))
+        (args, kwargs), form = open_tree((self.args, self.kwargs), sizes)
         return Call(args, kwargs, form)
 
     def with_leaves(self, leaves: list[Any]) -> Call:
@@ -45,7 +45,7 @@ class Call:
         return replace(self, args=args, kwargs=kwargs)
 
     def held(self) -> set[int]:
-        """Leaves that are tensors of opened objects."""
+        """Leaves that are tensors and sizes of opened objects."""
         if self.form is None:
             return set()
         found: set[int] = set()
@@ -56,6 +56,15 @@ class Call:
                 found.update(range(position, position + len(part)))
             position += len(part) if place in places else 1
         return found
+
+    def sizes(self) -> tuple[str, ...]:
+        """Numbers that were opened, by their path in an object."""
+        return () if self.form is None else tuple(path for _, one in self.form.held for path in one.sizes())
+
+    def goes_on(self) -> bool:
+        """Whether it reads tokens that an earlier call has kept in an object."""
+        leaves = self.flat()[0]
+        return any(isinstance(leaves[at], Tensor) and leaves[at].dim() > 0 for at in self.held())
 
     def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
         """Leaves of ``(args, kwargs)`` in placeholder order, and their structure."""
@@ -140,14 +149,15 @@ def check_batch(model: nn.Module, call: Call) -> None:
 
 
 def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...] | None) -> Signature:
-    """The signature of ``call``; sizes in ``dynamic`` (dimensions by leaf) are free, all others count."""
+    """The signature of ``call``; sizes in ``dynamic`` (dimensions by leaf) are free, all others count. A size in an object is
+    its own dimension 0."""
     leaves, spec = call.flat()
     described: list[Any] = []
     for position, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            described.append((type(leaf).__name__, repr(leaf)))
-            continue
         free = dynamic[position] if dynamic is not None and position < len(dynamic) else ()
+        if not isinstance(leaf, Tensor):
+            described.append((type(leaf).__name__, None if free else repr(leaf)))
+            continue
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
         described.append((str(leaf.dtype), shape))
     held = () if call.form is None else tuple(blueprint for _, blueprint in call.form.held)

@@ -58,6 +58,8 @@ def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
         )
     for position, (want, have) in enumerate(zip(first, second, strict=True)):
         if not isinstance(want, Tensor):
+            if isinstance(want, int) and want != have:
+                raise RewriteError(f"output {position} is {have} instead of {want}.")
             continue
         if want.shape != have.shape:
             raise RewriteError(f"output {position} has shape {tuple(have.shape)} instead of {tuple(want.shape)}.")

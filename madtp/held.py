@@ -8,7 +8,7 @@ again. What cannot be taken apart without loss is not opened.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import FunctionType
@@ -33,7 +33,8 @@ class Blueprint:
     """What an object is made of beside its tensors.
 
     kind: its class. keys: names of its attributes, keys of a mapping, or places in a sequence. parts: by key, a further
-    blueprint, "tensor" where a tensor stood, or a constant in a tuple of its type and itself.
+    blueprint, "tensor" where a tensor stood, "size" where a number stood that follows from sizes of tensors (a count of tokens
+    seen), or a constant in a tuple of its type and itself.
     """
 
     kind: type
@@ -41,18 +42,23 @@ class Blueprint:
     parts: tuple[Any, ...]
 
     def count(self) -> int:
-        """How many tensors it takes."""
+        """How many tensors and sizes it takes."""
         return len(self.paths())
 
     def paths(self) -> tuple[str, ...]:
-        """Where its tensors stand, in order."""
-        found: list[str] = []
+        """Where its tensors and sizes stand, in order."""
+        return tuple(path for path, _ in self._places())
+
+    def sizes(self) -> tuple[str, ...]:
+        """Where its sizes stand."""
+        return tuple(path for path, part in self._places() if part == "size")
+
+    def _places(self) -> Iterator[tuple[str, str]]:
         for key, part in zip(self.keys, self.parts, strict=True):
-            if part == "tensor":
-                found.append(f".{key}")
+            if isinstance(part, str):
+                yield f".{key}", part
             elif isinstance(part, Blueprint):
-                found.extend(f".{key}{path}" for path in part.paths())
-        return tuple(found)
+                yield from ((f".{key}{path}", kind) for path, kind in part._places())
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def held_state(values: Any) -> str | None:
 
 def is_held(leaf: Any) -> bool:
     """Whether a leaf of a call is an object that may hold tensors."""
-    return not isinstance(leaf, (Tensor, *CONSTANTS))
+    return not isinstance(leaf, (Tensor, torch.SymInt, *CONSTANTS))
 
 
 def _leaves(values: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -85,31 +91,41 @@ def _is_container(value: Any) -> bool:
     )
 
 
-def open_object(value: Any) -> tuple[Blueprint, list[Tensor]]:
-    """Take an object apart.
+def open_object(value: Any, sizes: Collection[str] | None = ()) -> tuple[Blueprint, list[Any]]:
+    """Take an object apart into its tensors and sizes; ``sizes``: where numbers stand that are such; None: everywhere.
 
     Raises:
         CannotOpen: it holds something that is neither a tensor, a constant nor such an object, or one thing twice.
     """
-    tensors: list[Tensor] = []
-    return _open(value, tensors, set(), type(value).__name__), tensors
+    opening = _Taking(type(value).__name__, sizes)
+    return opening.apart(value, ""), opening.leaves
 
 
-def _open(value: Any, tensors: list[Tensor], seen: set[int], name: str) -> Blueprint:
-    if id(value) in seen:
-        raise CannotOpen(f"{name} (it holds a {type(value).__name__} in two places)")
-    seen.add(id(value))
-    items = _items(value, name)
-    parts: list[Any] = []
-    for part in items.values():
+class _Taking:
+    """Takes one object apart. leaves: its tensors and sizes."""
+
+    def __init__(self, name: str, sizes: Collection[str] | None) -> None:
+        self.name, self.sizes = name, sizes
+        self.leaves: list[Any] = []
+        self.seen: set[int] = set()
+
+    def apart(self, value: Any, path: str) -> Blueprint:
+        if id(value) in self.seen:
+            raise CannotOpen(f"{self.name} (it holds a {type(value).__name__} in two places)")
+        self.seen.add(id(value))
+        items = _items(value, self.name)
+        return Blueprint(type(value), tuple(items), tuple(self._part(x, f"{path}.{key}") for key, x in items.items()))
+
+    def _part(self, part: Any, path: str) -> Any:
         if isinstance(part, Tensor):
-            tensors.append(part)
-            parts.append("tensor")
-        elif isinstance(part, (*CONSTANTS, type, FunctionType)):
-            parts.append((type(part), part))
-        else:
-            parts.append(_open(part, tensors, seen, name))
-    return Blueprint(type(value), tuple(items), tuple(parts))
+            self.leaves.append(part)
+            return "tensor"
+        if isinstance(part, torch.SymInt) or (type(part) is int and (self.sizes is None or path in self.sizes)):
+            self.leaves.append(part)
+            return "size"
+        if isinstance(part, (*CONSTANTS, type, FunctionType)):
+            return (type(part), part)
+        return self.apart(part, path)
 
 
 def _items(value: Any, name: str) -> dict[Any, Any]:
@@ -126,11 +142,11 @@ def _items(value: Any, name: str) -> dict[Any, Any]:
     raise CannotOpen(f"{name} (it holds a {type(value).__name__})")
 
 
-def close_object(blueprint: Blueprint, tensors: Iterator[Tensor], device: torch.device | None = None) -> Any:
+def close_object(blueprint: Blueprint, tensors: Iterator[Any], device: torch.device | None = None) -> Any:
     """Put an object together again; ``device``: that of its tensors, where they have moved since."""
     parts: list[Any] = []
     for part in blueprint.parts:
-        if part == "tensor":
+        if isinstance(part, str):
             parts.append(next(tensors))
         elif isinstance(part, Blueprint):
             parts.append(close_object(part, tensors, device))
@@ -146,8 +162,8 @@ def close_object(blueprint: Blueprint, tensors: Iterator[Tensor], device: torch.
     return made
 
 
-def open_tree(values: Any) -> tuple[Any, Form]:
-    """``values`` with a list of its tensors in the place of each object.
+def open_tree(values: Any, sizes: Collection[str] | None = ()) -> tuple[Any, Form]:
+    """``values`` with a list of its tensors and sizes in the place of each object.
 
     Raises:
         CannotOpen: from :func:`open_object`, or because one object stands in two places.
@@ -159,7 +175,7 @@ def open_tree(values: Any) -> tuple[Any, Form]:
             if id(leaf) in seen:
                 raise CannotOpen(f"{type(leaf).__name__} (it is passed twice)")
             seen.add(id(leaf))
-            blueprint, leaves[place] = open_object(leaf)
+            blueprint, leaves[place] = open_object(leaf, sizes)
             held.append((place, blueprint))
     return spec.unflatten(leaves), Form(spec, tuple(held))
 
@@ -203,9 +219,13 @@ class Returned:
         """Where the tensors of the objects stand in them, in order."""
         return tuple(path for blueprint in self.objects for path in blueprint.paths())
 
-    def close(self, plain: Sequence[Any], tensors: Sequence[Tensor], passed: Sequence[Any]) -> Any:
+    def sizes(self) -> tuple[str, ...]:
+        """Which of these are numbers that follow from sizes of tensors."""
+        return tuple(path for blueprint in self.objects for path in blueprint.sizes())
+
+    def close(self, plain: Sequence[Any], tensors: Sequence[Any], passed: Sequence[Any]) -> Any:
         """The result in its own form; objects that were ``passed`` are brought up to date in place."""
-        device = tensors[0].device if tensors else None
+        device = next((one.device for one in tensors if isinstance(one, Tensor)), None)
         remaining = iter(tensors)
         objects = [close_object(blueprint, remaining, device) for blueprint in self.objects]
         for old, new in zip(passed, objects, strict=False):
@@ -216,15 +236,17 @@ class Returned:
         return self.spec.unflatten([next(others) if at is None else objects[at] for at in self.places])
 
 
-def open_result(result: Any, passed: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Tensor, ...], Returned]:
-    """Leaves of a result that are no objects, tensors of the objects, and how to close it.
+def open_result(
+    result: Any, passed: Sequence[Any], sizes: Collection[str] = ()
+) -> tuple[tuple[Any, ...], tuple[Any, ...], Returned]:
+    """Leaves of a result that are no objects, tensors and sizes of the objects, and how to close it.
 
     Raises:
         CannotOpen: from :func:`open_object`.
     """
     leaves, spec = _leaves(result)
     objects = [*passed, *(leaf for leaf in leaves if is_held(leaf) and not any(leaf is one for one in passed))]
-    opened = [open_object(one) for one in objects]
+    opened = [open_object(one, sizes) for one in objects]
     places = tuple(
         next((n for n, one in enumerate(objects) if one is leaf), None) if is_held(leaf) else None for leaf in leaves
     )
@@ -240,9 +262,8 @@ class Opening:
         returned: how to close what the last call returned; None where neither it nor the call held an object.
     """
 
-    def __init__(self, forward: Callable[..., Any], form: Form | None) -> None:
-        self.forward = forward
-        self.form = form
+    def __init__(self, forward: Callable[..., Any], form: Form | None, sizes: Collection[str]) -> None:
+        self.forward, self.form, self.sizes = forward, form, sizes
         self.returned: Returned | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,14 +274,15 @@ class Opening:
         if not passed and held_state(result) is None:
             self.returned = None
             return result
-        plain, tensors, self.returned = open_result(result, passed)
+        plain, tensors, self.returned = open_result(result, passed, self.sizes)
         return plain, tensors
 
 
-def opened(module: nn.Module, form: Form | None) -> nn.Module:
-    """A module with the same parameters that is called as an opened call says."""
+def opened(module: nn.Module, form: Form | None, sizes: Collection[str] = ()) -> nn.Module:
+    """A module with the same parameters that is called as an opened call says; ``sizes``: numbers that are, where it is not
+    traced."""
     copy = share(module)
-    opening = Opening(copy.forward, form)
+    opening = Opening(copy.forward, form, sizes)
 
     @functools.wraps(copy.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:

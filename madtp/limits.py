@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Place = tuple[int, int]
+Place = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Conditions in symbols (expressions of sympy), and where the symbols stand: as a dimension of an input leaf."""
+    """Conditions in symbols (expressions of sympy), and where the symbols stand: as a dimension of an input leaf,
+    or the leaf itself (None)."""
 
     conditions: tuple[Any, ...] = ()
     places: tuple[tuple[Any, Place], ...] = ()
 
     def allow(self, leaves: Sequence[Any]) -> bool:
         """Whether all conditions hold for the sizes of ``leaves``."""
-        return _hold(self.conditions, tuple((symbol, leaves[at].shape[dim]) for symbol, (at, dim) in self.places))
+        sizes = ((s, leaves[at] if dim is None else leaves[at].shape[dim]) for s, (at, dim) in self.places)
+        return _hold(self.conditions, tuple(sizes))
 
 
 @lru_cache(maxsize=1024)
@@ -40,9 +42,11 @@ def limits_of(inputs: Mapping[int, Any]) -> Limits:
     places: dict[Any, Place] = {}
     guards: list[Any] = []
     for at, value in inputs.items():
-        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+        sizes: Any = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
+        for dim, size in sizes:
             if isinstance(size, torch.SymInt):
-                guards = guards or [guard.expr for guard in size.node.shape_env.guards]
+                environment: Any = size.node.shape_env
+                guards = guards or [guard.expr for guard in environment.guards]
                 places.setdefault(size.node._expr, (at, dim))
     symbols = {symbol: place for symbol, place in places.items() if symbol.is_symbol}
     asked = {c for c in guards if c.free_symbols and c.free_symbols <= symbols.keys()}

@@ -24,7 +24,7 @@ class Program:
     graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
     that the graph holds itself. repeats: how often it runs each sample of a call. returned: how to close
     the objects that it returns opened; None if there are none. marked: their tensors that may have dead slots, by path.
-    limits: on the free sizes of a call.
+    limits: on the free sizes of a call. given: numbers in the objects of a call that it takes as sizes, by path.
     """
 
     repeats: ClassVar[int] = 1
@@ -37,11 +37,16 @@ class Program:
     returned: Returned | None = None
     marked: dict[str, MarkedAxes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    given: tuple[str, ...] = ()
 
     @property
     def sites(self) -> list[str]:
         """Names of the sites that the graph passes."""
         return [name for name in self.cost.lengths if isinstance(name, str)]
+
+    def sizes(self) -> tuple[str, ...]:
+        """Numbers, in the objects that it returns, that follow from sizes of tensors, by path."""
+        return () if self.returned is None else self.returned.sizes()
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the free sizes of a call are within what the graph was captured for."""

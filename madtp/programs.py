@@ -61,13 +61,14 @@ class Programs:
         self.additions: Additions = host._modules[PREFIX]  # type: ignore[assignment]
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
+        self.sizes: set[str] = set()
 
     def continues_pruned(self, call: Call) -> bool:
         """Whether ``call`` reads something from which an earlier, pruned call has dropped tokens."""
         if not self.marked or held_state((call.args, call.kwargs)) is None:
             return False
         try:
-            call = call.opened()
+            call = call.opened(self.sizes)
         except CannotOpen:
             return False
         assert call.form is not None
@@ -86,7 +87,7 @@ class Programs:
     def matching(self, call: Call) -> list[Program]:
         """The programs made for calls like ``call``, latest first; they differ in the way that the model's Python went."""
         try:
-            call = call.opened()
+            call = call.opened(self.sizes)
         except CannotOpen:
             return []
         leaves = call.flat()[0]
@@ -105,7 +106,7 @@ class Programs:
         """
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
         with suppress(CannotOpen):  # the builder says best what is wrong
-            call = call.opened()
+            call = call.opened(self.sizes)
         captured = doubled(call)
         with self._untouched():
             program = self.builder(self.module, captured, self.additions.programs, self.marked)
@@ -120,7 +121,7 @@ class Programs:
     def _serving_one(self, program: Program, call: Call) -> Program:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             with self._untouched():
-                wanted = opened(self.module, call.form)(*call.args, **call.kwargs)
+                wanted = opened(self.module, call.form, program.sizes())(*call.args, **call.kwargs)
             with self.additions.control.unpruned():
                 return as_pair(program, self.module, self.host, call, wanted)
 
@@ -133,22 +134,26 @@ class Programs:
         if any(m.training for m in self.module.modules()):
             return
         kept = call.held()
-        leaves = [cleaned(x) if at in kept and x.is_floating_point() else x for at, x in enumerate(call.flat()[0])]
+        leaves = [
+            cleaned(x) if at in kept and isinstance(x, Tensor) and x.is_floating_point() else x
+            for at, x in enumerate(call.flat()[0])
+        ]
         visible = call.with_leaves(leaves)
         with torch.no_grad():
             with drawing_alike(), self._untouched():
-                expected = opened(self.module, call.form)(*visible.args, **visible.kwargs)
+                expected = opened(self.module, call.form, program.sizes())(*visible.args, **visible.kwargs)
             with drawing_alike(), self.additions.control.unpruned():
                 compare(expected, program.run(self.host, leaves))
 
     def adopt(self, program: Program, call: Call) -> None:
         """Take a program into the cache as the one for calls like ``call``."""
         self._hold(program)
-        self._remember(program, call.opened())
+        self._remember(program, call.opened(self.sizes))
 
     def _hold(self, program: Program) -> None:
         """Give the program what it needs to run."""
         self.marked.update(program.marked)
+        self.sizes.update(program.sizes())
         self.additions.bind(program.cost)
         for name, value in program.constants.items():
             self.additions.constants.register_buffer(name, value, persistent=False)
@@ -162,7 +167,7 @@ class Programs:
     def run(self, program: Program, call: Call) -> Any:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
-        leaves = call.opened().flat()[0]
+        leaves = call.opened(program.given).flat()[0]
         result = program.run(self.host, leaves)
         states = {name: control.states[name] for name in program.sites if name in control.states}
         if isinstance(program, Pair):

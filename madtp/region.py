@@ -84,11 +84,11 @@ class Region(StandIn):
 
     def _candidates(self, call: Call, continues: bool) -> Iterator[Program]:
         try:
-            call = call.opened()
+            call = call.opened(self.programs.sizes)
         except CannotOpen as error:
             self._note(f"it was called with a {error}, which later calls may read again")
             return
-        if call.held() and not continues:
+        if call.goes_on() and not continues:
             return
         for program in self._made(call):
             if program.marked and not self.keeps:
@@ -138,7 +138,7 @@ class HostForward(StandIn):
         call = normalise_call(self.module, args, kwargs)
         described = call
         with suppress(CannotOpen):
-            described = call.opened()
+            described = call.opened(None)
         kind = signature(self.module, described, _all_dims(described))
         if kind not in self.trusted:
             self.trusted[kind] = self._agrees(call)
@@ -196,4 +196,7 @@ class HostForward(StandIn):
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:
     leaves = call.flat()[0]
-    return tuple(tuple(range(x.dim())) if isinstance(x, Tensor) else () for x in leaves)
+    held = call.held()
+    return tuple(
+        tuple(range(x.dim())) if isinstance(x, Tensor) else (0,) if at in held else () for at, x in enumerate(leaves)
+    )

@@ -88,6 +88,24 @@ def drop_conversions(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def drop_whole_slices(graph: fx.Graph) -> None:
+    """Remove slices that take all there is, such as the last tokens of a window that is not full yet."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node) != "slice" or writes(node):
+            continue
+        before, after = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node.args[0], node))
+        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+            continue
+        if call_argument(node, 4, "step", 1) == 1 and list(map(_known, before.shape)) == list(map(_known, after.shape)):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+
+
+def _known(size: int | torch.SymInt) -> object:
+    """A size as a number or an expression: equal ones are equal in all calls that the capture serves."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def reshape_views(graph: fx.Graph) -> None:
     """A view becomes a reshape: pruned tensors need not have the strides that the captured ones had."""
     for node in graph.nodes:
@@ -100,6 +118,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
     ("drop conversions", drop_conversions),
+    ("drop whole slices", drop_whole_slices),
     ("plain getitem", plain_getitem),
     ("plain slices", plain_slices),
     ("reshape views", reshape_views),

@@ -105,13 +105,15 @@ def _dynamic_choices(leaves: list[Any], held: Collection[int], region: Region) -
     )
     none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)
     grown = [
-        tuple(
-            tuple(d for d, n in enumerate(leaves[at].shape) if n > 1) if at in held else dims
-            for at, dims in enumerate(choice)
-        )
+        tuple(_growing(leaves[at]) if at in held else dims for at, dims in enumerate(choice))
         for choice in (every or [length])
     ]
     return [*dict.fromkeys([*grown, batch]), none]
+
+
+def _growing(leaf: Any) -> tuple[int, ...]:
+    """Dimensions in which a part of an object may grow; a size is its own."""
+    return tuple(d for d, n in enumerate(leaf.shape) if n > 1) if isinstance(leaf, Tensor) else (0,)
 
 
 def _lengths(tensor: Tensor) -> tuple[int, ...]:
@@ -166,7 +168,7 @@ def _export(
     """The exported model, or why there is none."""
     leaves, spec = call.flat()
     shapes = [
-        dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else None
+        dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else Dim.AUTO if dims else None
         for x, dims in zip(leaves, dynamic, strict=True)
     ]
     args_shapes, kwargs_shapes = _shapes_tree(spec, iter(shapes))
@@ -242,7 +244,8 @@ def _to_capture(
         if known is not None:
             node.meta["modalities"] = known
         value = node.meta.get("val")
-        free = [d for d, n in enumerate(value.shape) if is_free(n)] if isinstance(leaf, Tensor) else []
+        sizes = value.shape if isinstance(leaf, Tensor) else [value]
+        free = [d for d, n in enumerate(sizes) if is_free(n)]
         dynamic.append(tuple(free))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None

@@ -96,19 +96,19 @@ def build_continuation(
         return _compiled(Insertion(captured.graph, NOTHING), model, captured, region, serial)
 
 
-def open_all(model: nn.Module, call: Call) -> tuple[nn.Module, Call]:
-    """A model and a call of it with objects that later calls read again opened as their tensors.
+def open_all(model: nn.Module, call: Call, sizes: Collection[str] = ()) -> tuple[nn.Module, Call]:
+    """A model and a call of it with objects that later calls read again opened as their tensors and ``sizes``.
 
     Raises:
         CaptureError: an object cannot be opened.
     """
     try:
-        call = call.opened()
+        call = call.opened(sizes)
     except CannotOpen as error:
         raise CaptureError(
             f"{type(model).__name__} was called with an object that cannot be taken apart: {error}; leave it out of the call."
         ) from error
-    return opened(model, call.form), call
+    return opened(model, call.form, sizes), call
 
 
 @contextmanager
@@ -159,9 +159,17 @@ def _compiled(done: Insertion, model: nn.Module, captured: Capture, region: Regi
     lift(done.graph, model)
     _name_from_root(done.graph, region)
     forward = compile_graph(done.graph, str(serial))
-    spec, dynamic = captured.out_spec, captured.dynamic
     return Program(
-        done.graph, forward, spec, dynamic, table, constants, captured.returned, done.marked, captured.limits
+        done.graph,
+        forward,
+        captured.out_spec,
+        captured.dynamic,
+        table,
+        constants,
+        captured.returned,
+        done.marked,
+        captured.limits,
+        captured.example.sizes(),
     )
 
 

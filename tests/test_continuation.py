@@ -187,6 +187,47 @@ def test_kept_tokens_that_more_than_attention_reads_are_refused(
         pruned(None, torch.full((3, 1), 20), mask, memory)
 
 
+class Sliding(Memory):
+    """Keeps the last tokens only, and counts how many it has seen."""
+
+    WINDOW = 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.count += key.shape[2] if layer == 0 else 0
+        key, value = super().extend(layer, key, value)
+        self.seen[layer] = key[:, :, -self.WINDOW :], value[:, :, -self.WINDOW :]
+        return key, value
+
+
+def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept() -> None:
+    model, inputs = reader()
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    plain, counted = Memory(), Sliding()
+    wanted, found = _read(pruned, inputs, plain), _read(pruned, inputs, counted)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    assert counted.count == 24 + sum(STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(_dead(plain), _dead(counted), strict=True))
+    programs = pruned._host.get_submodule("madtp").programs
+    for _ in range(3):
+        mask = torch.ones(3, 1 + counted.count, dtype=torch.long)
+        pruned(None, torch.full((3, 1), 11), mask, counted)
+    assert pruned._host.get_submodule("madtp").programs == programs, "steps of a longer text are served by one program"
+
+
+def test_what_a_full_window_pushes_out_is_no_longer_followed() -> None:
+    model, inputs = reader()
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    memory = Sliding()
+    pruned(**inputs, memory=memory)
+    mask = torch.ones(3, 24 + 20, dtype=torch.long)
+    with pytest.raises(ContinuationError, match="not appended to along its tokens"):
+        pruned(None, torch.full((3, 20), 11), mask, memory)
+
+
 class Slotted:
     __slots__ = ("seen",)
 
@@ -201,6 +242,11 @@ def test_objects_are_taken_apart_and_put_together() -> None:
     assert again.seen is not memory.seen
     assert again.seen[3][0] is memory.seen[3][0]
     assert open_object(again)[0] == blueprint
+    sliding = Sliding()
+    blueprint, parts = open_object(sliding, {".count"})
+    assert (blueprint.paths(), blueprint.sizes(), parts) == ((".count",), (".count",), [0])
+    assert close_object(blueprint, iter([5])).count == 5
+    assert open_object(sliding)[0].paths() == ()
     twice = Memory()
     twice.seen[0] = twice.seen[1] = (torch.ones(2), torch.ones(2))
     for closed in (twice, Slotted(), nn.Linear(1, 1), {1, 2}, (x for x in ())):
