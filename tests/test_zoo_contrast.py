@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from workers import run_workers
 
 import madtp
 from madtp.errors import ConfigError, DataError
+from madtp.processes import current
 from zoo import load_checkpoint
 from zoo.blip.matching import LEFT_OUT, matching_loss, rerank
 from zoo.contrast import MomentumContrast
@@ -205,3 +207,33 @@ def test_training_a_pruned_model() -> None:
     loss.backward()
     assert all(parameter.grad is not None for parameter in pruned.parameters())
     assert torch.isfinite(loss)
+
+
+def shared_steps(folder: Path, samples: list[int]) -> dict[str, Any]:
+    """In workers, and alone: two steps on this process's part of a batch; gradients as DistributedDataParallel averages."""
+    own = current()
+    images, texts = batch(0, len(samples))
+    share = slice(len(samples) * own.rank // own.size, len(samples) * (own.rank + 1) // own.size)
+    torch.manual_seed(1)
+    trainer, losses = contrast(queue=5), []
+    for _ in range(2):
+        trainer.zero_grad()
+        part = {name: value[share] for name, value in texts.items()}
+        found = trainer.model(images=images[share], **part)
+        loss = trainer(found, images[share], part, torch.tensor(samples)[share], alpha=0.4)
+        loss.backward()
+        losses.append(own.mean(loss.detach()))
+    trained = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    gradients = {f"gradient of {name}": own.mean(gradient) for name, gradient in trained.items()}
+    return {"losses": torch.stack(losses), **dict(trainer.named_buffers()), **gradients}
+
+
+def test_two_processes_compare_and_fill_the_queues_as_one_does(tmp_path: Path) -> None:
+    samples = [4, 9, 4, 7]
+    alone = shared_steps(tmp_path, samples)
+    for found in run_workers("test_zoo_contrast:shared_steps", tmp_path, samples=samples):
+        assert set(found) == set(alone)
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    assert alone["ptr_queue"] == 3
+    assert alone["idx_queue"].tolist() == [[9, 4, 7, 7, 4]]

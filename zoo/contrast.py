@@ -2,6 +2,7 @@
 
 Start with :class:`MomentumContrast`. Images and texts are compared not only within a batch but with the features of
 the batches before, which a slowly following copy of the model computes; the copy's own similarities soften the targets.
+Several processes compare with the batches of all of them, as one process would with the whole batch.
 Axes: B samples, Q places of the queues, E width of the features.
 """
 
@@ -31,12 +32,17 @@ class Features(Protocol):
 
 
 class Compared(NamedTuple):
-    """Targets and what they are compared with: features of the copy, its queues behind them [E, B + Q]; targets [B, B + Q]."""
+    """Targets and what they are compared with: features of the copy for all processes' batches (A samples), its queues behind
+    them [E, A + Q]; targets [B, A + Q]."""
 
     images: Tensor
     texts: Tensor
     to_texts: Tensor
     to_images: Tensor
+
+
+Gathered = tuple[Tensor, Tensor, Tensor]
+"""Features of images and texts [A, E], and which image each pair is of [A]."""
 
 
 class MomentumContrast(nn.Module):
@@ -110,7 +116,8 @@ class MomentumContrast(nn.Module):
         with torch.no_grad():
             self._follow(self.decay)
             image, text = self.follower(images=images).image_features, self.follower(**texts).text_features
-            compared = self._compare(image, text, samples, found.scale.detach(), alpha)
+            everywhere = gathered(image), gathered(text), gathered(samples)
+            compared = self._compare(image, text, samples, everywhere, found.scale.detach(), alpha)
         to_texts = found.scale * found.image_features @ compared.texts
         to_images = found.scale * found.text_features @ compared.images
         losses = [
@@ -118,13 +125,15 @@ class MomentumContrast(nn.Module):
             for similarities, targets in ((to_texts, compared.to_texts), (to_images, compared.to_images))
         ]
         with torch.no_grad():
-            self._enqueue(image, text, samples)
+            self._enqueue(*everywhere)
         return (losses[0] + losses[1]) / 2
 
-    def _compare(self, image: Tensor, text: Tensor, samples: Tensor, scale: Tensor, alpha: float) -> Compared:
-        images = torch.cat([image.T, self.image_queue], dim=1)
-        texts = torch.cat([text.T, self.text_queue], dim=1)
-        matches = (samples[:, None] == torch.cat([samples[None], self.idx_queue], dim=1)).to(image.dtype)
+    def _compare(
+        self, image: Tensor, text: Tensor, samples: Tensor, everywhere: Gathered, scale: Tensor, alpha: float
+    ) -> Compared:
+        images = torch.cat([everywhere[0].T, self.image_queue], dim=1)
+        texts = torch.cat([everywhere[1].T, self.text_queue], dim=1)
+        matches = (samples[:, None] == torch.cat([everywhere[2][None], self.idx_queue], dim=1)).to(image.dtype)
         matches = (1 - alpha) * matches / matches.sum(dim=1, keepdim=True)
         to_texts = alpha * (scale * image @ texts).softmax(dim=1) + matches
         to_images = alpha * (scale * text @ images).softmax(dim=1) + matches
@@ -138,8 +147,7 @@ class MomentumContrast(nn.Module):
                 copied.copy_(buffer)
 
     def _enqueue(self, image: Tensor, text: Tensor, samples: Tensor) -> None:
-        """Replace the oldest features by those of all processes' batches; a batch may wrap around the queue's end."""
-        image, text, samples = gathered(image), gathered(text), gathered(samples)
+        """Replace the oldest features by those of a batch; it may wrap around the queue's end."""
         size = self.idx_queue.shape[1]
         image, text, samples = image[-size:], text[-size:], samples[-size:]
         places = (self.ptr_queue + torch.arange(len(samples), device=samples.device)) % size
