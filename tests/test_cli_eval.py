@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import data_files
 import pytest
 from click.testing import Result as Outcome
 from typer.testing import CliRunner
+from workers import environment, kill
 
 import madtp
 import zoo
@@ -142,6 +145,28 @@ def test_an_interrupted_pruned_evaluation_goes_on(tmp_path: Path, monkeypatch: p
 def test_a_saved_pruned_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
     content = evaluated(tmp_path / "e.json", "-k", "pruned-80", "-n", "8")
     assert content["compute"]["reduction"] > 0.6
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(tmp_path: Path) -> None:
+    arguments = ["-k", "dense", "-n", "7", "-b", "2", "-r", "0.4", "--calibration-samples", "4", "--per-sample"]
+    alone = evaluated(tmp_path / "alone.json", *arguments)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "madtp"]
+    command = [*launcher, "eval", "--model", "blip_nlvr_mini", *arguments, "-o", str(tmp_path / "two.json")]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True
+    )
+    try:
+        text = child.communicate(timeout=300)[0]
+    finally:
+        kill(child)
+    assert child.returncode == 0, text
+    assert text.count("everything is in") == 1, text
+    two = json.loads((tmp_path / "two.json").read_text())
+    for content in (alone, two):
+        del content["compute"]["seconds"]
+    assert two == alone
+    assert len({entry["id"] for entry in two["per_sample"]}) == 7
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from workers import run_workers
 
 from madtp.errors import CheckpointError, ConfigError
 from madtp.evaluation import Parts, Result, evaluate
+from madtp.processes import current
 
 
 class Doubling(nn.Module):
@@ -84,6 +86,32 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_result(tmp_path: Path, 
     found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, parts=Parts(folder, {"a": 1}))
     assert [samples.start for samples in again.ran] == list(range(fail_at, 5, 2))
     assert (found.metrics, found.samples) == (whole.metrics, whole.samples)
+
+
+def shared(folder: Path) -> dict[str, Any]:
+    """In workers: without parts, and going on from those that lie in the folder."""
+    stages, own, done = (Doubled(), Shares()), current(), []
+    plain = evaluate(Doubling(), FakeTask(stages), batch_size=2, processes=own, advance=done.append)
+    again = Doubled()
+    parts = Parts(folder / "parts", {"a": 1})
+    found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, processes=own, parts=parts)
+    alike = (found.metrics, found.samples) == (plain.metrics, plain.samples)
+    ran = [[places.start for places in first.ran] for first in (stages[0], again)]
+    return {"metrics": plain.metrics, "samples": list(plain.samples), "alike": alike, "ran": ran, "done": done}
+
+
+def test_processes_share_batches_out_and_find_what_one_finds(tmp_path: Path) -> None:
+    whole = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2)
+    parts = Parts(tmp_path / "parts", {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Doubling(), FakeTask((Doubled(fail_at=2), Shares())), batch_size=2, parts=parts)
+    first, second = run_workers("test_evaluation:shared", tmp_path)
+    for found in (first, second):
+        assert (found["metrics"], tuple(found["samples"])) == (whole.metrics, whole.samples)
+        assert found["alike"]
+    assert first["ran"] == [[0, 4], [4]]  # of the batches at 0, 2 and 4; that at 0 was done before
+    assert second["ran"] == [[2], [2]]
+    assert (first["done"], second["done"]) == ([2, 1, 2, 1], [2, 2])
 
 
 def test_parts_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 import torch
 from cases import VOCABULARY, lively
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from towers import TwoTowers
 
 import madtp
 from madtp.pruned import PrunedModel
-from madtp.training import Learner, TrainingConfig, fit
-from madtp.training.compression import Budget, Steering, divergence, strength
+from madtp.training import Learner, TrainingConfig, TrainingResult, fit
+from madtp.training.compression import Budget, Steering, divergence, strength, teach_alike
 from madtp.training.progress import Progress
 
 SAMPLES = 8
+WEIGHTS = "weights.safetensors"
 QUIET = Progress(quiet=True)
 
 
@@ -93,7 +96,7 @@ def rewritten(dropout: float = 0.0) -> PrunedModel:
     return copy.deepcopy(_rewritten(dropout))
 
 
-def learner(steps: int, dropout: float = 0.0, distil: float = 0.0) -> Learner:
+def learner(steps: int, dropout: float = 0.0, distil: float = 0.0, teach_every: int = 0) -> Learner:
     """The loss has a mean over samples, a mean over all words, the alignment loss and, if asked, distillation."""
     pruned = rewritten(dropout)
     torch.manual_seed(4)
@@ -119,11 +122,16 @@ def learner(steps: int, dropout: float = 0.0, distil: float = 0.0) -> Learner:
             metrics["distil"] = distance.detach()
         return total, metrics
 
+    def before_step(step: int, module: nn.Module) -> None:
+        steering.before_step(step)
+        if teach_every and step % teach_every == 0:
+            teach_alike(pruned, lambda: [tuple(samples(step, range(4))[name] for name in INPUTS)], steps=3)
+
     return Learner(
         pupil,
         samples,
         loss,
-        before_step=lambda step, module: steering.before_step(step),
+        before_step=before_step,
         on_step=lambda done, module, metrics: steering.on_step(metrics),
         state=state,
         samples_per_step=SAMPLES,
@@ -143,3 +151,14 @@ def trained(folder: Path, dropout: float = 0.0, resume: bool = False, stop: int 
         "state": made.state,
         "metrics": result.metrics,
     }
+
+
+def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
+    """As a recipe."""
+    return learner(training.steps, **settings)
+
+
+def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
+    """As a recipe: the last weights and what was steered."""
+    save_file({name: value.contiguous() for name, value in learner.module.state_dict().items()}, output / WEIGHTS)
+    (output / "state.json").write_text(json.dumps(learner.state))

@@ -18,7 +18,8 @@ A saved pruned model is evaluated as it is.
 
 The result is a JSON file with metrics, compute and the whole
 configuration. An evaluation that was interrupted goes on where it stopped
-when the same command is given again.
+when the same command is given again. Started by torchrun or accelerate,
+several processes share the batches out.
 
 [bold]Examples[/bold]
 
@@ -28,6 +29,7 @@ when the same command is given again.
   madtp eval --model blip_nlvr --checkpoint model_base_nlvr.pth --data nlvr2 --root nlvr2 --vocabulary vocab.txt
   madtp eval --model blip_vqa -k model_vqa.pth --data vqav2 --root vqa --vocabulary vocab.txt --answers list.json
   madtp eval --model blip_vqa --checkpoint model_vqa.pth --data vqav2 --root coco --split val --vocabulary vocab.txt
+  torchrun --nproc-per-node 2 -m madtp eval --model blip_nlvr_mini --checkpoint dense
   madtp eval --list
 """
 
@@ -70,6 +72,7 @@ def eval_command(
 ) -> None:
     """Entry point of the command; see HELP."""
     from madtp.cli.console import output_console
+    from madtp.processes import launched
     from zoo.tasks import EvaluationSettings
 
     if list_data:
@@ -94,8 +97,10 @@ def eval_command(
         answers=answers,
         device=device,
     )
-    output_console.print(_table(_run(settings, output, per_sample)))
-    output_console.print(f"everything is in {output}", soft_wrap=True)
+    content = _run(settings, output, per_sample)
+    if launched().main:
+        output_console.print(_table(content))
+        output_console.print(f"everything is in {output}", soft_wrap=True)
 
 
 def _run(settings: Any, output: Path, per_sample: bool) -> dict[str, Any]:
@@ -103,10 +108,11 @@ def _run(settings: Any, output: Path, per_sample: bool) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from madtp.cli.console import error_console
+    from madtp.processes import launched
     from zoo.tasks import evaluate_settings
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=error_console) as progress:
+    with Progress(*columns, console=error_console, disable=not launched().main) as progress:
         bar = progress.add_task(settings.model, total=None)
         return evaluate_settings(
             settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import nn
 from madtp.errors import ConfigError
 from madtp.evaluation.meter import Meter
 from madtp.evaluation.parts import Parts
-from madtp.evaluation.task import Result, Task
+from madtp.evaluation.task import Result, Stage, Task
+from madtp.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,20 @@ def evaluate(
     batch_size: int,
     parts: Parts | None = None,
     advance: Callable[[int], None] = lambda samples: None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Evaluate a model.
+
+    Several processes take turns at the batches, which stay those of one process, and exchange what they found after each
+    stage: every one returns the whole.
 
     Args:
         model: dense or pruned; set to eval mode.
         task: what to do.
         batch_size: samples at a time.
         parts: where results of every batch are kept, and those that are there already are taken from; None keeps none.
-        advance: called after each batch with its number of samples, once for each stage.
+        advance: called after each batch of this process with its number of samples, once for each stage.
+        processes: that call this function together, with the same model and task.
     """
     model.eval()
     results: dict[str, list[Result]] = {}
@@ -73,26 +79,42 @@ def evaluate(
     seconds = 0.0
     for stage in task.stages:
         found: list[Result] = []
-        for places in batches(task, batch_size):
-            name = f"{stage.name}-{places.start:08d}"
-            part = None if parts is None else parts.get(name)
-            if part is None:
-                meter, start = Meter(), time.perf_counter()
-                with torch.inference_mode(), meter.watching(model):
-                    outcome = stage.run(model, places, results)
-                part = {"results": outcome, "calls": meter.calls, "seconds": time.perf_counter() - start}
-                if parts is not None:
-                    parts.put(name, part)
+        every = batches(task, batch_size)
+        own = [_part(model, stage, places, results, parts, advance) for places in processes.share(every)]
+        shares = processes.gather(own)
+        for number, places in enumerate(every):
+            part = shares[number % processes.size][number // processes.size]
             _note(samples, stage.name, places, part)
             found += part["results"]
             calls += part["calls"]
             seconds += part["seconds"]
-            advance(len(places))
         results[stage.name] = found
     macs, dense = (
         sum(call[name] for call in calls) / len(samples) if calls else None for name in ("macs", "dense_macs")
     )
     return Evaluation(task.metrics(results), tuple(samples), macs, dense, seconds)
+
+
+def _part(
+    model: nn.Module,
+    stage: Stage,
+    places: range,
+    earlier: Mapping[str, Sequence[Result]],
+    parts: Parts | None,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """What a stage finds in a batch, from what is kept or by running it."""
+    name = f"{stage.name}-{places.start:08d}"
+    part = None if parts is None else parts.get(name)
+    if part is None:
+        meter, start = Meter(), time.perf_counter()
+        with torch.inference_mode(), meter.watching(model):
+            outcome = stage.run(model, places, earlier)
+        part = {"results": outcome, "calls": meter.calls, "seconds": time.perf_counter() - start}
+        if parts is not None:
+            parts.put(name, part)
+    advance(len(places))
+    return part
 
 
 def _note(samples: Sequence[dict[str, Any]], stage: str, places: range, part: dict[str, Any]) -> None:

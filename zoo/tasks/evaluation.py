@@ -19,11 +19,14 @@ from madtp.evaluation import Evaluation, Parts, Task, evaluate
 from madtp.evaluation.parts import write_json
 from madtp.evaluation.run import batches
 from madtp.model_folder import CONFIG
+from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
+from madtp.search import KNOBS
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
 
 PARTS = ".parts"
+CALIBRATION = "calibration"
 
 
 @dataclass(frozen=True)
@@ -85,36 +88,57 @@ def evaluate_settings(
     """Evaluate and write `output`, a JSON file; return its content.
 
     While it runs, finished batches lie in a folder beside the file, from which the same evaluation goes on when it was
-    interrupted.
+    interrupted. Started by torchrun or accelerate in several processes, they share the batches out, and the first one writes.
 
     Args:
         settings: what to evaluate.
         output: file to write, replaced if it is there.
         per_sample: also write what was found for each sample: answers, and tokens kept at each site.
-        begin, advance: told how many samples there are over all stages, and how many are done each time; for a progress bar.
+        begin, advance: told how many samples this process has over all stages, and how many are done each time; for a
+            progress bar.
     """
     if output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file for the result.")
-    device = torch.device(settings.device)
+    with joined(settings.device) as (processes, device):
+        return _evaluate(settings, output, per_sample, begin, advance, processes, torch.device(device))
+
+
+def _evaluate(
+    settings: EvaluationSettings,
+    output: Path,
+    per_sample: bool,
+    begin: Callable[[int], None],
+    advance: Callable[[int], None],
+    processes: Processes,
+    device: torch.device,
+) -> dict[str, Any]:
     dense = zoo.create(settings.model)
-    task = _task(settings, dense, settings.split, settings.limit, settings.annotations)
+    task = _task(settings, dense, settings.split, settings.limit, settings.annotations, device)
     setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
     parts = Parts(output.with_name(output.name + PARTS), setup)
+    processes.wait()  # a folder that another process begins to fill would not look like that of an evaluation
     model = _load(settings).to(device)
     if settings.reduction is not None:
-        model = _prune(settings, dense, model, parts)
-    begin(len(task.stages) * len(task.ids))
-    found = evaluate(model, task, batch_size=settings.batch_size, parts=parts, advance=advance)
+        model = _prune(settings, dense, model, parts, processes, device)
+    begin(len(task.stages) * sum(map(len, processes.share(batches(task, settings.batch_size)))))
+    size = settings.batch_size
+    found = evaluate(model, task, batch_size=size, parts=parts, advance=advance, processes=processes)
     content = _content(settings, task, model, found)
     if per_sample:
         content["per_sample"] = list(found.samples)
-    write_json(output, content)
-    parts.remove()
+    if processes.main:
+        write_json(output, content)
+        parts.remove()
     return content
 
 
 def _task(
-    settings: EvaluationSettings, model: nn.Module, split: str, limit: int | None, annotations: Path | None
+    settings: EvaluationSettings,
+    model: nn.Module,
+    split: str,
+    limit: int | None,
+    annotations: Path | None,
+    device: torch.device,
 ) -> Task:
     data = zoo.data(
         settings.data,
@@ -125,7 +149,7 @@ def _task(
         limit=limit,
         seed=settings.seed,
     )
-    return build_task(settings.model, model, data, torch.device(settings.device), settings.vocabulary, settings.answers)
+    return build_task(settings.model, model, data, device, settings.vocabulary, settings.answers)
 
 
 def _load(settings: EvaluationSettings) -> nn.Module:
@@ -141,19 +165,33 @@ def _load(settings: EvaluationSettings) -> nn.Module:
     return zoo.create(settings.model, settings.checkpoint)
 
 
-def _prune(settings: EvaluationSettings, dense: nn.Module, model: nn.Module, parts: Parts) -> PrunedModel:
-    """Rewrite if need be, and calibrate; where parts are there, with the settings that they were made with."""
-    assert settings.reduction is not None
-    task = _task(settings, dense, settings.calibration_split, settings.calibration_samples, None)
-    calls = [task.inputs(places) for places in batches(task, settings.batch_size)]
-    pruned = model if isinstance(model, PrunedModel) else madtp.rewrite(model, calls[0]).eval()
-    known = parts.get("calibration")
-    if known is None:
-        madtp.calibrate(pruned, calls, reduction=settings.reduction)
-        parts.put("calibration", {"gain": pruned.gain, "temperature": pruned.temperature})
-    else:
-        pruned.gain, pruned.temperature = known["gain"], known["temperature"]
+def _prune(
+    settings: EvaluationSettings,
+    dense: nn.Module,
+    model: nn.Module,
+    parts: Parts,
+    processes: Processes,
+    device: torch.device,
+) -> PrunedModel:
+    """Rewrite if need be, and calibrate, in one process; where parts are there, with the setting that they were made with."""
+    task = _task(settings, dense, settings.calibration_split, settings.calibration_samples, None, device)
+    first = task.inputs(batches(task, settings.batch_size)[0])
+    pruned = model if isinstance(model, PrunedModel) else madtp.rewrite(model, first).eval()
+    known = parts.get(CALIBRATION) if processes.main else None
+    if processes.main and known is None:
+        known = _calibrated(pruned, task, settings)
+        parts.put(CALIBRATION, known)
+    known = processes.from_main(known)
+    assert known is not None
+    KNOBS[known["steer"]].write(pruned, known["value"])
     return pruned
+
+
+def _calibrated(pruned: PrunedModel, task: Task, settings: EvaluationSettings) -> dict[str, Any]:
+    assert settings.reduction is not None
+    calls = [task.inputs(places) for places in batches(task, settings.batch_size)]
+    steer = madtp.calibrate(pruned, calls, reduction=settings.reduction).steer
+    return {"steer": steer, "value": KNOBS[steer].read(pruned)}
 
 
 def _fingerprints(settings: EvaluationSettings) -> dict[str, list[int]]:
