@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import madtp
 import zoo
 from madtp.cli.app import app
 
@@ -182,3 +183,32 @@ def test_a_setting_with_the_model_of_base_size(tmp_path: Path, name: str) -> Non
     if setting.model.startswith("clip"):
         pytest.importorskip("open_clip")
     check(setting, evaluated(setting, setting.model, tmp_path, published.BERT_SIZE))
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.ones(1, length, dtype=torch.long)
+
+
+def text(length: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids(length), "attention_mask": ids(length)}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("model", "images", "texts", "expected"),
+    [
+        ("blip_nlvr", (1, 2, 3, 384, 384), text(36), "132.54 G (two images"),
+        ("blip_retrieval", (1, 3, 384, 384), text(35), "70.57 G (a pair"),
+        ("blip_caption", (1, 3, 384, 384), text(15), "65.72 G (image"),
+        ("blip_vqa", (1, 3, 480, 480), {**text(13), "answer_ids": ids(5), "answer_mask": ids(5)}, "107.17 G (image"),
+        ("clip_vit_l14_336", (1, 3, 336, 336), {}, "191.10 G an image"),
+        ("clip_vit_l14_336", None, {"input_ids": ids(77)}, "6.66 G a text"),
+    ],
+)
+def test_dense_macs_are_those_of_the_readme(
+    model: str, images: tuple[int, ...] | None, texts: dict[str, torch.Tensor], expected: str
+) -> None:
+    inputs = texts if images is None else {"images": torch.randn(images), **texts}
+    macs = madtp.count_macs(zoo.create(model), inputs)
+    assert f"{macs / 1e9:.2f} G" in expected
+    assert expected in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

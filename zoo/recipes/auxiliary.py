@@ -1,17 +1,28 @@
-"""Auxiliary heads over the text's class token: what a statement about scenes speaks of, read off while training.
+"""Auxiliary heads: what pictures of scenes show and statements speak of, read off while training.
 
-True or false is one bit a statement; how often either picture shows the thing and where it is tells the model far more.
-Dense training and compression both use :class:`StatementHeads`; the heads are thrown away afterwards.
+True or false is one bit a statement; how often either picture shows the thing and where it is tells the model far more
+(:class:`StatementHeads`, over the text's class token). :class:`PatchHeads` read off each vision token what its patch shows,
+:class:`ContentHeads` off one vector what a picture or its caption holds. The heads are thrown away afterwards.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.scenes.drawing import PATCH
+from zoo.scenes.objects import COLOURS, SHAPES, SIZES
+
 COUNT_CLASSES = 6
+
+PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
+"""Classes of the patch labels, in the order of :func:`zoo.scenes.drawing.draw_pictures`."""
+
+KINDS_OF_THINGS = len(COLOURS) * len(SHAPES) * len(SIZES)
 
 
 class StatementHeads(nn.Module):
@@ -34,6 +45,47 @@ class StatementHeads(nn.Module):
         known = ~places[:, 0].isnan()
         found = self.places(tokens[known]).float()
         return F.smooth_l1_loss(found, places[known], beta=0.1, reduction="sum") / spatial.clamp_min(1e-9)
+
+
+class PatchHeads(nn.Module):
+    """Linear heads that read annotations of patches off vision tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.Linear(width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
+
+    def forward(self, tokens: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Vision tokens [B, N, C] (class token first) and the annotation of B pictures -> loss, accuracy on objects' shapes.
+
+        The annotation is labels_of_patches [B, 4, P], outline [B, P, PATCH * PATCH] and centre [B, P, 2]. The outline of the
+        object inside a patch and where the object's centre lies in the picture are asked for too. Shape shows only across
+        patches and is learned several times faster once tokens know where edges run; and without a reason to carry their
+        position tokens lose it, and spatial relations are never learned.
+        """
+        *parts, outline, centre = self.heads(tokens[:, 1:]).float().split((*PATCH_CLASSES, PATCH * PATCH, 2), dim=-1)
+        targets = batch["labels_of_patches"].unbind(1)
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), target.flatten()) for part, target in zip(parts, targets, strict=True)
+        ]
+        losses.append(F.binary_cross_entropy_with_logits(outline, batch["outline"].float()))
+        losses.append(F.smooth_l1_loss(centre, batch["centre"]))
+        on_object = targets[1] > 0
+        right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
+        return torch.stack(losses).sum(), right
+
+
+class ContentHeads(nn.Module):
+    """Reads off a vector which kinds of things (size, colour and shape) a picture holds, and of which there are two."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.contents = nn.Linear(width, 2 * KINDS_OF_THINGS)
+
+    def forward(self, vectors: Tensor, things: Tensor) -> Tensor:
+        """Vectors [B, E], number of things of each kind [B, KINDS_OF_THINGS] -> loss."""
+        wanted = torch.cat([things >= 1, things >= 2], dim=1).float()
+        found = self.contents(vectors).float()
+        return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / len(vectors)
 
 
 def faded(part: float, to: float) -> float:

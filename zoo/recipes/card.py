@@ -13,7 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import zoo
+from madtp.evaluation import evaluate
 from zoo.scenes import SceneDataset, collate
+from zoo.tasks import build_task
+from zoo.transforms import for_model
 
 _BATCH = 128
 
@@ -47,6 +50,23 @@ def measure(name: str, items: int, seed: int) -> Callable[[Path], dict[str, Any]
         return {"split": "test", "items": items, "seed": seed, "precision": "float32", "accuracy": scores}
 
     return run
+
+
+def measure_task(name: str, data: str, items: int, seed: int) -> Callable[[Path], dict[str, Any]]:
+    """Return a function that loads a weights file into the zoo's model and tests it as `madtp eval` does, in float32."""
+
+    def run(path: Path) -> dict[str, Any]:
+        return {**test_task(zoo.create(name, path), name, data, items, seed), "precision": "float32"}
+
+    return run
+
+
+def test_task(model: nn.Module, name: str, data: str, items: int, seed: int) -> dict[str, Any]:
+    """Metrics of a model, dense or pruned, on held-out scenes; `name` is what the zoo calls the dense one."""
+    samples = zoo.data(data, split="test", limit=items, seed=seed, transform=for_model(name))
+    task = build_task(name, zoo.create(name), samples, torch.device("cpu"), None)
+    found = evaluate(model, task, batch_size=_BATCH)
+    return {"split": "test", "items": items, "seed": seed, "metrics": found.metrics}
 
 
 def write_release(

@@ -1,14 +1,21 @@
-"""A BLIP-NLVR model that is asked several statements about each pair: vision, the expensive half, runs once a pair."""
+"""Models that are asked for several texts about each picture or pair: vision, the expensive half, runs once.
+
+Each wraps a model for training; its parameters are the model's, under the prefix ``model.``. Axes: B pictures or pairs, S texts
+about each, T tokens of a text, L of an answer, W words.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zoo.blip.caption import BlipCaption
+from zoo.blip.med import keys
 from zoo.blip.nlvr import BlipNlvr
+from zoo.blip.vqa import BlipVqa
 
 
 class ManyStatements(nn.Module):
-    """Wraps a model for training; its parameters are the model's, under the prefix ``model.``."""
+    """BLIP-NLVR with several statements about each pair."""
 
     def __init__(self, model: BlipNlvr) -> None:
         super().__init__()
@@ -26,3 +33,34 @@ class ManyStatements(nn.Module):
             second.repeat_interleave(statements, 0),
         )[:, 0]
         return self.model.cls_head(tokens), tokens
+
+
+class ManyQuestions(nn.Module):
+    """BLIP for questions with several of them about each picture, and one answer to each."""
+
+    def __init__(self, model: BlipVqa) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor
+    ) -> Tensor:
+        """Pictures [B, 3, H, W], questions and mask [B, S, T] (1: token), answers and mask [B, S, L] -> logits
+        [B * S, L, W] of the token after each of an answer's."""
+        tokens = self.model.visual_encoder(images).repeat_interleave(input_ids.shape[1], 0)
+        mask = attention_mask.flatten(0, 1)
+        states = self.model.text_encoder(input_ids.flatten(0, 1), keys(mask), tokens)
+        return self.model.text_decoder(answer_ids.flatten(0, 1), answer_mask.flatten(0, 1), states, mask)
+
+
+class ManyCaptions(nn.Module):
+    """BLIP for captions with several of them for each picture."""
+
+    def __init__(self, model: BlipCaption) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], captions and mask [B, S, T] (1: token) -> logits [B * S, T, W] of the token after each."""
+        tokens = self.model.visual_encoder(images).repeat_interleave(input_ids.shape[1], 0)
+        return self.model.text_decoder(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), tokens)

@@ -29,15 +29,11 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import TextLayer
-from zoo.recipes.auxiliary import StatementHeads, faded
+from zoo.recipes.auxiliary import PatchHeads, StatementHeads, faded
 from zoo.recipes.card import measure, write_release
 from zoo.scenes import draw_sample, encode, normalise
-from zoo.scenes.drawing import PATCH
-from zoo.scenes.objects import COLOURS, SHAPES, SIZES
 from zoo.scenes.tokens import PAD, VOCABULARY
 
-PATCH_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 2)
-"""Classes of the patch labels, in the order of :func:`zoo.scenes.drawing.draw_pictures`."""
 TEXT_PADDING = {"input_ids": VOCABULARY.index(PAD), "attention_mask": 0}
 """With what the statements of a batch are padded."""
 
@@ -79,29 +75,8 @@ class Pupil(nn.Module):
     def __init__(self, model: BlipNlvr) -> None:
         super().__init__()
         self.model = model
-        self.heads = nn.Linear(model.config.vision.width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
+        self.patches = PatchHeads(model.config.vision.width)
         self.statements = StatementHeads(model.config.text.width)
-
-    def patch_loss(self, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Vision tokens [2B, N, C] (class token first) and annotated batch -> loss, accuracy on objects' shapes.
-
-        The outline of the object inside a patch and where the object's centre lies in the picture are asked for too.
-        Shape shows only across patches and is learned several times faster once tokens know where edges run; and
-        without a reason to carry their position tokens lose it, and spatial relations are never learned.
-        """
-        *parts, outline, centre = self.heads(tokens[:, 1:]).float().split((*PATCH_CLASSES, PATCH * PATCH, 2), dim=-1)
-        labels, true_outline, true_centre = (
-            batch[name].transpose(0, 1).flatten(0, 1) for name in ("labels_of_patches", "outline", "centre")
-        )
-        targets = labels.unbind(1)
-        losses = [
-            F.cross_entropy(part.flatten(0, 1), target.flatten()) for part, target in zip(parts, targets, strict=True)
-        ]
-        losses.append(F.binary_cross_entropy_with_logits(outline, true_outline.float()))
-        losses.append(F.smooth_l1_loss(centre, true_centre))
-        on_object = targets[1] > 0
-        right = (parts[1].argmax(-1) == targets[1])[on_object].float().mean()
-        return torch.stack(losses).sum(), right
 
     def read(self, ids: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Statements [B, S, T], mask [B, S, T], encoded images [B, N, C] -> class tokens [B * S, C].
@@ -144,6 +119,11 @@ def make_batch(split: str, seed: int, start: int, pairs: int, statements: int, k
     return batch
 
 
+def _both(batch: Batch) -> Batch:
+    """Annotations [B, 2, ...] of pairs as those of all first and then all second pictures, [2B, ...]."""
+    return {name: batch[name].transpose(0, 1).flatten(0, 1) for name in ("labels_of_patches", "outline", "centre")}
+
+
 def _stack(arrays: list[npt.NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
@@ -165,7 +145,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         assert isinstance(module, Pupil)
         first, second = module.model.encode_images(batch["images"])
-        patch, shape_accuracy = module.patch_loss(torch.cat([first, second]), batch)
+        patch, shape_accuracy = module.patches(torch.cat([first, second]), _both(batch))
         if "labels" not in batch:
             return patch, {"patch": patch.detach(), "shape": shape_accuracy}
         tokens = module.read(batch["input_ids"], batch["attention_mask"], first, second)

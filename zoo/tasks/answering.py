@@ -54,12 +54,16 @@ class Answering:
 
     def inputs(self, samples: range) -> dict[str, Any]:
         """Images [B, 3, H, W], questions [B, T], one answer each [B, L], and masks."""
-        records = [self.data.records[place] for place in samples]
-        unknown = [record.id for record in records if not record.answers]
-        if unknown:
-            raise DataError(f"{self.data.name}, split {self.data.split!r}, keeps the answer to {unknown[0]} secret.")
-        ids, mask = self._spell([record.answers[0] for record in records], self.config.decode_id)
+        ids, mask = self._spell([record.answers[0] for record in self._answered(samples)], self.config.decode_id)
         return {**self._questions(samples), "answer_ids": ids, "answer_mask": mask}
+
+    def all_answers(self, samples: range) -> dict[str, Any]:
+        """As :meth:`inputs` with every different answer [A, L], in the order of `weighted_answers` of the questions, and
+        `owners` [A], the question of each."""
+        given = [list(record.weighted_answers()) for record in self._answered(samples)]
+        ids, mask = self._spell([answer for answers in given for answer in answers], self.config.decode_id)
+        owners = torch.tensor([place for place, answers in enumerate(given) for _ in answers], device=self.device)
+        return {**self._questions(samples), "answer_ids": ids, "answer_mask": mask, "owners": owners}
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
         """The `answer` to each question."""
@@ -78,6 +82,14 @@ class Answering:
         if not all(given):
             return {}
         return {"vqa_accuracy": vqa_accuracy([result["answer"] for result in results[self.name]], given)}
+
+    def _answered(self, samples: range) -> list[Question]:
+        """The records of these questions, all with answers."""
+        records = [self.data.records[place] for place in samples]
+        unknown = [record.id for record in records if not record.answers]
+        if unknown:
+            raise DataError(f"{self.data.name}, split {self.data.split!r}, keeps the answer to {unknown[0]} secret.")
+        return records
 
     def _questions(self, samples: range) -> dict[str, Tensor]:
         items = [self.data[place] for place in samples]

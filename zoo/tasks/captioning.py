@@ -43,6 +43,11 @@ class Captioning:
     def ids(self) -> Sequence[str]:
         return [record.id for record in self.data.records]
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens in front of a caption that are given, [DEC] included."""
+        return self._spell([self.prompt])[0].shape[1] - 1
+
     def inputs(self, samples: range) -> dict[str, Any]:
         """Images [B, 3, H, W] with the first caption of each, ids and mask [B, T]."""
         captions = [self.data.records[place].captions[0] for place in samples]

@@ -1,0 +1,151 @@
+"""The recipes on scenes for captions, questions and retrieval: lessons, start weights, and runs of two steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import madtp
+import zoo
+from madtp.errors import CheckpointError, ConfigError
+from madtp.training import TrainingConfig, train
+from madtp.training.config import from_plain
+from madtp.training.progress import Progress
+from madtp.training.run import read_config
+from zoo.recipes import compress_scenes, scenes_dense
+from zoo.recipes.lessons import lesson_for
+from zoo.recipes.pictures import draw_batch
+from zoo.recipes.start import start_from
+from zoo.scenes import VOCABULARY
+from zoo.scenes.single import ANSWERS
+
+RECIPES = Path(zoo.__file__).parent / "recipes"
+MODELS = ("blip_caption_mini", "blip_vqa_mini", "blip_retrieval_mini", "clip_mini")
+TEXTS = {"blip_caption_mini": 2, "blip_vqa_mini": 3}
+
+
+def words(ids: torch.Tensor) -> str:
+    return " ".join(VOCABULARY[i] for i in ids.tolist() if i < len(VOCABULARY) and not VOCABULARY[i].startswith("["))
+
+
+def test_pictures_are_the_same_whichever_rows_are_asked_for() -> None:
+    listed, whole = draw_batch(0, "train", 6, 5)
+    later, part = draw_batch(0, "train", 9, 2)
+    assert [(p.index, p.side) for p in listed] == [(3, 0), (3, 1), (4, 0), (4, 1), (5, 0)]
+    assert [(p.index, p.side) for p in later] == [(4, 1), (5, 0)]
+    assert all(torch.equal(whole[name][3:5], part[name]) for name in whole)
+    assert whole["things"].sum(1).tolist() == [len(picture.things) for picture in listed]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_lesson_follows_from_its_place(name: str) -> None:
+    lesson = lesson_for(name, None, TEXTS.get(name, 1))
+    whole = lesson.batch(0, "train", 100, 8, range(6))
+    part = lesson.batch(0, "train", 100, 8, range(2, 4))
+    ids = whole["input_ids"][2:4]
+    assert torch.equal(ids[..., : part["input_ids"].shape[-1]], part["input_ids"])
+    output = lesson.module(**lesson.inputs(whole))
+    loss, metrics = lesson.losses(lesson.module, whole, output, 0.5)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert 0 <= float(metrics["accuracy"]) <= 1
+    silent = {key for key, value in lesson.model.named_parameters() if value.grad is None}
+    assert not silent
+    assert all(0 <= score <= 1 for score in lesson.scores([output], [whole]).values())
+
+
+def test_questions_come_with_their_answers() -> None:
+    batch = lesson_for("blip_vqa_mini", None, 3).batch(0, "val", 0, 0, range(4))
+    assert batch["input_ids"].shape[:2] == batch["answer_ids"].shape[:2] == (4, 3)
+    assert {words(ids) for ids in batch["answer_ids"].flatten(0, 1)} <= set(ANSWERS)
+    assert float(batch["words"]) == 4 * 3 * 2
+
+
+def test_captions_of_a_picture_differ() -> None:
+    batch = lesson_for("blip_caption_mini", None, 2).batch(0, "val", 0, 0, range(4))
+    for first, second in batch["input_ids"]:
+        assert words(first) != words(second)
+        assert sorted(words(first).split()[4:]) == sorted(words(second).split()[4:])
+
+
+def test_a_model_without_a_lesson_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no lesson for blip_nlvr_mini"):
+        lesson_for("blip_nlvr_mini", None, 1)
+
+
+@pytest.mark.parametrize(("name", "share"), [("blip_retrieval_mini", 0.9), ("blip_vqa_mini", 0.9), ("clip_mini", 0.4)])
+def test_a_model_starts_from_the_towers_of_another(name: str, share: float) -> None:
+    torch.manual_seed(0)
+    model: Any = zoo.create(name)
+    copied = start_from(model, "blip_nlvr_mini", "dense")
+    assert copied > share * len(model.state_dict())
+    source: Any = zoo.create("blip_nlvr_mini", "dense")
+    if name == "clip_mini":
+        own, theirs = (
+            model.visual.transformer.resblocks[2].attn.in_proj_weight,
+            source.visual_encoder.blocks[2].attn.qkv.weight,
+        )
+    else:
+        own = model.text_encoder.encoder.layer[1].crossattention.self.key.weight
+        theirs = source.text_encoder.encoder.layer[1].crossattention.self0.key.weight
+    assert torch.equal(own, theirs)
+
+
+def test_a_model_with_nothing_in_common_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no weight in common"):
+        start_from(torch.nn.Linear(2, 2), "blip_nlvr_mini", "dense")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*_mini*.toml")), ids=lambda path: path.stem)
+def test_config_files_are_valid(path: Path) -> None:
+    content = read_config(path)
+    TrainingConfig.from_dict(content["training"])
+    settings = {
+        "zoo.recipes.scenes_dense": scenes_dense.Settings,
+        "zoo.recipes.compress_scenes": compress_scenes.Settings,
+    }
+    if content["recipe"] in settings:
+        chosen: Any = from_plain(settings[content["recipe"]], content["settings"], "settings")
+        zoo.describe(chosen.model)
+
+
+TRAINING: dict[str, Any] = {"steps": 2, "warmup_steps": 1, "optimiser": "muon", "checkpoint_every": 0, "threads": 1}
+QUIET = Progress(quiet=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blip_caption_mini", "blip_retrieval_mini"])
+def test_dense_training_then_compression(tmp_path: Path, name: str) -> None:
+    dense = {"model": name, "pictures_per_step": 4, "texts_per_picture": 1, "patch_steps": 1, "test_items": 8}
+    content: dict[str, Any] = {"recipe": "zoo.recipes.scenes_dense", "training": TRAINING}
+    content["settings"] = {**dense, "evaluation_pictures": 64}
+    train(content, tmp_path / "dense", progress=QUIET)
+    card = json.loads((tmp_path / "dense" / "dense.json").read_text())
+    assert card["test"]["items"] == 8
+    assert {"cider", "mean_recall"} & set(card["test"]["metrics"])
+    content = {"recipe": "zoo.recipes.compress_scenes", "training": TRAINING}
+    content["settings"] = {
+        "model": name,
+        "checkpoint": str(tmp_path / "dense" / "dense.safetensors"),
+        "reduction": 0.3,
+        "start_reduction": 0.25,
+        "pictures_per_step": 4,
+        "texts_per_picture": 2,
+        "teaching_samples": 4,
+        "teaching_steps": 2,
+        "calibration_items": 16,
+        "test_items": 8,
+        "distillation": 0.5,
+        "pruning": {"alignment_tokens": 8},
+    }
+    result = train(content, tmp_path / "pruned", progress=QUIET)
+    assert {"distil", "reduction"} <= set(result.metrics)
+    assert ("align" in result.metrics) == (name != "blip_caption_mini")
+    madtp.load(tmp_path / "pruned" / "pruned", zoo.create(name))
+    card = json.loads((tmp_path / "pruned" / "pruned" / "card.json").read_text())
+    assert card["calibration"]["reduction"] == pytest.approx(0.3, abs=0.02)
+    assert card["teaching"]["steps"] == 2

@@ -1,0 +1,60 @@
+"""Batches of single pictures of scenes with their annotation: :func:`draw_batch`. What is said about them, a lesson adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.recipes.auxiliary import KINDS_OF_THINGS
+from zoo.scenes import draw_sample, normalise
+from zoo.scenes.objects import COLOURS, SHAPES, Thing
+from zoo.scenes.phrases import Census
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a pair, 0 left or 1 right: what it holds, and from which edition, split and index it was drawn."""
+
+    census: Census
+    side: int
+    seed: int
+    split: str
+    index: int
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        """What it shows."""
+        return self.census.pair.pictures[self.side]
+
+
+def draw_batch(seed: int, split: str, start: int, pictures: int) -> tuple[list[Picture], dict[str, Tensor]]:
+    """Pictures from number `start` on, B = `pictures`; a pair has two of them.
+
+    Returns:
+        the pictures; and images [B, 3, H, W], labels_of_patches [B, 4, P], outline [B, P, PATCH * PATCH], centre [B, P, 2]
+        and things [B, KINDS_OF_THINGS], how many of each size, colour and shape there are.
+    """
+    first, skipped = divmod(start, 2)
+    indices = range(first, (start + pictures + 1) // 2)
+    drawn = [draw_sample(seed, split, index) for index in indices]
+    listed = [
+        Picture(Census(s.pair), side, seed, split, i) for i, s in zip(indices, drawn, strict=True) for side in (0, 1)
+    ]
+    tensors = {
+        "images": normalise(torch.cat([sample.images for sample in drawn])),
+        "labels_of_patches": torch.from_numpy(np.concatenate([sample.annotation.labels for sample in drawn])),
+        "outline": torch.from_numpy(np.concatenate([sample.annotation.outline for sample in drawn])),
+        "centre": torch.from_numpy(np.concatenate([sample.annotation.centre for sample in drawn])),
+        "things": torch.stack([_count(picture.things) for picture in listed]),
+    }
+    wanted = slice(skipped, skipped + pictures)
+    return listed[wanted], {name: value[wanted] for name, value in tensors.items()}
+
+
+def _count(things: Sequence[Thing]) -> Tensor:
+    kinds = [(thing.size * len(COLOURS) + thing.colour) * len(SHAPES) + thing.shape for thing in things]
+    return torch.bincount(torch.tensor(kinds), minlength=KINDS_OF_THINGS)
