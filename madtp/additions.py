@@ -7,7 +7,8 @@ from torch import nn
 from madtp.control import PruningControl
 from madtp.cost import CostTable
 from madtp.guidance import AlignmentTokens
-from madtp.site import PruningSite, SiteSpec
+from madtp.scoring import SiteSpec
+from madtp.site import PruningSite
 
 PREFIX = "madtp"
 

@@ -25,7 +25,7 @@ from madtp.programs import Builder
 from madtp.pruned import PrunedModel
 from madtp.recorded_call import record_call
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
-from madtp.site import SegmentSpec, SiteSpec
+from madtp.scoring import SegmentSpec, SiteSpec
 from madtp.tree import share
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from madtp.held import held_state
 from madtp.programs import MANY_WAYS, Builder, Programs
 from madtp.region import HostForward, Notes, Region
 from madtp.report import RewriteReport
-from madtp.site import SiteSpec
+from madtp.scoring import SiteSpec
 from madtp.state import kept_positions
 
 log = logging.getLogger("madtp")

@@ -2,6 +2,7 @@
 
 Start at :data:`PASSES`. Export's bookkeeping goes, in-place operations become functional ones (``functional.py``), and every
 spelling of attention becomes one node, a call of :func:`madtp.attention.attention` with named operands (``spellings.py``).
+A map that is no softmax of one product stays, but for what mixes values along its keys (``maps.py``).
 Values stay equal.
 """
 
@@ -15,6 +16,7 @@ from torch import fx
 
 from rewriters.decisions import keep_checks
 from rewriters.functional import functional, has_effect, writes
+from rewriters.maps import kept_maps
 from rewriters.norms import canonical_norms
 from rewriters.outcomes import call_argument, op_name
 from rewriters.part_rules import PREFIX
@@ -126,6 +128,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("plain products", plain_products),
     ("canonical norms", canonical_norms),
     ("canonical attention", canonical_attention),
+    ("kept maps", kept_maps),
     ("canonical pooling", canonical_pooling),
     ("dead code after", eliminate_dead_code),
 )

@@ -99,6 +99,9 @@ def _check(flow: Flow, kept: set[fx.Node], output: fx.Node) -> None:
     for node, readout in flow.readouts.items():
         if readout.kind != "length":
             raise AxisError(f"kept tokens are read by {node.name}, not by attention alone")
+    for node in flow.labels:
+        if op_name(node) in ("shares", "total", "weigh"):
+            raise AxisError(f"kept tokens are read by {node.name}, an attention map of the model's own making")
     for value in output.all_input_nodes:
         if value in flow.labels and value not in kept:
             raise AxisError(f"{value.name}, computed from kept tokens, is returned")

@@ -16,7 +16,7 @@ from torch import fx
 
 from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_tensor, plain, token_axis
 from rewriters.layout import Layout, find_layout
-from rewriters.outcomes import labels_of, op_name
+from rewriters.outcomes import is_attention, op_name, query_and_key
 from rewriters.propagate import Flow, propagate
 from rewriters.special import pools, special_positions, stream_modality
 from rewriters.spellings import looks_like_attention
@@ -119,7 +119,7 @@ def detect(graph: fx.Graph) -> Structure:
     for node in nodes:
         if looks_like_attention(node):
             unplaced.append((node, "attention in a spelling that the rewriter does not know"))
-        if node.op != "call_function" or op_name(node) != "attention":
+        if not is_attention(node):
             continue
         try:
             sublayer = _sublayer(node, nodes, order)
@@ -158,11 +158,11 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
     for batch_dim, token_dim in ((0, 1), (1, 0), (0, 2)):
         flow = propagate(between, {block_input: seed(shape, batch_dim, token_dim, "probe")})
         blocked.append(list(flow.blocked.values()))
-        query, key = (labels_of(node.args[i], flow.labels) for i in (0, 1))
+        query, key = query_and_key(node, flow.labels)
         try:
-            if token_axis(query[2]) is None:
+            if token_axis(query) is None:
                 continue
-            own = token_axis(query[2]) == token_axis(key[2])
+            own = token_axis(query) == token_axis(key)
             kind: Literal["self", "cross"] = "self" if own else "cross"
         except AxisError:
             continue
@@ -194,7 +194,7 @@ def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, f
         frontier.sort(key=order.__getitem__, reverse=True)
         node = frontier.pop()
         for user in node.users:
-            if user in seen or not is_tensor(user) or op_name(user) in ("attention",):
+            if user in seen or not is_tensor(user) or is_attention(user):
                 continue
             if op_name(user) in ADDS:
                 operands: tuple[Any, ...] = user.args[:2]

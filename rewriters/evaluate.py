@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 
 from madtp.attention import HIDDEN
+from rewriters.maps import masks_of_map
+from rewriters.outcomes import op_name
 
 
 def attribute(module: nn.Module, target: str) -> Any:
@@ -52,18 +54,19 @@ def hides_later_keys(
     the tokens between two positions only."""
     if len(attention.args) > 5 and attention.args[5]:
         return True
-    mask = attention.args[3] if len(attention.args) > 3 else None
-    if not isinstance(mask, fx.Node):
-        return False
-    value = evaluate(graph, mask, inputs, module)
-    if (
-        not isinstance(value, torch.Tensor)
-        or value.dim() < 2
-        or value.shape[-1] != value.shape[-2]
-        or value.shape[-1] < 2
-    ):
+    masks: list[tuple[str, Any]] = [("add", attention.args[3] if len(attention.args) > 3 else None)]
+    if op_name(attention) == "weigh":
+        masks = masks_of_map(attention)
+    seen: torch.Tensor | None = None
+    for kind, mask in masks:
+        value = evaluate(graph, mask, inputs, module) if isinstance(mask, fx.Node) else None
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
+            continue
+        shown = value if value.dtype == torch.bool else value > HIDDEN
+        shown = ~shown if kind == "hide" else shown
+        seen = shown if seen is None else seen & shown
+    if seen is None or seen.shape[-1] < 2:
         return False
     if among is not None:
-        value = value[..., slice(*among), slice(*among)]
-    seen = value if value.dtype == torch.bool else value > HIDDEN
+        seen = seen[..., slice(*among), slice(*among)]
     return not bool(seen.triu(1).any())

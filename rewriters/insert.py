@@ -104,6 +104,7 @@ def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, 
 
 
 def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: tuple[fx.Node, ...]) -> None:
+    """Put the site's attention in the place of ``node``, or its eye beside an attention map that keeps its spelling."""
     graph = done.graph
     outcome: Outcome | None = None
     if runs_along(node, done.labels):
@@ -121,6 +122,8 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
     if outcome is not None and outcome.states:
         state = done.state(next(iter(outcome.states.values())).source, node)
     segments = _segments(done, site, node)
+    if op_name(node) == "weigh":
+        return _look_at_map(done, node, site, outcome, {"state": state, "readouts": readouts, "segments": segments})
     arguments = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
     with graph.inserting_before(node):
         call = graph.call_module(
@@ -148,6 +151,22 @@ def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: 
     done.replaced[node] = output
     done.site_inputs[site.name] = seen
     graph.erase_node(node)
+
+
+def _look_at_map(
+    done: Insertion, node: fx.Node, site: SitePlan, outcome: Outcome | None, operands: dict[str, Any]
+) -> None:
+    weights: Any = node.args[0]
+    while op_name(weights) == "dropout":
+        weights = weights.args[0]
+    if operands["state"] is not None:
+        node.kwargs = {"state": operands["state"]}
+    with done.graph.inserting_after(node):
+        seen = done.graph.call_module(f"{SITES}.{site_key(site.name)}.map", (weights, node), operands)
+    seen.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    if outcome is not None and outcome.labels is not None:
+        done.labels[node] = outcome.labels
+    done.site_inputs[site.name] = seen
 
 
 def _segments(done: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from rewriters.axes import example_shape, is_tensor, normal_dim
-from rewriters.outcomes import call_argument, op_name
+from rewriters.outcomes import call_argument, is_attention, op_name
 from rewriters.special import is_learned, special_positions, stream_modality
 
 SCATTERS = frozenset(("masked_scatter", "where"))
@@ -57,7 +57,7 @@ def _before(head: fx.Node, token_dim: int) -> list[tuple[fx.Node, int]]:
     waiting, seen = [(head, token_dim)], {head}
     while waiting:
         node, dim = waiting.pop(0)
-        if node.op != "call_function" or not is_tensor(node) or op_name(node) == "attention":
+        if node.op != "call_function" or not is_tensor(node) or is_attention(node):
             continue
         found.append((node, dim))
         if op_name(node) in ("cat", "concat", "masked_scatter"):

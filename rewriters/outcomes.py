@@ -113,6 +113,17 @@ def op_name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", target))
 
 
+def is_attention(node: fx.Node) -> bool:
+    """Whether ``node`` is attention, or the product of an attention map that keeps its spelling with the values."""
+    return node.op == "call_function" and op_name(node) in ("attention", "weigh")
+
+
+def query_and_key(node: fx.Node, labels: LabelMap) -> tuple[Dim, Dim]:
+    """Labels of the dimensions along which the queries and the keys of attention run."""
+    first, second = (labels_of(node.args[i], labels) for i in (0, 1))
+    return (first[2], second[2]) if op_name(node) == "attention" else (first[2], first[3])
+
+
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """Operands that are tensors, in order."""
     return [n for n in node.all_input_nodes if is_tensor(n)]

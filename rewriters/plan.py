@@ -21,7 +21,7 @@ from rewriters.capture import Region
 from rewriters.detect import Stream, Structure, Sublayer, module_path
 from rewriters.evaluate import hides_later_keys
 from rewriters.inheritance import inherited
-from rewriters.outcomes import op_name
+from rewriters.outcomes import is_attention
 from rewriters.policy import SegmentPlan, left_alone, protected_readouts, segments_of
 
 PLAN_VERSION = 1
@@ -269,7 +269,7 @@ def _unfit(sublayer: Sublayer) -> Refusal | None:
 
 
 def _unplaced(node: fx.Node, reason: str) -> Refusal:
-    if op_name(node) == "attention":
+    if is_attention(node):
         help = "attention on a residual stream x + f(x) of shape [B, N, C]"
     else:
         help = "scaled_dot_product_attention, or a product, scale, mask, softmax and product over heads [B, H, N, D]"

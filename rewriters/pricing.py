@@ -188,8 +188,16 @@ def _attention(node: fx.Node, operands: Sequence[Any], labels: list[Labels]) -> 
     ]
 
 
+def _weighing(node: fx.Node, done: Insertion) -> CostTerm:
+    weights = node.args[0]
+    assert isinstance(weights, fx.Node)
+    keys = (labels_of(weights, done.labels)[-1], weights.meta["val"].shape[-1])
+    return _term(node, "attention", 1, [*_dims(node, labels_of(node, done.labels)), keys])
+
+
 TERMS: dict[str, Callable[[fx.Node, Insertion], CostTerm]] = {
     "linear": _linear,
+    "weigh": _weighing,
     **dict.fromkeys(("matmul", "bmm", "addmm", "baddbmm", "mm"), _matmul),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(NORM_COST, _norm),

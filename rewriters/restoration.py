@@ -13,9 +13,10 @@ from torch import fx
 
 from madtp import state as runtime
 from madtp.attention import attention
+from madtp.maps import weigh
 from rewriters.axes import AxisError, any_tokens, axes_of, token_axis
 from rewriters.insertion import Insertion, InsertRefusal
-from rewriters.outcomes import batch_dim_of, labels_of, op_name
+from rewriters.outcomes import batch_dim_of, is_attention, labels_of, op_name
 from rewriters.rules import knows
 
 NORMS = frozenset(("layer_norm", "rms_norm"))
@@ -131,7 +132,7 @@ class Restoration:
         stack, seen = [node], {node}
         while stack:
             current = stack.pop()
-            if op_name(current) == "attention" or (current.op == "call_module"):
+            if is_attention(current) or current.op == "call_module":
                 return True
             for user in current.users:
                 if user not in seen:
@@ -194,7 +195,7 @@ class Restoration:
         old = node
         if node not in self.original:
             old = next((before for before, after in self.done.replaced.items() if after is node), node)
-        if old not in self.original or self.operations[old] is None or self.operations[old] is attention:
+        if old not in self.original or self.operations[old] in (None, attention, weigh):
             raise AxisError("every position is needed behind an operation that mixes tokens")
         args, kwargs = self.original[old]
         new_args = fx.map_arg(args, lambda n: self._current(n, before))

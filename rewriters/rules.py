@@ -16,6 +16,7 @@ from collections.abc import Callable
 from torch import fx
 
 from madtp.attention import attention
+from rewriters import map_rules
 from rewriters.axes import (
     AxisError,
     Labels,
@@ -29,7 +30,7 @@ from rewriters.axes import (
     token_axis,
     unlabelled,
 )
-from rewriters.channel_rules import batch_norm, conv1d, einsum, index_select, view_as_complex, view_as_real
+from rewriters.channel_rules import batch_norm, conv1d, conv2d, einsum, index_select, view_as_complex, view_as_real
 from rewriters.outcomes import (
     Align,
     LabelMap,
@@ -184,7 +185,7 @@ def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Al
 # Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.
 EVERY_POSITION = frozenset(
     """
-masked_scatter index_put index_put_ conv2d conv3d conv_transpose1d conv_transpose2d avg_pool1d avg_pool2d max_pool2d
+masked_scatter index_put index_put_ conv3d conv_transpose1d conv_transpose2d avg_pool1d avg_pool2d max_pool2d
 adaptive_avg_pool1d adaptive_avg_pool2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d
 _upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle im2col grid_sampler
 """.split()
@@ -208,9 +209,13 @@ RULES: dict[str, Rule] = {
     "prelu": prelu,
     "attention": attend,
     "masked_mean": masked_mean,
+    "shares": map_rules.shares,
+    "total": map_rules.total,
+    "weigh": map_rules.weigh,
     "linear": linear,
     "einsum": einsum,
     "conv1d": conv1d,
+    "conv2d": conv2d,
     "batch_norm": batch_norm,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,

@@ -100,8 +100,8 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
         operands = [arguments[name] for name in ("query", "key", "value")]
         mask = arguments.get("attn_mask")
         if rank == 3:
-            heads = _folded_heads(operands[0])
-            operands = [_unfold(graph, n, heads) for n in operands]
+            heads = folded_heads(operands[0])
+            operands = [unfold_heads(graph, n, heads) for n in operands]
             mask = None if mask is None else _unfold_mask(graph, mask, heads, node, rank)
         elif rank != 4:
             return
@@ -113,7 +113,7 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
             scale=arguments.get("scale"),
             grouped=arguments.get("enable_gqa", False),
         )
-        result = _fold(graph, new) if rank == 3 else new
+        result = fold_heads(graph, new) if rank == 3 else new
     result.meta |= {k: v for k, v in node.meta.items() if k != "val"}
     node.replace_all_uses_with(result)
     graph.erase_node(node)
@@ -138,8 +138,8 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         for factor in scores.query_factors:
             query = emit(graph, aten.mul.Tensor, (query, factor), product)
         if rank == 3:
-            heads = _folded_heads(query)
-            query, key, value = (_unfold(graph, n, heads) for n in (query, key, value))
+            heads = folded_heads(query)
+            query, key, value = (unfold_heads(graph, n, heads) for n in (query, key, value))
             masks = [replace(m, node=_unfold_mask(graph, m.node, heads, product, m.rank)) for m in scores.masks]
         else:
             masks = scores.masks
@@ -149,7 +149,7 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         new = emit(
             graph, attention, (query, key, value, mask, dropout, False), product, scale=scale, grouped=False, **cap
         )
-        result = _fold(graph, new) if rank == 3 else new
+        result = fold_heads(graph, new) if rank == 3 else new
         wanted = product.meta["val"].dtype
         if result.meta["val"].dtype != wanted:
             result = emit(graph, aten.to.dtype, (result, wanted), product)
@@ -218,7 +218,7 @@ def _inwards(node: Any) -> Scores:
             inner.masks.append(Mask("add", node.args[1], _rank(node), times=-1.0))
         return inner
     if name in ("masked_fill", "where"):
-        hidden = _number(node.args[2])
+        hidden = constant_number(node.args[2])
         if hidden is None or hidden > HIDDEN:
             raise NoMatch
         kind, scores, mask = ("hide", *node.args[:2]) if name == "masked_fill" else ("show", *node.args[1::-1])
@@ -262,7 +262,7 @@ def _capped(node: fx.Node) -> Scores:
 def _scaled(node: fx.Node, name: str) -> Scores:
     inner = _inwards(node.args[0])
     operand: Any = node.args[1]
-    factor = _number(operand)
+    factor = constant_number(operand)
     if factor is None:
         shape = example_shape(operand) if is_tensor(operand) else ()
         one_a_head = name == "mul" and shape[-2:] == (1, 1)
@@ -294,7 +294,7 @@ def _masked_sum(node: fx.Node) -> Scores:
     raise NoMatch
 
 
-def _number(value: Any) -> float | None:
+def constant_number(value: Any) -> float | None:
     """A Python number, or the value of a scalar constant of the graph."""
     if isinstance(value, (int, float)):
         return float(value)
@@ -307,7 +307,7 @@ def _number(value: Any) -> float | None:
             number = value.args[position]
             return float(number) if isinstance(number, (int, float)) else None
         if name in PASS_THROUGH or name in ("lift_fresh_copy", "expand"):
-            return _number(value.args[0])
+            return constant_number(value.args[0])
     return None
 
 
@@ -351,7 +351,7 @@ def _lowered(
     return emit(graph, aten.where.ScalarOther, (shown, total, lowest), like)
 
 
-def _folded_heads(query: fx.Node) -> int:
+def folded_heads(query: fx.Node) -> int:
     """Heads that are folded into the batch of ``[B * H, N, D]``, read off the view that folded them; 1 if none did."""
     width = example_shape(query)[-1]
     node: Any = query
@@ -368,7 +368,8 @@ def _folded_heads(query: fx.Node) -> int:
     return 1
 
 
-def _unfold(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
+def unfold_heads(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
+    """``[B * H, N, D]`` as ``[B, H, N, D]``."""
     if heads == 1:
         return emit(graph, aten.unsqueeze.default, (node, 1), node)
     return emit(graph, aten.unflatten.int, (node, 0, [-1, heads]), node)
@@ -387,5 +388,6 @@ def _unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node, rank
     return emit(graph, aten.unsqueeze.default, (mask, 1), like)
 
 
-def _fold(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def fold_heads(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """``[B, H, N, D]`` as ``[B * H, N, D]``."""
     return emit(graph, aten.flatten.using_ints, (node, 0, 1), node)

@@ -13,6 +13,7 @@ import torch
 from rule_harness import BATCH, TOKENS, Operand, Sample, sample
 
 from madtp.attention import attention
+from madtp.maps import shares, total, weigh
 from madtp.state import masked_mean
 
 aten = torch.ops.aten
@@ -208,6 +209,14 @@ CHANNELS = [
     sample(aten.einsum.default, "bnc,bkc->bnk", [x(), x(BATCH, 5, 4)]),
     sample(aten.conv1d.default, x("B", 4, "N"), x(5, 4, 1), x(5)),
     sample(aten.conv1d.default, x("B", 4, "N"), x(4, 2, 1), None, [1], [0], [1], 2),
+    sample(aten.conv2d.default, x("B", 4, "N", 3), x(5, 4, 1, 1), x(5)),
+    sample(aten.conv2d.default, x("B", 4, 2, "N"), x(4, 2, 1, 1), None, [1, 1], [0, 0], [1, 1], 2),
+    sample(shares, x("B", 2, "N", 5)),
+    sample(shares, x("B", 2, "N", 5), torch.float64),
+    sample(total, x("B", 2, "N", 5)),
+    sample(total, x("B", "N", 5), True),
+    sample(weigh, x("B", 2, "N", 5), x(BATCH, 2, 5, 3)),
+    sample(weigh, x(BATCH, 2, 3, 5), x("B", 2, 5, "N")),
     sample(aten.batch_norm.default, x("B", 4, "N"), x(4), x(4), x(4), x(4), False, 0.1, 1e-5, False),
     sample(aten.batch_norm.default, x("B", 4, "N"), None, None, x(4), x(4), False, 0.1, 1e-5, False),
     sample(aten.view_as_complex.default, x("B", "N", 3, 2)),
@@ -291,7 +300,6 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(aten.gather.default, x(), 2, x("B", "M", 2, kind="long")), "other tokens"),
     (sample(aten.gather.default, x("B", "N", 5), 2, x(BATCH, TOKENS - 1, 2, kind="long")), "other tokens"),
     (sample(aten.add.Tensor, x((2, "B"), "N", 4), x(2 * BATCH, TOKENS, 4)), "folded"),
-    (sample(aten.conv2d.default, x("B", 4, "N", 1), x(5, 4, 1, 1)), "every position"),
     (sample(aten.masked_scatter.default, x(), x(BATCH, TOKENS, 4, kind="bool"), x(BATCH, TOKENS, 4)), "every position"),
     (sample(aten.linear.default, x("B", 4, "N"), x(3, TOKENS)), "mixes"),
     (sample(aten.linear.default, x(2, 4), x("N", 4)), "parameter"),
@@ -317,6 +325,16 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(attention, x(BATCH, 2, 6, 4), x("B", 2, "N", 4), x("B", 2, "N", 4), x("B", 1, "N", TOKENS)), "mask"),
     (sample(attention, x("B", "N", 2, 4), x("B", "N", 2, 4), x("B", "N", 2, 4)), "mixes"),
     (sample(masked_mean, x(), x("B", "N", 1), 1, False, None), "parameter"),
+    (sample(aten.conv2d.default, x("B", 4, "N", 3), x(5, 4, 1, 3)), "every position"),
+    (sample(aten.conv2d.default, x("B", 4, "N", 3), x(5, 4, 1, 1), None, [1, 2]), "every position"),
+    (sample(aten.conv2d.default, x("B", 4, "N", 3), x(5, 4, 1, 1), None, [1, 1], [0, 1]), "pads"),
+    (sample(aten.conv2d.default, x("B", "N", 4, 3), x(5, TOKENS, 1, 1)), "mixes"),
+    (sample(shares, x(2, "B", "N")), "first dimension"),
+    (sample(shares, x(2, ("B", "N"))), "folded"),
+    (sample(total, x(2, "B", "N")), "first dimension"),
+    (sample(weigh, x("B", 2, 3, "N"), x(BATCH, 2, TOKENS, 4)), "different tokens"),
+    (sample(weigh, x("B", 2, 3, "N"), x("B", 2, "M", 4)), "different tokens"),
+    (sample(weigh, x("B", "N", 3, 5), x(BATCH, TOKENS, 5, 4)), "mixes"),
     (sample(masked_mean, x(), x(BATCH, TOKENS, 1), 2, False, None), "mean"),
     (sample(aten.flip.default, x(), [1]), "no rule"),
     (sample(aten.roll.default, x(), [1], [1]), "no rule"),

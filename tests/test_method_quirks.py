@@ -12,7 +12,8 @@ from madtp.attention import attention
 from madtp.config import PruningConfig
 from madtp.control import PruningControl
 from madtp.guidance import AlignmentTokens
-from madtp.site import PruningSite, ScoringAttention, SiteSpec
+from madtp.scoring import ScoringAttention, SiteSpec
+from madtp.site import PruningSite
 from madtp.state import Quirks, TokenState, slots_of, untouched
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 6, 8

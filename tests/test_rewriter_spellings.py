@@ -86,55 +86,16 @@ def channel_sdpa(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join(torch.nn.functional.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT)
 
 
-def weights_used_twice(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    weights = (q @ k.mT * 0.5).softmax(-1)
-    return m.join(weights @ v) + weights.mean(dim=1).diagonal(dim1=1, dim2=2)[:, :, None]
-
-
-def multiplied_weights(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    return m.join(((q @ k.mT * 0.5).softmax(-1) * m.bias) @ v)
-
-
 def soft_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = m.split(x)
     scores = (q @ k.mT).masked_fill(~mask[:, None, None, :], -3.0)
     return m.join(scores.softmax(-1) @ v)
 
 
-def subtracted_from(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    return m.join((1.0 - q @ k.mT).softmax(-1) @ v)
-
-
-def capped_with_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    scores = 2 * torch.tanh((q @ k.mT + m.bias) / 2)
-    return m.join(scores.softmax(-1) @ v)
-
-
-def capped_by_head(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    return m.join(((q @ k.mT).tanh() * m.strength).softmax(-1) @ v)
-
-
-def capped_to_nothing(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    return m.join(((q @ k.mT).tanh() * 0.0).softmax(-1) @ v)
-
-
 MISSES = (
     wrong_dimension,
     over_channels,
     channel_sdpa,
-    weights_used_twice,
-    multiplied_weights,
-    soft_mask,
-    subtracted_from,
-    capped_with_mask,
-    capped_by_head,
-    capped_to_nothing,
 )
 
 
