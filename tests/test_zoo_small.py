@@ -76,6 +76,16 @@ def test_names_match_with_and_without_their_library() -> None:
     assert {name.partition(":")[0] for name in everything} == {"hf", "timm", "open_clip"}
 
 
+def test_what_an_installed_library_has_needs_no_entry_in_the_catalogue() -> None:
+    name = "timm:vit_small_patch16_384"
+    assert name not in zoo.small.names()
+    assert zoo.small.names([name, "timm:test_vit", name]) == ["timm:test_vit", name]
+    with pytest.raises(UnknownModelError):
+        zoo.small.names(["timm:vit_small_patch16_38"])
+    with pytest.raises(UnknownModelError):
+        zoo.small.names(["vit_small_patch16_384"])
+
+
 def test_unknown_names_list_near_ones() -> None:
     with pytest.raises(UnknownModelError, match="hf:CLIPModel"):
         zoo.small.names(["hf:CLIPModell"])

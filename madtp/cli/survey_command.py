@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 HELP = """Rewrite many architectures and say what became of each.
 
-NAMES are names or shell-style patterns from `madtp survey --list`; all when
-left out. Each is a real class of a library with a small random
-configuration, built offline. It is rewritten in a process of its own, within
-limits of time and memory, and then measured: the error with pruning off, the
-error of a sample alone against itself in a batch, the compute that strong
-pruning saves, whether it trains.
+NAMES are names or shell-style patterns from `madtp survey --list`, or whole
+names of anything else that an installed library has, such as
+`timm:vit_small_patch16_384`; the whole list when left out. Each is a real
+class of a library with a small random configuration, built offline. It is
+rewritten in a process of its own, within limits of time and memory, and then
+measured: the error with pruning off, the error of a sample alone against
+itself in a batch, the compute that strong pruning saves, whether it trains.
 
 [bold]Outcomes[/bold], from best to worst
 

@@ -7,8 +7,10 @@ Start at :func:`names` and :func:`build`. `catalogue.py` lists the architectures
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,10 +27,13 @@ _SEED = 0
 def names(patterns: Sequence[str] = ()) -> list[str]:
     """Names that match any of the shell-style `patterns` (all when there are none), in the order of the catalogue.
 
+    A whole name that the catalogue lacks, such as `hf:CLIPVisionModel`, comes last if its library is installed and has it.
+
     Raises:
         UnknownModelError: a pattern matches nothing; the message lists near names.
     """
     known = [f"{library}:{name}" for library, listed in CATALOGUE.items() for name in listed]
+    known += dict.fromkeys(pattern for pattern in patterns if pattern not in known and _is_installed(pattern))
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in known):
             near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.5)
@@ -41,6 +46,21 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[2], pattern)
 
 
+def _is_installed(name: str) -> bool:
+    """Whether `library:architecture` names something that the installed library can build."""
+    library, _, architecture = name.partition(":")
+    if library not in CATALOGUE:
+        return False
+    try:
+        return bool(_module_of(library).has(architecture))
+    except ImportError:
+        return False
+
+
+def _module_of(library: str) -> ModuleType:
+    return importlib.import_module(f"zoo.small.{library}")
+
+
 def build_model(name: str) -> nn.Module:
     """The small model of that name in eval mode, with weights that let every token matter.
 
@@ -50,11 +70,8 @@ def build_model(name: str) -> nn.Module:
     library, _, architecture = name.partition(":")
     if library not in CATALOGUE or not architecture:
         raise UnknownModelError(f"{name!r} is no name of a small architecture, such as 'hf:CLIPModel'.")
-    from zoo.small import hf, open_clip, timm
-
-    makers = {"hf": hf.build, "timm": timm.build, "open_clip": open_clip.build}
     torch.manual_seed(_SEED)
-    model = makers[library](architecture).eval()
+    model = _module_of(library).build(architecture).eval()
     _enliven(model)
     return model
 

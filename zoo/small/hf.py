@@ -14,6 +14,13 @@ from zoo.small.overrides import BUILDERS, FIELDS
 from zoo.small.shrink import shrink
 
 
+def has(name: str) -> bool:
+    """Whether the installed release has a model class of that name."""
+    import transformers
+
+    return hasattr(getattr(transformers, name, None), "config_class")
+
+
 def build(name: str) -> nn.Module:
     """The class of that name with a small configuration.
 

@@ -26,6 +26,13 @@ _TEXT_TOWERS = {
 }
 
 
+def has(name: str) -> bool:
+    """Whether the installed release has a configuration of that name."""
+    import open_clip
+
+    return open_clip.get_model_config(name) is not None
+
+
 def build(name: str) -> nn.Module:
     """The model of open_clip's configuration of that name, made small."""
     import open_clip

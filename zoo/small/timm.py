@@ -34,6 +34,13 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
 _OWN = "nest* mvitv2* visformer* mixer* gcvit* levit* mobilevit* efficientvit* tiny_vit* repvit* vitamin*".split()
 
 
+def has(name: str) -> bool:
+    """Whether the installed release has an architecture of that name."""
+    import timm
+
+    return bool(timm.is_model(name))
+
+
 def build(name: str) -> nn.Module:
     """The architecture of that name, small where its arguments allow it."""
     import timm
