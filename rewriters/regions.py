@@ -84,7 +84,7 @@ def build_all(
     """Rewrite ``host`` as a whole or by regions.
 
     Args:
-        wrong: regions that failed a check, with the reason; what lies below them is tried.
+        wrong: regions (the whole model is "") that failed a check, with the reason; what lies below them is tried.
     Raises:
         MadtpError: as :func:`rewriters.pipeline.build`, where neither works.
     """
@@ -93,14 +93,19 @@ def build_all(
         regions = _by_regions(host, call, config, plan, wrong)
         if regions.parts:
             return regions
-    try:
-        return Parts([Part(build(host, call, config, plan=plan), call)])
-    except (CaptureError, RewriteError, PlanError) as error:
-        if regions is None:
-            regions = _by_regions(host, call, config, plan, wrong)
-        if not regions.parts:
-            raise _neither(error, regions) from error
-        return regions
+    failure: MadtpError = RewriteError(wrong.get("", ""))
+    if "" not in wrong:
+        try:
+            return Parts([Part(build(host, call, config, plan=plan), call)])
+        except (CaptureError, RewriteError, PlanError) as error:
+            failure = error
+    if regions is None:
+        regions = _by_regions(host, call, config, plan, wrong)
+    if not regions.parts:
+        raise _neither(failure, regions) from failure.__cause__
+    if "" in wrong:
+        regions.refusals.insert(0, Refusal(type(host).__name__, "", wrong[""], "please report the model"))
+    return regions
 
 
 def _neither(error: MadtpError, found: Parts) -> MadtpError:

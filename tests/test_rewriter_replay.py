@@ -121,3 +121,35 @@ def test_outputs_beside_those_that_compare_samples_are_still_checked(monkeypatch
     monkeypatch.setattr(insert.runtime, "read_position", shares)
     with pytest.raises(RewriteError, match=r"output 1 of the first sample"):
         madtp.rewrite(Contrast().eval(), inputs())
+
+
+class TracedOtherwise(Tower):
+    """Computes something else while it is traced, as a model does that leaves a mask out by its values."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels * 2 if torch.compiler.is_exporting() else pixels)
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sound, self.odd = Tower(), TracedOtherwise()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sound(pixels), self.odd(pixels)
+
+
+@torch.no_grad()
+def test_what_is_sound_in_a_model_that_is_wrong_as_a_whole_is_rewritten() -> None:
+    model = TwoTowers().eval()
+    report = (pruned := madtp.rewrite(model, inputs())).report
+    assert report.regions == ("sound",)
+    assert {refusal.block for refusal in report.refusals} == {"TwoTowers", "odd"}
+    assert all("differs from the original" in refusal.reason for refusal in report.refusals)
+    with pruned.dense():
+        assert all(torch.equal(a, b) for a, b in zip(model(**inputs()), pruned(**inputs()), strict=True))
+
+
+def test_a_model_that_is_wrong_with_all_its_parts_is_refused() -> None:
+    with pytest.raises(RewriteError, match="differs from the original"):
+        madtp.rewrite(TracedOtherwise().eval(), inputs())
