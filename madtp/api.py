@@ -6,6 +6,7 @@ at the zoo.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from torch import nn
 from madtp.calls import Call, check_batch, normalise_call
 from madtp.config import PruningConfig
 from madtp.counting import count_eagerly
-from madtp.errors import CaptureError, ExampleInputsError, RewriteError
+from madtp.errors import CaptureError, ExampleInputsError, MadtpError, RewriteError
 from madtp.marks import MarkedAxes
 from madtp.program import Program
 from madtp.programs import Builder
@@ -30,10 +31,14 @@ from madtp.tree import share
 
 if TYPE_CHECKING:
     from rewriters.capture import Region
-    from rewriters.plan import SitePlan
+    from rewriters.plan import Plan, SitePlan
     from rewriters.regions import Part, Parts
 
 log = logging.getLogger("madtp")
+PREDICTED = (
+    "a language model read at every position: the last token of each sample is kept, predictions at dropped positions come "
+    "from the last state these had; PruningConfig(towers=('image',)) leaves text alone"
+)
 
 
 def rewrite(
@@ -58,19 +63,35 @@ def rewrite(
         ExampleInputsError: the inputs are missing or do not fit. CaptureError: the model cannot be traced.
         NoSiteError: nothing can be pruned. RewriteError: the rewritten graph failed a check.
     """
-    from rewriters.regions import build_all
-
     started = time.perf_counter()
     config = PruningConfig() if config is None else config
     call = example_call(model, example_inputs)
     check_batch(model, call)
+    try:
+        pruned = _rewritten(model, call, config, plan)
+    except MadtpError as error:
+        if not error.left_alone or not _only_ids(call):
+            raise
+        pruned = _rewritten(model, call, dataclasses.replace(config, towers=("text",)), plan)
+    pruned.report.seconds = time.perf_counter() - started
+    return pruned
+
+
+def _only_ids(call: Call) -> bool:
+    """Whether a call gives nothing but token ids and masks: no image, nor anything else that a text could be about."""
+    return not any(x.is_floating_point() or x.is_complex() for x in call.tensors())
+
+
+def _rewritten(model: nn.Module, call: Call, config: PruningConfig, plan: Plan | None) -> PrunedModel:
+    """The model rewritten as a whole, or by those regions that pass the checks."""
+    from rewriters.regions import build_all
+
     wrong: dict[str, str] = {}
     while True:
         found = build_all(share(model), call, config, plan, wrong)
         pruned = _assemble(model, found, config, call)
         failed = _check(model, pruned, found, call)
         if failed is None:
-            pruned.report.seconds = time.perf_counter() - started
             return pruned
         part, reason = failed
         wrong[part.region.path] = reason
@@ -101,7 +122,16 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
 
 def _spec(site: SitePlan) -> SiteSpec:
     segments = tuple(SegmentSpec(s.modality, s.pruned, s.protected) for s in site.segments)
-    return SiteSpec(site.name, site.modality, site.width, site.class_position, site.protected, site.causal, segments)
+    return SiteSpec(
+        site.name,
+        site.modality,
+        site.width,
+        site.class_position,
+        site.protected,
+        site.causal,
+        segments,
+        site.keeps_last,
+    )
 
 
 def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> Builder:
@@ -142,6 +172,7 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
     from rewriters.pipeline import open_all
     from rewriters.verify import Case, verify
 
+    known = len(pruned.report.notes)
     for part in found.parts:
         original, opened = open_all(model.get_submodule(part.region.path), part.call, part.rewritten.program.sizes())
         try:
@@ -152,8 +183,8 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
         with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
             pruned(*call.args, **call.kwargs)
         pruned._control.begin()
-        if pruned.report.notes:
-            raise RewriteError(f"the rewritten regions do not fit the model. {pruned.report.notes[0]}")
+        if len(pruned.report.notes) > known:
+            raise RewriteError(f"the rewritten regions do not fit the model. {pruned.report.notes[known]}")
     return None
 
 
@@ -210,6 +241,8 @@ def _report(model: nn.Module, found: Parts) -> RewriteReport:
         whole.regions = tuple(part.region.path for part in found.parts)
     for part in found.parts:
         _report_part(whole, part)
+    if any(site.keeps_last for site in found.plan.sites):
+        whole.notes.append(PREDICTED)
     return whole
 
 

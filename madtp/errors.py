@@ -8,7 +8,12 @@ from __future__ import annotations
 
 
 class MadtpError(Exception):
-    """Base of every error that the library raises on purpose."""
+    """Base of every error that the library raises on purpose.
+
+    left_alone: there is text of a language model that could be pruned, if ``towers`` asked for it.
+    """
+
+    left_alone = False
 
 
 class ExampleInputsError(MadtpError):

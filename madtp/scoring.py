@@ -38,7 +38,8 @@ class SiteSpec:
 
     name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token,
     None if there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens
-    see only earlier ones. segments: of a stream that several modalities share, in the order of their numbers.
+    see only earlier ones. segments: of a stream that several modalities share, in the order of their numbers. keeps_last: the
+    last token of each sample that is no padding is never pruned, and stands in for the class token.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SiteSpec:
     protected: tuple[int, ...]
     causal: bool
     segments: tuple[SegmentSpec, ...] = ()
+    keeps_last: bool = False
 
 
 Position = Tensor | int
@@ -90,17 +92,19 @@ class _Scoring(nn.Module):
     ) -> Tensor:
         """``[B, N]`` the queries that count: neither protected ones nor padding."""
         guarded = protected_readouts(readouts, self.control.config)
-        rows = ~protected_slots(self.spec, state, guarded, segments, device)
-        return rows if valid is None else rows & valid
+        rows = torch.ones(state.batch, state.length, dtype=torch.bool, device=device) if valid is None else valid
+        return rows & ~protected_slots(self.spec, state, guarded, segments, rows)
 
     def _class_slot(
         self,
         state: TokenState,
         readouts: tuple[Position, ...],
-        batch: int,
+        valid: Tensor | None,
+        segments: SegmentMap | None,
         device: torch.device,
-        segments: SegmentMap | None = None,
     ) -> Tensor | None:
+        """Slots ``[B]`` of the class tokens, or of what stands in for them; None where nothing does."""
+        batch = state.batch
         position = self.spec.class_position
         if self.spec.causal and self.control.config.causal_class_row == "first":
             return torch.zeros(batch, dtype=torch.long, device=device)
@@ -111,7 +115,7 @@ class _Scoring(nn.Module):
             return slots_of(state, first if isinstance(first, Tensor) else torch.full((batch,), first, device=device))
         if segments is not None and segments.special is not None and bool(segments.special.any()):
             return slots_of(state, segments.special.int().argmax().expand(batch))
-        return None
+        return last_slots(state, valid, device) if self.spec.keeps_last else None
 
 
 class ScoringAttention(_Scoring):
@@ -162,7 +166,7 @@ class ScoringAttention(_Scoring):
         batch, count = query.size(0), query.size(2)
         valid = self._valid(state, lambda: valid_keys(present, batch, key.size(2)))
         positions = state if state is not None else untouched(batch, count)
-        slot = self._class_slot(positions, readouts, batch, query.device, segments)
+        slot = self._class_slot(positions, readouts, valid, segments, query.device)
         rows = self._rows(positions, valid, readouts, segments, query.device)
         output, statistics = attention_with_statistics(
             query,
@@ -202,7 +206,7 @@ class ScoringMap(_Scoring):
         sizes = weights.detach().float().abs()
         valid = self._valid(state, lambda: sizes.gt(0).any(2).any(1))
         positions = state if state is not None else untouched(batch, count)
-        slot = self._class_slot(positions, readouts, batch, weights.device, segments)
+        slot = self._class_slot(positions, readouts, valid, segments, weights.device)
         rows = self._rows(positions, valid, readouts, segments, weights.device)
         return Seen(attention_statistics(weights.float().abs(), output.float(), rows, slot), valid)
 
@@ -216,15 +220,25 @@ def protected_readouts(readouts: tuple[Position, ...], config: PruningConfig) ->
     return readouts if config.readout == "remapped" else ()
 
 
+def last_slots(state: TokenState, valid: Tensor | None, device: torch.device) -> Tensor:
+    """Slots ``[B]`` of the last token of each sample that is no padding (``valid [B, N]``)."""
+    index = state.index
+    if index is None:
+        index = torch.arange(state.length, device=device).expand(state.batch, state.length)
+    gone = torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
+    return index.masked_fill(gone if state.merged is None else gone | state.merged, -1).argmax(1)
+
+
 def protected_slots(
     spec: SiteSpec,
     state: TokenState,
     readouts: tuple[Position, ...],
     segments: SegmentMap | None,
-    device: torch.device,
+    valid: Tensor,
 ) -> Tensor:
-    """``[B, N]`` slots that hold protected tokens, be they text padding; slots that only fill up the batch hold none."""
-    index = state.index
+    """``[B, N]`` slots that hold protected tokens, be they text padding; slots that only fill up the batch hold none.
+    ``valid [B, N]``: which are no padding."""
+    index, device = state.index, valid.device
     if index is None:
         index = torch.arange(state.length, device=device).expand(state.batch, state.length)
     protected = torch.zeros_like(index, dtype=torch.bool)
@@ -235,6 +249,9 @@ def protected_slots(
     for positions in readouts:
         wanted = positions[:, None].to(index.dtype) if isinstance(positions, Tensor) else positions
         protected = protected | (index == wanted)
+    if spec.keeps_last:
+        slots = torch.arange(state.length, device=device)
+        protected = protected | (slots == last_slots(state, valid, device)[:, None])
     if state.valid is not None:
         protected = protected & state.valid
     return protected if state.merged is None else protected & ~state.merged

@@ -84,7 +84,7 @@ class PruningSite(nn.Module):
             return tokens, before
         device = tokens.device
         valid = torch.ones(batch, count, dtype=torch.bool, device=device) if seen.valid is None else seen.valid
-        protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, device)
+        protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, valid)
         candidates = candidates_of(valid, protected, config)
         parts, others = self._parts(candidates, protected, before, segments)
         queries, guidance = None, None

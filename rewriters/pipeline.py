@@ -29,6 +29,7 @@ from rewriters.insert import insert
 from rewriters.insertion import Insertion, InsertRefusal
 from rewriters.lift import lift
 from rewriters.plan import Plan, Refusal, make_plan
+from rewriters.policy import PREDICTED
 from rewriters.pricing import cost_table
 
 CONSTANTS = f"{PREFIX}.constants"
@@ -274,4 +275,6 @@ def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
             "tokens; pass such a model, or its transformer submodule."
         )
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
-    return NoSiteError(f"{head}. Refused: " + " | ".join(sorted(reasons)[:8]))
+    error = NoSiteError(f"{head}. Refused: " + " | ".join(sorted(reasons)[:8]))
+    error.left_alone = any(r.by_policy and r.reason == PREDICTED for r in plan.refusals)
+    return error

@@ -22,7 +22,7 @@ from rewriters.detect import Stream, Structure, Sublayer, module_path
 from rewriters.evaluate import hides_later_keys
 from rewriters.inheritance import inherited
 from rewriters.outcomes import is_attention
-from rewriters.policy import SegmentPlan, left_alone, protected_readouts, segments_of
+from rewriters.policy import SegmentPlan, is_predicted, left_alone, protected_readouts, segments_of
 
 PLAN_VERSION = 1
 
@@ -50,6 +50,7 @@ class SitePlan:
         causal: tokens see only earlier ones.
         segments: of a stream that several modalities share. parts: how they were concatenated; or mask: node that is true
         where segment 1 was written into segment 0.
+        keeps_last: the last token of each sample that is no padding is protected: a language model goes on from it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class SitePlan:
     segments: tuple[SegmentPlan, ...] = ()
     parts: tuple[PartPlan, ...] = ()
     mask: str | None = None
+    keeps_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
             blocks = (s for s in stream.sublayers if s.kind == "self")
             refusals.extend(Refusal(s.path, s.attention.name, *left, by_policy=chosen) for s in blocks)
             continue
+        predicted = is_predicted(stream, segments, structure.graph, inputs, module)
         protected = tuple(dict.fromkeys((*protected, *wanted.positions)))
         readouts = tuple(dict.fromkeys((*readouts, *wanted.readouts)))
         for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
@@ -198,7 +201,8 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
                 refusals.append(reason)
                 continue
             causal = hides_later_keys(structure.graph, sublayer.attention, inputs, module)
-            sites.append(_site(stream, sublayer, layer, protected, readouts, causal, segments, names))
+            site = _site(stream, sublayer, layer, protected, readouts, causal, segments, names)
+            sites.append(dataclasses.replace(site, keeps_last=predicted))
     width = config.alignment_width or max((s.width for s in sites), default=1)
     images = max((s.parts for s in structure.streams if s.modality == "image"), default=1)
     return Plan(tuple(sites), tuple(refusals), width, images, "blocked" if images > 1 else "interleaved")

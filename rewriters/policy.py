@@ -20,6 +20,9 @@ from rewriters.evaluate import hides_later_keys
 # Readouts that condense a sequence; a causal stream without one is there for the sake of every position.
 CONDENSED = frozenset(("position", "prefix", "index", "pool", "masked_mean", "rest"))
 
+PREDICTED = "it is causal and every position is read (a language model): pruning its tokens would change predictions"
+ASK = "towers=('text',) prunes it all the same, for scoring without training"
+
 
 @dataclass(frozen=True)
 class SegmentPlan:
@@ -36,7 +39,7 @@ def segments_of(
     """The segments of a stream; none where all tokens are of one modality.
 
     Text in which every position is predicted (causal, or with features of another modality written into it) is left alone
-    unless ``config.towers`` asks for it.
+    unless ``config.towers`` asks for it (``madtp/api.py`` asks where the model has nothing else).
     """
     layout = stream.layout
     if layout is None:
@@ -62,16 +65,27 @@ def left_alone(
     if segments:
         if any(segment.pruned for segment in segments):
             return None
+        if config.towers is None:
+            return PREDICTED, ASK
         names = ", ".join(repr(m) for m in dict.fromkeys(s.modality for s in segments))
         return f"config.towers leaves out the segments of its stream ({names})", "add one of them to towers"
     if not config.prunes(stream.modality):
         return f"config.towers leaves out the modality {stream.modality!r}", "add it to towers"
     if config.towers is None and not _is_condensed(stream) and _is_causal(stream, graph, inputs, module):
-        reason = (
-            "it is causal and every position is read (a language model): pruning its tokens would change predictions"
-        )
-        return reason, f"towers=({stream.modality!r},) prunes it all the same, for scoring without training"
+        return PREDICTED, ASK
     return None
+
+
+def is_predicted(
+    stream: Stream,
+    segments: tuple[SegmentPlan, ...],
+    graph: fx.Graph,
+    inputs: Sequence[Any],
+    module: torch.nn.Module,
+) -> bool:
+    """Whether pruning takes from the text of a language model: it is causal and every position is read."""
+    text = any(s.pruned and s.modality == "text" for s in segments) if segments else stream.modality == "text"
+    return text and not _is_condensed(stream) and _is_causal(stream, graph, inputs, module)
 
 
 def _is_condensed(stream: Stream) -> bool:

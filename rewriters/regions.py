@@ -112,7 +112,9 @@ def _neither(error: MadtpError, found: Parts) -> MadtpError:
     reasons = [f"{r.block}: {r.reason}" for r in found.refusals]
     if not reasons:
         return error
-    return type(error)(f"{error} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}")
+    both = type(error)(f"{error} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}")
+    both.left_alone = any(r.by_policy for r in found.refusals)
+    return both
 
 
 def _by_regions(
@@ -207,7 +209,7 @@ class _Walk:
         except NothingToPruneError:
             return None
         except NoSiteError as error:
-            return Refusal(path, "", str(error), "see the reason")
+            return Refusal(path, "", str(error), "see the reason", by_policy=error.left_alone)
         except (CaptureError, ExampleInputsError) as error:
             self.failures[type(module)] += 1
             return Refusal(path, "", str(error), "an exportable module")

@@ -201,9 +201,13 @@ def test_text_with_features_written_into_it_stays_where_every_position_is_read()
 def test_a_stream_none_of_whose_segments_is_pruned_is_left_alone() -> None:
     case = of(arrangement="joint")
     segments = tuple(SegmentPlan(modality, False, ()) for modality in ("text", "image"))
-    reason = left_alone(case.stream("joint"), segments, case.structure.graph, DEFAULT, *case.about)
+    asked = PruningConfig(towers=("text",))
+    reason = left_alone(case.stream("joint"), segments, case.structure.graph, asked, *case.about)
     assert reason is not None
     assert "('text', 'image')" in reason[0]
+    reason = left_alone(case.stream("joint"), segments, case.structure.graph, DEFAULT, *case.about)
+    assert reason is not None
+    assert "language model" in reason[0]
 
 
 # --- inheritance
