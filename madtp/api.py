@@ -64,7 +64,7 @@ def rewrite(
         NoSiteError: nothing can be pruned. RewriteError: the rewritten graph failed a check.
     """
     started = time.perf_counter()
-    config = PruningConfig() if config is None else config
+    config = _with_known_positions(model, PruningConfig() if config is None else config)
     call = example_call(model, example_inputs)
     check_batch(model, call)
     try:
@@ -95,6 +95,14 @@ def _rewritten(model: nn.Module, call: Call, config: PruningConfig, plan: Plan |
             return pruned
         part, reason = failed
         wrong[part.region.path] = reason
+
+
+def _with_known_positions(model: nn.Module, config: PruningConfig) -> PruningConfig:
+    """The configuration with the positions that the zoo knows to matter where the graph does not show it."""
+    import zoo
+
+    adapter = zoo.find_adapter(model)
+    return config.protecting(adapter.protect) if adapter and adapter.protect else config
 
 
 def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call) -> PrunedModel:

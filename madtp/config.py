@@ -151,6 +151,12 @@ class PruningConfig:
                 raise ConfigError(f"unknown field {key!r} in the pruning configuration; {hint}")
         return cls(**dict(values))
 
+    def protecting(self, further: Mapping[str, Iterable[int]]) -> PruningConfig:
+        """This configuration with further protected positions by modality."""
+        own = dict(typing.cast(Positions, self.protect))
+        joined = {name: (*own.get(name, ()), *further.get(name, ())) for name in (*own, *further)}
+        return dataclasses.replace(self, protect={name: tuple(dict.fromkeys(p)) for name, p in joined.items()})
+
     def protected_positions(self, modality: str) -> tuple[int, ...]:
         """Extra protected positions of one modality."""
         return dict(typing.cast(Positions, self.protect)).get(modality, ())

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from blip_tasks import inputs, small
 from torch import nn
 
+import madtp
 import zoo
+from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ExampleInputsError
 from zoo import adapters
 from zoo.blip.nlvr import BlipNlvr
+from zoo.recipes.many import ManyQuestions
 
 
 class Base(nn.Module):
@@ -84,3 +88,25 @@ def test_a_zoo_model_without_example_inputs_says_so() -> None:
 
 def test_adapters_are_listed() -> None:
     assert {"timm", "transformers", "open_clip"} <= set(zoo.list_adapters())
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "many questions"])
+def test_the_first_token_of_a_question_is_protected(wrapped: bool) -> None:
+    model = small("vqa")
+    given = inputs("vqa")
+    if wrapped:
+        model = ManyQuestions(model)
+        given = {name: x if name == "images" else x[:, None] for name, x in given.items()}
+    pruned = madtp.rewrite(model, given)
+    sites = {site.name: site for site in pruned.report.sites}
+    text = [site for site in sites.values() if site.modality == "text"]
+    assert text
+    assert all(0 in site.protected for site in text)
+    also = madtp.rewrite(model, given, config=PruningConfig(protect={"text": (2,), "image": (3,)}))
+    assert also.config.protected_positions("text") == (0, 2)
+    assert also.config.protected_positions("image") == (3,)
+
+
+def test_a_model_that_declares_nothing_is_left_as_configured() -> None:
+    pruned = madtp.rewrite(small("retrieval"), inputs("retrieval"))
+    assert pruned.config == PruningConfig()

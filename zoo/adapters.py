@@ -7,8 +7,8 @@ key is compared with the qualified names of the model's own classes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,10 +30,13 @@ class Adapter:
         key: qualified name of a class ("transformers.models.clip.modeling_clip.CLIPModel"), which serves its subclasses
             too, or of a module or package ("timm"), which serves what it defines.
         example_inputs: makes a small valid batch from (model, batch size, generator): keyword arguments.
+        protect: positions that mean something which the graph does not show, by modality, as in `PruningConfig.protect`: the
+            first token of a question whose states are all read alike, say.
     """
 
     key: str
     example_inputs: ExampleInputs
+    protect: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _KEY.fullmatch(self.key):
@@ -44,13 +47,15 @@ class Adapter:
             raise ConfigError(f"The adapter of '{self.key}' needs a function as example_inputs.")
 
 
-def register_adapter(key: str, example_inputs: ExampleInputs) -> Adapter:
+def register_adapter(
+    key: str, example_inputs: ExampleInputs, *, protect: Mapping[str, tuple[int, ...]] | None = None
+) -> Adapter:
     """Teach the zoo a family of models; see :class:`Adapter` for the arguments.
 
     Raises:
         ConfigError: the key is taken or malformed.
     """
-    adapter = Adapter(key, example_inputs)
+    adapter = Adapter(key, example_inputs, dict(protect or {}))
     if key in _adapters:
         raise ConfigError(f"An adapter is registered for '{key}' already; register a subclass, or another key.")
     _adapters[key] = adapter

@@ -278,10 +278,14 @@ register_adapter("zoo", _unknown)
 register_adapter("zoo.blip.nlvr.BlipNlvr", _blip_nlvr)
 for _task in ("retrieval.BlipRetrieval", "caption.BlipCaption"):
     register_adapter(f"zoo.blip.{_task}", _blip)
-register_adapter("zoo.blip.vqa.BlipVqa", _blip_vqa)
+# The answer attends to all states of the question alike; the first is its class token all the same.
+_QUESTION = {"text": (0,)}
+register_adapter("zoo.blip.vqa.BlipVqa", _blip_vqa, protect=_QUESTION)
+register_adapter("zoo.recipes.many.ManyQuestions", _unknown, protect=_QUESTION)
 register_adapter("zoo.clip.model.Clip", _clip_pairs)
 register_adapter("timm", _timm)
 register_adapter("open_clip", _open_clip)
 register_adapter("transformers", make_inputs)
+register_adapter("transformers.models.blip.modeling_blip.BlipForQuestionAnswering", make_inputs, protect=_QUESTION)
 for _family, _makers in TRANSFORMERS.items():
     register_adapter(f"transformers.models.{_family}", configured(_makers))
