@@ -2,7 +2,7 @@
 
 True or false is one bit a statement; how often either picture shows the thing and where it is tells the model far more
 (:class:`StatementHeads`, over the text's class token). :class:`PatchHeads` read off each vision token what its patch shows,
-:class:`ContentHeads` off one vector what a picture or its caption holds. The heads are thrown away afterwards.
+:class:`ContentHeads` off a feature what a picture or its caption holds. The heads are thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -75,17 +75,17 @@ class PatchHeads(nn.Module):
 
 
 class ContentHeads(nn.Module):
-    """Reads off a vector which kinds of things (size, colour and shape) a picture holds, and of which there are two."""
+    """Reads off a feature which kinds of things (size, colour and shape) a picture holds, and of which there are two."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.contents = nn.Linear(width, 2 * KINDS_OF_THINGS)
 
-    def forward(self, vectors: Tensor, things: Tensor) -> Tensor:
-        """Vectors [B, E], number of things of each kind [B, KINDS_OF_THINGS] -> loss."""
+    def forward(self, features: Tensor, things: Tensor) -> Tensor:
+        """Features [B, E] of length 1, number of things of each kind [B, KINDS_OF_THINGS] -> loss."""
         wanted = torch.cat([things >= 1, things >= 2], dim=1).float()
-        found = self.contents(vectors).float()
-        return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / len(vectors)
+        found = self.contents(features * features.shape[1] ** 0.5).float()
+        return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / len(features)
 
 
 def faded(part: float, to: float) -> float:

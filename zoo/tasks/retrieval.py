@@ -22,8 +22,8 @@ from zoo.tasks.spelling import RETRIEVAL_TOKENS, spell
 from zoo.tasks.words import Words
 from zoo.transforms.texts import clean_caption
 
-CANDIDATES = 256
-"""Texts that are matched for each image, and images for each text; published for COCO (Flickr30k: 128)."""
+CANDIDATES = {"coco": 256, "flickr30k": 128, "scenes_captions": 16}
+"""Texts that are matched for each image, and images for each text, by data set; published for the first two."""
 FEATURES, MATCHING = "features", "matching"
 
 
@@ -69,12 +69,12 @@ class Retrieval(CaptionedImages):
         words: Words,
         device: torch.device,
         model: BlipRetrieval,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
     ) -> None:
         super().__init__(data, device)
         self.words = words
         self.config = model.config
-        self.candidates = candidates
+        self.candidates = candidates or CANDIDATES.get(data.name, max(CANDIDATES.values()))
         self._stages = (Features(self), Matching(self))
 
     @property
