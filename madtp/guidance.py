@@ -29,9 +29,17 @@ class AlignmentTokens(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.tokens = nn.Parameter(torch.randn(count, width, generator=generator))
 
-    def forward(self, queries: Tensor) -> Tensor:
-        """Guidance G [B, N, K] of queries [B, N, d_e]."""
-        return guidance(queries, self.tokens)
+    def forward(self, values: Tensor, projection: nn.Module | None = None) -> Tensor:
+        """Guidance G [B, N, K] of queries [B, N, d_e], or of values [B, N, d] that `projection` makes queries of.
+
+        The queries themselves are not made then: (X W^T + b) E^T = X (E W)^T + (E b)^T, and alignment tokens are fewer than the
+        tokens of a batch.
+        """
+        if projection is None or type(projection) is not nn.Linear:
+            return guidance(values if projection is None else projection(values), self.tokens)
+        weight = self.tokens.to(projection.weight.dtype)
+        bias = None if projection.bias is None else weight @ projection.bias
+        return F.linear(values, weight @ projection.weight, bias)
 
     def extra_repr(self) -> str:
         return f"count={self.tokens.shape[0]}, width={self.tokens.shape[1]}"

@@ -87,15 +87,14 @@ class PruningSite(nn.Module):
         protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, valid)
         candidates = candidates_of(valid, protected, config)
         parts, others = self._parts(candidates, protected, before, segments)
-        queries, guidance = None, None
+        guidance = None
         if config.alignment and control.alignment is not None:
-            queries = self.query(block_input)
-            guidance = control.alignment(queries)
+            guidance = control.alignment(block_input, self.query)
         kept, scores = torch.zeros_like(candidates), torch.zeros_like(seen.statistics.received)
         for part in parts:
             if control.observer is not None:
                 control.observer(Observation(part.key, self.query, block_input, tokens, part.candidates))
-            own_scores, own_kept, gate = self._judge(part, seen.statistics, queries, guidance, before)
+            own_scores, own_kept, gate = self._judge(part, seen.statistics, block_input, guidance, before)
             scores = own_scores if len(parts) == 1 else torch.where(part.candidates, own_scores, scores)
             kept = kept | own_kept
             if gate is not None:
@@ -135,15 +134,15 @@ class PruningSite(nn.Module):
         self,
         part: Part,
         statistics: AttentionStatistics,
-        queries: Tensor | None,
+        block_input: Tensor,
         guidance: Tensor | None,
         state: TokenState,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Importance ``[B, N]``, survivors ``[B, N]`` among the candidates, and in training the gate ``[B, N]`` that carries
         gradients to the threshold."""
         control, config = self.control, self.control.config
-        if queries is not None and guidance is not None and control.collects_features():
-            features = pooled_features(queries, guidance, part.candidates)
+        if guidance is not None and control.collects_features():
+            features = pooled_features(self.query(block_input), guidance, part.candidates)
             control.features[self.spec.name, part.modality] = features
         terms = importance_terms(statistics, guidance, part.candidates, config)
         scores = terms.mean()

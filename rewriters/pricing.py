@@ -67,8 +67,9 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
         before = ("before", site.name) if before is None else before
         call = calls[f"madtp.sites.{site_key(site.name)}"]
         path = f"madtp.sites.{site_key(site.name)}"
-        table.terms.append(CostTerm(path, "query", 1, (f"projection of {site.width}",), (before,), True))
-        table.terms.append(CostTerm(path, "guidance", 1, ("alignment_tokens", "alignment_width"), (before,), True))
+        # The projection is applied to the alignment tokens, once a forward, rather than to the tokens.
+        table.terms.append(CostTerm(path, "query", 1, ("alignment_tokens", f"projection of {site.width}"), (), True))
+        table.terms.append(CostTerm(path, "guidance", site.width, ("alignment_tokens",), (before,), True))
         call.meta["cost_path"] = path
     for source, (node, part) in done.derived.items():
         if source[1] != "part":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from madtp.errors import ConfigError
 from madtp.guidance import AlignmentTokens, alignment_loss, mean_over_images, pooled_features, query_projection
@@ -87,3 +87,23 @@ def test_refusals() -> None:
         alignment_loss(torch.zeros(4, 5, 8), torch.zeros(2, 5, 8))
     with pytest.raises(ConfigError, match="both have to be at least 1"):
         AlignmentTokens(0, 8)
+
+
+class Adapted(nn.Linear):
+    """A projection that somebody wrapped: more happens in its forward than its weights say."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(values) + 1
+
+
+@pytest.mark.parametrize("projection", [nn.Linear(6, 8), nn.Linear(6, 8, bias=False), Adapted(6, 8), nn.Identity()])
+def test_guidance_of_projected_values_is_that_of_their_queries(projection: nn.Module) -> None:
+    torch.manual_seed(0)
+    tokens = AlignmentTokens(5, 8)
+    values = torch.randn(2, 7, 8 if isinstance(projection, nn.Identity) else 6, requires_grad=True)
+    wanted = (values, tokens.tokens, *projection.parameters())
+    results = [tokens(projection(values)), tokens(values, projection)]
+    torch.testing.assert_close(*results)
+    weights = torch.randn(2, 7, 5)
+    plain, folded = (torch.autograd.grad((result * weights).sum(), wanted) for result in results)
+    torch.testing.assert_close(folded, plain)
