@@ -121,7 +121,8 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
         complete.image_order,
     )
     for part in found.parts:
-        pruned.stand_in(part.region.path, _builder(part, config)).adopt(part.rewritten.program, part.call)
+        own = pruned.stand_in(part.region.path, _builder(part, config), written=part.region.written)
+        own.adopt(part.rewritten.program, part.call)
         for inner in part.inner:
             pruned.stand_in(inner.path, _builder(part, config, inner), inner=True)
     pruned.example = record_call(call)

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from madtp.errors import ExampleInputsError
 from madtp.held import Blueprint, Form, held_state, open_tree
+from madtp.samples import batch_size
+from madtp.written import WRITTEN
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,14 @@ class Call:
         """
         if self.form is not None or held_state((self.args, self.kwargs)) is None:
             return self
-        (args, kwargs), form = open_tree((self.args, self.kwargs), sizes)
-        return Call(args, kwargs, form)
+        own, told = self._own()
+        (args, kwargs), form = open_tree((self.args, own), sizes)
+        return Call(args, {**kwargs, **told}, form)
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments by name that the module itself takes, and the one that its program is told beside them."""
+        told = {name: value for name, value in self.kwargs.items() if name == WRITTEN}
+        return {name: value for name, value in self.kwargs.items() if name != WRITTEN}, told
 
     def with_leaves(self, leaves: list[Any]) -> Call:
         """The call with other leaves in the same places."""
@@ -51,7 +59,7 @@ class Call:
         found: set[int] = set()
         position = 0
         places = dict(self.form.held)
-        for place, part in enumerate(self.form.spec.flatten_up_to((self.args, self.kwargs))):
+        for place, part in enumerate(self.form.spec.flatten_up_to((self.args, self._own()[0]))):
             if place in places:
                 found.update(range(position, position + len(part)))
             position += len(part) if place in places else 1
@@ -75,8 +83,17 @@ class Call:
         return [leaf for leaf in self.flat()[0] if isinstance(leaf, Tensor)]
 
     def samples(self) -> int:
-        """Samples in the batch, by the first tensor."""
-        return next((int(t.shape[0]) for t in self.tensors() if t.dim()), 1)
+        """Samples in the batch."""
+        return batch_size(self.flat()[0])
+
+    def leaf_at(self, place: str) -> Any:
+        """The leaf at a place that is named as pytree does; None if there is none."""
+        leaves, _ = pytree.tree_flatten_with_path((self.args, self.kwargs))
+        return next((leaf for path, leaf in leaves if pytree.keystr(path) == place), None)
+
+    def with_written(self, written: Tensor) -> Call:
+        """The call with a further argument that says to which positions ``[B, N]`` another modality was written."""
+        return replace(self, kwargs={**self.kwargs, WRITTEN: written})
 
 
 @dataclass(frozen=True)

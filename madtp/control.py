@@ -5,7 +5,7 @@ Start at :class:`PruningControl`. It is plain state, not a module: nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from madtp.config import PruningConfig
 from madtp.guidance import AlignmentTokens
 from madtp.program import Program
+from madtp.samples import batch_size
 from madtp.state import TokenState
+from madtp.tracking import Tracker
 
 
 @dataclass
@@ -30,8 +32,7 @@ class Run:
 
     def batch(self) -> int:
         """Samples that went through."""
-        rows = next((int(x.shape[0]) for x in self.inputs if isinstance(x, Tensor) and x.dim()), 1)
-        return rows // self.program.repeats
+        return batch_size(self.inputs) // self.program.repeats
 
 
 class Observation(NamedTuple):
@@ -60,6 +61,8 @@ class PruningControl:
             site and modality; prunable tokens ``[B]`` that were kept, by site (``site[modality]`` for a segment).
         runs: programs that ran in the last forward, in order. outside: multiply-accumulates of the last forward, per
             sample, that no program did; None if they were not counted. batch: its samples; None if not known.
+        tracker: follows what the host computes in the present call of it, for regions that have to know which of their tokens
+            image features were written to; None where none has to.
         bypassed: regions run what the original runs. depth, depth_inside: how many calls of the model, and programs of
             regions, are under way. stale: the record is of a forward before the present one.
     """
@@ -78,6 +81,7 @@ class PruningControl:
     runs: list[Run] = field(default_factory=list)
     outside: float | None = None
     batch: int | None = None
+    tracker: Tracker | None = None
     bypassed: bool = False
     depth: int = 0
     depth_inside: int = 0
@@ -105,6 +109,17 @@ class PruningControl:
             yield
         finally:
             self.depth -= 1
+
+    @contextmanager
+    def following(self, inputs: Iterable[Tensor]) -> Iterator[None]:
+        """Follow what is computed from the inputs of the host, but for what programs compute."""
+        before = self.tracker
+        self.tracker = Tracker(inputs, paused=lambda: self.depth_inside > 0)
+        try:
+            with self.tracker:
+                yield
+        finally:
+            self.tracker = before
 
     @contextmanager
     def inside(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from madtp.samples import batch_size
 from madtp.state import TokenState
 
 Source = Any
@@ -111,7 +112,7 @@ class CostTable:
             states: token states after each site, where they are known; they tell which tokens a range holds.
         """
         bound = {symbol: leaves[leaf].shape[dim] for symbol, (leaf, dim) in self.symbols.items()}
-        batch = next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+        batch = batch_size(leaves)
         tokens = _Tokens(self, counts, bound, {} if states is None else states)
         total: dict[str, float] = {}
         for term in self.terms:

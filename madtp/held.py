@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.tree import share
+from madtp.written import takes_written
 
 OPENING = "_madtp_opening"
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -279,8 +280,8 @@ class Opening:
 
 
 def opened(module: nn.Module, form: Form | None, sizes: Collection[str] = ()) -> nn.Module:
-    """A module with the same parameters that is called as an opened call says; ``sizes``: numbers that are, where it is not
-    traced."""
+    """A module with the same parameters that is called as an opened call says, and that may be told which positions were
+    written; ``sizes``: numbers that are, where it is not traced."""
     copy = share(module)
     opening = Opening(copy.forward, form, sizes)
 
@@ -288,7 +289,7 @@ def opened(module: nn.Module, form: Form | None, sizes: Collection[str] = ()) ->
     def forward(*args: Any, **kwargs: Any) -> Any:
         return opening(*args, **kwargs)
 
-    copy.__dict__["forward"], copy.__dict__[OPENING] = forward, opening
+    copy.__dict__["forward"], copy.__dict__[OPENING] = takes_written(forward), opening
     return copy
 
 

@@ -18,6 +18,7 @@ from madtp.calls import Call
 from madtp.compare import compare
 from madtp.errors import CaptureError, RewriteError
 from madtp.program import Program
+from madtp.samples import sample_dims
 from madtp.state import TokenState, batch_slice
 
 
@@ -35,25 +36,26 @@ class Pair(Program):
 
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on the sample twice; returns what the model returns for one."""
-        outputs = list(self.forward(root, *map(twice, leaves)))
+        outputs = list(self.forward(root, *twice(leaves)))
         for position, dims in enumerate(self.halved):
             for dim in dims:
                 outputs[position] = outputs[position].narrow(dim, 0, outputs[position].shape[dim] // 2)
         return pytree.tree_unflatten(outputs, self.out_spec)
 
 
-def twice(leaf: Any) -> Any:
-    """A tensor with its one sample doubled; anything else as it is."""
-    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+def twice(leaves: Sequence[Any]) -> list[Any]:
+    """The tensors of one sample with that sample doubled; anything else as it is."""
+    dims = sample_dims(leaves)
+    assert dims is not None
+    return [x if dim is None else torch.cat([x, x], dim) for x, dim in zip(leaves, dims, strict=True)]
 
 
 def doubled(call: Call) -> Call:
     """A call of one sample as one of two; other calls as they are."""
     leaves = call.flat()[0]
-    tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
-    if not tensors or any(x.shape[0] != 1 for x in tensors):
+    if sample_dims(leaves) is None or not call.tensors() or call.samples() != 1:
         return call
-    return call.with_leaves([twice(x) for x in leaves])
+    return call.with_leaves(twice(leaves))
 
 
 def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wanted: Any) -> Pair:

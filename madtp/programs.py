@@ -24,6 +24,7 @@ from madtp.held import CannotOpen, held_objects, held_state, opened
 from madtp.marks import MarkedAxes, any_dead, cleaned
 from madtp.pairs import Pair, as_pair, doubled, first_of_each, twice
 from madtp.program import Program
+from madtp.samples import free_batch
 
 log = logging.getLogger("madtp")
 CACHE = 16
@@ -111,7 +112,7 @@ class Programs:
         with self._untouched():
             program = self.builder(self.module, captured, self.additions.programs, self.marked)
         self._hold(program)
-        if captured is not call and (_frozen_batch(program, captured) or not program.serves(call.flat()[0])):
+        if captured is not call and not (free_batch(program.dynamic, captured.flat()[0]) and program.serves(call.flat()[0])):
             program = self._serving_one(program, call)
         if call.held() or self.inner:
             self._check(program, call)
@@ -119,10 +120,10 @@ class Programs:
         return program
 
     def _serving_one(self, program: Program, call: Call) -> Program:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            with self._untouched():
+        with torch.no_grad():
+            with drawing_alike(), self._untouched():
                 wanted = opened(self.module, call.form, program.sizes())(*call.args, **call.kwargs)
-            with self.additions.control.unpruned():
+            with drawing_alike(), self.additions.control.unpruned():
                 return as_pair(program, self.module, self.host, call, wanted)
 
     def _check(self, program: Program, call: Call) -> None:
@@ -171,7 +172,7 @@ class Programs:
         result = program.run(self.host, leaves)
         states = {name: control.states[name] for name in program.sites if name in control.states}
         if isinstance(program, Pair):
-            leaves = [twice(x) for x in leaves]
+            leaves = twice(leaves)
             control.states.update(first_of_each(states))
         control.runs.append(Run(program, [_meta(x) for x in leaves], states))
         if program.returned is None:
@@ -196,8 +197,3 @@ class Programs:
 
 def _meta(leaf: Any) -> Any:
     return torch.empty(leaf.shape, device="meta") if isinstance(leaf, Tensor) else leaf
-
-
-def _frozen_batch(program: Program, call: Call) -> bool:
-    leaves = zip(call.flat()[0], program.dynamic, strict=True)
-    return any(isinstance(x, Tensor) and x.dim() > 0 and 0 not in free for x, free in leaves)

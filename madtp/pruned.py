@@ -99,18 +99,23 @@ class PrunedModel(nn.Module):
     def gain(self, value: float) -> None:
         self._control.gain = _strength("gain", value)
 
-    def stand_in(self, path: str, builder: Builder, *, inner: bool = False) -> Programs:
-        """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on; ``inner``: it lies
-        in one for which that was asked already."""
+    def stand_in(self, path: str, builder: Builder, *, inner: bool = False, written: str = "") -> Programs:
+        """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on.
+
+        Args:
+            inner: it lies in one for which that was asked already.
+            written: place in its call of the tensor of which it has to be told where image features were written.
+        """
         programs = Programs(path, self._host.get_submodule(path), self._host, builder, inner=inner)
         if not path:
             object.__setattr__(self, "_whole", programs)
             return programs
         notes = Notes(self.report.notes)
         self._regions[path] = programs
-        programs.module.__dict__["forward"] = Region(programs, self._control, notes)
+        programs.module.__dict__["forward"] = Region(programs, self._control, notes, written)
         if "forward" not in self._host.__dict__:
             self._host.__dict__["forward"] = HostForward(self._host, self._control, notes)
+        self._host.__dict__["forward"].follows |= bool(written)
         return programs
 
     def __getattr__(self, name: str) -> Any:

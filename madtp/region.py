@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from madtp.branches import OtherBranch
 from madtp.calls import Call, Signature, normalise_call, signature
@@ -46,11 +47,14 @@ class Notes:
 
 
 class Region(StandIn):
-    """The forward of a region: a rewritten program where one serves the call, else the original's own code."""
+    """The forward of a region: a rewritten program where one serves the call, else the original's own code.
 
-    def __init__(self, programs: Programs, control: PruningControl, notes: Notes) -> None:
+    written: place in the call of the tensor of which programs have to be told where image features were written; "" if none.
+    """
+
+    def __init__(self, programs: Programs, control: PruningControl, notes: Notes, written: str = "") -> None:
         super().__init__(programs.module)
-        self.programs, self.control, self.notes = programs, control, notes
+        self.programs, self.control, self.notes, self.written = programs, control, notes, written
         self.failed: set[Signature] = set()
         self.reason = ""
         self.keeps = True
@@ -66,6 +70,10 @@ class Region(StandIn):
         continues = self.programs.continues_pruned(call)
         if self.control.bypassed and not continues:
             return self.original(*args, **kwargs)
+        if self.written and not continues:
+            call, told = self._told(call)
+            if not told:
+                return self.original(*args, **kwargs)
         for program in self._candidates(call, continues):
             with suppress(OtherBranch), self.control.call(), self.control.inside():
                 self.control.opened()
@@ -73,6 +81,17 @@ class Region(StandIn):
         if continues:
             raise self._lost()
         return self.original(*args, **kwargs)
+
+    def _told(self, call: Call) -> tuple[Call, bool]:
+        """The call with the positions of image features, and whether they are known; of text alone nothing would be pruned."""
+        leaf, tracker = call.leaf_at(self.written), self.control.tracker
+        if leaf is None or tracker is None:
+            self._note("it was not called by the model's own forward, which shows where image features are written")
+            return call, False
+        written = tracker.written(leaf)
+        if written is None and "image" in (tracker.modalities(leaf) or ()):
+            self._note("it cannot be followed where image features were written among its tokens")
+        return (call, False) if written is None else (call.with_written(written), True)
 
     def _lost(self) -> ContinuationError:
         self.keeps = False
@@ -123,11 +142,13 @@ class HostForward(StandIn):
 
     The first call of each kind (structure, constants, modes) is run without and with the regions, pruning off: a model
     that collects values from the inside of a region would miss them. Such calls run as the original from then on.
+    follows: what it computes is followed, as a region has to be told where image features were written.
     """
 
     def __init__(self, host: nn.Module, control: PruningControl, notes: Notes) -> None:
         super().__init__(host)
         self.control, self.notes = control, notes
+        self.follows = False
         self.trusted: dict[Signature, bool] = {}
         self.counted: dict[Signature, float] = {}
 
@@ -151,8 +172,14 @@ class HostForward(StandIn):
 
     def _run(self, kind: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.trusted[kind]:
-            return self.original(*args, **kwargs)
+            return self._followed(args, kwargs)
         with self.control.bypassing():
+            return self.original(*args, **kwargs)
+
+    def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.follows:
+            return self.original(*args, **kwargs)
+        with self.control.following(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
             return self.original(*args, **kwargs)
 
     def _counted(self, call: Call, kind: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -189,7 +216,7 @@ class HostForward(StandIn):
 
     def _silently(self, call: Call, bypassed: bool) -> Any:
         if not bypassed:
-            return self.original(*call.args, **call.kwargs)
+            return self._followed(call.args, call.kwargs)
         with self.control.bypassing():
             return self.original(*call.args, **call.kwargs)
 

@@ -29,6 +29,7 @@ from madtp.errors import CaptureError, ExampleInputsError
 from madtp.fast_path import spelled_out
 from madtp.held import Returned, returned_by
 from madtp.limits import Limits, limits_of
+from madtp.written import WRITTEN
 from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
@@ -75,11 +76,13 @@ class Region:
 
     modalities: of a region's floating inputs ("image", "text", both, or nothing), by their place in the call.
     read: positions of tokens that the rest of the model reads in what the region returns.
+    written: place in the call of the tensor of which a further argument says where image features were written; "" if none.
     """
 
     path: str = ""
     modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
     read: tuple[int, ...] = ()
+    written: str = ""
 
     def inside(self, name: str) -> str:
         """The path in the whole model of what lies at ``name`` in the region."""
@@ -239,6 +242,9 @@ def _to_capture(
     leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     dynamic: list[tuple[int, ...]] = []
+    by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, placeholders, strict=True)}
+    if region.written and WRITTEN in call.kwargs:
+        by_place[region.written].meta["written"] = placeholders[-1]
     for (place, leaf), node in zip(leaves, placeholders, strict=True):
         known = region.modalities.get(pytree.keystr(place))
         if known is not None:

@@ -1,7 +1,8 @@
 """Layout: how the tokens of a stream that several modalities share are arranged.
 
 Start at :func:`find_layout`. Either parts were concatenated along the tokens, or the features of one modality were written
-into the sequence of another where a mask says so. The walk goes back from the stream's first residual value.
+into the sequence of another where a mask says so, in the graph or in front of it. The walk goes back from the stream's first
+residual value.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def find_layout(head: fx.Node, token_dim: int) -> Layout | None:
             return _concatenated(_flat(node, dim))
         if name in SCATTERS and dim == 1:
             return _scattered(node)
+        if "written" in node.meta and dim == 1:
+            return Layout(("text", "image"), mask=node.meta["written"])
     return None
 
 
@@ -57,6 +60,8 @@ def _before(head: fx.Node, token_dim: int) -> list[tuple[fx.Node, int]]:
     waiting, seen = [(head, token_dim)], {head}
     while waiting:
         node, dim = waiting.pop(0)
+        if "written" in node.meta:
+            found.append((node, dim))
         if node.op != "call_function" or not is_tensor(node) or is_attention(node):
             continue
         found.append((node, dim))

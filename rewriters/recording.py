@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls import Call, normalise_call
 from madtp.errors import ExampleInputsError
 from madtp.fast_path import spelled_out
 from madtp.held import CannotOpen, cannot_open
+from madtp.tracking import Tracker
 from rewriters.capture import blamed_on_the_inputs
-from rewriters.tracking import Tracker
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Recorded:
         read: positions of tokens that others read in its results.
         state: kind of an object that goes in or comes out, may be read by later calls and cannot be taken apart; None if
             there is none.
+        written: place in the call of the one tensor [B, N, C] of which it is known where image features were written among
+            text, and these positions [B, N]; None if there is none.
     """
 
     call: Call
@@ -37,6 +39,7 @@ class Recorded:
     attentions: int = 0
     read: set[int] = field(default_factory=set)
     state: str | None = None
+    written: tuple[str, Tensor] | None = None
 
 
 @dataclass
@@ -93,9 +96,17 @@ def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
         leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
         modalities = {pytree.keystr(place): tracker.modalities(leaf) for place, leaf in leaves}
         # Containers are copied: the model may change them later in the run.
-        recording.calls[path] = Recorded(call.with_leaves([leaf for _, leaf in leaves]), modalities, state=state)
+        recording.calls[path] = Recorded(
+            call.with_leaves([leaf for _, leaf in leaves]), modalities, state=state, written=_written(leaves, tracker)
+        )
 
     return hook
+
+
+def _written(leaves: list[tuple[Any, Any]], tracker: Tracker) -> tuple[str, Tensor] | None:
+    found = [(pytree.keystr(place), tracker.written(leaf)) for place, leaf in leaves]
+    known = [(place, written) for place, written in found if written is not None]
+    return known[0] if len(known) == 1 else None
 
 
 def _leave(path: str, recording: Recording, tracker: Tracker) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import nn
@@ -200,11 +200,14 @@ class _Walk:
             return Refusal(path, "", STATE.format(recorded.state), WITHOUT)
         if self.attempts >= ATTEMPTS or self.failures[type(module)] >= OF_ONE_CLASS:
             return Refusal(path, "", "others like it could not be captured", "rewrite it by itself")
-        region = Region(path, recorded.modalities, tuple(sorted(recorded.read)))
+        region, call = Region(path, recorded.modalities, tuple(sorted(recorded.read))), recorded.call
+        if recorded.written is not None:
+            place, written = recorded.written
+            region, call = replace(region, written=place), call.with_written(written)
         self.attempts += 1
         try:
             rewritten = build(
-                module, recorded.call, self.config, region=region, serial=len(self.parts), plan=self._plan_of(region)
+                module, call, self.config, region=region, serial=len(self.parts), plan=self._plan_of(region)
             )
         except NothingToPruneError:
             return None
@@ -215,7 +218,7 @@ class _Walk:
             return Refusal(path, "", str(error), "an exportable module")
         except (RewriteError, PlanError) as error:
             return Refusal(path, "", str(error), "please report the model")
-        return Part(rewritten, recorded.call, tuple(self._inner(path, module, rewritten.plan)))
+        return Part(rewritten, call, tuple(self._inner(path, module, rewritten.plan)))
 
     def _inner(self, path: str, module: nn.Module, plan: Plan) -> Iterator[Region]:
         """The largest submodules that hold whole streams of one modality, beside others."""

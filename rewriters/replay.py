@@ -20,6 +20,7 @@ from madtp.compare import drawing_alike, relative_difference
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
+from madtp.samples import sample_dims
 from madtp.state import kept_positions
 from rewriters.plan import Plan
 
@@ -87,8 +88,11 @@ def _apart(alone: list[Any], together: list[Any]) -> dict[int, float]:
 
 
 def first_sample(call: Call) -> Call:
-    """The call with the first sample of the batch only."""
-    return call.with_leaves([x[:1] if isinstance(x, Tensor) and x.dim() else x for x in call.flat()[0]])
+    """The call with the first sample of the batch only; every tensor has to have a batch dimension."""
+    leaves = call.flat()[0]
+    dims = sample_dims(leaves)
+    assert dims is not None
+    return call.with_leaves([x if dim is None else x.narrow(dim, 0, 1) for x, dim in zip(leaves, dims, strict=True)])
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from madtp.compare import compare, drawing_alike
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
+from madtp.samples import free_batch
 from rewriters.plan import Plan
 from rewriters.replay import batch_mates_do_not_matter, dropping_equals_hiding, first_sample
 
@@ -97,12 +98,8 @@ def _is_cheap(case: Case) -> bool:
 
 
 def _batch_is_free(case: Case) -> bool:
-    """Whether the first sample can be cut out of the call: all tensors have a free batch dimension, of one size, and the
-    model's Python goes the same way for one sample."""
-    leaves = zip(case.program.dynamic, case.call.flat()[0], strict=True)
-    tensors = [(free, leaf) for free, leaf in leaves if isinstance(leaf, Tensor)]
-    same = len({leaf.shape[0] for _, leaf in tensors if leaf.dim()}) == 1
-    free = same and all(0 in free for free, _ in tensors)
+    """Whether the first sample can be cut out of the call, and the model's Python goes the same way for one sample."""
+    free = free_batch(case.program.dynamic, case.call.flat()[0])
     return free and case.program.serves(first_sample(case.call).flat()[0])
 
 

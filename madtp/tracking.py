@@ -2,7 +2,7 @@
 
 Start at :class:`Tracker`. Integers that are inputs, or computed from them, are *ids*; what an embedding looks up for
 them is text; floating inputs are images; where tensors meet, their modalities add up. Numbers that are all 0 or 1 are
-masks or types and carry nothing.
+masks or types and carry nothing. Where values of both modalities are put into one tensor, it is remembered which went where.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from madtp.written import IN_PLACE, MOVES, TOKENWISE, moved, positions
+
 IDS = "ids"
 NOTHING: frozenset[str] = frozenset()
 # Functions that stand for an attention, or for its normalisation, in every spelling.
@@ -25,13 +27,19 @@ ATTENTIONS = frozenset(
 
 
 class Tracker(TorchFunctionMode):
-    """Tags tensors while it is active. attended: called at every attention."""
+    """Tags tensors while it is active. attended: called at every attention. paused: when this is true, nothing is followed."""
 
-    def __init__(self, inputs: Iterable[Tensor], attended: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        inputs: Iterable[Tensor],
+        attended: Callable[[], None] = lambda: None,
+        paused: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__()
-        self.attended = attended
+        self.attended, self.paused = attended, paused
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for tensor in inputs:
             if not _is_mask(tensor):
                 self.tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
@@ -41,6 +49,11 @@ class Tracker(TorchFunctionMode):
         if not isinstance(leaf, Tensor) or not leaf.dtype.is_floating_point:
             return None
         return self.tags.get(leaf, NOTHING)
+
+    def written(self, leaf: Any) -> Tensor | None:
+        """``[B, N]`` where image features were written among text ``[B, N, C]``; None where nothing is known to be."""
+        marks = self.marks.get(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
+        return None if marks is None else positions(marks)
 
     def follow(self, output: Any, read: set[int]) -> None:
         """Note in ``read`` the positions at which tokens [B, N, C] in ``output`` are read from now on."""
@@ -63,8 +76,11 @@ class Tracker(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if self.paused():
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        marks = self._moved(func, name, args, kwargs or {})
+        result = func(*args, **(kwargs or {}))
         if name in ATTENTIONS:
             self.attended()
         operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -81,7 +97,40 @@ class Tracker(TorchFunctionMode):
                     self._tag(tensor, found)
             if operands and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))):
                 self._tag(operands[0], found)
+        self._mark(name, operands, operands[:1] if name in IN_PLACE else pytree.tree_leaves(result), marks)
         return result
+
+    def _moved(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Marks of the results of a function that moves values of both modalities."""
+        if name not in MOVES and name not in IN_PLACE:
+            return []
+        operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        both = {"text", "image"} <= _union(operands, self.tags)
+        if not both:
+            return []
+        return pytree.tree_leaves(moved(func, args, kwargs, self._marks_of))
+
+    def _marks_of(self, tensor: Tensor) -> Tensor | None:
+        if tensor in self.marks:
+            return self.marks[tensor]
+        carried = self.tags.get(tensor, NOTHING) - {IDS}
+        if {"text", "image"} <= carried:
+            return None
+        return torch.tensor("image" in carried, device=tensor.device).expand(tensor.shape)
+
+    def _mark(self, name: str, operands: list[Tensor], results: list[Any], marks: list[Any]) -> None:
+        """Remember which values of the results are of which modality."""
+        if name in TOKENWISE:
+            source = next((x for x in operands if x in self.marks), None)
+            if source is not None:
+                marks = [self.marks[source].all(-1, keepdim=True)]
+                results = [x for x in results if isinstance(x, Tensor) and x.shape[:-1] == source.shape[:-1]]
+                marks = [marks[0].expand(x.shape) for x in results]
+        elif name in IN_PLACE and not marks:
+            self.marks.pop(results[0], None) if results else None
+        for tensor, own in zip(results, marks, strict=False):
+            if isinstance(tensor, Tensor) and isinstance(own, Tensor) and tensor.shape == own.shape:
+                self.marks[tensor] = own
 
     def _tag(self, tensor: Tensor, found: frozenset[str]) -> None:
         if tensor.dtype.is_floating_point:
