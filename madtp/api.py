@@ -19,7 +19,7 @@ from torch import nn
 from madtp.calls import Call, check_batch, normalise_call
 from madtp.config import PruningConfig
 from madtp.counting import count_eagerly
-from madtp.errors import CaptureError, ExampleInputsError, MadtpError, RewriteError
+from madtp.errors import CaptureError, ExampleInputsError, MadtpError, NothingToPruneError, RewriteError
 from madtp.marks import MarkedAxes
 from madtp.program import Program
 from madtp.programs import Builder
@@ -124,7 +124,7 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
         own = pruned.stand_in(part.region.path, _builder(part, config), written=part.region.written)
         own.adopt(part.rewritten.program, part.call)
         for inner in part.inner:
-            pruned.stand_in(inner.path, _builder(part, config, inner), inner=True)
+            pruned.stand_in(inner.path, _builder(part, config, inner), inner=True, written=inner.written)
     pruned.example = record_call(call)
     return pruned
 
@@ -162,11 +162,12 @@ def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> 
         lost = names - {s.name for s in found.plan.sites}
         if lost:
             reasons = {r.reason for r in found.plan.refusals if r.block in lost} or {"no attention found there"}
-            log.warning(
-                "for this call signature nothing is pruned at %s: %s",
-                ", ".join(sorted(lost)),
-                "; ".join(sorted(reasons)),
+            text = (
+                f"for this call signature nothing is pruned at {', '.join(sorted(lost))}: {'; '.join(sorted(reasons))}"
             )
+            if lost == names and inner is None and part.inner:
+                raise NothingToPruneError(f"{text}. {', '.join(r.path for r in part.inner)} may prune by themselves.")
+            log.warning("%s", text)
         return found.program
 
     return again

@@ -18,7 +18,7 @@ from madtp.calls import Call
 from madtp.compare import compare
 from madtp.errors import CaptureError, RewriteError
 from madtp.program import Program
-from madtp.samples import sample_dims
+from madtp.samples import batch_size, sample_dims
 from madtp.state import TokenState, batch_slice
 
 
@@ -31,8 +31,7 @@ class Pair(Program):
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the call holds one sample, and two of its kind are within the limits of the capture."""
-        tensors = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
-        return all(x.shape[0] == 1 for x in tensors) and super().serves([twice(x) for x in leaves])
+        return _is_one(leaves) and super().serves(twice(leaves))
 
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on the sample twice; returns what the model returns for one."""
@@ -53,9 +52,13 @@ def twice(leaves: Sequence[Any]) -> list[Any]:
 def doubled(call: Call) -> Call:
     """A call of one sample as one of two; other calls as they are."""
     leaves = call.flat()[0]
-    if sample_dims(leaves) is None or not call.tensors() or call.samples() != 1:
-        return call
-    return call.with_leaves(twice(leaves))
+    return call.with_leaves(twice(leaves)) if _is_one(leaves) else call
+
+
+def _is_one(leaves: Sequence[Any]) -> bool:
+    """Whether tensors hold one sample, each in a place that is known."""
+    dims = sample_dims(leaves)
+    return dims is not None and any(dim is not None for dim in dims) and batch_size(leaves) == 1
 
 
 def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wanted: Any) -> Pair:

@@ -112,7 +112,9 @@ class Programs:
         with self._untouched():
             program = self.builder(self.module, captured, self.additions.programs, self.marked)
         self._hold(program)
-        if captured is not call and not (free_batch(program.dynamic, captured.flat()[0]) and program.serves(call.flat()[0])):
+        if captured is not call and not (
+            free_batch(program.dynamic, captured.flat()[0]) and program.serves(call.flat()[0])
+        ):
             program = self._serving_one(program, call)
         if call.held() or self.inner:
             self._check(program, call)

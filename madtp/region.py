@@ -23,7 +23,7 @@ from madtp.calls import Call, Signature, normalise_call, signature
 from madtp.compare import compare, drawing_alike
 from madtp.control import PruningControl
 from madtp.counting import Counter
-from madtp.errors import ContinuationError, ExampleInputsError, MadtpError
+from madtp.errors import ContinuationError, ExampleInputsError, MadtpError, NothingToPruneError
 from madtp.held import CannotOpen, held_state
 from madtp.program import Program
 from madtp.programs import BRANCHES, MANY_WAYS, Programs, StandIn
@@ -77,7 +77,10 @@ class Region(StandIn):
         for program in self._candidates(call, continues):
             with suppress(OtherBranch), self.control.call(), self.control.inside():
                 self.control.opened()
-                return self.programs.run(program, call)
+                result = self.programs.run(program, call)
+                if self.control.tracker is not None:
+                    self.control.tracker.derived(call.flat()[0], result)
+                return result
         if continues:
             raise self._lost()
         return self.original(*args, **kwargs)
@@ -129,6 +132,9 @@ class Region(StandIn):
         except MadtpError as error:
             self.failed.add(exact)
             self.reason = str(error)
+            if isinstance(error, NothingToPruneError):  # the regions in it serve the call
+                log.info("%s", error)
+                return
             self._note(f"a further kind of call cannot be rewritten: {error}")
             return
         yield further

@@ -24,6 +24,9 @@ NOTHING: frozenset[str] = frozenset()
 ATTENTIONS = frozenset(
     "scaled_dot_product_attention softmax _softmax multi_head_attention_forward _native_multi_head_attention".split()
 )
+# Functions that take the shape or the type of a tensor, not its values: of a further one, or of the only one.
+LIKE = frozenset("view_as reshape_as expand_as type_as".split())
+FRESH = frozenset("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
 
 
 class Tracker(TorchFunctionMode):
@@ -54,6 +57,13 @@ class Tracker(TorchFunctionMode):
         """``[B, N]`` where image features were written among text ``[B, N, C]``; None where nothing is known to be."""
         marks = self.marks.get(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
         return None if marks is None else positions(marks)
+
+    def derived(self, operands: Iterable[Any], result: Any) -> None:
+        """What was computed from ``operands`` without being followed carries the modalities of all of them."""
+        found = _union([x for x in operands if isinstance(x, Tensor)], self.tags)
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and found:
+                self._tag(tensor, found)
 
     def follow(self, output: Any, read: set[int]) -> None:
         """Note in ``read`` the positions at which tokens [B, N, C] in ``output`` are read from now on."""
@@ -86,6 +96,8 @@ class Tracker(TorchFunctionMode):
         operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             operands = _answered(operands, self.tags)
+        if name in LIKE or name in FRESH:
+            operands = operands[:1] if name in LIKE else []
         self._follow_on(name, args, operands, result)
         found = _union(operands, self.tags)
         if name == "embedding":

@@ -23,8 +23,8 @@ WRITTEN = "madtp_written"
 # Functions that move values, or choose among them; what they do to values they do to marks of the values.
 MOVES = frozenset(
     "masked_scatter where index_put scatter index_copy masked_fill cat concat concatenate stack hstack vstack __getitem__ "
-    "reshape view flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes t expand repeat repeat_interleave "
-    "split chunk unbind select narrow index_select gather flip roll take_along_dim".split()
+    "reshape reshape_as view view_as flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes t expand expand_as "
+    "repeat repeat_interleave split chunk unbind select narrow index_select gather flip roll take_along_dim".split()
 )
 IN_PLACE = frozenset("__setitem__ masked_scatter_ index_put_ scatter_ index_copy_ masked_fill_ copy_".split())
 # Functions of each token by itself: a token stays in its place.

@@ -17,7 +17,7 @@ from madtp.errors import ExampleInputsError
 from madtp.fast_path import spelled_out
 from madtp.held import CannotOpen, cannot_open
 from madtp.tracking import Tracker
-from rewriters.capture import blamed_on_the_inputs
+from rewriters.capture import Region, blamed_on_the_inputs
 
 
 @dataclass
@@ -40,6 +40,11 @@ class Recorded:
     read: set[int] = field(default_factory=set)
     state: str | None = None
     written: tuple[str, Tensor] | None = None
+
+    def region(self, path: str) -> Region:
+        """The module, at ``path``, as a region."""
+        written = "" if self.written is None else self.written[0]
+        return Region(path, self.modalities, tuple(sorted(self.read)), written)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from torch import nn
@@ -41,8 +41,8 @@ WITHOUT = "call it without the cache (an argument like use_cache=False), or prun
 class Part:
     """One rewritten part of a model, with the call it was captured from.
 
-    inner: regions in it that hold streams of their own. They serve when the host calls them by themselves, or when the part
-    runs as the original does.
+    inner: regions in it that hold streams of their own, or can be told of the tokens that others write. They serve when the
+    host calls them by themselves, or when the part runs as the original does.
     """
 
     rewritten: Rewritten
@@ -200,10 +200,9 @@ class _Walk:
             return Refusal(path, "", STATE.format(recorded.state), WITHOUT)
         if self.attempts >= ATTEMPTS or self.failures[type(module)] >= OF_ONE_CLASS:
             return Refusal(path, "", "others like it could not be captured", "rewrite it by itself")
-        region, call = Region(path, recorded.modalities, tuple(sorted(recorded.read))), recorded.call
+        region, call = recorded.region(path), recorded.call
         if recorded.written is not None:
-            place, written = recorded.written
-            region, call = replace(region, written=place), call.with_written(written)
+            call = call.with_written(recorded.written[1])
         self.attempts += 1
         try:
             rewritten = build(
@@ -221,7 +220,7 @@ class _Walk:
         return Part(rewritten, call, tuple(self._inner(path, module, rewritten.plan)))
 
     def _inner(self, path: str, module: nn.Module, plan: Plan) -> Iterator[Region]:
-        """The largest submodules that hold whole streams of one modality, beside others."""
+        """The largest submodules that hold whole streams beside others, of one modality or told which token is of which."""
         for name, child in module.named_children():
             place = f"{path}.{name}" if path else name
             recorded, sites = self.recording.calls.get(place), plan.of(Region(place)).sites
@@ -229,9 +228,10 @@ class _Walk:
                 continue
             others = {site.stream for site in plan.sites if site not in sites}
             apart = others and others.isdisjoint(site.stream for site in sites)
-            alone = apart and not any(site.segments for site in sites)
-            if alone and recorded is not None and recorded.state is None and recorded.attentions > 1:
-                yield Region(place, recorded.modalities, tuple(sorted(recorded.read)))
+            known = recorded is not None and recorded.state is None and recorded.attentions > 1
+            told = recorded is not None and recorded.written is not None
+            if recorded is not None and known and apart and (told or not any(site.segments for site in sites)):
+                yield recorded.region(place)
             else:
                 yield from self._inner(place, child, plan)
 

@@ -105,6 +105,11 @@ def _pix2struct_patches(draft: Draft) -> Tensor:
     return torch.cat([places, draft.normal(16, int(draft.vision.patch_embed_hidden_size))], dim=-1)
 
 
+def _all_prefix(draft: Draft) -> Tensor:
+    """No token is of the part that is predicted: [B, T]."""
+    return torch.zeros_like(draft.made["input_ids"])
+
+
 def _over_patches(draft: Draft) -> Tensor:
     return torch.ones(draft.batch, 16, dtype=torch.long)
 
@@ -182,6 +187,7 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
         "cross_attention_mask": _tile_attention,
     },
     "modernvbert": _COUNTED,
+    "paligemma": {"token_type_ids": _all_prefix},
     "pix2struct": {"flattened_patches": _pix2struct_patches, "attention_mask": _over_patches},
     "smolvlm": _COUNTED,
     "timesformer": {"pixel_values": lambda draft: draft.images(int(draft.config.num_frames))},

@@ -73,6 +73,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MobileBertConfig": {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32, "intermediate_size": 64},
     "Qwen2VLConfig": _ROTARY,
     "Qwen2_5_VLConfig": _ROTARY,
+    "Qwen3VLConfig": {"vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "Glm4vConfig": _ROTARY,
     "Glm46VConfig": _ROTARY,
     "GlmOcrConfig": _ROTARY,
