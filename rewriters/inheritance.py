@@ -13,12 +13,14 @@ from typing import Any
 from torch import fx
 
 from madtp.config import PruningConfig
-from rewriters.axes import AxisError, example_shape, token_axis
+from rewriters.axes import AxisError, token_axis
 from rewriters.detect import Stream, Structure
 from rewriters.layout import LayoutPart
 from rewriters.policy import protected_readouts
 
 Place = tuple[fx.Node | None, int]
+# So many positions are protected where it varies which of them a concatenation reads.
+FEW = 16
 
 
 @dataclass
@@ -80,52 +82,50 @@ def _hand_down(
         except AxisError as error:
             into.unknown = str(error)
             return
-        if inside is None:
-            continue
-        node, offset = inside
-        if node is None:
-            into.positions.append(offset)
-        elif _comes_from(node, parent):
-            into.unknown = (
-                f"the position {node.name} that a concatenation reads is computed from the stream's own tokens"
-            )
-            return
-        else:
-            into.readouts.append(f"{node.name}+{offset}" if offset else node.name)
+        for node, offset in inside:
+            if node is None:
+                into.positions.append(offset)
+            elif _comes_from(node, parent):
+                into.unknown = (
+                    f"the position {node.name} that a concatenation reads is computed from the stream's own tokens"
+                )
+                return
+            else:
+                into.readouts.append(f"{node.name}+{offset}" if offset else node.name)
 
 
-def _within(place: Place, parts: Sequence[LayoutPart], number: int) -> Place | None:
-    """A place of the concatenation counted in one of its parts; None if it lies in another."""
+def _within(place: Place, parts: Sequence[LayoutPart], number: int) -> list[Place]:
+    """A place of the concatenation counted in one of its parts: none if it lies in another, several where that varies."""
     node, offset = place
     before = [_size(part) for part in parts[:number]]
     static = sum(size for size in before if isinstance(size, int))
     dynamic = [size for size in before if not isinstance(size, int)]
     own = _size(parts[number])
     if node is not None and _is_size(node, own) and not before:
-        return (None, offset) if offset < 0 else None
+        return [(None, offset)] if offset < 0 else []
     if node is None and offset < 0:
-        return (None, offset) if number == len(parts) - 1 else None
+        return [(None, offset)] if number == len(parts) - 1 else []
     if dynamic:
-        return _behind_dynamic(node, offset, static, dynamic, parts[:number])
+        return _behind_dynamic(node, offset, static, dynamic)
     if node is not None:
-        return node, offset - static
+        return [(node, offset - static)]
     inside = offset - static
-    return (None, inside) if inside >= 0 and (not isinstance(own, int) or inside < own) else None
+    return [(None, inside)] if inside >= 0 and (not isinstance(own, int) or inside < own) else []
 
 
-def _behind_dynamic(
-    node: fx.Node | None, offset: int, static: int, dynamic: list[Any], parts: Sequence[LayoutPart]
-) -> Place | None:
+def _behind_dynamic(node: fx.Node | None, offset: int, static: int, dynamic: list[Any]) -> list[Place]:
     """As :func:`_within`, for a part that begins where a part of varying length ends."""
     if node is None:
-        if offset < sum(example_shape(p.node)[p.dim] for p in parts):
-            return None
-        raise AxisError("a concatenation reads a constant position behind a part of varying length")
+        # The varying parts hold a token each at least: the shorter they are, the later is the token that is read.
+        last = offset - static - len(dynamic)
+        if last >= FEW:
+            raise AxisError("a concatenation reads a constant position behind a part of varying length")
+        return [(None, position) for position in range(last + 1)]
     if len(dynamic) == 1 and _is_size(node, dynamic[0]):
-        return (None, offset - static) if offset >= static else None
+        return [(None, offset - static)] if offset >= static else []
     if any(_is_size(one, size) for one in _ancestors(node) for size in dynamic):
         raise AxisError(f"the position {node.name} that a concatenation reads depends on the length of another part")
-    return None
+    return []
 
 
 def _size(part: LayoutPart) -> Any:

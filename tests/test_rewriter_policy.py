@@ -12,6 +12,7 @@ from joint import Encoder, Patches, Words
 from structures import Found, drawn, found
 from torch import Tensor, fx, nn
 
+import madtp
 from madtp.config import PruningConfig
 from rewriters.axes import AxisError
 from rewriters.inheritance import inherited
@@ -237,20 +238,40 @@ def test_streams_that_are_not_concatenated_inherit_nothing() -> None:
 
 
 class ConstantBehindText(nn.Module):
-    """A joint stream is read at a constant position behind a text of varying length: of which token is not told."""
+    """A joint stream is read at a constant position in or behind a text of varying length."""
 
-    def __init__(self) -> None:
+    def __init__(self, position: int) -> None:
         super().__init__()
         self.patches, self.words = Patches(), Words()
         self.image, self.text, self.joint = Encoder(2), Encoder(2), Encoder(2)
+        self.position = position
 
     def forward(self, pixels: Tensor, input_ids: Tensor) -> Tensor:
         both = torch.cat([self.text(self.words(input_ids)), self.image(self.patches(pixels))], 1)
-        return self.joint(both)[:, 20]
+        return self.joint(both)[:, self.position]
 
 
 def test_a_position_that_cannot_be_told_is_unknown() -> None:
     given = {"pixels": torch.randn(2, 3, 32, 32), "input_ids": torch.randint(3, VOCABULARY, (2, 7))}
-    case = found(ConstantBehindText(), given)
+    case = found(ConstantBehindText(20), given)
     handed = inherited(case.structure, DEFAULT)
     assert "constant position behind a part of varying length" in str(handed[case.stream("image").index].unknown)
+
+
+@torch.no_grad()
+def test_a_position_that_a_shorter_text_leaves_to_the_image_is_protected_in_both() -> None:
+    torch.manual_seed(0)
+    model = ConstantBehindText(3).eval()
+    given = {"pixels": torch.randn(2, 3, 32, 32), "input_ids": torch.randint(3, VOCABULARY, (2, 7))}
+    case = found(model, given)
+    handed = inherited(case.structure, DEFAULT)
+    assert handed[case.stream("text").index].positions == [3]
+    assert handed[case.stream("image").index].positions == [0, 1, 2]
+    pruned = madtp.rewrite(model, given, config=PruningConfig(temperature=8.0, merge=False))
+    for length in (7, 3, 2):
+        pruned(**{**given, "input_ids": given["input_ids"][:, :length]})
+        kept = pruned.kept_tokens()
+        part = "text" if length > 3 else "image"
+        alive = [tokens for name, tokens in kept.items() if name.startswith(part)]
+        assert all(bool(tokens[:, 3 - (0 if length > 3 else length)].all()) for tokens in alive)
+        assert alive
