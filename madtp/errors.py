@@ -10,10 +10,12 @@ from __future__ import annotations
 class MadtpError(Exception):
     """Base of every error that the library raises on purpose.
 
-    left_alone: there is text of a language model that could be pruned, if ``towers`` asked for it.
+    left_alone: there is text of a language model that could be pruned, if ``towers`` asked for it. by_policy: and nothing else
+    stands in the way.
     """
 
     left_alone = False
+    by_policy = False
 
 
 class ExampleInputsError(MadtpError):

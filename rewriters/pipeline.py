@@ -277,4 +277,5 @@ def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
     error = NoSiteError(f"{head}. Refused: " + " | ".join(sorted(reasons)[:8]))
     error.left_alone = any(r.by_policy and r.reason == PREDICTED for r in plan.refusals)
+    error.by_policy = error.left_alone and all(r.by_policy for r in plan.refusals)
     return error

@@ -7,6 +7,8 @@ import time
 from typing import Any
 
 import torch
+from cases import WIDTH
+from readers import ReaderBlock
 from small_vit import images, vit
 from torch import Tensor, nn
 
@@ -52,10 +54,31 @@ class Shuffled(nn.Module):
         return {"tokens": tokens, "first": tokens[:, 0]}
 
 
+class Language(nn.Module):
+    """Causal text of which each position is predicted, with a mood that the text does not tell, if one is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mood = nn.Embedding(30, WIDTH), nn.Linear(4, WIDTH)
+        self.blocks = nn.ModuleList(ReaderBlock(layer) for layer in range(3))
+
+    def forward(self, ids: Tensor, mood: Tensor | None = None) -> Tensor:
+        x = self.words(ids)
+        if mood is not None:
+            x = x + self.mood(mood)[:, None]
+        places = torch.arange(ids.shape[1])
+        for block in self.blocks:
+            x = block(x, places[None], places[:, None] >= places, None)
+        return x @ self.words.weight.T
+
+
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its inputs; some names misbehave."""
     if name == "missing":
         raise LookupError("no such model")
+    if name in ("language", "beside"):
+        ids = torch.randint(0, 30, (2, 12), generator=torch.Generator().manual_seed(0))
+        return Language(), {"ids": ids} if name == "language" else {"ids": ids, "mood": torch.randn(2, 4)}
     if name == "endless":
         time.sleep(600)
     if name == "dies":

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import survey_models
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from madtp.cli.app import app
 from madtp.errors import CaptureError, DataError
 from madtp.survey import OUTCOMES, Record, Refusal, examine
+from madtp.survey.attentions import Attentions, traits
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
 from madtp.survey.record import judged
 from madtp.survey.runner import Limits, load, run, save
@@ -152,8 +154,61 @@ RECORDS = [
 
 def test_the_denominator_is_what_could_be_built_and_holds_attention() -> None:
     assert [record.name for record in counted(RECORDS)] == ["lib:A", "lib:B", "lib:C"]
-    assert "Of the 3 that could be built and hold attention, 1 (33%)" in summary(RECORDS)
-    assert "0 (0%)" in summary([])
+    assert "1 of the 3 (33%) that could be built and hold attention." in summary(RECORDS)
+    assert "0 of the 0 (0%)" in summary([])
+
+
+def test_kinds_that_are_told_apart_have_denominators_of_their_own() -> None:
+    kinds = [("windows", "hierarchy"), ("language",), ("windows",)]
+    further = [Record(str(n), "refused", traits=found) for n, found in enumerate(kinds)]
+    text = summary([*RECORDS, *further])
+    assert (
+        "1 of the 6 (17%) that could be built and hold attention, and 1 of the 5 (20%) that are more than a lang"
+        in text
+    )
+    assert "and 1 of the 3 (33%) whose attention runs over all tokens at one resolution." in text
+    page = markdown([*RECORDS, *further])
+    assert "| windows | 2 | " in page
+    assert "| language | 1 | " in page
+
+
+@pytest.mark.parametrize(
+    ("shapes", "inputs", "found"),
+    [
+        ([(2, 4, 16, 8)], {"pixels": torch.zeros(2, 3, 8, 8)}, ()),
+        ([(8, 4, 16, 8)], {"pixels": torch.zeros(2, 3, 8, 8)}, ("windows",)),
+        ([(8, 4, 16, 8)], {"pixels": torch.zeros(2, 4, 3, 8, 8)}, ()),
+        ([(8, 4, 16, 8)], {"ids": torch.zeros(2, 4, 16, dtype=torch.long)}, ()),
+        ([(8, 16, 8)], {"pixels": torch.zeros(2, 3, 8, 8)}, ()),
+        ([(2, 4, 64, 8), (2, 4, 16, 8)], {"pixels": torch.zeros(2, 3, 8, 8)}, ("hierarchy",)),
+        ([(2, 4, 65, 8), (2, 4, 17, 8)], {"pixels": torch.zeros(2, 3, 8, 8)}, ("hierarchy",)),
+        ([(2, 4, 64, 8), (2, 4, 16, 8)], {"pixels": torch.zeros(2, 3, 8, 8), "ids": torch.zeros(2, 16).long()}, ()),
+        ([(2, 4, 64, 8), (2, 4, 1, 8)], {"pixels": torch.zeros(2, 3, 8, 8)}, ()),
+    ],
+)
+def test_windows_and_hierarchies_are_told_by_what_attention_runs_over(
+    shapes: list[tuple[int, ...]], inputs: dict[str, Tensor], found: tuple[str, ...]
+) -> None:
+    with Attentions() as seen:
+        for shape in shapes:
+            x = torch.zeros(shape)
+            torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    assert seen.count == len(shapes)
+    assert traits(seen, inputs) == found
+
+
+def test_a_language_model_is_told_and_one_beside_an_image_is_left_alone() -> None:
+    assert record_of("language").traits == ("language",)
+    record = record_of("beside")
+    assert (record.outcome, record.traits) == ("left alone", ())
+    assert record.refusals[0].by_policy
+
+
+def test_records_of_older_surveys_are_read() -> None:
+    old = Record("a", "refused").to_dict()
+    del old["traits"]
+    assert Record.from_dict(old).traits is None
+    assert Record.from_dict(Record("a", "refused", traits=("windows",)).to_dict()).traits == ("windows",)
 
 
 def test_reasons_that_differ_by_names_alone_count_as_one() -> None:

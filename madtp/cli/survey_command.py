@@ -24,6 +24,7 @@ itself in a batch, the compute that strong pruning saves, whether it trains.
 
   rewritten       every stream is pruned, compute is saved, all checks hold
   partly          a stream or training is refused, or nothing is saved
+  left alone      nothing is, by policy: text that a language model predicts
   refused         nothing is; the reason is in the JSON and the markdown
   no transformer  no attention over tokens, so refusing is right
   unbuildable     no small model, or no inputs for it, could be made

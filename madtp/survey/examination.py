@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import madtp
 from madtp.compare import drawing_alike
 from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
+from madtp.survey.attentions import Attentions, traits
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
 from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, Refusal, judged
 
@@ -45,25 +45,33 @@ def _examine(record: Record, build: Build) -> Record:
         model, inputs = build()
         model.eval()
         record = replace(record, kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()))
-        with torch.no_grad(), _Attentions() as attentions:
+        with torch.no_grad(), Attentions() as attentions:
             model(**inputs)
     except Exception as error:
         return replace(record, outcome="unbuildable", failure=_text(error))
+    record = replace(record, traits=traits(attentions, inputs))
     started = time.perf_counter()
     try:
         pruned = madtp.rewrite(model, dict(inputs))
     except MadtpError as error:
-        return _refused(record, error, attentions.seen, time.perf_counter() - started)
+        return _refused(record, error, attentions.count, time.perf_counter() - started)
     except Exception as error:
         return replace(record, failure=_text(error))
     record = _reported(record, pruned.report, time.perf_counter() - started)
+    if pruned.config.towers is not None:  # nobody asked for it: it is a language model
+        record = _language(record)
     return _probed(record, model, pruned, inputs)
 
 
 def _refused(record: Record, error: MadtpError, attentions: int, seconds: float) -> Record:
     outcome = "refused" if attentions or not isinstance(error, NoSiteError) else "no transformer"
-    refusal = Refusal("", f"{type(error).__name__}: {error}")
+    outcome = "left alone" if error.by_policy else outcome
+    refusal = Refusal("", f"{type(error).__name__}: {error}", by_policy=error.by_policy)
     return replace(record, outcome=outcome, refusals=(refusal,), rewrite_seconds=seconds)
+
+
+def _language(record: Record) -> Record:
+    return replace(record, traits=("language", *(record.traits or ())))
 
 
 def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
@@ -219,19 +227,6 @@ class _strongly:
 
     def __exit__(self, *_: object) -> None:
         self.pruned.gain = self.before
-
-
-class _Attentions(TorchFunctionMode):
-    """Counts what attention is made of while a model runs: fused calls, and softmax over rows of at least three axes."""
-
-    seen = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        rows = args and isinstance(args[0], Tensor) and args[0].dim() > 2
-        if name in ("scaled_dot_product_attention", "multi_head_attention_forward") or (name == "softmax" and rows):
-            self.seen += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _text(error: Exception) -> str:

@@ -14,11 +14,19 @@ OUTCOMES = {
     "rewritten": "every stream is pruned but text that a language model predicts, hardly an attention is refused, compute is "
     "saved, and every invariant holds",
     "partly": "every invariant holds, but a stream, half the attentions or training is refused, or nothing is saved",
+    "left alone": "nothing is pruned as a matter of policy: all it could be is text that a language model predicts",
     "refused": "nothing can be pruned; the reason is given",
     "no transformer": "the model has no attention over tokens; it is refused, as it should be",
     "unbuildable": "the small model or its inputs cannot be made, or it does not run: nothing to rewrite",
     "error": "an exception that is no refusal, or no answer within the limits: a bug",
     "wrong": "an invariant fails: the worst",
+}
+
+# What sets a model apart from a tower of blocks over all tokens of an image or a text, as it was seen in its calls.
+TRAITS = {
+    "language": "it is given token ids alone, and each position predicts (causal text that nothing condenses)",
+    "windows": "its attention runs over more sequences than it is given images or texts",
+    "hierarchy": "it is given images alone, and from one attention to the next the queries fall to a quarter",
 }
 
 # Fields that a probe fills; a probe that is refused is a refusal of that name.
@@ -50,6 +58,7 @@ class Record:
         identity, independence: largest errors; None where it was not measured. trains: the loss falls over ten steps.
         reduction: fraction of multiply-accumulates saved at a strong setting.
         seconds: of the rewrite, and of everything. failure: text of what went wrong.
+        traits: out of :data:`TRAITS`; None in records of surveys that did not look for them.
     """
 
     name: str
@@ -70,6 +79,7 @@ class Record:
     rewrite_seconds: float = 0.0
     seconds: float = 0.0
     failure: str = ""
+    traits: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` takes them back."""
@@ -81,6 +91,8 @@ class Record:
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in values.items() if name in known}
         refusals = tuple(Refusal(**refusal) for refusal in values.get("refusals", ()))
+        if fields.get("traits") is not None:
+            fields["traits"] = tuple(fields["traits"])
         return cls(**{**fields, "refusals": refusals})
 
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from madtp.survey.record import IDENTITY, INDEPENDENCE, OUTCOMES, Record
+from madtp.survey.record import IDENTITY, INDEPENDENCE, OUTCOMES, TRAITS, Record
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +29,11 @@ COLUMNS = (
     "s",
 )
 LONGEST = 160
+# Kinds that are left out of the denominator, one after the other.
+WITHOUT = (
+    (frozenset({"language"}), "that are more than a language model"),
+    (frozenset({"windows", "hierarchy"}), "whose attention runs over all tokens at one resolution"),
+)
 LEGEND = f"""*streams*: pruned of found; *identity*: largest error with pruning off, relative to the output's scale (limit
 {IDENTITY:g}); *alone*: of a sample by itself against itself in a batch, pruning strongly (limit {INDEPENDENCE:g}); *s*: seconds
 of everything, on a shared machine."""
@@ -81,12 +86,26 @@ def summary(records: Sequence[Record]) -> str:
     """One sentence with the numbers that matter."""
     outcomes = Counter(record.outcome for record in records)
     base = counted(records)
-    share = outcomes["rewritten"] / len(base) if base else 0.0
     listed = ", ".join(f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name])
     return (
-        f"{len(records)} architectures: {listed}. Of the {len(base)} that could be built and hold attention, "
-        f"{outcomes['rewritten']} ({share:.0%}) are rewritten with every invariant that was measured holding."
+        f"{len(records)} architectures: {listed}. Rewritten, with every invariant that was measured holding, are "
+        f"{', and '.join(f'{_share(kept)} {of}' for of, kept in _denominators(base))}."
     )
+
+
+def _denominators(base: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """What the rewritten ones are a share of: all, and fewer and fewer kinds where records tell them apart."""
+    found = [("that could be built and hold attention", list(base))]
+    for lacking, words in WITHOUT:
+        kept = [r for r in found[-1][1] if not lacking & set(r.traits or ())]
+        if len(kept) < len(found[-1][1]):
+            found.append((words, kept))
+    return found
+
+
+def _share(records: Sequence[Record]) -> str:
+    done = sum(record.outcome == "rewritten" for record in records)
+    return f"{done} of the {len(records)} ({done / len(records) if records else 0:.0%})"
 
 
 def terminal(records: Sequence[Record]) -> Table:
@@ -109,6 +128,10 @@ def markdown(records: Sequence[Record], note: str = "") -> str:
     outcomes = Counter(record.outcome for record in records)
     lines += [f"| {name} | {outcomes[name]} | {meaning} |" for name, meaning in OUTCOMES.items()]
     lines += ["", LEGEND]
+    if any(record.traits is not None for record in records):
+        lines += ["", "| kind | architectures | how it is told |", "|---|---|---|"]
+        kinds = Counter(trait for record in records for trait in record.traits or ())
+        lines += [f"| {name} | {kinds[name]} | {meaning} |" for name, meaning in TRAITS.items()]
     lines += ["", "## Every architecture", "", _row(COLUMNS), "|" + "---|" * len(COLUMNS)]
     lines += [_row(row(record)) for record in records]
     lines += ["", "## Reasons", "", "| architectures | reason | for example |", "|---|---|---|"]
