@@ -108,6 +108,7 @@ def _with_known_positions(model: nn.Module, config: PruningConfig) -> PruningCon
 def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call) -> PrunedModel:
     """The pruned model of all parts."""
     from rewriters.insertion import site_key
+    from rewriters.regions import towers
 
     complete = found.plan
     pruned = PrunedModel(
@@ -125,6 +126,9 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
         own.adopt(part.rewritten.program, part.call)
         for inner in part.inner:
             pruned.stand_in(inner.path, _builder(part, config, inner), inner=True, written=inner.written)
+        if found.whole:
+            for path in towers(pruned._host, complete):
+                pruned.stand_in(path, _of_tower(part, config, pruned, path), inner=True)
     pruned.example = record_call(call)
     return pruned
 
@@ -169,6 +173,18 @@ def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> 
                 raise NothingToPruneError(f"{text}. {', '.join(r.path for r in part.inner)} may prune by themselves.")
             log.warning("%s", text)
         return found.program
+
+    return again
+
+
+def _of_tower(part: Part, config: PruningConfig, pruned: PrunedModel, path: str) -> Builder:
+    """What captures a tower of a model that is rewritten whole, for when a method of the model calls it."""
+    from rewriters.regions import region_at
+
+    def again(module: nn.Module, further: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
+        with pruned._control.bypassing():
+            region = region_at(pruned._host, part.call, path)
+        return _builder(part, config, region)(module, further, serial, marked)
 
     return again
 

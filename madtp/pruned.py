@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteErro
 from madtp.guidance import alignment_loss, mean_over_images
 from madtp.held import held_state
 from madtp.programs import MANY_WAYS, Builder, Programs
-from madtp.region import HostForward, Notes, Region
+from madtp.region import HostForward, Notes, Region, watching
 from madtp.report import RewriteReport
 from madtp.scoring import SiteSpec
 from madtp.state import kept_positions
@@ -127,8 +127,15 @@ class PrunedModel(nn.Module):
                 raise
         value = getattr(host, name)
         if inspect.ismethod(value) and value.__self__ is host:
-            return _as_one_call(value, self._control)
+            return _as_one_call(value, self._control, self._watching(name))
         return value
+
+    def _watching(self, method: str) -> Callable[[], AbstractContextManager[None]]:
+        """Around calls of a method: a note where it runs blocks that hold sites as the original does."""
+        if self._whole is None:
+            return nullcontext
+        blocks = {site.name.partition("#")[0] for site in self.report.sites}
+        return functools.partial(watching, self._host, blocks, self._control, Notes(self.report.notes), method)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; arguments and return type are the original's."""
@@ -228,12 +235,14 @@ class PrunedModel(nn.Module):
         return self._control.states
 
 
-def _as_one_call(method: Callable[..., Any], control: PruningControl) -> Callable[..., Any]:
+def _as_one_call(
+    method: Callable[..., Any], control: PruningControl, watched: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
     """A method of the host such that the record of the last forward spans all that one call of it runs."""
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
-        with control.call():
+        with control.call(), watched():
             try:
                 return method(*args, **kwargs)
             except ContinuationError as error:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from madtp.branches import OtherBranch
@@ -44,6 +45,30 @@ class Notes:
         if text not in self.kept:
             self.kept.append(text)
             log.warning("%s", text)
+
+
+@contextmanager
+def watching(
+    host: nn.Module, blocks: Collection[str], control: PruningControl, notes: Notes, method: str
+) -> Iterator[None]:
+    """Note blocks of ``host`` that run as the original's while ``method`` is at work: no program does their work."""
+    watched = {id(module): path for path, module in host.named_modules() if path in blocks}
+    seen: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if id(module) in watched and control.active and not (control.bypassed or control.depth_inside):
+            seen.append(watched[id(module)])
+
+    handle = register_module_forward_pre_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if seen:
+        notes.add(
+            f"calls of {method} that run unpruned: it runs {seen[0]} by itself, outside any tower that is called as a module; "
+            "call the model, or rewrite the submodule that it calls."
+        )
 
 
 class Region(StandIn):

@@ -132,6 +132,31 @@ def _by_regions(
     return Parts(walk.parts, walk.refusals)
 
 
+def towers(module: nn.Module, plan: Plan, path: str = "") -> Iterator[str]:
+    """Paths of the largest submodules that hold all sites of their streams, which are of one modality."""
+    for name, child in module.named_children():
+        place = f"{path}.{name}" if path else name
+        sites = plan.of(Region(place)).sites
+        others = {site.stream for site in plan.sites if site not in sites}
+        apart = others.isdisjoint(site.stream for site in sites) and not any(site.segments for site in sites)
+        if sites and apart and len({site.modality for site in sites}) == 1:
+            yield place
+        elif sites:
+            yield from towers(child, plan, place)
+
+
+def region_at(host: nn.Module, call: Call, path: str) -> Region:
+    """The submodule at ``path`` as a region, as ``host`` calls it in ``call``.
+
+    Raises:
+        RewriteError: it does not.
+    """
+    recorded = record(host, call).calls.get(path)
+    if recorded is None:
+        raise RewriteError(f"the example call does not call {path}, so it is not known what reads its results.")
+    return Region(path, recorded.modalities, tuple(sorted(recorded.read)))
+
+
 class _Walk:
     """The walk down a module tree."""
 
