@@ -144,6 +144,7 @@ def _spec(site: SitePlan) -> SiteSpec:
         site.causal,
         segments,
         site.keeps_last,
+        site.scores,
     )
 
 

@@ -21,13 +21,14 @@ TINY = 1e-12
 class AttentionStatistics(NamedTuple):
     """What pruning needs to know about one self-attention.
 
-    received: [B, N], c_j: sum over query tokens i (class row and padding rows excluded) of max over heads A_hij.
+    received: [B, N], c_j: sum over query tokens i (class row and padding rows excluded) of max over heads A_hij; None
+        where the keys are no tokens.
     class_row: [B, H, N], A_h0j, the row of the class token (of the readout token in causal streams); None without one.
     output_norms: [B, H, N], |o_hj|: L2 norm over the head's width of the attention output before the projection;
         None where there is no class row.
     """
 
-    received: Tensor
+    received: Tensor | None
     class_row: Tensor | None
     output_norms: Tensor | None
 
@@ -35,7 +36,7 @@ class AttentionStatistics(NamedTuple):
 class ImportanceTerms(NamedTuple):
     """s1, s2, s3, each [B, N] in float32 and zero outside the candidates; None where the term does not exist."""
 
-    self_attention: Tensor
+    self_attention: Tensor | None
     alignment: Tensor | None
     class_attention: Tensor | None
 
@@ -79,7 +80,7 @@ def importance_terms(
 ) -> ImportanceTerms:
     """The three terms, every one zero outside the candidates.
 
-    s1_j = c_j / sum c
+    s1_j = c_j / sum c   (left out where c is not known, if there is another term)
     s2_j = softmax_j((g_j - mean g) / std g), g_j = max_k G_jk   (guidance_score="sum": g_j / sum g)
     s3_j = t_j / sum t, t_j = sum_h A_h0j |o_hj| / sum_h |o_hj|   (class_score="raw": t_j)
 
@@ -105,7 +106,11 @@ def importance_terms(
         class_attention = (statistics.class_row.float() * diversity).sum(dim=1).masked_fill(~candidates, 0.0)
         if config.class_score == "normalised":
             class_attention = _normalise(class_attention, candidates)
-    return ImportanceTerms(_normalise(statistics.received.float(), candidates), alignment, class_attention)
+    received = statistics.received
+    if received is None and (alignment is not None or class_attention is not None):
+        return ImportanceTerms(None, alignment, class_attention)
+    known = torch.zeros_like(candidates, dtype=torch.float32) if received is None else received.float()
+    return ImportanceTerms(_normalise(known, candidates), alignment, class_attention)
 
 
 def importance(

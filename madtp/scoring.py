@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from madtp.control import PruningControl
 from madtp.importance import AttentionStatistics, attention_statistics
 from madtp.segments import SegmentMap, special_slots
 from madtp.state import TokenState, slots_of, untouched
+
+Scores = Literal["attention", "windows", "none"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class SiteSpec:
     name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token,
     None if there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens
     see only earlier ones. segments: of a stream that several modalities share, in the order of their numbers. keeps_last: the
-    last token of each sample that is no padding is never pruned, and stands in for the class token.
+    last token of each sample that is no padding is never pruned, and stands in for the class token. scores: what the block's
+    attention tells of the tokens: of all, within windows of a grid, or nothing.
     """
 
     name: str
@@ -50,6 +53,7 @@ class SiteSpec:
     causal: bool
     segments: tuple[SegmentSpec, ...] = ()
     keeps_last: bool = False
+    scores: Scores = "attention"
 
 
 Position = Tensor | int
@@ -60,6 +64,22 @@ class Seen(NamedTuple):
 
     statistics: AttentionStatistics | None
     valid: Tensor | None
+
+
+def seen_on_grid(tokens: Tensor, received: Tensor | None, state: TokenState | None, dims: tuple[int, int]) -> Seen:
+    """What attention on a grid of all tokens tells of those that are left.
+
+    Args:
+        tokens: ``[B, N, C]``. state: of them, None at the first site of a stream.
+        received: how much attention each of the N0 original tokens received, B and N0 at ``dims``, 1 at the third dimension;
+            None if that is not known.
+    """
+    valid = None if state is None else state.valid
+    if received is not None:
+        received = received.movedim(dims, (0, 1)).reshape(tokens.size(0), -1)
+        if state is not None and state.index is not None:
+            received = received.gather(1, state.index)
+    return Seen(AttentionStatistics(received, None, None), valid)
 
 
 class _Scoring(nn.Module):

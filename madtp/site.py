@@ -24,6 +24,7 @@ from madtp.segments import SegmentMap, segment_slots
 from madtp.selection import candidates_of, select
 from madtp.state import TokenState, marked, untouched
 from madtp.threshold import straight_through_gate, threshold
+from madtp.windows import WindowAttention
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PruningSite(nn.Module):
         super().__init__()
         self.spec = spec
         self.control = control
-        self.attention = ScoringAttention(spec, control)
+        self.attention = WindowAttention(control) if spec.scores == "windows" else ScoringAttention(spec, control)
         self.map = ScoringMap(spec, control)
         if control.config.alignment:
             always = control.config.query_projection == "always"
@@ -90,7 +91,7 @@ class PruningSite(nn.Module):
         guidance = None
         if config.alignment and control.alignment is not None:
             guidance = control.alignment(block_input, self.query)
-        kept, scores = torch.zeros_like(candidates), torch.zeros_like(seen.statistics.received)
+        kept, scores = torch.zeros_like(candidates), torch.zeros_like(candidates, dtype=torch.float32)
         for part in parts:
             if control.observer is not None:
                 control.observer(Observation(part.key, self.query, block_input, tokens, part.candidates))

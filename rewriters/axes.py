@@ -9,7 +9,7 @@ equal sizes different symbols.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -138,13 +138,18 @@ def normal_dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def relabel_view(labels: Labels, shape: Sequence[int]) -> Labels:
+def untracked(axis: Axis | None) -> bool:
+    """Whether a factor runs along no axis."""
+    return axis is None
+
+
+def relabel_view(labels: Labels, shape: Sequence[int], divisible: Callable[[Axis | None], bool] = untracked) -> Labels:
     """Labels after a view (reshape, flatten, unflatten) to ``shape``, given in example sizes.
 
-    Untracked factors may be split and joined freely; an axis stays whole. Raises :class:`AxisError` where an axis
+    Factors of ``divisible`` axes may be split and joined freely; others stay whole. Raises :class:`AxisError` where one
     would be cut.
     """
-    factors = [f for dim in labels for f in dim if f.size != 1]
+    factors = list(_join([f for dim in labels for f in dim if f.size != 1], divisible))
     result: list[Dim] = []
     for size in shape:
         taken: list[Factor] = []
@@ -157,26 +162,26 @@ def relabel_view(labels: Labels, shape: Sequence[int]) -> Labels:
             if size % (have * head.size) == 0:
                 taken.append(head)
                 have *= head.size
-            elif head.axis is None and size % have == 0 and head.size % need == 0:
-                taken.append(Factor(None, need))
-                factors.insert(0, Factor(None, head.size // need))
+            elif divisible(head.axis) and size % have == 0 and head.size % need == 0:
+                taken.append(Factor(head.axis, need))
+                factors.insert(0, Factor(head.axis, head.size // need))
                 have = size
             else:
                 raise AxisError(
                     f"a view to {tuple(shape)} cuts through {head.axis or 'a dimension'} of size {head.size}"
                 )
-        result.append(_join(taken) or plain(1))
+        result.append(_join(taken, divisible) or plain(1))
     if factors:
         raise AxisError(f"a view to {tuple(shape)} does not match its input")
     return tuple(result)
 
 
-def _join(factors: list[Factor]) -> Dim:
-    """Merge neighbouring untracked factors."""
+def _join(factors: list[Factor], divisible: Callable[[Axis | None], bool]) -> Dim:
+    """Merge neighbouring factors of one axis that is divisible."""
     joined: list[Factor] = []
     for factor in factors:
-        if joined and joined[-1].axis is None and factor.axis is None:
-            joined[-1] = Factor(None, joined[-1].size * factor.size)
+        if joined and joined[-1].axis == factor.axis and divisible(factor.axis):
+            joined[-1] = Factor(factor.axis, joined[-1].size * factor.size)
         else:
             joined.append(factor)
     return tuple(joined)

@@ -14,12 +14,14 @@ from typing import Any, Literal
 import networkx as nx
 from torch import fx
 
+from madtp.scoring import Scores
 from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_tensor, plain, token_axis
 from rewriters.layout import Layout, find_layout
 from rewriters.outcomes import is_attention, op_name, query_and_key
 from rewriters.propagate import Flow, propagate
 from rewriters.special import pools, special_positions, stream_modality
 from rewriters.spellings import looks_like_attention
+from rewriters.windows import condenses_own, scores_on_grid
 
 ADDS = frozenset(("add",))
 NORMS = frozenset(("layer_norm", "rms_norm"))
@@ -28,6 +30,8 @@ SAME_VALUES = frozenset(
     "dropout to _to_copy type_as contiguous clone alias detach mul div transpose permute slice".split()
 )
 CHAIN = ADDS | NORMS | SAME_VALUES
+# Batch and token dimension of residual values [B, N, C], [N, B, C] and [B, C, N].
+LAYOUTS = ((0, 1), (1, 0), (0, 2))
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Sublayer:
         attention: its node. kind: "self" or "cross". block_input: residual value that the queries come from.
         value: residual value after the sublayer (after its norm where ``norm`` is "post").
         token_dim, batch_dim: of ``value``. path: module path. stream, source: indices of streams (source: of the keys).
+        scores: what the attention tells of the tokens (see :class:`~rewriters.plan.SitePlan`).
     """
 
     attention: fx.Node
@@ -50,6 +55,7 @@ class Sublayer:
     path: str
     stream: int = -1
     source: int | None = None
+    scores: Scores = "attention"
 
     def width(self, value: fx.Node) -> int:
         """C of a residual value."""
@@ -154,22 +160,28 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
     if len(shape) != 3:
         raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed")
     between = nodes[order[block_input] + 1 : order[node]]
+    value, norm = _after(added, node, block_input, order)
+    if example_shape(value) != shape:
+        raise AxisError("the residual stream changes its shape")
+    path = _path(node, added)
     blocked: list[list[str]] = []
-    for batch_dim, token_dim in ((0, 1), (1, 0), (0, 2)):
+    for batch_dim, token_dim in LAYOUTS:
         flow = propagate(between, {block_input: seed(shape, batch_dim, token_dim, "probe")})
         blocked.append(list(flow.blocked.values()))
         query, key = query_and_key(node, flow.labels)
         try:
             if token_axis(query) is None:
                 continue
-            own = token_axis(query) == token_axis(key)
-            kind: Literal["self", "cross"] = "self" if own else "cross"
+            kind: Literal["self", "cross"] = "self" if token_axis(query) == token_axis(key) else "cross"
         except AxisError:
             continue
-        value, norm = _after(added, node, block_input, order)
-        if example_shape(value) != shape:
-            raise AxisError("the residual stream changes its shape")
-        return Sublayer(node, kind, block_input, value, norm, token_dim, batch_dim, _path(node, added))
+        if kind == "cross" and condenses_own(node, block_input, nodes, batch_dim, token_dim):
+            return Sublayer(node, "self", block_input, value, norm, token_dim, batch_dim, path, scores="none")
+        return Sublayer(node, kind, block_input, value, norm, token_dim, batch_dim, path)
+    for batch_dim, token_dim in LAYOUTS:
+        scores = scores_on_grid(node, block_input, value, nodes, batch_dim, token_dim)
+        if scores is not None:
+            return Sublayer(node, "self", block_input, value, norm, token_dim, batch_dim, path, scores=scores)
     # The layout that the model has is blocked at fewer places than the other one.
     reasons = min(
         filter(None, blocked), key=len, default=["its queries do not run along the tokens of a residual stream"]

@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from madtp import segments as segment_runtime
-from madtp import state as runtime
 from madtp.marks import MarkedAxes, placed
 from rewriters.axes import AxisError, Labels, any_tokens, token_axis
 from rewriters.detect import seed
+from rewriters.excursions import Excursions
 from rewriters.functional import has_effect
+from rewriters.grid import Moves
 from rewriters.insertion import Insertion, InsertRefusal, site_key
-from rewriters.outcomes import Align, Outcome, Readout, batch_dim_of, labels_of, op_name
+from rewriters.outcomes import batch_dim_of, labels_of
 from rewriters.plan import Plan, SitePlan
 from rewriters.propagate import runs_along
+from rewriters.repairs import align_operand, length, read_out, rename
 from rewriters.restoration import Restoration
 from rewriters.rules import apply
+from rewriters.scoring import SITES, insert_attention, insert_windows, seen_at
+from rewriters.windows import way_home
 
 aten = torch.ops.aten
-SITES = "madtp.sites"
-END = 9223372036854775807
 
 
 def insert(graph: fx.Graph, plan: Plan) -> Insertion:
@@ -44,20 +45,30 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     at_value = {by_name[s.value]: s for s in plan.sites}
     readouts = {name: _position(graph, name, by_name) for s in plan.sites for name in s.readouts}
     nodes = {s.name: (by_name[s.block_input], tuple(readouts[r] for r in s.readouts)) for s in plan.sites}
+    captured = list(graph.nodes)
+    windowed = [s for s in plan.sites if s.scores == "windows"]
+    ways = {
+        s.name: way_home(captured, by_name[s.attention], by_name[s.block_input], by_name[s.value], s) for s in windowed
+    }
     restoration = Restoration(done, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
     _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1], s.name) for s in plan.sites])
     for node in list(graph.nodes):
         restoration.remember(node)
         try:
-            if node in at_attention:
+            site = at_attention.get(node)
+            if site is not None and site.scores == "windows":
+                state = _source_at(done, done.replaced.get(nodes[site.name][0], nodes[site.name][0]), site.token_dim)
+                insert_windows(done, node, site, state, restoration.excursions)
+            elif site is not None and site.scores == "attention":
                 restoration.check(node)
-                _insert_attention(done, node, at_attention[node], nodes[at_attention[node].name][1])
+                insert_attention(done, node, site, nodes[site.name][1])
             elif node.op == "output":
                 _finish(done, node, restoration)
             else:
                 current = _carry(done, node, restoration) if runs_along(node, done.labels) else node
                 if node in at_value:
-                    _insert_site(done, current, at_value[node], nodes[at_value[node].name])
+                    site = at_value[node]
+                    _insert_site(done, current, site, nodes[site.name], restoration.excursions, ways.get(site.name))
         except AxisError as error:
             raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
         restoration.pass_on(node)
@@ -103,120 +114,41 @@ def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, 
             attention.prepend(node)
 
 
-def _insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: tuple[fx.Node, ...]) -> None:
-    """Put the site's attention in the place of ``node``, or its eye beside an attention map that keeps its spelling."""
-    graph = done.graph
-    outcome: Outcome | None = None
-    if runs_along(node, done.labels):
-        try:
-            outcome = apply(node, done.labels)
-        except AxisError as error:
-            raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
-        if len({a.source for a in outcome.states.values()}) > 1:
-            raise InsertRefusal(node, "queries and keys are at different sites", done.labels.sites_reaching(node))
-    state = None
-    for align in outcome.aligns if outcome is not None else ():
-        _align(done, node, align)
-    if outcome is not None and outcome.renamed is not None:
-        _rename(node, *outcome.renamed)
-    if outcome is not None and outcome.states:
-        state = done.state(next(iter(outcome.states.values())).source, node)
-    segments = _segments(done, site, node)
-    if op_name(node) == "weigh":
-        return _look_at_map(done, node, site, outcome, {"state": state, "readouts": readouts, "segments": segments})
-    arguments = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
-    with graph.inserting_before(node):
-        call = graph.call_module(
-            f"{SITES}.{site_key(site.name)}.attention",
-            arguments,
-            {
-                "scale": node.kwargs.get("scale"),
-                "grouped": node.kwargs.get("grouped", False),
-                "softcap": node.kwargs.get("softcap"),
-                "present_mask": node.kwargs.get("present_mask"),
-                "state": state,
-                "readouts": readouts,
-                "segments": segments,
-            },
-        )
-        output = graph.call_function(operator.getitem, (call, 0))
-        seen = graph.call_function(operator.getitem, (call, 1))
-    output.meta = dict(node.meta)
-    call.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    call.meta["attention"] = node.args[:3]
-    call.meta["attention_labels"] = tuple(labels_of(n, done.labels) for n in node.args[:3])
-    if outcome is not None and outcome.labels is not None and any_tokens(outcome.labels):
-        done.labels[output] = outcome.labels
-    node.replace_all_uses_with(output)
-    done.replaced[node] = output
-    done.site_inputs[site.name] = seen
-    graph.erase_node(node)
+def _source_at(done: Insertion, node: fx.Node, token_dim: int) -> Any:
+    """The state that a residual value is along, None if it was not pruned yet."""
+    known = done.labels.get(node)
+    axis = None if known is None else token_axis(known[token_dim])
+    return None if axis is None else axis.source
 
 
-def _look_at_map(
-    done: Insertion, node: fx.Node, site: SitePlan, outcome: Outcome | None, operands: dict[str, Any]
+def _insert_site(
+    done: Insertion,
+    value: fx.Node,
+    site: SitePlan,
+    inputs: tuple[fx.Node, tuple[fx.Node, ...]],
+    excursions: Excursions,
+    way: Moves | None,
 ) -> None:
-    weights: Any = node.args[0]
-    while op_name(weights) == "dropout":
-        weights = weights.args[0]
-    if operands["state"] is not None:
-        node.kwargs = {"state": operands["state"]}
-    with done.graph.inserting_after(node):
-        seen = done.graph.call_module(f"{SITES}.{site_key(site.name)}.map", (weights, node), operands)
-    seen.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    if outcome is not None and outcome.labels is not None:
-        done.labels[node] = outcome.labels
-    done.site_inputs[site.name] = seen
-
-
-def _segments(done: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:
-    """The node that tells which token is of which segment, made once a stream; None where all are of one."""
-    if not site.segments or site.stream in done.segment_maps:
-        return done.segment_maps.get(site.stream)
-    nodes = {n.name: done.replaced.get(n, n) for n in (*done.replaced, *done.graph.nodes)}
-    with done.graph.inserting_before(before):
-        if site.mask is not None:
-            made = done.graph.call_function(segment_runtime.scattered, (nodes[site.mask],))
-        else:
-            lengths = [_part_length(done, nodes[p.node], p.dim, before) for p in site.parts]
-            numbers, special = [p.segment for p in site.parts], [p.special for p in site.parts]
-            arguments = (lengths, numbers, special, before.args[0])
-            made = done.graph.call_function(segment_runtime.concatenated, arguments)
-    done.segment_maps[site.stream] = made
-    return made
-
-
-def _part_length(done: Insertion, node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
-    """Original tokens of a part of a concatenation."""
-    labels = done.labels.get(node)
-    axis = None if labels is None else token_axis(labels[dim])
-    if axis is None:
-        return done.graph.call_function(aten.sym_size.int, (node, dim))
-    return done.graph.call_function(runtime.full_length, (done.state(axis.source, before),))
-
-
-def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[fx.Node, tuple[fx.Node, ...]]) -> None:
     graph = done.graph
     block_input, readouts = inputs
     block_input = done.replaced.get(block_input, block_input)
-    labels = done.labels.get(value)
-    previous = token_axis(labels[site.token_dim]) if labels is not None else None
-    known = done.labels.get(block_input)
-    if (token_axis(known[site.token_dim]) if known is not None else None) != previous:
+    previous = _source_at(done, value, site.token_dim)
+    if _source_at(done, block_input, site.token_dim) != previous:
         raise InsertRefusal(
             value, "the block's input and output are at different sites", done.labels.sites_reaching(value)
         )
     users = list(value.users)
     after = value.next
-    state = None if previous is None else done.state(previous.source, after)
+    state = None if previous is None else done.state(previous, after)
     with graph.inserting_before(after):
         tokens, source = value, block_input
         if site.token_dim != 1:
             tokens = graph.call_function(aten.transpose.int, (tokens, site.token_dim, 1))
             source = graph.call_function(aten.transpose.int, (source, site.token_dim, 1))
+        seen = seen_at(done, site, tokens, state, way, excursions)
         call = graph.call_module(
             f"{SITES}.{site_key(site.name)}",
-            (tokens, source, done.site_inputs[site.name], state, readouts, done.segment_maps.get(site.stream)),
+            (tokens, source, seen, state, readouts, done.segment_maps.get(site.stream)),
         )
         pruned = graph.call_function(operator.getitem, (call, 0))
         new_state = graph.call_function(operator.getitem, (call, 1))
@@ -235,7 +167,7 @@ def _insert_site(done: Insertion, value: fx.Node, site: SitePlan, inputs: tuple[
     done.site_values.add(value)
     done.entrances[site.name] = block_input
     if previous is not None:
-        done.labels.parent[site.name] = previous.source
+        done.labels.parent[site.name] = previous
 
 
 def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
@@ -247,16 +179,16 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
         return node
     restoration.check(node)
     for align in outcome.aligns:
-        _align(done, node, align)
+        align_operand(done, node, align)
     if outcome.renamed is not None:
-        _rename(node, *outcome.renamed)
+        rename(node, *outcome.renamed)
     for name, axis in outcome.states.items():
         node.kwargs = {**node.kwargs, name: done.state(axis.source, node)}
     for resize in outcome.resizes:
         sizes = list(node.args[resize.argument])  # type: ignore[arg-type]
-        sizes[resize.position] = -1 if resize.axis is None else _length(done, resize.axis.source, node)
+        sizes[resize.position] = -1 if resize.axis is None else length(done, resize.axis.source, node)
         node.update_arg(resize.argument, sizes)
-    result = _read_out(done, node, outcome.readout) if outcome.readout is not None else node
+    result = read_out(done, node, outcome.readout) if outcome.readout is not None else node
     if outcome.results is not None:
         done.labels[result] = outcome.results
         if outcome.readout is not None and outcome.readout.kind == "batch":
@@ -271,83 +203,6 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
             done.derived[outcome.labels[outcome.readout.dim][0].axis.source] = (node, 0)  # type: ignore[union-attr]
     restoration.note(result)
     return result
-
-
-def _rename(node: fx.Node, position: int, name: str) -> None:
-    """Pass a positional argument under another name."""
-    node.update_kwarg(name, node.args[position])
-    node.update_arg(position, None)
-
-
-def _align(done: Insertion, node: fx.Node, align: Align) -> None:
-    operand = next(
-        a for a in node.all_input_nodes if a is align.operand or done.aligned.get(("of", node, align.operand)) is a
-    )
-    places = (align.dim, align.batch_dim, align.rank, align.heads)
-    key = (operand, align.axis, align.present, *places)
-    if key not in done.aligned:
-        state = done.state(align.axis.source, node)
-        before = None if align.present is None else done.state(align.present.source, node)
-        with done.graph.inserting_before(node):
-            if before is None:
-                new = done.graph.call_function(runtime.align, (operand, state, *places))
-            else:
-                new = done.graph.call_function(runtime.realign, (operand, before, state, *places))
-        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
-        done.aligned[key] = new
-    done.aligned[("of", node, align.operand)] = done.aligned[key]
-    node.replace_input_with(operand, done.aligned[key])
-
-
-def _length(done: Insertion, source: Any, before: fx.Node) -> fx.Node:
-    if source not in done.lengths:
-        state = done.state(source, before)
-        with done.graph.inserting_after(state):
-            done.lengths[source] = done.graph.call_function(runtime.state_length, (state,))
-    return done.lengths[source]
-
-
-def _read_out(done: Insertion, node: fx.Node, readout: Readout) -> fx.Node:
-    """Remap a readout; returns the node that replaces ``node``."""
-    graph, kind = done.graph, readout.kind
-    if kind in ("prefix", "batch", "join"):
-        return node
-    state = done.state(readout.axis.source, node)
-    values = node.args[0]
-    with graph.inserting_before(node):
-        if kind == "position":
-            new = graph.call_function(
-                runtime.read_position, (values, state, readout.dim, readout.batch_dim, readout.position)
-            )
-            if readout.keepdim:
-                new = graph.call_function(aten.unsqueeze.default, (new, readout.dim))
-        elif kind == "range":
-            places = (values, state, readout.dim, readout.batch_dim, *readout.bounds)
-            new = graph.call_function(segment_runtime.cut_range, places)
-        elif kind == "cuts":
-            places = (values, state, readout.dim, readout.batch_dim, readout.bounds)
-            new = graph.call_function(segment_runtime.cut_ranges, places)
-        elif kind == "rest":
-            new = graph.call_function(aten.slice.Tensor, (values, readout.dim, readout.position, END))
-        elif kind == "index":
-            places = (values, state, readout.dim, readout.batch_dim, readout.index)
-            new = graph.call_function(runtime.read_each, places)
-            if readout.keepdim:
-                new = graph.call_function(aten.unsqueeze.default, (new, readout.dim))
-        elif kind == "pool":
-            keepdim = node.meta["val"].dim() == values.meta["val"].dim()  # type: ignore[union-attr]
-            new = graph.call_function(
-                runtime.pool, (values, state, readout.dim, readout.batch_dim, op_name(node), keepdim)
-            )
-        elif kind == "masked_mean":
-            new = graph.call_function(runtime.masked_mean, (*node.args, state, readout.batch_dim))
-        else:
-            new = graph.call_function(runtime.full_length, (state,))
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    done.replaced[node] = new
-    graph.erase_node(node)
-    return new
 
 
 def _finish(done: Insertion, output: fx.Node, restoration: Restoration) -> None:

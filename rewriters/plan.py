@@ -16,6 +16,7 @@ from torch import fx
 
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
+from madtp.scoring import Scores
 from rewriters.axes import AxisError, example_shape, is_tensor
 from rewriters.capture import Region
 from rewriters.detect import Stream, Structure, Sublayer, module_path
@@ -51,6 +52,8 @@ class SitePlan:
         segments: of a stream that several modalities share. parts: how they were concatenated; or mask: node that is true
         where segment 1 was written into segment 0.
         keeps_last: the last token of each sample that is no padding is protected: a language model goes on from it.
+        scores: what the block's attention tells of its tokens: "attention" (all), "windows" (within windows of the grid),
+        "none" (its keys are no tokens).
     """
 
     name: str
@@ -72,6 +75,7 @@ class SitePlan:
     parts: tuple[PartPlan, ...] = ()
     mask: str | None = None
     keeps_last: bool = False
+    scores: Scores = "attention"
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,10 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
             if reason is not None:
                 refusals.append(reason)
                 continue
-            causal = hides_later_keys(structure.graph, sublayer.attention, inputs, module)
+            seen = sublayer.scores == "attention"
+            causal = seen and hides_later_keys(structure.graph, sublayer.attention, inputs, module)
             site = _site(stream, sublayer, layer, protected, readouts, causal, segments, names)
-            sites.append(dataclasses.replace(site, keeps_last=predicted))
+            sites.append(dataclasses.replace(site, keeps_last=predicted, scores=sublayer.scores))
     width = config.alignment_width or max((s.width for s in sites), default=1)
     images = max((s.parts for s in structure.streams if s.modality == "image"), default=1)
     return Plan(tuple(sites), tuple(refusals), width, images, "blocked" if images > 1 else "interleaved")

@@ -2,7 +2,7 @@
 
 Start at :class:`Restoration`. Tokens are scattered back in the space of the residual stream, where the last state of
 a dropped token means the same as that of a survivor; what the graph computes from there on, token by token, is
-computed again for all tokens.
+computed again for all tokens. What flows back into the pruned stream from there is an excursion (``excursions.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from madtp import state as runtime
 from madtp.attention import attention
 from madtp.maps import weigh
 from rewriters.axes import AxisError, any_tokens, axes_of, token_axis
+from rewriters.excursions import Excursions
 from rewriters.insertion import Insertion, InsertRefusal
 from rewriters.outcomes import batch_dim_of, is_attention, labels_of, op_name
 from rewriters.rules import knows
@@ -43,6 +44,7 @@ class Restoration:
         self.stream_of = {site.name: site.stream for site in done.plan.sites}
         # Sites whose dropped tokens a value was computed from, after they were scattered back, and why they were.
         self.tainted: dict[fx.Node, dict[str, str]] = {}
+        self.excursions = Excursions(done)
 
     def remember(self, node: fx.Node) -> None:
         """Taint what is computed from restored values."""
@@ -53,7 +55,9 @@ class Restoration:
             self.tainted[node] = found
 
     def pass_on(self, node: fx.Node) -> None:
-        """What replaces a tainted node is tainted."""
+        """What replaces a tainted node is tainted; what runs on all tokens is followed."""
+        if self.tainted.get(node):
+            self.excursions.follow(node)
         while node in self.done.replaced and node in self.tainted:
             self.tainted[self.done.replaced[node]] = self.tainted[node]
             node = self.done.replaced[node]
@@ -72,8 +76,15 @@ class Restoration:
         if op_name(node) != "add":
             return
         operands = self.original[node][0][:2]
-        if all(map(self._runs_along, operands)) and any(map(self._is_residual, operands)):
+        along = all(map(self._runs_along, operands)) and any(map(self._is_residual, operands))
+        # What was computed on the whole grid is added to the stream itself, not to its tokens behind a norm.
+        residual = any(self._is_residual(n, SAME_SPACE - NORMS) for n in operands)
+        if along or (residual and any(map(self._was_restored, operands))):
             self.anchors.add(node)
+
+    def _was_restored(self, operand: Any) -> bool:
+        """Whether a captured operand is computed on all tokens of a pruned stream now."""
+        return bool(self.tainted.get(operand)) and not self._runs_along(operand)
 
     def _runs_along(self, operand: Any) -> bool:
         """Whether a captured operand runs along pruned tokens now."""
@@ -83,13 +94,13 @@ class Restoration:
         sources = [a.source for dim in labels for a in axes_of(dim) if a.kind == "tokens"]
         return any(source in self.post_norm for source in sources)
 
-    def _is_residual(self, operand: Any) -> bool:
+    def _is_residual(self, operand: Any, through: frozenset[str] = SAME_SPACE) -> bool:
         """Whether ``operand`` is a value of the residual stream, up to operations that leave it in its space."""
         sites = self.done.site_values
         while isinstance(operand, fx.Node):
             if operand in self.anchors or operand in sites or self.done.replaced.get(operand) in sites:
                 return True
-            if operand.op != "call_function" or op_name(operand) not in SAME_SPACE:
+            if operand.op != "call_function" or op_name(operand) not in through:
                 return False
             operand = next((a for a in self._original_inputs(operand) if a in self.done.labels), None)
         return False
@@ -118,15 +129,31 @@ class Restoration:
         self.tainted[node] = self.tainted.get(node, {}) | dict.fromkeys(sources, f"{reason} at {node.name}")
 
     def check(self, node: fx.Node) -> None:
-        """A restored value may not flow back into the stream it came from while attention follows: dropped tokens would take
-        part again."""
+        """Where what was computed from restored values flows back into the pruned stream, dropped tokens are hidden from the
+        attention on the way, so that they do not take part again."""
         if node not in self.tainted:
             return
         sources = self.done.labels.sites_reaching(node)
-        back = {site: why for site, why in self.tainted[node].items() if site in sources}
-        if back and self._reaches_attention(node):
-            reason = f"{next(iter(back.values()))}, which reads every position, flows back into the pruned tokens"
-            raise InsertRefusal(node, reason, set(back))
+        back = sources & self.tainted[node].keys()
+        if not back:
+            return
+        try:
+            self.excursions.close(self._inside(node, back))
+        except AxisError as error:
+            why = next(self.tainted[node][site] for site in back)
+            reason = f"{why}, which reads every position, flows back into the pruned tokens, and {error}"
+            raise InsertRefusal(node, reason, back) from error
+        self.tainted[node] = {site: why for site, why in self.tainted[node].items() if site not in back}
+
+    def _inside(self, node: fx.Node, sites: set[str]) -> list[fx.Node]:
+        """``node`` and what it is computed from on all tokens of the streams of ``sites``, in the order of the graph."""
+        stack, seen = [node], {node}
+        while stack:
+            for operand in stack.pop().all_input_nodes:
+                if operand not in seen and sites & self.tainted.get(operand, {}).keys():
+                    seen.add(operand)
+                    stack.append(operand)
+        return sorted(seen)
 
     def _reaches_attention(self, node: fx.Node) -> bool:
         stack, seen = [node], {node}
@@ -189,6 +216,7 @@ class Restoration:
         with self.done.graph.inserting_before(before):
             new = self.done.graph.call_function(runtime.restore, (node, state, token_dim, batch_dim, earlier))
         new.meta = dict(node.meta)
+        self.excursions.begin(new, axis.source, batch_dim, token_dim)
         return new
 
     def _recompute(self, node: fx.Node, before: fx.Node) -> fx.Node:
@@ -203,6 +231,7 @@ class Restoration:
         with self.done.graph.inserting_before(before):
             new = self.done.graph.create_node("call_function", self.operations[old], new_args, new_kwargs)
         new.meta = {**node.meta, "again": node}
+        self.excursions.follow(new)
         return new
 
     def _current(self, node: fx.Node, before: fx.Node) -> Any:

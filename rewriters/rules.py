@@ -187,7 +187,8 @@ EVERY_POSITION = frozenset(
     """
 masked_scatter index_put index_put_ conv3d conv_transpose1d conv_transpose2d avg_pool1d avg_pool2d max_pool2d
 adaptive_avg_pool1d adaptive_avg_pool2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d
-_upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle im2col grid_sampler
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle im2col grid_sampler roll pad
+constant_pad_nd
 """.split()
 )
 

@@ -337,7 +337,7 @@ REFUSED: list[tuple[Sample, str]] = [
     (sample(weigh, x("B", "N", 3, 5), x(BATCH, TOKENS, 5, 4)), "mixes"),
     (sample(masked_mean, x(), x(BATCH, TOKENS, 1), 2, False, None), "mean"),
     (sample(aten.flip.default, x(), [1]), "no rule"),
-    (sample(aten.roll.default, x(), [1], [1]), "no rule"),
+    (sample(aten.roll.default, x(), [1], [1]), "every position"),
     (sample(aten.sort.default, x(), 1), "no rule"),
 ]
 

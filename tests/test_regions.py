@@ -241,7 +241,7 @@ def test_what_has_no_region_is_refused_with_reasons() -> None:
 
 
 class Part(nn.Module):
-    """Two blocks whose text tower the rewriter cannot follow to the end: positions are rolled before the last one."""
+    """Two blocks whose text tower the rewriter cannot follow to the end: positions are turned round before the last one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class Part(nn.Module):
         self.last = Tower(batch_first=True, norm_first=True)
 
     def forward(self, pixels: Tensor, input_ids: Tensor) -> Tensor:
-        joint = torch.cat([self.vision(pixels), self.words(input_ids)], 1).roll(1, 1)
+        joint = torch.cat([self.vision(pixels), self.words(input_ids)], 1).flip(1)
         return self.last(joint)
 
 

@@ -71,6 +71,16 @@ def test_tokens_in_the_last_dimension_are_pruned(every: bool) -> None:
         assert gap(model(**call), pruned(**call)) < 1e-5
 
 
-def test_a_convolution_over_neighbours_needs_every_position() -> None:
-    report = madtp.rewrite(ChannelsFirst(kernel=3).eval(), inputs(3)).report
-    assert [(r.block, "every position" in r.reason) for r in report.refusals] == [("layers.0", True)]
+@torch.no_grad()
+def test_a_convolution_over_neighbours_runs_on_every_position() -> None:
+    torch.manual_seed(0)
+    model = ChannelsFirst(kernel=3).eval()
+    pruned = madtp.rewrite(model, inputs(3), config=PruningConfig(gain=4.0))
+    assert [s.name for s in pruned.report.sites] == ["layers.0", "layers.1"]
+    assert not pruned.report.refusals
+    call = inputs(4)
+    together = pruned(**call)
+    for row in range(4):
+        assert gap(together[row : row + 1], pruned(**{n: v[row : row + 1] for n, v in call.items()})) < 1e-5
+    with pruned.dense():
+        assert gap(model(**call), pruned(**call)) < 1e-5

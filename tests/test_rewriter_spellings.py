@@ -81,11 +81,6 @@ def over_channels(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     return m.join(v @ (q.mT @ k).softmax(-1))
 
 
-def channel_sdpa(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = m.split(x)
-    return m.join(torch.nn.functional.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT)
-
-
 def soft_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = m.split(x)
     scores = (q @ k.mT).masked_fill(~mask[:, None, None, :], -3.0)
@@ -95,7 +90,6 @@ def soft_mask(m: SpelledAttention, x: Tensor, mask: Tensor) -> Tensor:
 MISSES = (
     wrong_dimension,
     over_channels,
-    channel_sdpa,
 )
 
 
