@@ -28,6 +28,7 @@ from madtp.recorded_call import record_call
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
 from madtp.scoring import SegmentSpec, SiteSpec
 from madtp.tree import share
+from madtp.worth import unpaid
 
 if TYPE_CHECKING:
     from rewriters.capture import Region
@@ -38,6 +39,10 @@ log = logging.getLogger("madtp")
 PREDICTED = (
     "a language model read at every position: the last token of each sample is kept, predictions at dropped positions come "
     "from the last state these had; PruningConfig(towers=('image',)) leaves text alone"
+)
+UNPAID = (
+    "on inputs like the example, pruning costs more than it can save from {} on: there are fewer tokens, or narrower ones, "
+    "than {} alignment tokens pay for; lower alignment_tokens, set alignment=False, or leave these streams out (towers)"
 )
 
 
@@ -92,6 +97,7 @@ def _rewritten(model: nn.Module, call: Call, config: PruningConfig, plan: Plan |
         pruned = _assemble(model, found, config, call)
         failed = _check(model, pruned, found, call)
         if failed is None:
+            _note_what_cannot_pay(pruned, found, config)
             return pruned
         part, reason = failed
         wrong[part.region.path] = reason
@@ -103,6 +109,18 @@ def _with_known_positions(model: nn.Module, config: PruningConfig) -> PruningCon
 
     adapter = zoo.find_adapter(model)
     return config.protecting(adapter.protect) if adapter and adapter.protect else config
+
+
+def _note_what_cannot_pay(pruned: PrunedModel, found: Parts, config: PruningConfig) -> None:
+    from rewriters.insertion import site_key
+
+    names: list[str] = []
+    for part in found.parts:
+        program, sites = part.rewritten.program, part.rewritten.plan.sites
+        keys = {site.name: site_key(site.name) for site in sites}
+        names += unpaid(program, part.call.opened(program.given), sites, keys, config)
+    if names:
+        pruned.report.notes.append(UNPAID.format(", ".join(names), config.alignment_tokens))
 
 
 def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call) -> PrunedModel:

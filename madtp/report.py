@@ -70,7 +70,7 @@ class RewriteReport:
 
     pooling: module paths of attention that condenses tokens (into a class token or latents): it reads what is pruned and needs
     no site. capture: "whole", or "regions" where only the submodules named in ``regions`` are rewritten. network: streams and
-    blocks as a networkx DiGraph. notes: remarks about later calls, such as those that run unpruned.
+    blocks as a networkx DiGraph. notes: remarks, such as on later calls that run unpruned.
     """
 
     model: str

@@ -28,6 +28,8 @@ Inputs = Mapping[str, Any]
 Build = Callable[[], tuple[nn.Module, Inputs]]
 
 STRONG = 4.0
+# The default number of alignment tokens is for widths of about 768; small models have about a twelfth of it.
+CONFIG = madtp.PruningConfig(alignment_tokens=8)
 STEPS = 10
 _FRAMES = 3
 
@@ -52,7 +54,7 @@ def _examine(record: Record, build: Build) -> Record:
     record = replace(record, traits=traits(attentions, inputs))
     started = time.perf_counter()
     try:
-        pruned = madtp.rewrite(model, dict(inputs))
+        pruned = madtp.rewrite(model, dict(inputs), config=CONFIG)
     except MadtpError as error:
         return _refused(record, error, attentions.count, time.perf_counter() - started)
     except Exception as error:
