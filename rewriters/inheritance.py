@@ -13,10 +13,10 @@ from typing import Any
 from torch import fx
 
 from madtp.config import PruningConfig
-from rewriters.axes import AxisError, token_axis
+from rewriters.axes import Axis, AxisError, token_axis
 from rewriters.detect import Stream, Structure
 from rewriters.layout import LayoutPart
-from rewriters.policy import protected_readouts
+from rewriters.policy import original, protected_readouts
 
 Place = tuple[fx.Node | None, int]
 # So many positions are protected where it varies which of them a concatenation reads.
@@ -73,12 +73,9 @@ def _hand_down(
 ) -> None:
     known: Any = parent.flow.labels[parts[number].node]
     axis = token_axis(known[parts[number].dim])
-    if places and (axis is None or isinstance(axis.source, tuple)):
-        into.unknown = "a concatenation reads positions of a part that is cut from the stream"
-        return
     for place in places:
         try:
-            inside = _within(place, parts, number)
+            inside = [_uncut(one, axis) for one in _within(place, parts, number)]
         except AxisError as error:
             into.unknown = str(error)
             return
@@ -92,6 +89,16 @@ def _hand_down(
                 return
             else:
                 into.readouts.append(f"{node.name}+{offset}" if offset else node.name)
+
+
+def _uncut(place: Place, axis: Axis | None) -> Place:
+    """A place in a part, counted in the stream that the part may have been cut from."""
+    source = None if axis is None else axis.source
+    while isinstance(source, tuple) and source[1] in ("rest", "range"):
+        source = source[0]
+    if axis is None or isinstance(source, tuple):
+        raise AxisError("a concatenation reads positions of a part that is cut from the stream")
+    return original(axis.source, *place)
 
 
 def _within(place: Place, parts: Sequence[LayoutPart], number: int) -> list[Place]:
