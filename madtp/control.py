@@ -5,9 +5,10 @@ Start at :class:`PruningControl`. It is plain state, not a module: nothing here 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,10 @@ class Observation(NamedTuple):
     candidates: Tensor
 
 
+RECORD = ("states", "features", "kept_counts", "runs")
+"""Attributes of :class:`PruningControl` that record the last forward."""
+
+
 @dataclass
 class PruningControl:
     """Shared by all sites of a model.
@@ -56,6 +61,7 @@ class PruningControl:
             of the graph and for replaying a decision).
         in_place: dropped tokens keep their slots, marked as padding, instead of leaving; merging has to be off. The graph must
             compute the same for the survivors either way, which is how a rewrite checks itself.
+        gradient_checkpointing: forwards with gradients run in pieces that the backward computes again.
         observer: if given, called by every site with what it judges; see :class:`Observation`.
         states, features, kept_counts: record of the last forward: state after each site; pooled features ``[B, K, d_e]`` by
             site and modality; prunable tokens ``[B]`` that were kept, by site (``site[modality]`` for a segment).
@@ -73,6 +79,7 @@ class PruningControl:
     gain: float = 1.0
     forced: dict[str, Tensor] | None = None
     in_place: bool = False
+    gradient_checkpointing: bool = False
     observer: Callable[[Observation], None] | None = None
     static_counts: dict[str, int] = field(default_factory=dict)
     states: dict[str, TokenState] = field(default_factory=dict)
@@ -87,6 +94,17 @@ class PruningControl:
     depth_inside: int = 0
     stale: bool = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PruningControl:
+        """For a copy of the model: all but the record of the last forward, which hangs on the gradients of this one."""
+        fresh = copy.copy(self)
+        memo[id(self)] = fresh
+        for name in RECORD:
+            setattr(fresh, name, type(getattr(self, name))())
+        fresh.outside = fresh.batch = None
+        for one in fields(fresh):
+            setattr(fresh, one.name, copy.deepcopy(getattr(fresh, one.name), memo))
+        return fresh
+
     @property
     def active(self) -> bool:
         """Whether sites prune at all."""
@@ -94,10 +112,8 @@ class PruningControl:
 
     def begin(self) -> None:
         """Forget the last forward."""
-        self.states.clear()
-        self.features.clear()
-        self.kept_counts.clear()
-        self.runs.clear()
+        for name in RECORD:
+            getattr(self, name).clear()
         self.outside = self.batch = None
 
     @contextmanager

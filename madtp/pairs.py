@@ -6,7 +6,7 @@ Where export froze that size, no capture serves a single one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,13 +33,13 @@ class Pair(Program):
         """Whether the call holds one sample, and two of its kind are within the limits of the capture."""
         return _is_one(leaves) and super().serves(twice(leaves))
 
-    def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
+    def outputs(self, forward: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> list[Any]:
         """Call the graph on the sample twice; returns what the model returns for one."""
-        outputs = list(self.forward(root, *twice(leaves)))
+        outputs = super().outputs(forward, root, twice(leaves))
         for position, dims in enumerate(self.halved):
             for dim in dims:
                 outputs[position] = outputs[position].narrow(dim, 0, outputs[position].shape[dim] // 2)
-        return pytree.tree_unflatten(outputs, self.out_spec)
+        return outputs
 
 
 def twice(leaves: Sequence[Any]) -> list[Any]:

@@ -24,6 +24,7 @@ class Program:
     graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
     that the graph holds itself. repeats: how often it runs each sample of a call. returned: how to close
     the objects that it returns opened; None if there are none. marked: their tensors that may have dead slots, by path.
+    pieces: ``forward`` such that the backward computes it again; None until it is asked for.
     limits: on the free sizes of a call. given: numbers in the objects of a call that it takes as sizes, by path.
     """
 
@@ -38,6 +39,7 @@ class Program:
     marked: dict[str, MarkedAxes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     given: tuple[str, ...] = ()
+    pieces: Callable[..., Any] | None = None
 
     @property
     def sites(self) -> list[str]:
@@ -54,7 +56,16 @@ class Program:
 
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on flattened inputs; returns the model's own output structure, objects opened."""
-        return pytree.tree_unflatten(list(self.forward(root, *leaves)), self.out_spec)
+        return pytree.tree_unflatten(self.outputs(self.forward, root, leaves), self.out_spec)
+
+    def run_in_pieces(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
+        """:meth:`run` by ``pieces``."""
+        assert self.pieces is not None
+        return pytree.tree_unflatten(self.outputs(self.pieces, root, leaves), self.out_spec)
+
+    def outputs(self, forward: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> list[Any]:
+        """What ``forward`` returns for flattened inputs."""
+        return list(forward(root, *leaves))
 
 
 def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from madtp.held import CannotOpen, held_objects, held_state, opened
 from madtp.marks import MarkedAxes, any_dead, cleaned
 from madtp.pairs import Pair, as_pair, doubled, first_of_each, twice
 from madtp.program import Program
+from madtp.recompute import in_pieces
 from madtp.samples import free_batch
 
 log = logging.getLogger("madtp")
@@ -171,7 +172,12 @@ class Programs:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
         leaves = call.opened(program.given).flat()[0]
-        result = program.run(self.host, leaves)
+        if control.gradient_checkpointing and torch.is_grad_enabled():
+            if program.pieces is None:
+                program.pieces = in_pieces(program.graph, self.host, self.path or "whole")
+            result = program.run_in_pieces(self.host, leaves)
+        else:
+            result = program.run(self.host, leaves)
         states = {name: control.states[name] for name in program.sites if name in control.states}
         if isinstance(program, Pair):
             leaves = twice(leaves)

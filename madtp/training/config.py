@@ -31,6 +31,8 @@ class TrainingConfig:
         seed: what is drawn at random in a step follows from it, the step and the part of the batch.
         threads: torch threads of each process; 0 leaves torch's choice.
         accumulate: micro batches whose gradients make up one step; the batch of a step is divided over processes first.
+        gradient_checkpointing: pruned models keep little between forward and backward and compute it again; see
+            :attr:`madtp.pruned.PrunedModel.gradient_checkpointing`.
         tensorboard: write what is logged for TensorBoard, too.
         log_every, evaluate_every, checkpoint_every: steps between; 0 means only at the end.
         keep_checkpoints: how many of the last checkpoints stay on disk.
@@ -49,6 +51,7 @@ class TrainingConfig:
     seed: int = 0
     threads: int = 0
     accumulate: int = 1
+    gradient_checkpointing: bool = False
     tensorboard: bool = False
     log_every: int = 20
     evaluate_every: int = 500

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from madtp.errors import TrainingError
+from madtp.errors import ConfigError, TrainingError
 from madtp.processes import current
+from madtp.pruned import PrunedModel
 from madtp.training.checkpoint import checkpoint_name, last_checkpoint, read_checkpoint, write_checkpoint
 from madtp.training.config import TrainingConfig
 from madtp.training.feed import prefetch
@@ -123,6 +124,8 @@ def fit(
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     module = learner.module.to(device)
+    if config.gradient_checkpointing:
+        _checkpoint_pruned(module)
     optimisers = make_optimisers(module, config)
     start = 0
     if found:
@@ -141,6 +144,16 @@ def fit(
             writer.close()
     assert loop.saved is not None or start == stop
     return TrainingResult(stop, loop.metrics, loop.evaluation, time.perf_counter() - began, loop.saved or checkpoints)
+
+
+def _checkpoint_pruned(module: nn.Module) -> None:
+    found = [part for part in module.modules() if isinstance(part, PrunedModel)]
+    if not found:
+        raise ConfigError(
+            "training.gradient_checkpointing is for pruned models, and this recipe trains none; use the model's own switch"
+        )
+    for part in found:
+        part.gradient_checkpointing = True
 
 
 class _Loss(nn.Module):
