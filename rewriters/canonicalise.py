@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from rewriters.decisions import keep_checks
+from rewriters.flatten import cancel_permutes, flatten_grids
 from rewriters.functional import functional, has_effect, writes
 from rewriters.maps import kept_maps
 from rewriters.norms import canonical_norms
@@ -130,6 +131,8 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("canonical attention", canonical_attention),
     ("kept maps", kept_maps),
     ("canonical pooling", canonical_pooling),
+    ("cancel permutes", cancel_permutes),
+    ("flatten grids", flatten_grids),
     ("dead code after", eliminate_dead_code),
 )
 

@@ -155,7 +155,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) -> Sublayer:
-    block_input, added = _residual(node, order)
+    block_input, added = residual_of(node, order)
     shape = example_shape(block_input)
     if len(shape) != 3:
         raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed")
@@ -197,7 +197,7 @@ def seed(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object)
     return tuple(result)
 
 
-def _residual(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node]:
+def residual_of(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node]:
     """The residual value that the queries come from, and the add behind the attention."""
     query: Any = attention.args[0]
     seen = {attention}

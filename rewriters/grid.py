@@ -98,7 +98,11 @@ def start(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object
 
 def track(node: fx.Node, known: Mapping[fx.Node, Known]) -> Known | None:
     """Where tokens stand in ``node``, given its operands; None if it is computed from none of them."""
-    operands = [known[n] for n in node.all_input_nodes if n in known and op_name(node) != "sym_size"]
+    # What attention adds to its scores says nothing of where its queries, keys and values stand.
+    read = (
+        node.args[:3] if op_name(node) == "attention" else node.all_input_nodes if op_name(node) != "sym_size" else ()
+    )
+    operands = [known[n] for n in read if n in known]  # type: ignore[index]
     if not operands:
         return None
     lost = next((o for o in operands if isinstance(o, Lost)), None)

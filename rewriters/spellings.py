@@ -23,6 +23,8 @@ from rewriters.outcomes import op_name
 
 aten = torch.ops.aten
 PASS_THROUGH = frozenset("to _to_copy type_as float contiguous clone alias detach".split())
+# Results of an operation that parts queries, keys and values.
+PARTS = frozenset(("getitem", "unbind", "select", "chunk", "split"))
 RESHAPES = frozenset("view reshape _unsafe_view unflatten flatten".split())
 PRODUCTS = frozenset("matmul bmm baddbmm".split())
 SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax"))
@@ -359,10 +361,12 @@ def folded_heads(query: fx.Node) -> int:
         name = op_name(node)
         if name in RESHAPES:
             shape = example_shape(node.all_input_nodes[0])
+            if len(shape) == len(example_shape(node)) + 1 and example_shape(node)[-3] == math.prod(shape[-4:-2]):
+                return shape[-3]
             if len(shape) == 4:
                 return shape[1]
             return max(1, shape[-1] // width)
-        if name not in PASS_THROUGH and name not in ("transpose", "permute", "mul", "div"):
+        if name not in PASS_THROUGH and name not in ("transpose", "permute", "mul", "div", *PARTS):
             return 1
         node = node.args[0]
     return 1

@@ -162,6 +162,27 @@ class GridNet(nn.Module):
         return {"mean": (tokens * weight).sum(1) / weight.sum(1), "tokens": tokens}
 
 
+class Standing(nn.Module):
+    """The same blocks on a stream [B, H, W, C]; `pooled`: only their mean is returned."""
+
+    def __init__(self, net: GridNet, *, pooled: bool = False) -> None:
+        super().__init__()
+        self.patches, self.blocks, self.norm, self.pooled = net.patches, net.blocks, net.norm, pooled
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x = self.patches(pixels).permute(0, 2, 3, 1)
+        batch, height, width, channels = x.shape
+        for block in self.blocks:
+            y = block.norm1(x).reshape(batch, height * width, channels)  # type: ignore[union-attr, operator]
+            y = block.attention(y, height, width, None).reshape(x.shape)  # type: ignore[union-attr, operator]
+            x = x + y
+            x = x + block.mlp(block.norm2(x), height, width)  # type: ignore[union-attr, operator]
+        x = self.norm(x)
+        if self.pooled:
+            return {"mean": x.mean((1, 2))}
+        return {"mean": x.flatten(1, 2).mean(1), "tokens": x}
+
+
 def _frozen(new: Tensor, old: Tensor, alive: Tensor | None) -> Tensor:
     return new if alive is None else torch.where(alive[:, :, None], new, old)
 

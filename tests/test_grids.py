@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import lively
-from grids import WIDTH, Channels, Global, GridNet, pixels
+from grids import WIDTH, Channels, Global, GridNet, Standing, pixels
 from rewrites import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
@@ -179,3 +179,44 @@ def test_attention_along_channels_mixes_all_tokens() -> None:
         found = pruned(pixels=given)
     for key, value in model(given, [kept[0], kept[0], kept[1]]).items():
         assert gap(value, found[key]) < 1e-5, key
+
+
+@pytest.mark.parametrize("attention", ["global", "windows"])
+@pytest.mark.parametrize("pooled", [False, True])
+@torch.no_grad()
+def test_a_stream_that_stands_on_the_grid_is_pruned_as_a_flat_one(attention: str, pooled: bool) -> None:
+    flat = drawn(attention, "plain")
+    model = Standing(flat, pooled=pooled).eval()  # type: ignore[arg-type]
+    pruned = rewritten(model, merge=False)
+    names = [s.name for s in pruned.report.sites]
+    assert names == [f"blocks.{n}.attention" for n in range(3)]
+    assert not pruned.report.refusals
+    given, kept = pixels(3), survivors(3, 36, 3, 0)
+    with pruned.dense():
+        for key, value in model(given).items():
+            assert gap(value, pruned(pixels=given)[key]) < 1e-6, key
+    pruned._control.forced = dict(zip(names, kept, strict=True))
+    with eager_arithmetic():
+        found = pruned(pixels=given)
+    for key, value in flat(given, kept).items():
+        if key in found:
+            assert gap(value, found[key].reshape(value.shape)) < 1e-5, key
+    whole = 36 * 3 * WIDTH * WIDTH
+    assert pruned.macs_by_module()["blocks.2.mlp.up"] < 0.5 * whole
+
+
+class Windowless(Standing):
+    """A stream [B, C, H, W] of which nothing tells that channels stand last."""
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x = self.patches(pixels)
+        batch, channels, height, width = x.shape
+        for block in self.blocks:
+            y = block.attention(x.flatten(2).transpose(1, 2), height, width, None)  # type: ignore[union-attr, operator]
+            x = x + y.transpose(1, 2).reshape(batch, channels, height, width)
+        return {"mean": x.mean((2, 3))}
+
+
+def test_a_grid_with_channels_first_is_refused() -> None:
+    with pytest.raises(madtp.MadtpError, match="4 dimensions"):
+        rewritten(Windowless(drawn("global", "plain")).eval())  # type: ignore[arg-type]
