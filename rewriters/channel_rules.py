@@ -92,3 +92,26 @@ def index_select(node: fx.Node, labels: LabelMap) -> Outcome:
     if not is_plain(own[dim]):
         raise AxisError(f"index_select along {axes_of(own[dim])}")
     return Outcome(labels=(*own[:dim], plain(example_shape(node)[dim]), *own[dim + 1 :]))
+
+
+def topk(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Values and indices of the largest entries of a dimension that runs along no axis."""
+    own = labels_of(node.args[0], labels)
+    dim = normal_dim(call_argument(node, 2, "dim", -1), len(own))
+    require_plain(own[dim : dim + 1], node)
+    best = (*own[:dim], plain(int(node.args[1])), *own[dim + 1 :])  # type: ignore[arg-type]
+    return Outcome(results=(best, best))
+
+
+def scatter(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Entries written to places of a dimension that runs along no axis, for the same tokens in all operands."""
+    own = labels_of(node.args[0], labels)
+    dim = normal_dim(node.args[1], len(own))  # type: ignore[arg-type]
+    for operand in node.args[2:4]:
+        if not isinstance(operand, fx.Node):
+            continue
+        other = labels_of(operand, labels)
+        require_plain((own[dim], other[dim]), node)
+        if not all(same_axes(a, b) for d, (a, b) in enumerate(zip(own, other, strict=True)) if d != dim):
+            raise AxisError("scatter of values that run along other tokens than what they are written to")
+    return Outcome(labels=own)

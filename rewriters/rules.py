@@ -30,7 +30,17 @@ from rewriters.axes import (
     token_axis,
     unlabelled,
 )
-from rewriters.channel_rules import batch_norm, conv1d, conv2d, einsum, index_select, view_as_complex, view_as_real
+from rewriters.channel_rules import (
+    batch_norm,
+    conv1d,
+    conv2d,
+    einsum,
+    index_select,
+    scatter,
+    topk,
+    view_as_complex,
+    view_as_real,
+)
 from rewriters.outcomes import (
     Align,
     LabelMap,
@@ -221,6 +231,8 @@ RULES: dict[str, Rule] = {
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
     "index_select": index_select,
+    "topk": topk,
+    "scatter": scatter,
     "gather": gather,
     "matmul": matmul,
     "bmm": matmul,

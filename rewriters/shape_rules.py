@@ -9,6 +9,7 @@ from torch import fx
 from rewriters.axes import (
     Axis,
     AxisError,
+    Dim,
     Factor,
     Labels,
     axes_of,
@@ -115,17 +116,18 @@ def expand(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def repeat(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Copies along dimensions that run along no axis."""
+    """Copies along dimensions that run along no axis, or of tokens that are folded with the batch, one copy after the other."""
     own = labels_of(node.args[0], labels)
     times = list(node.args[1])  # type: ignore[arg-type]
     new = len(times) - len(own)
-    shape = example_shape(node)
-    for dim, count in zip(own, times[new:], strict=True):
-        if not is_plain(dim) and count != 1:
+    result: list[Dim] = [plain(n) for n in example_shape(node)]
+    for at, (dim, count) in enumerate(zip(own, times[new:], strict=True), new):
+        if is_plain(dim):
+            continue
+        if count != 1 and not (has_tokens(dim) and len(dim) > 1 and isinstance(count, int)):
             raise AxisError(f"repeat along {axes_of(dim)}")
-    return Outcome(
-        labels=tuple(plain(n) if d < new or is_plain(own[d - new]) else own[d - new] for d, n in enumerate(shape))
-    )
+        result[at] = dim if count == 1 else (Factor(None, count), *dim)
+    return Outcome(labels=tuple(result))
 
 
 def cat(node: fx.Node, labels: LabelMap) -> Outcome:
