@@ -18,7 +18,7 @@ from madtp.calls import Call
 from madtp.compare import compare
 from madtp.errors import CaptureError, RewriteError
 from madtp.program import Program
-from madtp.samples import batch_size, sample_dims
+from madtp.samples import batch_size, sample_dim
 from madtp.state import TokenState, batch_slice
 
 
@@ -31,7 +31,7 @@ class Pair(Program):
 
     def serves(self, leaves: Sequence[Any]) -> bool:
         """Whether the call holds one sample, and two of its kind are within the limits of the capture."""
-        return _is_one(leaves) and super().serves(twice(leaves))
+        return doubled_dims(leaves) is not None and super().serves(twice(leaves))
 
     def outputs(self, forward: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> list[Any]:
         """Call the graph on the sample twice; returns what the model returns for one."""
@@ -44,7 +44,7 @@ class Pair(Program):
 
 def twice(leaves: Sequence[Any]) -> list[Any]:
     """The tensors of one sample with that sample doubled; anything else as it is."""
-    dims = sample_dims(leaves)
+    dims = doubled_dims(leaves)
     assert dims is not None
     return [x if dim is None else torch.cat([x, x], dim) for x, dim in zip(leaves, dims, strict=True)]
 
@@ -52,13 +52,21 @@ def twice(leaves: Sequence[Any]) -> list[Any]:
 def doubled(call: Call) -> Call:
     """A call of one sample as one of two; other calls as they are."""
     leaves = call.flat()[0]
-    return call.with_leaves(twice(leaves)) if _is_one(leaves) else call
+    return call if doubled_dims(leaves) is None else call.with_leaves(twice(leaves))
 
 
-def _is_one(leaves: Sequence[Any]) -> bool:
-    """Whether tensors hold one sample, each in a place that is known."""
-    dims = sample_dims(leaves)
-    return dims is not None and any(dim is not None for dim in dims) and batch_size(leaves) == 1
+def doubled_dims(leaves: Sequence[Any]) -> tuple[int | None, ...] | None:
+    """The dimension of each tensor along which one sample is doubled; None if there are other than one sample.
+
+    Beside tensors of one sample, one without a batch dimension holds that sample's part of rows packed for all.
+    """
+    if batch_size(leaves) != 1 or not any(isinstance(x, Tensor) and x.dim() for x in leaves):
+        return None
+    dims: list[int | None] = []
+    for leaf in leaves:
+        known = sample_dim(leaf, 1)
+        dims.append(0 if known is None and isinstance(leaf, Tensor) and leaf.dim() else known)
+    return tuple(dims)
 
 
 def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wanted: Any) -> Pair:

@@ -20,12 +20,13 @@ from madtp.additions import PREFIX, Additions
 from madtp.calls import Call, Signature, signature
 from madtp.compare import compare, drawing_alike
 from madtp.control import Run
+from madtp.errors import CaptureError, ExampleInputsError
 from madtp.held import CannotOpen, held_objects, held_state, opened
 from madtp.marks import MarkedAxes, any_dead, cleaned
-from madtp.pairs import Pair, as_pair, doubled, first_of_each, twice
+from madtp.pairs import Pair, as_pair, doubled, doubled_dims, first_of_each, twice
 from madtp.program import Program
 from madtp.recompute import in_pieces
-from madtp.samples import free_batch
+from madtp.samples import are_free, sample_dims
 
 log = logging.getLogger("madtp")
 CACHE = 16
@@ -109,18 +110,29 @@ class Programs:
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
         with suppress(CannotOpen):  # the builder says best what is wrong
             call = call.opened(self.sizes)
-        captured = doubled(call)
-        with self._untouched():
-            program = self.builder(self.module, captured, self.additions.programs, self.marked)
+        captured, program = self._built(call)
         self._hold(program)
-        if captured is not call and not (
-            free_batch(program.dynamic, captured.flat()[0]) and program.serves(call.flat()[0])
-        ):
-            program = self._serving_one(program, call)
+        if captured is not call:
+            leaves = call.flat()[0]
+            if not (are_free(doubled_dims(leaves), program.dynamic) and program.serves(leaves)):
+                program = self._serving_one(program, call)
         if call.held() or self.inner:
             self._check(program, call)
         self._remember(program, call)
         return program
+
+    def _built(self, call: Call) -> tuple[Call, Program]:
+        """The program for calls like ``call``, and the call it was captured from: of two samples where there is one."""
+        captured = doubled(call)
+        try:
+            with self._untouched():
+                return captured, self.builder(self.module, captured, self.additions.programs, self.marked)
+        except (CaptureError, ExampleInputsError):
+            if captured is call or sample_dims(call.flat()[0]) is not None:
+                raise
+        # A tensor without a batch dimension is no part of the sample, then.
+        with self._untouched():
+            return call, self.builder(self.module, call, self.additions.programs, self.marked)
 
     def _serving_one(self, program: Program, call: Call) -> Program:
         with torch.no_grad():

@@ -21,15 +21,18 @@ def batch_size(leaves: Iterable[Any]) -> int:
 def sample_dims(leaves: Sequence[Any]) -> tuple[int | None, ...] | None:
     """The batch dimension of each tensor, the first or the second one, None for other leaves; None if a tensor has none."""
     samples = batch_size(leaves)
-    found: list[int | None] = []
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
-            found.append(None)
-        elif samples in leaf.shape[:2] and not (samples > 1 and _is_ambiguous(leaf)):
-            found.append(leaf.shape[:2].index(samples))
-        else:
-            return None
-    return tuple(found)
+    dims = tuple(sample_dim(leaf, samples) for leaf in leaves)
+    known = all(
+        dim is not None or not isinstance(x, Tensor) or not x.dim() for dim, x in zip(dims, leaves, strict=True)
+    )
+    return dims if known else None
+
+
+def sample_dim(leaf: Any, samples: int) -> int | None:
+    """The batch dimension of a tensor; None if it has none, or if it cannot be told."""
+    if not isinstance(leaf, Tensor) or samples not in leaf.shape[:2] or (samples > 1 and _is_ambiguous(leaf)):
+        return None
+    return leaf.shape[:2].index(samples)
 
 
 def _is_ambiguous(leaf: Tensor) -> bool:
@@ -39,5 +42,9 @@ def _is_ambiguous(leaf: Tensor) -> bool:
 
 def free_batch(dynamic: Sequence[Sequence[int]], leaves: Sequence[Any]) -> bool:
     """Whether a capture serves any number of samples: every tensor has a batch dimension, and it is among the free ones."""
-    dims = sample_dims(leaves)
+    return are_free(sample_dims(leaves), dynamic)
+
+
+def are_free(dims: Sequence[int | None] | None, dynamic: Sequence[Sequence[int]]) -> bool:
+    """Whether these dimensions, one of each leaf, are known and among the free ones."""
     return dims is not None and all(dim is None or dim in free for dim, free in zip(dims, dynamic, strict=True))

@@ -23,6 +23,7 @@ from rewriters.outcomes import call_argument, op_name
 from rewriters.part_rules import PREFIX
 from rewriters.pooling import canonical_pooling
 from rewriters.products import plain_products
+from rewriters.selected import whole_additions
 from rewriters.spellings import canonical_attention
 
 BOOKKEEPING = frozenset(
@@ -125,6 +126,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("plain getitem", plain_getitem),
     ("plain slices", plain_slices),
     ("reshape views", reshape_views),
+    ("whole additions", whole_additions),
     ("dead code before", eliminate_dead_code),
     ("plain products", plain_products),
     ("canonical norms", canonical_norms),

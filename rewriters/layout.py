@@ -47,8 +47,9 @@ def find_layout(head: fx.Node, token_dim: int) -> Layout | None:
         name = op_name(node)
         if name in ("cat", "concat") and normal_dim(call_argument(node, 1, "dim", 0), len(example_shape(node))) == dim:
             return _concatenated(_flat(node, dim))
-        if name in SCATTERS and dim == 1:
-            return _scattered(node)
+        scattered = _scattered(node) if name in SCATTERS and dim == 1 else None
+        if scattered is not None:
+            return scattered
         if "written" in node.meta and dim == 1:
             return Layout(("text", "image"), mask=node.meta["written"])
     return None

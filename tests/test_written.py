@@ -81,18 +81,30 @@ def turned(words: Tensor, places: Tensor, image: Tensor) -> Tensor:
 
 
 class Told(nn.Module):
-    """A decoder of embeddings, with positions stacked by axis ``[2, B, N]``."""
+    """A decoder of embeddings, with positions stacked by axis ``[2, B, N]``, and further features of the images, packed, that are
+    added behind the first block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ReaderBlock(layer) for layer in range(LAYERS))
 
-    def forward(self, positions: Tensor, x: Tensor, attention_mask: Tensor, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self,
+        positions: Tensor,
+        x: Tensor,
+        attention_mask: Tensor,
+        memory: Memory | None = None,
+        places: Tensor | None = None,
+        deep: Tensor | None = None,
+    ) -> Tensor:
         length = attention_mask.shape[1]
         mask = torch.arange(length - x.shape[1], length)[:, None] >= torch.arange(length)
         mask = mask & (attention_mask > 0)[:, None, None, :]
         for block in self.blocks:
             x = block(x, positions.sum(0), mask, memory)
+            if places is not None and block is self.blocks[0]:
+                x = x.clone()
+                x[places] += deep
         return x
 
 
@@ -113,12 +125,13 @@ class Teller(nn.Module):
         attention_mask: Tensor,
         memory: Memory | None = None,
     ) -> Tensor:
-        x = self.words(input_ids)
+        x, further = self.words(input_ids), {}
         if patches is not None and sizes is not None:
             image = torch.cat([self.patches(own) - own.mean() for own in patches.split(sizes.tolist())])
+            further = {"places": input_ids == IMAGE, "deep": image.roll(1, 1)}
             x = self.write(x, input_ids == IMAGE, image)
         places = attention_mask.cumsum(1)[:, -input_ids.shape[1] :]
-        return self.head(self.decoder(torch.stack([places, places // 2]), x, attention_mask, memory))
+        return self.head(self.decoder(torch.stack([places, places // 2]), x, attention_mask, memory, **further))
 
     @torch.no_grad()
     def generate(
