@@ -38,6 +38,31 @@ class Uncapturable(nn.Module):
         return tokens.mean(1)
 
 
+class Doubtful(nn.Module):
+    """Two attentions behind Python that depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for layer in self.layers:
+            for _ in range(int(tokens.abs().sum().item()) % 2 + 1):
+                tokens = tokens + layer(tokens, tokens, tokens)[0]
+        return tokens.mean(1)
+
+
+class Half(nn.Module):
+    """Two towers, one of which cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.doubtful, self.vit = Doubtful(), vit(depth=2)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"doubtful": self.doubtful(images[:, :1, :8, :8].flatten(1, 2)), "sure": self.vit(images)}
+
+
 class Shuffled(nn.Module):
     """Patches in an order drawn anew at every call, by Python that depends on data; returns all tokens and the first."""
 
@@ -88,4 +113,4 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     if name == "shuffled":
         return Shuffled(), {"images": images(2, 0)}
     torch.manual_seed(0)
-    return {"conv": Convolutional, "uncapturable": Uncapturable}[name](), {"images": images(2, 0)}
+    return {"conv": Convolutional, "uncapturable": Uncapturable, "half": Half}[name](), {"images": images(2, 0)}

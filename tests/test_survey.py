@@ -49,6 +49,12 @@ def test_what_a_model_draws_at_random_is_drawn_alike() -> None:
     assert record.independence is not None
 
 
+def test_a_tower_that_is_refused_as_a_whole_is_a_stream_that_is_not_pruned() -> None:
+    record = record_of("half")
+    assert (record.outcome, record.capture) == ("partly", "regions"), record.failure
+    assert (record.streams, record.pruned, record.left, record.sites) == (2, 1, 0, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "outcome", "reason"),
     [

@@ -81,8 +81,8 @@ def turned(words: Tensor, places: Tensor, image: Tensor) -> Tensor:
 
 
 class Told(nn.Module):
-    """A decoder of embeddings, with positions stacked by axis ``[2, B, N]``, and further features of the images, packed, that are
-    added behind the first block."""
+    """A decoder of embeddings, with positions stacked by axis ``[2, B, N]``, and further features of the images, packed, that
+    are added behind the first block."""
 
     def __init__(self) -> None:
         super().__init__()

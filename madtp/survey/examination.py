@@ -83,14 +83,16 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
     pruned = {block.stream for block in report.blocks if block.path in names}
     chosen = {refusal.block for refusal in report.refusals if refusal.by_policy}
     left = {block.stream for block in report.blocks if block.path in chosen} - pruned
+    # A submodule that is refused as a whole names no node; what it holds is one more stream without a site.
+    parts = [refusal for refusal in report.refusals if not refusal.node]
     return replace(
         record,
         outcome="rewritten",
         capture=report.capture,
         blocks=dict(blocks),
-        streams=len(streams),
+        streams=len(streams) + len(parts),
         pruned=len(pruned & streams),
-        left=len(left & streams),
+        left=len(left & streams) + sum(refusal.by_policy for refusal in parts),
         sites=len(report.sites),
         refusals=tuple(Refusal(r.block, r.reason, r.help, r.by_policy) for r in report.refusals),
         rewrite_seconds=seconds,

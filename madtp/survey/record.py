@@ -54,7 +54,8 @@ class Record:
     Attributes:
         kind: class of the model. parameters, nodes: of the small model and of its graph.
         capture: "whole" or "regions". blocks: attention sublayers found, by kind ("pre-norm self").
-        streams: residual streams with self-attention; pruned: those of them with a site; left: those without by policy.
+        streams: residual streams with self-attention, and submodules that were refused as a whole; pruned: those of them with
+            a site; left: those without by policy.
         identity, independence: largest errors; None where it was not measured. trains: the loss falls over ten steps.
         reduction: fraction of multiply-accumulates saved at a strong setting.
         seconds: of the rewrite, and of everything. failure: text of what went wrong.
