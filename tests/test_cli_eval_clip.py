@@ -73,3 +73,15 @@ def test_mini_models_on_scenes_of_their_tasks(tmp_path: Path, model: str, data: 
     assert content["samples"] == 5
     again = evaluated(tmp_path / "again.json", "-m", model, "-d", data)
     assert again["metrics"] == content["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "metric", "least"),
+    [
+        ("blip_caption_mini", "scenes_captions", "cider", 5.0),
+        ("blip_vqa_mini", "scenes_questions", "vqa_accuracy", 0.79),
+    ],
+)
+def test_dense_minis_have_learned_their_tasks(tmp_path: Path, model: str, data: str, metric: str, least: float) -> None:
+    content = evaluated(tmp_path / "e.json", "-m", model, "-d", data, "-k", "dense", "-n", "20", "-b", "20")
+    assert content["metrics"][metric] > least

@@ -84,5 +84,6 @@ _register_task(
     weights=("dense",),
 )
 _register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _SIZES)
-_register_task("blip_caption", "caption", "BlipCaption", "captions", _SIZES)
-_register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", ("VQA_BASE", "VQA_LARGE", "BLIP_MINI"), 480)
+_register_task("blip_caption", "caption", "BlipCaption", "captions", _SIZES, weights=("dense",))
+_VQA_SIZES = ("VQA_BASE", "VQA_LARGE", "BLIP_MINI")
+_register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", _VQA_SIZES, 480, weights=("dense",))
