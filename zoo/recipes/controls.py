@@ -1,0 +1,217 @@
+"""What a compressed mini model is compared with, at equal MACs: controls without pruning nodes, and without training.
+
+:func:`fine_tune_smaller` (images of fewer pixels) and :func:`fine_tune_merging` (tokens that merge with their likes) train a
+dense model by the losses of the recipe; :func:`training_free` calibrates and does not train; :func:`frozen` fixes the counts of
+a trained model. Controls that only change the recipe's settings need nothing from here. `benchmarks/controls.py` runs all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import madtp
+import zoo
+from madtp.training.config import TrainingConfig, from_plain
+from madtp.training.engine import Learner, fit
+from madtp.training.parts import Batch, Metrics
+from madtp.training.progress import Progress
+from zoo.recipes import compress_nlvr_scenes, compress_scenes
+from zoo.recipes.card import test_task
+from zoo.recipes.compress_scenes import Settings, lesson_source
+from zoo.recipes.lessons import Lesson, lesson_for
+from zoo.recipes.merging import merge_tokens
+from zoo.recipes.statements import Statements
+from zoo.tasks import build_task
+from zoo.transforms import for_model
+
+Inputs = Mapping[str, Any]
+_HELD_OUT = 64
+_COUNTED = 16
+
+
+def lesson_of(settings: Mapping[str, Any], model: nn.Module | None = None) -> tuple[Lesson, Settings]:
+    """The lesson of a compression recipe's settings, about `model` if one is given, and these settings in common terms."""
+    name = settings["model"]
+    if name.startswith("blip_nlvr"):
+        chosen = from_plain(compress_nlvr_scenes.Settings, settings, "settings")
+        common = Settings(
+            model=name,
+            reduction=chosen.reduction,
+            checkpoint=chosen.checkpoint,
+            pictures_per_step=chosen.pairs_per_step,
+            texts_per_picture=chosen.statements_per_pair,
+            first_pair=chosen.first_pair,
+            test_items=chosen.test_items,
+        )
+        return Statements(model or zoo.create(name, chosen.checkpoint), chosen), common
+    common = from_plain(Settings, settings, "settings")
+    lesson = lesson_for(name, common.checkpoint, common.texts_per_picture)
+    if model is not None:
+        lesson = type(lesson)(model, common.texts_per_picture)
+    lesson.content_weight, lesson.fade_to = common.content_weight, common.fade_to
+    return lesson, common
+
+
+def fine_tune_smaller(
+    settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
+) -> None:
+    """The dense model on images of so few pixels that its MACs are nearest to the asked reduction."""
+    name, checkpoint = settings["model"], settings.get("checkpoint", "dense")
+
+    def build(side: int) -> nn.Module:
+        return _of_size(name, checkpoint, side)
+
+    config: Any = zoo.create(name).config
+    patch = getattr(config, "patch_size", None) or config.vision.patch_size
+    sides = range(2 * patch, zoo.describe(name).input_size[1], patch)
+    _fine_tune(settings, training, output, build, sides, "image_size", progress)
+
+
+def fine_tune_merging(
+    settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
+) -> None:
+    """The dense model whose vision tower merges so many tokens in each block that its MACs are nearest."""
+    name, checkpoint = settings["model"], settings.get("checkpoint", "dense")
+
+    def build(merged: int) -> nn.Module:
+        model = zoo.create(name, checkpoint)
+        merge_tokens(model, merged)
+        return model
+
+    _fine_tune(settings, training, output, build, range(1, 73), "merged_in_each_block", progress)
+
+
+def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> None:
+    """The dense model rewritten, its alignment tokens taught, and calibrated; no weight of it is trained."""
+    recipe = compress_nlvr_scenes if settings["model"].startswith("blip_nlvr") else compress_scenes
+    learner = recipe.build(settings, training)
+    torch.manual_seed(training.seed)
+    if learner.before_step:
+        learner.before_step(0, learner.module)
+    output.mkdir(parents=True, exist_ok=True)
+    recipe.finish(learner, None, output)  # type: ignore[arg-type]  # nothing of a run is asked for
+    path = output / "pruned" / "card.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
+
+
+def frozen(settings: Inputs, trained: Path, output: Path) -> None:
+    """What a recipe left in the folder `trained`, with as many tokens at each site for every sample."""
+    lesson, common = lesson_of(settings)
+    card = json.loads((trained / "card.json").read_text())
+    pruned = madtp.load(trained, zoo.create(common.model)).eval()
+    calls = _calls(common, lesson.data, "val", common.calibration_items)
+    madtp.freeze(pruned, calls)
+    with torch.no_grad():
+        macs = [_macs_after(pruned, call) for call in calls]
+    dense = card["calibration"]["dense_macs"]
+    _write_card(output, card["training"], sum(macs) / len(macs), dense, lesson, common, pruned, {})
+
+
+def _macs_after(pruned: madtp.PrunedModel, call: Inputs) -> float:
+    pruned(**call)
+    return pruned.macs()
+
+
+def _of_size(name: str, checkpoint: str, side: int) -> nn.Module:
+    """The model for images of `side` pixels, behind a downscaling of larger ones."""
+    model: Any = zoo.create(name)
+    config = model.config
+    if hasattr(config, "image_size"):
+        small = type(model)(replace(config, image_size=side))
+    else:
+        small = type(model)(replace(config, vision=replace(config.vision, image_size=side)))
+    zoo.load_checkpoint(small, zoo.checkpoint_path(zoo.describe(name), checkpoint))
+
+    def downscale(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (F.interpolate(given[0], (side, side), mode="area"), *given[1:])
+
+    tower: nn.Module = small.visual if hasattr(small, "visual") else small.visual_encoder
+    tower.register_forward_pre_hook(downscale)
+    return cast(nn.Module, small.eval())
+
+
+def _fine_tune(
+    settings: Inputs,
+    training: TrainingConfig,
+    output: Path,
+    build: Callable[[int], nn.Module],
+    sizes: Sequence[int],
+    what: str,
+    progress: Progress | None,
+) -> None:
+    """Find the size whose MACs are nearest to what pruning would leave, fine-tune what `build` makes of it, and test."""
+    dense_lesson, common = lesson_of(settings)
+    (call,) = _calls(common, dense_lesson.data, "val", _COUNTED)
+    dense = madtp.count_macs(dense_lesson.model, call)
+    size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - common.reduction) * dense)
+    torch.manual_seed(training.seed)
+    lesson, _ = lesson_of(settings, build(size))
+    source = lesson_source(lesson, common)
+    module = nn.ModuleDict({"module": lesson.module, "heads": lesson.heads})
+
+    def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        output = lesson.module(**lesson.inputs(batch))
+        return lesson.losses(lesson.module, batch, output, step / training.steps)
+
+    learner = Learner(
+        module,
+        source.batch,
+        loss,
+        samples_per_step=source.samples_per_step,
+        sample_name=source.sample_name,
+        padding=source.padding,
+    )
+    fit(learner, training, output, resume=True, progress=progress)
+    model = lesson.model.eval()
+    macs = madtp.count_macs(model, call)
+    _write_card(output, training.to_dict(), macs, dense, lesson, common, model, {what: size})
+
+
+def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) -> int:
+    """The size whose MACs, which rise or fall with it, are nearest to those wanted."""
+    first, last = 0, len(sizes) - 1
+    rising = macs(sizes[last]) > macs(sizes[first])
+    while last - first > 1:
+        middle = (first + last) // 2
+        if (macs(sizes[middle]) < wanted) == rising:
+            first = middle
+        else:
+            last = middle
+    return min(sizes[first], sizes[last], key=lambda size: abs(macs(size) - wanted))
+
+
+def _calls(settings: Settings, data: str, split: str, items: int) -> list[Inputs]:
+    """Arguments of the model on held-out samples."""
+    samples = zoo.data(data, split=split, limit=items, seed=settings.data_seed, transform=for_model(settings.model))
+    task: Any = build_task(settings.model, zoo.create(settings.model), samples, torch.device("cpu"), None)
+    return [task.inputs(range(start, min(start + _HELD_OUT, items))) for start in range(0, items, _HELD_OUT)]
+
+
+def _write_card(
+    output: Path,
+    training: Mapping[str, Any],
+    macs: float,
+    dense: float,
+    lesson: Lesson,
+    settings: Settings,
+    model: nn.Module,
+    more: Mapping[str, Any],
+) -> None:
+    card = {
+        "model": settings.model,
+        "training": training,
+        "calibration": {"reduction": 1 - macs / dense, "macs": macs, "dense_macs": dense},
+        **more,
+        "test": test_task(model, settings.model, lesson.data, settings.test_items, settings.data_seed),
+    }
+    (output / "pruned").mkdir(parents=True, exist_ok=True)
+    (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,0 +1,101 @@
+"""A control: tokens of a vision tower merge with their likes, as in "Token Merging" (Bolya et al., 2023): :func:`merge_tokens`.
+
+After each self-attention a fixed number of tokens of every sample, those with the most similar keys, merge with the token that
+they resemble; later attention counts a merged token as often as it has parts. Axes: B samples, N tokens (class token first), C
+width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from madtp.errors import ConfigError
+
+
+class MergingBlock(nn.Module):
+    """A block of timm's vision transformer that merges tokens between attention and feed-forward.
+
+    Args:
+        block: whose parameters are used.
+        merged: tokens to merge.
+        first: whether it is the first of the tower.
+        parts: shared by all blocks of the tower: how many parts each token has after the block before.
+    """
+
+    def __init__(self, block: Any, merged: int, first: bool, parts: list[Tensor]) -> None:
+        super().__init__()
+        self.block = block
+        self.merged = merged
+        self.first = first
+        self._parts = parts
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """[B, N, C] -> [B, N - merged, C]."""
+        block = self.block
+        parts = x.new_ones(x.shape[:2]) if self.first else self._parts.pop().to(x.dtype)
+        heard: list[Tensor] = []
+        handle = block.attn.qkv.register_forward_hook(lambda module, given, output: heard.append(output))
+        try:
+            mask = None if self.first else parts.log()[:, None, None].expand(-1, 1, x.shape[1], -1)
+            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
+        finally:
+            handle.remove()
+        keys = heard[0].unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(2)
+        x, parts = merge(x, parts, keys, self.merged)
+        self._parts[:] = [parts]
+        return cast(Tensor, x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+
+
+def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:
+    """Merge the most similar of every other token into those between them.
+
+    Args:
+        x: [B, N, C]; its first token is never merged away.
+        parts: of each token, [B, N].
+        keys: [B, N, D], by whose angles tokens are alike.
+        merged: how many; at most every other one.
+
+    Returns:
+        tokens [B, N - merged, C], means of their parts, and the number of these.
+    """
+    merged = min(merged, (x.shape[1] - 1) // 2)
+    if merged < 1:
+        return x, parts
+    with torch.no_grad():
+        keys = F.normalize(keys.float(), dim=-1)
+        alike = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+        alike[:, 0] = -torch.inf
+        best, partner = alike.max(-1)
+        order = best.argsort(dim=1, descending=True)
+        gone, kept = order[:, :merged], order[:, merged:].sort(dim=1).values
+        partner = partner.gather(1, gone)
+    weighted = torch.cat([x * parts[..., None], parts[..., None]], dim=-1)
+    first, second = weighted[:, ::2], weighted[:, 1::2]
+
+    def rows(index: Tensor) -> Tensor:
+        return index[..., None].expand(-1, -1, weighted.shape[-1])
+
+    second = second.scatter_add(1, rows(partner), first.gather(1, rows(gone)))
+    joined = torch.cat([first.gather(1, rows(kept)), second], dim=1)
+    return joined[..., :-1] / joined[..., -1:], joined[..., -1].detach()
+
+
+def merge_tokens(model: nn.Module, merged: int) -> None:
+    """Let the vision tower of a BLIP model merge so many tokens in each block; changed in place, parameters kept.
+
+    Raises:
+        ConfigError: the model has no such tower.
+    """
+    tower: Any = getattr(model, "visual_encoder", None)
+    if tower is None or not hasattr(tower, "blocks"):
+        raise ConfigError(
+            f"{type(model).__name__} has no vision tower of timm's blocks, which the merging control is for."
+        )
+    parts: list[Tensor] = []
+    for number, block in enumerate(tower.blocks):
+        plain = block.block if isinstance(block, MergingBlock) else block
+        tower.blocks[number] = MergingBlock(plain, merged, number == 0, parts)
