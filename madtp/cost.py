@@ -96,6 +96,13 @@ class CostTable:
         """Give a named size its value."""
         self.named[name] = value
 
+    def entries(self, site: str, leaves: Sequence[Any]) -> int:
+        """Entries of the batch of a site's stream: samples, or a multiple of them (two images each, frames)."""
+        return int(evaluate_size(self.lengths[site][1], self._bound(leaves)))
+
+    def _bound(self, leaves: Sequence[Any]) -> dict[Any, int]:
+        return {symbol: leaves[leaf].shape[dim] for symbol, (leaf, dim) in self.symbols.items()}
+
     def price(
         self,
         leaves: Sequence[Any],
@@ -111,7 +118,7 @@ class CostTable:
             active: whether pruning is on (its own cost counts).
             states: token states after each site, where they are known; they tell which tokens a range holds.
         """
-        bound = {symbol: leaves[leaf].shape[dim] for symbol, (leaf, dim) in self.symbols.items()}
+        bound = self._bound(leaves)
         batch = batch_size(leaves)
         tokens = _Tokens(self, counts, bound, {} if states is None else states)
         total: dict[str, float] = {}

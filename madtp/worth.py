@@ -37,12 +37,13 @@ def unpaid(
     Args:
         sites: of the program's plan. keys: the names under which the sites stand in the module tree, by name.
     """
-    leaves, samples = call.flat()[0], call.samples()
+    leaves = call.flat()[0]
     whole = sum(program.cost.price(leaves, {}, False).values())
     found = []
     for stream in dict.fromkeys(site.stream for site in sites):
         own = [site for site in sites if site.stream == stream]
-        counts = {site.name: torch.full((samples,), float(_least(site, config))) for site in own}
+        entries = {site.name: program.cost.entries(site.name, leaves) for site in own}
+        counts = {site.name: torch.full((entries[site.name],), float(_least(site, config))) for site in own}
         others = {f"{PREFIX}.sites.{keys[site.name]}" for site in sites if site.stream != stream}
         priced = program.cost.price(leaves, counts, True)
         if sum(amount for path, amount in priced.items() if path not in others) >= whole:
