@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import madtp
 import zoo
 from madtp.errors import ConfigError
-from madtp.training import TrainingConfig, train
+from madtp.training import TrainingConfig, fit, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from zoo.recipes import compress_nlvr_scenes
@@ -82,6 +83,34 @@ def test_a_compression_leaves_a_taught_model_that_loads_and_a_card(tmp_path: Pat
     card = json.loads((tmp_path / "pruned" / "card.json").read_text())
     assert card["calibration"]["reduction"] == pytest.approx(0.3, abs=0.01)
     assert any("visual_encoder" in site for site in card["teaching"]["after"])
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_add_up_to_the_whole_in_compression(tmp_path: Path) -> None:
+    """Texts of the parts differ in length, and in how many are spatial."""
+    settings = {"pairs_per_step": 4, "statements_per_pair": 3, "teaching_steps": 0, "start_reduction": 0.5}
+    training = TrainingConfig(steps=9, learning_rate=1e-9, warmup_steps=0, precision="float32", evaluate_every=0)
+    made = compress_nlvr_scenes.build(settings, training)
+    start, found = dict(made.state), []
+    for accumulate in (1, 2):
+        made.state.update(start)
+        folder = tmp_path / str(accumulate)
+        result = fit(
+            made, replace(training, accumulate=accumulate), folder, progress=Progress(quiet=True), stop_after=1
+        )
+        found.append(({n: p.grad for n, p in made.module.named_parameters() if p.grad is not None}, result.metrics))
+    (whole, metrics), (parts, other) = found
+    lengths = {made.batch(0, rows)["input_ids"].shape[-1] for rows in (range(2), range(2, 4))}
+    spatial = {float(made.batch(0, rows)["spatial"]) for rows in (range(2), range(2, 4))}
+    assert len(spatial) == 2 or len(lengths) == 2
+    assert set(whole) == set(parts)
+    for name, gradient in whole.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            parts[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=lambda t, n=name: n + t
+        )
+    for name in set(metrics) - {"shape"}:
+        assert other[name] == pytest.approx(metrics[name], rel=1e-4), name
 
 
 def test_batches_follow_from_the_step() -> None:

@@ -8,6 +8,7 @@ what an uninterrupted one would have done, also in other processes. Each process
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -168,6 +169,15 @@ class _Loss(nn.Module):
         return self.loss(self.module, batch, step)
 
 
+def _parallel(loss: _Loss) -> DistributedDataParallel:
+    # Newer versions of torch have another name for it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # A step may leave parameters without gradient: an auxiliary head, say, or a tower that this phase does not train.
+    # Buffers stay equal without help: they depend on weights and on what was gathered from all processes.
+    return DistributedDataParallel(loss, find_unused_parameters=True, **{buffers: False})
+
+
 @dataclass
 class _Loop:
     learner: Learner
@@ -184,11 +194,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.module = self.learner.module
-        self.loss: nn.Module = _Loss(self.learner)
-        if self.parts.processes.size > 1:
-            # A step may leave parameters without gradient: an auxiliary head, say, or a tower that this phase does not train.
-            # Buffers are equal without help: they depend on weights and on what was gathered from all processes.
-            self.loss = DistributedDataParallel(self.loss, find_unused_parameters=True, broadcast_buffers=False)
+        loss = _Loss(self.learner)
+        self.loss: nn.Module = _parallel(loss) if self.parts.processes.size > 1 else loss
 
     def run(self, start: int, stop: int) -> None:
         config, writes = self.config, self.parts.processes.main
