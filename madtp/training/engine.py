@@ -175,7 +175,8 @@ def _parallel(loss: _Loss) -> DistributedDataParallel:
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # A step may leave parameters without gradient: an auxiliary head, say, or a tower that this phase does not train.
     # Buffers stay equal without help: they depend on weights and on what was gathered from all processes.
-    return DistributedDataParallel(loss, find_unused_parameters=True, **{buffers: False})
+    options: dict[str, Any] = {"find_unused_parameters": True, buffers: False}
+    return DistributedDataParallel(loss, **options)
 
 
 @dataclass
