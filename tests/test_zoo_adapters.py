@@ -96,7 +96,7 @@ def test_the_first_token_of_a_question_is_protected(wrapped: bool) -> None:
     given = inputs("vqa")
     if wrapped:
         model = ManyQuestions(model)
-        given = {name: x if name == "images" else x[:, None] for name, x in given.items()}
+        given = {name: x if name == "images" else torch.stack([x, x], 1) for name, x in given.items()}
     pruned = madtp.rewrite(model, given)
     sites = {site.name: site for site in pruned.report.sites}
     text = [site for site in sites.values() if site.modality == "text"]
