@@ -86,7 +86,7 @@ def test_bidirectional_streams_are_never_cropped() -> None:
 def test_which_row_stands_for_the_class_row_of_causal_text(rule: str, slots: list[int]) -> None:
     made = site(PruningConfig(causal_class_row=rule))  # type: ignore[arg-type]
     assert isinstance(made.attention, ScoringAttention)
-    slot = made.attention._class_slot(untouched(BATCH, TOKENS), (END,), BATCH, END.device)
+    slot = made.attention._class_slot(untouched(BATCH, TOKENS), (END,), None, None, END.device)
     assert slot is not None
     assert slot.tolist() == slots
 

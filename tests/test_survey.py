@@ -276,9 +276,9 @@ def test_the_command_writes_both_files_and_resumes(tmp_path: Path) -> None:
     command = ["survey", "timm:test_vit", *files]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
-    assert "1 (100%)" in first.output
+    assert "1 of the 1 (100%)" in " ".join(first.output.split())
     record = load(tmp_path / "s.json")[0]
     save(tmp_path / "s.json", [replace(record, outcome="refused")])
     again = CliRunner().invoke(app, command)
-    assert "0 (0%)" in again.output
+    assert "0 of the 1 (0%)" in " ".join(again.output.split())
     assert "timm:test_vit | refused" in (tmp_path / "s.md").read_text()
