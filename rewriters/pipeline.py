@@ -266,7 +266,7 @@ def _place_constants(graph: fx.Graph, captured: Capture, serial: int) -> dict[st
 def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
     head = f"no place to prune was found in {type(model).__name__}"
     if not structure.sublayers and not structure.unplaced:
-        what = "its graph holds no attention"
+        what = "its graph holds no attention by a softmax over tokens (linear attention and convolutions do not count)"
         if structure.pooling:
             what = "its attention condenses tokens, and no block works on them"
         kind = NothingToPruneError if structure.pooling else NoSiteError
