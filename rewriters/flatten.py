@@ -15,10 +15,10 @@ from torch import fx
 
 from rewriters.axes import AxisError, example_shape, is_tensor, normal_dim
 from rewriters.detect import residual_of
+from rewriters.emission import emit
 from rewriters.outcomes import call_argument, is_attention, op_name
 from rewriters.part_rules import reduce
 from rewriters.rules import RULES, elementwise, like_first
-from rewriters.spellings import emit
 
 aten = torch.ops.aten
 LAST_DIMENSION = frozenset(("linear", "layer_norm", "rms_norm"))

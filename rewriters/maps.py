@@ -19,9 +19,10 @@ from torch import fx
 from madtp.attention import HIDDEN
 from madtp.maps import shares, total, weigh
 from rewriters.axes import AxisError, example_shape, is_tensor, normal_dim
+from rewriters.emission import emit
 from rewriters.outcomes import call_argument, op_name
 from rewriters.special import is_learned
-from rewriters.spellings import PRODUCTS, SOFTMAXES, constant_number, emit, fold_heads, folded_heads, unfold_heads
+from rewriters.spellings import PRODUCTS, SOFTMAXES, constant_number, fold_heads, folded_heads, unfold_heads
 
 aten = torch.ops.aten
 

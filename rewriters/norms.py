@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from rewriters.axes import AxisError, example_shape, is_tensor
+from rewriters.emission import emit
 from rewriters.outcomes import op_name
-from rewriters.spellings import emit
 
 aten = torch.ops.aten
 UNCHANGED = frozenset("to _to_copy type_as float alias".split())

@@ -12,8 +12,8 @@ from torch import fx
 
 from madtp.state import masked_mean
 from rewriters.axes import AxisError, example_shape, is_tensor, normal_dim
+from rewriters.emission import emit
 from rewriters.outcomes import op_name
-from rewriters.spellings import emit
 
 SAME_VALUES = frozenset("unsqueeze to _to_copy type_as expand expand_as float".split())
 

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from rewriters.axes import example_shape, is_tensor
+from rewriters.emission import emit
 from rewriters.outcomes import op_name
-from rewriters.spellings import emit
 
 aten = torch.ops.aten
 SAME = frozenset("clone alias detach contiguous".split())

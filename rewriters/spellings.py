@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from madtp.attention import HIDDEN, attention
 from rewriters.axes import AxisError, example_shape, is_tensor
+from rewriters.emission import emit
+from rewriters.masks import Mask, fold_mask, join, unfold_mask
 from rewriters.outcomes import op_name
 
 aten = torch.ops.aten
@@ -32,18 +33,6 @@ SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax"))
 
 class NoMatch(Exception):
     """This softmax is not attention of a known spelling."""
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A mask on the way: "add" it ``times`` so much, or "hide" or "show" keys by it. rank: of the scores that it meets.
-    hidden: the number that stands in place of a hidden score."""
-
-    kind: Literal["add", "hide", "show"]
-    node: fx.Node
-    rank: int
-    times: float = 1.0
-    hidden: float = -math.inf
 
 
 @dataclass
@@ -73,25 +62,6 @@ def canonical_attention(graph: fx.Graph) -> None:
                 _from_softmax(graph, node)
 
 
-def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
-    """A new node with a computed ``val`` and the module path of ``like``."""
-    node = graph.call_function(target, args, kwargs)
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    values = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs))
-    fake = like.meta["val"].fake_mode if hasattr(like.meta.get("val"), "fake_mode") else None
-    if fake is None:
-        raise AxisError(f"{like.name} carries no shape")
-    try:
-        with fake, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-    except Exception as error:  # shapes that do not fit raise many kinds
-        graph.erase_node(node)
-        raise AxisError(f"the shapes of {like.name} do not fit: {error}") from error
-    return node
-
-
 def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
     arguments: dict[str, Any] = dict(
         zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
@@ -104,7 +74,7 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
         if rank == 3:
             heads = folded_heads(operands[0])
             operands = [unfold_heads(graph, n, heads) for n in operands]
-            mask = None if mask is None else _unfold_mask(graph, mask, heads, node, rank)
+            mask = None if mask is None else unfold_mask(graph, mask, heads, node, rank)
         elif rank != 4:
             return
         new = emit(
@@ -142,10 +112,10 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         if rank == 3:
             heads = folded_heads(query)
             query, key, value = (unfold_heads(graph, n, heads) for n in (query, key, value))
-            masks = [replace(m, node=_unfold_mask(graph, m.node, heads, product, m.rank)) for m in scores.masks]
+            masks = [replace(m, node=unfold_mask(graph, m.node, heads, product, m.rank)) for m in scores.masks]
         else:
-            masks = scores.masks
-        mask = _join(graph, masks, product, query.meta["val"].dtype)
+            masks = [replace(m, node=fold_mask(graph, m, query, product)) for m in scores.masks]
+        mask = join(graph, masks, product, query.meta["val"].dtype)
         cap: dict[str, float] = {} if scores.softcap is None else {"softcap": scores.softcap}
         scale = scores.scale * cap.get("softcap", 1.0)
         new = emit(
@@ -217,7 +187,7 @@ def _inwards(node: Any) -> Scores:
     if name == "sub" and not node.kwargs:
         inner = _inwards(node.args[0])
         if not _is_shift(node.args[1], node):
-            inner.masks.append(Mask("add", node.args[1], _rank(node), times=-1.0))
+            inner.masks.append(Mask("add", node.args[1], example_shape(node), times=-1.0))
         return inner
     if name in ("masked_fill", "where"):
         hidden = constant_number(node.args[2])
@@ -225,7 +195,7 @@ def _inwards(node: Any) -> Scores:
             raise NoMatch
         kind, scores, mask = ("hide", *node.args[:2]) if name == "masked_fill" else ("show", *node.args[1::-1])
         inner = _inwards(scores)
-        inner.masks.append(Mask(kind, mask, _rank(node), hidden=hidden))
+        inner.masks.append(Mask(kind, mask, example_shape(node), hidden=hidden))
         return inner
     raise NoMatch
 
@@ -238,17 +208,13 @@ def _is_shift(value: Any, scores: fx.Node) -> bool:
     return (not shape or shape[-1] == 1) and example_shape(scores)[-1] > 1
 
 
-def _rank(node: fx.Node) -> int:
-    return len(example_shape(node))
-
-
 def _product(node: fx.Node) -> Scores:
     if op_name(node) != "baddbmm":
         return Scores(node)
     beta, alpha = float(node.kwargs.get("beta", 1)), float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
     found = Scores(node, scale=alpha)
     if beta == 1:
-        found.masks.append(Mask("add", node.args[0], _rank(node)))  # type: ignore[arg-type]
+        found.masks.append(Mask("add", node.args[0], example_shape(node)))  # type: ignore[arg-type]
     elif beta != 0:
         raise NoMatch
     return found
@@ -291,7 +257,7 @@ def _masked_sum(node: fx.Node) -> Scores:
             continue
         if isinstance(mask, (int, float)):
             return inner
-        inner.masks.append(Mask("add", mask, _rank(node)))  # type: ignore[arg-type]
+        inner.masks.append(Mask("add", mask, example_shape(node)))  # type: ignore[arg-type]
         return inner
     raise NoMatch
 
@@ -311,46 +277,6 @@ def constant_number(value: Any) -> float | None:
         if name in PASS_THROUGH or name in ("lift_fresh_copy", "expand"):
             return constant_number(value.args[0])
     return None
-
-
-def _join(graph: fx.Graph, masks: list[Mask], like: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """All masks, the first that the scores met first, as one operand: boolean if all hide by minus infinity, else additive.
-
-    A query all of whose keys are hidden by one finite number weighs them alike. So it does where the lowest number of the type
-    is added to its scores, which are lost in it; by a boolean mask it would read nothing.
-    """
-    wholly = all(math.isinf(mask.hidden) for mask in masks if mask.kind != "add")
-    lowest = -math.inf if wholly else torch.finfo(dtype).min
-    total: fx.Node | None = None
-    shown: fx.Node | None = None
-    for mask in masks:
-        if mask.kind == "add":
-            node = mask.node if mask.times == 1.0 else emit(graph, aten.mul.Tensor, (mask.node, mask.times), like)
-            total = total if shown is None else _lowered(graph, total, shown, lowest, like, dtype)
-            total, shown = node if total is None else emit(graph, aten.add.Tensor, (total, node), like), None
-        else:
-            seen = _seen(graph, mask, like)
-            shown = seen if shown is None else emit(graph, aten.bitwise_and.Tensor, (shown, seen), like)
-    if shown is None or (total is None and wholly):
-        return total if shown is None else shown
-    return _lowered(graph, total, shown, lowest, like, dtype)
-
-
-def _seen(graph: fx.Graph, mask: Mask, like: fx.Node) -> fx.Node:
-    """A mask that hides or shows, as a boolean that is true where keys are seen."""
-    node = mask.node
-    if node.meta["val"].dtype != torch.bool:
-        node = emit(graph, aten.to.dtype, (node, torch.bool), like)
-    return emit(graph, aten.bitwise_not.default, (node,), like) if mask.kind == "hide" else node
-
-
-def _lowered(
-    graph: fx.Graph, total: fx.Node | None, shown: fx.Node, lowest: float, like: fx.Node, dtype: torch.dtype
-) -> fx.Node:
-    """The additive mask ``total`` with ``lowest`` in place of its values where keys are not shown."""
-    if total is None:
-        total = emit(graph, aten.zeros_like.default, (shown,), like, dtype=dtype)
-    return emit(graph, aten.where.ScalarOther, (shown, total, lowest), like)
 
 
 def folded_heads(query: fx.Node) -> int:
@@ -377,19 +303,6 @@ def unfold_heads(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
     if heads == 1:
         return emit(graph, aten.unsqueeze.default, (node, 1), node)
     return emit(graph, aten.unflatten.int, (node, 0, [-1, heads]), node)
-
-
-def _unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node, rank: int) -> fx.Node:
-    """A mask of scores ``[B * H, Q, K]`` as one of ``[B, H, Q, K]``; one that met scores of ``rank`` 4 is that already."""
-    shape = example_shape(mask)
-    if rank == 4 or len(shape) < 3:
-        return mask
-    total = math.prod(example_shape(like)[:1])
-    if shape[0] == total and heads > 1:
-        return emit(graph, aten.unflatten.int, (mask, 0, [-1, heads]), like)
-    if heads > 1 and shape[0] != 1:
-        raise AxisError("a mask of folded scores that is neither of each head nor of all")
-    return emit(graph, aten.unsqueeze.default, (mask, 1), like)
 
 
 def fold_heads(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -76,6 +76,27 @@ class Shifted(Global):
         return y[:, :height, :width].reshape(x.shape)
 
 
+class Masked(Shifted):
+    """The same, spelled out, with a mask of each of 4 windows that is added where windows stand beside samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = nn.Parameter(torch.randn(4, 1, WINDOW**2, WINDOW**2))
+
+    def beside(self, scores: Tensor) -> Tensor:
+        """Scores [B * n, H, w * w, w * w] as [B, n, H, w * w, w * w]."""
+        return scores.view(-1, len(self.masks), *scores.shape[1:])
+
+    def attend(self, x: Tensor, alive: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * 0.3
+        scores = (self.beside(scores) + self.masks).view(scores.shape)
+        if alive is not None:
+            seen = alive[:, None, None, :] | ~alive.any(1)[:, None, None, None]
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+
+
 class Convolved(Global):
     """Queries, keys and values of a depthwise convolution over the grid."""
 
@@ -120,7 +141,7 @@ class Depthwise(Plain):
         return self.down(F.gelu(self.mix(grid).flatten(2).transpose(1, 2)))
 
 
-ATTENTION = {"global": Global, "reduced": Reduced, "windows": Shifted, "convolved": Convolved}
+ATTENTION = {"global": Global, "reduced": Reduced, "windows": Shifted, "masked": Masked, "convolved": Convolved}
 FEED_FORWARD = {"plain": Plain, "depthwise": Depthwise}
 
 

@@ -58,7 +58,7 @@ def test_stages_double_in_width_and_heads() -> None:
     small = shrink({"hidden_sizes": [64, 128, 320, 512], "num_attention_heads": [1, 2, 5, 8], "depths": [3, 4, 18, 3]})
     widths = [w // h for w, h in zip(small["hidden_sizes"], small["num_attention_heads"], strict=True)]
     assert widths == [16] * 4
-    assert small["depths"] == [1, 1, 1, 1]
+    assert small["depths"] == [2, 2, 2, 2]
 
 
 def test_a_backbone_has_a_layer_for_each_feature_that_is_read() -> None:

@@ -24,7 +24,7 @@ _VISION: dict[str, Any] = {
     "patch_size": 8,
 }
 
-_SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 2}
+_SWIN = {"embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "window_size": 2}
 _SHUFFLED = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "intermediate_size": 256}
 _TWO_LEVELS = {"vision_output_dim": 128, "intermediate_layers_indices": [1]}
 _SEGMENTER = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}

@@ -10,7 +10,7 @@ from torch import nn
 from zoo.small.shrink import HEADS, IMAGE, LAYERS, PATCH, WIDTH
 
 _VIT = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
-_STAGES = {"img_size": IMAGE, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+_STAGES = {"img_size": IMAGE, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
 
 # The first pattern that matches gives the arguments of `timm.create_model`; architectures without one keep their own.
 _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -22,12 +22,12 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("volo*", {}),
     ("pit*", {"img_size": IMAGE, "patch_size": 8, "stride": 8, "base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 4, 8)}),
     ("crossvit*", {"embed_dim": (32, 64), "num_heads": (2, 4), "depth": ((1, 1, 0), (1, 1, 0))}),
-    ("pvt_v2*", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
-    ("twins_pcpvt*", {"img_size": IMAGE, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}),
-    ("twins_svt*", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (1, 1, 1, 1)}),
+    ("pvt_v2*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
+    ("twins_pcpvt*", {"img_size": IMAGE, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
+    ("twins_svt*", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
     ("hiera*", {"embed_dim": 16, "stages": (1, 1, 1, 1), "num_heads": 1}),
     ("coat_lite*", {"embed_dims": (16, 32, 64, 64), "serial_depths": (1, 1, 1, 1)}),
-    ("davit*", {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
+    ("davit*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
     ("*vit*|deit*|beit*|eva*|aimv2*|cait*|xcit*|convit*|samvit*|naflexvit*|flexivit*", _VIT),
 )  # fmt: skip
 
