@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import survey_models
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from madtp.cli.app import app
 from madtp.errors import CaptureError, DataError
-from madtp.survey import OUTCOMES, Record, Refusal, examine
+from madtp.survey import OUTCOMES, Record, Refusal, examination, examine
 from madtp.survey.attentions import Attentions, traits
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
 from madtp.survey.record import judged
@@ -282,3 +283,19 @@ def test_the_command_writes_both_files_and_resumes(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, command)
     assert "0 of the 1 (0%)" in " ".join(again.output.split())
     assert "timm:test_vit | refused" in (tmp_path / "s.md").read_text()
+
+
+def test_what_differs_in_single_precision_is_measured_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def differing(model: nn.Module, pruned: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+        (weight, _), (given,) = model.parameters(), inputs.values()
+        seen.append(weight.dtype)
+        assert given.dtype == weight.dtype == next(pruned.parameters()).dtype
+        return 0.5 if weight.dtype == torch.float32 else 1e-15
+
+    monkeypatch.setattr(examination, "_alone", differing)
+    model = nn.Linear(2, 2)
+    assert examination.independence(model, model, {"x": torch.zeros(2, 2)}) == 1e-15  # type: ignore[arg-type]
+    assert seen == [torch.float32, torch.float64]
+    assert model.weight.dtype == torch.float32
