@@ -83,7 +83,8 @@ _DERIVED = frozenset({"stage_names", "per_layer_config"})
 
 # Field name -> how a list of one number a stage shrinks: stages double in width and in heads.
 _STAGES: tuple[tuple[str, Callable[[int], int]], ...] = (
-    (r"(.*_)?(depths|num_blocks|layers|num_layers)", lambda _: LAYERS),
+    (r"(.*_)?(depths|num_blocks|num_layers)", lambda _: LAYERS),
+    (r"(.*_)?layers", lambda _: 1),  # of one stage each, or the numbers of those that are read
     (r"(.*_)?(num_heads|num_attention_heads|heads)", lambda stage: 2**stage),
     (r"(.*_)?(hidden_sizes|embed_dims?|channels|widths|encoder_hidden_size)", lambda stage: HEAD_WIDTH * 2**stage),
     (r"(.*_)?neck_hidden_sizes|(.*_)?reassemble.*sizes", lambda _: 2 * HEAD_WIDTH),
