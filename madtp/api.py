@@ -229,7 +229,11 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
             pruned(*call.args, **call.kwargs)
         pruned._control.begin()
         if len(pruned.report.notes) > known:
-            raise RewriteError(f"the rewritten regions do not fit the model. {pruned.report.notes[known]}")
+            note = pruned.report.notes[known]
+            for part in found.parts:
+                if note.startswith(f"calls of {part.region.path} that"):
+                    return part, note
+            raise RewriteError(f"the rewritten regions do not fit the model. {note}")
     return None
 
 

@@ -10,6 +10,7 @@ from rewrites import eager_arithmetic
 from torch import Tensor
 
 import madtp
+import zoo.small
 
 pytest.importorskip("transformers")
 
@@ -44,10 +45,8 @@ def _row(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_generation_from_pruned_prompts(name: str) -> None:
-    from zoo.small import build
-
     torch.manual_seed(0)
-    model, made = build(name)
+    model, made = zoo.small.build(name)
     model.eval()
     inputs = _padded_on_the_left(dict(made))
     with eager_arithmetic():
@@ -67,3 +66,12 @@ def test_generation_from_pruned_prompts(name: str) -> None:
         for row in range(len(said)):
             assert torch.equal(pruned.generate(**_row(inputs, row), **SAID)[0], said[row])
     assert not pruned.report.notes
+
+
+@pytest.mark.slow
+def test_a_decoder_layer_that_cannot_be_told_where_images_are_leaves_the_rest() -> None:
+    """What reaches its second layer has been through the first, in which nothing is followed."""
+    model, inputs = zoo.small.build("hf:AriaForConditionalGeneration")
+    report = madtp.rewrite(model, inputs).report
+    assert report.sites
+    assert not any("that run unpruned" in note for note in report.notes)
