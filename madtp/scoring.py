@@ -20,7 +20,7 @@ from madtp.config import PruningConfig
 from madtp.control import PruningControl
 from madtp.importance import AttentionStatistics, attention_statistics
 from madtp.segments import SegmentMap, special_slots
-from madtp.state import TokenState, slots_of, untouched
+from madtp.state import TokenState, positions_of, slots_of, untouched
 
 Scores = Literal["attention", "windows", "none"]
 
@@ -242,9 +242,7 @@ def protected_readouts(readouts: tuple[Position, ...], config: PruningConfig) ->
 
 def last_slots(state: TokenState, valid: Tensor | None, device: torch.device) -> Tensor:
     """Slots ``[B]`` of the last token of each sample that is no padding (``valid [B, N]``)."""
-    index = state.index
-    if index is None:
-        index = torch.arange(state.length, device=device).expand(state.batch, state.length)
+    index = positions_of(state, device)
     gone = torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
     return index.masked_fill(gone if state.merged is None else gone | state.merged, -1).argmax(1)
 
@@ -258,9 +256,8 @@ def protected_slots(
 ) -> Tensor:
     """``[B, N]`` slots that hold protected tokens, be they text padding; slots that only fill up the batch hold none.
     ``valid [B, N]``: which are no padding."""
-    index, device = state.index, valid.device
-    if index is None:
-        index = torch.arange(state.length, device=device).expand(state.batch, state.length)
+    device = valid.device
+    index = positions_of(state, device)
     protected = torch.zeros_like(index, dtype=torch.bool)
     if segments is not None:
         protected = special_slots(segments, [segment.protected for segment in spec.segments], state)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from madtp.state import TokenState, each_field, gather_positions, untouched
+from madtp.state import TokenState, each_field, gather_positions, positions_of, untouched
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,7 @@ def join_states(parts: Sequence[TokenState | int]) -> TokenState:
         return replace(untouched(known.batch, full), quirks=known.quirks)
     index, valid, merged, offset = [], [], [], 0
     for state in states:
-        own = state.index
-        if own is None:
-            own = torch.arange(state.length, device=pruned.device).expand(state.batch, -1)
+        own = positions_of(state, pruned.device)
         index.append(own + offset)
         everything = torch.ones_like(own, dtype=torch.bool)
         valid.append(everything if state.valid is None else state.valid)

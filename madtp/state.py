@@ -84,11 +84,16 @@ def kept_positions(state: TokenState) -> Tensor:
     return kept
 
 
+def positions_of(state: TokenState, device: torch.device) -> Tensor:
+    """``[B, N]`` the original position of the token in each slot."""
+    if state.index is not None:
+        return state.index
+    return torch.arange(state.length, device=device).expand(state.batch, state.length)
+
+
 def marked(state: TokenState, survivors: Tensor) -> TokenState:
     """The state in which every token keeps its slot and all but ``survivors [B, N]`` are padding."""
-    index, merged = state.index, state.merged
-    if index is None:
-        index = torch.arange(state.length, device=survivors.device).expand(state.batch, state.length)
+    index, merged = positions_of(state, survivors.device), state.merged
     return replace(
         state, index=index, valid=survivors, merged=torch.zeros_like(survivors) if merged is None else merged
     )
