@@ -162,7 +162,6 @@ def _spec(site: SitePlan) -> SiteSpec:
         site.causal,
         segments,
         site.keeps_last,
-        site.scores,
     )
 
 

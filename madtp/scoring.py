@@ -41,8 +41,7 @@ class SiteSpec:
     name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token,
     None if there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens
     see only earlier ones. segments: of a stream that several modalities share, in the order of their numbers. keeps_last: the
-    last token of each sample that is no padding is never pruned, and stands in for the class token. scores: what the block's
-    attention tells of the tokens: of all, within windows of a grid, or nothing.
+    last token of each sample that is no padding is never pruned, and stands in for the class token.
     """
 
     name: str
@@ -53,7 +52,6 @@ class SiteSpec:
     causal: bool
     segments: tuple[SegmentSpec, ...] = ()
     keeps_last: bool = False
-    scores: Scores = "attention"
 
 
 Position = Tensor | int

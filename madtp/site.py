@@ -1,7 +1,8 @@
 """A pruning site: the place in a rewritten graph where one block's tokens are scored, kept, merged or dropped.
 
-Start at :class:`PruningSite`. Its ``attention`` child replaces the block's self-attention and gathers the statistics, or its
-``map`` child reads them off a map that the model makes its own way (``scoring.py``). The site itself stands after the
+Start at :class:`PruningSite`. Its ``attention`` child (``windows``, where it is in windows of a grid) replaces the block's
+self-attention and gathers the statistics, or its ``map`` child reads them off a map that the model makes its own way
+(``scoring.py``). The site itself stands after the
 residual add and calls the method's functions in order: guidance (MAG), importance, threshold, selection, merging (DTP).
 docs/method.md has the mathematics.
 
@@ -50,7 +51,8 @@ class PruningSite(nn.Module):
         super().__init__()
         self.spec = spec
         self.control = control
-        self.attention = WindowAttention(control) if spec.scores == "windows" else ScoringAttention(spec, control)
+        self.attention = ScoringAttention(spec, control)
+        self.windows = WindowAttention(control)
         self.map = ScoringMap(spec, control)
         if control.config.alignment:
             always = control.config.query_projection == "always"
@@ -70,7 +72,7 @@ class PruningSite(nn.Module):
         Args:
             tokens: ``[B, N, C]`` residual stream after the self-attention.
             block_input: ``[B, N, C]`` residual stream at the block's input.
-            seen: from this site's ``attention`` or ``map``.
+            seen: from this site's ``attention``, ``windows`` or ``map``.
             state: of ``tokens``; None at the first site of a stream.
             readouts: original positions that must survive, ``[B]`` or one for all.
             segments: which token is of which segment; None where all are of one.

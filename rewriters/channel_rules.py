@@ -47,15 +47,20 @@ def conv2d(node: fx.Node, labels: LabelMap) -> Outcome:
     """``[B, C, Q, K] -> [B, C', Q, K]`` where the kernel is one element wide (heads of an attention map are mixed so); wider
     ones need every position."""
     own = labels_of(node.args[0], labels)
-    weight: Any = node.args[1]
     require_unlabelled([n for n in node.args[1:3] if isinstance(n, fx.Node)], labels, node)
-    stride, padding = (call_argument(node, i, n, d) for i, n, d in ((3, "stride", 1), (4, "padding", 0)))
-    if example_shape(weight)[-2:] != (1, 1) or len(own) != 4 or stride not in (1, [1], [1, 1]):
-        raise AxisError("conv2d needs every position: its kernel is wider than one of them")
-    if padding not in (0, [0], [0, 0], "valid", "same"):
-        raise AxisError("conv2d needs every position: it pads")
+    if len(own) != 4 or not sees_one_place(node):
+        raise AxisError("conv2d needs every position: its kernel is wider than one of them, or it strides or pads")
     require_plain(own[1:2], node)
     return Outcome(labels=(own[0], plain(example_shape(node)[1]), *own[2:]))
+
+
+def sees_one_place(node: fx.Node) -> bool:
+    """Whether a two-dimensional convolution yields, at each place, what its operand holds there."""
+    weight: Any = node.args[1]
+    stride, padding = (call_argument(node, i, n, d) for i, n, d in ((3, "stride", 1), (4, "padding", 0)))
+    if example_shape(weight)[-2:] != (1, 1) or stride not in (1, [1], [1, 1]):
+        return False
+    return padding in (0, [0], [0, 0], "valid", "same")
 
 
 def _number(value: Any) -> Any:

@@ -19,7 +19,7 @@ from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_te
 from rewriters.layout import Layout, find_layout
 from rewriters.outcomes import is_attention, op_name, query_and_key
 from rewriters.propagate import Flow, propagate
-from rewriters.special import pools, special_positions, stream_modality
+from rewriters.special import is_learned, pools, special_positions, stream_modality
 from rewriters.spellings import looks_like_attention
 from rewriters.windows import condenses_own, scores_on_grid
 
@@ -220,13 +220,21 @@ def residual_of(attention: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node,
 
 
 def _summands(value: Any, like: fx.Node) -> Iterator[fx.Node]:
-    """``value`` and what it is a sum of, of the shape of ``like``: sublayers side by side are added one after the other."""
+    """``value`` and what it is a sum of, of the shape of ``like``: sublayers side by side are added one after the other. So is
+    what it is by a learned scale."""
     waiting = [value]
     while waiting:
         value = waiting.pop(0)
         if is_tensor(value) and example_shape(value) == example_shape(like):
             yield value
-            waiting.extend(value.args[:2] if op_name(value) in ADDS else ())
+            if op_name(value) in ADDS or _is_scaled(value):
+                waiting.extend(value.args[:2])
+
+
+def _is_scaled(value: fx.Node) -> bool:
+    """Whether a value is another one by a learned scale."""
+    operands: tuple[Any, ...] = value.args[:2]
+    return op_name(value) == "mul" and any(is_tensor(n) and is_learned(n) for n in operands)
 
 
 def _descends(node: fx.Node, ancestor: fx.Node, order: dict[fx.Node, int]) -> bool:

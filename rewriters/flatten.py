@@ -1,11 +1,13 @@
-"""Flatten: residual streams ``[B, H, W, C]`` become streams ``[B, H * W, C]``.
+"""Flatten: residual streams ``[B, H, W, C]`` become streams ``[B, H * W, C]``, and ``[B, C, H, W]`` become ``[B, C, H * W]``.
 
-Start at :func:`flatten_grids`. What works on each place by itself is moved from the grid to flat tokens; only what needs the
-grid (windows, a convolution, a pad) gets a view of it, so that the stream is one like any other and can be pruned.
+Start at :func:`flatten_grids`. What works on each place by itself is moved from the grid to flat tokens (``places.py`` tells
+what does); only what needs the grid (windows, a convolution, a pad) gets a view of it, so that the stream is one like any
+other and can be pruned.
 """
 
 from __future__ import annotations
 
+import operator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +20,11 @@ from rewriters.detect import residual_of
 from rewriters.emission import emit
 from rewriters.outcomes import call_argument, is_attention, op_name
 from rewriters.part_rules import reduce
-from rewriters.rules import RULES, elementwise, like_first
+from rewriters.places import LAST, LAST_DIMENSION, UNGROUPED, Order, grid_around, stands_on
+from rewriters.rules import RULES
 
 aten = torch.ops.aten
-LAST_DIMENSION = frozenset(("linear", "layer_norm", "rms_norm"))
 REGROUPED = frozenset(("view", "reshape", "_unsafe_view"))
-UNGROUPED = REGROUPED | {"unflatten"}
 
 
 def cancel_permutes(graph: fx.Graph) -> None:
@@ -50,75 +51,45 @@ def flatten_grids(graph: fx.Graph) -> None:
             block_input, added = residual_of(node, order)
             if len(example_shape(block_input)) != 4 or block_input in done or added in done:
                 continue
-            grid = _grid_around((block_input, added, *block_input.users))
-            if grid is not None:
-                done |= grid.nodes
-                _flatten(graph, grid)
+            found = grid_around((block_input, added))
+            if found is not None:
+                done |= found.keys()
+                _flatten(graph, _Grid(found, *_entry(found)))
+
+
+def _entry(nodes: dict[fx.Node, Order]) -> tuple[fx.Node, Order]:
+    """A value of the grid that others are computed from, and how it stands there.
+
+    Raises :class:`AxisError` if there is none.
+    """
+    places = next(order.places(example_shape(node)) for node, order in nodes.items())
+    for node in sorted(nodes):
+        for operand in node.all_input_nodes:
+            order = nodes[node].turned if op_name(node) == "permute" else nodes[node]
+            if operand not in nodes and is_tensor(operand) and stands_on(operand, places, order):
+                return operand, order
+    raise AxisError("nothing tells the size of a grid")
 
 
 @dataclass
 class _Grid:
-    """Values on one grid that work on each place by itself. entry: a value of the grid that they are computed from.
-    flat: what stands for a value now, ``[B, H * W, C]``."""
+    """Values on one grid that work on each place by itself. entry: a value of the grid that they are computed from, and how it
+    stands there. flat: what stands for a value now, with both dimensions of the grid as one."""
 
-    nodes: set[fx.Node]
+    nodes: dict[fx.Node, Order]
     entry: fx.Node
-    flat: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    entry_order: Order
+    flat: dict[tuple[fx.Node, Order], fx.Node] = field(default_factory=dict)
 
-
-def _grid_around(seeds: tuple[fx.Node, ...]) -> _Grid | None:
-    """All values that hang together with ``seeds`` by operations on each place; None without one over the last dimension, which
-    tells that channels stand last."""
-    places = example_shape(seeds[0])[:3]
-    found = {n for n in seeds if _is_pointwise(n, places)}
-    waiting = list(found)
-    while waiting:
-        node = waiting.pop()
-        for other in (*node.all_input_nodes, *node.users):
-            if other not in found and _is_pointwise(other, places):
-                found.add(other)
-                waiting.append(other)
-    entries = [
-        operand
-        for node in sorted(found)
-        for operand in node.all_input_nodes
-        if operand not in found and is_tensor(operand) and _stands_on(operand, places)
-    ]
-    if not entries or not any(op_name(n) in LAST_DIMENSION for n in found):
-        return None
-    return _Grid(found, entries[0])
-
-
-def _stands_on(node: fx.Node, places: tuple[int, ...]) -> bool:
-    shape = example_shape(node)
-    return len(shape) == 4 and shape[:3] == places
-
-
-def _is_pointwise(node: fx.Node, places: tuple[int, ...]) -> bool:
-    """Whether a value stands on the grid and depends, at each place, on what its operands hold there."""
-    if node.op != "call_function" or not is_tensor(node) or not _stands_on(node, places):
-        return False
-    name = op_name(node)
-    if name in LAST_DIMENSION:
-        return (name == "linear" or len(node.args[1]) == 1) and _stands_on(node.args[0], places)  # type: ignore[arg-type]
-    if RULES.get(name) not in (elementwise, like_first):
-        return False
-    return all(_fits(n, places) for n in node.all_input_nodes if is_tensor(n))
-
-
-def _fits(operand: fx.Node, places: tuple[int, ...]) -> bool:
-    """Whether an operand has an entry for each place of the grid, or one for all."""
-    shape = example_shape(operand)
-    return len(shape) < 2 or shape[-3:-1] in (places[1:], (1, 1))
+    def of(self, node: fx.Node) -> fx.Node:
+        """What stands for a value now."""
+        return self.flat[node, self.nodes[node]]
 
 
 def _flatten(graph: fx.Graph, grid: _Grid) -> None:
     for node in sorted(grid.nodes):
         with graph.inserting_before(node):
-            arguments = fx.map_arg(node.args, lambda n: _operand(graph, grid, n))
-            if op_name(node) in LAST_DIMENSION:
-                arguments = (_operand(graph, grid, node.args[0]), *node.args[1:])
-            grid.flat[node] = emit(graph, node.target, arguments, node, **node.kwargs)
+            grid.flat[node, grid.nodes[node]] = _flat(graph, grid, node, grid.nodes[node])
     for node in sorted(grid.nodes, reverse=True):
         for user in list(node.users):
             if user not in grid.nodes:
@@ -127,26 +98,77 @@ def _flatten(graph: fx.Graph, grid: _Grid) -> None:
             graph.erase_node(node)
 
 
-def _operand(graph: fx.Graph, grid: _Grid, operand: Any) -> Any:
+def _flat(graph: fx.Graph, grid: _Grid, node: fx.Node, order: Order) -> fx.Node:
+    """A value of the grid over flat tokens."""
+    name = op_name(node)
+    if name == "permute":
+        return emit(graph, aten.transpose.int, (_operand(graph, grid, node.args[0], order.turned), 1, 2), node)
+    if name in LAST_DIMENSION or name == "batch_norm":
+        return emit(
+            graph, node.target, (_operand(graph, grid, node.args[0], order), *node.args[1:]), node, **node.kwargs
+        )
+    if name == "conv2d":
+        column = emit(graph, aten.unsqueeze.default, (_operand(graph, grid, node.args[0], order), -1), node)
+        mixed = emit(graph, node.target, (column, *node.args[1:]), node, **node.kwargs)
+        flat = emit(graph, aten.squeeze.dim, (mixed, -1), node)
+        for beside in (column, flat):
+            beside.meta["nn_module_stack"] = _outside(node)
+        return flat
+    arguments = fx.map_arg(node.args, lambda n: _operand(graph, grid, n, order))
+    # An order of memory is one of four dimensions.
+    named = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+    return emit(graph, node.target, arguments, node, **named)
+
+
+def _outside(node: fx.Node) -> dict[str, Any]:
+    """The module stack around the module that issued ``node``: it issues one operation, and is lifted for that."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return dict(list(stack.items())[:-1])
+
+
+def _operand(graph: fx.Graph, grid: _Grid, operand: Any, order: Order) -> Any:
     """What takes an operand's place beside flat tokens."""
-    if not is_tensor(operand) or (operand not in grid.flat and len(example_shape(operand)) < 3):
+    if not is_tensor(operand):
         return operand
-    if operand not in grid.flat:
-        grid.flat[operand] = _flat_form(graph, operand)
-    return grid.flat[operand]
+    if (operand, order) not in grid.flat:
+        if operand in grid.nodes:
+            raise AxisError("a value stands on a grid in two ways")
+        if len(example_shape(operand)) < 4 - order.first:
+            return operand
+        grid.flat[operand, order] = _flat_form(graph, operand, order)
+    return grid.flat[operand, order]
 
 
-def _flat_form(graph: fx.Graph, operand: fx.Node) -> fx.Node:
+def _flat_form(graph: fx.Graph, operand: fx.Node, order: Order) -> fx.Node:
     """A value on the grid, or one for all its places, with both dimensions of the grid as one."""
     rank = len(example_shape(operand))
     source: Any = operand.args[0] if operand.op == "call_function" and op_name(operand) in UNGROUPED else None
     if rank == 4 and is_tensor(source):
-        if len(example_shape(source)) == 3 and example_shape(source)[2] == example_shape(operand)[3]:
+        if example_shape(source) == order.flat(example_shape(operand)):
             return source
-        heads = _heads_together(graph, operand, source)
+        heads = _heads_together(graph, operand, source) if order is LAST else None
         if heads is not None:
             return heads
-    return emit(graph, aten.flatten.using_ints, (operand, rank - 3, rank - 2), operand)
+        sizes = operand.args[1]
+        if op_name(operand) in REGROUPED and isinstance(sizes, (list, tuple)):
+            return emit(graph, aten.reshape.default, (source, _merged(graph, list(sizes), order)), operand)
+    flat = emit(graph, aten.flatten.using_ints, (operand, rank + order.first - 4, rank + order.first - 3), operand)
+    flat.meta["nn_module_stack"] = _outside(operand)
+    return flat
+
+
+def _merged(graph: fx.Graph, sizes: list[Any], order: Order) -> list[Any]:
+    """Sizes of a value on the grid as sizes of flat tokens."""
+    height, width = sizes[order.first : order.first + 2]
+    if -1 in (height, width):
+        count: Any = -1
+    elif isinstance(height, int) and isinstance(width, int):
+        count = height * width
+    else:
+        count = graph.call_function(operator.mul, (height, width))
+        known = [n.meta["val"] if isinstance(n, fx.Node) else n for n in (height, width)]
+        count.meta["val"] = known[0] * known[1]
+    return [*sizes[: order.first], count, *sizes[order.first + 2 :]]
 
 
 def _heads_together(graph: fx.Graph, operand: fx.Node, permuted: fx.Node) -> fx.Node | None:
@@ -171,39 +193,68 @@ def _heads_together(graph: fx.Graph, operand: fx.Node, permuted: fx.Node) -> fx.
 
 def _show(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> None:
     """Give a user that needs the grid a view of it; one that only regroups, counts or reduces it reads the flat tokens."""
-    flat, name = grid.flat[node], op_name(user)
     with graph.inserting_before(user):
-        if name in UNGROUPED and example_shape(user) == example_shape(flat):
-            new = flat
-        elif name in REGROUPED and isinstance(user.args[1], (list, tuple)):
-            new = emit(graph, aten.reshape.default, (flat, user.args[1]), user)
-        elif name == "flatten" and tuple(user.args[1:]) == (1, 2):
-            new = flat
-        elif name == "sym_size":
-            dim: Any = user.args[1]
-            new = graph.call_function(aten.sym_size.int, (grid.entry, dim) if dim < 3 else (flat, 2))
-            new.meta = dict(user.meta)
-        elif RULES.get(name) is reduce and _over_places(user):
-            new = emit(graph, user.target, (flat, [1]), user)
-        else:
+        new = _read_flat(graph, grid, node, user)
+        if new is None:
             user.replace_input_with(node, _on_grid(graph, grid, node))
             return
     user.replace_all_uses_with(new)
     graph.erase_node(user)
 
 
-def _over_places(user: fx.Node) -> bool:
+def _read_flat(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """What a user of a value on the grid yields, from flat tokens; None if it needs the grid."""
+    flat, order, name = grid.of(node), grid.nodes[node], op_name(user)
+    if name in UNGROUPED and example_shape(user) == example_shape(flat):
+        return flat
+    if name in REGROUPED and isinstance(user.args[1], (list, tuple)):
+        return emit(graph, aten.reshape.default, (flat, user.args[1]), user)
+    if name == "flatten":
+        start, end = (
+            normal_dim(call_argument(user, i, n, d), 4) for i, n, d in ((1, "start_dim", 0), (2, "end_dim", -1))
+        )
+        if start > order.first or end < order.first + 1:
+            return None
+        return emit(graph, aten.flatten.using_ints, (flat, start, end - 1), user)
+    if name == "sym_size":
+        return _size(graph, grid, user.args[1], order, flat)
+    if (RULES.get(name) is reduce and _over_places(user, order)) or _pools_all(user, order):
+        target = aten.mean.dim if _pools_all(user, order) else user.target
+        keeps = len(example_shape(user)) == 4
+        new = emit(graph, target, (flat, [order.first], keeps), user)
+        return emit(graph, aten.unsqueeze.default, (new, order.first), user) if keeps else new
+    return None
+
+
+def _size(graph: fx.Graph, grid: _Grid, dim: Any, order: Order, flat: fx.Node) -> fx.Node:
+    dim = normal_dim(dim, 4)
+    if order.first <= dim < order.first + 2:
+        source, dim = grid.entry, grid.entry_order.first + dim - order.first
+    else:
+        source, dim = flat, dim - (dim > order.first)
+    new = graph.call_function(aten.sym_size.int, (source, dim))
+    new.meta["val"] = source.meta["val"].shape[dim]
+    return new
+
+
+def _over_places(user: fx.Node, order: Order) -> bool:
     dims = call_argument(user, 1, "dim", None)
-    keeps = call_argument(user, 2, "keepdim", False)
-    return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [1, 2] and not keeps
+    if not isinstance(dims, (list, tuple)) or set(user.kwargs) - {"dim", "keepdim"}:
+        return False
+    return sorted(d % 4 for d in dims) == [order.first, order.first + 1]
+
+
+def _pools_all(user: fx.Node, order: Order) -> bool:
+    """Whether ``user`` is the mean over all places."""
+    return op_name(user) == "adaptive_avg_pool2d" and order is not LAST and example_shape(user)[2:] == (1, 1)
 
 
 def _on_grid(graph: fx.Graph, grid: _Grid, node: fx.Node) -> fx.Node:
     sizes = []
-    for dim in (1, 2):
+    for dim in (grid.entry_order.first, grid.entry_order.first + 1):
         size = grid.entry.meta["val"].shape[dim]
         if not isinstance(size, int):
             size = graph.call_function(aten.sym_size.int, (grid.entry, dim))
             size.meta["val"] = grid.entry.meta["val"].shape[dim]
         sizes.append(size)
-    return emit(graph, aten.unflatten.int, (grid.flat[node], 1, sizes), node)
+    return emit(graph, aten.unflatten.int, (grid.of(node), grid.nodes[node].first, sizes), node)

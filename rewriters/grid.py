@@ -354,11 +354,10 @@ def _part(node: fx.Node, own: Placed) -> Placed:
 def _mixed(node: fx.Node, own: Placed) -> Placed:
     """Maps ``[B, C, ...]`` keep their layout; those that see one place only keep their tokens."""
     labels, name = own.labels, op_name(node)
-    whole = labels is not None and is_plain(labels[1]) and not has_tokens(labels[0]) and not is_plain(labels[0])
     if name == "batch_norm":
-        if not whole or call_argument(node, 5, "training", False):
-            return MIXED
-        return own
+        # In training its statistics are of all tokens; what it yields for a place is still of the token there.
+        return own if labels is not None and is_plain(labels[1]) else MIXED
+    whole = labels is not None and is_plain(labels[1]) and not has_tokens(labels[0]) and not is_plain(labels[0])
     if name not in WHOLE_MAPS or not whole:
         return MIXED
     assert labels is not None

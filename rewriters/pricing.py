@@ -28,7 +28,7 @@ def cost_table(done: Insertion, capture: Capture) -> CostTable:
     table = CostTable(symbols=_symbols(capture))
     _record_sites(table, done)
     for node in done.graph.nodes:
-        if node.op == "call_module" and str(node.target).endswith(".attention") and "attention" in node.meta:
+        if node.op == "call_module" and "attention" in node.meta:
             operands = node.meta["attention"]
             table.terms.extend(_attention(node, operands, list(node.meta["attention_labels"])))
         elif node.op == "call_function":

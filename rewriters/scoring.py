@@ -59,7 +59,7 @@ def insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: t
         "segments": segments,
     }
     labels = None if outcome is None else outcome.labels
-    output = _replace(done, node, site, options)
+    output = _replace(done, node, site, "attention", options)
     if labels is not None and any_tokens(labels):
         done.labels[output] = labels
 
@@ -105,14 +105,14 @@ def insert_windows(done: Insertion, node: fx.Node, site: SitePlan, state: Any, e
         "softcap": node.kwargs.get("softcap"),
         "visible": visible,
     }
-    _replace(done, node, site, options)
+    _replace(done, node, site, "windows", options)
 
 
-def _replace(done: Insertion, node: fx.Node, site: SitePlan, options: dict[str, Any]) -> fx.Node:
-    """Put the site's own attention in the place of ``node``; returns its output."""
+def _replace(done: Insertion, node: fx.Node, site: SitePlan, child: str, options: dict[str, Any]) -> fx.Node:
+    """Put the site's own attention, its ``child``, in the place of ``node``; returns its output."""
     arguments = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
     with done.graph.inserting_before(node):
-        call = done.graph.call_module(f"{SITES}.{site_key(site.name)}.attention", arguments, options)
+        call = done.graph.call_module(f"{SITES}.{site_key(site.name)}.{child}", arguments, options)
         output = done.graph.call_function(operator.getitem, (call, 0))
         done.site_inputs[site.name] = done.graph.call_function(operator.getitem, (call, 1))
     output.meta = dict(node.meta)

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import madtp
+from madtp import PrunedModel, PruningConfig
+
 WIDTH, HEADS, PATCH, WINDOW = 16, 2, 4, 4
 
 
@@ -210,3 +213,19 @@ def _frozen(new: Tensor, old: Tensor, alive: Tensor | None) -> Tensor:
 
 def pixels(batch: int, rows: int = 6, columns: int = 6) -> Tensor:
     return torch.randn(batch, 3, rows * PATCH, columns * PATCH)
+
+
+def rewritten(model: nn.Module, gain: float = 1.5, **settings: object) -> PrunedModel:
+    config = PruningConfig(**{"alignment_tokens": 10, "gain": gain, **settings})  # type: ignore[arg-type]
+    return madtp.rewrite(model, {"pixels": pixels(3)}, config=config)
+
+
+def survivors(batch: int, count: int, depth: int, seed: int) -> list[Tensor]:
+    """Random tokens [B, N] that are left at each site, fewer at each."""
+    generator = torch.Generator().manual_seed(seed)
+    now, kept = torch.ones(batch, count, dtype=torch.bool), []
+    for _ in range(depth):
+        now = now & (torch.rand(batch, count, generator=generator) < 0.6)
+        now[:, seed % count] = True
+        kept.append(now)
+    return kept

@@ -8,12 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import lively
-from grids import HEADS, WIDTH, WINDOW, Channels, Global, GridNet, Masked, Standing, pixels
+from grids import HEADS, WIDTH, WINDOW, Channels, Global, GridNet, Masked, Standing, pixels, rewritten, survivors
 from rewrites import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
-
-import madtp
-from madtp import PrunedModel, PruningConfig
 
 FORMS = [
     ("global", "depthwise"),
@@ -26,25 +23,9 @@ FORMS = [
 ]
 
 
-def rewritten(model: nn.Module, gain: float = 1.5, **settings: object) -> PrunedModel:
-    config = PruningConfig(**{"alignment_tokens": 10, "gain": gain, **settings})  # type: ignore[arg-type]
-    return madtp.rewrite(model, {"pixels": pixels(3)}, config=config)
-
-
 def drawn(attention: str, feed_forward: str) -> nn.Module:
     torch.manual_seed(0)
     return lively(GridNet(attention, feed_forward))
-
-
-def survivors(batch: int, count: int, depth: int, seed: int) -> list[Tensor]:
-    """Random tokens [B, N] that are left at each site, fewer at each."""
-    generator = torch.Generator().manual_seed(seed)
-    now, kept = torch.ones(batch, count, dtype=torch.bool), []
-    for _ in range(depth):
-        now = now & (torch.rand(batch, count, generator=generator) < 0.6)
-        now[:, seed % count] = True
-        kept.append(now)
-    return kept
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
@@ -216,20 +197,3 @@ def test_a_stream_that_stands_on_the_grid_is_pruned_as_a_flat_one(attention: str
             assert gap(value, found[key].reshape(value.shape)) < 1e-5, key
     whole = 36 * 3 * WIDTH * WIDTH
     assert pruned.macs_by_module()["blocks.2.mlp.up"] < 0.5 * whole
-
-
-class Windowless(Standing):
-    """A stream [B, C, H, W] of which nothing tells that channels stand last."""
-
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        x = self.patches(pixels)
-        batch, channels, height, width = x.shape
-        for block in self.blocks:
-            y = block.attention(x.flatten(2).transpose(1, 2), height, width, None)  # type: ignore[union-attr, operator]
-            x = x + y.transpose(1, 2).reshape(batch, channels, height, width)
-        return {"mean": x.mean((2, 3))}
-
-
-def test_a_grid_with_channels_first_is_refused() -> None:
-    with pytest.raises(madtp.MadtpError, match="4 dimensions"):
-        rewritten(Windowless(drawn("global", "plain")).eval())  # type: ignore[arg-type]
