@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.errors import ExampleInputsError
-from zoo.inputs.draft import PADDED, Draft, first
+from zoo.inputs.draft import PADDED, Draft, first, pair
 
 Maker = Callable[[Draft], Any]
 
@@ -53,9 +53,6 @@ def _check(draft: Draft) -> None:
         )
 
 
-GRID = 8
-
-
 def pixel_values(draft: Draft) -> Tensor:
     """Images [B, C, H, W]; flattened patches where the model wants them with their grid, or with their shapes; clips
     [B, frames, C, H, W] where it counts frames."""
@@ -63,7 +60,7 @@ def pixel_values(draft: Draft) -> Tensor:
         return _patches_of_all(draft)
     if "spatial_shapes" in draft.arguments:
         height, width = draft.patch_size
-        return draft.normal(GRID * GRID, height * width * draft.channels)
+        return draft.normal(draft.patches, height * width * draft.channels)
     frames = first(draft.vision, "num_frames")
     return draft.images(*([int(frames)] if isinstance(frames, int) and "Video" in type(draft.model).__name__ else []))
 
@@ -71,13 +68,13 @@ def pixel_values(draft: Draft) -> Tensor:
 def _patches_of_all(draft: Draft) -> Tensor:
     """Patches of all images in one sequence: [B * N, C * frames * P * P]."""
     height, width = draft.patch_size
-    frames = int(first(draft.vision, "temporal_patch_size", default=1))
-    return draft.normal(GRID * GRID, draft.channels * frames * height * width).flatten(0, 1)
+    frames = int(first(draft.vision, "temporal_patch_size", "patch_temporal", default=1))
+    return draft.normal(draft.patches, draft.channels * frames * height * width).flatten(0, 1)
 
 
 def grid(draft: Draft) -> Tensor:
     """Frames, rows and columns of each image's patches: [B, 3]."""
-    return torch.tensor([[1, GRID, GRID]]).repeat(draft.batch, 1)
+    return torch.tensor([[1, *draft.grid]]).repeat(draft.batch, 1)
 
 
 def sizes(draft: Draft) -> Tensor | None:
@@ -87,24 +84,38 @@ def sizes(draft: Draft) -> Tensor | None:
 
 def shapes(draft: Draft) -> Tensor:
     """Rows and columns of each image's patches: [B, 2]."""
-    return torch.full((draft.batch, 2), GRID)
+    return torch.tensor([draft.grid]).repeat(draft.batch, 1)
 
 
 def every_patch(draft: Draft) -> Tensor | None:
     """Every patch is part of the image: [B, N]."""
-    return torch.ones(draft.batch, GRID * GRID, dtype=torch.long) if "spatial_shapes" in draft.arguments else None
+    return torch.ones(draft.batch, draft.patches, dtype=torch.long) if "spatial_shapes" in draft.arguments else None
+
+
+def second_view(draft: Draft) -> Tensor | None:
+    """The image once more, larger: [B, C, H, W]."""
+    config = first(draft.config, "high_res_vision_config")
+    return None if config is None else draft.normal(draft.channels, *pair(config.image_size))
+
+
+def videos(draft: Draft) -> Tensor | None:
+    """Clips [B, frames, C, H, W] for a model that takes nothing else."""
+    if draft.arguments["pixel_values_videos"].default is not inspect.Parameter.empty:
+        return None
+    return draft.images(int(first(draft.vision, "num_frames", "frames_per_clip", default=4)))
 
 
 def count_image_tokens(draft: Draft) -> int:
     """How many places of the text one sample's images take: as many as features come out of them."""
-    features = getattr(draft.model, "get_image_features", None)
-    features = features or getattr(getattr(draft.model, "model", None), "get_image_features", None)
-    if draft.image_token is None or features is None:
+    owners = [part for part in draft.model.modules() if hasattr(part, "get_image_features")]
+    if draft.image_token is None or not owners:
         return 0
+    features: Any = owners[-1].get_image_features  # what is wrapped takes every argument; a wrapper may not
     accepted = inspect.signature(features).parameters
     with torch.no_grad():
         found = features(**{name: value for name, value in draft.made.items() if name in accepted})
-    found = first(found, "pooler_output", "last_hidden_state", default=found)
+    deep = first(found, "deepstack_features")
+    found = first(found, "pooler_output", "last_hidden_state", default=deep[0][1] if deep else found)
     parts = found if isinstance(found, list | tuple) else [found]
     return sum(part.numel() // part.shape[-1] for part in parts) // draft.batch
 
@@ -178,7 +189,13 @@ def image_token_types(draft: Draft) -> Tensor | None:
 # In the order of making: images come before the text that holds their places.
 COMMON: dict[str, Maker | None] = {
     "pixel_values": pixel_values,
+    "high_res_pixel_values": second_view,
+    "pixel_values_videos": videos,
     "image_grid_thw": grid,
+    "image_position_ids": None,  # of families, made before the text as well
+    "image_token_pooling": None,
+    "image_grids": None,
+    "image_merge_sizes": lambda draft: torch.full((draft.batch,), 2),
     "image_sizes": sizes,
     "spatial_shapes": shapes,
     "pixel_attention_mask": every_patch,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 TEXT_LENGTH = 16
 PADDED = 4
+GRID = 8
 
 _SPECIAL = (
     "pad_token_id",
@@ -48,15 +49,20 @@ class Draft:
         return self.model.config
 
     @cached_property
+    def core(self) -> Any:
+        """The configuration of the vision-language model that the model is, or is made around."""
+        return first(self.config, "thinker_config", "vlm_config", default=self.config)
+
+    @cached_property
     def vision(self) -> Any:
         """The configuration of the part that reads images."""
-        return first(self.config, "vision_config", "vision", "encoder", default=self.config)
+        part = first(self.core, "vision_config", "image_config", "vision", "encoder", default=self.core)
+        return first(part, "vision_config", default=part)
 
     @cached_property
     def text(self) -> Any:
         """The configuration of the part that reads text."""
-        thinker = getattr(self.config, "thinker_config", self.config)
-        return first(thinker, "text_config", "decoder", default=thinker)
+        return first(self.core, "text_config", "decoder", default=self.core)
 
     @cached_property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -66,9 +72,9 @@ class Draft:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the model reads."""
-        owners = (self.vision, self.config, getattr(self.vision, "backbone_config", None))
-        for owner in owners:
-            size = first(owner, "image_size", "img_size", "input_size")
+        nested = (getattr(self.vision, name, None) for name in ("backbone_config", "sam_config", "vq_config"))
+        for owner in (self.vision, self.config, *nested):
+            size = first(owner, "image_size", "img_size", "input_size", "max_img_size", "resolution")
             if size is not None:
                 return pair(size)
         return 64, 64
@@ -78,6 +84,20 @@ class Draft:
         """Height and width of one patch."""
         size = first(self.vision, "patch_size") or first(self.config, "patch_size")
         return pair(size if size is not None else self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that are made where a model takes patches: as many as it can merge."""
+        names = "spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size"
+        merge = pair(first(self.vision, *names, default=1))
+        height, width = (max(side, GRID // side * side) for side in merge)
+        return height, width
+
+    @property
+    def patches(self) -> int:
+        """How many patches that grid holds."""
+        height, width = self.grid
+        return height * width
 
     @property
     def channels(self) -> int:
@@ -112,7 +132,7 @@ class Draft:
     @property
     def image_token(self) -> int | None:
         """The id that stands for a piece of an image."""
-        for owner in (self.config, getattr(self.config, "thinker_config", None), self.text):
+        for owner in (self.config, self.core, self.text):
             value = first(
                 owner, "image_token_id", "image_token_index", "img_token_id", "image_patch_id", "boi_token_id"
             )
@@ -121,8 +141,8 @@ class Draft:
         return None
 
     def _special_ids(self) -> Iterator[int]:
-        for owner in (self.config, self.text, getattr(self.config, "thinker_config", None)):
-            for name, value in vars(owner).items() if owner is not None else ():
+        for owner in (self.config, self.core, self.text):
+            for name, value in vars(owner).items():
                 if isinstance(value, int) and (name in _SPECIAL or name.endswith(("_token_id", "_token_index"))):
                     yield value
 

@@ -14,8 +14,23 @@ from torch import Tensor, nn
 
 from madtp.errors import ExampleInputsError
 from zoo.adapters import ExampleInputs, register_adapter
-from zoo.inputs.arguments import Maker, attention_mask, input_ids, make_inputs, sizes
+from zoo.inputs.arguments import Maker, attention_mask, decoder_input_ids, input_ids, make_inputs, sizes
 from zoo.inputs.draft import Draft
+from zoo.inputs.patches import (
+    blocks,
+    frames,
+    grid_of_blocks,
+    ids_behind,
+    ids_of_merged,
+    large_patches,
+    moving_patches,
+    patch_places,
+    patches_by_sample,
+    pooled_grid,
+    pooled_patches,
+    square_patches,
+    tiles,
+)
 
 
 def configured(makers: Mapping[str, Maker | None]) -> ExampleInputs:
@@ -28,25 +43,21 @@ def _one_image(draft: Draft) -> Tensor:
     return draft.images(1)
 
 
-def _tiles(draft: Draft) -> Tensor:
-    """The whole image and one tile of it: [B, 2, C, H, W]."""
+def _two_images(draft: Draft) -> Tensor:
+    """Two images a sample: [B, 2, C, H, W]."""
     return draft.images(2)
 
 
-def _clip(draft: Draft) -> Tensor:
-    """A clip [B, frames, C, H, W]."""
-    return draft.images(int(draft.vision.num_frames))
+def _half(draft: Draft) -> Tensor:
+    """The upper or the lower half of a picture: [B, C, H / 2, W]."""
+    height, width = draft.image_size
+    return draft.normal(draft.channels, height // 2, width)
 
 
 def _flat_patches(draft: Draft) -> Tensor:
     """Flattened patches [B, N, P * P * C]."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
     return draft.normal((height // rows) * (width // columns), rows * columns * draft.channels)
-
-
-def _places(draft: Draft) -> Tensor:
-    """Placeholders for the pieces of one sample's images: [B, pieces]."""
-    return torch.full((draft.batch, draft.image_tokens), draft.image_token or 0)
 
 
 def _ranks(draft: Draft) -> Tensor:
@@ -57,9 +68,18 @@ def _ranks(draft: Draft) -> Tensor:
 
 def _query_places(draft: Draft) -> Tensor | None:
     """Ids behind one place for each query token: [B, T]."""
-    draft.image_tokens = int(draft.config.num_query_tokens)
-    ids = input_ids(draft)
-    return None if ids is None else torch.cat([_places(draft), ids], dim=1)
+    return ids_behind(draft, int(draft.config.num_query_tokens))
+
+
+def _query_places_of_clips(draft: Draft) -> Tensor | None:
+    """Ids behind one place for each query token of each frame: [B, T]."""
+    token = int(draft.config.video_token_index)
+    return ids_behind(draft, int(draft.config.num_query_tokens) * draft.made["pixel_values"].shape[1], token)
+
+
+def _ids_to_write(draft: Draft) -> Tensor | None:
+    """Ids for the decoder where the language model has one."""
+    return None if draft.config.use_decoder_only_language_model else decoder_input_ids(draft)
 
 
 def _choices(draft: Draft) -> Tensor | None:
@@ -133,9 +153,18 @@ def _tile_attention(draft: Draft) -> Tensor | None:
 def _places_of_patches(draft: Draft) -> Tensor | None:
     """Ids behind one place for each patch, for models that take patches by another name: [B, T]."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
-    draft.image_tokens = (height // rows) * (width // columns)
-    ids = input_ids(draft)
-    return None if ids is None else torch.cat([_places(draft), ids], dim=1)
+    return ids_behind(draft, (height // rows) * (width // columns))
+
+
+def _every_tile(draft: Draft) -> Tensor:
+    """Every tile is part of the image: [B, tiles]."""
+    return torch.ones(draft.made["pixel_values"].shape[:2], dtype=torch.bool)
+
+
+def _overview(draft: Draft) -> Tensor:
+    """Images so large that the smallest copy of them is still one patch: [B, C, H, W]."""
+    side = int(draft.config.patch_size / min(draft.config.scaled_images_ratios))
+    return draft.normal(3, side, side)
 
 
 def _image_attention(draft: Draft) -> Tensor:
@@ -147,19 +176,26 @@ def _characters(draft: Draft) -> Tensor:
 
 
 _COUNTED = {"pixel_values": _one_image, "pixel_mask": None}
-_TILED = {"pixel_values": _tiles}
-_QUERIES = {"input_ids": _query_places, "decoder_input_ids": None}
+_TILED = {"pixel_values": tiles}
+_QUERIES = {"input_ids": _query_places, "decoder_input_ids": _ids_to_write}
+_QUESTIONS: Mapping[str, Maker | None] = {
+    "qformer_input_ids": lambda draft: draft.words(8),
+    "qformer_attention_mask": lambda draft: torch.ones(draft.batch, 8, dtype=torch.long),
+}
+_QFORMER: Mapping[str, Maker | None] = {
+    "query_embeds": lambda draft: draft.normal(4, int(draft.config.hidden_size)),
+    "encoder_hidden_states": lambda draft: draft.normal(16, int(draft.config.encoder_hidden_size)),
+    "attention_mask": None,
+}
+_PLACED = {"pixel_values": patches_by_sample, "image_position_ids": patch_places}
+_SQUARES = {"pixel_values": square_patches}
 
 TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
     "bart.modeling_bart.BartForSequenceClassification": {"decoder_input_ids": None},
     "bert.modeling_bert.BertForMultipleChoice": {"input_ids": _choices, "attention_mask": _choices_mask},
     "blip_2": _QUERIES,
     "blip_2.modeling_blip_2.Blip2ForImageTextRetrieval": {"decoder_input_ids": None},
-    "blip_2.modeling_blip_2.Blip2QFormerModel": {
-        "query_embeds": lambda draft: draft.normal(4, int(draft.config.hidden_size)),
-        "encoder_hidden_states": lambda draft: draft.normal(16, int(draft.config.encoder_hidden_size)),
-        "attention_mask": None,
-    },
+    "blip_2.modeling_blip_2.Blip2QFormerModel": _QFORMER,
     "blip_2.modeling_blip_2.Blip2TextModelWithProjection": {},
     "canine": {"input_ids": _characters, "attention_mask": attention_mask},
     "flava.modeling_flava.FlavaForPreTraining": {
@@ -167,18 +203,30 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
         "bool_masked_pos": lambda draft: draft.integers(0, 2, 8, 8).bool(),
         "input_ids_masked": lambda draft: draft.made["input_ids"],
     },
+    "colmodernvbert": _COUNTED,
+    "colqwen2": {"pixel_values": patches_by_sample, "input_ids": ids_of_merged},
+    "depth_pro": {"pixel_values": _overview},
     "fuyu": {"image_patches": _flat_patches, "pixel_values": None, "input_ids": _places_of_patches},
+    "gemma4": _PLACED,
+    "gemma4_unified": {**_PLACED, "pixel_values": large_patches},
+    "granite4_vision": _TILED,
+    "granite_docling": {"pixel_values": tiles, "pixel_attention_mask": _every_tile},
     "idefics": {**_COUNTED, "image_attention_mask": _image_attention},
     "idefics2": _COUNTED,
     "idefics3": _COUNTED,
-    "instructblip": {
-        **_QUERIES,
-        "qformer_input_ids": lambda draft: draft.words(8),
-        "qformer_attention_mask": lambda draft: torch.ones(draft.batch, 8, dtype=torch.long),
+    "inkling": {"pixel_values": moving_patches},
+    "inkling2": {"pixel_values": blocks, "image_grid_thw": grid_of_blocks},
+    "instructblip": {**_QUERIES, **_QUESTIONS},
+    "instructblip.modeling_instructblip.InstructBlipQFormerModel": {
+        **_QFORMER,
+        "attention_mask": lambda draft: torch.ones(draft.batch, draft.made["input_ids"].shape[1] + 4, dtype=torch.long),
     },
+    "instructblipvideo": {**_QUERIES, **_QUESTIONS, "pixel_values": frames, "input_ids": _query_places_of_clips},
+    "kimi_k25": _SQUARES,
     "kosmos2": {"input_ids": _kosmos_ids, "image_embeds_position_mask": _kosmos_places},
     "llava": {"image_sizes": lambda draft: sizes(draft) if draft.vision.model_type == "pixtral" else None},
     "llava_next": _TILED,
+    "llava_next_video": _TILED,
     "llava_onevision": _TILED,
     "mllama": {
         "pixel_values": _one_tile,
@@ -187,12 +235,36 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
         "cross_attention_mask": _tile_attention,
     },
     "modernvbert": _COUNTED,
+    "molmo2": {
+        "pixel_values": _flat_patches,
+        "image_token_pooling": pooled_patches,
+        "image_grids": pooled_grid,
+        "image_num_crops": lambda draft: torch.ones(draft.batch, dtype=torch.long),
+    },
+    "omdet_turbo": {
+        "classes_input_ids": lambda draft: draft.words(6),
+        "classes_attention_mask": lambda draft: torch.ones(draft.batch, 6, dtype=torch.long),
+        "tasks_input_ids": lambda draft: draft.words(8),
+        "tasks_attention_mask": lambda draft: torch.ones(draft.batch, 8, dtype=torch.long),
+        "classes_structure": lambda draft: torch.ones(draft.batch, dtype=torch.long),
+    },
+    "paddleocr_vl": _SQUARES,
     "paligemma": {"token_type_ids": _all_prefix},
+    "perception_lm": _COUNTED,
+    "pi0": {
+        **_COUNTED,
+        "pixel_attention_mask": _every_tile,
+        "input_ids": lambda draft: draft.words(draft.length),
+        "state": lambda draft: draft.normal(int(draft.config.max_state_dim)),
+        "noise": lambda draft: draft.normal(int(draft.config.chunk_size), int(draft.config.max_action_dim)),
+        "timestep": lambda draft: torch.rand(draft.batch, generator=draft.generator),
+    },
     "pix2struct": {"flattened_patches": _pix2struct_patches, "attention_mask": _over_patches},
+    "seggpt": dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), _half),
     "smolvlm": _COUNTED,
     "timesformer": {"pixel_values": lambda draft: draft.images(int(draft.config.num_frames))},
     "videoprism": {"pixel_values_videos": lambda draft: draft.images(int(draft.vision.num_frames))},
-    "vilt.modeling_vilt.ViltForImagesAndTextClassification": {"pixel_values": _tiles, "pixel_mask": None},
+    "vilt.modeling_vilt.ViltForImagesAndTextClassification": {"pixel_values": _two_images, "pixel_mask": None},
     "visual_bert.modeling_visual_bert.VisualBertForMultipleChoice": {
         "input_ids": _choices,
         "attention_mask": _choices_mask,
@@ -203,7 +275,7 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
     "vit_mae": {"noise": _ranks},
     "vivit": {"pixel_values": lambda draft: draft.images(int(draft.config.num_frames))},
     "vjepa2": {"pixel_values_videos": lambda draft: draft.images(int(draft.config.frames_per_clip))},
-    "x_clip": {"pixel_values": _clip},
+    "x_clip": {"pixel_values": frames},
 }
 
 

@@ -11,7 +11,10 @@ from typing import Any
 from torch import nn
 
 from zoo.small.overrides import BUILDERS, FIELDS
-from zoo.small.shrink import shrink
+from zoo.small.shrink import sections, shrink
+
+# Fields that are no field of the class and yet are given to it; it works out all others for itself.
+_GIVEN = frozenset({"model_type", "out_features", "out_indices", "return_class_token"})
 
 
 def has(name: str) -> bool:
@@ -46,7 +49,30 @@ def small_config(kind: Any) -> Any:
 
 def small_fields(config_class: Any) -> dict[str, Any]:
     """The fields of the default configuration, made small."""
-    return _merge(shrink(config_class().to_dict()), FIELDS.get(config_class.__name__, {}))
+    return _linked(config_class, shrink(config_class().to_dict()))
+
+
+def _linked(config_class: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with what only their class can tell, those of nested configurations before those around them."""
+    for name, general in getattr(config_class, "sub_configs", {}).items():
+        nested = fields.get(name)
+        if isinstance(nested, dict):
+            fields[name] = _linked(_class_of(nested, general), nested)
+    known = getattr(config_class, "__dataclass_fields__", fields)
+    fields = {name: value for name, value in fields.items() if name in known or name in _GIVEN}
+    turned = "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ())
+    if turned and "rope_type" in (fields.get("rope_parameters") or {}):
+        fields = _merge(fields, {"rope_parameters": {"mrope_section": sections(fields)}})
+    return _merge(fields, FIELDS.get(config_class.__name__, {}))
+
+
+def _class_of(fields: Mapping[str, Any], general: Any) -> Any:
+    """The class of a nested configuration: that of its model type, where transformers has one."""
+    import transformers
+
+    kind = str(fields.get("model_type"))
+    known = transformers.CONFIG_MAPPING  # which is filled on demand, so its `get` would find nothing
+    return known[kind] if kind in known else general  # noqa: SIM401
 
 
 def _merge(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ IMAGE = 64
 PATCH = 8
 VOCABULARY = 128
 POSITIONS = 192
+QUERIES = 16
+CODES = 32
 
 # The last ids of the vocabulary stand for the special tokens that lay outside it.
 SPECIAL_FROM = 96
@@ -30,6 +32,16 @@ class _Context:
 
     fields: Mapping[str, Any]
     special: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def last(self) -> int:
+        """Which layer is kept behind the first: the last of another type than that, if there are types."""
+        for name in ("layer_types", "mlp_layer_types"):
+            types = self.fields.get(name) or []
+            others = [number for number, kind in enumerate(types) if kind != types[0]]
+            if others:
+                return others[-1]
+        return -1
 
 
 Rule = Callable[[int, _Context], int]
@@ -50,20 +62,24 @@ def _patch(value: int, _: _Context) -> int:
 
 
 # Field name -> how its number shrinks; the first pattern that matches the whole name decides.
+_WIDE = (
+    r"(.*_)?(intermediate|ffn|mlp|feed_?forward|inner|expert)_?(size|dim|hidden_size|hidden_dim|size_mlp)s?"
+    r"|d_ff|n_inner|(.*_)?dim_feedforward"
+)
 _NUMBERS: tuple[tuple[str, Rule], ...] = (
     (r".*(key_value|kv)_heads", _key_heads),
     (r".*(heads|n_head|num_head)", _constant(HEADS)),
     (r".*lora_rank", _constant(32)),
     (r".*(head_dim|head_size|d_kv|kv_channels|qk_rope_dim)", _constant(HEAD_WIDTH)),
+    (r"index_topk", _constant(QUERIES)),
     (r".*(experts_per_tok|experts_top_k|top_k_experts|moe_topk|moe_k|topk)", _constant(2)),
     (r".*num.*experts|n_routed_experts", _constant(4)),
+    (r".*kv_shared_layers", _constant(0)),  # two layers of two types have nothing to share
     (r".*(layers|n_layer|depth|num_blocks|num_block)", _constant(LAYERS)),
-    (
-        r"(.*_)?(intermediate|ffn|mlp|feed_?forward|inner|expert)_?(size|dim|hidden_size|hidden_dim|size_mlp)s?"
-        r"|d_ff|n_inner",
-        _constant(2 * WIDTH),
-    ),
-    (r"(.*_)?(image_size|img_size|image_resolution|input_size)", _constant(IMAGE)),
+    (_WIDE, _constant(2 * WIDTH)),
+    (r"num_(object_)?queries|num_query_tokens", _constant(QUERIES)),
+    (r"num_embeddings|codebook_size|base_channels|latent_channels", _constant(CODES)),  # of images as codes
+    (r"(.*_)?(image_size|img_size|image_resolution|resolution|input_size)", _constant(IMAGE)),
     (r"(.*_)?patch_size", _patch),
     (r"(.*_)?vocab_size.*", _constant(VOCABULARY)),
     (
@@ -79,7 +95,7 @@ _NUMBERS: tuple[tuple[str, Rule], ...] = (
 )
 
 # Fields that follow from others and would contradict the smaller ones.
-_DERIVED = frozenset({"stage_names", "per_layer_config"})
+_DERIVED = frozenset({"stage_names", "per_layer_config", "image_embedding_size"})
 
 # Field name -> how a list of one number a stage shrinks: stages double in width and in heads.
 _STAGES: tuple[tuple[str, Callable[[int], int]], ...] = (
@@ -98,6 +114,15 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     hold move to its end, equal ones to equal ones.
     """
     return _shrink(config, {})
+
+
+def sections(small: Mapping[str, Any]) -> list[int]:
+    """How many frequencies of a head turn with time, row and column: all that its rotary part has."""
+    rotary = (small.get("head_dim") or HEAD_WIDTH) * (small.get("rope_parameters") or {}).get(
+        "partial_rotary_factor", 1.0
+    )
+    half = int(rotary) // 2
+    return [half - 2 * (half // 4), half // 4, half // 4]
 
 
 def _shrink(config: Mapping[str, Any], special: dict[int, int]) -> dict[str, Any]:
@@ -149,8 +174,6 @@ def _special(value: int, context: _Context) -> int:
 
 
 def _list(name: str, values: list[Any], context: _Context, layers: set[int]) -> list[Any]:
-    if name == "mrope_section":
-        return [HEAD_WIDTH // 4, HEAD_WIDTH // 8, HEAD_WIDTH // 8]
     if values and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         if len(values) in (2, 3) and re.fullmatch(r".*(image_size|img_size|patch_size|resolution)", name):
             return [_number(name, v, context) for v in values]
@@ -161,6 +184,12 @@ def _list(name: str, values: list[Any], context: _Context, layers: set[int]) -> 
             return [_special(v, context) for v in values]
         if re.fullmatch(r"vision_feature_layers?", name):
             return [v if v < 0 else v % LAYERS for v in values]
+        if re.fullmatch(r"(global_attn|fullatt_block)_indexes", name):
+            return [LAYERS - 1]
+        if name == "deepstack_visual_indexes":
+            return list(range(LAYERS))
+        if re.fullmatch(_WIDE, name):
+            values = [_number(name, v, context) for v in values]
     if len(values) in layers and len(values) > LAYERS:
-        return [values[0], *values[len(values) - LAYERS + 1 :]]
+        return [values[0], values[context.last]]
     return values

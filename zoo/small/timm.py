@@ -27,11 +27,14 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("twins_svt*", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
     ("hiera*", {"embed_dim": 16, "stages": (1, 1, 1, 1), "num_heads": 1}),
     ("coat_lite*", {"embed_dims": (16, 32, 64, 64), "serial_depths": (1, 1, 1, 1)}),
+    ("fastvit*", {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64)}),
     ("davit*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
     ("*vit*|deit*|beit*|eva*|aimv2*|cait*|xcit*|convit*|samvit*|naflexvit*|flexivit*", _VIT),
 )  # fmt: skip
 
-_OWN = "nest* mvitv2* visformer* mixer* gcvit* levit* mobilevit* efficientvit* tiny_vit* repvit* vitamin*".split()
+_OWN = (
+    "maxvit* nextvit* shvit* nest* mvitv2* visformer* mixer* gcvit* levit* mobilevit* efficientvit* tiny_vit* repvit* vitamin*"
+).split()
 
 
 def has(name: str) -> bool:
