@@ -33,6 +33,8 @@ from madtp.written import WRITTEN
 from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
+from rewriters.rowwise import Rowwise, find_rowwise, sorts
+from rewriters.standins import note_forms, standing_in
 from rewriters.untouched import untouched
 
 log = logging.getLogger("madtp")
@@ -137,18 +139,42 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
     Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
     cannot be exported.
     """
+    exported, failure = _traced(model, call, region)
+    apart: list[Rowwise] = []
+    if exported is None or _chooses_rows(exported[0]):
+        with blamed_on_the_inputs(model):
+            apart = find_rowwise(model, call)
+        if apart:
+            with standing_in(model, apart):
+                exported = _traced(model, call, region)[0] or exported
+    if exported is not None:
+        found = _to_capture(*exported, call, region)
+        note_forms(found.graph, apart)
+        return found
+    raise CaptureError(
+        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
+        "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
+    )
+
+
+def _traced(model: nn.Module, call: Call, region: Region) -> tuple[Exported | None, str]:
+    """The model exported, with the answers that its Python gets if need be, or why it cannot be."""
     exported, failure = _exported(model, call, region, {})
     if exported is None:
         with blamed_on_the_inputs(model):
             answers = decide(model, call)
         if answers:
             exported, _ = _exported(model, call, region, answers)
-    if exported is not None:
-        return _to_capture(*exported, call, region)
-    raise CaptureError(
-        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
-        "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
-    )
+    return exported, failure
+
+
+def _chooses_rows(program: torch.export.ExportedProgram) -> bool:
+    """Whether a program chooses or orders rows by their values: sizes in it depend on data, or rows are sorted."""
+    for node in program.graph.nodes:
+        sizes = [n for value in pytree.tree_leaves(node.meta.get("val")) for n in getattr(value, "shape", ())]
+        if sorts(node.target) or any(isinstance(n, torch.SymInt) and not n.node.has_hint() for n in sizes):
+            return True
+    return False
 
 
 def _exported(model: nn.Module, call: Call, region: Region, answers: Answers) -> tuple[Exported | None, str]:

@@ -108,6 +108,11 @@ def topk(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(results=(best, best))
 
 
+def one_hot(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A further dimension, of classes."""
+    return Outcome(labels=(*labels_of(node.args[0], labels), plain(example_shape(node)[-1])))
+
+
 def scatter(node: fx.Node, labels: LabelMap) -> Outcome:
     """Entries written to places of a dimension that runs along no axis, for the same tokens in all operands."""
     own = labels_of(node.args[0], labels)

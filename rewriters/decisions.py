@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from madtp.branches import expect
 from madtp.calls import Call
+from rewriters.untouched import same_buffers
 
 aten = torch.ops.aten
 # What export would not write itself, so that its own assertions are told from these.
@@ -61,12 +62,8 @@ class Answering(TorchFunctionMode):
 
 def decide(model: nn.Module, call: Call) -> Answers:
     """The answers that the model's Python gets on ``call``; empty where it asks nothing."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with _Listening() as listening:
-            model(*call.args, **call.kwargs)
-        for buffer, before in buffers:  # running statistics, in training mode
-            buffer.copy_(before)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), same_buffers(model), _Listening() as listening:
+        model(*call.args, **call.kwargs)
     return {place: tuple(found) for place, found in listening.answers.items()}
 
 

@@ -31,6 +31,7 @@ from rewriters.lift import lift
 from rewriters.plan import Plan, Refusal, make_plan
 from rewriters.policy import PREDICTED
 from rewriters.pricing import cost_table
+from rewriters.standins import call_back
 
 CONSTANTS = f"{PREFIX}.constants"
 NOTHING = Plan((), (), 1, 1, "interleaved")
@@ -157,6 +158,7 @@ def _compiled(done: Insertion, model: nn.Module, captured: Capture, region: Regi
     """The program of a finished graph."""
     table = cost_table(done, captured).under(region.inside, PREFIX)
     constants = _place_constants(done.graph, captured, serial)
+    call_back(done.graph)
     lift(done.graph, model)
     _name_from_root(done.graph, region)
     forward = compile_graph(done.graph, str(serial))

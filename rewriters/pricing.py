@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from madtp.cost import CostTable, CostTerm, Join, Part, Range
-from rewriters.axes import AxisError, Dim, Labels, axes_of, is_tensor
+from rewriters.axes import AxisError, Dim, Labels, axes_of, is_tensor, unlabelled
 from rewriters.capture import Capture
 from rewriters.detect import module_path
 from rewriters.insertion import Insertion, site_key
@@ -196,9 +196,18 @@ def _weighing(node: fx.Node, done: Insertion) -> CostTerm:
     return _term(node, "attention", 1, [*_dims(node, labels_of(node, done.labels)), keys])
 
 
+def _rowwise(node: fx.Node, done: Insertion) -> CostTerm:
+    form = node.meta["rowwise"]
+    labels: Any = done.labels.get(node)
+    sizes = node.meta["val"][0].shape[: form.rank]
+    rows = unlabelled([_example(n) for n in sizes]) if labels is None else labels[0][: form.rank]
+    return _term(node, "rows", form.macs, list(zip(rows, sizes, strict=True)))
+
+
 TERMS: dict[str, Callable[[fx.Node, Insertion], CostTerm]] = {
     "linear": _linear,
     "weigh": _weighing,
+    "rowwise": _rowwise,
     **dict.fromkeys(("matmul", "bmm", "addmm", "baddbmm", "mm"), _matmul),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(NORM_COST, _norm),

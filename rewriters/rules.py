@@ -36,6 +36,7 @@ from rewriters.channel_rules import (
     conv2d,
     einsum,
     index_select,
+    one_hot,
     scatter,
     topk,
     view_as_complex,
@@ -52,6 +53,7 @@ from rewriters.outcomes import (
     op_name,
     require_plain,
     require_unlabelled,
+    same_axes,
     tensor_operands,
 )
 from rewriters.part_rules import (
@@ -192,6 +194,23 @@ def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Al
     return tuple(aligns)
 
 
+def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A submodule that works row by row (``rowwise.py``): its results run along the rows of its operands."""
+    rank: int = node.meta["rowwise"].rank
+    operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    per_operand = [labels_of(operand, labels) for operand in operands]
+    rows = list(next(own for own in per_operand if len(own) >= rank)[:rank])
+    for own in per_operand:
+        require_plain(own[rank:], node)
+        for dim, label in enumerate(own[:rank]):
+            if is_plain(rows[dim]):
+                rows[dim] = label
+    for own in per_operand:
+        if not all(same_axes(a, b) or not has_tokens(b) for a, b in zip(own, rows, strict=False)):
+            raise AxisError("operands of a module that works row by row run along different tokens")
+    return Outcome(results=tuple((*rows, *unlabelled(sizes)) for _, sizes in node.meta["rowwise"].results))
+
+
 # Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.
 EVERY_POSITION = frozenset(
     """
@@ -223,6 +242,7 @@ RULES: dict[str, Rule] = {
     "shares": map_rules.shares,
     "total": map_rules.total,
     "weigh": map_rules.weigh,
+    "rowwise": rowwise,
     "linear": linear,
     "einsum": einsum,
     "conv1d": conv1d,
@@ -232,6 +252,7 @@ RULES: dict[str, Rule] = {
     "view_as_real": view_as_real,
     "index_select": index_select,
     "topk": topk,
+    "one_hot": one_hot,
     "scatter": scatter,
     "gather": gather,
     "matmul": matmul,

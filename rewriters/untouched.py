@@ -1,4 +1,4 @@
-"""Leave a model as it was: what its modules note down while they are traced (a cache of a mask, say) is forgotten.
+"""Leave a model as it was: what its modules note down while they are traced or tried (a cache of a mask, say) is forgotten.
 
 Start at :func:`untouched`. Such notes hold tensors without values, which would come back in later calls of the model.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 # Hooks lie in an OrderedDict.
@@ -28,6 +29,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
             _refill(present, values)
             for container, content in contents:
                 _refill(container, content)
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore what a run of a model writes into its buffers (running statistics, in training mode)."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:

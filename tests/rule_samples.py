@@ -174,6 +174,8 @@ MIXING = [
     sample(aten.mm.default, x(("B", "N"), 4), x(4, 3)),
     sample(aten.topk.default, x(), 2),
     sample(aten.topk.default, x("B", 5, "N"), 2, 1),
+    sample(aten.one_hot.default, x("B", "N", kind="long"), 16),
+    sample(aten.one_hot.default, x("N", "B", 2, kind="long"), 9),
     sample(aten.scatter.value, x("B", "N", 8), 2, x("B", "N", 2, kind="long"), 1.5),
     sample(aten.scatter.src, x(8, "N", "B"), 0, x(1, "N", "B", kind="long"), x(2, "N", "B")),
     sample(aten.repeat.default, x(("B", "N"), 4), [3, 1]),
