@@ -49,18 +49,20 @@ def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> f
 
 def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
     """Raise :class:`RewriteError` unless two output structures agree: to float tolerance, or only in their shapes."""
-    first, _ = pytree.tree_flatten(expected)
-    second, _ = pytree.tree_flatten(actual)
-    if len(first) != len(second) or type(expected) is not type(actual):
+    first, second = _by_path(expected), _by_path(actual)
+    if first.keys() != second.keys() or type(expected) is not type(actual):
         raise RewriteError(
             f"the rewritten model returns {type(actual).__name__} with {len(second)} tensors, the original "
             f"{type(expected).__name__} with {len(first)}."
         )
-    for position, (want, have) in enumerate(zip(first, second, strict=True)):
+    for position, (path, want) in enumerate(first.items()):
+        have = second[path]
         if not isinstance(want, Tensor):
             if isinstance(want, int) and want != have:
                 raise RewriteError(f"output {position} is {have} instead of {want}.")
             continue
+        if not isinstance(have, Tensor):
+            raise RewriteError(f"output {position} is {type(have).__name__} instead of a tensor.")
         if want.shape != have.shape:
             raise RewriteError(f"output {position} has shape {tuple(have.shape)} instead of {tuple(want.shape)}.")
         if not values:
@@ -75,3 +77,11 @@ def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
                 f"with pruning off, output {position} differs from the original's by {error:.1e} of its scale. The "
                 "rewritten graph would be wrong, so it is refused; please report the model."
             )
+
+
+def _by_path(output: Any) -> dict[str, Any]:
+    """Leaves by their path: what is kept by name is compared by name, in whatever order it was written."""
+    try:
+        return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(output)[0]}
+    except ValueError:  # a container that was registered without names
+        return {str(place): leaf for place, leaf in enumerate(pytree.tree_leaves(output))}

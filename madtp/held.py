@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from madtp.nests import unflatten
 from madtp.tree import share
 from madtp.written import takes_written
 
@@ -196,7 +197,7 @@ def close_tree(values: Any, form: Form) -> tuple[Any, list[Any]]:
     made = [close_object(blueprint, iter(leaves[place])) for place, blueprint in form.held]
     for (place, _), one in zip(form.held, made, strict=True):
         leaves[place] = one
-    return form.spec.unflatten(leaves), made
+    return unflatten(leaves, form.spec), made
 
 
 def held_objects(values: Any) -> list[Any]:
@@ -234,7 +235,7 @@ class Returned:
             old.__dict__.update(new.__dict__)
         objects[: len(passed)] = passed
         others = iter(plain)
-        return self.spec.unflatten([next(others) if at is None else objects[at] for at in self.places])
+        return unflatten([next(others) if at is None else objects[at] for at in self.places], self.spec)
 
 
 def open_result(

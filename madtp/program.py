@@ -15,6 +15,7 @@ from madtp.cost import CostTable
 from madtp.held import Returned
 from madtp.limits import Limits
 from madtp.marks import MarkedAxes
+from madtp.nests import unflatten
 
 
 @dataclass
@@ -56,12 +57,12 @@ class Program:
 
     def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """Call the graph on flattened inputs; returns the model's own output structure, objects opened."""
-        return pytree.tree_unflatten(self.outputs(self.forward, root, leaves), self.out_spec)
+        return unflatten(self.outputs(self.forward, root, leaves), self.out_spec)
 
     def run_in_pieces(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
         """:meth:`run` by ``pieces``."""
         assert self.pieces is not None
-        return pytree.tree_unflatten(self.outputs(self.pieces, root, leaves), self.out_spec)
+        return unflatten(self.outputs(self.pieces, root, leaves), self.out_spec)
 
     def outputs(self, forward: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> list[Any]:
         """What ``forward`` returns for flattened inputs."""

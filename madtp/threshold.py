@@ -56,7 +56,7 @@ def keep_mask(
         theta: [B].
         gain: factor on theta.
         candidates: [B, N] bool.
-        min_tokens: so many of the best candidates survive in any case.
+        min_tokens: so many of the best candidates survive in any case; among equals the earlier one.
         smallest_drop: a sample that would lose fewer tokens loses none. 2 where the dropped are merged into a new token,
             as trading one token for one saves nothing; 1 otherwise.
 
@@ -67,7 +67,9 @@ def keep_mask(
     kept = scores > gain * theta.unsqueeze(1)
     floor = min(min_tokens, scores.shape[1])
     if floor:
-        best = scores.masked_fill(~candidates, float("-inf")).topk(floor, dim=1).indices
+        # A stable sort: among equals `topk` picks by the width of the batch, which batch mates decide.
+        ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        best = ranked[:, :floor]
         kept = kept.scatter(1, best, True)
     return _unless_too_few(kept & candidates, candidates, smallest_drop)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from madtp.compare import compare, relative_difference
 from madtp.errors import RewriteError
@@ -37,3 +38,29 @@ def test_complex_numbers_differ_in_both_parts() -> None:
 def test_the_floor_is_the_least_scale() -> None:
     assert relative_difference(torch.tensor([1e-4]), torch.tensor([2e-4]), floor=1e-2) == pytest.approx(1e-2)
     assert relative_difference(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+def test_what_is_kept_by_name_is_compared_by_name() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])
+    compare({"a": a, "b": (b, None)}, {"b": (b, None), "a": a})
+    with pytest.raises(RewriteError, match="shape"):
+        compare({"a": a, "b": b}, {"b": a, "a": b})
+
+
+def test_a_tensor_that_is_missing_is_found() -> None:
+    with pytest.raises(RewriteError, match="NoneType instead of a tensor"):
+        compare((torch.ones(1), None), (None, torch.ones(1)))
+
+
+def test_containers_without_names_are_compared_in_order() -> None:
+    pair = type("Pair", (), {"values": ()})
+
+    def made(values: object) -> object:
+        value = pair()
+        value.values = tuple(values)  # type: ignore[call-overload]
+        return value
+
+    pytree.register_pytree_node(pair, lambda x: (list(x.values), None), lambda values, _: made(values))
+    compare(made([torch.ones(1), torch.zeros(1)]), made([torch.ones(1), torch.zeros(1)]))
+    with pytest.raises(RewriteError, match="differs"):
+        compare(made([torch.ones(1), torch.zeros(1)]), made([torch.zeros(1), torch.ones(1)]))

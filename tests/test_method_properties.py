@@ -341,3 +341,11 @@ def test_scores_of_tokens_that_are_all_alike_have_gradients() -> None:
     (terms.alignment * torch.arange(6.0)).sum().backward()
     assert guidance.grad is not None
     assert bool(guidance.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("padding", range(12))
+def test_of_equal_tokens_the_first_survives_whatever_the_batch_is_padded_to(padding: int) -> None:
+    candidates = torch.tensor([[False, True, True, True] + [False] * padding])
+    scores = torch.tensor([[0.0, 0.2, 0.4, 0.4] + [0.0] * padding])
+    kept = keep_mask(scores, torch.tensor([0.4]), 1.0, candidates)
+    assert kept.nonzero().tolist() == [[0, 2]]
