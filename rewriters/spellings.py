@@ -18,6 +18,7 @@ from torch import fx
 
 from madtp.attention import HIDDEN, attention
 from rewriters.axes import AxisError, example_shape, is_tensor
+from rewriters.beside import fold_windows, unfold_windows, windows_beside
 from rewriters.emission import emit
 from rewriters.masks import Mask, fold_mask, join, unfold_mask
 from rewriters.outcomes import op_name
@@ -75,6 +76,9 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
             heads = folded_heads(operands[0])
             operands = [unfold_heads(graph, n, heads) for n in operands]
             mask = None if mask is None else unfold_mask(graph, mask, heads, node, rank)
+        elif rank == 5 and mask is None:
+            beside = windows_beside(operands)
+            operands = [fold_windows(graph, n, beside[0]) for n in operands]
         elif rank != 4:
             return
         new = emit(
@@ -86,6 +90,8 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
             grouped=arguments.get("enable_gqa", False),
         )
         result = fold_heads(graph, new) if rank == 3 else new
+        if rank == 5:
+            result = unfold_windows(graph, new, beside[1], beside[0])
     result.meta |= {k: v for k, v in node.meta.items() if k != "val"}
     node.replace_all_uses_with(result)
     graph.erase_node(node)
@@ -103,7 +109,7 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
         raise NoMatch
     rank = len(example_shape(product))
     shapes = [example_shape(n) for n in (query, key, value)]
-    if rank not in (3, 4) or any(len(s) != rank for s in shapes) or shapes[1][-1] != shapes[2][-2]:
+    if rank not in (3, 4, 5) or any(len(s) != rank for s in shapes) or shapes[1][-1] != shapes[2][-2]:
         raise NoMatch
     with graph.inserting_before(product):
         key = emit(graph, aten.transpose.int, (key, -1, -2), product)
@@ -113,6 +119,12 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
             heads = folded_heads(query)
             query, key, value = (unfold_heads(graph, n, heads) for n in (query, key, value))
             masks = [replace(m, node=unfold_mask(graph, m.node, heads, product, m.rank)) for m in scores.masks]
+        elif rank == 5:
+            if scores.masks:
+                raise NoMatch
+            masks = []
+            beside = windows_beside([query, key, value])
+            query, key, value = (fold_windows(graph, n, beside[0]) for n in (query, key, value))
         else:
             masks = [replace(m, node=fold_mask(graph, m, query, product)) for m in scores.masks]
         mask = join(graph, masks, product, query.meta["val"].dtype)
@@ -122,6 +134,8 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
             graph, attention, (query, key, value, mask, dropout, False), product, scale=scale, grouped=False, **cap
         )
         result = fold_heads(graph, new) if rank == 3 else new
+        if rank == 5:
+            result = unfold_windows(graph, new, beside[1], beside[0])
         wanted = product.meta["val"].dtype
         if result.meta["val"].dtype != wanted:
             result = emit(graph, aten.to.dtype, (result, wanted), product)
