@@ -21,7 +21,8 @@ def share(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     memo[id(module)] = copy
     copy.__dict__ = dict(module.__dict__)
     for name, value in module.__dict__.items():
-        if name.endswith("_hooks") or name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        hooks = name.endswith("_hooks") and isinstance(value, dict)
+        if hooks or name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             copy.__dict__[name] = value.copy()
     copy.__dict__["_modules"] = {
         name: None if child is None else share(child, memo) for name, child in module._modules.items()

@@ -26,6 +26,8 @@ MOVES = frozenset(
     "reshape reshape_as view view_as flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes t expand expand_as "
     "repeat repeat_interleave split chunk unbind select narrow index_select gather flip roll take_along_dim".split()
 )
+# Marks lie in memory in an order of their own, where a view of the values may be none of the marks.
+COPIES = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
 IN_PLACE = frozenset("__setitem__ masked_scatter_ index_put_ scatter_ index_copy_ masked_fill_ copy_".split())
 # Functions of each token by itself: a token stays in its place.
 TOKENWISE = frozenset(
@@ -58,7 +60,7 @@ def moved(func: Any, args: Any, kwargs: Any, marks_of: MarksOf) -> Any:
     if unknown:
         return None
     if func.__name__ not in IN_PLACE:
-        return func(*args, **kwargs)
+        return COPIES.get(func.__name__, func)(*args, **kwargs)
     changed = args[0].clone()
     func(changed, *args[1:], **kwargs)
     return changed

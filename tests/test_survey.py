@@ -299,3 +299,9 @@ def test_what_differs_in_single_precision_is_measured_in_double(monkeypatch: pyt
     assert examination.independence(model, model, {"x": torch.zeros(2, 2)}) == 1e-15  # type: ignore[arg-type]
     assert seen == [torch.float32, torch.float64]
     assert model.weight.dtype == torch.float32
+
+
+def test_training_at_a_smaller_rate_counts_where_larger_steps_overshoot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "_falls", lambda pruned, inputs, rate: rate < 1e-3)
+    model = nn.Linear(2, 2)
+    assert examination.trains(model, model, {"input": torch.ones(1, 2)}) is True  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import madtp
 from madtp.errors import MadtpError
 from madtp.samples import sample_dims
 from madtp.tracking import Tracker
+from madtp.written import moved
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
 Writer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -199,6 +200,17 @@ def test_what_is_written_among_words_is_followed(write: Writer) -> None:
 def test_what_cannot_be_followed_is_not_guessed(write: Writer) -> None:
     model, inputs = teller()
     assert _followed(write, inputs, model) is None
+
+
+def test_marks_follow_a_view_that_their_own_order_in_memory_does_not_allow() -> None:
+    marks = (torch.arange(12) % 5 == 0).view(3, 4).t()  # [4, 3], strides (1, 4)
+    values = torch.zeros(4, 3)
+    assert torch.equal(moved(Tensor.view, (values, 2, 6), {}, lambda _: marks), marks.reshape(2, 6))
+    assert torch.equal(moved(Tensor.view_as, (values, torch.zeros(12)), {}, _marks_of(values, marks)), marks.flatten())
+
+
+def _marks_of(values: Tensor, marks: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: marks if tensor is values else torch.zeros(tensor.shape, dtype=torch.bool)
 
 
 def test_without_positions_the_decoder_is_left_alone() -> None:

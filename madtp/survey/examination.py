@@ -32,6 +32,7 @@ STRONG = 4.0
 # The default number of alignment tokens is for widths of about 768; small models have about a twelfth of it.
 CONFIG = madtp.PruningConfig(alignment_tokens=8)
 STEPS = 10
+RATES = (1e-3, 1e-4)
 _FRAMES = 3
 
 
@@ -195,12 +196,18 @@ def _same_row(together: Tensor | None, alone: Tensor, row: int, tolerance: float
 
 
 def trains(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> bool | None:
-    """Whether a loss falls over ten steps of training; None where no output has a gradient in the original either."""
-    state = {name: value.clone() for name, value in pruned.state_dict().items()}
+    """Whether a loss falls over ten steps of training at one of the rates, as the steps of a larger one may overshoot; None
+    where no output has a gradient in the original either."""
     if _objective(leaves(model(**inputs)), {}) is None:
         return None
+    return any(_falls(pruned, inputs, rate) for rate in RATES)
+
+
+def _falls(pruned: PrunedModel, inputs: Inputs, rate: float) -> bool:
+    """Whether the loss falls over ten steps of Adam; the model is as before afterwards."""
+    state = {name: value.clone() for name, value in pruned.state_dict().items()}
     pruned.train()
-    optimiser = torch.optim.Adam([p for p in pruned.parameters() if p.requires_grad], lr=1e-3)
+    optimiser = torch.optim.Adam([p for p in pruned.parameters() if p.requires_grad], lr=rate)
     targets: dict[Any, Tensor] = {}
     losses = []
     try:
