@@ -19,7 +19,7 @@ from rewriters.axes import Axis, AxisError, Factor, Labels, example_shape, is_te
 from rewriters.layout import Layout, find_layout
 from rewriters.outcomes import is_attention, op_name, query_and_key
 from rewriters.propagate import Flow, propagate
-from rewriters.special import is_learned, pools, special_positions, stream_modality
+from rewriters.special import is_learned, pools, special_positions, stream_modality, weighs_by_layer
 from rewriters.spellings import looks_like_attention
 from rewriters.windows import condenses_own, scores_on_grid
 
@@ -123,7 +123,9 @@ def detect(graph: fx.Graph) -> Structure:
     pooling: list[fx.Node] = []
     unplaced: list[tuple[fx.Node, str]] = []
     for node in nodes:
-        if looks_like_attention(node):
+        if looks_like_attention(node) and weighs_by_layer(node):
+            pooling.append(node)
+        elif looks_like_attention(node):
             unplaced.append((node, "attention in a spelling that the rewriter does not know"))
         if not is_attention(node):
             continue
@@ -138,7 +140,8 @@ def detect(graph: fx.Graph) -> Structure:
             sublayer.stream = stream.index
             sublayer.source = _source_of(node, streams) if sublayer.kind == "cross" else None
         except AxisError as error:
-            if pools(node):
+            by_layer = op_name(node) == "weigh" and weighs_by_layer(node.args[0])  # type: ignore[arg-type]
+            if by_layer or pools(node):
                 pooling.append(node)
             else:
                 unplaced.append((node, str(error)))

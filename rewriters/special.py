@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-from rewriters.axes import example_shape, is_tensor, normal_dim
+from rewriters.axes import Axis, Factor, example_shape, has_tokens, is_tensor, normal_dim, unlabelled
 from rewriters.outcomes import op_name
+from rewriters.propagate import propagate
 
+# Layers with learned weights, and where their channels come out; what may lie between one and weights of tokens.
+CHANNELS = {"linear": -1, "conv1d": 1, "conv2d": 1}
+ON_THE_WAY = frozenset(
+    "view reshape flatten unflatten transpose permute squeeze unsqueeze to _to_copy contiguous clone mul div add softmax "
+    "shares dropout".split()
+)
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution unfold im2col".split())
 
 
@@ -64,6 +73,27 @@ def pools(attention: fx.Node) -> bool:
                 seen.add(operand)
                 stack.append(operand)
     return True
+
+
+def weighs_by_layer(weights: fx.Node) -> bool:
+    """Whether weights of tokens have a row for each channel of a learned layer on them: what they weigh is condensed."""
+    shape = example_shape(weights)
+    if len(shape) < 3 or shape[-2] == shape[-1]:
+        return False
+    path: list[fx.Node] = []
+    layer: Any = weights
+    while is_tensor(layer) and op_name(layer) in ON_THE_WAY:
+        path.append(layer)
+        layer = layer.args[0]
+    if not is_tensor(layer) or op_name(layer) not in CHANNELS:
+        return False
+    if not all(is_learned(n) for n in layer.args[1:3] if is_tensor(n)):
+        return False
+    labels = list(unlabelled(example_shape(layer)))
+    channels = normal_dim(CHANNELS[op_name(layer)], len(labels))
+    labels[channels] = (Factor(Axis("tokens", "channels"), example_shape(layer)[channels]),)
+    rows: Any = propagate(reversed(path), {layer: tuple(labels)}).labels.get(weights)
+    return rows is not None and [has_tokens(dim) for dim in rows[-2:]] == [True, False]
 
 
 def is_learned(node: fx.Node) -> bool:

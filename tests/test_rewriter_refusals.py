@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import networkx
 import pytest
 import torch
+import torch.nn.functional as F
 from models import CASES, vit
 from rewrites import gap
 from rewrites import subject as rewritten
@@ -172,6 +174,56 @@ def test_latents_need_no_site_and_other_queries_do(latents: bool) -> None:
     assert len(report.sites) == 3
     assert report.pooling == (("readers.0", "readers.1") if latents else ())
     assert [r.block for r in report.refusals] == ([] if latents else ["readers.0", "readers.1"])
+
+
+def by_convolution(tokens: Tensor, layer: nn.Module, features: Tensor) -> Tensor:
+    weights = F.conv1d(tokens.transpose(1, 2), layer.weight[:, :, None], layer.bias)
+    return weights.softmax(-1) @ features
+
+
+def by_projection(tokens: Tensor, layer: nn.Module, features: Tensor) -> Tensor:
+    weights = (layer(tokens) / 2).permute(0, 2, 1).softmax(-1)
+    return torch.einsum("bqn,bnc->bqc", weights, features)
+
+
+def over_rows(tokens: Tensor, layer: nn.Module, features: Tensor) -> Tensor:
+    return layer(tokens).softmax(-1) @ features[:, :3]
+
+
+def by_all_tokens(tokens: Tensor, layer: nn.Module, features: Tensor) -> Tensor:
+    weights = layer(tokens).transpose(1, 2) @ (tokens @ tokens.transpose(1, 2)).tanh()
+    return weights.softmax(-1) @ features
+
+
+class Condensed(nn.Module):
+    """Image tokens, of which a learned layer says how much each of three results takes of each."""
+
+    def __init__(self, spelling: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.trunk = vit(class_token=False, global_pool="")
+        self.trunk.head = nn.Identity()
+        self.spelling = spelling
+        self.layer, self.feature = nn.Linear(16, 3), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.trunk(x)
+        return self.spelling(tokens, self.layer, self.feature(tokens))
+
+
+@pytest.mark.parametrize(
+    "spelling", [by_convolution, by_projection, over_rows, by_all_tokens], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_what_a_learned_layer_weighs_is_pooled(spelling: Callable[..., Tensor]) -> None:
+    model = Condensed(spelling).eval()
+    pruned = madtp.rewrite(model, (pixels(),))
+    pools = spelling in (by_convolution, by_projection)
+    assert len(pruned.report.sites) == 3
+    assert len(pruned.report.pooling) == int(pools)
+    assert not (pools and pruned.report.refusals)
+    with pruned.dense():
+        x = pixels(3)
+        assert gap(model(x), pruned(x)) < 1e-5
 
 
 def test_a_model_that_only_pools_has_nothing_to_prune() -> None:
