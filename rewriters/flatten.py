@@ -20,7 +20,7 @@ from rewriters.detect import residual_of
 from rewriters.emission import emit
 from rewriters.outcomes import call_argument, is_attention, op_name
 from rewriters.part_rules import reduce
-from rewriters.places import LAST, LAST_DIMENSION, UNGROUPED, Order, grid_around, stands_on
+from rewriters.places import FIRST, LAST, LAST_DIMENSION, UNGROUPED, Order, grid_around, stands_on
 from rewriters.rules import RULES
 
 aten = torch.ops.aten
@@ -41,20 +41,36 @@ def cancel_permutes(graph: fx.Graph) -> None:
 
 
 def flatten_grids(graph: fx.Graph) -> None:
-    """Flatten every residual stream of attention blocks that stands on a grid, in place."""
+    """Flatten every residual stream of attention blocks that stands on a grid, and every sum that a stream of flat tokens
+    goes to its grid for (an encoding of positions by a convolution), in place."""
     done: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if not is_attention(node):
-            continue
         with suppress(AxisError):
-            order = {n: position for position, n in enumerate(graph.nodes)}
-            block_input, added = residual_of(node, order)
-            if len(example_shape(block_input)) != 4 or block_input in done or added in done:
+            seeds = _seeds(graph, node)
+            if seeds is None or len(example_shape(seeds[0])) != 4 or any(seed in done for seed in seeds):
                 continue
-            found = grid_around((block_input, added))
+            found = grid_around(seeds)
             if found is not None:
                 done |= found.keys()
                 _flatten(graph, _Grid(found, *_entry(found)))
+
+
+def _seeds(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """A residual value that may stand on a grid, and what was added to it."""
+    if is_attention(node):
+        return residual_of(node, {n: position for position, n in enumerate(graph.nodes)})
+    if op_name(node) != "add" or not is_tensor(node):
+        return None
+    for operand in node.args[:2]:
+        if is_tensor(operand) and op_name(operand) in UNGROUPED and _is_view_of_tokens(operand):  # type: ignore[arg-type]
+            return operand, node  # type: ignore[return-value]
+    return None
+
+
+def _is_view_of_tokens(view: fx.Node) -> bool:
+    """Whether flat tokens become maps ``[B, C, H, W]``."""
+    shape = example_shape(view)
+    return len(shape) == 4 and example_shape(view.all_input_nodes[0]) == FIRST.flat(shape)
 
 
 def _entry(nodes: dict[fx.Node, Order]) -> tuple[fx.Node, Order]:
@@ -215,7 +231,7 @@ def _read_flat(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> fx
         )
         if start > order.first or end < order.first + 1:
             return None
-        return emit(graph, aten.flatten.using_ints, (flat, start, end - 1), user)
+        return flat if end - 1 == start else emit(graph, aten.flatten.using_ints, (flat, start, end - 1), user)
     if name == "sym_size":
         return _size(graph, grid, user.args[1], order, flat)
     if (RULES.get(name) is reduce and _over_places(user, order)) or _pools_all(user, order):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from madtp import state as runtime
 from madtp.attention import attention
 from madtp.maps import weigh
 from rewriters.axes import AxisError, any_tokens, axes_of, token_axis
+from rewriters.emission import emit
 from rewriters.excursions import Excursions
 from rewriters.insertion import Insertion, InsertRefusal
 from rewriters.outcomes import batch_dim_of, is_attention, labels_of, op_name
@@ -206,18 +208,29 @@ class Restoration:
         assert axis is not None
         sites = self._sites_of_stream(labels)
         places = {(s.token_dim, s.batch_dim) for s in self.done.plan.sites if s.name in sites}
-        if places != {(token_dim, batch_dim)}:
+        if len(places) != 1 or next(iter(places))[1] != batch_dim or len(labels) != 3:
             raise AxisError("every position is needed where the tokens stand in another dimension than at the sites")
+        there, _ = next(iter(places))
         earlier: list[tuple[fx.Node, fx.Node | None]] = [self.done.before_site[name] for name in sites]
         if earlier[0][1] is not None:
             # The stream began with tokens that another one had pruned: what was dropped there enters all the same.
             earlier.insert(0, (self.full(self.done.entrances[sites[0]], before), None))
         state = self.done.state(axis.source, before)
+        tokens = self._turned(node, token_dim, there, before)
         with self.done.graph.inserting_before(before):
-            new = self.done.graph.call_function(runtime.restore, (node, state, token_dim, batch_dim, earlier))
-        new.meta = dict(node.meta)
-        self.excursions.begin(new, axis.source, batch_dim, token_dim)
-        return new
+            new = self.done.graph.call_function(runtime.restore, (tokens, state, there, batch_dim, earlier))
+        new.meta = dict(tokens.meta)
+        self.excursions.begin(new, axis.source, batch_dim, there)
+        result = self._turned(new, there, token_dim, before)
+        self.excursions.follow(result)
+        return result
+
+    def _turned(self, node: fx.Node, token_dim: int, there: int, before: fx.Node) -> fx.Node:
+        """``node`` with its tokens in another dimension."""
+        if token_dim == there:
+            return node
+        with self.done.graph.inserting_before(before):
+            return emit(self.done.graph, torch.ops.aten.transpose.int, (node, token_dim, there), node)
 
     def _recompute(self, node: fx.Node, before: fx.Node) -> fx.Node:
         old = node

@@ -181,6 +181,53 @@ def test_a_stream_that_is_scaled_at_each_sum_is_a_residual_stream() -> None:
             assert gap(value, pruned(pixels=given)[key]) < 5e-6, key
 
 
+class Encoded(GridNet):
+    """A convolution tells tokens where they are, in front of each feed-forward; `maps`: its result is added on the grid."""
+
+    def __init__(self, *, maps: bool) -> None:
+        super().__init__("global")
+        self.places = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH) for _ in self.blocks)
+        self.maps = maps
+
+    def encoded(self, number: int, x: Tensor, alive: Tensor | None) -> Tensor:
+        grid = x.transpose(1, 2).view(len(x), WIDTH, 6, 6)
+        if self.maps:
+            return (self.places[number](grid) + grid).flatten(2).transpose(1, 2)
+        more = self.places[number](grid).flatten(2).transpose(1, 2)
+        return x + more if alive is None else torch.where(alive[:, :, None], x + more, x)
+
+    def forward(self, pixels: Tensor, kept: list[Tensor] | None = None) -> dict[str, Tensor]:
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        left = [None] * (len(self.blocks) + 1) if kept is None else [None, *kept]
+        for number, block in enumerate(self.blocks):
+            before, after = left[number : number + 2]
+            mixed = x + block.attention(block.norm1(x), 6, 6, before)  # type: ignore[union-attr, operator]
+            x = mixed if before is None else torch.where(before[:, :, None], mixed, x)
+            x = self.encoded(number, x, after)
+            y = x + block.mlp(block.norm2(x), 6, 6)  # type: ignore[union-attr, operator]
+            x = y if after is None else torch.where(after[:, :, None], y, x)
+        return {"tokens": self.norm(x)}
+
+
+@torch.no_grad()
+def test_what_is_added_on_the_grid_is_added_to_survivors() -> None:
+    torch.manual_seed(0)
+    flat = lively(Encoded(maps=False))
+    model = Encoded(maps=True).eval()
+    model.load_state_dict(flat.state_dict())
+    pruned = rewritten(model, merge=False)
+    names = [s.name for s in pruned.report.sites]
+    assert len(names) == 3
+    assert not pruned.report.refusals
+    given, kept = pixels(3), survivors(3, 36, 3, 0)
+    with pruned.dense():
+        assert gap(model(given)["tokens"], pruned(pixels=given)["tokens"]) < 5e-6
+    pruned._control.forced = dict(zip(names, kept, strict=True))
+    with eager_arithmetic():
+        assert gap(flat(given, kept)["tokens"], pruned(pixels=given)["tokens"]) < 1e-5
+    assert pruned.macs_by_module()["blocks.2.mlp.up"] < 0.5 * 36 * 3 * WIDTH * WIDTH
+
+
 class Gated(Maps):
     """What is added to is a product with something that depends on the input: no scale."""
 
