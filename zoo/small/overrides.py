@@ -167,6 +167,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "encoder_in_channels": [32, 48, 64],
         "vision_features_channels": [256, 256, 256],
         "encoder_dim_feedforward": 128,
+        "d_model": 256,
+        "decoder_hidden_dim": 256,
+        "text_projection_out_dim": 48,
+        "text_config": {"hidden_size": 48},
+        "text_projection_in_dim": 48,
+        "class_embed_dim": 48,  # must not be the decoder's width
     },
     "PaddleOCRTextConfig": {"rope_parameters": {"mrope_section": [4, 2, 2]}},
     "PeVideoEncoderConfig": {
