@@ -140,7 +140,8 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
         complete.image_order,
     )
     for part in found.parts:
-        own = pruned.stand_in(part.region.path, _builder(part, config), written=part.region.written)
+        region = part.region
+        own = pruned.stand_in(region.path, _builder(part, config), written=region.written, apart=region.apart)
         own.adopt(part.rewritten.program, part.call)
         for inner in part.inner:
             pruned.stand_in(inner.path, _builder(part, config, inner), inner=True, written=inner.written)
@@ -218,7 +219,8 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
 
     known = len(pruned.report.notes)
     for part in found.parts:
-        original, opened = open_all(model.get_submodule(part.region.path), part.call, part.rewritten.program.sizes())
+        region, sizes = part.region, part.rewritten.program.sizes()
+        original, opened = open_all(model.get_submodule(region.path), part.call, sizes, region)
         try:
             verify(Case(original, part.rewritten.program, pruned._host, pruned._control, opened, part.rewritten.plan))
         except RewriteError as error:
@@ -287,6 +289,7 @@ def _report(model: nn.Module, found: Parts) -> RewriteReport:
     whole.refusals.extend(RefusalReport(r.block, r.node, r.reason, r.help, r.by_policy) for r in found.plan.refusals)
     if not found.whole:
         whole.regions = tuple(part.region.path for part in found.parts)
+        whole.apart = tuple(part.region.path for part in found.parts if part.region.apart is not None)
     for part in found.parts:
         _report_part(whole, part)
     if any(site.keeps_last for site in found.plan.sites):

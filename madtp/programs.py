@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.additions import PREFIX, Additions
+from madtp.apart import Apart, each_image
 from madtp.calls import Call, Signature, signature
 from madtp.compare import compare, drawing_alike
 from madtp.control import Run
@@ -56,11 +57,22 @@ class Programs:
     """The programs that stand for calls of ``module``, which lies at ``path`` of the module tree ``host``.
 
     builder: captures and rewrites the module for a further call, under a serial number. inner: the module lies in another one
-    that programs stand for, so that nothing was rewritten and checked for it in advance.
+    that programs stand for, so that nothing was rewritten and checked for it in advance. apart: how calls were taken apart into
+    images, a batch of which a program takes; None if they are not.
     """
 
-    def __init__(self, path: str, module: nn.Module, host: nn.Module, builder: Builder, *, inner: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        host: nn.Module,
+        builder: Builder,
+        *,
+        inner: bool = False,
+        apart: Apart | None = None,
+    ) -> None:
         self.path, self.module, self.host, self.builder, self.inner = path, module, host, builder, inner
+        self.apart = apart
         self.additions: Additions = host._modules[PREFIX]  # type: ignore[assignment]
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
@@ -116,7 +128,7 @@ class Programs:
             leaves = call.flat()[0]
             if not (are_free(doubled_dims(leaves), program.dynamic) and program.serves(leaves)):
                 program = self._serving_one(program, call)
-        if call.held() or self.inner:
+        if call.held() or self.inner or self.apart is not None:
             self._check(program, call)
         self._remember(program, call)
         return program
@@ -137,7 +149,7 @@ class Programs:
     def _serving_one(self, program: Program, call: Call) -> Program:
         with torch.no_grad():
             with drawing_alike(), self._untouched():
-                wanted = opened(self.module, call.form, program.sizes())(*call.args, **call.kwargs)
+                wanted = self._opened(call, program)(*call.args, **call.kwargs)
             with drawing_alike(), self.additions.control.unpruned():
                 return as_pair(program, self.module, self.host, call, wanted)
 
@@ -157,9 +169,13 @@ class Programs:
         visible = call.with_leaves(leaves)
         with torch.no_grad():
             with drawing_alike(), self._untouched():
-                expected = opened(self.module, call.form, program.sizes())(*visible.args, **visible.kwargs)
+                expected = self._opened(call, program)(*visible.args, **visible.kwargs)
             with drawing_alike(), self.additions.control.unpruned():
                 compare(expected, program.run(self.host, leaves))
+
+    def _opened(self, call: Call, program: Program) -> nn.Module:
+        """The module as it takes ``call``."""
+        return each_image(opened(self.module, call.form, program.sizes()), self.apart)
 
     def adopt(self, program: Program, call: Call) -> None:
         """Take a program into the cache as the one for calls like ``call``."""

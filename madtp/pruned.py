@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.additions import PREFIX, Additions
+from madtp.apart import Apart
 from madtp.branches import OtherBranch
 from madtp.calls import normalise_call
 from madtp.config import PruningConfig
@@ -26,6 +27,7 @@ from madtp.guidance import alignment_loss, mean_over_images
 from madtp.held import held_state
 from madtp.programs import MANY_WAYS, Builder, Programs
 from madtp.region import HostForward, Notes, Region, watching
+from madtp.region_apart import RegionApart
 from madtp.report import RewriteReport
 from madtp.scoring import SiteSpec
 from madtp.state import kept_positions
@@ -109,20 +111,27 @@ class PrunedModel(nn.Module):
     def gradient_checkpointing(self, value: bool) -> None:
         self._control.gradient_checkpointing = bool(value)
 
-    def stand_in(self, path: str, builder: Builder, *, inner: bool = False, written: str = "") -> Programs:
+    def stand_in(
+        self, path: str, builder: Builder, *, inner: bool = False, written: str = "", apart: Apart | None = None
+    ) -> Programs:
         """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on.
 
         Args:
             inner: it lies in one for which that was asked already.
             written: place in its call of the tensor of which it has to be told where image features were written.
+            apart: how its calls are taken apart into images.
         """
-        programs = Programs(path, self._host.get_submodule(path), self._host, builder, inner=inner)
+        programs = Programs(path, self._host.get_submodule(path), self._host, builder, inner=inner, apart=apart)
         if not path:
             object.__setattr__(self, "_whole", programs)
             return programs
         notes = Notes(self.report.notes)
         self._regions[path] = programs
-        programs.module.__dict__["forward"] = Region(programs, self._control, notes, written)
+        programs.module.__dict__["forward"] = (
+            Region(programs, self._control, notes, written)
+            if apart is None
+            else RegionApart(programs, apart, self._control, notes)
+        )
         if "forward" not in self._host.__dict__:
             self._host.__dict__["forward"] = HostForward(self._host, self._control, notes)
         self._host.__dict__["forward"].follows |= bool(written)

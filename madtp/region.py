@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -75,10 +75,19 @@ class Region(StandIn):
     """The forward of a region: a rewritten program where one serves the call, else the original's own code.
 
     written: place in the call of the tensor of which programs have to be told where image features were written; "" if none.
+    original: what runs where no program does, if it is not the module's own forward.
     """
 
-    def __init__(self, programs: Programs, control: PruningControl, notes: Notes, written: str = "") -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        control: PruningControl,
+        notes: Notes,
+        written: str = "",
+        original: Callable[..., Any] | None = None,
+    ) -> None:
         super().__init__(programs.module)
+        self.original = original or self.original
         self.programs, self.control, self.notes, self.written = programs, control, notes, written
         self.failed: set[Signature] = set()
         self.reason = ""

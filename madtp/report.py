@@ -70,7 +70,8 @@ class RewriteReport:
 
     pooling: module paths of attention that condenses tokens (into a class token or latents): it reads what is pruned and needs
     no site. capture: "whole", or "regions" where only the submodules named in ``regions`` are rewritten. network: streams and
-    blocks as a networkx DiGraph. notes: remarks, such as on later calls that run unpruned.
+    blocks as a networkx DiGraph. apart: the regions whose calls are taken apart into images. notes: remarks, such as on later
+    calls that run unpruned.
     """
 
     model: str
@@ -82,6 +83,7 @@ class RewriteReport:
     network: networkx.DiGraph | None = None
     seconds: float = 0.0
     regions: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     pooling: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -95,7 +97,12 @@ class RewriteReport:
             f"{self.model}: {len(self.streams)} streams, {len(self.blocks)} attention sublayers, {len(self.sites)} sites, "
             f"{len(self.refusals)} refusals ({self.capture} capture, {self.seconds:.1f} s)"
         )
-        remarks = (("region", self.regions), ("attention pooling", self.pooling), ("note", self.notes))
+        remarks = (
+            ("region", self.regions),
+            ("images apart", self.apart),
+            ("attention pooling", self.pooling),
+            ("note", self.notes),
+        )
         for text in (f"{kind}: {one}" for kind, several in remarks for one in several):
             console.print(text)
         sites = Table(title="sites", title_justify="left")

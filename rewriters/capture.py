@@ -15,7 +15,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,15 +24,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from madtp.apart import Apart, computing_one
 from madtp.calls import Call
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.fast_path import spelled_out
 from madtp.held import Returned, returned_by
 from madtp.limits import Limits, limits_of
 from madtp.written import WRITTEN
+from rewriters.axes import AxisError
+from rewriters.batching import batched
 from rewriters.decisions import Answering, Answers, decide
 from rewriters.evaluate import attribute
 from rewriters.inline import inline_bodies
+from rewriters.known import Knowing
 from rewriters.rowwise import Rowwise, find_rowwise, sorts
 from rewriters.standins import note_forms, standing_in
 from rewriters.untouched import untouched
@@ -79,12 +83,14 @@ class Region:
     modalities: of a region's floating inputs ("image", "text", both, or nothing), by their place in the call.
     read: positions of tokens that the rest of the model reads in what the region returns.
     written: place in the call of the tensor of which a further argument says where image features were written; "" if none.
+    apart: how its calls are taken apart into images, each of which is computed by itself; None if they are not.
     """
 
     path: str = ""
     modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
     read: tuple[int, ...] = ()
     written: str = ""
+    apart: Apart | None = None
 
     def inside(self, name: str) -> str:
         """The path in the whole model of what lies at ``name`` in the region."""
@@ -139,6 +145,8 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
     Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
     cannot be exported.
     """
+    if region.apart is not None:
+        return _capture_apart(model, call, region, region.apart)
     exported, failure = _traced(model, call, region)
     apart: list[Rowwise] = []
     if exported is None or _chooses_rows(exported[0]):
@@ -151,10 +159,7 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
         found = _to_capture(*exported, call, region)
         note_forms(found.graph, apart)
         return found
-    raise CaptureError(
-        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
-        "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
-    )
+    raise _untraceable(model, failure)
 
 
 def _traced(model: nn.Module, call: Call, region: Region) -> tuple[Exported | None, str]:
@@ -175,6 +180,40 @@ def _chooses_rows(program: torch.export.ExportedProgram) -> bool:
         if sorts(node.target) or any(isinstance(n, torch.SymInt) and not n.node.has_hint() for n in sizes):
             return True
     return False
+
+
+def _untraceable(model: nn.Module, failure: str) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
+        "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
+    )
+
+
+def _capture_apart(model: nn.Module, call: Call, region: Region, apart: Apart) -> Capture:
+    """One image of a batch is traced, its size known; what that computes is then written for any number of them."""
+    leaves = call.flat()[0]
+    first = call.with_leaves([x[0] if isinstance(x, Tensor) else x for x in leaves])
+    with computing_one(model), Knowing():
+        exported, failure = _export(model, first, tuple(() for _ in leaves), {})
+    if exported is None:
+        raise _untraceable(model, failure)
+    if exported[1] is not None:
+        raise CaptureError(f"{type(model).__name__} returns an object for one image that cannot be joined with others.")
+    one = _to_capture(*exported, first, region)
+    images = [n for n, x in zip(placeholders(one.graph), leaves, strict=True) if isinstance(x, Tensor)]
+    try:
+        graph = batched(one.graph, images, [x for x in leaves if isinstance(x, Tensor)])
+    except AxisError as error:
+        raise CaptureError(f"{type(model).__name__} cannot be computed for several images at once: {error}.") from error
+    inputs = {at: node.meta.get("val") for at, node in enumerate(placeholders(graph))}
+    dynamic = tuple((0,) if isinstance(x, Tensor) else () for x in leaves)
+    limits = limits_of(inputs)
+    return replace(one, graph=graph, dynamic=dynamic, example=call, limits=limits)
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
 
 
 def _exported(model: nn.Module, call: Call, region: Region, answers: Answers) -> tuple[Exported | None, str]:
@@ -266,22 +305,22 @@ def _to_capture(
     constants = _own_constants(graph, module, named)
     _shape_constants(graph, constants)
     leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs = placeholders(graph)
     dynamic: list[tuple[int, ...]] = []
-    by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, placeholders, strict=True)}
+    by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
     if region.written and WRITTEN in call.kwargs:
-        by_place[region.written].meta["written"] = placeholders[-1]
-    for (place, leaf), node in zip(leaves, placeholders, strict=True):
+        by_place[region.written].meta["written"] = inputs[-1]
+    for (place, leaf), node in zip(leaves, inputs, strict=True):
         known = region.modalities.get(pytree.keystr(place))
         if known is not None:
             node.meta["modalities"] = known
         value = node.meta.get("val")
-        sizes = value.shape if isinstance(leaf, Tensor) else [value]
+        sizes = value.shape if isinstance(leaf, Tensor) and isinstance(value, Tensor) else [value]
         free = [d for d, n in enumerate(sizes) if is_free(n)]
         dynamic.append(tuple(free))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    names = [p.name for p in placeholders]
+    names = [p.name for p in inputs]
     return Capture(graph, constants, out_spec, tuple(dynamic), call, names, returned, limits)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from madtp.additions import PREFIX
+from madtp.apart import each_image
 from madtp.calls import Call
 from madtp.config import PruningConfig
 from madtp.errors import CaptureError, MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
@@ -68,7 +69,7 @@ def build(
         CaptureError, ExampleInputsError: from the capture.
         NoSiteError: nothing could be pruned.
     """
-    model, call = open_all(model, call)
+    model, call = open_all(model, call, region=region)
     captured = capture(model, call, region)
     with _blamed_on(model):
         return _rewrite(model, call, config, captured, region, serial, only, plan)
@@ -84,7 +85,7 @@ def build_continuation(
     Raises:
         CaptureError, ExampleInputsError: from the capture. RewriteError: what was kept is read by more than attention.
     """
-    model, call = open_all(model, call)
+    model, call = open_all(model, call, region=region)
     captured = capture(model, call, region)
     with _blamed_on(model):
         canonicalise(captured.graph)
@@ -98,8 +99,11 @@ def build_continuation(
         return _compiled(Insertion(captured.graph, NOTHING), model, captured, region, serial)
 
 
-def open_all(model: nn.Module, call: Call, sizes: Collection[str] = ()) -> tuple[nn.Module, Call]:
-    """A model and a call of it with objects that later calls read again opened as their tensors and ``sizes``.
+def open_all(
+    model: nn.Module, call: Call, sizes: Collection[str] = (), region: Region = WHOLE
+) -> tuple[nn.Module, Call]:
+    """A model and a call of it with objects that later calls read again opened as their tensors and ``sizes``; the model takes
+    a batch of images if the region is taken apart.
 
     Raises:
         CaptureError: an object cannot be opened.
@@ -110,7 +114,7 @@ def open_all(model: nn.Module, call: Call, sizes: Collection[str] = ()) -> tuple
         raise CaptureError(
             f"{type(model).__name__} was called with an object that cannot be taken apart: {error}; leave it out of the call."
         ) from error
-    return opened(model, call.form, sizes), call
+    return each_image(opened(model, call.form, sizes), region.apart), call
 
 
 @contextmanager

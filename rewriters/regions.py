@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from torch import nn
@@ -25,6 +25,7 @@ from madtp.errors import (
     PlanError,
     RewriteError,
 )
+from rewriters.apart import apart_of, refusal
 from rewriters.capture import Region
 from rewriters.pipeline import Rewritten, build
 from rewriters.plan import Plan, Refusal, joined
@@ -229,6 +230,18 @@ class _Walk:
         if recorded.written is not None:
             call = call.with_written(recorded.written[1])
         self.attempts += 1
+        found = self._build(path, module, region, call)
+        if isinstance(found, Part) or (found is not None and found.by_policy):
+            return found
+        try:
+            apart = apart_of(module, recorded.call)
+        except RewriteError as error:
+            return Refusal(path, "", refusal(module, error), "give it one image a call, or prune other parts only")
+        if apart is None:
+            return found
+        return self._build(path, module, replace(region, apart=apart.apart), apart.call)
+
+    def _build(self, path: str, module: nn.Module, region: Region, call: Call) -> Part | Refusal | None:
         try:
             rewritten = build(
                 module, call, self.config, region=region, serial=len(self.parts), plan=self._plan_of(region)
