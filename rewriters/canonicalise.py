@@ -105,6 +105,29 @@ def drop_whole_slices(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def drop_empty_operands(graph: fx.Graph) -> None:
+    """Concatenations leave out operands without entries, such as the special tokens of a model that has none."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node) != "cat" or not isinstance(node.args[0], list | tuple):
+            continue
+        operands = [n for n in node.args[0] if isinstance(n, fx.Node)]
+        values = [n.meta.get("val") for n in operands]
+        if not all(isinstance(v, torch.Tensor) for v in values) or len({v.dtype for v in values}) != 1:
+            continue
+        dim = call_argument(node, 1, "dim", 0)
+        left = [n for n, v in zip(operands, values, strict=True) if v.shape != (0,) and not _is_zero(v.shape[dim])]
+        if len(left) == 1:
+            node.replace_all_uses_with(left[0])
+            graph.erase_node(node)
+        elif left and len(left) < len(operands):
+            node.args = (left, *node.args[1:])
+
+
+def _is_zero(size: int | torch.SymInt) -> bool:
+    """Whether a size is zero in all calls that the capture serves."""
+    return isinstance(size, int) and size == 0
+
+
 def _known(size: int | torch.SymInt) -> object:
     """A size as a number or an expression: equal ones are equal in all calls that the capture serves."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
@@ -123,6 +146,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("functional", functional),
     ("drop conversions", drop_conversions),
     ("drop whole slices", drop_whole_slices),
+    ("drop empty operands", drop_empty_operands),
     ("plain getitem", plain_getitem),
     ("plain slices", plain_slices),
     ("reshape views", reshape_views),
