@@ -82,6 +82,27 @@ ProphetNetModel LEDModel BigBirdPegasusModel EncoderDecoderModel MvpModel PLBart
 SwitchTransformersModel
 GPT2Model GPT2LMHeadModel GPTNeoXModel LlamaModel LlamaForCausalLM MistralModel Qwen2Model Qwen3Model GemmaModel
 Gemma2Model Gemma3TextModel Llama4TextModel MllamaTextModel Molmo2TextModel PhiModel OPTModel BloomModel FalconModel
+
+BlenderbotModel CohereCompassForConditionalGeneration ColModernVBertForRetrieval Cosmos3EdgeForConditionalGeneration
+DFineForObjectDetection DeepseekOcr2ForConditionalGeneration DeepseekVLHybridForConditionalGeneration
+Deimv2ForObjectDetection DepthProForDepthEstimation Dots3NoteForConditionalGeneration EfficientLoFTRModel
+EomtForUniversalSegmentation Ernie4_5_VLMoeForConditionalGeneration Exaone4_5_ForConditionalGeneration FSMTModel
+Gemma3nForConditionalGeneration Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration GitVisionModel
+Glm4vMoeForConditionalGeneration Glm5NextForConditionalGeneration GlmOcrForConditionalGeneration
+Granite4VisionForConditionalGeneration GraniteDoclingForConditionalGeneration HunYuanVLForConditionalGeneration
+HyperCLOVAXVisionV2ForConditionalGeneration Inkling2ForConditionalGeneration InklingForConditionalGeneration
+InstructBlipQFormerModel InstructBlipVideoForConditionalGeneration InstructBlipVisionModel JanusVisionModel
+Kimi_K25ForConditionalGeneration Lfm3VlForConditionalGeneration LightGlueForKeypointMatching
+LlavaNextVideoForConditionalGeneration LwDetrForObjectDetection MMGroundingDinoForObjectDetection
+Mask2FormerForUniversalSegmentation MaskFormerForInstanceSegmentation MiniCPMOcrForConditionalGeneration
+MiniCPMV4_7ForConditionalGeneration MiniMaxM3SparseForConditionalGeneration MistralLarge4ForConditionalGeneration
+Molmo2ForConditionalGeneration MuseGlimmerForConditionalGeneration NllbMoeModel OneFormerForUniversalSegmentation
+PI0ForConditionalGeneration PaddleOCRVLForConditionalGeneration PeVideoEncoder PegasusXModel
+Qwen2_5OmniThinkerForConditionalGeneration Qwen2_5_VLTextModel Qwen3VLMoeForConditionalGeneration
+Qwen4ExpForConditionalGeneration RTDetrForObjectDetection RTDetrV2ForObjectDetection ReformerModel
+RfDetrForObjectDetection Sam2Model Sam2VisionModel Sam3VisionModel SamHQVisionModel Sapiens2Backbone
+Step3p7ForConditionalGeneration T5Gemma2ForConditionalGeneration T5GemmaModel UnlimitedOcrForConditionalGeneration
+VideoLlama3ForConditionalGeneration VitPoseBackbone ZoeDepthForDepthEstimation
 """.split()
 
 _TIMM = """
@@ -104,6 +125,11 @@ swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 hiera_ti
 twins_pcpvt_small mvitv2_tiny nest_tiny davit_tiny coat_lite_tiny gcvit_xxtiny levit_128s tiny_vit_5m_224
 mobilevit_xxs efficientvit_m0 efficientformer_l1 caformer_s18
 mixer_s32_224 resnet18 convnext_atto
+
+botnet26t_256 coatnet_0_224 cpubone_t0 csatv2 deepseek_vit_412m edgenext_xx_small efficientformerv2_s0 fastvit_sa12
+focalnet_tiny_srf gemma4_vit_167m halonet26t hieradet_small iformer_s lowformer_b0 maxvit_tiny_tf_224
+mobilenetv4_hybrid_medium mobilenetv5_base mobilevitv2_050 nextvit_small qwen3_vit_306m repvit_m1 sam2_hiera_tiny
+shvit_s1 swinv2_base_window8_256 vit_dlittle_patch16_reg1_gap_256
 """.split()
 
 _OPEN_CLIP = """
@@ -111,6 +137,9 @@ ViT-B-32 ViT-B-32-quickgelu ViT-L-14-CLIPA ViT-H-14-worldwide ViT-S-16-alt ViT-b
 coca_roberta-ViT-B-32 roberta-ViT-B-32 xlm-roberta-base-ViT-B-32 mt5-base-ViT-B-32 nllb-clip-base
 nllb-clip-base-siglip ViT-B-16-SigLIP ViT-B-16-SigLIP2 ViT-SO400M-14-SigLIP EVA01-g-14 EVA02-B-16 PE-Core-B-16
 MobileCLIP-B ViTamin-S vit_medium_patch16_gap_256 vit_relpos_medium_patch16_cls_224 RN50
+
+EVA02-L-14-336 MobileCLIP-S1 MobileCLIP2-B PE-Core-T-16-384 ViT-H-14-378-quickgelu ViT-L-14-336
+ViT-gopt-16-SigLIP2-384 ViTamin-L convnext_base swin_base_patch4_window7_224
 """.split()
 
 CATALOGUE: dict[str, tuple[str, ...]] = {"hf": tuple(_HF), "open_clip": tuple(_OPEN_CLIP), "timm": tuple(_TIMM)}
