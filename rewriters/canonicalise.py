@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from rewriters.axes import is_tensor
 from rewriters.decisions import keep_checks
 from rewriters.flatten import cancel_permutes, flatten_grids
 from rewriters.functional import functional, has_effect, writes
@@ -110,12 +111,12 @@ def drop_empty_operands(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != "cat" or not isinstance(node.args[0], list | tuple):
             continue
-        operands = [n for n in node.args[0] if isinstance(n, fx.Node)]
-        values = [n.meta.get("val") for n in operands]
-        if not all(isinstance(v, torch.Tensor) for v in values) or len({v.dtype for v in values}) != 1:
+        operands = [n for n in node.args[0] if isinstance(n, fx.Node) and is_tensor(n)]
+        if len({n.meta["val"].dtype for n in operands}) != 1:
             continue
         dim = call_argument(node, 1, "dim", 0)
-        left = [n for n, v in zip(operands, values, strict=True) if v.shape != (0,) and not _is_zero(v.shape[dim])]
+        shapes = [n.meta["val"].shape for n in operands]
+        left = [n for n, shape in zip(operands, shapes, strict=True) if shape != (0,) and not _is_zero(shape[dim])]
         if len(left) == 1:
             node.replace_all_uses_with(left[0])
             graph.erase_node(node)

@@ -72,3 +72,13 @@ def test_nothing_of_another_type_decides_the_type_of_the_result() -> None:
     names, found = _operations(Wider(), torch.ones(2, 3))
     assert "cat" in names
     assert found.dtype is torch.float64
+
+
+def test_a_tensor_that_is_joined_with_itself_stays() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x[:, :0], x], dim=1)
+
+    names, found = _operations(Doubled(), torch.ones(2, 3))
+    assert "cat" in names
+    assert found.shape == (2, 6)
