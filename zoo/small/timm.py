@@ -25,7 +25,7 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("pvt_v2*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
     ("twins_pcpvt*", {"img_size": IMAGE, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
     ("twins_svt*", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
-    ("hiera*", {"embed_dim": 16, "stages": (1, 1, 1, 1), "num_heads": 1}),
+    ("hiera*", {"embed_dim": 16, "stages": (2, 2, 2, 2), "num_heads": 1}),
     ("coat_lite*", {"embed_dims": (16, 32, 64, 64), "serial_depths": (1, 1, 1, 1)}),
     ("fastvit*", {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64)}),
     ("davit*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
