@@ -11,6 +11,14 @@ from zoo.small.shrink import HEADS, IMAGE, LAYERS, PATCH, WIDTH
 
 _VIT = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
 _STAGES = {"img_size": IMAGE, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+_HIERADET = {
+    "embed_dim": 16,
+    "stages": (2, 2, 2, 2),
+    "num_heads": 1,
+    "window_spec": (4, 4, 2, 2),
+    "global_att_blocks": (5,),
+    "pretrained_cfg_overlay": {"input_size": (3, IMAGE, IMAGE)},
+}
 
 # The first pattern that matches gives the arguments of `timm.create_model`; architectures without one keep their own.
 _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -26,6 +34,8 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("twins_pcpvt*", {"img_size": IMAGE, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
     ("twins_svt*", {"embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}),
     ("hiera*", {"embed_dim": 16, "stages": (2, 2, 2, 2), "num_heads": 1}),
+    ("hieradet*|sam2_hiera*", _HIERADET),
+    ("vitamin*", {"depth": LAYERS}),
     ("coat_lite*", {"embed_dims": (16, 32, 64, 64), "serial_depths": (1, 1, 1, 1)}),
     ("fastvit*", {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64)}),
     ("davit*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
@@ -33,7 +43,7 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 _OWN = (
-    "maxvit* nextvit* shvit* nest* mvitv2* visformer* mixer* gcvit* levit* mobilevit* efficientvit* tiny_vit* repvit* vitamin*"
+    "maxvit* nextvit* shvit* nest* mvitv2* visformer* mixer* gcvit* levit* mobilevit* efficientvit* tiny_vit* repvit*"
 ).split()
 
 
