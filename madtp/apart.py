@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls import Call
 from madtp.compare import relative_difference
 from madtp.errors import RewriteError
+from madtp.nests import unflatten
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 COARSE = 5e-2
@@ -177,7 +178,7 @@ class Recipe:
             same[0] if dim is None else torch.cat(list(same), dim)
             for same, dim in zip(zip(*results, strict=True), self.joined, strict=True)
         ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return unflatten(leaves, self.spec)
 
 
 def recipe_of(forward: Callable[..., Any], call: Call, images: Sequence[Image], apart: Apart) -> Recipe:

@@ -112,7 +112,7 @@ def drop_empty_operands(graph: fx.Graph) -> None:
         if node.op != "call_function" or op_name(node) != "cat" or not isinstance(node.args[0], list | tuple):
             continue
         operands = [n for n in node.args[0] if isinstance(n, fx.Node) and is_tensor(n)]
-        if len({n.meta["val"].dtype for n in operands}) != 1:
+        if len(operands) < len(node.args[0]) or len({n.meta["val"].dtype for n in operands}) != 1:
             continue
         dim = call_argument(node, 1, "dim", 0)
         shapes = [n.meta["val"].shape for n in operands]
