@@ -25,6 +25,7 @@ from madtp.program import Program
 from madtp.programs import Builder
 from madtp.pruned import PrunedModel
 from madtp.recorded_call import record_call
+from madtp.region import of_calls
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
 from madtp.scoring import SegmentSpec, SiteSpec
 from madtp.tree import share
@@ -232,7 +233,7 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
         if len(pruned.report.notes) > known:
             note = pruned.report.notes[known]
             for part in found.parts:
-                if note.startswith(f"calls of {part.region.path} that"):
+                if note.startswith(of_calls(part.region.path)):
                     return part, note
             raise RewriteError(f"the rewritten regions do not fit the model. {note}")
     return None

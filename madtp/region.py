@@ -34,6 +34,11 @@ FAILURES = 3
 REMEMBERED = 256
 
 
+def of_calls(what: str) -> str:
+    """How remarks begin that calls of a module (its path or name) or of a method run unpruned."""
+    return f"calls of {what} that run unpruned: "
+
+
 class Notes:
     """Remarks about calls, each logged once and kept for the report."""
 
@@ -45,6 +50,10 @@ class Notes:
         if text not in self.kept:
             self.kept.append(text)
             log.warning("%s", text)
+
+    def unpruned(self, what: str, reason: str) -> None:
+        """Say that calls of a module or a method run unpruned, and why."""
+        self.add(of_calls(what) + reason)
 
 
 @contextmanager
@@ -65,9 +74,10 @@ def watching(
     finally:
         handle.remove()
     if seen:
-        notes.add(
-            f"calls of {method} that run unpruned: it runs {seen[0]} by itself, outside any tower that is called as a module; "
-            "call the model, or rewrite the submodule that it calls."
+        notes.unpruned(
+            method,
+            f"it runs {seen[0]} by itself, outside any tower that is called as a module; "
+            "call the model, or rewrite the submodule that it calls.",
         )
 
 
@@ -174,7 +184,7 @@ class Region(StandIn):
         yield further
 
     def _note(self, reason: str) -> None:
-        self.notes.add(f"calls of {self.programs.path} that run unpruned: {reason}")
+        self.notes.unpruned(self.programs.path, reason)
 
 
 class HostForward(StandIn):
@@ -248,9 +258,10 @@ class HostForward(StandIn):
         except MadtpError as error:
             reason = str(error)
         if reason:
-            self.notes.add(
-                f"calls of {type(self.module).__name__} that run unpruned: {reason} It collects values from the inside of a "
-                "rewritten region; leave the option that asks for them out."
+            self.notes.unpruned(
+                type(self.module).__name__,
+                f"{reason} It collects values from the inside of a "
+                "rewritten region; leave the option that asks for them out.",
             )
         return not reason
 

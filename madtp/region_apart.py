@@ -94,7 +94,7 @@ class RegionApart(StandIn):
         return str(spec), *map(repr, leaves), *(m.training for m in self.module.modules())
 
     def _note(self, reason: str) -> None:
-        self.notes.add(f"calls of {self.programs.path} that run unpruned: {reason}")
+        self.notes.unpruned(self.programs.path, reason)
 
 
 class _Records:

@@ -86,11 +86,10 @@ def _last(work: Batching, node: fx.Node) -> fx.Node:
 
 def _norm(work: Batching, node: fx.Node) -> fx.Node:
     first: Any = node.args[0]
-    _only(work, node, first)
     sizes: Any = node.args[1]
     if len(sizes) > len(work.shape(first).rest):
         raise AxisError(f"{op_name(node)} works on all dimensions of an image")
-    return work.emit(node.target, *work.old(node.args), **work.old(node.kwargs))
+    return _last(work, node)
 
 
 def _only(work: Batching, node: fx.Node, operand: Any) -> None:
@@ -103,10 +102,7 @@ def _view(work: Batching, node: fx.Node) -> fx.Node:
     source: Any = node.args[0]
     if source not in work.many or isinstance(node.args[-1], torch.dtype):
         raise AxisError(f"{op_name(node)} takes more than a shape")
-    before, after = work.shape(source), work.shape(node)
-    if before.rest == after.rest:
-        return work.env[source]
-    return work.reshaped(work.env[source], after.rest)
+    return _regrouped(work, node)
 
 
 def _part(work: Batching, node: fx.Node) -> fx.Node:
@@ -232,7 +228,8 @@ def _unsqueeze(work: Batching, node: fx.Node) -> fx.Node:
     return work.settled(work.emit(aten.unsqueeze.default, work.whole(source), dim + 1), node)
 
 
-def _squeeze(work: Batching, node: fx.Node) -> fx.Node:
+def _regrouped(work: Batching, node: fx.Node) -> fx.Node:
+    """The same entries in the shape that they have for one image."""
     source: Any = node.args[0]
     before, after = work.shape(source), work.shape(node)
     if before.rest == after.rest:
@@ -379,7 +376,7 @@ RULES: dict[str, Rule] = {
     "cat": _cat,
     "stack": _stack,
     "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
+    "squeeze": _regrouped,
     "repeat": _repeat,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from rewrites import gap
 from torch import Tensor, nn
 
 import madtp
@@ -229,3 +230,22 @@ def survivors(batch: int, count: int, depth: int, seed: int) -> list[Tensor]:
         now[:, seed % count] = True
         kept.append(now)
     return kept
+
+
+def assert_dense_is_original(model: nn.Module, pruned: PrunedModel, batches: tuple[int, ...]) -> None:
+    """With pruning off, outputs are those of `model` in batches of these sizes."""
+    for batch in batches:
+        given = pixels(batch)
+        with pruned.dense():
+            for key, value in model(given).items():
+                assert gap(value, pruned(pixels=given)[key]) < 5e-6, key
+
+
+def assert_samples_ignore_batch_mates(pruned: PrunedModel) -> None:
+    """Samples of a batch keep different numbers of tokens, and yield alone what they yield together."""
+    given = pixels(4)
+    together = pruned(pixels=given)
+    assert len(set(pruned.token_counts()["blocks.2"].tolist())) > 1
+    for row in range(4):
+        for key, value in pruned(pixels=given[row : row + 1]).items():
+            assert gap(together[key][row : row + 1], value) < 1e-4

@@ -8,7 +8,21 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import lively
-from grids import HEADS, WIDTH, WINDOW, Channels, Global, GridNet, Masked, Standing, pixels, rewritten, survivors
+from grids import (
+    HEADS,
+    WIDTH,
+    WINDOW,
+    Channels,
+    Global,
+    GridNet,
+    Masked,
+    Standing,
+    assert_dense_is_original,
+    assert_samples_ignore_batch_mates,
+    pixels,
+    rewritten,
+    survivors,
+)
 from rewrites import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
@@ -35,11 +49,7 @@ def test_temperature_zero_is_the_original(form: tuple[str, str]) -> None:
     pruned = rewritten(model)
     assert [s.name for s in pruned.report.sites] == [f"blocks.{n}" for n in range(3)]
     assert not pruned.report.refusals
-    for batch in (1, 3, 4):
-        given = pixels(batch)
-        with pruned.dense():
-            for key, value in model(given).items():
-                assert gap(value, pruned(pixels=given)[key]) < 5e-6
+    assert_dense_is_original(model, pruned, (1, 3, 4))
     assert {k for k in pruned.state_dict() if not k.startswith("madtp.")} == model.state_dict().keys()
 
 
@@ -62,12 +72,7 @@ def test_dropped_tokens_keep_their_state_and_are_hidden(form: tuple[str, str], s
 @torch.no_grad()
 def test_a_sample_ignores_its_batch_mates(form: tuple[str, str]) -> None:
     pruned = rewritten(drawn(*form))
-    given = pixels(4)
-    together = pruned(pixels=given)
-    assert len(set(pruned.token_counts()["blocks.2"].tolist())) > 1
-    for row in range(4):
-        for key, value in pruned(pixels=given[row : row + 1]).items():
-            assert gap(together[key][row : row + 1], value) < 1e-4
+    assert_samples_ignore_batch_mates(pruned)
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import lively
-from grids import HEADS, WIDTH, Global, GridNet, pixels, rewritten, survivors
+from grids import (
+    HEADS,
+    WIDTH,
+    Global,
+    GridNet,
+    assert_dense_is_original,
+    assert_samples_ignore_batch_mates,
+    pixels,
+    rewritten,
+    survivors,
+)
 from rewrites import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
@@ -55,11 +65,7 @@ def test_windows_beside_heads_are_attention_in_windows(form: str, count: int) ->
     pruned = rewritten(model, merge=False)
     assert [s.name for s in pruned.report.sites] == [f"blocks.{n}" for n in range(3)]
     assert not pruned.report.refusals
-    for batch in (1, 4):
-        given = pixels(batch)
-        with pruned.dense():
-            for key, value in model(given).items():
-                assert gap(value, pruned(pixels=given)[key]) < 5e-6, key
+    assert_dense_is_original(model, pruned, (1, 4))
     given, kept = pixels(3), survivors(3, 36, 3, 0)
     pruned._control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
     with eager_arithmetic():
@@ -77,12 +83,7 @@ def test_windows_beside_heads_are_attention_in_windows(form: str, count: int) ->
 @torch.no_grad()
 def test_a_sample_ignores_its_batch_mates(count: int) -> None:
     pruned = rewritten(drawn("fused", count))
-    given = pixels(4)
-    together = pruned(pixels=given)
-    assert len(set(pruned.token_counts()["blocks.2"].tolist())) > 1
-    for row in range(4):
-        for key, value in pruned(pixels=given[row : row + 1]).items():
-            assert gap(together[key][row : row + 1], value) < 1e-4
+    assert_samples_ignore_batch_mates(pruned)
 
 
 @pytest.mark.parametrize("form", FORMS)

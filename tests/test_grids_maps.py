@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import lively
-from grids import WIDTH, GridNet, Plain, pixels, rewritten, survivors
+from grids import WIDTH, GridNet, Plain, assert_dense_is_original, pixels, rewritten, survivors
 from rewrites import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
@@ -101,11 +101,7 @@ def test_maps_are_pruned_as_a_flat_stream(form: tuple[Norm, str, str]) -> None:
     names = [s.name for s in pruned.report.sites]
     assert len(names) == 3
     assert not pruned.report.refusals
-    for batch in (1, 4):
-        given = pixels(batch)
-        with pruned.dense():
-            for key, value in model(given).items():
-                assert gap(value, pruned(pixels=given)[key]) < 5e-6, key
+    assert_dense_is_original(model, pruned, (1, 4))
     given, kept = pixels(3), survivors(3, 36, 3, 0)
     pruned._control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
