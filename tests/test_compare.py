@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from madtp.compare import compare, relative_difference
+from madtp.compare import compare, relative_difference, rounds_alike
 from madtp.errors import RewriteError
 
 INF, NAN = float("inf"), float("nan")
@@ -64,3 +64,20 @@ def test_containers_without_names_are_compared_in_order() -> None:
     compare(made([torch.ones(1), torch.zeros(1)]), made([torch.ones(1), torch.zeros(1)]))
     with pytest.raises(RewriteError, match="differs"):
         compare(made([torch.ones(1), torch.zeros(1)]), made([torch.zeros(1), torch.ones(1)]))
+
+
+EXACT = {"a": torch.tensor([1.0, 2.0], dtype=torch.float64), "n": torch.tensor([3])}
+
+
+def _off(by: float) -> dict[str, Tensor]:
+    return {"a": EXACT["a"].float() + by, "n": EXACT["n"]}
+
+
+def test_what_is_as_near_to_the_exact_result_rounds_alike() -> None:
+    assert rounds_alike(EXACT, _off(1e-3), _off(-2e-3))
+    assert rounds_alike(EXACT, _off(0.0), _off(0.0))
+
+
+@pytest.mark.parametrize("own", [_off(4e-3), _off(NAN), {"a": EXACT["a"].float()}])
+def test_what_is_farther_from_the_exact_result_does_not(own: dict[str, Tensor]) -> None:
+    assert not rounds_alike(EXACT, _off(1e-3), own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import pytest
@@ -13,6 +14,7 @@ from rewrites import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
 import madtp
+from madtp.errors import RewriteError
 
 Norm = Literal["layer", "batch"]
 FORMS: list[tuple[Norm, str, str]] = [
@@ -250,3 +252,36 @@ class Untold(Maps):
 def test_near_misses_are_refused(kind: type[Maps], words: str) -> None:
     with pytest.raises(madtp.MadtpError, match=words):
         rewritten(kind(drawn("layer", "global", "plain")[0], "layer").eval())
+
+
+class Rounding(Maps):
+    """Maps whose results depend upon their last digits: single precision is farther from the exact ones than any tolerance.
+
+    While it is captured it rounds otherwise, and is wrong by the relative `error`.
+    """
+
+    def __init__(self, error: float = 0.0) -> None:
+        super().__init__(drawn("batch", "global", "plain")[0], "batch")
+        self.error = error
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        found = super().forward(pixels)["tokens"]
+        if torch.compiler.is_exporting():
+            found = found * 3 / 3 * (1 + self.error)
+        return {"tokens": torch.sin(3e3 * found)}
+
+
+def test_a_model_that_rounds_more_than_the_tolerance_is_judged_in_double_precision() -> None:
+    model = Rounding().eval()
+    pruned = rewritten(model)
+    assert (pruned.report.capture, len(pruned.report.sites)) == ("whole", 3)
+    given = pixels(3)
+    with torch.no_grad(), pruned.dense():
+        assert gap(model(given)["tokens"], pruned(pixels=given)["tokens"]) > 1e-4
+        exact = copy.deepcopy(model).double()(given.double())
+        assert gap(exact["tokens"], copy.deepcopy(pruned).double()(pixels=given.double())["tokens"]) < 1e-9
+
+
+def test_an_error_that_hides_in_rounding_is_found() -> None:
+    with pytest.raises(RewriteError, match="differs from the original"):
+        rewritten(Rounding(error=1e-6).eval())

@@ -9,7 +9,7 @@ import copy
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import madtp
-from madtp.compare import drawing_alike
+from madtp.compare import drawing_alike, rounds_alike
 from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
@@ -123,13 +123,31 @@ def _probed(record: Record, model: nn.Module, pruned: PrunedModel, inputs: Input
 
 @torch.no_grad()
 def identity(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
-    """Largest error with pruning off, at the example's batch size and at another one."""
-    errors = []
+    """Largest error with pruning off, at the example's batch size and at another one.
+
+    Where the original itself rounds by more than the limit in single precision, and the pruned model is about as near to what
+    it computes in double precision, the error in double precision counts.
+    """
+    batches = [given for given in (inputs, repeated(inputs, 3)) if given is not None]
     with pruned.dense():
-        for given in (inputs, repeated(inputs, 3)):
-            if given is not None:
-                errors.append(relative_error(_outputs(model, given), _outputs(pruned, given)))
+        error = max(relative_error(_outputs(model, given), _outputs(pruned, given)) for given in batches)
+        return error if error <= IDENTITY else min(error, _exact_identity(model, pruned, batches))
+
+
+def _exact_identity(model: nn.Module, pruned: PrunedModel, batches: Sequence[Inputs]) -> float:
+    """The error in double precision; infinite where that in single precision is more than rounding."""
+    exact, exactly = copy.deepcopy(model).double(), copy.deepcopy(pruned).double()
+    errors = []
+    for given in batches:
+        truth = _outputs(exact, _doubled(given))
+        if not rounds_alike(truth, _outputs(model, given), _outputs(pruned, given)):
+            return float("inf")
+        errors.append(relative_error(truth, _outputs(exactly, _doubled(given))))
     return max(errors)
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 @torch.no_grad()
@@ -154,8 +172,7 @@ def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float
     error = _alone(model, pruned, inputs)
     if error is None or error <= INDEPENDENCE:
         return error
-    exact = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    return _alone(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), exact)
+    return _alone(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), _doubled(inputs))
 
 
 def _alone(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:
