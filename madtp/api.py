@@ -6,15 +6,17 @@ at the zoo.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from madtp.calls import Call, check_batch, normalise_call
 from madtp.config import PruningConfig
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from rewriters.capture import Region
     from rewriters.plan import Plan, SitePlan
     from rewriters.regions import Part, Parts
+    from rewriters.verify import Case
 
 log = logging.getLogger("madtp")
 PREDICTED = (
@@ -215,17 +218,17 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
     Raises:
         RewriteError: the regions do not fit the model.
     """
-    from rewriters.pipeline import open_all
-    from rewriters.verify import Case, verify
+    from rewriters.rounding import is_rounding
+    from rewriters.verify import verify
 
     known = len(pruned.report.notes)
     for part in found.parts:
-        region, sizes = part.region, part.rewritten.program.sizes()
-        original, opened = open_all(model.get_submodule(region.path), part.call, sizes, region)
+        case = _case(model, pruned, part)
         try:
-            verify(Case(original, part.rewritten.program, pruned._host, pruned._control, opened, part.rewritten.plan))
+            verify(case)
         except RewriteError as error:
-            return part, str(error)
+            if not is_rounding(case, lambda one=part: _doubled(model, pruned, one)):  # type: ignore[misc]
+                return part, str(error)
     if not found.whole:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
             pruned(*call.args, **call.kwargs)
@@ -237,6 +240,22 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
                     return part, note
             raise RewriteError(f"the rewritten regions do not fit the model. {note}")
     return None
+
+
+def _case(model: nn.Module, pruned: PrunedModel, part: Part) -> Case:
+    from rewriters.pipeline import open_all
+    from rewriters.verify import Case
+
+    region, rewritten = part.region, part.rewritten
+    original, opened = open_all(model.get_submodule(region.path), part.call, rewritten.program.sizes(), region)
+    return Case(original, rewritten.program, pruned._host, pruned._control, opened, rewritten.plan)
+
+
+def _doubled(model: nn.Module, pruned: PrunedModel, part: Part) -> Case:
+    """The case of copies in double precision."""
+    leaves = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in part.call.flat()[0]]
+    exact = replace(part, call=part.call.with_leaves(leaves))
+    return _case(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), exact)
 
 
 def example_call(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...] | None) -> Call:

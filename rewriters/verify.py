@@ -5,9 +5,8 @@ Start at :data:`CHECKS`. The cheap ones run here; the tests run all invariants o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.branches import OtherBranch
 from madtp.calls import Call
-from madtp.compare import compare, drawing_alike, rounds_alike
+from madtp.compare import compare, drawing_alike
 from madtp.control import PruningControl
 from madtp.errors import RewriteError
 from madtp.program import Program
@@ -59,47 +58,24 @@ def inactive_equals_original(case: Case) -> None:
     if any(m.training for m in case.model.modules()):
         return
     calls = [case.call]
-    if _is_cheap(case) and _batch_is_free(case):
+    if is_cheap(case) and _batch_is_free(case):
         calls.append(first_sample(case.call))
+    for call in calls:
+        compare(*unpruned(case, call))
+
+
+def unpruned(case: Case, call: Call) -> tuple[Any, Any]:
+    """What the model and the program with pruning off return for ``call``."""
     temperature = case.control.temperature
     case.control.temperature = 0.0
     try:
         with torch.no_grad():
-            for call in calls:
-                with drawing_alike():
-                    expected = case.model(*call.args, **call.kwargs)
-                with drawing_alike():
-                    actual = case.program.run(case.root, call.flat()[0])
-                try:
-                    compare(expected, actual)
-                except RewriteError:
-                    if not _only_rounds(case, call, expected, actual):
-                        raise
+            with drawing_alike():
+                expected = case.model(*call.args, **call.kwargs)
+            with drawing_alike():
+                return expected, case.program.run(case.root, call.flat()[0])
     finally:
         case.control.temperature = temperature
-
-
-def _only_rounds(case: Case, call: Call, expected: Any, actual: Any) -> bool:
-    """Whether the two agree in double precision, and differ by no more than the model's own rounding in single precision."""
-    try:
-        exact = _doubled(case, call)
-        leaves = exact.call.flat()[0]
-        with drawing_alike():
-            truth = exact.model(*exact.call.args, **exact.call.kwargs)
-        with drawing_alike():
-            compare(truth, exact.program.run(exact.root, leaves))
-    except Exception:  # a model that needs single precision somewhere, or a difference: nothing is known
-        return False
-    return rounds_alike(truth, expected, actual)
-
-
-def _doubled(case: Case, call: Call) -> Case:
-    """Copies in double precision. Raises ValueError where they would be large, or are no more precise."""
-    if not _is_cheap(case) or any(x.dtype == torch.float64 for x in call.tensors()):
-        raise ValueError("no copy in double precision")
-    leaves = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.flat()[0]]
-    model, root, control = copy.deepcopy((case.model, case.root, case.control))
-    return replace(case, model=model.double(), root=root.double(), control=control, call=call.with_leaves(leaves))
 
 
 def pruned_keeps_shapes(case: Case) -> None:
@@ -114,31 +90,15 @@ def pruned_keeps_shapes(case: Case) -> None:
 def decisions_hold(case: Case) -> None:
     """With pruning on, a decision gives one result however it is carried out (see ``replay.py``)."""
     misaligned = case.control.config.mask_order == "sorted"
-    if any(m.training for m in case.model.modules()) or not _is_cheap(case) or misaligned:
+    if any(m.training for m in case.model.modules()) or not is_cheap(case) or misaligned:
         return
-    try:
-        _decisions_hold(case)
-    except RewriteError:
-        if not _hold_in_double(case):
-            raise
-
-
-def _decisions_hold(case: Case) -> None:
     dropping_equals_hiding(case.program, case.root, case.control, case.call)
     if case.control.config.batching == "ragged" and _batch_is_free(case):
         batch_mates_do_not_matter(case.program, case.root, case.control, case.call, case.plan)
 
 
-def _hold_in_double(case: Case) -> bool:
-    """Whether it was rounding: a fault of the graph is one in any precision."""
-    try:
-        _decisions_hold(_doubled(case, case.call))
-    except Exception:
-        return False
-    return True
-
-
-def _is_cheap(case: Case) -> bool:
+def is_cheap(case: Case) -> bool:
+    """Whether the model is small enough to be run more often."""
     return sum(case.program.cost.price(case.call.flat()[0], {}, False).values()) < EXPENSIVE
 
 

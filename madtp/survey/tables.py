@@ -35,8 +35,8 @@ WITHOUT = (
     (frozenset({"windows", "hierarchy"}), "whose attention runs over all tokens at one resolution"),
 )
 LEGEND = f"""*streams*: pruned of found; *identity*: largest error with pruning off, relative to the output's scale (limit
-{IDENTITY:g}; in double precision where the original's own rounding is larger); *alone*: of a sample by itself against itself in a batch, pruning strongly (limit {INDEPENDENCE:g}; in double
-precision where single precision leaves scores tied); *s*: seconds
+{IDENTITY:g}; in double precision where the original's own rounding is larger); *alone*: of a sample by itself against itself in
+a batch, pruning strongly (limit {INDEPENDENCE:g}; in double precision where single precision leaves scores tied); *s*: seconds
 of everything, on a shared machine. The models are about a twelfth as wide as real ones, and rewritten with as many fewer
 alignment tokens."""
 
