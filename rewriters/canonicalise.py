@@ -21,8 +21,8 @@ from rewriters.functional import functional, has_effect, writes
 from rewriters.maps import kept_maps
 from rewriters.norms import canonical_norms
 from rewriters.outcomes import call_argument, op_name
-from rewriters.part_rules import PREFIX
 from rewriters.pooling import canonical_pooling
+from rewriters.prefixes import END, mark_special, plain_slices
 from rewriters.products import plain_products
 from rewriters.selected import whole_additions
 from rewriters.spellings import canonical_attention
@@ -31,7 +31,6 @@ BOOKKEEPING = frozenset(
     "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _is_all_true "
     "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
 )
-END = 9223372036854775807
 CONVERSIONS = frozenset(("to", "_to_copy", "type_as"))
 
 
@@ -56,30 +55,6 @@ def plain_getitem(graph: fx.Graph) -> None:
             node.target = operator.getitem
 
 
-def plain_slices(graph: fx.Graph) -> None:
-    """A split into the first few entries and the others becomes two slices: special tokens are told by such slices."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node) not in ("split", "split_with_sizes"):
-            continue
-        sizes, dim = node.args[1], call_argument(node, 2, "dim", 0)
-        few = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and isinstance(sizes[0], int)
-        if (
-            dim == 0
-            or not few
-            or not 0 < sizes[0] <= PREFIX
-            or any(u.target is not operator.getitem for u in node.users)
-        ):
-            continue
-        for part in list(node.users):
-            bounds = (0, sizes[0]) if part.args[1] in (0, -2) else (sizes[0], END)
-            with graph.inserting_before(part):
-                cut = graph.call_function(torch.ops.aten.slice.Tensor, (node.args[0], dim, *bounds))
-            cut.meta = dict(part.meta)
-            part.replace_all_uses_with(cut)
-            graph.erase_node(part)
-        graph.erase_node(node)
-
-
 def drop_conversions(graph: fx.Graph) -> None:
     """Remove conversions to the type and device that a tensor has anyway: they hide a residual stream from sight."""
     for node in list(graph.nodes):
@@ -91,6 +66,35 @@ def drop_conversions(graph: fx.Graph) -> None:
         if (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
+
+
+def plain_narrows(graph: fx.Graph) -> None:
+    """``narrow`` becomes the slice that it is, where its end is known."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.ops.aten.narrow.default:
+            continue
+        given, dim, begin, length = node.args
+        if not is_tensor(given) or not isinstance(begin, int):
+            continue
+        taken, all_there = (value.meta["val"].shape[dim] for value in (node, given))  # type: ignore[union-attr]
+        start = begin if begin >= 0 else _sum(all_there, begin)
+        if start is None:
+            continue
+        end = length if start == 0 else _sum(length, start)
+        if end is None and _known(all_there - start) == _known(taken):
+            end = END
+        if end is None:
+            continue
+        with graph.inserting_before(node):
+            cut = graph.call_function(torch.ops.aten.slice.Tensor, (given, dim, start, end))
+        cut.meta = dict(node.meta)
+        node.replace_all_uses_with(cut)
+        graph.erase_node(node)
+
+
+def _sum(size: object, more: int) -> int | None:
+    """The sum of a known size and a number; None if the size is free."""
+    return size + more if isinstance(size, int) else None
 
 
 def drop_whole_slices(graph: fx.Graph) -> None:
@@ -146,10 +150,12 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
     ("drop conversions", drop_conversions),
+    ("plain narrows", plain_narrows),
     ("drop whole slices", drop_whole_slices),
     ("drop empty operands", drop_empty_operands),
     ("plain getitem", plain_getitem),
     ("plain slices", plain_slices),
+    ("special slices", mark_special),
     ("reshape views", reshape_views),
     ("whole additions", whole_additions),
     ("dead code before", eliminate_dead_code),

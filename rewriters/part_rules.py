@@ -90,7 +90,9 @@ def select(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=rest, readout=Readout("position", axis, dim, batch_dim_of(own), index))
 
 
-_FAR = 1 << 40
+FAR = 1 << 40
+# Mark of slices behind more special tokens than PREFIX (``prefixes.py``).
+SPECIAL = "special"
 # A constant cut of at most so many tokens separates special tokens, which are protected; a longer one separates segments.
 PREFIX = 8
 
@@ -105,7 +107,7 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
     start, end, step = (call_argument(node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
     start = 0 if start is None else start
     size = dim_size(own[dim])
-    whole_end = end is None or (isinstance(end, int) and end > _FAR) or (isinstance(end, int) and end == size)
+    whole_end = end is None or (isinstance(end, int) and end > FAR) or (isinstance(end, int) and end == size)
     if step == 1 and start == 0 and (whole_end or shape[dim] == size):
         return Outcome(labels=own)
     axis = token_axis(own[dim])
@@ -113,12 +115,13 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
         raise AxisError(f"a slice [{start}:{end}:{step}] of {axes_of(own[dim])}")
     if axis is None:
         return _batch_part(node, own, dim, shape)
-    if isinstance(start, int) and 0 < start <= PREFIX and whole_end:
+    special = SPECIAL in node.meta
+    if isinstance(start, int) and start > 0 and (start <= PREFIX or special) and whole_end:
         rest = (Factor(Axis("tokens", (axis.source, "rest", start)), size - start),)
         return Outcome(
             labels=(*own[:dim], rest, *own[dim + 1 :]), readout=Readout("rest", axis, dim, batch_dim_of(own), start)
         )
-    if start == 0 and isinstance(end, int) and 0 < end < size and end <= PREFIX:
+    if start == 0 and isinstance(end, int) and 0 < end < size and (end <= PREFIX or special):
         return Outcome(
             labels=(*own[:dim], plain(end), *own[dim + 1 :]),
             readout=Readout("prefix", axis, dim, batch_dim_of(own), end),
