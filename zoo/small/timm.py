@@ -37,7 +37,7 @@ _ARGUMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("hieradet*|sam2_hiera*", _HIERADET),
     ("vitamin*", {"depth": LAYERS}),
     ("coat_lite*", {"embed_dims": (16, 32, 64, 64), "serial_depths": (1, 1, 1, 1)}),
-    ("fastvit*", {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64)}),
+    ("fastvit*", {"layers": (1, 1, 1, 2), "embed_dims": (16, 32, 64, 64)}),
     ("davit*", {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}),
     ("*vit*|deit*|beit*|eva*|aimv2*|cait*|xcit*|convit*|samvit*|naflexvit*|flexivit*", _VIT),
 )  # fmt: skip
