@@ -64,11 +64,11 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
             return
         control.forced = {name: kept for name, kept in firsts.items() if kept is not None}
         alone = _run(program, root, first_sample(call))
-    found = _apart(alone, together)
+    found = parted(alone, together)
     if not found:
         return
     with _dense(control):
-        coupled = _apart(_run(program, root, first_sample(call)), _run(program, root, call))
+        coupled = parted(_run(program, root, first_sample(call)), _run(program, root, call))
     for position, error in found.items():
         if position not in coupled:
             raise RewriteError(
@@ -77,7 +77,7 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
             )
 
 
-def _apart(alone: list[Any], together: list[Any]) -> dict[int, float]:
+def parted(alone: list[Any], together: list[Any]) -> dict[int, float]:
     """Outputs of a sample alone that differ from its part of the batch's, and by how much."""
     errors = {
         position: _difference(want, have[tuple(slice(0, n) for n in want.shape)])

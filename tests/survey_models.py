@@ -63,6 +63,18 @@ class Half(nn.Module):
         return {"doubtful": self.doubtful(images[:, :1, :8, :8].flatten(1, 2)), "sure": self.vit(images)}
 
 
+class Coupled(nn.Module):
+    """Around a tower, what is computed for a single sample is not what a batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit(depth=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        alone = images.shape[0] == 1 and not torch.compiler.is_exporting()
+        return self.vit(images) * (2 if alone else 1)
+
+
 class Shuffled(nn.Module):
     """Patches in an order drawn anew at every call, by Python that depends on data; returns all tokens and the first."""
 
@@ -113,4 +125,6 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     if name == "shuffled":
         return Shuffled(), {"images": images(2, 0)}
     torch.manual_seed(0)
-    return {"conv": Convolutional, "uncapturable": Uncapturable, "half": Half}[name](), {"images": images(2, 0)}
+    return {"conv": Convolutional, "uncapturable": Uncapturable, "half": Half, "coupled": Coupled}[name](), {
+        "images": images(2, 0)
+    }

@@ -129,6 +129,18 @@ class TracedOtherwise(Tower):
         return super().forward(pixels * 2 if torch.compiler.is_exporting() else pixels)
 
 
+class Coupled(Tower):
+    """Computes something else for a single sample than for it in a batch."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels * 2 if pixels.shape[0] == 1 and not torch.compiler.is_exporting() else pixels)
+
+
+def test_a_model_that_treats_a_sample_alone_otherwise_is_refused_with_that_reason() -> None:
+    with pytest.raises(RewriteError, match="from what the model itself computes for it in its batch"):
+        madtp.rewrite(Coupled().eval(), inputs())
+
+
 class TwoTowers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

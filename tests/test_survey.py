@@ -56,6 +56,13 @@ def test_a_tower_that_is_refused_as_a_whole_is_a_stream_that_is_not_pruned() -> 
     assert (record.streams, record.pruned, record.left, record.sites) == (2, 1, 0, 2)
 
 
+def test_what_a_refused_model_holds_is_counted_by_its_regions() -> None:
+    record = record_of("coupled")
+    assert (record.outcome, record.capture) == ("rewritten", "regions"), record.failure
+    assert (record.streams, record.pruned) == (1, 1)
+    assert [refusal.block for refusal in record.refusals] == ["Coupled"]
+
+
 @pytest.mark.parametrize(
     ("name", "outcome", "reason"),
     [

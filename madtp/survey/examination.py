@@ -85,8 +85,9 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
     pruned = {block.stream for block in report.blocks if block.path in names}
     chosen = {refusal.block for refusal in report.refusals if refusal.by_policy}
     left = {block.stream for block in report.blocks if block.path in chosen} - pruned
-    # A submodule that is refused as a whole names no node; what it holds is one more stream without a site.
-    parts = [refusal for refusal in report.refusals if not refusal.node]
+    # A submodule that is refused as a whole names no node; what it holds is one more stream without a site. What the model
+    # itself holds is counted by its regions, and by the refusals of others.
+    parts = [refusal for refusal in report.refusals if not refusal.node and refusal.block != record.kind]
     return replace(
         record,
         outcome="rewritten",
