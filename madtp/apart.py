@@ -30,12 +30,17 @@ EACH = "_madtp_each_image"
 
 @dataclass(frozen=True)
 class Rows:
-    """An argument that holds all images one after the other along ``dim``, 0 or 1; behind a dimension of size 1 in the latter
-    case. each: entries of an image for every unit of the product of its sizes; 0: an image is one entry."""
+    """An argument that holds all images one after the other along ``dim``; behind a dimension of size 1 where that is not 0.
+    each: entries of an image for every unit of the product of its sizes; 0: an image is one entry."""
 
     name: str
     dim: int
     each: int
+
+    @property
+    def place(self) -> int:
+        """The dimension along which an image has its entries."""
+        return max(self.dim - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,8 @@ class Apart:
         changed = {name: self._table(images, at) for at, name in enumerate(self.sizes)}
         for at, rows in enumerate(self.rows):
             parts = [image.parts[at] for image in images]
-            changed[rows.name] = (
-                torch.cat(parts)[None] if rows.dim else torch.cat(parts) if rows.each else torch.stack(parts)
-            )
+            row = torch.cat(parts, rows.place) if rows.each else torch.stack(parts)
+            changed[rows.name] = row[None] if rows.dim else row
         return replace(call, kwargs={**call.kwargs, **changed})
 
     def _table(self, images: Sequence[Image], at: int) -> Tensor:
@@ -106,7 +110,7 @@ def _split(tensor: Any, rows: Rows, volumes: Sequence[int]) -> tuple[Tensor, ...
     if tensor.shape[rows.dim] != sum(lengths):
         return None
     tensor = tensor[0] if rows.dim else tensor
-    return tensor.split(lengths) if rows.each else tensor.unbind()
+    return tensor.split(lengths, rows.place) if rows.each else tensor.unbind()
 
 
 def by_kind(images: Sequence[Image]) -> list[list[int]]:

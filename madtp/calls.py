@@ -148,7 +148,7 @@ def check_batch(model: nn.Module, call: Call) -> None:
     if not tensors:
         raise ExampleInputsError("the example inputs hold no tensor; pass the tensors the model is called with.")
     sizes = {t.shape[0] for t in tensors}
-    if min(sizes) < 2:
+    if batch_size(tensors) < 2:
         raise ExampleInputsError(
             "the example inputs hold one sample; give at least 2, so that the batch axis can be told from axes of size 1."
         )

@@ -75,8 +75,9 @@ def _is_table(value: Any) -> bool:
 def _rows(name: str, tensor: Tensor, volumes: list[int]) -> Rows | None:
     if not tensor.dim():
         return None
-    if tensor.dim() > 1 and len(tensor) == 1 and not tensor.shape[1] % sum(volumes):
-        return Rows(name, 1, tensor.shape[1] // sum(volumes))
+    if tensor.dim() > 1 and len(tensor) == 1:
+        fitting = [dim for dim in range(1, tensor.dim()) if not tensor.shape[dim] % sum(volumes)]
+        return Rows(name, fitting[0], tensor.shape[fitting[0]] // sum(volumes)) if fitting else None
     if len(tensor) == len(volumes):
         return Rows(name, 0, 0)
     return None if len(tensor) % sum(volumes) else Rows(name, 0, len(tensor) // sum(volumes))
@@ -111,7 +112,10 @@ def _resized(module: nn.Module, call: Call, images: list[Image], apart: Apart) -
         if last.sizes[0][place] % 2:
             continue
         sizes = tuple((*one[:place], one[place] // 2, *one[place + 1 :]) for one in last.sizes)
-        parts = tuple(x[: len(x) // 2] if r.each else x for x, r in zip(last.parts, apart.rows, strict=True))
+        parts = tuple(
+            x.narrow(r.place, 0, x.shape[r.place] // 2) if r.each else x
+            for x, r in zip(last.parts, apart.rows, strict=True)
+        )
         several = [*images[:-1], Image(sizes, parts)]
         together = apart.together(call, several)
         try:

@@ -85,6 +85,16 @@ class Padded(Rows):
         return x
 
 
+class Strip(Padded):
+    """Patches [1, 1, 2, sum of h * w * 2] of images beside each other in one strip."""
+
+    def forward(self, rows: Tensor, sizes: Tensor) -> Any:
+        x = self.convolution(rows).flatten(2).transpose(1, 2) + self.positions(sizes)
+        for block in self.blocks:
+            x = block(x[0], sizes.prod(1))[None]
+        return x
+
+
 class PackedHost(nn.Module):
     """An image beside a text; the tower's features are pooled for each image."""
 
@@ -123,3 +133,18 @@ def padded(grids: tuple[tuple[int, int], ...] = GRIDS) -> Tensors:
     sizes = torch.tensor(grids)
     height, width = (2 * sizes.max(0).values).tolist()
     return {"rows": torch.randn(len(grids), 1, height, width), "sizes": sizes, **text(len(grids), 7)}
+
+
+def strip(grids: tuple[tuple[int, int], ...] = GRIDS) -> Tensors:
+    """Inputs with the patches of images of these sizes in one strip."""
+    sizes = torch.tensor(grids)
+    return {"rows": torch.randn(1, 1, 2, 2 * int(sizes.prod(1).sum())), "sizes": sizes, **text(len(grids), 7)}
+
+
+def reordered(inputs: Tensors, order: list[int]) -> Tensors:
+    """The inputs with their images and texts in another order."""
+    given, lengths = inputs["rows"], inputs["sizes"].prod(1).tolist()
+    dim, width = (0, 1) if len(given) == sum(lengths) else (0, 0) if len(given) > 1 else (3, 2)
+    parts = given.split([length * width or 1 for length in lengths], dim)
+    mixed = {name: value[order] for name, value in inputs.items() if name != "rows"}
+    return {"rows": torch.cat([parts[number] for number in order], dim), **mixed}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Tensors
-from packed import GRIDS, Mingling, PackedHost, Padded, Rows, packed, padded, rows
+from packed import GRIDS, Mingling, PackedHost, Padded, Rows, Strip, packed, padded, reordered, rows, strip
 from rewrites import eager_arithmetic, gap
 from torch import nn
 
@@ -32,10 +32,18 @@ def _made(tower: nn.Module, inputs: Callable[..., Tensors]) -> Made:
         return model, inputs, madtp.rewrite(model, inputs(), config=CONFIG)
 
 
-@pytest.fixture(scope="module", params=["rows", "padded"])
+FORMS: dict[str, tuple[type[Rows], Callable[..., Tensors]]] = {
+    "rows": (Rows, rows),
+    "padded": (Padded, padded),
+    "strip": (Strip, strip),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(FORMS))
 def made(request: pytest.FixtureRequest) -> Made:
     torch.manual_seed(0)
-    return _made(Rows(), rows) if request.param == "rows" else _made(Padded(), padded)
+    tower, inputs = FORMS[request.param]
+    return _made(tower(), inputs)
 
 
 def test_the_tower_is_a_region_with_all_its_sites(made: Made) -> None:
@@ -72,10 +80,7 @@ def test_each_image_is_pruned_by_itself(made: Made) -> None:
         pruned(**inputs)
         assert spent < pruned.macs()
     order = [2, 0, 1]
-    lengths = inputs["sizes"].prod(1).tolist()
-    packs = inputs["rows"].split(lengths) if len(inputs["rows"]) == sum(lengths) else inputs["rows"][:, None].unbind()
-    mixed = {name: value[order] for name, value in inputs.items() if name != "rows"}
-    found = pruned(**mixed, rows=torch.cat([packs[i].reshape(-1, *inputs["rows"].shape[1:]) for i in order]))
+    found = pruned(**reordered(inputs, order))
     assert gap(together["score"][order], found["score"]) < 1e-5
     assert torch.equal(last[order], pruned.token_counts()["vision.blocks.1"])
 

@@ -118,6 +118,8 @@ def test_a_probe_that_is_refused_leaves_a_part_undone(monkeypatch: pytest.Monkey
         ({}, "rewritten"),
         ({"refusals": (Refusal("head", "no residual add"),)}, "rewritten"),
         ({"refusals": (Refusal("blocks.0", "a"), Refusal("blocks.1", "b"))}, "partly"),
+        ({"refusals": (Refusal("head", "no residual add"),) * 4}, "rewritten"),
+        ({"refusals": (Refusal("", "no residual add"),) * 2}, "partly"),
         ({"refusals": (Refusal("trains", "cannot be captured"),)}, "partly"),
         ({"pruned": 1}, "partly"),
         ({"reduction": -0.1}, "partly"),

@@ -100,9 +100,12 @@ class Record:
 def judged(record: Record) -> Record:
     """The record of a model that was rewritten and passed, called partly done where much of it was not.
 
-    Some refusals are allowed: fewer than there are sites. One that concerns the whole of training is not.
+    Some refusals are allowed: fewer than there are sites. One that concerns the whole of training is not. A module that attends
+    within one window after the other is one attention.
     """
-    refused = [refusal for refusal in record.refusals if not refusal.by_policy]
+    refused = {
+        (r.block, r.reason) if r.block else (number,) for number, r in enumerate(record.refusals) if not r.by_policy
+    }
     whole = (
         record.pruned + record.left == record.streams
         and len(refused) < record.sites

@@ -192,6 +192,7 @@ COMMON: dict[str, Maker | None] = {
     "high_res_pixel_values": second_view,
     "pixel_values_videos": videos,
     "image_grid_thw": grid,
+    "target_sizes": None,  # of families, made before the text
     "image_position_ids": None,  # of families, made before the text as well
     "image_token_pooling": None,
     "image_grids": None,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from madtp.errors import ExampleInputsError
 from zoo.adapters import ExampleInputs, register_adapter
-from zoo.inputs.arguments import Maker, attention_mask, decoder_input_ids, input_ids, make_inputs, sizes
+from zoo.inputs.arguments import Maker, attention_mask, decoder_input_ids, input_ids, make_inputs, shapes, sizes
 from zoo.inputs.draft import Draft
 from zoo.inputs.patches import (
     blocks,
@@ -29,6 +29,7 @@ from zoo.inputs.patches import (
     pooled_grid,
     pooled_patches,
     square_patches,
+    strip,
     tiles,
 )
 
@@ -189,6 +190,7 @@ _QFORMER: Mapping[str, Maker | None] = {
 }
 _PLACED = {"pixel_values": patches_by_sample, "image_position_ids": patch_places}
 _SQUARES = {"pixel_values": square_patches}
+_STRIPS: Mapping[str, Maker | None] = {"pixel_values": strip, "target_sizes": shapes}
 
 TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
     "bart.modeling_bart.BartForSequenceClassification": {"decoder_input_ids": None},
@@ -228,6 +230,9 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
     "llava_next": _TILED,
     "llava_next_video": _TILED,
     "llava_onevision": _TILED,
+    "minicpm_ocr": _STRIPS,
+    "minicpmv4_6": _STRIPS,
+    "minicpmv4_7": _STRIPS,
     "mllama": {
         "pixel_values": _one_tile,
         "aspect_ratio_ids": lambda draft: torch.ones(draft.batch, 1, dtype=torch.long),

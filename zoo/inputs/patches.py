@@ -37,6 +37,12 @@ def square_patches(draft: Draft) -> Tensor:
     return draft.normal(draft.patches, draft.channels, *draft.patch_size).flatten(0, 1)
 
 
+def strip(draft: Draft) -> Tensor:
+    """Patches of all images beside each other in one strip: [1, C, P, B * N * P]."""
+    height, width = draft.patch_size
+    return torch.cat(list(draft.normal(draft.channels, height, draft.patches * width)), dim=-1)[None]
+
+
 def blocks(draft: Draft) -> Tensor:
     """Blocks of patches that become one token each, channels last: [blocks of all images, rows, columns, C]."""
     (height, width), merge = draft.patch_size, int(first(draft.vision, "spatial_merge_size", default=1))

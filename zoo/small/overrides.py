@@ -56,6 +56,12 @@ _GEMMA_VISION = {
 }
 # A SAM tower in front of another one, which reads its grid of 4 by 4.
 _SAM_TOWER = {"window_size": 4, "output_channels": 64, "downsample_channels": [64, 64]}
+# Patches are merged behind the second of four layers.
+_MERGING = {
+    "image_token_id": 124,
+    "insert_layer_id": 1,
+    "vision_config": {"num_hidden_layers": 4, "insert_layer_id": 1},
+}
 # Names of the ids that stand for the codes of an image.
 _CODES = range(64, 64 + CODES)
 _LETTERS = {f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(i))}Z": code for i, code in enumerate(_CODES)}
@@ -158,6 +164,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Kimi_K25VisionConfig": {"pos_emb_height": 8, "pos_emb_width": 8},
     "LlavaNextVideoConfig": _TILES,
     "LwDetrConfig": {"projector_scale_factors": [1.0]},
+    "MiniCPMOcrConfig": _MERGING,
+    "MiniCPMV4_6Config": _MERGING,
+    "MiniCPMV4_7Config": _MERGING,
     "MistralLarge4TextConfig": {"kv_source_layers": [0, 1]},
     "Molmo2Config": {"image_token_id": 124, "vision_config": {"num_position_embeddings": 64}},
     "MuseGlimmerConfig": {"out_hidden_size": 256},  # four patches of 64
