@@ -188,12 +188,21 @@ def _name_from_root(graph: fx.Graph, region: Region) -> None:
 
 
 def price_dense(model: nn.Module, call: Call) -> float:
-    """Multiply-accumulates per sample of an unmodified model."""
+    """Multiply-accumulates per sample of an unmodified model.
+
+    Raises:
+        CaptureError: also where they depend on values of its inputs.
+    """
     model, call = open_all(model, call)
     captured = capture(model, call)
     canonicalise(captured.graph)
     done = Insertion(captured.graph, NOTHING)
-    return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
+    try:
+        return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
+    except (AxisError, TypeError) as error:
+        raise CaptureError(
+            f"the cost of {type(model).__name__} depends on the values of its inputs: {error}"
+        ) from error
 
 
 def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:

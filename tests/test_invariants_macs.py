@@ -10,6 +10,7 @@ import torch
 from models import CASES
 from rewrites import Subject, eager_arithmetic
 from rewrites import subject as rewritten
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,3 +111,19 @@ def test_fewer_tokens_cost_less() -> None:
             costs.append(pruned.macs())
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.9 * costs[0]
+
+
+class Chosen(nn.Module):
+    """A layer behind rows that are chosen by their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.second(self.first(x)[mask])
+
+
+def test_a_cost_that_depends_on_values_is_counted_by_running() -> None:
+    inputs = {"x": torch.randn(2, 10, 16), "mask": torch.arange(20).reshape(2, 10) % 4 == 0}
+    assert madtp.count_macs(Chosen(), inputs) == (20 * 16 * 16 + 5 * 16 * 3) / 2
