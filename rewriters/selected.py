@@ -3,6 +3,7 @@
 Start at :func:`whole_additions`. ``x[mask] = x[mask] + y`` reads and writes as many rows of ``x [B, N, C]`` as the mask has
 true entries, so its tokens cannot be followed through. It becomes ``x + z``, where ``z`` holds the rows of ``y`` at these
 positions and zeros elsewhere: ``z`` is a side input along the tokens like any other.
+So does ``x.masked_scatter(mask, x[mask] + y)``.
 """
 
 from __future__ import annotations
@@ -12,40 +13,93 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriters.axes import example_shape, is_tensor
+from rewriters.axes import AxisError, example_shape, is_tensor
 from rewriters.emission import emit
 from rewriters.outcomes import op_name
 
 aten = torch.ops.aten
 SAME = frozenset("clone alias detach contiguous".split())
+FLAT = SAME | frozenset("view reshape flatten _unsafe_view".split())
 
 
 def whole_additions(graph: fx.Graph) -> None:
     """Replace every such addition to selected rows, in place."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and op_name(node) == "index_put":
-            rows = _added(node)
-            if rows is not None:
-                _replace(graph, node, rows)
+        name = op_name(node) if node.op == "call_function" else ""
+        try:
+            found = _put(node) if name == "index_put" else _scattered(node) if name == "masked_scatter" else None
+        except AxisError:  # sizes that depend on data: nothing is known of these rows
+            continue
+        if found is not None:
+            _replace(graph, node, *found)
 
 
-def _added(node: fx.Node) -> fx.Node | None:
-    """The rows ``[n, C]`` that a write to selected rows adds to them; None if it does anything else."""
-    base: Any = node.args[0]
-    value: Any = node.args[2]
+def _put(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The mask ``[B, N]`` and the rows ``[n, C]`` that a write to selected rows adds to them; None if it does anything else."""
     mask = _mask(node)
     if mask is None:
         return None
     if len(node.args) > 3 and node.args[3]:
-        return _fitting(value, base)
+        rows = _fitting(node.args[2], node.args[0])
+        return None if rows is None else (mask, rows)
+    return _added(node.args[2], node.args[0], mask)
+
+
+def _scattered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The same for rows that are written one element after the other, by the mask along the channels."""
+    base, mask, value = node.args
+    mask = _per_token(mask)
+    while isinstance(value, fx.Node) and op_name(value) in FLAT:
+        value = value.args[0]
+    return None if mask is None else _added(value, base, mask)
+
+
+def _added(value: Any, base: Any, mask: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The mask and the rows, where ``value`` is ``base[mask] + rows``."""
     if not isinstance(value, fx.Node) or op_name(value) != "add" or value.kwargs or len(value.args) != 2:
         return None
     operands: tuple[Any, ...] = value.args
     for read, rows in (operands, operands[::-1]):
-        selects = isinstance(read, fx.Node) and op_name(read) == "index" and _mask(read) is mask
-        if selects and _origin(read.args[0]) is _origin(base):
-            return _fitting(rows, base)
+        if not isinstance(read, fx.Node) or op_name(read) != "index" or _origin(read.args[0]) is not _origin(base):
+            continue
+        chosen = _mask(read)
+        if chosen is not None and _per_token(chosen) is _per_token(mask):
+            fitting = _fitting(rows, base)
+            return None if fitting is None else (chosen, fitting)
     return None
+
+
+def _per_token(mask: Any) -> fx.Node | None:
+    """The mask ``[B, N]`` or ``[B, N, 1]`` that ``mask`` repeats; None if that differs from channel to channel."""
+    while is_tensor(mask):
+        source: Any = mask.args[0] if mask.args else None
+        if not is_tensor(source) or not _repeats(mask, source):
+            break
+        mask = source
+    if not is_tensor(mask):
+        return None
+    value = mask.meta["val"]
+    return mask if value.dim() == 2 or (value.dim() == 3 and _is_one(value.shape[2])) else None
+
+
+def _repeats(mask: fx.Node, source: fx.Node) -> bool:
+    """Whether ``mask`` says of each token what ``source`` does: the same, or along more or fewer channels."""
+    name, old, new = op_name(mask), source.meta["val"], mask.meta["val"]
+    if old.dtype != new.dtype:
+        return False
+    if name in SAME or name in ("to", "_to_copy"):
+        return True
+    if name == "unsqueeze":
+        return old.dim() == 2 and mask.args[1] in (-1, 2)
+    if name in ("squeeze", "select"):
+        # Of a mask that differs from channel to channel this is another one: the walk ends there with None.
+        return old.dim() == 3 and mask.args[1] in (-1, 2) and new.dim() == 2
+    widened = name in ("expand", "expand_as") and old.dim() == new.dim() == 3 and _is_one(old.shape[2])
+    return widened and example_shape(mask)[:2] == example_shape(source)[:2]
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _mask(node: fx.Node) -> fx.Node | None:
@@ -74,10 +128,8 @@ def _origin(value: Any) -> Any:
     return value
 
 
-def _replace(graph: fx.Graph, node: fx.Node, rows: fx.Node) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, mask: fx.Node, rows: fx.Node) -> None:
     base: Any = node.args[0]
-    mask = _mask(node)
-    assert mask is not None
     whole = node.meta["val"]
 
     def new(target: Any, arguments: tuple[Any, ...], value: Any) -> fx.Node:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import madtp
 from madtp.calls import normalise_call
 from rewriters.canonicalise import canonicalise
 from rewriters.capture import Region, capture
@@ -59,6 +60,33 @@ def scaled(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
     return x.index_put((mask,), torch.add(x[mask], rows, alpha=2))
 
 
+def scattered(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    places = mask[:, :, None]
+    return x.masked_scatter(places, (x[places.squeeze(-1)] + rows).view(-1))
+
+
+def scattered_widely(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    places = mask.unsqueeze(-1).expand_as(x)
+    return x.masked_scatter(places, (rows + x.contiguous()[places[..., 0]]).reshape(-1, 2))
+
+
+def scattered_alone(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    return x.masked_scatter(mask[:, :, None], rows)
+
+
+def scattered_by_another_mask(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    return x.masked_scatter(mask.flip(1)[:, :, None], x[mask] + rows)
+
+
+def scattered_by_channels(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    places = torch.cat((mask[:, :, None], mask.flip(1)[:, :, None].expand(-1, -1, 3)), 2)
+    return x.masked_scatter(places, x[places[..., 0]] + rows)
+
+
+def scattered_across(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    return x.masked_scatter(mask[:, :, None], (x[mask] + rows).t().reshape(-1))
+
+
 class Changing(nn.Module):
     def __init__(self, change: Change) -> None:
         super().__init__()
@@ -81,15 +109,57 @@ def _canonical(change: Change) -> tuple[set[str], Tensor, Tensor]:
     return names, module(*inputs), torch.fx.GraphModule(module, captured.graph)(*inputs)[0]
 
 
-@pytest.mark.parametrize("change", [read_and_written, the_other_way_round, in_place, accumulated])
+ADDITIONS = [read_and_written, the_other_way_round, in_place, accumulated, scattered, scattered_widely]
+OTHERS = [written, read_elsewhere, of_another_mask, one_row_for_all, scaled]
+OTHERS += [scattered_alone, scattered_by_another_mask, scattered_by_channels, scattered_across]
+
+
+@pytest.mark.parametrize("change", ADDITIONS)
 def test_an_addition_to_selected_rows_is_one_at_every_position(change: Change) -> None:
     names, wanted, found = _canonical(change)
     assert names.isdisjoint({"index", "index_put"})
     assert torch.equal(wanted, found)
 
 
-@pytest.mark.parametrize("change", [written, read_elsewhere, of_another_mask, one_row_for_all, scaled])
+@pytest.mark.parametrize("change", OTHERS)
 def test_other_writes_to_selected_rows_stay(change: Change) -> None:
     names, wanted, found = _canonical(change)
-    assert "index_put" in names
+    assert names & {"index_put", "masked_scatter"}
+    assert "new_zeros" not in names
     assert torch.equal(wanted, found)
+
+
+class Stacked(nn.Module):
+    """Three blocks, with rows [n, C] scattered onto the tokens of a mask [B, N] behind the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        x = scattered(x, mask, rows)
+        for block in list(self.blocks)[1:]:
+            x = block(x)
+        return x[:, 0]
+
+
+def test_rows_scattered_between_blocks_go_to_the_tokens_that_are_left() -> None:
+    torch.manual_seed(0)
+    model = Stacked().eval()
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 1:4] = mask[1, 3:7] = True
+    given = {"x": torch.randn(2, 9, 16), "mask": mask, "rows": torch.randn(7, 16)}
+    pruned = madtp.rewrite(model, given, config=madtp.PruningConfig(alignment_tokens=8))
+    assert len(pruned.report.sites) >= 2
+    with torch.no_grad():
+        with pruned.dense():
+            torch.testing.assert_close(pruned(**given), model(**given))
+        pruned.temperature = 4.0
+        both = pruned(**given)
+        assert not torch.allclose(both, model(**given))
+        mates = {**given, "x": torch.stack((given["x"][0], torch.randn(9, 16)))}
+        mates["rows"] = torch.cat((given["rows"][:3], torch.randn(4, 16)))
+        torch.testing.assert_close(pruned(**mates)[0], both[0])
