@@ -122,7 +122,7 @@ class PrunedModel(nn.Module):
             apart: how its calls are taken apart into images.
         """
         programs = Programs(path, self._host.get_submodule(path), self._host, builder, inner=inner, apart=apart)
-        if not path:
+        if not path and apart is None:
             object.__setattr__(self, "_whole", programs)
             return programs
         notes = Notes(self.report.notes)
@@ -132,7 +132,7 @@ class PrunedModel(nn.Module):
             if apart is None
             else RegionApart(programs, apart, self._control, notes)
         )
-        if "forward" not in self._host.__dict__:
+        if not isinstance(self._host.__dict__.get("forward"), HostForward):
             self._host.__dict__["forward"] = HostForward(self._host, self._control, notes)
         self._host.__dict__["forward"].follows |= bool(written)
         return programs

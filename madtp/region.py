@@ -184,7 +184,7 @@ class Region(StandIn):
         yield further
 
     def _note(self, reason: str) -> None:
-        self.notes.unpruned(self.programs.path, reason)
+        self.notes.unpruned(self.programs.path or type(self.module).__name__, reason)
 
 
 class HostForward(StandIn):

@@ -76,7 +76,8 @@ class RegionApart(StandIn):
         several = list(images) * 2 if len(images) == 1 else images
         together = self.apart.together(call, several)
         try:
-            with torch.no_grad(), drawing_alike(), self.control.bypassing():
+            # A check is no part of the model's work: nobody counts it.
+            with torch.no_grad(), drawing_alike(), self.control.bypassing(), self.control.inside():
                 recipe = recipe_of(self.original, together, several, self.apart)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")
@@ -94,7 +95,7 @@ class RegionApart(StandIn):
         return str(spec), *map(repr, leaves), *(m.training for m in self.module.modules())
 
     def _note(self, reason: str) -> None:
-        self.notes.unpruned(self.programs.path, reason)
+        self.notes.unpruned(self.programs.path or type(self.module).__name__, reason)
 
 
 class _Records:

@@ -103,7 +103,7 @@ class RewriteReport:
             ("attention pooling", self.pooling),
             ("note", self.notes),
         )
-        for text in (f"{kind}: {one}" for kind, several in remarks for one in several):
+        for text in (f"{kind}: {one or self.model}" for kind, several in remarks for one in several):
             console.print(text)
         sites = Table(title="sites", title_justify="left")
         for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):

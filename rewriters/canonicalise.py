@@ -9,7 +9,7 @@ Values stay equal.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -120,12 +120,17 @@ def drop_empty_operands(graph: fx.Graph) -> None:
             continue
         dim = call_argument(node, 1, "dim", 0)
         shapes = [n.meta["val"].shape for n in operands]
-        left = [n for n, shape in zip(operands, shapes, strict=True) if shape != (0,) and not _is_zero(shape[dim])]
+        left = [n for n, shape in zip(operands, shapes, strict=True) if not _is_empty(shape, dim)]
         if len(left) == 1:
             node.replace_all_uses_with(left[0])
             graph.erase_node(node)
         elif left and len(left) < len(operands):
             node.args = (left, *node.args[1:])
+
+
+def _is_empty(shape: Sequence[int | torch.SymInt], dim: int) -> bool:
+    """Whether an operand of a concatenation along ``dim`` has no entries: it may be ``[0]`` whatever the others are."""
+    return _is_zero(shape[dim]) or (len(shape) == 1 and _is_zero(shape[0]))
 
 
 def _is_zero(size: int | torch.SymInt) -> bool:

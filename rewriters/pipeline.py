@@ -195,9 +195,9 @@ def price_dense(model: nn.Module, call: Call) -> float:
     """
     model, call = open_all(model, call)
     captured = capture(model, call)
-    canonicalise(captured.graph)
-    done = Insertion(captured.graph, NOTHING)
     try:
+        canonicalise(captured.graph)
+        done = Insertion(captured.graph, NOTHING)
         return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
     except (AxisError, TypeError) as error:
         raise CaptureError(

@@ -26,7 +26,7 @@ from madtp.errors import (
     RewriteError,
 )
 from rewriters.apart import apart_of, refusal
-from rewriters.capture import Region
+from rewriters.capture import WHOLE, Region
 from rewriters.pipeline import Rewritten, build
 from rewriters.plan import Plan, Refusal, joined
 from rewriters.recording import Recorded, Recording, record
@@ -35,6 +35,7 @@ ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.
 OF_ONE_CLASS = 2
 STATE = "a {} holds what later calls read again, so tokens dropped now would be missed then"
+ONE = "give it one image a call, or prune other parts only"
 WITHOUT = "call it without the cache (an argument like use_cache=False), or prune other parts only"
 
 
@@ -58,15 +59,18 @@ class Part:
 
 @dataclass
 class Parts:
-    """All rewritten parts of a model: itself, or regions of it. refusals: of submodules that are left alone."""
+    """All rewritten parts of a model: itself, or regions of it. refusals: of submodules that are left alone.
+
+    A model whose calls are taken apart into images is a region like others, at the path of the whole.
+    """
 
     parts: list[Part]
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
-        """Whether the one part is the model itself."""
-        return [p.region.path for p in self.parts] == [""]
+        """Whether the one part is the model itself, as it is called."""
+        return [p.region for p in self.parts] == [WHOLE]
 
     @property
     def plan(self) -> Plan:
@@ -102,11 +106,29 @@ def build_all(
             failure = error
     if regions is None:
         regions = _by_regions(host, call, config, plan, wrong)
+    if not regions.parts and "" not in wrong:
+        regions = _of_images(host, call, config, plan, regions)
     if not regions.parts:
         raise _neither(failure, regions) from failure.__cause__
     if "" in wrong:
         regions.refusals.insert(0, Refusal(type(host).__name__, "", wrong[""], "please report the model"))
     return regions
+
+
+def _of_images(host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None, regions: Parts) -> Parts:
+    """The whole model as a region whose calls are taken apart into images; ``regions`` with the reason where it cannot be."""
+    try:
+        found = apart_of(host, call)
+    except RewriteError as error:
+        return Parts([], [*regions.refusals, Refusal(type(host).__name__, "", refusal(host, error), ONE)])
+    if found is None:
+        return regions
+    region = replace(WHOLE, apart=found.apart)
+    try:
+        return Parts([Part(build(host, found.call, config, region=region, plan=plan), found.call)])
+    except (CaptureError, ExampleInputsError, RewriteError, PlanError) as error:
+        reason = Refusal(type(host).__name__, "", str(error), "see the reason", by_policy=error.left_alone)
+        return Parts([], [*regions.refusals, reason])
 
 
 def _neither(error: MadtpError, found: Parts) -> MadtpError:
@@ -236,7 +258,7 @@ class _Walk:
         try:
             apart = apart_of(module, recorded.call)
         except RewriteError as error:
-            return Refusal(path, "", refusal(module, error), "give it one image a call, or prune other parts only")
+            return Refusal(path, "", refusal(module, error), ONE)
         if apart is None:
             return found
         return self._build(path, module, replace(region, apart=apart.apart), apart.call)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Tensors
+from cases import WIDTH, Tensors, lively
 from packed import GRIDS, Mingling, PackedHost, Padded, Rows, Strip, packed, padded, reordered, rows, strip
 from rewrites import eager_arithmetic, gap
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import madtp
 from madtp import region_apart
+from madtp.errors import MadtpError
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Made = tuple[PackedHost, Callable[..., Tensors], madtp.PrunedModel]
@@ -142,3 +144,98 @@ def test_images_that_mingle_in_other_sizes_only_are_found_when_these_come() -> N
     inputs = rows(((8, 2), (4, 4)))
     assert gap(model(**inputs)["states"], pruned(**inputs)["states"]) < 1e-5
     assert any("do not come apart" in note for note in pruned.report.notes)
+
+
+def _alone(inputs: Tensors) -> Tensors:
+    return {name: inputs[name] for name in ("rows", "sizes")}
+
+
+def _leaves(result: object) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.fixture(scope="module", params=["rows", "padded"])
+def tower(request: pytest.FixtureRequest) -> tuple[nn.Module, Callable[..., Tensors], madtp.PrunedModel]:
+    torch.manual_seed(0)
+    made, inputs = FORMS[request.param]
+    model = lively(made())
+    with eager_arithmetic():
+        return model, inputs, madtp.rewrite(model, _alone(inputs()), config=CONFIG)
+
+
+Alone = tuple[nn.Module, Callable[..., Tensors], madtp.PrunedModel]
+
+
+def test_a_tower_can_be_the_whole_model(tower: Alone) -> None:
+    report = tower[2].report
+    assert report.apart == ("",)
+    assert [s.name for s in report.sites] == ["blocks.0", "blocks.1"]
+    assert not report.refusals
+    assert f"images apart: {report.model}" in str(report)
+
+
+@pytest.mark.parametrize("grids", [((2, 2),), ((2, 6), (4, 4), (2, 2), (4, 4))])
+@torch.no_grad()
+def test_a_whole_tower_reproduces_the_original_at_temperature_zero(
+    tower: Alone, grids: tuple[tuple[int, int], ...]
+) -> None:
+    model, make, pruned = tower
+    inputs = _alone(make(grids))
+    with pruned.dense():
+        wanted, found = model(**inputs), pruned(**inputs)
+    assert pytree.tree_structure(wanted) == pytree.tree_structure(found)
+    assert all(gap(*both) < 1e-5 for both in zip(_leaves(wanted), _leaves(found), strict=True))
+    with pruned.dense():
+        assert pruned.macs() == pytest.approx(madtp.count_macs(model, inputs), rel=0.02)
+    assert not pruned.report.notes
+
+
+@torch.no_grad()
+def test_images_of_a_whole_tower_do_not_see_each_other(tower: Alone) -> None:
+    _, make, pruned = tower
+    inputs = make()
+    together = _leaves(pruned(**_alone(inputs)))[0].reshape(-1, WIDTH)
+    counts = pruned.token_counts()["blocks.1"]
+    assert bool((counts < torch.tensor([16, 16, 12])).any())
+    mixed = _leaves(pruned(**_alone(reordered(inputs, [2, 0, 1]))))[0].reshape(-1, WIDTH)
+    assert gap(torch.cat([together[32:], together[:32]]), mixed) < 1e-5
+    assert torch.equal(counts[[2, 0, 1]], pruned.token_counts()["blocks.1"])
+    if len(inputs["rows"]) == 44:
+        first = pruned(rows=inputs["rows"][:16], sizes=inputs["sizes"][:1])
+        assert gap(together[:16], _leaves(first)[0]) < 1e-5
+
+
+def test_a_whole_tower_has_gradients(tower: Alone) -> None:
+    _, make, pruned = tower
+    own, inputs = copy.deepcopy(pruned).train(), _alone(make())
+    _leaves(own(**inputs))[0].square().mean().backward()
+    for name, parameter in own.named_parameters():
+        if name.startswith(("blocks.0.attention", "madtp.sites")):
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.isfinite().all()), name
+
+
+def test_a_whole_tower_comes_back_from_disk(tower: Alone, tmp_path: Path) -> None:
+    model, make, pruned = tower
+    inputs = _alone(make())
+    madtp.save(pruned, tmp_path / "saved")
+    again = madtp.load(tmp_path / "saved", copy.deepcopy(model))
+    with torch.no_grad():
+        wanted, found = _leaves(pruned(**inputs)), _leaves(again(**inputs))
+    assert all(torch.equal(*both) for both in zip(wanted, found, strict=True))
+
+
+def test_a_whole_tower_whose_images_depend_on_each_other_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(MadtpError, match="depend on each other"):
+        madtp.rewrite(lively(Mingling()), _alone(rows()), config=CONFIG)
+
+
+@torch.no_grad()
+def test_checking_images_of_new_sizes_is_no_part_of_the_macs(made: Made) -> None:
+    _, make, pruned = made
+    inputs = make(((6, 2), (6, 2)))
+    pruned(**inputs)
+    spent = pruned.macs()
+    pruned(**inputs)
+    assert pruned.macs() == pytest.approx(spent)
