@@ -130,7 +130,7 @@ def drop_empty_operands(graph: fx.Graph) -> None:
 
 def _is_empty(shape: Sequence[int | torch.SymInt], dim: int) -> bool:
     """Whether an operand of a concatenation along ``dim`` has no entries: it may be ``[0]`` whatever the others are."""
-    return _is_zero(shape[dim]) or (len(shape) == 1 and _is_zero(shape[0]))
+    return _is_zero(shape[0 if len(shape) == 1 else dim])
 
 
 def _is_zero(size: int | torch.SymInt) -> bool:
