@@ -362,6 +362,25 @@ def _interpolate(work: Batching, node: fx.Node) -> fx.Node:
     return work.emit(node.target, *work.old(node.args), **work.old(node.kwargs))
 
 
+def _made(work: Batching, node: fx.Node) -> fx.Node:
+    """A tensor of a given shape; of its first operand only type and device count."""
+    source: Any = node.args[0]
+    _only(work, node, source)
+    sizes = [work.batch, *work.shape(node).rest]
+    return work.emit(node.target, work.env[source], sizes, *work.old(node.args[2:]), **work.old(node.kwargs))
+
+
+def _added(work: Batching, node: fx.Node) -> fx.Node:
+    """Rows that are added to, or put in the place of, rows at known places."""
+    base, dim, places, rows = node.args
+    if places in work.many:
+        raise AxisError(f"{op_name(node)} at places that depend on the image")
+    dim = dim % len(work.shape(node).sizes) + 1  # type: ignore[operator]
+    operands = [_filled(work, n) for n in (base, rows)]  # type: ignore[arg-type]
+    new = work.emit(node.target, operands[0], dim, work.env[places], operands[1], **work.old(node.kwargs))  # type: ignore[index]
+    return work.settled(new, node)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(LAST, _last),
     **dict.fromkeys(NORMS, _norm),
@@ -373,6 +392,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand", "expand_as"), _expand),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d", "avg_pool2d", "max_pool2d"), _interpolate),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _made),
+    **dict.fromkeys(("index_add", "index_copy"), _added),
     "cat": _cat,
     "stack": _stack,
     "unsqueeze": _unsqueeze,
