@@ -16,6 +16,7 @@ from torch import fx
 
 from rewriters.axes import is_tensor
 from rewriters.decisions import keep_checks
+from rewriters.filled import filled_to_cat
 from rewriters.flatten import cancel_permutes, flatten_grids
 from rewriters.functional import functional, has_effect, writes
 from rewriters.maps import kept_maps
@@ -154,6 +155,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("keep checks", keep_checks),
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
+    ("filled to cat", filled_to_cat),
     ("drop conversions", drop_conversions),
     ("plain narrows", plain_narrows),
     ("drop whole slices", drop_whole_slices),
