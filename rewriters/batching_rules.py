@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rewriters import batching_shapes as shapes
 from rewriters.axes import AxisError
 from rewriters.batching import Batching, Rule, Shape, aten
 from rewriters.outcomes import call_argument, op_name
@@ -102,7 +103,7 @@ def _view(work: Batching, node: fx.Node) -> fx.Node:
     source: Any = node.args[0]
     if source not in work.many or isinstance(node.args[-1], torch.dtype):
         raise AxisError(f"{op_name(node)} takes more than a shape")
-    return _regrouped(work, node)
+    return shapes.regroup(work, node)
 
 
 def _part(work: Batching, node: fx.Node) -> fx.Node:
@@ -180,79 +181,6 @@ def _filled(work: Batching, node: fx.Node) -> fx.Node:
         return work.whole(node)
     alone = work.emit(aten.unsqueeze.default, work.env[node], 0)
     return work.emit(aten.expand.default, alone, [work.batch, *work.shape(node).sizes])
-
-
-def _permute(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
-    shape = work.shape(source)
-    rank = len(shape.sizes)
-    order = _order(node, rank)
-    if shape.lead and order[0] == 0:
-        return work.emit(aten.permute.default, work.env[source], order)
-    return work.settled(work.emit(aten.permute.default, work.whole(source), [0, *(d + 1 for d in order)]), node)
-
-
-def _order(node: fx.Node, rank: int) -> list[int]:
-    if op_name(node) == "permute":
-        dims: Any = call_argument(node, 1, "dims", None)
-        return [d % rank for d in dims]
-    if op_name(node) in ("t", "numpy_T"):
-        return list(range(rank))[::-1]
-    sources, targets = ([a] if isinstance(a, int) else a for a in node.args[1:3])
-    return _moved(rank, sources, targets)
-
-
-def _transpose(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
-    shape = work.shape(source)
-    first, second = (int(d) % len(shape.sizes) for d in node.args[1:3])  # type: ignore[arg-type]
-    if shape.lead and 0 not in (first, second):
-        return work.emit(aten.transpose.int, work.env[source], first, second)
-    return work.settled(work.emit(aten.transpose.int, work.whole(source), first + 1, second + 1), node)
-
-
-def _moved(rank: int, sources: Any, targets: Any) -> list[int]:
-    placed = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
-    others = iter(d for d in range(rank) if d not in placed.values())
-    return [placed[d] if d in placed else next(others) for d in range(rank)]
-
-
-def _unsqueeze(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
-    before = work.shape(source)
-    dim = int(call_argument(node, 1, "dim", 0)) % (len(before.sizes) + 1)
-    if dim == 0 and not before.lead:
-        return work.env[source]
-    if before.lead and dim > 0:
-        return work.emit(aten.unsqueeze.default, work.env[source], dim)
-    return work.settled(work.emit(aten.unsqueeze.default, work.whole(source), dim + 1), node)
-
-
-def _regrouped(work: Batching, node: fx.Node) -> fx.Node:
-    """The same entries in the shape that they have for one image."""
-    source: Any = node.args[0]
-    before, after = work.shape(source), work.shape(node)
-    if before.rest == after.rest:
-        return work.env[source]
-    return work.reshaped(work.env[source], after.rest)
-
-
-def _expand(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
-    after = work.shape(node)
-    if source not in work.many:
-        raise AxisError(f"{op_name(node)} takes its shape from an image")
-    return work.emit(aten.expand.default, work.trailing(source, len(after.rest)), [work.batch, *after.rest])
-
-
-def _repeat(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
-    after = work.shape(node)
-    times: Any = node.args[1]
-    whole = work.whole(source)
-    for _ in range(len(after.sizes) - len(work.shape(source).sizes)):
-        whole = work.emit(aten.unsqueeze.default, whole, 1)
-    return work.settled(work.emit(aten.repeat.default, whole, [1, *times]), node)
 
 
 def _matmul(work: Batching, node: fx.Node) -> fx.Node:
@@ -386,19 +314,19 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(NORMS, _norm),
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **dict.fromkeys(("permute", "t", "numpy_T", "movedim"), _permute),
-    **dict.fromkeys(("transpose", "swapaxes"), _transpose),
+    **dict.fromkeys(("permute", "t", "numpy_T", "movedim"), shapes.permute),
+    **dict.fromkeys(("transpose", "swapaxes"), shapes.transpose),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
-    **dict.fromkeys(("expand", "expand_as"), _expand),
+    **dict.fromkeys(("expand", "expand_as"), shapes.expand),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d", "avg_pool2d", "max_pool2d"), _interpolate),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _made),
     **dict.fromkeys(("index_add", "index_copy"), _added),
     "cat": _cat,
     "stack": _stack,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _regrouped,
-    "repeat": _repeat,
+    "unsqueeze": shapes.unsqueeze,
+    "squeeze": shapes.regroup,
+    "repeat": shapes.repeat,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     "index": _index,
