@@ -29,8 +29,8 @@ def run(*arguments: str, model: str = "blip_nlvr_mini") -> Outcome:
     return CliRunner().invoke(app, ["eval", "--model", model, *arguments])
 
 
-def evaluated(path: Path, *arguments: str) -> dict[str, Any]:
-    outcome = run("--output", str(path), *arguments)
+def evaluated(path: Path, *arguments: str, model: str = "blip_nlvr_mini") -> dict[str, Any]:
+    outcome = run("--output", str(path), *arguments, model=model)
     assert outcome.exit_code == 0, outcome.output
     return json.loads(path.read_text())
 
@@ -145,6 +145,14 @@ def test_an_interrupted_pruned_evaluation_goes_on(tmp_path: Path, monkeypatch: p
 def test_a_saved_pruned_model_is_evaluated_as_it_is(tmp_path: Path) -> None:
     content = evaluated(tmp_path / "e.json", "-k", "pruned-80", "-n", "8")
     assert content["compute"]["reduction"] > 0.6
+
+
+@pytest.mark.slow
+def test_the_pruned_model_for_questions_answers_them(tmp_path: Path) -> None:
+    arguments = ("-k", "pruned-80", "-d", "scenes_questions", "-n", "64")
+    content = evaluated(tmp_path / "e.json", *arguments, model="blip_vqa_mini")
+    assert content["compute"]["reduction"] > 0.7
+    assert content["metrics"]["vqa_accuracy"] > 0.8
 
 
 @pytest.mark.slow
