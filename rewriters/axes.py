@@ -61,6 +61,11 @@ class AxisError(Exception):
     """Labels cannot be carried through an operation; the message says why."""
 
 
+def known_size(size: int | torch.SymInt) -> object:
+    """A size as a number or an expression: equal ones are equal in all calls that the capture serves."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def example_size(size: Any) -> int:
     """The number that a static or symbolic size had in the captured example."""
     if isinstance(size, int):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from rewriters.axes import is_tensor
+from rewriters.axes import is_tensor, known_size
 from rewriters.decisions import keep_checks
 from rewriters.filled import filled_to_cat
 from rewriters.flatten import cancel_permutes, flatten_grids
@@ -82,7 +82,7 @@ def plain_narrows(graph: fx.Graph) -> None:
         if start is None:
             continue
         end = length if start == 0 else _sum(length, start)
-        if end is None and _known(all_there - start) == _known(taken):
+        if end is None and known_size(all_there - start) == known_size(taken):
             end = END
         if end is None:
             continue
@@ -106,7 +106,9 @@ def drop_whole_slices(graph: fx.Graph) -> None:
         before, after = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node.args[0], node))
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
             continue
-        if call_argument(node, 4, "step", 1) == 1 and list(map(_known, before.shape)) == list(map(_known, after.shape)):
+        if call_argument(node, 4, "step", 1) == 1 and list(map(known_size, before.shape)) == list(
+            map(known_size, after.shape)
+        ):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
 
@@ -137,11 +139,6 @@ def _is_empty(shape: Sequence[int | torch.SymInt], dim: int) -> bool:
 def _is_zero(size: int | torch.SymInt) -> bool:
     """Whether a size is zero in all calls that the capture serves."""
     return isinstance(size, int) and size == 0
-
-
-def _known(size: int | torch.SymInt) -> object:
-    """A size as a number or an expression: equal ones are equal in all calls that the capture serves."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def reshape_views(graph: fx.Graph) -> None:

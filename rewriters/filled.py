@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriters.axes import is_tensor, normal_dim
+from rewriters.axes import is_tensor, known_size, normal_dim
 from rewriters.outcomes import call_argument, op_name
 
 MAKERS = frozenset(
@@ -75,4 +75,4 @@ def _written(part: Any) -> fx.Node:
 
 
 def _sizes(node: fx.Node) -> list[object]:
-    return [n.node.expr if isinstance(n, torch.SymInt) else n for n in node.meta["val"].shape]
+    return list(map(known_size, node.meta["val"].shape))

@@ -90,11 +90,16 @@ def select(node: fx.Node, labels: LabelMap) -> Outcome:
     return Outcome(labels=rest, readout=Readout("position", axis, dim, batch_dim_of(own), index))
 
 
-FAR = 1 << 40
+_FAR = 1 << 40
 # Mark of slices behind more special tokens than PREFIX (``prefixes.py``).
 SPECIAL = "special"
 # A constant cut of at most so many tokens separates special tokens, which are protected; a longer one separates segments.
 PREFIX = 8
+
+
+def is_whole_end(end: Any, size: int) -> bool:
+    """Whether a slice up to ``end`` takes the last of ``size`` entries."""
+    return end is None or (isinstance(end, int) and (end > _FAR or end == size))
 
 
 def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -107,7 +112,7 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
     start, end, step = (call_argument(node, i, n, d) for i, n, d in ((2, "start", 0), (3, "end", None), (4, "step", 1)))
     start = 0 if start is None else start
     size = dim_size(own[dim])
-    whole_end = end is None or (isinstance(end, int) and end > FAR) or (isinstance(end, int) and end == size)
+    whole_end = is_whole_end(end, size)
     if step == 1 and start == 0 and (whole_end or shape[dim] == size):
         return Outcome(labels=own)
     axis = token_axis(own[dim])

@@ -14,8 +14,8 @@ from torch import fx
 
 from rewriters.axes import example_shape, is_tensor, normal_dim
 from rewriters.outcomes import call_argument, op_name
-from rewriters.part_rules import FAR, PREFIX, SPECIAL
-from rewriters.special import is_learned
+from rewriters.part_rules import PREFIX, SPECIAL, is_whole_end
+from rewriters.special import given_nodes
 
 END = 9223372036854775807
 # Learned tokens are special while they are at most this part of all; more of them (queries beside a text) are a segment.
@@ -53,21 +53,21 @@ def mark_special(graph: fx.Graph) -> None:
             continue
         length = _length(node.args[0], call_argument(node, 1, "dim", 0))
         start, end = call_argument(node, 2, "start", 0) or 0, call_argument(node, 3, "end", None)
-        whole = end is None or (isinstance(end, int) and (end >= FAR or end == length))
-        border = start if whole else end if start == 0 else None
+        border = start if is_whole_end(end, length) else end if start == 0 else None
         if isinstance(border, int) and (border, length) in learned:
             node.meta[SPECIAL] = True
 
 
 def _learned_prefixes(graph: fx.Graph) -> Iterator[tuple[int, int]]:
     """How many learned tokens stand in front, of how many in all: more than ``PREFIX``, and few beside the others."""
+    given = given_nodes(graph)
     for node in graph.nodes:
         if node.op != "call_function" or op_name(node) not in ("cat", "concat") or not is_tensor(node):
             continue
         dim = normal_dim(call_argument(node, 1, "dim", 0), len(example_shape(node)))
         length, count = example_shape(node)[dim], 0
         for operand in node.args[0]:
-            if not is_learned(operand):
+            if operand in given:
                 break
             count += example_shape(operand)[dim] if len(example_shape(operand)) > dim else 0
         if count > PREFIX and FEW * count <= length:
