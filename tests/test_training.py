@@ -18,6 +18,7 @@ from madtp.training import Learner, TrainingConfig, fit
 from madtp.training.checkpoint import last_checkpoint
 from madtp.training.feed import prefetch
 from madtp.training.optim import learning_rate_at, make_optimisers
+from madtp.training.precision import precision_on
 from madtp.training.progress import Progress
 from madtp.training.run import read_config, train
 
@@ -210,6 +211,16 @@ def test_prefetch_keeps_order_and_hands_on_errors() -> None:
 def test_bad_settings_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainingConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(("tiles", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_faster_precision_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tiles: bool, chosen: str
+) -> None:
+    monkeypatch.setattr("madtp.training.precision._has_tiles", lambda: tiles)
+    processor = torch.device("cpu")
+    assert precision_on(processor, "auto") == chosen
+    assert precision_on(processor, "bfloat16") == "bfloat16"
 
 
 def test_config_round_trip() -> None:

@@ -11,7 +11,7 @@ from madtp.errors import ConfigError
 T = TypeVar("T")
 
 OPTIMISERS = ("adamw", "muon")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class TrainingConfig:
         weight_decay: on matrices only (biases, norms and embeddings of one dimension have none).
         betas: AdamW's.
         clip_norm: gradients are scaled down to this global norm; 0 leaves them alone.
-        precision: "float32", or "bfloat16" for autocast (weights and optimiser stay in float32).
+        precision: "float32"; "bfloat16" for autocast (weights and optimiser stay in float32); or "auto" for bfloat16 where the
+            device is faster at it (:func:`madtp.training.precision.precision_on`), so that other machines may round otherwise.
         seed: what is drawn at random in a step follows from it, the step and the part of the batch.
         threads: torch threads of each process; 0 leaves torch's choice.
         accumulate: micro batches whose gradients make up one step; the batch of a step is divided over processes first.
@@ -47,7 +48,7 @@ class TrainingConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
-    precision: str = "bfloat16"
+    precision: str = "auto"
     seed: int = 0
     threads: int = 0
     accumulate: int = 1

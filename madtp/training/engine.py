@@ -29,6 +29,7 @@ from madtp.training.config import TrainingConfig
 from madtp.training.feed import prefetch
 from madtp.training.optim import learning_rate_at, make_optimisers, set_learning_rate
 from madtp.training.parts import Batch, Metrics, Parts
+from madtp.training.precision import precision_on
 from madtp.training.progress import Progress
 from madtp.training.tensorboard import TensorBoard
 
@@ -278,7 +279,7 @@ class _Loop:
         return [self.board] if self.writer is None else [self.board, self.writer]
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "bfloat16":
+        if precision_on(self.device, self.config.precision) == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
