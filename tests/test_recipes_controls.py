@@ -18,6 +18,7 @@ import zoo
 from madtp.errors import ConfigError
 from madtp.training import TrainingConfig
 from madtp.training.progress import Progress
+from zoo.recipes import card as cards
 from zoo.recipes import controls
 from zoo.recipes.merging import merge, merge_tokens
 
@@ -56,9 +57,22 @@ def test_a_tower_that_merges_nothing_is_the_tower() -> None:
     assert madtp.count_macs(model, given) < whole
 
 
+def test_a_tower_of_clip_that_merges_nothing_is_the_tower() -> None:
+    torch.manual_seed(0)
+    model: Any = zoo.create("clip_mini")
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = model.visual(images)
+        merge_tokens(model, 0)
+        torch.testing.assert_close(model.visual(images), expected)
+        merge_tokens(model, 3)
+        assert model.visual.transformer(torch.randn(2, 145, 128)).shape[1] == 145 - 6 * 3
+        assert not torch.equal(model.visual(images), expected)
+
+
 def test_a_model_without_such_a_tower_is_refused() -> None:
-    with pytest.raises(ConfigError, match="has no vision tower of timm's blocks"):
-        merge_tokens(zoo.create("clip_mini"), 3)
+    with pytest.raises(ConfigError, match="Linear has no vision tower of timm's or CLIP's blocks"):
+        merge_tokens(torch.nn.Linear(1, 1), 3)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +147,11 @@ def card(output: Path) -> dict[str, Any]:
     return json.loads((output / "pruned" / "card.json").read_text())
 
 
+def retested(model: torch.nn.Module, name: str) -> dict[str, Any]:
+    """What a model scores in the test of the cards."""
+    return cards.test_task(model, name, "scenes" if "nlvr" in name else "scenes_questions", 4, 0)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", SETTINGS)
 def test_dense_controls_take_the_size_whose_macs_are_nearest(tmp_path: Path, name: str) -> None:
@@ -144,6 +163,9 @@ def test_dense_controls_take_the_size_whose_macs_are_nearest(tmp_path: Path, nam
     assert found["test"]["metrics"]
     controls.fine_tune_merging(SETTINGS[name], TRAINING, tmp_path / "merging", quiet)
     assert card(tmp_path / "merging")["calibration"]["reduction"] == pytest.approx(0.5, abs=0.05)
+    for kind in ("smaller", "merging"):
+        again = controls.reopen(tmp_path / kind / "pruned")
+        assert retested(again, name) == card(tmp_path / kind)["test"]
 
 
 @pytest.mark.slow
@@ -153,5 +175,6 @@ def test_without_training_and_with_fixed_counts(tmp_path: Path) -> None:
     found = card(tmp_path / "free")
     assert found["training"]["steps"] == 0
     assert found["calibration"]["reduction"] == pytest.approx(0.5, abs=0.02)
+    assert retested(controls.reopen(tmp_path / "free" / "pruned"), "blip_vqa_mini") == found["test"]
     controls.frozen(settings, tmp_path / "free" / "pruned", tmp_path / "static")
     assert card(tmp_path / "static")["calibration"]["reduction"] == pytest.approx(0.5, abs=0.06)

@@ -2,18 +2,20 @@
 
 :func:`fine_tune_smaller` (images of fewer pixels) and :func:`fine_tune_merging` (tokens that merge with their likes) train a
 dense model by the losses of the recipe; :func:`training_free` calibrates and does not train; :func:`frozen` fixes the counts of
-a trained model. Controls that only change the recipe's settings need nothing from here. `benchmarks/controls.py` runs all.
+a trained model. Controls that only change the recipe's settings need nothing from here. `benchmarks/controls.py` runs all;
+:func:`reopen` has the model of a finished one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,12 +29,15 @@ from zoo.recipes import compress_nlvr_scenes, compress_scenes
 from zoo.recipes.card import test_task
 from zoo.recipes.compress_scenes import Settings, lesson_source
 from zoo.recipes.lessons import Lesson, lesson_for
-from zoo.recipes.merging import merge_tokens
+from zoo.recipes.merging import merge_tokens, plain_weights
 from zoo.recipes.statements import Statements
 from zoo.tasks import build_task
 from zoo.transforms import for_model
 
 Inputs = Mapping[str, Any]
+WEIGHTS = "model.safetensors"
+"""Beside the card of a dense control."""
+
 _HELD_OUT = 64
 _COUNTED = 16
 
@@ -64,29 +69,18 @@ def fine_tune_smaller(
     settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
 ) -> None:
     """The dense model on images of so few pixels that its MACs are nearest to the asked reduction."""
-    name, checkpoint = settings["model"], settings.get("checkpoint", "dense")
-
-    def build(side: int) -> nn.Module:
-        return _of_size(name, checkpoint, side)
-
+    name = settings["model"]
     config: Any = zoo.create(name).config
     patch = getattr(config, "patch_size", None) or config.vision.patch_size
     sides = range(2 * patch, zoo.describe(name).input_size[1], patch)
-    _fine_tune(settings, training, output, build, sides, "image_size", progress)
+    _fine_tune(settings, training, output, _SIZED, sides, progress)
 
 
 def fine_tune_merging(
     settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
 ) -> None:
     """The dense model whose vision tower merges so many tokens in each block that its MACs are nearest."""
-    name, checkpoint = settings["model"], settings.get("checkpoint", "dense")
-
-    def build(merged: int) -> nn.Module:
-        model = zoo.create(name, checkpoint)
-        merge_tokens(model, merged)
-        return model
-
-    _fine_tune(settings, training, output, build, range(1, 73), "merged_in_each_block", progress)
+    _fine_tune(settings, training, output, _MERGING, range(1, 73), progress)
 
 
 def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> None:
@@ -121,7 +115,20 @@ def _macs_after(pruned: madtp.PrunedModel, call: Inputs) -> float:
     return pruned.macs()
 
 
-def _of_size(name: str, checkpoint: str, side: int) -> nn.Module:
+def reopen(folder: Path) -> nn.Module:
+    """The model of a finished control, in eval mode; of one with fixed counts, the model whose counts were fixed.
+
+    Args:
+        folder: with `card.json`, as a recipe or a control wrote it.
+    """
+    card = json.loads((folder / "card.json").read_text())
+    for build in (_SIZED, _MERGING):
+        if build.what in card:
+            return build(card["model"], folder / WEIGHTS, card[build.what]).eval()
+    return madtp.load(folder, zoo.create(card["model"])).eval()
+
+
+def _of_size(name: str, checkpoint: str | Path, side: int) -> nn.Module:
     """The model for images of `side` pixels, behind a downscaling of larger ones."""
     model: Any = zoo.create(name)
     config = model.config
@@ -139,19 +146,44 @@ def _of_size(name: str, checkpoint: str, side: int) -> nn.Module:
     return cast(nn.Module, small.eval())
 
 
+def _with_merging(name: str, checkpoint: str | Path, merged: int) -> nn.Module:
+    """The model, merging so many tokens in each block."""
+    model = zoo.create(name, checkpoint)
+    merge_tokens(model, merged)
+    return model
+
+
+@dataclass(frozen=True)
+class _Cheaper:
+    """A way to make a dense model cheaper: (name, checkpoint, size) -> model; `what` is what cards call the size."""
+
+    what: str
+    build: Callable[[str, str | Path, int], nn.Module]
+
+    def __call__(self, name: str, checkpoint: str | Path, size: int) -> nn.Module:
+        return self.build(name, checkpoint, size)
+
+
+_SIZED = _Cheaper("image_size", _of_size)
+_MERGING = _Cheaper("merged_in_each_block", _with_merging)
+
+
 def _fine_tune(
     settings: Inputs,
     training: TrainingConfig,
     output: Path,
-    build: Callable[[int], nn.Module],
+    cheaper: _Cheaper,
     sizes: Sequence[int],
-    what: str,
     progress: Progress | None,
 ) -> None:
     """Find the size whose MACs are nearest to what pruning would leave, fine-tune what `build` makes of it, and test."""
     dense_lesson, common = lesson_of(settings)
     (call,) = _calls(common, dense_lesson.data, "val", _COUNTED)
     dense = madtp.count_macs(dense_lesson.model, call)
+
+    def build(size: int) -> nn.Module:
+        return cheaper(settings["model"], settings.get("checkpoint", "dense"), size)
+
     size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - common.reduction) * dense)
     torch.manual_seed(training.seed)
     lesson, _ = lesson_of(settings, build(size))
@@ -173,7 +205,8 @@ def _fine_tune(
     fit(learner, training, output, resume=True, progress=progress)
     model = lesson.model.eval()
     macs = madtp.count_macs(model, call)
-    _write_card(output, training.to_dict(), macs, dense, lesson, common, model, {what: size})
+    _write_card(output, training.to_dict(), macs, dense, lesson, common, model, {cheaper.what: size})
+    save_file({name: value.contiguous() for name, value in plain_weights(model).items()}, output / "pruned" / WEIGHTS)
 
 
 def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) -> int:

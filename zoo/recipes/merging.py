@@ -7,6 +7,7 @@ width.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import ConfigError
+from zoo.clip.model import Clip
 
 
 class MergingBlock(nn.Module):
-    """A block of timm's vision transformer that merges tokens between attention and feed-forward.
+    """A block of a vision tower that merges tokens between attention and feed-forward; one class a kind of block.
 
     Args:
         block: whose parameters are used.
@@ -33,21 +35,50 @@ class MergingBlock(nn.Module):
         self.first = first
         self._parts = parts
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *unused: Any, **options: Any) -> Tensor:
         """[B, N, C] -> [B, N - merged, C]."""
-        block = self.block
         parts = x.new_ones(x.shape[:2]) if self.first else self._parts.pop().to(x.dtype)
-        heard: list[Tensor] = []
+        mask = None if self.first else parts.log()[:, None, None].expand(-1, 1, x.shape[1], -1)
+        attended, keys = self._attend(x, mask)
+        x, parts = merge(x + attended, parts, keys, self.merged)
+        self._parts[:] = [parts]
+        return x + self._feed(x)
+
+    @abstractmethod
+    def _attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What attention adds to x [B, N, C], with `mask` [B, 1, N, N] added to the scores; and keys [B, N, D]."""
+
+    @abstractmethod
+    def _feed(self, x: Tensor) -> Tensor:
+        """What feed-forward adds to x."""
+
+
+class _TimmBlock(MergingBlock):
+    def _attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        block, heard = self.block, list[Tensor]()
         handle = block.attn.qkv.register_forward_hook(lambda module, given, output: heard.append(output))
         try:
-            mask = None if self.first else parts.log()[:, None, None].expand(-1, 1, x.shape[1], -1)
-            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
+            added = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
         finally:
             handle.remove()
-        keys = heard[0].unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(2)
-        x, parts = merge(x, parts, keys, self.merged)
-        self._parts[:] = [parts]
-        return cast(Tensor, x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+        return added, heard[0].unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(2)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        block = self.block
+        return cast(Tensor, block.drop_path2(block.ls2(block.mlp(block.norm2(x)))))
+
+
+class _ClipBlock(MergingBlock):
+    def _attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        block = self.block
+        attn = block.attn
+        projected = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+        queries, keys, values = projected.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return attn.out_proj(mixed.transpose(1, 2).flatten(2)), keys.mean(1)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.block.mlp(self.block.ln_2(x)))
 
 
 def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:
@@ -85,17 +116,34 @@ def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, 
 
 
 def merge_tokens(model: nn.Module, merged: int) -> None:
-    """Let the vision tower of a BLIP model merge so many tokens in each block; changed in place, parameters kept.
+    """Let the vision tower of BLIP or CLIP merge so many tokens in each block; changed in place, parameters kept.
 
     Raises:
         ConfigError: the model has no such tower.
     """
-    tower: Any = getattr(model, "visual_encoder", None)
+    blocks, kind = _blocks_of(model)
+    parts: list[Tensor] = []
+    for number, block in enumerate(blocks):
+        plain = block.block if isinstance(block, MergingBlock) else block
+        blocks[number] = kind(plain, merged, number == 0, parts)
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, merging or not, by the names that they have without merging."""
+    inside = [name for name, module in model.named_modules() if isinstance(module, MergingBlock)]
+    weights = {}
+    for name, value in model.state_dict().items():
+        owner = next((path for path in inside if name.startswith(f"{path}.block.")), None)
+        weights[name if owner is None else owner + name.removeprefix(f"{owner}.block")] = value
+    return weights
+
+
+def _blocks_of(model: Any) -> tuple[nn.ModuleList, type[MergingBlock]]:
+    if isinstance(model, Clip):
+        return model.visual.transformer.resblocks, _ClipBlock
+    tower = getattr(model, "visual_encoder", None)
     if tower is None or not hasattr(tower, "blocks"):
         raise ConfigError(
-            f"{type(model).__name__} has no vision tower of timm's blocks, which the merging control is for."
+            f"{type(model).__name__} has no vision tower of timm's or CLIP's blocks, which the merging control is for."
         )
-    parts: list[Tensor] = []
-    for number, block in enumerate(tower.blocks):
-        plain = block.block if isinstance(block, MergingBlock) else block
-        tower.blocks[number] = MergingBlock(plain, merged, number == 0, parts)
+    return tower.blocks, _TimmBlock

@@ -1,0 +1,294 @@
+"""Accuracy against MACs and against milliseconds of the compressed minis and their controls: a table and a picture.
+
+    python benchmarks/pareto.py collect --runs runs/controls    # cards of finished runs, into benchmarks/results.json
+    python benchmarks/pareto.py time --runs runs/controls       # milliseconds of their models, into the same file
+    python benchmarks/pareto.py draw                            # docs/pareto.png, and the table for docs/results.md
+
+`runs/controls` is what `benchmarks/controls.py run` writes. Results stay in the file when the runs are gone, so that seeds can
+be run one after the other; a run of the same task, control, target and seed takes the place of the former. Milliseconds are
+those of a sample in a batch; all models of a task run in turn in one process, the medians of the rounds after the first count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from controls import CONTROLS, STATIC, TASKS, shown
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from rich.console import Console
+from speed import median_times
+
+import zoo
+from zoo.recipes.card import test_task
+from zoo.recipes.controls import reopen
+from zoo.tasks import build_task
+from zoo.transforms import for_model
+
+HERE = Path(__file__).parent
+RESULTS, PICTURE = HERE / "results.json", HERE.parent / "docs" / "pareto.png"
+DENSE = "dense"
+DATA = {"captions": "scenes_captions", "questions": "scenes_questions", "reasoning": "scenes"}
+"""By task the data set; retrieval has that of captions."""
+
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "vqa_accuracy": "VQA accuracy",
+    "cider": "CIDEr",
+    "mean_recall": "mean recall",
+}
+# Okabe and Ito's colours, which colour-blind people tell apart; kin share a colour and differ in their markers.
+STYLES: dict[str, tuple[str, str]] = {
+    DENSE: ("#000000", "s"),
+    "madtp": ("#0072B2", "o"),
+    "static-counts": ("#0072B2", "P"),
+    "training-free": ("#0072B2", "x"),
+    "untaught": ("#56B4E9", "v"),
+    "no-alignment": ("#56B4E9", "^"),
+    "class-attention": ("#009E73", "D"),
+    "merging": ("#E69F00", "p"),
+    "smaller-input": ("#CC79A7", "h"),
+    "random": ("#D55E00", "X"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on held-out scenes.
+
+    Attributes:
+        task, control, seed: what was run; the dense model is the control "dense".
+        target: fraction of MACs that was to be saved.
+        saved: fraction that is.
+        metric, score: of the test that counts most.
+        items: samples of the test.
+        steps: of training after the dense model's.
+        ms, dense_ms: milliseconds a sample of this and of the dense model beside it; None: not measured.
+        timed: on what, with how many threads and which batch.
+    """
+
+    task: str
+    control: str
+    target: float
+    seed: int
+    saved: float
+    metric: str
+    score: float
+    items: int
+    steps: int
+    ms: float | None = None
+    dense_ms: float | None = None
+    timed: str = ""
+
+    @property
+    def key(self) -> tuple[str, float, str, int]:
+        """What tells results apart."""
+        return self.task, self.target, self.control, self.seed
+
+
+def read(path: Path) -> list[Result]:
+    """Results of a file; none where there is none."""
+    return [Result(**values) for values in json.loads(path.read_text())] if path.is_file() else []
+
+
+def write(path: Path, results: Iterable[Result]) -> None:
+    """Write results in a fixed order, the later of two with one key."""
+    kept = {result.key: result for result in results}
+    ordered = sorted(kept.values(), key=lambda r: (list(TASKS).index(r.task), r.target, _rank(r.control), r.seed))
+    path.write_text("[\n" + ",\n".join(json.dumps(asdict(result)) for result in ordered) + "\n]\n")
+
+
+def _rank(control: str) -> int:
+    return -1 if control == DENSE else CONTROLS.index(control)
+
+
+def collect(runs: Path, known: Sequence[Result]) -> list[Result]:
+    """What is known and what the cards below `runs` say; dense models are tested where their task has none yet."""
+    found = list(known)
+    for path in sorted(runs.glob("*/*/*/pruned/card.json")):
+        card = json.loads(path.read_text())
+        task, target, name = path.parts[-5:-2]
+        control, _, seed = name.rpartition("-")
+        metric, score = shown(card["test"])
+        found.append(
+            Result(
+                task=task,
+                control=control,
+                target=float(target) / 100,
+                seed=int(seed),
+                saved=card["calibration"]["reduction"],
+                metric=metric,
+                score=score,
+                items=card["test"]["items"],
+                steps=card["training"]["steps"],
+            )
+        )
+    for task in sorted({r.task for r in found} - {r.task for r in found if r.control == DENSE}):
+        items = next(r.items for r in found if r.task == task)
+        metric, score = shown(test_task(zoo.create(TASKS[task], DENSE), TASKS[task], _data(task), items, 0))
+        found.append(Result(task, DENSE, 0.0, 0, 0.0, metric, score, items, 0))
+    return found
+
+
+def _data(task: str) -> str:
+    return DATA.get(task, DATA["captions"])
+
+
+def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, threads: int) -> list[Result]:
+    """The results with milliseconds of all whose models lie below `runs`."""
+    torch.set_num_threads(threads)
+    timed = {result.key: result for result in results}
+    for task in TASKS:
+        there = {r: folder for r in results if r.task == task and (folder := _folder(runs, r))}
+        if not there:
+            continue
+        dense = next(r for r in results if r.task == task and r.control == DENSE)
+        models = {result: reopen(folder) for result, folder in there.items()} | {dense: zoo.create(TASKS[task], DENSE)}
+        given = _example(task, batch)
+        runs_of = {str(result.key): partial(_run, model, given) for result, model in models.items()}
+        ms = {key: round(seconds / batch * 1e3, 3) for key, seconds in median_times(runs_of, rounds).items()}
+        about = f"batch {batch}, {threads} CPU thread{'s' * (threads > 1)}, {rounds} rounds"
+        for result in models:
+            mine, whole = ms[str(result.key)], ms[str(dense.key)]
+            timed[result.key] = replace(result, ms=mine, dense_ms=whole, timed=about)
+    return list(timed.values())
+
+
+def _example(task: str, batch: int) -> dict[str, Any]:
+    """Arguments of the task's model on held-out samples."""
+    name = TASKS[task]
+    samples = zoo.data(_data(task), split="test", limit=batch, seed=0, transform=for_model(name))
+    return build_task(name, zoo.create(name), samples, torch.device("cpu"), None).inputs(range(batch))
+
+
+def _run(model: Any, given: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        model(**given)
+
+
+def _folder(runs: Path, result: Result) -> Path | None:
+    """Where the model of a result lies; None for the dense model, for models that are gone and for fixed counts."""
+    if result.control in (DENSE, STATIC):
+        return None
+    folder = runs / result.task / f"{100 * result.target:.0f}" / f"{result.control}-{result.seed}" / "pruned"
+    return folder if folder.is_dir() else None
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row for each task, target and control, means over seeds with their standard deviation."""
+    rows = [
+        "| task | control | MACs saved | metric | | seeds | steps | ms, ratio to dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for group in _groups(results):
+        first, count = group[0], len(group)
+        ratios = [r.ms / r.dense_ms for r in group if r.ms is not None and r.dense_ms]
+        cells = (
+            first.task,
+            first.control + (f" at −{first.target:.0%}" if first.target else ""),
+            f"{statistics.mean(r.saved for r in group):.1%}" if first.target else "",
+            METRIC_NAMES[first.metric],
+            _score(first.metric, [r.score for r in group]),
+            "" if first.control == DENSE else str(count),
+            "" if first.control == DENSE else str(first.steps),
+            f"{statistics.mean(ratios):.2f}" if ratios else "",
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _groups(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that differ in their seeds only, in the order of the file."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault((*result.key[:3], result.steps), []).append(result)
+    return list(groups.values())
+
+
+def _score(metric: str, scores: Sequence[float]) -> str:
+    mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else None
+    if metric == "cider":
+        return f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    return f"{mean:.1%}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """A column a task: scores over the MACs and, below, over the time that are left, as parts of the dense model's."""
+    tasks = [task for task in TASKS if any(r.task == task for r in results)]
+    figure, axes = plt.subplots(2, len(tasks), figsize=(3.3 * len(tasks), 6.4), squeeze=False, layout="constrained")
+    for column, task in enumerate(tasks):
+        groups = [group for group in _groups(results) if group[0].task == task]
+        _panel(axes[0, column], groups, lambda r: 1 - r.saved)
+        _panel(axes[1, column], groups, lambda r: r.ms / r.dense_ms if r.ms and r.dense_ms else None)
+        axes[0, column].set_title(task)
+        axes[0, column].set_xlabel("MACs, part of dense")
+        axes[1, column].set_xlabel("milliseconds, part of dense")
+        for row in (0, 1):
+            axes[row, column].set_ylabel(METRIC_NAMES[groups[0][0].metric])
+    used = {r.control for r in results}
+    handles = [
+        plt.Line2D([], [], color=colour, marker=marker, linestyle="-" if name == "madtp" else "", label=name)
+        for name, (colour, marker) in STYLES.items()
+        if name in used
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _panel(axes: Axes, groups: Sequence[Sequence[Result]], place: Any) -> None:
+    """Points of one task; whiskers are standard deviations over seeds; a line joins the dense model and MADTP's."""
+    path: list[tuple[float, float]] = []
+    for group in groups:
+        control = group[0].control
+        places = [found for result in group if (found := place(result)) is not None]
+        if not places:
+            continue
+        x, scores = statistics.mean(places), [result.score for result in group]
+        y, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+        colour, marker = STYLES[control]
+        axes.errorbar(x, y, yerr=spread or None, color=colour, marker=marker, markersize=7, capsize=2)
+        if control in (DENSE, "madtp"):
+            path.append((x, y))
+    path.sort()
+    axes.plot(*zip(*path, strict=True), color=STYLES["madtp"][0], linewidth=1.2, zorder=0) if path else None
+    axes.set_xlim(left=0)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("collect", "time", "draw"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/controls"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    results = read(options.results)
+    if options.command == "collect":
+        write(options.results, collect(options.runs, results))
+    elif options.command == "time":
+        write(options.results, time_models(options.runs, results, options.batch, options.rounds, options.threads))
+    else:
+        draw(results, options.picture)
+    Console(width=200).print(table(read(options.results)), markup=False)
+
+
+if __name__ == "__main__":
+    main()
