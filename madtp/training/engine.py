@@ -278,14 +278,16 @@ class _Loop:
     def _boards(self) -> list[Progress | TensorBoard]:
         return [self.board] if self.writer is None else [self.board, self.writer]
 
+    @property
+    def _low(self) -> bool:
+        return precision_on(self.device, self.config.precision) == "bfloat16"
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        if precision_on(self.device, self.config.precision) == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self._low else nullcontext()
 
     def _attention(self) -> AbstractContextManager[Any]:
-        # The backward of the fused CPU kernel takes six times as long as matmul and softmax on short sequences.
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+        # In bfloat16, the backward of the fused CPU kernel takes six times as long as matmul and softmax on short sequences.
+        return sdpa_kernel(SDPBackend.MATH) if self._low and self.device.type == "cpu" else nullcontext()
 
 
 def _due(done: int, every: int) -> bool:
