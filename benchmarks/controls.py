@@ -45,8 +45,9 @@ DENSE = {"smaller-input": fine_tune_smaller, "merging": fine_tune_merging}
 
 FREE, STATIC = "training-free", "static-counts"
 CONTROLS = (*SETTINGS, *DENSE, FREE, STATIC)
-# By task; the first that a card has is shown.
-METRICS = ("accuracy", "vqa_accuracy", "cider", "mean_recall")
+METRICS = ("accuracy", "vqa_accuracy", "cider")
+RECALL = ("text_r1", "image_r1")
+"""The metric that is shown is the first that a card has; of retrieval, the mean of both recalls at 1."""
 
 
 def run_control(name: str, options: argparse.Namespace, seed: int) -> None:
@@ -91,6 +92,8 @@ def table(output: Path) -> str:
 def shown(test: dict[str, Any]) -> tuple[str, float]:
     """The metric of a card's test that counts most, and its value."""
     found = test.get("metrics") or {"accuracy": test["accuracy"]["all"]}
+    if all(name in found for name in RECALL):
+        return "recall@1", sum(found[name] for name in RECALL) / len(RECALL)
     name = next(name for name in METRICS if name in found)
     return name, found[name]
 

@@ -47,7 +47,7 @@ METRIC_NAMES = {
     "accuracy": "accuracy",
     "vqa_accuracy": "VQA accuracy",
     "cider": "CIDEr",
-    "mean_recall": "mean recall",
+    "recall@1": "recall@1",
 }
 # Okabe and Ito's colours, which colour-blind people tell apart; kin share a colour and differ in their markers.
 STYLES: dict[str, tuple[str, str]] = {

@@ -10,8 +10,6 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="pictures need the extra 'plots'")
-
 
 @pytest.fixture
 def pareto(monkeypatch: pytest.MonkeyPatch) -> ModuleType:

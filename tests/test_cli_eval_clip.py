@@ -80,6 +80,8 @@ def test_mini_models_on_scenes_of_their_tasks(tmp_path: Path, model: str, data: 
     [
         ("blip_caption_mini", "scenes_captions", "cider", 5.0),
         ("blip_vqa_mini", "scenes_questions", "vqa_accuracy", 0.79),
+        ("blip_retrieval_mini", "scenes_captions", "text_r1", 0.9),
+        ("clip_mini", "scenes_captions", "image_r1", 0.9),
     ],
 )
 def test_dense_minis_have_learned_their_tasks(tmp_path: Path, model: str, data: str, metric: str, least: float) -> None:

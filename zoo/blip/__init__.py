@@ -83,7 +83,7 @@ _register_task(
     ("BASE", "LARGE", "MINI"),
     weights=("dense",),
 )
-_register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _SIZES)
+_register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _SIZES, weights=("dense",))
 _register_task("blip_caption", "caption", "BlipCaption", "captions", _SIZES, weights=("dense",))
 _VQA_SIZES = ("VQA_BASE", "VQA_LARGE", "BLIP_MINI")
 _register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", _VQA_SIZES, 480, weights=("dense",))
