@@ -84,6 +84,7 @@ _register_task(
     weights=("dense",),
 )
 _register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _SIZES, weights=("dense",))
-_register_task("blip_caption", "caption", "BlipCaption", "captions", _SIZES, weights=("dense",))
+_CAPTION_SIZES = ("BLIP_BASE", "BLIP_LARGE", "CAPTION_MINI")
+_register_task("blip_caption", "caption", "BlipCaption", "captions", _CAPTION_SIZES, weights=("dense",))
 _VQA_SIZES = ("VQA_BASE", "VQA_LARGE", "BLIP_MINI")
 _register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", _VQA_SIZES, 480, weights=("dense",))
