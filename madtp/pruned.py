@@ -189,6 +189,18 @@ class PrunedModel(nn.Module):
         not count."""
         return {name: kept_positions(state) for name, state in self._recorded().items()}
 
+    def surviving(self, tower: str) -> Tensor | None:
+        """Which original tokens are left behind a module's last site in the last forward, [B, N] bool; None: it has no site.
+
+        A model returns all tokens of a pruned stream, dropped ones as they were when they were. What reads them outside the
+        model, such as a decoder that is called by itself, should see only these.
+
+        Args:
+            tower: path of the module, as in the names of its sites.
+        """
+        inside = [state for name, state in self._recorded().items() if name == tower or name.startswith(f"{tower}.")]
+        return kept_positions(inside[-1]) if inside else None
+
     def alignment_loss(self) -> Tensor:
         """L_align of the last forward (MAG): mean of 1 - cos between the modalities' pooled features; differentiable.
 

@@ -1,7 +1,7 @@
 """Text from BLIP's decoders: captions, answers, and answers of a list ranked. Start with `write_captions`, `rank_answers`.
 
-The models may be pruned ones: they encode by their own call, and the decoder then runs step by step. Axes: B samples, K
-beams, T tokens, W words of the vocabulary, A answers of a list, L tokens of an answer.
+The models may be pruned ones: they encode by their own call, and the decoder then runs step by step on what it sees inside.
+Axes: B samples, K beams, T tokens, W words of the vocabulary, A answers of a list, L tokens of an answer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from madtp.errors import ConfigError
 from zoo.blip.caption import CaptionOutput
 from zoo.blip.losses import next_token_losses
 from zoo.blip.med import DecoderState, MedDecoder
+from zoo.blip.survivors import survivors
 from zoo.blip.vqa import VqaOutput
 
 _NEVER = -1e9
@@ -153,7 +154,8 @@ def write_captions(model: Captioner, images: Tensor, prompt: Tensor, beams: Beam
     """
     if beams is None:
         beams = Beams(min_length=10, max_length=30, length_offset=len(prompt) - 1)
-    state = model.text_decoder.start(model(images).image_tokens)
+    tokens, mask = survivors(model, "visual_encoder", model(images).image_tokens)
+    state = model.text_decoder.start(tokens, mask)
     return beam_search(model.text_decoder, prompt.expand(len(images), -1), state, beams)
 
 

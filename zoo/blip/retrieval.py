@@ -64,6 +64,7 @@ class BlipRetrieval(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        image_mask: Tensor | None = None,
     ) -> RetrievalOutput:
         """Compare images and texts, pair by pair; images alone, or texts alone, are only encoded.
 
@@ -72,6 +73,7 @@ class BlipRetrieval(nn.Module):
             input_ids: [B, T] long, [CLS] first.
             attention_mask: [B, T], 1 for a token, 0 for padding.
             image_tokens: [B, N, V] of an earlier call, instead of `images`: then only matching is computed.
+            image_mask: [B, N] of `image_tokens`, 1 for a token; None for all.
         """
         if (images is None and input_ids is None) or (images is not None and image_tokens is not None):
             raise DataError("pass images, or input_ids, or input_ids with either images or image_tokens.")
@@ -85,7 +87,8 @@ class BlipRetrieval(nn.Module):
                 alone = self.text_encoder(input_ids, mask)
                 text_features = F.normalize(self.text_proj(alone[:, 0]), dim=-1)
             if image_tokens is not None:
-                seeing = self.text_encoder(self._marked(input_ids), mask, image_tokens)
+                seen = None if image_mask is None else keys(image_mask)
+                seeing = self.text_encoder(self._marked(input_ids), mask, image_tokens, seen)
                 match_logits = self.itm_head(seeing[:, 0])
         return RetrievalOutput(image_features, text_features, match_logits, 1 / self.temp, image_tokens)
 

@@ -12,10 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from madtp.evaluation.task import Result
 from zoo.blip.matching import LEFT_OUT, Matcher, match
 from zoo.blip.retrieval import BlipRetrieval
+from zoo.blip.survivors import survivors
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.recall import recalls
 from zoo.tasks.spelling import RETRIEVAL_TOKENS, spell
@@ -149,7 +151,7 @@ class Features:
 class Matching:
     """The second stage: the most similar pairs are matched.
 
-    Encoded images are kept in memory (1.8 MB each of BLIP base), as the captions of any image may ask for them.
+    What survives of encoded images is kept in memory (1.8 MB each of a dense BLIP base), as any caption may ask for it.
     """
 
     name = MATCHING
@@ -178,14 +180,19 @@ class Matching:
         best, places = similar.topk(min(self.task.candidates, len(similar)))
         pairs = [pair(place) for place in places.tolist()]
         self._encode(model, [image for image, _ in pairs])
-        tokens = torch.stack([self.encoded[image] for image, _ in pairs]).to(self.task.device)
+        chosen = [self.encoded[image] for image, _ in pairs]
+        tokens = pad_sequence(chosen, batch_first=True).to(self.task.device)
+        counts = torch.tensor([len(found) for found in chosen], device=self.task.device)
+        seen = (torch.arange(tokens.shape[1], device=counts.device) < counts[:, None]).long()
         texts = self.task.texts([self.task.captions[text] for _, text in pairs])
-        scores = best + match(cast(Matcher, model), tokens, **texts)[:, 1].cpu()
+        scores = best + match(cast(Matcher, model), tokens, **texts, image_mask=seen)[:, 1].cpu()
         return [list(found) for found in zip(places.tolist(), scores.tolist(), strict=True)]
 
     def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
         new = sorted(set(images) - self.encoded.keys())
         for start in range(0, len(new), 32):
             part = new[start : start + 32]
-            tokens = model(images=self.task.images(part)).image_tokens.cpu()
-            self.encoded |= dict(zip(part, tokens, strict=True))
+            encoded = model(images=self.task.images(part)).image_tokens
+            tokens, mask = survivors(model, "visual_encoder", encoded)
+            counts = [tokens.shape[1]] * len(part) if mask is None else mask.sum(dim=1).tolist()
+            self.encoded |= {image: x[:count].cpu() for image, x, count in zip(part, tokens, counts, strict=True)}

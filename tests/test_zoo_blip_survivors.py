@@ -1,0 +1,83 @@
+"""Decoders that run by themselves, and matching of encoded images, see what they would see inside of a pruned model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from blip_tasks import inputs, small
+from torch import Tensor
+
+import madtp
+from zoo.blip.matching import match, matching_loss
+from zoo.blip.survivors import survivors
+
+
+def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
+    given = inputs(task, batch=4)
+    settings = {"merge": False, "alignment_tokens": 8, "min_tokens": 2, **config}
+    model = madtp.rewrite(small(task), given, config=madtp.PruningConfig.from_dict(settings))
+    model.gain = 3.0
+    return model, given
+
+
+@torch.no_grad()
+def test_a_decoder_by_itself_sees_what_it_sees_inside() -> None:
+    model, given = pruned("caption")
+    whole = model(**given)
+    tokens, mask = survivors(model, "visual_encoder", whole.image_tokens)
+    assert mask is not None
+    assert 0 < int(mask.sum()) < whole.image_tokens.shape[:2].numel()
+    ids, padding = given["input_ids"], given["attention_mask"]
+    outside = model.text_decoder(ids, padding, tokens, mask)
+    torch.testing.assert_close(outside[padding.bool()], whole.logits[padding.bool()])
+    assert not torch.allclose(model.text_decoder(ids, padding, whole.image_tokens), whole.logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_answer_by_itself_is_the_answer_inside() -> None:
+    model, given = pruned("vqa")
+    whole = model(**given)
+    outside = model.text_decoder(
+        given["answer_ids"], given["answer_mask"], whole.question_states, given["attention_mask"]
+    )
+    seen = given["answer_mask"].bool()
+    torch.testing.assert_close(outside[seen], whole.logits[seen])
+
+
+@torch.no_grad()
+def test_matching_encoded_images_equals_matching_images() -> None:
+    model, given = pruned("retrieval", towers=("image",))
+    whole = model(**given)
+    tokens, mask = survivors(model, "visual_encoder", whole.image_tokens)
+    again = match(model, tokens, given["input_ids"], given["attention_mask"], mask)
+    torch.testing.assert_close(again, whole.match_logits)
+
+
+def test_right_and_wrong_pairs_are_matched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged tokens, which only the whole call sees, must not tell right pairs from wrong ones."""
+    model, given = pruned("retrieval", merge=True)
+    found = model(**given)
+    asked: list[Tensor] = []
+
+    def watched(model: Any, image_tokens: Tensor, ids: Tensor, mask: Tensor, seen: Tensor | None) -> Tensor:
+        asked.append(ids)
+        return match(model, image_tokens, ids, mask, seen)
+
+    monkeypatch.setattr("zoo.blip.matching.match", watched)
+    loss = matching_loss(model, found, given["input_ids"], given["attention_mask"], torch.arange(4))
+    loss.backward()
+    assert len(asked[0]) == 12
+    assert torch.equal(asked[0][:4], given["input_ids"])
+
+
+@torch.no_grad()
+def test_a_model_that_prunes_nothing_keeps_all() -> None:
+    model, given = pruned("caption")
+    tokens = model(**given).image_tokens
+    assert survivors(small("caption"), "visual_encoder", tokens) == (tokens, None)
+    assert survivors(model, "text_decoder", tokens) == (tokens, None)
+    model.temperature = 0.0
+    tokens = model(**given).image_tokens
+    assert survivors(model, "visual_encoder", tokens) == (tokens, None)
