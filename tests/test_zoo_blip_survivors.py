@@ -11,7 +11,7 @@ from torch import Tensor
 
 import madtp
 from zoo.blip.matching import match, matching_loss
-from zoo.blip.survivors import survivors
+from zoo.blip.survivors import seen, survivors
 
 
 def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
@@ -42,17 +42,20 @@ def test_an_answer_by_itself_is_the_answer_inside() -> None:
     outside = model.text_decoder(
         given["answer_ids"], given["answer_mask"], whole.question_states, given["attention_mask"]
     )
-    seen = given["answer_mask"].bool()
-    torch.testing.assert_close(outside[seen], whole.logits[seen])
+    words = given["answer_mask"].bool()
+    torch.testing.assert_close(outside[words], whole.logits[words])
 
 
 @torch.no_grad()
 def test_matching_encoded_images_equals_matching_images() -> None:
     model, given = pruned("retrieval", towers=("image",))
     whole = model(**given)
-    tokens, mask = survivors(model, "visual_encoder", whole.image_tokens)
-    again = match(model, tokens, given["input_ids"], given["attention_mask"], mask)
-    torch.testing.assert_close(again, whole.match_logits)
+    for tokens, mask in (
+        survivors(model, "visual_encoder", whole.image_tokens),
+        (whole.image_tokens, seen(model, "visual_encoder")),
+    ):
+        again = match(model, tokens, given["input_ids"], given["attention_mask"], mask)
+        torch.testing.assert_close(again, whole.match_logits)
 
 
 def test_right_and_wrong_pairs_are_matched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +64,9 @@ def test_right_and_wrong_pairs_are_matched_alike(monkeypatch: pytest.MonkeyPatch
     found = model(**given)
     asked: list[Tensor] = []
 
-    def watched(model: Any, image_tokens: Tensor, ids: Tensor, mask: Tensor, seen: Tensor | None) -> Tensor:
+    def watched(model: Any, image_tokens: Tensor, ids: Tensor, mask: Tensor, left: Tensor | None) -> Tensor:
         asked.append(ids)
-        return match(model, image_tokens, ids, mask, seen)
+        return match(model, image_tokens, ids, mask, left)
 
     monkeypatch.setattr("zoo.blip.matching.match", watched)
     loss = matching_loss(model, found, given["input_ids"], given["attention_mask"], torch.arange(4))

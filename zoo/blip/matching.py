@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from madtp.errors import DataError
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.survivors import survivors
+from zoo.blip.survivors import seen
 
 # What pairs score that are not among the candidates; the published code has the same number.
 LEFT_OUT = -100.0
@@ -54,15 +54,14 @@ def matching_loss(
         similar = found.scale * found.image_features @ found.text_features.T
         wrong_texts = _draw(similar, same)
         wrong_images = _draw(similar.T, same)
-    tokens, seen = survivors(model, "visual_encoder", found.image_tokens)
+    left = seen(model, "visual_encoder")
     every = torch.arange(len(samples), device=samples.device)
     # A rewritten model sees merged tokens inside the call that made `found`, which would tell right pairs from wrong ones.
-    right = every if seen is not None else every[:0]
+    right = every if left is not None else every[:0]
     images, texts = torch.cat([right, wrong_images, every]), torch.cat([right, every, wrong_texts])
-    matched = match(
-        model, tokens[images], input_ids[texts], attention_mask[texts], None if seen is None else seen[images]
-    )
-    logits = matched if seen is not None else torch.cat([found.match_logits, matched])
+    image_mask = None if left is None else left[images]
+    matched = match(model, found.image_tokens[images], input_ids[texts], attention_mask[texts], image_mask)
+    logits = matched if left is not None else torch.cat([found.match_logits, matched])
     labels = torch.zeros(3 * len(samples), dtype=torch.long, device=samples.device)
     labels[: len(samples)] = 1
     return F.cross_entropy(logits, labels)
@@ -76,8 +75,8 @@ def match(
     image_mask: Tensor | None = None,
 ) -> Tensor:
     """Logits [B, 2] of encoded images [B, N, V] with texts [B, T]; masks [B, N] (None: all are tokens) and [B, T]."""
-    seen = {} if image_mask is None else {"image_mask": image_mask}
-    logits = model(image_tokens=image_tokens, input_ids=input_ids, attention_mask=attention_mask, **seen).match_logits
+    masked = {} if image_mask is None else {"image_mask": image_mask}
+    logits = model(image_tokens=image_tokens, input_ids=input_ids, attention_mask=attention_mask, **masked).match_logits
     if logits is None:
         raise DataError(f"{type(model).__name__} returned no match_logits for image_tokens and texts.")
     return logits

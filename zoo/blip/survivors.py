@@ -1,4 +1,4 @@
-"""What is left of a tower's tokens in a rewritten model, for those who read them outside of it: :func:`survivors`.
+"""What is left of a tower's tokens in a rewritten model, for those who read them outside: :func:`survivors`, :func:`seen`.
 
 A rewritten model returns all tokens of a pruned tower; those that were dropped are as they were when they were. A decoder that
 runs by itself, or a later call that is given the tokens, has to see what it saw inside the model: the others.
@@ -12,21 +12,31 @@ from torch import Tensor
 from madtp.pruned import PrunedModel
 
 
-def survivors(model: object, tower: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The tokens that survived in the last call of a model.
+def seen(model: object, tower: str) -> Tensor | None:
+    """Which tokens of a tower survived in the last call of a model, [B, N], 1 for a token; None: all did.
 
     Args:
-        model: that returned `tokens`; a dense one, and one that pruned nothing, keeps all.
-        tower: path of the module that they come from.
-        tokens: [B, N, C], without padding.
+        model: a dense one, and one that pruned nothing, keeps all.
+        tower: path of the module that the tokens come from.
+    """
+    left = model.surviving(tower) if isinstance(model, PrunedModel) else None
+    return None if left is None or bool(left.all()) else left.long()
+
+
+def survivors(model: object, tower: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The tokens that survived in the last call of a model, without the others between them.
+
+    Args:
+        model, tower: see :func:`seen`.
+        tokens: that it returned, [B, N, C], without padding.
 
     Returns:
         tokens [B, K, C] in their order, K as many as the fullest sample has, and mask [B, K], 1 for a token (None: all are).
     """
-    left = model.surviving(tower) if isinstance(model, PrunedModel) else None
-    if left is None or bool(left.all()):
+    left = seen(model, tower)
+    if left is None:
         return tokens, None
     counts = left.sum(dim=1)
-    places = left.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    places = left.argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
     found = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
     return found, (torch.arange(places.shape[1], device=counts.device) < counts[:, None]).long()

@@ -12,12 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from madtp.evaluation.task import Result
 from zoo.blip.matching import LEFT_OUT, Matcher, match
 from zoo.blip.retrieval import BlipRetrieval
-from zoo.blip.survivors import survivors
+from zoo.blip.survivors import seen
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.recall import recalls
 from zoo.tasks.spelling import RETRIEVAL_TOKENS, spell
@@ -151,14 +150,15 @@ class Features:
 class Matching:
     """The second stage: the most similar pairs are matched.
 
-    What survives of encoded images is kept in memory (1.8 MB each of a dense BLIP base), as any caption may ask for it.
+    Encoded images are kept in memory (1.8 MB each of BLIP base), as the captions of any image may ask for them, with masks of
+    what survives in them.
     """
 
     name = MATCHING
 
     def __init__(self, task: Retrieval) -> None:
         self.task = task
-        self.encoded: dict[int, Tensor] = {}
+        self.encoded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
         """`texts`: [caption, score] of the candidates of each image; `images`: [image, score] of those of its captions."""
@@ -181,18 +181,16 @@ class Matching:
         pairs = [pair(place) for place in places.tolist()]
         self._encode(model, [image for image, _ in pairs])
         chosen = [self.encoded[image] for image, _ in pairs]
-        tokens = pad_sequence(chosen, batch_first=True).to(self.task.device)
-        counts = torch.tensor([len(found) for found in chosen], device=self.task.device)
-        seen = (torch.arange(tokens.shape[1], device=counts.device) < counts[:, None]).long()
+        tokens, mask = (torch.stack(parts).to(self.task.device) for parts in zip(*chosen, strict=True))
         texts = self.task.texts([self.task.captions[text] for _, text in pairs])
-        scores = best + match(cast(Matcher, model), tokens, **texts, image_mask=seen)[:, 1].cpu()
+        scores = best + match(cast(Matcher, model), tokens, **texts, image_mask=mask)[:, 1].cpu()
         return [list(found) for found in zip(places.tolist(), scores.tolist(), strict=True)]
 
     def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
         new = sorted(set(images) - self.encoded.keys())
         for start in range(0, len(new), 32):
             part = new[start : start + 32]
-            encoded = model(images=self.task.images(part)).image_tokens
-            tokens, mask = survivors(model, "visual_encoder", encoded)
-            counts = [tokens.shape[1]] * len(part) if mask is None else mask.sum(dim=1).tolist()
-            self.encoded |= {image: x[:count].cpu() for image, x, count in zip(part, tokens, counts, strict=True)}
+            tokens = model(images=self.task.images(part)).image_tokens
+            left = seen(model, "visual_encoder")
+            mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if left is None else left
+            self.encoded |= dict(zip(part, zip(tokens.cpu(), mask.cpu(), strict=True), strict=True))
