@@ -136,6 +136,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "test_items": 4,
         "pruning": {"alignment_tokens": 8},
     },
+    "clip_mini": {
+        "model": "clip_mini",
+        "reduction": 0.5,
+        "pictures_per_step": 4,
+        "texts_per_picture": 1,
+        "calibration_items": 16,
+        "test_items": 4,
+    },
     "blip_nlvr_mini": {
         "model": "blip_nlvr_mini",
         "reduction": 0.5,
@@ -144,6 +152,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "test_items": 4,
     },
 }
+DATA = {"blip_vqa_mini": "scenes_questions", "clip_mini": "scenes_captions", "blip_nlvr_mini": "scenes"}
 TRAINING = TrainingConfig(steps=1, warmup_steps=0, threads=1, checkpoint_every=0, evaluate_every=0)
 
 
@@ -153,7 +162,7 @@ def card(output: Path) -> dict[str, Any]:
 
 def retested(model: torch.nn.Module, name: str) -> dict[str, Any]:
     """What a model scores in the test of the cards."""
-    return cards.test_task(model, name, "scenes" if "nlvr" in name else "scenes_questions", 4, 0)
+    return cards.test_task(model, name, DATA[name], 4, 0)
 
 
 @pytest.mark.heavy

@@ -28,7 +28,7 @@ from madtp.training.progress import Progress
 from zoo.recipes import compress_nlvr_scenes, compress_scenes
 from zoo.recipes.card import test_task
 from zoo.recipes.compress_scenes import Settings, lesson_source
-from zoo.recipes.lessons import Lesson, lesson_for
+from zoo.recipes.lessons import Lesson, lesson_about
 from zoo.recipes.merging import merge_tokens, plain_weights
 from zoo.recipes.statements import Statements
 from zoo.tasks import build_task
@@ -58,9 +58,7 @@ def lesson_of(settings: Mapping[str, Any], model: nn.Module | None = None) -> tu
         )
         return Statements(model or zoo.create(name, chosen.checkpoint), chosen), common
     common = from_plain(Settings, settings, "settings")
-    lesson = lesson_for(name, common.checkpoint, common.texts_per_picture)
-    if model is not None:
-        lesson = type(lesson)(model, common.texts_per_picture)
+    lesson = lesson_about(model or zoo.create(name, common.checkpoint), common.texts_per_picture)
     lesson.content_weight, lesson.fade_to = common.content_weight, common.fade_to
     return lesson, common
 
@@ -206,7 +204,8 @@ def _fine_tune(
     model = lesson.model.eval()
     macs = madtp.count_macs(model, call)
     _write_card(output, training.to_dict(), macs, dense, lesson, common, model, {cheaper.what: size})
-    save_file({name: value.contiguous() for name, value in plain_weights(model).items()}, output / "pruned" / WEIGHTS)
+    weights = {name: value.contiguous().clone() for name, value in plain_weights(model).items()}  # some are tied
+    save_file(weights, output / "pruned" / WEIGHTS)
 
 
 def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) -> int:

@@ -263,10 +263,14 @@ def lesson_for(name: str, checkpoint: str | None, texts: int) -> Lesson:
     Raises:
         ConfigError: there is none for such a model.
     """
-    model = zoo.create(name, checkpoint)
+    return lesson_about(zoo.create(name, checkpoint), texts)
+
+
+def lesson_about(model: nn.Module, texts: int) -> Lesson:
+    """The lesson of a model, as :func:`lesson_for`."""
     if type(model) not in _LESSONS:
         known = ", ".join(kind.__name__ for kind in _LESSONS)
         raise ConfigError(
-            f"scenes have no lesson for {name}; there are some for {known}, others have recipes of their own"
+            f"scenes have no lesson for {type(model).__name__}; there are some for {known}, others have recipes of their own"
         )
     return cast(Lesson, _LESSONS[type(model)](model, texts))
