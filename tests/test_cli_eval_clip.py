@@ -87,3 +87,19 @@ def test_mini_models_on_scenes_of_their_tasks(tmp_path: Path, model: str, data: 
 def test_dense_minis_have_learned_their_tasks(tmp_path: Path, model: str, data: str, metric: str, least: float) -> None:
     content = evaluated(tmp_path / "e.json", "-m", model, "-d", data, "-k", "dense", "-n", "20", "-b", "20")
     assert content["metrics"][metric] > least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "data", "metric", "least"),
+    [
+        ("blip_caption_mini", "pruned-80", "scenes_captions", "cider", 5.0),
+        ("blip_vqa_mini", "pruned-50", "scenes_questions", "vqa_accuracy", 0.79),
+        ("blip_vqa_mini", "pruned-80", "scenes_questions", "vqa_accuracy", 0.79),
+    ],
+)
+def test_compressed_minis_keep_what_they_learned(
+    tmp_path: Path, model: str, checkpoint: str, data: str, metric: str, least: float
+) -> None:
+    content = evaluated(tmp_path / "e.json", "-m", model, "-d", data, "-k", checkpoint, "-n", "20", "-b", "20")
+    assert content["metrics"][metric] > least
