@@ -5,8 +5,8 @@
     python benchmarks/pareto.py draw                            # docs/pareto.png, and the table for docs/results.md
 
 `runs/controls` is what `benchmarks/controls.py run` writes. Results stay in the file when the runs are gone, so that seeds can
-be run one after the other; a run of the same task, control, target and seed takes the place of the former. Milliseconds are
-those of a sample in a batch; all models of a task run in turn in one process, the medians of the rounds after the first count.
+be run one after the other; a run of the same task, control, target, steps and seed takes the place of the former. Milliseconds
+are those of a sample in a batch; all models of a task run in turn in one process, and the median after the first round counts.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class Result:
     timed: str = ""
 
     @property
-    def key(self) -> tuple[str, float, str, int]:
+    def key(self) -> tuple[str, float, str, int, int]:
         """What tells results apart."""
-        return self.task, self.target, self.control, self.seed
+        return self.task, self.target, self.control, self.steps, self.seed
 
 
 def read(path: Path) -> list[Result]:
@@ -106,7 +106,9 @@ def read(path: Path) -> list[Result]:
 def write(path: Path, results: Iterable[Result]) -> None:
     """Write results in a fixed order, the later of two with one key."""
     kept = {result.key: result for result in results}
-    ordered = sorted(kept.values(), key=lambda r: (list(TASKS).index(r.task), r.target, _rank(r.control), r.seed))
+    ordered = sorted(
+        kept.values(), key=lambda r: (list(TASKS).index(r.task), r.target, _rank(r.control), r.steps, r.seed)
+    )
     path.write_text("[\n" + ",\n".join(json.dumps(asdict(result)) for result in ordered) + "\n]\n")
 
 
@@ -213,7 +215,7 @@ def _groups(results: Sequence[Result]) -> list[list[Result]]:
     """Results that differ in their seeds only, in the order of the file."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        groups.setdefault((*result.key[:3], result.steps), []).append(result)
+        groups.setdefault(result.key[:-1], []).append(result)
     return list(groups.values())
 
 
@@ -221,7 +223,7 @@ def _score(metric: str, scores: Sequence[float]) -> str:
     mean, spread = statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else None
     if metric == "cider":
         return f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-    return f"{mean:.1%}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+    return f"{mean:.2%}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

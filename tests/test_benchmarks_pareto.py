@@ -48,9 +48,9 @@ def test_seeds_share_a_row(pareto: ModuleType, tmp_path: Path) -> None:
     results[1] = replace(results[1], ms=3.0, dense_ms=6.0)
     pareto.write(tmp_path / "r.json", results)
     assert pareto.table(pareto.read(tmp_path / "r.json")).splitlines()[2:] == [
-        "| questions | dense |  | VQA accuracy | 95.0% |  |  |  |",
-        "| questions | madtp at −50% | 50.0% | VQA accuracy | 93.0% | 1 | 7 | 0.50 |",
-        "| questions | madtp at −80% | 80.0% | VQA accuracy | 92.0% ± 2.0 | 3 | 7 |  |",
+        "| questions | dense |  | VQA accuracy | 95.00% |  |  |  |",
+        "| questions | madtp at −50% | 50.0% | VQA accuracy | 93.00% | 1 | 7 | 0.50 |",
+        "| questions | madtp at −80% | 80.0% | VQA accuracy | 92.00% ± 2.00 | 3 | 7 |  |",
     ]
 
 
