@@ -93,6 +93,7 @@ def test_dense_minis_have_learned_their_tasks(tmp_path: Path, model: str, data: 
 @pytest.mark.parametrize(
     ("model", "checkpoint", "data", "metric", "least"),
     [
+        ("blip_caption_mini", "pruned-50", "scenes_captions", "cider", 5.0),
         ("blip_caption_mini", "pruned-80", "scenes_captions", "cider", 5.0),
         ("blip_vqa_mini", "pruned-50", "scenes_questions", "vqa_accuracy", 0.79),
         ("blip_vqa_mini", "pruned-80", "scenes_questions", "vqa_accuracy", 0.79),
