@@ -73,7 +73,7 @@ def test_captions_of_a_picture_differ() -> None:
 
 
 def test_a_model_without_a_lesson_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no lesson for blip_nlvr_mini"):
+    with pytest.raises(ConfigError, match="no lesson for BlipNlvr"):
         lesson_for("blip_nlvr_mini", None, 1)
 
 
