@@ -97,6 +97,7 @@ def test_dense_minis_have_learned_their_tasks(tmp_path: Path, model: str, data: 
         ("blip_caption_mini", "pruned-80", "scenes_captions", "cider", 5.0),
         ("blip_vqa_mini", "pruned-50", "scenes_questions", "vqa_accuracy", 0.79),
         ("blip_vqa_mini", "pruned-80", "scenes_questions", "vqa_accuracy", 0.79),
+        ("clip_mini", "pruned-80", "scenes_captions", "text_r1", 0.84),
     ],
 )
 def test_compressed_minis_keep_what_they_learned(
