@@ -25,7 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from controls import CONTROLS, STATIC, TASKS, shown
+from controls import CONTROLS, FREE, STATIC, TASKS, shown
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
@@ -54,7 +54,6 @@ STYLES: dict[str, tuple[str, str]] = {
     DENSE: ("#000000", "s"),
     "madtp": ("#0072B2", "o"),
     "static-counts": ("#0072B2", "P"),
-    "training-free": ("#0072B2", "x"),
     "untaught": ("#56B4E9", "v"),
     "no-alignment": ("#56B4E9", "^"),
     "class-attention": ("#009E73", "D"),
@@ -227,7 +226,8 @@ def _score(metric: str, scores: Sequence[float]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A column a task: scores over the MACs and, below, over the time that are left, as parts of the dense model's."""
+    """A column a task: scores of trained models over MACs and, below, over time, as parts of the dense model's."""
+    results = [result for result in results if result.control != FREE]  # so low that the others would lie on one line
     tasks = [task for task in TASKS if any(r.task == task for r in results)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(3.3 * len(tasks), 6.4), squeeze=False, layout="constrained")
     for column, task in enumerate(tasks):
@@ -252,7 +252,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def _panel(axes: Axes, groups: Sequence[Sequence[Result]], place: Any) -> None:
     """Points of one task; whiskers are standard deviations over seeds; a line joins the dense model and MADTP's."""
-    path: list[tuple[float, float]] = []
+    path: dict[float, tuple[float, float]] = {}
     for group in groups:
         control = group[0].control
         places = [found for result in group if (found := place(result)) is not None]
@@ -263,9 +263,9 @@ def _panel(axes: Axes, groups: Sequence[Sequence[Result]], place: Any) -> None:
         colour, marker = STYLES[control]
         axes.errorbar(x, y, yerr=spread or None, color=colour, marker=marker, markersize=7, capsize=2)
         if control in (DENSE, "madtp"):
-            path.append((x, y))
-    path.sort()
-    axes.plot(*zip(*path, strict=True), color=STYLES["madtp"][0], linewidth=1.2, zorder=0) if path else None
+            path[group[0].target] = x, y  # of two, the one that was trained for longer comes later
+    if path:
+        axes.plot(*zip(*sorted(path.values()), strict=True), color=STYLES["madtp"][0], linewidth=1.2, zorder=0)
     axes.set_xlim(left=0)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
