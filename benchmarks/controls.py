@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,20 @@ def run_control(name: str, options: argparse.Namespace, seed: int) -> None:
         train(content, output, resume=True)
 
 
+def cards(output: Path) -> Iterator[tuple[str, float, str, int, dict[str, Any]]]:
+    """Task, asked reduction, control, seed and card of every finished run below `output`."""
+    for path in sorted(output.glob("*/*/*/pruned/card.json")):
+        task, target, name = path.parts[-5:-2]
+        control, _, seed = name.rpartition("-")
+        yield task, float(target) / 100, control, int(seed), json.loads(path.read_text())
+
+
 def table(output: Path) -> str:
     """All cards below `output` as a markdown table."""
     rows = ["| task | control | MACs saved | metric | | steps | seed |", "|---|---|---|---|---|---|---|"]
-    for path in sorted(output.glob("*/*/*/pruned/card.json")):
-        card = json.loads(path.read_text())
-        name, _, seed = path.parent.parent.name.rpartition("-")
+    for task, _, name, seed, card in cards(output):
         metric, score = shown(card["test"])
         saved, steps = card["calibration"]["reduction"], card["training"]["steps"]
-        task = path.parent.parent.parent.parent.name
         rows.append(f"| {task} | {name} | {saved:.1%} | {metric} | {score:.4f} | {steps} | {seed} |")
     return "\n".join(rows)
 

@@ -25,7 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from controls import CONTROLS, FREE, STATIC, TASKS, shown
+from controls import CONTROLS, FREE, STATIC, TASKS, cards, shown
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
@@ -40,8 +40,14 @@ from zoo.transforms import for_model
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results.json", HERE.parent / "docs" / "pareto.png"
 DENSE = "dense"
-DATA = {"captions": "scenes_captions", "questions": "scenes_questions", "reasoning": "scenes"}
-"""By task the data set; retrieval has that of captions."""
+DATA = {
+    "reasoning": "scenes",
+    "questions": "scenes_questions",
+    "captions": "scenes_captions",
+    "retrieval": "scenes_captions",
+    "retrieval-clip": "scenes_captions",
+}
+"""By task the data set."""
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -96,6 +102,11 @@ class Result:
         """What tells results apart."""
         return self.task, self.target, self.control, self.steps, self.seed
 
+    @property
+    def time_left(self) -> float | None:
+        """Time of a sample as a part of the dense model's; None: not measured."""
+        return self.ms / self.dense_ms if self.ms and self.dense_ms else None
+
 
 def read(path: Path) -> list[Result]:
     """Results of a file; none where there is none."""
@@ -118,17 +129,14 @@ def _rank(control: str) -> int:
 def collect(runs: Path, known: Sequence[Result]) -> list[Result]:
     """What is known and what the cards below `runs` say; dense models are tested where their task has none yet."""
     found = list(known)
-    for path in sorted(runs.glob("*/*/*/pruned/card.json")):
-        card = json.loads(path.read_text())
-        task, target, name = path.parts[-5:-2]
-        control, _, seed = name.rpartition("-")
+    for task, target, control, seed, card in cards(runs):
         metric, score = shown(card["test"])
         found.append(
             Result(
                 task=task,
                 control=control,
-                target=float(target) / 100,
-                seed=int(seed),
+                target=target,
+                seed=seed,
                 saved=card["calibration"]["reduction"],
                 metric=metric,
                 score=score,
@@ -138,13 +146,9 @@ def collect(runs: Path, known: Sequence[Result]) -> list[Result]:
         )
     for task in sorted({r.task for r in found} - {r.task for r in found if r.control == DENSE}):
         items = next(r.items for r in found if r.task == task)
-        metric, score = shown(test_task(zoo.create(TASKS[task], DENSE), TASKS[task], _data(task), items, 0))
+        metric, score = shown(test_task(zoo.create(TASKS[task], DENSE), TASKS[task], DATA[task], items, 0))
         found.append(Result(task, DENSE, 0.0, 0, 0.0, metric, score, items, 0))
     return found
-
-
-def _data(task: str) -> str:
-    return DATA.get(task, DATA["captions"])
 
 
 def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, threads: int) -> list[Result]:
@@ -170,7 +174,7 @@ def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, 
 def _example(task: str, batch: int) -> dict[str, Any]:
     """Arguments of the task's model on held-out samples."""
     name = TASKS[task]
-    samples = zoo.data(_data(task), split="test", limit=batch, seed=0, transform=for_model(name))
+    samples = zoo.data(DATA[task], split="test", limit=batch, seed=0, transform=for_model(name))
     return build_task(name, zoo.create(name), samples, torch.device("cpu"), None).inputs(range(batch))
 
 
@@ -180,11 +184,13 @@ def _run(model: Any, given: dict[str, Any]) -> None:
 
 
 def _folder(runs: Path, result: Result) -> Path | None:
-    """Where the model of a result lies; None for the dense model, for models that are gone and for fixed counts."""
+    """Where the model of a result lies; None for the dense one, for fixed counts, and where it is gone or of another length."""
     if result.control in (DENSE, STATIC):
         return None
     folder = runs / result.task / f"{100 * result.target:.0f}" / f"{result.control}-{result.seed}" / "pruned"
-    return folder if folder.is_dir() else None
+    card = folder / "card.json"
+    there = card.is_file() and json.loads(card.read_text())["training"]["steps"] == result.steps
+    return folder if there else None
 
 
 def table(results: Sequence[Result]) -> str:
@@ -195,7 +201,7 @@ def table(results: Sequence[Result]) -> str:
     ]
     for group in _groups(results):
         first, count = group[0], len(group)
-        ratios = [r.ms / r.dense_ms for r in group if r.ms is not None and r.dense_ms]
+        ratios = [r.time_left for r in group if r.time_left is not None]
         cells = (
             first.task,
             first.control + (f" at −{first.target:.0%}" if first.target else ""),
@@ -233,7 +239,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for column, task in enumerate(tasks):
         groups = [group for group in _groups(results) if group[0].task == task]
         _panel(axes[0, column], groups, lambda r: 1 - r.saved)
-        _panel(axes[1, column], groups, lambda r: r.ms / r.dense_ms if r.ms and r.dense_ms else None)
+        _panel(axes[1, column], groups, lambda r: r.time_left)
         axes[0, column].set_title(task)
         axes[0, column].set_xlabel("MACs, part of dense")
         axes[1, column].set_xlabel("milliseconds, part of dense")

@@ -59,3 +59,10 @@ def test_the_picture_has_a_column_a_task(pareto: ModuleType, tmp_path: Path) -> 
     results = pareto.collect(tmp_path, dense(pareto))
     pareto.draw(results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_of_another_length_is_not_timed_for_a_result(pareto: ModuleType, tmp_path: Path) -> None:
+    write_card(tmp_path, "madtp-0", 0.9)
+    result = pareto.collect(tmp_path, dense(pareto))[1]
+    assert pareto._folder(tmp_path, result) == tmp_path / "questions" / "80" / "madtp-0" / "pruned"
+    assert pareto._folder(tmp_path, replace(result, steps=8)) is None

@@ -10,7 +10,7 @@ from blip_tasks import inputs, small
 from torch import Tensor
 
 import madtp
-from zoo.blip.matching import match, matching_loss
+from zoo.blip.matching import match, matching_loss, rerank
 from zoo.blip.survivors import seen, survivors
 
 
@@ -73,6 +73,15 @@ def test_right_and_wrong_pairs_are_matched_alike(monkeypatch: pytest.MonkeyPatch
     loss.backward()
     assert len(asked[0]) == 12
     assert torch.equal(asked[0][:4], given["input_ids"])
+
+
+@torch.no_grad()
+def test_reranking_sees_what_survives() -> None:
+    model, given = pruned("retrieval", towers=("image",))
+    whole = model(**given)
+    left, texts = seen(model, "visual_encoder"), (given["input_ids"], given["attention_mask"])
+    scores, _ = rerank(model, torch.zeros(4, 4), whole.image_tokens, *texts, image_mask=left)
+    torch.testing.assert_close(scores.diagonal(), whole.match_logits[:, 1])
 
 
 @torch.no_grad()

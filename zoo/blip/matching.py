@@ -96,6 +96,7 @@ def rerank(
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
+    image_mask: Tensor | None = None,
     candidates: int = 256,
     batch: int = 64,
 ) -> tuple[Tensor, Tensor]:
@@ -107,6 +108,7 @@ def rerank(
         image_tokens: [I, N, V], on any device.
         input_ids: [J, T].
         attention_mask: [J, T].
+        image_mask: what survives of `image_tokens` in a rewritten model, [I, N] (:func:`zoo.blip.survivors.seen`); None: all.
         candidates: how many are matched for each image, and for each text.
         batch: pairs that are matched at a time.
 
@@ -123,9 +125,11 @@ def rerank(
         for pairs, values in zip(
             torch.arange(len(rows), device=device).split(batch), best.flatten().split(batch), strict=True
         ):
-            tokens = image_tokens[images[pairs].to(image_tokens.device)].to(device)
+            places = images[pairs].to(image_tokens.device)
+            tokens = image_tokens[places].to(device)
+            left = None if image_mask is None else image_mask[places.to(image_mask.device)].to(device)
             ids, mask = input_ids[texts[pairs]], attention_mask[texts[pairs]]
-            result[rows[pairs], columns.flatten()[pairs]] = values + match(model, tokens, ids, mask)[:, 1]
+            result[rows[pairs], columns.flatten()[pairs]] = values + match(model, tokens, ids, mask, left)[:, 1]
         return result
 
     return scores(similar, True), scores(similar.T, False)

@@ -120,9 +120,9 @@ def reopen(folder: Path) -> nn.Module:
         folder: with `card.json`, as a recipe or a control wrote it.
     """
     card = json.loads((folder / "card.json").read_text())
-    for build in (_SIZED, _MERGING):
-        if build.what in card:
-            return build(card["model"], folder / WEIGHTS, card[build.what]).eval()
+    for cheaper in (_SIZED, _MERGING):
+        if cheaper.what in card:
+            return cheaper.build(card["model"], folder / WEIGHTS, card[cheaper.what]).eval()
     return madtp.load(folder, zoo.create(card["model"])).eval()
 
 
@@ -153,13 +153,10 @@ def _with_merging(name: str, checkpoint: str | Path, merged: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Cheaper:
-    """A way to make a dense model cheaper: (name, checkpoint, size) -> model; `what` is what cards call the size."""
+    """A way to make a dense model cheaper: `build` is (name, checkpoint, size) -> model, `what` what cards call the size."""
 
     what: str
     build: Callable[[str, str | Path, int], nn.Module]
-
-    def __call__(self, name: str, checkpoint: str | Path, size: int) -> nn.Module:
-        return self.build(name, checkpoint, size)
 
 
 _SIZED = _Cheaper("image_size", _of_size)
@@ -180,7 +177,7 @@ def _fine_tune(
     dense = madtp.count_macs(dense_lesson.model, call)
 
     def build(size: int) -> nn.Module:
-        return cheaper(settings["model"], settings.get("checkpoint", "dense"), size)
+        return cheaper.build(settings["model"], settings.get("checkpoint", "dense"), size)
 
     size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - common.reduction) * dense)
     torch.manual_seed(training.seed)
