@@ -23,7 +23,7 @@ from zoo.blip.losses import SMOOTHING, answer_loss, next_token_losses
 from zoo.blip.matching import matching_loss
 from zoo.contrast import DECAY, QUEUE, MomentumContrast
 from zoo.datasets.records import DataSet, Sample, one_caption_each
-from zoo.recipes.subject import Metrics, Subject
+from zoo.recipes.subject import Metrics, PairSubject, Subject
 from zoo.tasks.registry import task_of
 from zoo.transforms import turned_round
 
@@ -158,7 +158,7 @@ class QuestionCourse(_Written):
         return loss, {"task": loss.detach()}
 
 
-class RetrievalCourse(Course):
+class RetrievalCourse(PairSubject, Course):
     """Images and captions, compared with the momentum copy's features of earlier batches, and matched where the model can."""
 
     def __init__(self, model: Any, task: Any, contrast: Contrast) -> None:
@@ -196,12 +196,6 @@ class RetrievalCourse(Course):
             )
             loss, metrics["matching"] = loss + matching, matching.detach()
         return loss, metrics
-
-    def soft_answers(self, output: Any) -> Tensor:
-        return cast(Tensor, output.scale * output.image_features @ output.text_features.T)
-
-    def certainty(self, output: Any) -> Tensor:
-        return cast(Tensor, (output.image_features * output.text_features).sum())
 
 
 def course_for(name: str, model: Any, task: Any, contrast: Contrast) -> Course:

@@ -27,7 +27,7 @@ from zoo.clip.model import Clip
 from zoo.recipes.auxiliary import ContentHeads, faded
 from zoo.recipes.many import ManyCaptions, ManyQuestions
 from zoo.recipes.pictures import Picture, draw_batch
-from zoo.recipes.subject import Metrics, Subject
+from zoo.recipes.subject import Metrics, PairSubject, Subject
 from zoo.scenes.objects import draws_for
 from zoo.scenes.single import captions, draw_question
 from zoo.tasks.spelling import clip_texts, spell
@@ -168,7 +168,7 @@ class Questions(_Written):
         return output[:, 0].argmax(-1) == batch["answer_ids"].flatten(0, 1)[:, 1]
 
 
-class _Retrieved(Lesson):
+class _Retrieved(PairSubject, Lesson):
     """Pictures and captions that belong together, told by features; the features say what is there, too."""
 
     data, metric = "scenes_captions", "mean_recall"
@@ -197,13 +197,6 @@ class _Retrieved(Lesson):
             "text_r1": float((similar.argmax(1) == places).float().mean()),
             "image_r1": float((similar.argmax(0) == places).float().mean()),
         }
-
-    def soft_answers(self, output: Any) -> Tensor:
-        return cast(Tensor, output.scale * output.image_features @ output.text_features.T)
-
-    def certainty(self, output: Any) -> Tensor:
-        """How alike pictures and their captions are."""
-        return cast(Tensor, (output.image_features * output.text_features).sum())
 
 
 class BlipPairs(_Retrieved):

@@ -68,6 +68,10 @@ class Subject(ABC):
         best = self.soft_answers(output).float().topk(2, dim=-1).values
         return (best[..., 0] - best[..., 1]).sum()
 
+    def distance(self, output: Any, wanted: Any) -> Tensor:
+        """How far outputs are from those of the dense model, a scalar: distillation."""
+        return divergence(self.soft_answers(output).flatten(0, -2), self.soft_answers(wanted).flatten(0, -2))
+
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
         """MACs of the last forward as one text about one image costs them: pruned, dense."""
         found = []
@@ -75,6 +79,26 @@ class Subject(ABC):
             vision = sum(n for path, n in by_path.items() if path.startswith(("visual", "model.visual")))
             found.append(vision + (sum(by_path.values()) - vision) / self.texts)
         return found[0], found[1]
+
+
+FEATURES = 10.0
+"""Weight of features that point elsewhere than the dense model's, beside the contrastive loss."""
+
+
+class PairSubject(Subject):
+    """Images and texts that belong together, told by features of length 1."""
+
+    def soft_answers(self, output: Any) -> Tensor:
+        return cast(Tensor, output.scale * output.image_features @ output.text_features.T)
+
+    def certainty(self, output: Any) -> Tensor:
+        """How alike images and their texts are."""
+        return cast(Tensor, (output.image_features * output.text_features).sum())
+
+    def distance(self, output: Any, wanted: Any) -> Tensor:
+        """One less the cosine between features and those of the dense model: similarities within a batch say far less."""
+        pairs = ((output.image_features, wanted.image_features), (output.text_features, wanted.text_features))
+        return FEATURES * torch.stack([(1 - (own * other).sum(-1)).mean() for own, other in pairs]).sum()
 
 
 @dataclass(frozen=True)
@@ -155,8 +179,8 @@ def compression_loss(
         metrics["align"] = alignment.detach()
     if dense is not None:
         with torch.no_grad():
-            wanted = subject.soft_answers(dense(**inputs))
-        distance = divergence(subject.soft_answers(output).flatten(0, -2), wanted.flatten(0, -2))
+            wanted = dense(**inputs)
+        distance = subject.distance(output, wanted)
         total = total + settings.distillation * distance
         metrics["distil"] = distance.detach()
     return total, metrics
