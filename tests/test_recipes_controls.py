@@ -139,6 +139,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clip_mini": {
         "model": "clip_mini",
         "reduction": 0.5,
+        "distillation": 1.0,
         "pictures_per_step": 4,
         "texts_per_picture": 1,
         "calibration_items": 16,

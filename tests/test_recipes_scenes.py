@@ -72,6 +72,18 @@ def test_captions_of_a_picture_differ() -> None:
         assert sorted(words(first).split()[4:]) == sorted(words(second).split()[4:])
 
 
+@pytest.mark.parametrize("name", ["blip_retrieval_mini", "clip_mini"])
+def test_pairs_follow_the_features_of_the_dense_model(name: str) -> None:
+    lesson = lesson_for(name, None, 1)
+    batch = lesson.batch(0, "train", 0, 0, range(4))
+    output = lesson.module(**lesson.inputs(batch))
+    assert float(lesson.distance(output, output)) == pytest.approx(0.0, abs=1e-4)
+    turned = output._replace(image_features=-output.image_features)
+    assert float(lesson.distance(output, turned)) == pytest.approx(20.0, abs=1e-3)
+    lesson.distance(output, turned).backward()
+    assert all(float(value.grad.norm()) > 0 for key, value in lesson.model.named_parameters() if "proj.weight" in key)
+
+
 def test_a_model_without_a_lesson_is_refused() -> None:
     with pytest.raises(ConfigError, match="no lesson for BlipNlvr"):
         lesson_for("blip_nlvr_mini", None, 1)

@@ -55,6 +55,7 @@ def lesson_of(settings: Mapping[str, Any], model: nn.Module | None = None) -> tu
             texts_per_picture=chosen.statements_per_pair,
             first_pair=chosen.first_pair,
             test_items=chosen.test_items,
+            distillation=chosen.distillation,
         )
         return Statements(model or zoo.create(name, chosen.checkpoint), chosen), common
     common = from_plain(Settings, settings, "settings")
@@ -183,11 +184,19 @@ def _fine_tune(
     torch.manual_seed(training.seed)
     lesson, _ = lesson_of(settings, build(size))
     source = lesson_source(lesson, common)
+    followed = dense_lesson.module.eval().requires_grad_(False)
     module = nn.ModuleDict({"module": lesson.module, "heads": lesson.heads})
 
     def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        output = lesson.module(**lesson.inputs(batch))
-        return lesson.losses(lesson.module, batch, output, step / training.steps)
+        inputs = lesson.inputs(batch)
+        output = lesson.module(**inputs)
+        total, metrics = lesson.losses(lesson.module, batch, output, step / training.steps)
+        if common.distillation:
+            with torch.no_grad():
+                wanted = followed(**inputs)
+            distance = lesson.distance(output, wanted)
+            total, metrics = total + common.distillation * distance, {**metrics, "distil": distance.detach()}
+        return total, metrics
 
     learner = Learner(
         module,
