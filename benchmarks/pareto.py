@@ -32,10 +32,8 @@ from rich.console import Console
 from speed import median_times
 
 import zoo
-from zoo.recipes.card import test_task
+from zoo.recipes.card import held_out_calls, test_task
 from zoo.recipes.controls import reopen
-from zoo.tasks import build_task
-from zoo.transforms import for_model
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results.json", HERE.parent / "docs" / "pareto.png"
@@ -161,7 +159,7 @@ def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, 
             continue
         dense = next(r for r in results if r.task == task and r.control == DENSE)
         models = {result: reopen(folder) for result, folder in there.items()} | {dense: zoo.create(TASKS[task], DENSE)}
-        given = _example(task, batch)
+        (given,) = held_out_calls(TASKS[task], DATA[task], "test", batch, 0, batch)
         runs_of = {str(result.key): partial(_run, model, given) for result, model in models.items()}
         ms = {key: round(seconds / batch * 1e3, 3) for key, seconds in median_times(runs_of, rounds).items()}
         about = f"batch {batch}, {threads} CPU thread{'s' * (threads > 1)}, {rounds} rounds"
@@ -169,13 +167,6 @@ def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, 
             mine, whole = ms[str(result.key)], ms[str(dense.key)]
             timed[result.key] = replace(result, ms=mine, dense_ms=whole, timed=about)
     return list(timed.values())
-
-
-def _example(task: str, batch: int) -> dict[str, Any]:
-    """Arguments of the task's model on held-out samples."""
-    name = TASKS[task]
-    samples = zoo.data(DATA[task], split="test", limit=batch, seed=0, transform=for_model(name))
-    return build_task(name, zoo.create(name), samples, torch.device("cpu"), None).inputs(range(batch))
 
 
 def _run(model: Any, given: dict[str, Any]) -> None:

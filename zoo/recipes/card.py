@@ -61,11 +61,21 @@ def measure_task(name: str, data: str, items: int, seed: int) -> Callable[[Path]
     return run
 
 
+def held_out_task(name: str, data: str, split: str, items: int, seed: int) -> Any:
+    """The task of the zoo's model `name` on so many held-out samples."""
+    samples = zoo.data(data, split=split, limit=items, seed=seed, transform=for_model(name))
+    return build_task(name, zoo.create(name), samples, torch.device("cpu"), None)
+
+
+def held_out_calls(name: str, data: str, split: str, items: int, seed: int, at_once: int = 64) -> list[dict[str, Any]]:
+    """Arguments of the zoo's model `name` on so many held-out samples, `at_once` to a call."""
+    task = held_out_task(name, data, split, items, seed)
+    return [task.inputs(range(start, min(start + at_once, items))) for start in range(0, items, at_once)]
+
+
 def test_task(model: nn.Module, name: str, data: str, items: int, seed: int) -> dict[str, Any]:
     """Metrics of a model, dense or pruned, on held-out scenes; `name` is what the zoo calls the dense one."""
-    samples = zoo.data(data, split="test", limit=items, seed=seed, transform=for_model(name))
-    task = build_task(name, zoo.create(name), samples, torch.device("cpu"), None)
-    found = evaluate(model, task, batch_size=_BATCH)
+    found = evaluate(model, held_out_task(name, data, "test", items, seed), batch_size=_BATCH)
     return {"split": "test", "items": items, "seed": seed, "metrics": found.metrics}
 
 

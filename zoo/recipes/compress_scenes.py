@@ -15,16 +15,13 @@ from typing import Any, cast
 
 import torch
 
-import zoo
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch
-from zoo.recipes.card import test_task
+from zoo.recipes.card import held_out_calls, test_task
 from zoo.recipes.compression import Source, compression_learner, finish_compression
 from zoo.recipes.lessons import PADDING, Lesson, lesson_for
 from zoo.recipes.subject import CompressionSettings
-from zoo.tasks import build_task
-from zoo.transforms import for_model
 
 _AT_ONCE = 64
 
@@ -79,16 +76,7 @@ def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     """Calibrate on held-out samples, write the folder `pruned` and its card `card.json`."""
     chosen = from_plain(Settings, learner.card["settings"], "settings")
     lesson = cast(Lesson, learner.module.lesson)
-    samples = zoo.data(
-        lesson.data,
-        split="val",
-        limit=chosen.calibration_items,
-        seed=chosen.data_seed,
-        transform=for_model(chosen.model),
-    )
-    task: Any = build_task(chosen.model, zoo.create(chosen.model), samples, torch.device("cpu"), None)
-    starts = range(0, chosen.calibration_items, _AT_ONCE)
-    calls = [task.inputs(range(start, min(start + _AT_ONCE, chosen.calibration_items))) for start in starts]
+    calls = held_out_calls(chosen.model, lesson.data, "val", chosen.calibration_items, chosen.data_seed)
 
     def test(model: torch.nn.Module) -> dict[str, Any]:
         return test_task(model, chosen.model, lesson.data, chosen.test_items, chosen.data_seed)

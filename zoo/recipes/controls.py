@@ -26,19 +26,16 @@ from madtp.training.engine import Learner, fit
 from madtp.training.parts import Batch, Metrics
 from madtp.training.progress import Progress
 from zoo.recipes import compress_nlvr_scenes, compress_scenes
-from zoo.recipes.card import test_task
+from zoo.recipes.card import held_out_calls, test_task
 from zoo.recipes.compress_scenes import Settings, lesson_source
 from zoo.recipes.lessons import Lesson, lesson_about
 from zoo.recipes.merging import merge_tokens, plain_weights
 from zoo.recipes.statements import Statements
-from zoo.tasks import build_task
-from zoo.transforms import for_model
 
 Inputs = Mapping[str, Any]
 WEIGHTS = "model.safetensors"
 """Beside the card of a dense control."""
 
-_HELD_OUT = 64
 _COUNTED = 16
 
 
@@ -101,7 +98,7 @@ def frozen(settings: Inputs, trained: Path, output: Path) -> None:
     lesson, common = lesson_of(settings)
     card = json.loads((trained / "card.json").read_text())
     pruned = madtp.load(trained, zoo.create(common.model)).eval()
-    calls = _calls(common, lesson.data, "val", common.calibration_items)
+    calls = held_out_calls(common.model, lesson.data, "val", common.calibration_items, common.data_seed)
     madtp.freeze(pruned, calls)
     with torch.no_grad():
         macs = [_macs_after(pruned, call) for call in calls]
@@ -174,7 +171,7 @@ def _fine_tune(
 ) -> None:
     """Find the size whose MACs are nearest to what pruning would leave, fine-tune what `build` makes of it, and test."""
     dense_lesson, common = lesson_of(settings)
-    (call,) = _calls(common, dense_lesson.data, "val", _COUNTED)
+    (call,) = held_out_calls(common.model, dense_lesson.data, "val", _COUNTED, common.data_seed)
     dense = madtp.count_macs(dense_lesson.model, call)
 
     def build(size: int) -> nn.Module:
@@ -225,13 +222,6 @@ def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) 
         else:
             last = middle
     return min(sizes[first], sizes[last], key=lambda size: abs(macs(size) - wanted))
-
-
-def _calls(settings: Settings, data: str, split: str, items: int) -> list[Inputs]:
-    """Arguments of the model on held-out samples."""
-    samples = zoo.data(data, split=split, limit=items, seed=settings.data_seed, transform=for_model(settings.model))
-    task: Any = build_task(settings.model, zoo.create(settings.model), samples, torch.device("cpu"), None)
-    return [task.inputs(range(start, min(start + _HELD_OUT, items))) for start in range(0, items, _HELD_OUT)]
 
 
 def _write_card(
