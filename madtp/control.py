@@ -117,6 +117,18 @@ class PruningControl:
         self.outside = self.batch = None
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The record of the last forward is afterwards what it was before."""
+        before = {name: getattr(self, name) for name in (*RECORD, "outside", "batch", "stale")}
+        for name in RECORD:
+            setattr(self, name, type(before[name])())
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    @contextmanager
     def call(self) -> Iterator[None]:
         """Around a call of the model: the record starts anew when something runs in the outermost one."""
         self.stale = self.stale or self.depth == 0

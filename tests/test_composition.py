@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from workers import run_workers
 
+from madtp.errors import MadtpError
 from madtp.processes import current
 from madtp.pruned import PrunedModel
 
@@ -51,6 +52,30 @@ def test_accumulated_gradients_equal_those_of_the_big_batch() -> None:
     for start in range(0, 4, 2):
         (loss(pruned(**inputs(range(start, start + 2))), pruned) / 2).backward()
     same(gradients(pruned), whole_batch())
+
+
+def test_calls_aside_leave_the_record_of_the_forward_before() -> None:
+    pruned = tiny.rewritten()
+    pruned(**inputs())
+    counts, macs, alignment = pruned.token_counts(), pruned.macs(), pruned.alignment_loss()
+    with pruned.aside():
+        pruned(**inputs(range(2)))
+        assert all(len(kept) == 2 for kept in pruned.token_counts().values())
+    with pytest.raises(RuntimeError, match="in between"), pruned.aside():
+        raise RuntimeError("in between")
+    assert all(torch.equal(kept, counts[name]) for name, kept in pruned.token_counts().items())
+    assert pruned.macs() == macs
+    assert torch.equal(pruned.alignment_loss(), alignment)
+    pruned(**inputs(range(3)))
+    assert all(len(kept) == 3 for kept in pruned.token_counts().values())
+
+
+def test_aside_of_no_forward_there_is_no_record() -> None:
+    pruned = tiny.rewritten()
+    with pruned.aside():
+        pruned(**inputs())
+    with pytest.raises(MadtpError, match="no forward has run yet"):
+        pruned.macs()
 
 
 def wrapped(folder: Path) -> dict[str, Any]:
