@@ -77,11 +77,39 @@ def test_pairs_follow_the_features_of_the_dense_model(name: str) -> None:
     lesson = lesson_for(name, None, 1)
     batch = lesson.batch(0, "train", 0, 0, range(4))
     output = lesson.module(**lesson.inputs(batch))
-    assert float(lesson.distance(output, output)) == pytest.approx(0.0, abs=1e-4)
+    assert float(lesson.distance(output, output).detach()) == pytest.approx(0.0, abs=1e-4)
     turned = output._replace(image_features=-output.image_features)
-    assert float(lesson.distance(output, turned)) == pytest.approx(20.0, abs=1e-3)
-    lesson.distance(output, turned).backward()
+    distance = lesson.distance(output, turned)
+    assert float(distance.detach()) == pytest.approx(20.0, abs=1e-3)
+    distance.backward()
     assert all(float(value.grad.norm()) > 0 for key, value in lesson.model.named_parameters() if "proj.weight" in key)
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"clip_mini"}))
+def test_survivors_follow_the_image_tokens_of_the_dense_model(name: str) -> None:
+    lesson, dense = (lesson_for(name, None, TEXTS.get(name, 1)) for _ in range(2))
+    dense.model.load_state_dict(lesson.model.state_dict())
+    batch = lesson.batch(0, "train", 0, 0, range(4))
+    torch.manual_seed(0)
+    alike = lesson.distillation(lesson.module, dense.module, batch, lesson.module(**lesson.inputs(batch)))
+    assert float(alike.detach()) == pytest.approx(0.0, abs=1e-3)
+    pruned = madtp.rewrite(
+        lesson.module, lesson.inputs(batch), config=madtp.PruningConfig(alignment_tokens=4, gain=2.0)
+    )
+    output = pruned(**lesson.inputs(batch))
+    left = pruned.surviving("visual_encoder" if name == "blip_retrieval_mini" else "model.visual_encoder")
+    assert left is not None
+    apart = {}
+    for part, mask in (("survivors", left), ("dropped", ~left)):
+        torch.manual_seed(0)
+        tokens = torch.where(mask[..., None], -output.image_tokens, output.image_tokens)
+        apart[part] = float(
+            lesson.distillation(pruned, dense.module, batch, output._replace(image_tokens=tokens)).detach()
+        )
+    torch.manual_seed(0)
+    as_it_is = float(lesson.distillation(pruned, dense.module, batch, output).detach())
+    assert apart["dropped"] == pytest.approx(as_it_is, abs=1e-3)
+    assert abs(apart["survivors"] - as_it_is) > 1
 
 
 def test_a_model_without_a_lesson_is_refused() -> None:

@@ -10,7 +10,8 @@ from blip_tasks import inputs, small
 from torch import Tensor
 
 import madtp
-from zoo.blip.matching import match, matching_loss, rerank
+from madtp.errors import DataError
+from zoo.blip.matching import match, matching_distance, matching_loss, rerank
 from zoo.blip.survivors import seen, survivors
 
 
@@ -73,6 +74,33 @@ def test_right_and_wrong_pairs_are_matched_alike(monkeypatch: pytest.MonkeyPatch
     loss.backward()
     assert len(asked[0]) == 12
     assert torch.equal(asked[0][:4], given["input_ids"])
+
+
+def test_matching_follows_the_dense_model() -> None:
+    model, given = pruned("retrieval")
+    dense: Any = small("retrieval")
+    texts = given["input_ids"], given["attention_mask"]
+    with torch.no_grad():
+        wanted = dense(**given)
+    torch.manual_seed(0)
+    assert float(matching_distance(dense, dense, wanted, wanted, *texts).detach()) == pytest.approx(0.0, abs=1e-5)
+    found = model(**given)
+    left = seen(model, "visual_encoder")
+    torch.manual_seed(0)
+    distance = matching_distance(model, dense, found, wanted, *texts)
+    assert float(distance.detach()) > 1e-3
+    distance.backward()
+    assert all(p.grad is not None for p in model.text_encoder.parameters())
+    assert all(p.grad is None for p in dense.parameters())
+    again = seen(model, "visual_encoder")
+    assert left is not None
+    assert again is not None
+    assert torch.equal(left, again)
+    hidden = found._replace(image_tokens=found.image_tokens.masked_fill(left[..., None] == 0, 9.0))
+    torch.manual_seed(0)
+    torch.testing.assert_close(matching_distance(model, dense, hidden, wanted, *texts), distance)
+    with pytest.raises(DataError, match="calls of both models with images and texts"):
+        matching_distance(model, dense, found, dense(images=given["images"]), *texts)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Axes: B pairs, T tokens of a text, N image tokens, V their width; I images and J
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from madtp.errors import DataError
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.survivors import seen
+from zoo.blip.survivors import aside, seen
 
 # What pairs score that are not among the candidates; the published code has the same number.
 LEFT_OUT = -100.0
@@ -50,10 +50,7 @@ def matching_loss(
     same = samples[:, None] == samples[None]
     if bool(same.all(dim=1).any()):
         raise DataError(f"all {len(samples)} pairs of the batch are of one image; matching needs at least two.")
-    with torch.no_grad():
-        similar = found.scale * found.image_features @ found.text_features.T
-        wrong_texts = _draw(similar, same)
-        wrong_images = _draw(similar.T, same)
+    wrong_texts, wrong_images = _draw_wrong(found, same)
     left = seen(model, "visual_encoder")
     every = torch.arange(len(samples), device=samples.device)
     # A rewritten model sees merged tokens inside the call that made `found`, which would tell right pairs from wrong ones.
@@ -74,12 +71,65 @@ def match(
     attention_mask: Tensor,
     image_mask: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, 2] of encoded images [B, N, V] with texts [B, T]; masks [B, N] (None: all are tokens) and [B, T]."""
-    masked = {} if image_mask is None else {"image_mask": image_mask}
-    logits = model(image_tokens=image_tokens, input_ids=input_ids, attention_mask=attention_mask, **masked).match_logits
+    """Logits [B, 2] of encoded images [B, N, V] with texts [B, T]; masks [B, N] (None: all are tokens) and [B, T].
+
+    A rewritten model's record stays that of the forward before, see :meth:`madtp.PrunedModel.aside`.
+    """
+    logits = _matched(model, image_tokens, input_ids, attention_mask, image_mask).match_logits
     if logits is None:
         raise DataError(f"{type(model).__name__} returned no match_logits for image_tokens and texts.")
     return logits
+
+
+def _matched(
+    model: Matcher, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor | None
+) -> RetrievalOutput:
+    masked = {} if image_mask is None else {"image_mask": image_mask}
+    with aside(model):
+        return model(image_tokens=image_tokens, input_ids=input_ids, attention_mask=attention_mask, **masked)
+
+
+def matching_distance(
+    model: Matcher,
+    dense: Matcher,
+    found: RetrievalOutput,
+    wanted: RetrievalOutput,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """One less the cosine between what the matching heads of two models read: of the batch's pairs, and of each image with a
+    text that the dense model finds similar.
+
+    Args:
+        model: is trained to follow; its last call made `found`.
+        dense: is followed.
+        found: what the one returned for the pairs.
+        wanted: what the other did.
+        input_ids: [B, T].
+        attention_mask: [B, T].
+
+    Raises:
+        DataError: the models were not asked for pairs.
+    """
+    if found.image_tokens is None or wanted.image_tokens is None or wanted.match_features is None:
+        raise DataError("the distance of matching needs calls of both models with images and texts.")
+    every = torch.arange(len(input_ids), device=input_ids.device)
+    wrong, _ = _draw_wrong(wanted, every[:, None] == every)
+    with torch.no_grad():
+        told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
+    texts, images = torch.cat([every, wrong]), torch.cat([every, every])
+    left = seen(model, "visual_encoder")
+    image_mask = None if left is None else left[images]
+    followed = _matched(model, found.image_tokens[images], input_ids[texts], attention_mask[texts], image_mask)
+    pairs = torch.cat([wanted.match_features, cast(Tensor, told.match_features)])
+    return (1 - F.cosine_similarity(cast(Tensor, followed.match_features), pairs, dim=-1)).mean()
+
+
+@torch.no_grad()
+def _draw_wrong(found: RetrievalOutput, forbidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A wrong text [B] for each image and a wrong image for each text, where pairs [B, B] are not forbidden."""
+    similar = found.scale * cast(Tensor, found.image_features) @ cast(Tensor, found.text_features).T
+    return _draw(similar, forbidden), _draw(similar.T, forbidden)
 
 
 def _draw(similar: Tensor, forbidden: Tensor) -> Tensor:

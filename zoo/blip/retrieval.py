@@ -28,7 +28,8 @@ class RetrievalOutput(NamedTuple):
     """What `BlipRetrieval` returns; None where the arguments for it were left out.
 
     image_features, text_features: [B, E], of length 1. match_logits: [B, 2] (index 1: the text fits). scale: factor on the
-    products of features, a scalar. image_tokens: [B, N, V], for further calls.
+    products of features, a scalar. image_tokens: [B, N, V], for further calls. match_features: [B, C], what the matching head
+    reads.
     """
 
     image_features: Tensor | None
@@ -36,6 +37,7 @@ class RetrievalOutput(NamedTuple):
     match_logits: Tensor | None
     scale: Tensor
     image_tokens: Tensor | None
+    match_features: Tensor | None = None
 
 
 class BlipRetrieval(nn.Module):
@@ -77,7 +79,7 @@ class BlipRetrieval(nn.Module):
         """
         if (images is None and input_ids is None) or (images is not None and image_tokens is not None):
             raise DataError("pass images, or input_ids, or input_ids with either images or image_tokens.")
-        image_features = text_features = match_logits = None
+        image_features = text_features = match_logits = match_features = None
         if images is not None:
             image_tokens = self.visual_encoder(images)
             image_features = F.normalize(self.vision_proj(image_tokens[:, 0]), dim=-1)
@@ -88,9 +90,10 @@ class BlipRetrieval(nn.Module):
                 text_features = F.normalize(self.text_proj(alone[:, 0]), dim=-1)
             if image_tokens is not None:
                 seen = None if image_mask is None else keys(image_mask)
-                seeing = self.text_encoder(self._marked(input_ids), mask, image_tokens, seen)
-                match_logits = self.itm_head(seeing[:, 0])
-        return RetrievalOutput(image_features, text_features, match_logits, 1 / self.temp, image_tokens)
+                match_features = self.text_encoder(self._marked(input_ids), mask, image_tokens, seen)[:, 0]
+                match_logits = self.itm_head(match_features)
+        scale = 1 / self.temp
+        return RetrievalOutput(image_features, text_features, match_logits, scale, image_tokens, match_features)
 
     def _marked(self, input_ids: Tensor) -> Tensor:
         """[ENC] in the place of the first token, [B, T]."""

@@ -6,6 +6,8 @@ runs by itself, or a later call that is given the tokens, has to see what it saw
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,11 @@ def seen(model: object, tower: str) -> Tensor | None:
     """
     left = model.surviving(tower) if isinstance(model, PrunedModel) else None
     return None if left is None or bool(left.all()) else left.long()
+
+
+def aside(model: object) -> AbstractContextManager[None]:
+    """Calls of a model inside leave what :func:`seen` tells of the one before."""
+    return model.aside() if isinstance(model, PrunedModel) else nullcontext()
 
 
 def survivors(model: object, tower: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -185,13 +185,10 @@ def _fine_tune(
     module = nn.ModuleDict({"module": lesson.module, "heads": lesson.heads})
 
     def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        inputs = lesson.inputs(batch)
-        output = lesson.module(**inputs)
+        output = lesson.module(**lesson.inputs(batch))
         total, metrics = lesson.losses(lesson.module, batch, output, step / training.steps)
         if common.distillation:
-            with torch.no_grad():
-                wanted = followed(**inputs)
-            distance = lesson.distance(output, wanted)
+            distance = lesson.distillation(lesson.module, followed, batch, output)
             total, metrics = total + common.distillation * distance, {**metrics, "distil": distance.detach()}
         return total, metrics
 

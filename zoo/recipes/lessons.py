@@ -16,18 +16,20 @@ from torch.nn import functional as F
 
 import zoo
 from madtp.errors import ConfigError
+from madtp.pruned import PrunedModel
 from madtp.training.parts import Batch
 from zoo.blip.caption import BlipCaption
 from zoo.blip.config import BlipConfig
 from zoo.blip.losses import next_token_losses
-from zoo.blip.matching import matching_loss
+from zoo.blip.matching import matching_distance, matching_loss
 from zoo.blip.retrieval import BlipRetrieval
+from zoo.blip.survivors import seen
 from zoo.blip.vqa import BlipVqa
 from zoo.clip.model import Clip
 from zoo.recipes.auxiliary import ContentHeads, faded
 from zoo.recipes.many import ManyCaptions, ManyQuestions
 from zoo.recipes.pictures import Picture, draw_batch
-from zoo.recipes.subject import Metrics, PairSubject, Subject
+from zoo.recipes.subject import FEATURES, Metrics, PairSubject, Subject
 from zoo.scenes.objects import draws_for
 from zoo.scenes.single import captions, draw_question
 from zoo.tasks.spelling import clip_texts, spell
@@ -86,8 +88,28 @@ class Lesson(Subject):
         """How good outputs on held-out batches are, quickly; the test is what `madtp eval` does."""
 
 
-class _Written(Lesson):
-    """A lesson whose answers are words that a decoder writes; the output of the module is their logits [S * B, T, W]."""
+def tokens_apart(tokens: Tensor, wanted: Tensor, left: Tensor | None) -> Tensor:
+    """One less the cosine between tokens [B, N, C] and those that are wanted, the mean over those left [B, N] (None: all)."""
+    apart = 1 - F.cosine_similarity(tokens, wanted, dim=-1)
+    return apart.mean() if left is None else (apart * left).sum() / left.sum()
+
+
+class _Seen(Lesson):
+    """A lesson whose texts read the tokens of the tower, `image_tokens` of the output: pruned, it follows the dense model's."""
+
+    def distillation(self, module: Any, dense: nn.Module, batch: Batch, output: Any) -> Tensor:
+        """Of the answers, and of the image tokens that survive."""
+        with torch.no_grad():
+            wanted = dense(**self.inputs(batch))
+        distance = self.distance(output, wanted)
+        if not isinstance(module, PrunedModel):
+            return distance  # tokens of a smaller image, or merged ones, have no counterpart
+        left = seen(module, next(path for path, inner in self.module.named_modules() if inner is self.tower))
+        return distance + FEATURES * tokens_apart(output.image_tokens, wanted.image_tokens, left)
+
+
+class _Written(_Seen):
+    """A lesson whose answers are words that a decoder writes."""
 
     target: ClassVar[tuple[str, str]]
     """Ids and mask of what is written, [B, S, T]."""
@@ -95,7 +117,7 @@ class _Written(Lesson):
     def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
         del module, part
         ids, mask = (batch[name].flatten(0, 1) for name in self.target)
-        losses, _ = next_token_losses(output.float(), ids, mask)
+        losses, _ = next_token_losses(output.logits.float(), ids, mask)
         loss = losses.sum() / batch["words"]
         return loss, {"task": loss.detach(), "accuracy": self._right(output, batch).float().mean()}
 
@@ -103,10 +125,13 @@ class _Written(Lesson):
         right = torch.cat([self._right(output, batch) for output, batch in zip(outputs, batches, strict=True)])
         return {"accuracy": float(right.float().mean())}
 
-    def _right(self, output: Tensor, batch: Batch) -> Tensor:
+    def soft_answers(self, output: Any) -> Tensor:
+        return cast(Tensor, output.logits)
+
+    def _right(self, output: Any, batch: Batch) -> Tensor:
         """Which words of all texts are right, given those before them."""
         ids, mask = (batch[name].flatten(0, 1)[:, 1:] for name in self.target)
-        return (output[:, :-1].argmax(-1) == ids)[mask.bool()]
+        return (output.logits[:, :-1].argmax(-1) == ids)[mask.bool()]
 
     def _spell(self, texts: Sequence[str], first: int) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, S, T]."""
@@ -164,8 +189,8 @@ class Questions(_Written):
         names = ("images", "input_ids", "attention_mask", "answer_ids", "answer_mask")
         return {name: batch[name] for name in names}
 
-    def _right(self, output: Tensor, batch: Batch) -> Tensor:
-        return output[:, 0].argmax(-1) == batch["answer_ids"].flatten(0, 1)[:, 1]
+    def _right(self, output: Any, batch: Batch) -> Tensor:
+        return output.logits[:, 0].argmax(-1) == batch["answer_ids"].flatten(0, 1)[:, 1]
 
 
 class _Retrieved(PairSubject, Lesson):
@@ -213,6 +238,17 @@ class BlipPairs(_Retrieved):
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+
+    def distillation(self, module: Any, dense: Any, batch: Batch, output: Any) -> Tensor:
+        """Of features, of the image tokens that survive, and of what the matching head reads."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with torch.no_grad():
+            wanted = dense(**self.inputs(batch))
+        left = seen(module, "visual_encoder")
+        distance = self.distance(output, wanted)
+        if isinstance(module, PrunedModel):
+            distance = distance + FEATURES * tokens_apart(output.image_tokens, wanted.image_tokens, left)
+        return distance + FEATURES * matching_distance(module, dense, output, wanted, ids, mask)
 
     def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
         total, metrics = super().losses(module, batch, output, part)

@@ -6,12 +6,21 @@ about each, T tokens of a text, L of an answer, W words.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from zoo.blip.caption import BlipCaption
 from zoo.blip.med import keys
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.vqa import BlipVqa
+
+
+class Written(NamedTuple):
+    """logits: [B * S, T, W], of the token after each. image_tokens: [B, N, C] that the texts were written from."""
+
+    logits: Tensor
+    image_tokens: Tensor
 
 
 class ManyStatements(nn.Module):
@@ -44,13 +53,14 @@ class ManyQuestions(nn.Module):
 
     def forward(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor
-    ) -> Tensor:
-        """Pictures [B, 3, H, W], questions and mask [B, S, T] (1: token), answers and mask [B, S, L] -> logits
-        [B * S, L, W] of the token after each of an answer's."""
-        tokens = self.model.visual_encoder(images).repeat_interleave(input_ids.shape[1], 0)
+    ) -> Written:
+        """Pictures [B, 3, H, W], questions and mask [B, S, T] (1: token), answers and mask [B, S, L]."""
+        tokens = self.model.visual_encoder(images)
         mask = attention_mask.flatten(0, 1)
-        states = self.model.text_encoder(input_ids.flatten(0, 1), keys(mask), tokens)
-        return self.model.text_decoder(answer_ids.flatten(0, 1), answer_mask.flatten(0, 1), states, mask)
+        seen = tokens.repeat_interleave(input_ids.shape[1], 0)
+        states = self.model.text_encoder(input_ids.flatten(0, 1), keys(mask), seen)
+        logits = self.model.text_decoder(answer_ids.flatten(0, 1), answer_mask.flatten(0, 1), states, mask)
+        return Written(logits, tokens)
 
 
 class ManyCaptions(nn.Module):
@@ -60,7 +70,8 @@ class ManyCaptions(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], captions and mask [B, S, T] (1: token) -> logits [B * S, T, W] of the token after each."""
-        tokens = self.model.visual_encoder(images).repeat_interleave(input_ids.shape[1], 0)
-        return self.model.text_decoder(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), tokens)
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Written:
+        """Pictures [B, 3, H, W], captions and mask [B, S, T] (1: token)."""
+        tokens = self.model.visual_encoder(images)
+        seen = tokens.repeat_interleave(input_ids.shape[1], 0)
+        return Written(self.model.text_decoder(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), seen), tokens)

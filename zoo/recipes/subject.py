@@ -68,8 +68,22 @@ class Subject(ABC):
         best = self.soft_answers(output).float().topk(2, dim=-1).values
         return (best[..., 0] - best[..., 1]).sum()
 
+    def distillation(self, module: Any, dense: nn.Module, batch: Batch, output: Any) -> Tensor:
+        """How far a module is from the dense one on a batch, a scalar.
+
+        Args:
+            module: follows, and may be called again.
+            dense: is followed.
+            batch: the whole one.
+            output: what `module` returned for its inputs, in its last call.
+        """
+        del module
+        with torch.no_grad():
+            wanted = dense(**self.inputs(batch))
+        return self.distance(output, wanted)
+
     def distance(self, output: Any, wanted: Any) -> Tensor:
-        """How far outputs are from those of the dense model, a scalar: distillation."""
+        """How far outputs are from those of the dense model, a scalar."""
         return divergence(self.soft_answers(output).flatten(0, -2), self.soft_answers(wanted).flatten(0, -2))
 
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
@@ -172,15 +186,13 @@ def compression_loss(
     # A subject may call the model again; this is the call whose MACs and alignment count.
     metrics: Metrics = dict(strength(pruned, subject.macs(pruned)))
     alignment = pruned.alignment_loss() if settings.alignment_weight and _aligned(pruned) else None
+    distance = None if dense is None else subject.distillation(pruned, dense, batch, output)
     total, found = subject.losses(pruned, batch, output, part)
     metrics = found | metrics
     if alignment is not None:
         total = total + settings.alignment_weight * alignment
         metrics["align"] = alignment.detach()
-    if dense is not None:
-        with torch.no_grad():
-            wanted = dense(**inputs)
-        distance = subject.distance(output, wanted)
+    if distance is not None:
         total = total + settings.distillation * distance
         metrics["distil"] = distance.detach()
     return total, metrics
