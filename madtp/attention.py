@@ -2,14 +2,15 @@
 
 :func:`attention` stands for every spelling of attention that the rewriter recognises.
 :func:`attention_with_statistics` also yields what DTP needs (docs/method.md, importance): it walks over blocks of
-queries, so the attention map of all heads never exists as a whole.
+samples and queries, so the attention map of all heads never exists as a whole.
 
 Axis legend: B samples, H heads, Q queries, K keys, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,9 @@ from madtp.state import TokenState, gather_positions
 
 # An additive mask below this value hides a key: models use -10000 or the smallest number of the dtype.
 HIDDEN = -1000.0
-# Queries a block: keeps the probabilities of one block in cache for usual head counts.
 QUERY_BLOCK = 128
+# Probabilities a block on a CPU: so many stay in its cache, and large tensors are slow to come by.
+CPU_BLOCK = 2**19
 
 
 def attention(
@@ -150,25 +152,69 @@ def attention_with_statistics(
     """
     if grouped:
         key, value = (_each_head(operand, query.size(1)) for operand in (key, value))
-    batch, heads, _, _ = query.shape
-    keys = key.size(2)
+    batch, heads, queries, _ = query.shape
+    block = _block(query, heads * key.size(2))
+    samples = max(1, block // queries)
+    parts = zip(
+        *(_some_samples(part, batch, samples) for part in (query, key, value)),
+        _some_samples(mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())], batch, samples),
+        _some_samples(rows, batch, samples),
+        _some_samples(class_slot, batch, samples),
+        strict=True,
+    )
+    found = []
+    for own_query, own_key, own_value, own_mask, own_rows, own_slot in parts:
+        blocks = _by_blocks(own_query, own_key, own_mask, causal, scale, softcap, min(block, queries))
+        found.append(_collected(blocks, own_value, dropout_p, own_rows, own_slot))
+    output, received, class_rows = (_joined([part[i] for part in found], 0) for i in range(3))
+    norms = output.float().norm(dim=-1)
+    return output, AttentionStatistics(received, None if class_slot is None else class_rows, norms)
+
+
+def _block(query: Tensor, probabilities: int) -> int:
+    """Rows a block, over samples and queries; each is the ``probabilities`` of a query in all heads."""
+    if query.device.type == "cpu":
+        return max(1, CPU_BLOCK // probabilities)
+    return query.size(0) * QUERY_BLOCK
+
+
+def _some_samples(part: Any, batch: int, samples: int) -> Sequence[Any]:
+    """What belongs to each ``samples`` samples of a batch; the same for all where it is None or of no sample."""
+    if part is None or part.size(0) != batch:
+        return [part] * -(-batch // samples)
+    return part.split(samples)
+
+
+def _collected(
+    blocks: Iterator[tuple[int, int, Tensor]],
+    value: Tensor,
+    dropout_p: float,
+    rows: Tensor | None,
+    class_slot: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[B, H, Q, Dv]``, received ``[B, K]`` and class row ``[B, H, K]`` (meaningless without ``class_slot``)."""
+    batch, heads, keys, _ = value.shape
     outputs: list[Tensor] = []
-    received = query.new_zeros(batch, keys, dtype=torch.float32)
-    class_row = query.new_zeros(batch, heads, keys, dtype=torch.float32)
-    for start, stop, probabilities in _by_blocks(query, key, mask, causal, scale, softcap):
+    received = value.new_zeros(batch, keys, dtype=torch.float32)
+    class_row = value.new_zeros(batch, heads, keys, dtype=torch.float32)
+    for start, stop, probabilities in blocks:
         strongest = probabilities.amax(1)
-        if rows is not None:
-            strongest = strongest.masked_fill(~rows[:, start:stop, None], 0)
-        received = received + strongest.sum(1)
+        if rows is None:
+            received = received + strongest.sum(1)
+        else:
+            counted = rows[:, start:stop, None].to(strongest.dtype)
+            received = received + (counted.transpose(1, 2) @ strongest).squeeze(1)
         if class_slot is not None:
             local = class_slot - start
             inside = (local >= 0) & (local < stop - start)
-            picked = probabilities[torch.arange(batch, device=query.device), :, local.clamp(0, stop - start - 1)]
+            picked = probabilities[torch.arange(batch, device=value.device), :, local.clamp(0, stop - start - 1)]
             class_row = class_row + picked * inside[:, None, None]
         outputs.append(F.dropout(probabilities.to(value.dtype), dropout_p, dropout_p > 0) @ value)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-    norms = output.float().norm(dim=-1)
-    return output, AttentionStatistics(received, None if class_slot is None else class_row, norms)
+    return _joined(outputs, 2), received, class_row
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _each_head(operand: Tensor, heads: int) -> Tensor:
@@ -177,36 +223,42 @@ def _each_head(operand: Tensor, heads: int) -> Tensor:
 
 
 def _by_blocks(
-    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    block: int = QUERY_BLOCK,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """First and last query of each block, and its probabilities ``[B, H, Q', K]``."""
     factor = query.size(-1) ** -0.5 if scale is None else scale
     transposed = key.transpose(-1, -2)
-    for start in range(0, query.size(2), QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, query.size(2))
+    for start in range(0, query.size(2), block):
+        stop = min(start + block, query.size(2))
         scores = (query[:, :, start:stop] * factor) @ transposed
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
-        scores = _masked(scores, mask, causal, start, stop)
-        yield start, stop, _softmax(scores, mask)
+        shown = mask if mask is None or mask.dim() < 2 or mask.size(-2) == 1 else mask[..., start:stop, :]
+        yield start, stop, _softmax(scores, shown, causal, start)
 
 
-def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Probabilities in float32 at least; zeros for a query that sees no key (padding on the left), as torch's own attention
-    has it."""
+def _softmax(scores: Tensor, mask: Tensor | None, causal: bool, start: int) -> Tensor:
+    """Probabilities in float32 at least of scores, which may be changed, of the queries from ``start`` on; zeros for a query
+    that sees no key (padding on the left), as torch's own attention has it."""
     dtype = torch.promote_types(scores.dtype, torch.float32)
+    if causal:
+        row = torch.arange(start, start + scores.size(-2), device=scores.device)[:, None]
+        column = torch.arange(scores.size(-1), device=scores.device)[None]
+        scores = scores.masked_fill_(row < column, float("-inf"))
     if mask is None:
         return scores.softmax(-1, dtype=dtype)
-    blind = scores.amax(-1, keepdim=True) == float("-inf")
-    return scores.masked_fill(blind, 0).softmax(-1, dtype=dtype).masked_fill(blind, 0)
-
-
-def _masked(scores: Tensor, mask: Tensor | None, causal: bool, start: int, stop: int) -> Tensor:
+    hidden = ~mask if mask.dtype == torch.bool else mask == float("-inf")
+    scores = scores.masked_fill_(hidden, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if causal:
-        row = torch.arange(start, stop, device=scores.device)[:, None]
-        column = torch.arange(scores.size(-1), device=scores.device)[None]
-        scores = scores.masked_fill(row < column, float("-inf"))
-    if mask is None:
-        return scores
-    block = mask[..., start:stop, :] if mask.dim() >= 2 and mask.size(-2) != 1 else mask
-    return scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block
+        blind = scores.amax(-1, keepdim=True) == float("-inf")
+    else:
+        blind = hidden.all(-1, keepdim=True)
+    if not bool(blind.any()):
+        return scores.softmax(-1, dtype=dtype)
+    return scores.masked_fill(blind, 0).softmax(-1, dtype=dtype).masked_fill(blind, 0)

@@ -1,0 +1,84 @@
+"""Attention that gathers statistics on its way, block by block, against torch's own attention and the whole map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from madtp import attention
+from madtp.importance import attention_statistics
+
+SIZES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 5),
+        "heads": st.integers(1, 3),
+        "tokens": st.integers(1, 9),
+        "block": st.integers(1, 60),
+        "mask": st.sampled_from(("none", "keys", "rows", "added", "heads", "shared", "causal")),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+def mask_of(kind: str, batch: int, heads: int, tokens: int) -> Tensor | None:
+    """Masks of which some hide every key of a query."""
+    if kind in ("none", "causal"):
+        return None
+    if kind == "shared":
+        return torch.rand(tokens, tokens) > 0.5
+    shape = {"keys": (batch, 1, 1, tokens), "heads": (batch, heads, tokens, tokens)}.get(
+        kind, (batch, 1, tokens, tokens)
+    )
+    shown = torch.rand(shape) > 0.4
+    return torch.where(shown, torch.randn(shape), -torch.inf) if kind == "added" else shown
+
+
+@settings(deadline=None)
+@given(SIZES)
+def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, int | str]) -> None:
+    batch, heads, tokens, kind = drawn["batch"], drawn["heads"], drawn["tokens"], drawn["mask"]
+    torch.manual_seed(drawn["seed"])
+    query, key, value = (torch.randn(batch, heads, tokens, 4, dtype=torch.double, requires_grad=True) for _ in range(3))
+    mask, causal = mask_of(kind, batch, heads, tokens), kind == "causal"
+    rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens, (batch,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "CPU_BLOCK", drawn["block"])
+        output, found = attention.attention_with_statistics(
+            query, key, value, mask, 0.0, causal, scale=None, grouped=False, softcap=None, rows=rows, class_slot=slot
+        )
+    added = mask.double() if mask is not None and mask.is_floating_point() else mask
+    expected = F.scaled_dot_product_attention(query, key, value, added, is_causal=causal)
+    torch.testing.assert_close(output, expected)
+    scores = query @ key.transpose(-1, -2) / 2
+    if causal:
+        scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+    if added is not None:
+        scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added
+    wanted = attention_statistics(scores.softmax(-1).nan_to_num(0.0), output, rows, slot)
+    for name in found._fields:
+        torch.testing.assert_close(getattr(found, name).double(), getattr(wanted, name), atol=1e-6, rtol=1e-5)
+    total = output.sum() + found.received.sum() + found.class_row.sum()
+    gradients = torch.autograd.grad(total, (query, key, value), allow_unused=True)
+    assert all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_a_large_batch_is_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU no map is larger than a block, whatever the batch."""
+    sizes: list[int] = []
+    softmax = attention._softmax
+
+    def watched(scores: Tensor, *rest: object) -> Tensor:
+        sizes.append(scores.numel())
+        return softmax(scores, *rest)
+
+    monkeypatch.setattr(attention, "_softmax", watched)
+    query = torch.randn(64, 4, 100, 8)
+    attention.attention_with_statistics(
+        query, query, query, None, 0.0, False, scale=None, grouped=False, softcap=None, rows=None, class_slot=None
+    )
+    assert sum(sizes) == 64 * 4 * 100 * 100
+    assert max(sizes) <= attention.CPU_BLOCK
