@@ -152,18 +152,15 @@ def attention_with_statistics(
     """
     if grouped:
         key, value = (_each_head(operand, query.size(1)) for operand in (key, value))
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
     batch, heads, queries, _ = query.shape
     block = _block(query, heads * key.size(2))
     samples = max(1, block // queries)
-    parts = zip(
-        *(_some_samples(part, batch, samples) for part in (query, key, value)),
-        _some_samples(mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())], batch, samples),
-        _some_samples(rows, batch, samples),
-        _some_samples(class_slot, batch, samples),
-        strict=True,
-    )
+    operands = (query, key, value, mask, rows, class_slot)
     found = []
-    for own_query, own_key, own_value, own_mask, own_rows, own_slot in parts:
+    for part in zip(*(_some_samples(operand, batch, samples) for operand in operands), strict=True):
+        own_query, own_key, own_value, own_mask, own_rows, own_slot = part
         blocks = _by_blocks(own_query, own_key, own_mask, causal, scale, softcap, min(block, queries))
         found.append(_collected(blocks, own_value, dropout_p, own_rows, own_slot))
     output, received, class_rows = (_joined([part[i] for part in found], 0) for i in range(3))
@@ -181,7 +178,7 @@ def _block(query: Tensor, probabilities: int) -> int:
 def _some_samples(part: Any, batch: int, samples: int) -> Sequence[Any]:
     """What belongs to each ``samples`` samples of a batch; the same for all where it is None or of no sample."""
     if part is None or part.size(0) != batch:
-        return [part] * -(-batch // samples)
+        return [part] * max(1, -(-batch // samples))
     return part.split(samples)
 
 

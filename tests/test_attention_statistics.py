@@ -14,7 +14,7 @@ from madtp.importance import attention_statistics
 
 SIZES = st.fixed_dictionaries(
     {
-        "batch": st.integers(1, 5),
+        "batch": st.integers(0, 5),
         "heads": st.integers(1, 3),
         "tokens": st.integers(1, 9),
         "block": st.integers(1, 60),
