@@ -47,6 +47,25 @@ class Rewritten:
     structure: Structure
     region: Region = WHOLE
 
+    def left_unpruned(self, sites: Collection[str], module: nn.Module) -> list[str]:
+        """Of some sites those that are not pruned though the call runs their blocks.
+
+        Args:
+            sites: names; "block#2" is where another call runs a block again, which is no loss in one that runs it once.
+            module: what the region is; of a site that is named after no module of it, it is not known whether it runs.
+        """
+        kept = {site.name for site in self.plan.sites}
+        ran = {self.region.inside(module_path(node)) for node in self.program.graph.nodes}
+        known = {self.region.inside(path) for path, _ in module.named_modules()}
+
+        def runs(site: str) -> bool:
+            block, _, again = site.partition("#")
+            if block in known and not any(path == block or path.startswith(f"{block}.") for path in ran):
+                return False
+            return not (again and block in kept)
+
+        return sorted(site for site in sites if site not in kept and runs(site))
+
 
 def build(
     model: nn.Module,

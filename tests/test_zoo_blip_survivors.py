@@ -104,6 +104,17 @@ def test_matching_follows_the_dense_model() -> None:
 
 
 @torch.no_grad()
+def test_a_call_of_a_part_does_not_complain_of_blocks_that_it_does_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    model, given = pruned("retrieval")
+    texts = given["input_ids"], given["attention_mask"]
+    with caplog.at_level("WARNING", logger="madtp"):
+        tokens = model(images=given["images"]).image_tokens
+        match(model, tokens, *texts)
+        model(input_ids=texts[0], attention_mask=texts[1])
+    assert "nothing is pruned" not in caplog.text
+
+
+@torch.no_grad()
 def test_reranking_sees_what_survives() -> None:
     model, given = pruned("retrieval", towers=("image",))
     whole = model(**given)
