@@ -256,6 +256,7 @@ def _softmax(scores: Tensor, mask: Tensor | None, causal: bool, start: int) -> T
         blind = scores.amax(-1, keepdim=True) == float("-inf")
     else:
         blind = hidden.all(-1, keepdim=True)
-    if not bool(blind.any()):
+    # Elsewhere the question would make the host wait for the device.
+    if blind.device.type == "cpu" and not bool(blind.any()):
         return scores.softmax(-1, dtype=dtype)
     return scores.masked_fill(blind, 0).softmax(-1, dtype=dtype).masked_fill(blind, 0)
