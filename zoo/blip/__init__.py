@@ -74,7 +74,7 @@ def _register_task(
     _mini(f"{name}_mini", f"The architecture of {name}", weights)(_builder(task, model, mini))
 
 
-_SIZES = ("BLIP_BASE", "BLIP_LARGE", "BLIP_MINI")
+_RETRIEVAL_SIZES = ("BLIP_BASE", "BLIP_LARGE", "RETRIEVAL_MINI")
 _register_task(
     "blip_nlvr",
     "nlvr",
@@ -83,7 +83,9 @@ _register_task(
     ("BASE", "LARGE", "MINI"),
     weights=("dense",),
 )
-_register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _SIZES, weights=("dense",))
+_register_task(
+    "blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _RETRIEVAL_SIZES, weights=("dense",)
+)
 _CAPTION_SIZES = ("BLIP_BASE", "BLIP_LARGE", "CAPTION_MINI")
 _register_task("blip_caption", "caption", "BlipCaption", "captions", _CAPTION_SIZES, weights=("dense",))
 _VQA_SIZES = ("VQA_BASE", "VQA_LARGE", "BLIP_MINI")
