@@ -61,7 +61,8 @@ def attention(
     if grouped:
         key, value = (_each_head(operand, query.size(1)) for operand in (key, value))
     outputs = []
-    for _, _, probabilities in _by_blocks(query, key, mask, causal, scale, softcap):
+    blind = _blind(mask, causal, query.size(2), key.size(2))
+    for _, _, probabilities in _by_blocks(query, key, mask, blind, causal, scale, softcap):
         outputs.append(F.dropout(probabilities.to(value.dtype), dropout_p, dropout_p > 0) @ value)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
@@ -155,13 +156,17 @@ def attention_with_statistics(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     batch, heads, queries, _ = query.shape
+    blind = _blind(mask, causal, queries, key.size(2))
+    # Elsewhere the question would make the host wait for the device.
+    if blind is not None and blind.device.type == "cpu" and not bool(blind.any()):
+        blind = None
     block = _block(query, heads * key.size(2))
     samples = max(1, block // queries)
-    operands = (query, key, value, mask, rows, class_slot)
+    operands = (query, key, value, mask, blind, rows, class_slot)
     found = []
     for part in zip(*(_some_samples(operand, batch, samples) for operand in operands), strict=True):
-        own_query, own_key, own_value, own_mask, own_rows, own_slot = part
-        blocks = _by_blocks(own_query, own_key, own_mask, causal, scale, softcap, min(block, queries))
+        own_query, own_key, own_value, own_mask, own_blind, own_rows, own_slot = part
+        blocks = _by_blocks(own_query, own_key, own_mask, own_blind, causal, scale, softcap, min(block, queries))
         found.append(_collected(blocks, own_value, dropout_p, own_rows, own_slot))
     output, received, class_rows = (_joined([part[i] for part in found], 0) for i in range(3))
     norms = output.float().norm(dim=-1)
@@ -196,11 +201,9 @@ def _collected(
     class_row = value.new_zeros(batch, heads, keys, dtype=torch.float32)
     for start, stop, probabilities in blocks:
         strongest = probabilities.amax(1)
-        if rows is None:
-            received = received + strongest.sum(1)
-        else:
-            counted = rows[:, start:stop, None].to(strongest.dtype)
-            received = received + (counted.transpose(1, 2) @ strongest).squeeze(1)
+        if rows is not None:
+            strongest = strongest * rows[:, start:stop, None]
+        received = received + strongest.sum(1)
         if class_slot is not None:
             local = class_slot - start
             inside = (local >= 0) & (local < stop - start)
@@ -219,16 +222,33 @@ def _each_head(operand: Tensor, heads: int) -> Tensor:
     return operand if operand.size(1) == heads else operand.repeat_interleave(heads // operand.size(1), 1)
 
 
+def _blind(mask: Tensor | None, causal: bool, queries: int, keys: int) -> Tensor | None:
+    """``[..., Q, 1]``, or 1 in place of Q: which queries see no key at all (padding on the left); None: none by its form."""
+    if mask is None:
+        return None
+    hidden = ~mask if mask.dtype == torch.bool else mask == float("-inf")
+    if causal:
+        hidden = hidden | _later(0, queries, keys, mask.device)
+    return hidden.all(-1, keepdim=True)
+
+
+def _later(start: int, stop: int, keys: int, device: torch.device) -> Tensor:
+    """``[Q, K]`` which keys come after each query from ``start`` to ``stop``."""
+    return torch.arange(start, stop, device=device)[:, None] < torch.arange(keys, device=device)[None]
+
+
 def _by_blocks(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
+    blind: Tensor | None,
     causal: bool,
     scale: float | None,
     softcap: float | None,
     block: int = QUERY_BLOCK,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """First and last query of each block, and its probabilities ``[B, H, Q', K]``."""
+    """First and last query of each block, and its probabilities ``[B, H, Q', K]``, in float32 at least; zeros for a query
+    that is ``blind``, as torch's own attention has it."""
     factor = query.size(-1) ** -0.5 if scale is None else scale
     transposed = key.transpose(-1, -2)
     for start in range(0, query.size(2), block):
@@ -236,27 +256,19 @@ def _by_blocks(
         scores = (query[:, :, start:stop] * factor) @ transposed
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
-        shown = mask if mask is None or mask.dim() < 2 or mask.size(-2) == 1 else mask[..., start:stop, :]
-        yield start, stop, _softmax(scores, shown, causal, start)
+        if causal:
+            scores = scores.masked_fill_(_later(start, stop, key.size(2), scores.device), float("-inf"))
+        if mask is not None:
+            shown = _of_queries(mask, start, stop)
+            scores = scores.masked_fill_(~shown, float("-inf")) if shown.dtype == torch.bool else scores + shown
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        if blind is None:
+            yield start, stop, scores.softmax(-1, dtype=dtype)
+        else:
+            unseeing = _of_queries(blind, start, stop)
+            yield start, stop, scores.masked_fill(unseeing, 0).softmax(-1, dtype=dtype).masked_fill(unseeing, 0)
 
 
-def _softmax(scores: Tensor, mask: Tensor | None, causal: bool, start: int) -> Tensor:
-    """Probabilities in float32 at least of scores, which may be changed, of the queries from ``start`` on; zeros for a query
-    that sees no key (padding on the left), as torch's own attention has it."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    if causal:
-        row = torch.arange(start, start + scores.size(-2), device=scores.device)[:, None]
-        column = torch.arange(scores.size(-1), device=scores.device)[None]
-        scores = scores.masked_fill_(row < column, float("-inf"))
-    if mask is None:
-        return scores.softmax(-1, dtype=dtype)
-    hidden = ~mask if mask.dtype == torch.bool else mask == float("-inf")
-    scores = scores.masked_fill_(hidden, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    if causal:
-        blind = scores.amax(-1, keepdim=True) == float("-inf")
-    else:
-        blind = hidden.all(-1, keepdim=True)
-    # Elsewhere the question would make the host wait for the device.
-    if blind.device.type == "cpu" and not bool(blind.any()):
-        return scores.softmax(-1, dtype=dtype)
-    return scores.masked_fill(blind, 0).softmax(-1, dtype=dtype).masked_fill(blind, 0)
+def _of_queries(mask: Tensor, start: int, stop: int) -> Tensor:
+    """What a mask over queries and keys has for some queries."""
+    return mask if mask.dim() < 2 or mask.size(-2) == 1 else mask[..., start:stop, :]
