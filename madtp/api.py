@@ -186,12 +186,12 @@ def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> 
             raise RewriteError(
                 f"{region.path} by itself would be pruned in another way than as a part of {part.region.path}."
             )
-        nothing = not found.plan.sites
-        lost = sorted(names) if nothing and inner is None and part.inner else found.left_unpruned(names, module)
+        left_to_inner = not found.plan.sites and inner is None and bool(part.inner)
+        lost = sorted(names) if left_to_inner else found.left_unpruned(names, module)
         if lost:
             reasons = {r.reason for r in found.plan.refusals if r.block in lost} or {"no attention found there"}
             text = f"for this call signature nothing is pruned at {', '.join(lost)}: {'; '.join(sorted(reasons))}"
-            if nothing and inner is None and part.inner:
+            if left_to_inner:
                 raise NothingToPruneError(f"{text}. {', '.join(r.path for r in part.inner)} may prune by themselves.")
             log.warning("%s", text)
         return found.program

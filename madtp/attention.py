@@ -64,7 +64,7 @@ def attention(
     blind = _blind(mask, causal, query.size(2), key.size(2))
     for _, _, probabilities in _by_blocks(query, key, mask, blind, causal, scale, softcap):
         outputs.append(F.dropout(probabilities.to(value.dtype), dropout_p, dropout_p > 0) @ value)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    return _joined(outputs, 2)
 
 
 def mask_of_survivors(

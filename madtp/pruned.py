@@ -201,12 +201,10 @@ class PrunedModel(nn.Module):
         inside = [state for name, state in self._recorded().items() if name == tower or name.startswith(f"{tower}.")]
         return kept_positions(inside[-1]) if inside else None
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[None]:
         """Calls inside are not recorded: token counts, survivors, MACs and the alignment loss stay those of the forward
         before."""
-        with self._control.aside():
-            yield
+        return self._control.aside()
 
     def alignment_loss(self) -> Tensor:
         """L_align of the last forward (MAG): mean of 1 - cos between the modalities' pooled features; differentiable.

@@ -97,11 +97,9 @@ def tokens_apart(tokens: Tensor, wanted: Tensor, left: Tensor | None) -> Tensor:
 class _Seen(Lesson):
     """A lesson whose texts read the tokens of the tower, `image_tokens` of the output: pruned, it follows the dense model's."""
 
-    def distillation(self, module: Any, dense: nn.Module, batch: Batch, output: Any) -> Tensor:
-        """Of the answers, and of the image tokens that survive."""
-        with torch.no_grad():
-            wanted = dense(**self.inputs(batch))
-        distance = self.distance(output, wanted)
+    def followed(self, module: Any, dense: Any, batch: Batch, output: Any, wanted: Any) -> Tensor:
+        """Of the image tokens that survive, too."""
+        distance = super().followed(module, dense, batch, output, wanted)
         if not isinstance(module, PrunedModel):
             return distance  # tokens of a smaller image, or merged ones, have no counterpart
         left = seen(module, next(path for path, inner in self.module.named_modules() if inner is self.tower))
@@ -224,7 +222,7 @@ class _Retrieved(PairSubject, Lesson):
         }
 
 
-class BlipPairs(_Retrieved):
+class BlipPairs(_Seen, _Retrieved):
     """Features, and matching of each picture with its caption and with wrong ones."""
 
     def __init__(self, model: BlipRetrieval) -> None:
@@ -239,15 +237,10 @@ class BlipPairs(_Retrieved):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
 
-    def distillation(self, module: Any, dense: Any, batch: Batch, output: Any) -> Tensor:
-        """Of features, of the image tokens that survive, and of what the matching head reads."""
+    def followed(self, module: Any, dense: Any, batch: Batch, output: Any, wanted: Any) -> Tensor:
+        """Of what the matching head reads, too."""
+        distance = super().followed(module, dense, batch, output, wanted)
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        with torch.no_grad():
-            wanted = dense(**self.inputs(batch))
-        left = seen(module, "visual_encoder")
-        distance = self.distance(output, wanted)
-        if isinstance(module, PrunedModel):
-            distance = distance + FEATURES * tokens_apart(output.image_tokens, wanted.image_tokens, left)
         return distance + FEATURES * matching_distance(module, dense, output, wanted, ids, mask)
 
     def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:

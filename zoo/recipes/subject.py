@@ -77,9 +77,13 @@ class Subject(ABC):
             batch: the whole one.
             output: what `module` returned for its inputs, in its last call.
         """
-        del module
         with torch.no_grad():
             wanted = dense(**self.inputs(batch))
+        return self.followed(module, dense, batch, output, wanted)
+
+    def followed(self, module: Any, dense: Any, batch: Batch, output: Any, wanted: Any) -> Tensor:
+        """As :meth:`distillation`, where the dense module returned `wanted`; here the distance of outputs is all."""
+        del module, dense, batch
         return self.distance(output, wanted)
 
     def distance(self, output: Any, wanted: Any) -> Tensor:
