@@ -213,13 +213,12 @@ def test_bad_settings_are_named(values: dict[str, Any], message: str) -> None:
         TrainingConfig.from_dict(values)
 
 
-@pytest.mark.parametrize(("tiles", "chosen"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_is_the_faster_precision_of_the_processor(
-    monkeypatch: pytest.MonkeyPatch, tiles: bool, chosen: str
-) -> None:
-    monkeypatch.setattr("madtp.training.precision._has_tiles", lambda: tiles)
+@pytest.mark.parametrize("has", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
+def test_auto_is_the_faster_precision_of_the_processor(monkeypatch: pytest.MonkeyPatch, has: str | None) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has, raising=False)
     processor = torch.device("cpu")
-    assert precision_on(processor, "auto") == chosen
+    assert precision_on(processor, "auto") == ("float32" if has is None else "bfloat16")
     assert precision_on(processor, "bfloat16") == "bfloat16"
 
 
