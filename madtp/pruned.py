@@ -253,6 +253,13 @@ class PrunedModel(nn.Module):
                 total[path] = total.get(path, 0.0) + amount * share
         return total
 
+    @torch.no_grad()
+    def dense_macs(self, *args: Any, **kwargs: Any) -> float:
+        """Multiply-accumulates per sample of a call with all tokens kept, which is run for that; see :meth:`aside`."""
+        with self.aside(), self.dense():
+            self.forward(*args, **kwargs)
+            return self.macs()
+
     @contextmanager
     def dense(self) -> Iterator[PrunedModel]:
         """Pruning switched off inside the block."""

@@ -1,14 +1,28 @@
-"""What a pruned model spends while it is evaluated: :class:`Meter`."""
+"""What a pruned model spends while it is evaluated: :class:`Meter`; what it is compared with: :func:`compared_with`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
 
 from madtp.pruned import PrunedModel
+
+_DENSE_MACS: ContextVar[float | None] = ContextVar("dense MACs of a sample", default=None)
+
+
+@contextmanager
+def compared_with(dense_macs: float | None) -> Iterator[None]:
+    """Calls inside have these dense MACs a sample, not those with all tokens that they are given: a dense model would be given
+    more, such as all tokens of an image. None: theirs."""
+    token = _DENSE_MACS.set(dense_macs)
+    try:
+        yield
+    finally:
+        _DENSE_MACS.reset(token)
 
 
 class Meter:
@@ -35,11 +49,14 @@ class Meter:
     def _record(self, model: PrunedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         del output
         samples = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
+        dense_macs = _DENSE_MACS.get()
+        if dense_macs is None:
+            dense_macs = sum(model.macs_by_module("all").values())
         self.calls.append(
             {
                 "samples": samples,
                 "macs": model.macs() * samples,
-                "dense_macs": sum(model.macs_by_module("all").values()) * samples,
+                "dense_macs": dense_macs * samples,
                 "tokens": {site: _by_sample(model, counts, samples) for site, counts in model.token_counts().items()},
             }
         )

@@ -8,8 +8,8 @@ import torch
 def precision_on(device: torch.device, wanted: str) -> str:
     """What "auto" means on a device; what else is wanted is returned as it is.
 
-    A CPU that has to emulate products of bfloat16 takes twice as long at them as at float32; one with AMX or AVX512_BF16 takes
-    a third to two thirds of the time.
+    A CPU that has to emulate products of bfloat16 takes twice as long at them as at float32; one with AMX or AVX512_BF16 is
+    several times as fast.
 
     Args:
         device: that trains.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from madtp.errors import DataError
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.survivors import aside, seen
+from zoo.blip.survivors import aside, gathered, seen
 
 # What pairs score that are not among the candidates; the published code has the same number.
 LEFT_OUT = -100.0
@@ -159,6 +159,7 @@ def rerank(
         input_ids: [J, T].
         attention_mask: [J, T].
         image_mask: what survives of `image_tokens` in a rewritten model, [I, N] (:func:`zoo.blip.survivors.seen`); None: all.
+            Texts attend to as many tokens as the fullest image has.
         candidates: how many are matched for each image, and for each text.
         batch: pairs that are matched at a time.
 
@@ -166,6 +167,8 @@ def rerank(
         [I, J] and [J, I]: similarity plus the logit of a match.
     """
     device = input_ids.device
+    if image_mask is not None:
+        image_tokens, image_mask = gathered(image_tokens, image_mask.to(image_tokens.device))
 
     def scores(similar: Tensor, images_first: bool) -> Tensor:
         best, columns = similar.topk(min(candidates, similar.shape[1]), dim=1)
@@ -177,7 +180,7 @@ def rerank(
         ):
             places = images[pairs].to(image_tokens.device)
             tokens = image_tokens[places].to(device)
-            left = None if image_mask is None else image_mask[places.to(image_mask.device)].to(device)
+            left = None if image_mask is None else image_mask[places].to(device)
             ids, mask = input_ids[texts[pairs]], attention_mask[texts[pairs]]
             result[rows[pairs], columns.flatten()[pairs]] = values + match(model, tokens, ids, mask, left)[:, 1]
         return result

@@ -41,8 +41,11 @@ def survivors(model: object, tower: str, tokens: Tensor) -> tuple[Tensor, Tensor
         tokens [B, K, C] in their order, K as many as the fullest sample has, and mask [B, K], 1 for a token (None: all are).
     """
     left = seen(model, tower)
-    if left is None:
-        return tokens, None
+    return (tokens, None) if left is None else gathered(tokens, left)
+
+
+def gathered(tokens: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, N, C] that `left` [B, N] has at 1, without the others between them, as :func:`survivors` returns them."""
     counts = left.sum(dim=1)
     places = left.argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
     found = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -13,10 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from madtp.evaluation.meter import compared_with
 from madtp.evaluation.task import Result
+from madtp.pruned import PrunedModel
 from zoo.blip.matching import LEFT_OUT, Matcher, match
 from zoo.blip.retrieval import BlipRetrieval
-from zoo.blip.survivors import seen
+from zoo.blip.survivors import seen, survivors
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.recall import recalls
 from zoo.tasks.spelling import RETRIEVAL_TOKENS, spell
@@ -26,6 +28,7 @@ from zoo.transforms.texts import clean_caption
 CANDIDATES = {"coco": 256, "flickr30k": 128, "scenes_captions": 16}
 """Texts that are matched for each image, and images for each text, by data set; published for the first two."""
 FEATURES, MATCHING = "features", "matching"
+TOWER = "visual_encoder"
 
 
 class CaptionedImages:
@@ -138,59 +141,90 @@ class Features:
         self.task = task
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """`image`: a feature, `texts`: one for each caption."""
+        """`image`: a feature, `texts`: one for each caption; `left`: image tokens that survive in a pruned model."""
         del earlier
         captions = self.task.captions_of(samples)
         images = model(images=self.task.images(samples)).image_features.tolist()
+        left = seen(model, TOWER)
+        counts = [{}] * len(images) if left is None else [{"left": count} for count in left.sum(dim=1).tolist()]
         texts = model(**self.task.texts([self.task.captions[place] for place in captions])).text_features.tolist()
         owned = [[t for t, place in zip(texts, captions, strict=True) if self.task.owners[place] == i] for i in samples]
-        return [{"image": image, "texts": own} for image, own in zip(images, owned, strict=True)]
+        return [
+            {"image": image, "texts": own, **count} for image, own, count in zip(images, owned, counts, strict=True)
+        ]
 
 
 class Matching:
     """The second stage: the most similar pairs are matched.
 
-    Encoded images are kept in memory (1.8 MB each of BLIP base), as the captions of any image may ask for them, with masks of
-    what survives in them.
+    Encoded images are kept in memory (1.8 MB each of BLIP base), as the captions of any image may ask for them, without the
+    tokens that a pruned model dropped: texts attend to as many as the fullest image has left.
     """
 
     name = MATCHING
 
     def __init__(self, task: Retrieval) -> None:
         self.task = task
-        self.encoded: dict[int, tuple[Tensor, Tensor]] = {}
+        self.encoded: dict[int, Tensor] = {}
+        self.whole: Tensor | None = None
+        self.dense_macs: dict[int, float] = {}
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
         """`texts`: [caption, score] of the candidates of each image; `images`: [image, score] of those of its captions."""
         features = earlier[FEATURES]
         images = torch.tensor([result["image"] for result in features])
         texts = torch.tensor([feature for result in features for feature in result["texts"]])
+        fullest = max(result.get("left", 0) for result in features)
         results = []
         for image in samples:
             own = self.task.captions_of(range(image, image + 1))
-            found = self._score(model, images[image] @ texts.T, lambda text, image=image: (image, text))
+            found = self._score(model, images[image] @ texts.T, lambda text, image=image: (image, text), fullest)
             of_captions = [
-                self._score(model, texts[text] @ images.T, lambda image, text=text: (image, text)) for text in own
+                self._score(model, texts[text] @ images.T, lambda image, text=text: (image, text), fullest)
+                for text in own
             ]
             results.append({"texts": found, "images": of_captions})
         return results
 
-    def _score(self, model: nn.Module, similar: Tensor, pair: Any) -> list[list[float]]:
+    def _score(self, model: nn.Module, similar: Tensor, pair: Any, fullest: int) -> list[list[float]]:
         """Match the most similar of a row; `pair` says of a place in it which image and which caption are meant."""
         best, places = similar.topk(min(self.task.candidates, len(similar)))
         pairs = [pair(place) for place in places.tolist()]
         self._encode(model, [image for image, _ in pairs])
-        chosen = [self.encoded[image] for image, _ in pairs]
-        tokens, mask = (torch.stack(parts).to(self.task.device) for parts in zip(*chosen, strict=True))
+        tokens, mask = _padded([self.encoded[image] for image, _ in pairs], fullest)
         texts = self.task.texts([self.task.captions[text] for _, text in pairs])
-        scores = best + match(cast(Matcher, model), tokens, **texts, image_mask=mask)[:, 1].cpu()
+        with compared_with(self._dense_macs(model, texts)):
+            logits = match(
+                cast(Matcher, model), tokens.to(self.task.device), **texts, image_mask=mask.to(self.task.device)
+            )
+        scores = best + logits[:, 1].cpu()
         return [list(found) for found in zip(places.tolist(), scores.tolist(), strict=True)]
 
     def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
         new = sorted(set(images) - self.encoded.keys())
         for start in range(0, len(new), 32):
             part = new[start : start + 32]
-            tokens = model(images=self.task.images(part)).image_tokens
-            left = seen(model, "visual_encoder")
-            mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if left is None else left
-            self.encoded |= dict(zip(part, zip(tokens.cpu(), mask.cpu(), strict=True), strict=True))
+            whole = model(images=self.task.images(part)).image_tokens
+            self.whole = whole[:1]
+            tokens, mask = survivors(model, TOWER, whole)
+            counts = [tokens.shape[1]] * len(part) if mask is None else mask.sum(dim=1).tolist()
+            self.encoded |= {image: own[:count].cpu() for image, own, count in zip(part, tokens, counts, strict=True)}
+
+    def _dense_macs(self, model: nn.Module, texts: Mapping[str, Tensor]) -> float | None:
+        """Of matching a text of this length with all tokens of an image; None of a model that is not pruned."""
+        if not isinstance(model, PrunedModel):
+            return None
+        length = texts["input_ids"].shape[1]
+        if length not in self.dense_macs:
+            one = {name: text[:1] for name, text in texts.items()}
+            self.dense_macs[length] = model.dense_macs(image_tokens=self.whole, **one)
+        return self.dense_macs[length]
+
+
+def _padded(images: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Images [K, V] with zeros after them, [B, N, V], N at least `length`, and their mask [B, N], 1 for a token."""
+    counts = torch.tensor([len(image) for image in images])
+    tokens = images[0].new_zeros(len(images), max(length, int(counts.max())), images[0].shape[-1])
+    for row, image in zip(tokens, images, strict=True):
+        row[: len(image)] = image
+    return tokens, (torch.arange(tokens.shape[1]) < counts[:, None]).long()
