@@ -12,7 +12,7 @@ from torch import Tensor
 import madtp
 from madtp.errors import DataError
 from zoo.blip.matching import match, matching_distance, matching_loss, rerank
-from zoo.blip.survivors import seen, survivors
+from zoo.blip.survivors import gathered, seen, survivors
 
 
 def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
@@ -34,6 +34,16 @@ def test_a_decoder_by_itself_sees_what_it_sees_inside() -> None:
     outside = model.text_decoder(ids, padding, tokens, mask)
     torch.testing.assert_close(outside[padding.bool()], whole.logits[padding.bool()])
     assert not torch.allclose(model.text_decoder(ids, padding, whole.image_tokens), whole.logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (4, 4), (5, 5), (16, 6)])
+def test_survivors_stand_first_and_in_order(multiple: int, length: int) -> None:
+    tokens = torch.arange(12.0).reshape(2, 6, 1)
+    left = torch.tensor([[0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0]])
+    found, mask = gathered(tokens, left, multiple)
+    assert found.shape == (2, length, 1)
+    assert mask.sum(dim=1).tolist() == [3, 2]
+    assert found[mask.bool()].flatten().tolist() == [1, 3, 5, 6, 10]
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from zoo.blip.survivors import aside, gathered, seen
 
 # What pairs score that are not among the candidates; the published code has the same number.
 LEFT_OUT = -100.0
+# In training, encoded images are matched in lengths that are multiples of this, so that few calls are captured.
+LENGTHS = 16
 
 
 class Matcher(Protocol):
@@ -51,13 +53,13 @@ def matching_loss(
     if bool(same.all(dim=1).any()):
         raise DataError(f"all {len(samples)} pairs of the batch are of one image; matching needs at least two.")
     wrong_texts, wrong_images = _draw_wrong(found, same)
-    left = seen(model, "visual_encoder")
+    tokens, left = _left(model, found.image_tokens)
     every = torch.arange(len(samples), device=samples.device)
     # A rewritten model sees merged tokens inside the call that made `found`, which would tell right pairs from wrong ones.
     right = every if left is not None else every[:0]
     images, texts = torch.cat([right, wrong_images, every]), torch.cat([right, every, wrong_texts])
     image_mask = None if left is None else left[images]
-    matched = match(model, found.image_tokens[images], input_ids[texts], attention_mask[texts], image_mask)
+    matched = match(model, tokens[images], input_ids[texts], attention_mask[texts], image_mask)
     logits = matched if left is not None else torch.cat([found.match_logits, matched])
     labels = torch.zeros(3 * len(samples), dtype=torch.long, device=samples.device)
     labels[: len(samples)] = 1
@@ -79,6 +81,12 @@ def match(
     if logits is None:
         raise DataError(f"{type(model).__name__} returned no match_logits for image_tokens and texts.")
     return logits
+
+
+def _left(model: Matcher, image_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of image tokens [B, N, V] those that survived in the last call, [B, K, V], and their mask [B, K]; None: all are left."""
+    left = seen(model, "visual_encoder")
+    return (image_tokens, None) if left is None else gathered(image_tokens, left, LENGTHS)
 
 
 def _matched(
@@ -118,9 +126,9 @@ def matching_distance(
     with torch.no_grad():
         told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
     texts, images = torch.cat([every, wrong]), torch.cat([every, every])
-    left = seen(model, "visual_encoder")
+    tokens, left = _left(model, found.image_tokens)
     image_mask = None if left is None else left[images]
-    followed = _matched(model, found.image_tokens[images], input_ids[texts], attention_mask[texts], image_mask)
+    followed = _matched(model, tokens[images], input_ids[texts], attention_mask[texts], image_mask)
     pairs = torch.cat([wanted.match_features, cast(Tensor, told.match_features)])
     return (1 - F.cosine_similarity(cast(Tensor, followed.match_features), pairs, dim=-1)).mean()
 

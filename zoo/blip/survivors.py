@@ -44,9 +44,15 @@ def survivors(model: object, tower: str, tokens: Tensor) -> tuple[Tensor, Tensor
     return (tokens, None) if left is None else gathered(tokens, left)
 
 
-def gathered(tokens: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B, N, C] that `left` [B, N] has at 1, without the others between them, as :func:`survivors` returns them."""
+def gathered(tokens: Tensor, left: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens [B, N, C] that `left` [B, N] has at 1, without the others between them, as :func:`survivors` returns them.
+
+    Args:
+        tokens, left: all of them, and which survive.
+        multiple: K is one of it, or N: a rewritten model is captured for each number of tokens that it is given.
+    """
     counts = left.sum(dim=1)
-    places = left.argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    length = -(-int(counts.max()) // multiple) * multiple
+    places = left.argsort(dim=1, descending=True, stable=True)[:, :length]
     found = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
     return found, (torch.arange(places.shape[1], device=counts.device) < counts[:, None]).long()
