@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from madtp.errors import ConfigError, TrainingError
@@ -27,6 +26,7 @@ from madtp.pruned import PrunedModel
 from madtp.training.checkpoint import checkpoint_name, last_checkpoint, read_checkpoint, write_checkpoint
 from madtp.training.config import TrainingConfig
 from madtp.training.feed import prefetch
+from madtp.training.kernels import for_gradients, without_gradients
 from madtp.training.optim import learning_rate_at, make_optimisers, set_learning_rate
 from madtp.training.parts import Batch, Metrics, Parts
 from madtp.training.precision import precision_on
@@ -246,7 +246,7 @@ class _Loop:
 
     def _backward(self, step: int, batch: Batch) -> dict[str, float | Tensor]:
         """Add a part's gradients; its metrics."""
-        with self._attention():
+        with for_gradients(self.device, self._low):
             with self._autocast():
                 loss, metrics = self.loss(batch, step)
             (loss / self.config.accumulate).backward()
@@ -268,7 +268,7 @@ class _Loop:
     def _evaluate(self, done: int) -> None:
         assert self.learner.evaluate is not None
         self.parts.reseed(done)
-        with torch.no_grad(), self._attention(), self._autocast():
+        with without_gradients(), self._autocast():
             self.module.eval()
             self.evaluation = self.learner.evaluate(self.module)
             self.module.train()
@@ -284,10 +284,6 @@ class _Loop:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._low else nullcontext()
-
-    def _attention(self) -> AbstractContextManager[Any]:
-        # In bfloat16, the backward of the fused CPU kernel takes six times as long as matmul and softmax on short sequences.
-        return sdpa_kernel(SDPBackend.MATH) if self._low and self.device.type == "cpu" else nullcontext()
 
 
 def _due(done: int, every: int) -> bool:

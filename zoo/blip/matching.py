@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.errors import DataError
+from madtp.training.kernels import without_gradients
 from zoo.blip.retrieval import RetrievalOutput
 from zoo.blip.survivors import aside, gathered, seen
 
@@ -123,7 +124,7 @@ def matching_distance(
         raise DataError("the distance of matching needs calls of both models with images and texts.")
     every = torch.arange(len(input_ids), device=input_ids.device)
     wrong, _ = _draw_wrong(wanted, every[:, None] == every)
-    with torch.no_grad():
+    with without_gradients():
         told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
     texts, images = torch.cat([every, wrong]), torch.cat([every, every])
     tokens, left = _left(model, found.image_tokens)

@@ -18,6 +18,7 @@ from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.compression import Budget, divergence, strength
+from madtp.training.kernels import without_gradients
 from madtp.training.parts import Batch
 
 Metrics = dict[str, float | Tensor]
@@ -77,7 +78,7 @@ class Subject(ABC):
             batch: the whole one.
             output: what `module` returned for its inputs, in its last call.
         """
-        with torch.no_grad():
+        with without_gradients():
             wanted = dense(**self.inputs(batch))
         return self.followed(module, dense, batch, output, wanted)
 

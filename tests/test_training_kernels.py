@@ -1,0 +1,36 @@
+"""Which attention kernels run while training."""
+
+from __future__ import annotations
+
+import torch
+from torch.backends.cuda import flash_sdp_enabled, math_sdp_enabled
+from torch.nn.functional import scaled_dot_product_attention
+
+from madtp.training.kernels import for_gradients, without_gradients
+
+CPU = torch.device("cpu")
+
+
+def test_the_fused_kernel_runs_only_without_gradients() -> None:
+    with for_gradients(CPU, low=True):
+        assert (flash_sdp_enabled(), math_sdp_enabled()) == (False, True)
+        with without_gradients():
+            assert (flash_sdp_enabled(), math_sdp_enabled()) == (True, True)
+            assert not torch.is_grad_enabled()
+        assert (flash_sdp_enabled(), math_sdp_enabled()) == (False, True)
+        assert torch.is_grad_enabled()
+    assert flash_sdp_enabled()
+
+
+def test_float32_keeps_every_kernel() -> None:
+    with for_gradients(CPU, low=False):
+        assert flash_sdp_enabled()
+
+
+def test_kernels_agree() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    with for_gradients(CPU, low=True):
+        wanted = scaled_dot_product_attention(q, k, v)
+        with without_gradients():
+            torch.testing.assert_close(scaled_dot_product_attention(q, k, v), wanted)
