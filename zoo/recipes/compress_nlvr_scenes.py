@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 import madtp
 import zoo
-from madtp.calibration import calibrate
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
@@ -34,6 +33,7 @@ from madtp.training.engine import Batch, Learner, Metrics, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.recipes.auxiliary import StatementHeads, faded
 from zoo.recipes.card import accuracy_by_kind
+from zoo.recipes.compression import calibrate_closely
 from zoo.recipes.many import ManyStatements
 from zoo.recipes.nlvr_scenes import TEXT_PADDING, make_batch
 from zoo.scenes import SceneDataset, collate
@@ -269,8 +269,8 @@ def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
     batches = []
     for start in range(0, len(data), 64):
         group = collate([data[i] for i in range(start, min(start + 64, len(data)))])
-        batches.append((group["images"], group["input_ids"], group["attention_mask"]))
-    calibration = calibrate(pruned, batches, reduction=chosen.reduction)
+        batches.append({name: group[name] for name in ("images", "input_ids", "attention_mask")})
+    calibration = calibrate_closely(pruned, batches, chosen.reduction)
     madtp.save(pruned, output / "pruned", dtype=torch.float16)
     shipped = madtp.load(output / "pruned").eval()
     scores = accuracy_by_kind(shipped, SceneDataset("test", chosen.test_items, seed=chosen.data_seed))

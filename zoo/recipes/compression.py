@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import madtp
 import zoo
+from madtp.calibration import CalibrationResult
 from madtp.pruned import PrunedModel
 from madtp.training.compression import Steering, teach_alike
 from madtp.training.config import TrainingConfig
@@ -27,7 +28,7 @@ from zoo.recipes.subject import CompressionSettings, Metrics, Subject, compressi
 
 TEACHING = "teaching"
 _TAUGHT_AT_ONCE = 16
-# How far calibration may miss the asked reduction, as scores fall steeply with MACs: less, the more samples there are.
+# How far calibration may miss the asked reduction in any case, and times the number of samples.
 _TOLERANCE, _RESOLVED = 0.01, 0.5
 
 
@@ -133,6 +134,12 @@ def _lesson_plan(
     return batches
 
 
+def calibrate_closely(pruned: PrunedModel, calls: Sequence[Mapping[str, Any]], reduction: float) -> CalibrationResult:
+    """:func:`madtp.calibrate`, the nearer to `reduction` the more samples there are: scores fall steeply with MACs."""
+    samples = sum(len(next(iter(call.values()))) for call in calls)
+    return madtp.calibrate(pruned, calls, reduction=reduction, tolerance=min(_TOLERANCE, _RESOLVED / samples))
+
+
 def finish_compression(
     subject: Subject,
     learner: Learner,
@@ -152,10 +159,7 @@ def finish_compression(
         output: folder.
     """
     pruned = deploy(subject, cast(Pupil, learner.module).pruned, calls[0])
-    samples = sum(len(next(iter(call.values()))) for call in calls)
-    calibration = madtp.calibrate(
-        pruned, calls, reduction=settings.reduction, tolerance=min(_TOLERANCE, _RESOLVED / samples)
-    )
+    calibration = calibrate_closely(pruned, calls, settings.reduction)
     madtp.save(pruned, output / "pruned", dtype=torch.float16)
     shipped = madtp.load(output / "pruned", zoo.create(settings.model)).eval()
     card = {
