@@ -9,16 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from madtp.calibration import dense_macs
 from madtp.pruned import PrunedModel
 
 _DENSE_MACS: ContextVar[float | None] = ContextVar("dense MACs of a sample", default=None)
 
 
 @contextmanager
-def compared_with(dense_macs: float | None) -> Iterator[None]:
+def compared_with(macs: float | None) -> Iterator[None]:
     """Calls inside have these dense MACs a sample, not those with all tokens that they are given: a dense model would be given
     more, such as all tokens of an image. None: theirs."""
-    token = _DENSE_MACS.set(dense_macs)
+    token = _DENSE_MACS.set(macs)
     try:
         yield
     finally:
@@ -49,14 +50,12 @@ class Meter:
     def _record(self, model: PrunedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         del output
         samples = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
-        dense_macs = _DENSE_MACS.get()
-        if dense_macs is None:
-            dense_macs = sum(model.macs_by_module("all").values())
+        dense = _DENSE_MACS.get()
         self.calls.append(
             {
                 "samples": samples,
                 "macs": model.macs() * samples,
-                "dense_macs": dense_macs * samples,
+                "dense_macs": (dense_macs(model) if dense is None else dense) * samples,
                 "tokens": {site: _by_sample(model, counts, samples) for site, counts in model.token_counts().items()},
             }
         )

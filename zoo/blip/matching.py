@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from madtp.errors import DataError
 from madtp.training.kernels import without_gradients
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.survivors import aside, gathered, seen
+from zoo.blip.survivors import aside, gathered, survivors
 
 # What pairs score that are not among the candidates; the published code has the same number.
 LEFT_OUT = -100.0
@@ -54,7 +54,7 @@ def matching_loss(
     if bool(same.all(dim=1).any()):
         raise DataError(f"all {len(samples)} pairs of the batch are of one image; matching needs at least two.")
     wrong_texts, wrong_images = _draw_wrong(found, same)
-    tokens, left = _left(model, found.image_tokens)
+    tokens, left = survivors(model, "visual_encoder", found.image_tokens, LENGTHS)
     every = torch.arange(len(samples), device=samples.device)
     # A rewritten model sees merged tokens inside the call that made `found`, which would tell right pairs from wrong ones.
     right = every if left is not None else every[:0]
@@ -82,12 +82,6 @@ def match(
     if logits is None:
         raise DataError(f"{type(model).__name__} returned no match_logits for image_tokens and texts.")
     return logits
-
-
-def _left(model: Matcher, image_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of image tokens [B, N, V] those that survived in the last call, [B, K, V], and their mask [B, K]; None: all are left."""
-    left = seen(model, "visual_encoder")
-    return (image_tokens, None) if left is None else gathered(image_tokens, left, LENGTHS)
 
 
 def _matched(
@@ -127,7 +121,7 @@ def matching_distance(
     with without_gradients():
         told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
     texts, images = torch.cat([every, wrong]), torch.cat([every, every])
-    tokens, left = _left(model, found.image_tokens)
+    tokens, left = survivors(model, "visual_encoder", found.image_tokens, LENGTHS)
     image_mask = None if left is None else left[images]
     followed = _matched(model, tokens[images], input_ids[texts], attention_mask[texts], image_mask)
     pairs = torch.cat([wanted.match_features, cast(Tensor, told.match_features)])

@@ -30,18 +30,20 @@ def aside(model: object) -> AbstractContextManager[None]:
     return model.aside() if isinstance(model, PrunedModel) else nullcontext()
 
 
-def survivors(model: object, tower: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+def survivors(model: object, tower: str, tokens: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
     """The tokens that survived in the last call of a model, without the others between them.
 
     Args:
         model, tower: see :func:`seen`.
         tokens: that it returned, [B, N, C], without padding.
+        multiple: see :func:`gathered`.
 
     Returns:
-        tokens [B, K, C] in their order, K as many as the fullest sample has, and mask [B, K], 1 for a token (None: all are).
+        tokens [B, K, C] in their order, K as many as the fullest sample has, rounded up, and mask [B, K], 1 for a token (None:
+        all are).
     """
     left = seen(model, tower)
-    return (tokens, None) if left is None else gathered(tokens, left)
+    return (tokens, None) if left is None else gathered(tokens, left, multiple)
 
 
 def gathered(tokens: Tensor, left: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from madtp.evaluation.meter import compared_with
 from madtp.evaluation.task import Result
@@ -221,10 +223,11 @@ class Matching:
         return self.dense_macs[length]
 
 
-def _padded(images: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+def _padded(images: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Images [K, V] with zeros after them, [B, N, V], N at least `length`, and their mask [B, N], 1 for a token."""
-    counts = torch.tensor([len(image) for image in images])
-    tokens = images[0].new_zeros(len(images), max(length, int(counts.max())), images[0].shape[-1])
-    for row, image in zip(tokens, images, strict=True):
-        row[: len(image)] = image
-    return tokens, (torch.arange(tokens.shape[1]) < counts[:, None]).long()
+    tokens, mask = (
+        pad_sequence(rows, batch_first=True)
+        for rows in (images, [torch.ones(len(image), dtype=torch.long) for image in images])
+    )
+    more = max(0, length - tokens.shape[1])
+    return F.pad(tokens, (0, 0, 0, more)), F.pad(mask, (0, more))
