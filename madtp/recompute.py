@@ -152,10 +152,15 @@ def _recomputed(forward: Callable[..., tuple[Any, ...]], tree: nn.Module, inputs
 
 def _same_kernels() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around the forward and around its repetition, which has to choose the attention kernel that the forward chose."""
+    return nullcontext(), sdpa_kernel(allowed_kernels())
+
+
+def allowed_kernels() -> list[SDPBackend]:
+    """The attention kernels that torch may choose from here."""
     allowed = {
         SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
         SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
         SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
         SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
     }
-    return nullcontext(), sdpa_kernel([kernel for kernel, on in allowed.items() if on])
+    return [kernel for kernel, on in allowed.items() if on]

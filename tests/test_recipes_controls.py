@@ -148,8 +148,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blip_nlvr_mini": {
         "model": "blip_nlvr_mini",
         "reduction": 0.5,
-        "pairs_per_step": 2,
-        "statements_per_pair": 2,
+        "pictures_per_step": 2,
+        "texts_per_picture": 2,
         "test_items": 4,
     },
 }

@@ -17,7 +17,7 @@ from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from madtp.training.run import read_config
 from zoo.recipes import compress_scenes, scenes_dense
-from zoo.recipes.lessons import lesson_for
+from zoo.recipes.lessons import lesson_about, lesson_for
 from zoo.recipes.pictures import draw_batch
 from zoo.recipes.start import start_from
 from zoo.scenes import VOCABULARY
@@ -25,7 +25,7 @@ from zoo.scenes.single import ANSWERS
 
 RECIPES = Path(zoo.__file__).parent / "recipes"
 MODELS = ("blip_caption_mini", "blip_vqa_mini", "blip_retrieval_mini", "clip_mini")
-TEXTS = {"blip_caption_mini": 2, "blip_vqa_mini": 3}
+TEXTS = {"blip_caption_mini": 2, "blip_vqa_mini": 3, "blip_nlvr_mini": 3}
 
 
 def words(ids: torch.Tensor) -> str:
@@ -41,7 +41,7 @@ def test_pictures_are_the_same_whichever_rows_are_asked_for() -> None:
     assert whole["things"].sum(1).tolist() == [len(picture.things) for picture in listed]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["blip_nlvr_mini", *MODELS])
 def test_a_lesson_follows_from_its_place(name: str) -> None:
     lesson = lesson_for(name, None, TEXTS.get(name, 1))
     whole = lesson.batch(0, "train", 100, 8, range(6))
@@ -112,9 +112,29 @@ def test_survivors_follow_the_image_tokens_of_the_dense_model(name: str) -> None
     assert abs(apart["survivors"] - as_it_is) > 1
 
 
+@pytest.mark.parametrize("name", ["blip_caption_mini", "blip_nlvr_mini"])
+def test_macs_are_those_of_one_text_however_many_are_asked(name: str) -> None:
+    once = lesson_for(name, None, 1)
+    asked = once.inputs(once.batch(0, "train", 0, 0, range(4)))
+    found = []
+    for texts in (1, 3):
+        torch.manual_seed(0)
+        lesson = lesson_for(name, None, texts)
+        inputs = {key: value if key == "images" else value.expand(-1, texts, -1) for key, value in asked.items()}
+        pruned = madtp.rewrite(lesson.module, inputs, config=madtp.PruningConfig(alignment_tokens=4, seed=0))
+        pruned(**inputs)
+        found.append(lesson.macs(pruned))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_a_model_without_a_lesson_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no lesson for BlipNlvr"):
-        lesson_for("blip_nlvr_mini", None, 1)
+    with pytest.raises(ConfigError, match="no lesson for Linear"):
+        lesson_about(torch.nn.Linear(1, 1), 1)
+
+
+def test_statements_about_pairs_have_a_dense_recipe_of_their_own() -> None:
+    with pytest.raises(ConfigError, match=r"blip_nlvr_mini learns from pairs: its recipe is zoo\.recipes\.nlvr_scenes"):
+        scenes_dense.build({"model": "blip_nlvr_mini"}, TrainingConfig())
 
 
 @pytest.mark.parametrize(("name", "share"), [("blip_retrieval_mini", 0.9), ("blip_vqa_mini", 0.9), ("clip_mini", 0.4)])

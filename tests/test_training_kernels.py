@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.backends.cuda import flash_sdp_enabled, math_sdp_enabled
+from torch.backends.cuda import flash_sdp_enabled, math_sdp_enabled, mem_efficient_sdp_enabled
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from madtp.training.kernels import for_gradients, without_gradients
@@ -20,6 +21,13 @@ def test_the_fused_kernel_runs_only_without_gradients() -> None:
         assert (flash_sdp_enabled(), math_sdp_enabled()) == (False, True)
         assert torch.is_grad_enabled()
     assert flash_sdp_enabled()
+
+
+def test_what_the_user_switched_off_stays_off() -> None:
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), for_gradients(CPU, low=True), without_gradients():
+        assert (flash_sdp_enabled(), mem_efficient_sdp_enabled()) == (True, False)
+    with sdpa_kernel(SDPBackend.MATH), without_gradients():
+        assert not flash_sdp_enabled()
 
 
 def test_float32_keeps_every_kernel() -> None:

@@ -16,7 +16,7 @@ from madtp.errors import ConfigError
 from madtp.training import TrainingConfig, fit, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
-from zoo.recipes import compress_nlvr_scenes
+from zoo.recipes import compress_scenes
 from zoo.recipes.nlvr_scenes import Pupil, build, make_batch
 
 SETTINGS: dict[str, Any] = {
@@ -64,16 +64,17 @@ def test_a_run_leaves_weights_that_the_zoo_loads_and_a_card(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_compression_leaves_a_taught_model_that_loads_and_a_card(tmp_path: Path) -> None:
     content: dict[str, Any] = {
-        "recipe": "zoo.recipes.compress_nlvr_scenes",
+        "recipe": "zoo.recipes.compress_scenes",
         "training": {"steps": 2, "warmup_steps": 1, "checkpoint_every": 0, "evaluate_every": 0},
         "settings": {
             "reduction": 0.3,
             "start_reduction": 0.25,
-            "pairs_per_step": 2,
-            "statements_per_pair": 2,
-            "teaching_pairs": 2,
+            "model": "blip_nlvr_mini",
+            "pictures_per_step": 2,
+            "texts_per_picture": 2,
+            "teaching_samples": 2,
             "teaching_steps": 2,
-            "calibration_pairs": 16,
+            "calibration_items": 16,
             "test_items": 6,
             "pruning": {"alignment_tokens": 8},
         },
@@ -88,9 +89,10 @@ def test_a_compression_leaves_a_taught_model_that_loads_and_a_card(tmp_path: Pat
 @pytest.mark.slow
 def test_parts_of_a_batch_add_up_to_the_whole_in_compression(tmp_path: Path) -> None:
     """Texts of the parts differ in length, and in how many are spatial."""
-    settings = {"pairs_per_step": 4, "statements_per_pair": 3, "teaching_steps": 0, "start_reduction": 0.5}
+    batch = {"pictures_per_step": 4, "texts_per_picture": 3}
+    settings = {"model": "blip_nlvr_mini", **batch, "teaching_steps": 0, "start_reduction": 0.5}
     training = TrainingConfig(steps=9, learning_rate=1e-9, warmup_steps=0, precision="float32", evaluate_every=0)
-    made = compress_nlvr_scenes.build(settings, training)
+    made = compress_scenes.build(settings, training)
     start, found = dict(made.state), []
     for accumulate in (1, 2):
         made.state.update(start)
@@ -130,4 +132,4 @@ def test_what_the_recipe_cannot_train_is_refused() -> None:
 
 
 def test_a_setting_that_may_be_left_empty_takes_none() -> None:
-    assert from_plain(compress_nlvr_scenes.Settings, {"checkpoint": None}, "settings").checkpoint is None
+    assert from_plain(compress_scenes.Settings, {"checkpoint": None}, "settings").checkpoint is None

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_ALL = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-]
+from madtp.recompute import allowed_kernels
+
+_outside: ContextVar[list[SDPBackend] | None] = ContextVar("kernels allowed around for_gradients", default=None)
 
 
-def for_gradients(device: torch.device, low: bool) -> AbstractContextManager[Any]:
+@contextmanager
+def for_gradients(device: torch.device, low: bool) -> Iterator[None]:
     """Kernels whose backward is fast, in bfloat16 if `low`.
 
     On a CPU the backward of the fused one takes two to fourteen times as long as that of matmul and softmax.
     """
-    return sdpa_kernel(SDPBackend.MATH) if low and device.type == "cpu" else nullcontext()
+    if not (low and device.type == "cpu"):
+        yield
+        return
+    token = _outside.set(allowed_kernels())
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _outside.reset(token)
 
 
 @contextmanager
 def without_gradients() -> Iterator[None]:
-    """No gradients, and every kernel: the fused one of a CPU takes a third of the time."""
-    with torch.no_grad(), sdpa_kernel(_ALL):
+    """No gradients, and the kernels that were allowed around :func:`for_gradients`: the fused one of a CPU takes a third of
+    the time."""
+    kernels = _outside.get()
+    with torch.no_grad(), nullcontext() if kernels is None else sdpa_kernel(kernels):
         yield

@@ -53,7 +53,8 @@ def matching_loss(
     same = samples[:, None] == samples[None]
     if bool(same.all(dim=1).any()):
         raise DataError(f"all {len(samples)} pairs of the batch are of one image; matching needs at least two.")
-    wrong_texts, wrong_images = _draw_wrong(found, same)
+    similar = _similar(found)
+    wrong_texts, wrong_images = _draw(similar, same), _draw(similar.T, same)
     tokens, left = survivors(model, "visual_encoder", found.image_tokens, LENGTHS)
     every = torch.arange(len(samples), device=samples.device)
     # A rewritten model sees merged tokens inside the call that made `found`, which would tell right pairs from wrong ones.
@@ -117,7 +118,7 @@ def matching_distance(
     if found.image_tokens is None or wanted.image_tokens is None or wanted.match_features is None:
         raise DataError("the distance of matching needs calls of both models with images and texts.")
     every = torch.arange(len(input_ids), device=input_ids.device)
-    wrong, _ = _draw_wrong(wanted, every[:, None] == every)
+    wrong = _draw(_similar(wanted), every[:, None] == every)
     with without_gradients():
         told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
     texts, images = torch.cat([every, wrong]), torch.cat([every, every])
@@ -129,10 +130,9 @@ def matching_distance(
 
 
 @torch.no_grad()
-def _draw_wrong(found: RetrievalOutput, forbidden: Tensor) -> tuple[Tensor, Tensor]:
-    """A wrong text [B] for each image and a wrong image for each text, where pairs [B, B] are not forbidden."""
-    similar = found.scale * cast(Tensor, found.image_features) @ cast(Tensor, found.text_features).T
-    return _draw(similar, forbidden), _draw(similar.T, forbidden)
+def _similar(found: RetrievalOutput) -> Tensor:
+    """Similarities [B, B] of the images of a call with its texts, as logits."""
+    return found.scale * cast(Tensor, found.image_features) @ cast(Tensor, found.text_features).T
 
 
 def _draw(similar: Tensor, forbidden: Tensor) -> Tensor:

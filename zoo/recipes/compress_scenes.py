@@ -1,7 +1,7 @@
-"""Compression of a model of one picture on scenes: `madtp compress -r 0.8 -c zoo/recipes/blip_vqa_mini_compress.toml`.
+"""Compression of a model on scenes: `madtp compress -r 0.8 -c zoo/recipes/blip_vqa_mini_compress.toml`.
 
-Captions, questions and retrieval alike: `lessons.py` says what each learns, `compression.py` prunes and steers. The same recipe
-trains the controls: `pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
+All tasks alike: `lessons.py` says what each learns, `compression.py` prunes and steers. The same recipe trains the controls:
+`pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 
+import zoo
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch
 from zoo.recipes.card import held_out_calls, test_task
 from zoo.recipes.compression import Source, compression_learner, finish_compression
-from zoo.recipes.lessons import PADDING, Lesson, lesson_for
+from zoo.recipes.lessons import PADDING, Lesson, lesson_about
 from zoo.recipes.subject import CompressionSettings
 
 _AT_ONCE = 64
@@ -31,8 +32,8 @@ class Settings(CompressionSettings):
     """What the recipe can be told, beside what all that compress can.
 
     Attributes:
-        pictures_per_step, texts_per_picture: batch; each picture is encoded once.
-        content_weight: of the auxiliary loss of retrieval, which dense training uses, too; it fades to `fade_to`.
+        pictures_per_step, texts_per_picture: batch; each picture (of statements, each pair) is encoded once.
+        auxiliary_weight: of the auxiliary losses, which dense training uses, too; it fades to `fade_to`.
         data_seed: edition of the data; training takes pairs from `first_pair` on.
         calibration_items, test_items: held-out samples for calibration and test.
     """
@@ -41,7 +42,7 @@ class Settings(CompressionSettings):
     checkpoint: str | None = "dense"
     pictures_per_step: int = 48
     texts_per_picture: int = 4
-    content_weight: float = 1.0
+    auxiliary_weight: float = 1.0
     fade_to: float = 0.1
     data_seed: int = 0
     first_pair: int = 3_000_000
@@ -53,11 +54,18 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = from_plain(Settings, settings, "settings")
     torch.manual_seed(training.seed)
-    lesson = lesson_for(chosen.model, chosen.checkpoint, chosen.texts_per_picture)
-    lesson.content_weight, lesson.fade_to = chosen.content_weight, chosen.fade_to
+    lesson = lesson_of(chosen)
     learner = compression_learner(lesson, lesson_source(lesson, chosen), chosen, training)
     object.__setattr__(learner.module, "lesson", lesson)
     return learner
+
+
+def lesson_of(settings: Settings, model: torch.nn.Module | None = None) -> Lesson:
+    """What these settings teach, and to what: a model of their kind, or the one that they start from."""
+    model = model or zoo.create(settings.model, settings.checkpoint)
+    lesson = lesson_about(model, settings.texts_per_picture)
+    lesson.auxiliary_weight, lesson.fade_to = settings.auxiliary_weight, settings.fade_to
+    return lesson
 
 
 def lesson_source(lesson: Lesson, settings: Settings) -> Source:
@@ -69,7 +77,7 @@ def lesson_source(lesson: Lesson, settings: Settings) -> Source:
     def held_out() -> list[Batch]:
         return [lesson.batch(settings.data_seed, "val", 0, start, range(_AT_ONCE)) for start in range(0, 256, _AT_ONCE)]
 
-    return Source(batch, settings.pictures_per_step, "pictures", held_out, lesson.scores, PADDING)
+    return Source(batch, settings.pictures_per_step, lesson.samples, held_out, lesson.scores, PADDING)
 
 
 def finish(learner: Learner, result: TrainingResult, output: Path) -> None:

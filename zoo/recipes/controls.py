@@ -25,40 +25,17 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, fit
 from madtp.training.parts import Batch, Metrics
 from madtp.training.progress import Progress
-from zoo.recipes import compress_nlvr_scenes, compress_scenes
+from zoo.recipes import compress_scenes
 from zoo.recipes.card import held_out_calls, test_task
-from zoo.recipes.compress_scenes import Settings, lesson_source
-from zoo.recipes.lessons import Lesson, lesson_about
+from zoo.recipes.compress_scenes import Settings, lesson_of, lesson_source
+from zoo.recipes.lessons import Lesson
 from zoo.recipes.merging import merge_tokens, plain_weights
-from zoo.recipes.statements import Statements
 
 Inputs = Mapping[str, Any]
 WEIGHTS = "model.safetensors"
 """Beside the card of a dense control."""
 
 _COUNTED = 16
-
-
-def lesson_of(settings: Mapping[str, Any], model: nn.Module | None = None) -> tuple[Lesson, Settings]:
-    """The lesson of a compression recipe's settings, about `model` if one is given, and these settings in common terms."""
-    name = settings["model"]
-    if name.startswith("blip_nlvr"):
-        chosen = from_plain(compress_nlvr_scenes.Settings, settings, "settings")
-        common = Settings(
-            model=name,
-            reduction=chosen.reduction,
-            checkpoint=chosen.checkpoint,
-            pictures_per_step=chosen.pairs_per_step,
-            texts_per_picture=chosen.statements_per_pair,
-            first_pair=chosen.first_pair,
-            test_items=chosen.test_items,
-            distillation=chosen.distillation,
-        )
-        return Statements(model or zoo.create(name, chosen.checkpoint), chosen), common
-    common = from_plain(Settings, settings, "settings")
-    lesson = lesson_about(model or zoo.create(name, common.checkpoint), common.texts_per_picture)
-    lesson.content_weight, lesson.fade_to = common.content_weight, common.fade_to
-    return lesson, common
 
 
 def fine_tune_smaller(
@@ -81,13 +58,12 @@ def fine_tune_merging(
 
 def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> None:
     """The dense model rewritten, its alignment tokens taught, and calibrated; no weight of it is trained."""
-    recipe = compress_nlvr_scenes if settings["model"].startswith("blip_nlvr") else compress_scenes
-    learner = recipe.build(settings, training)
+    learner = compress_scenes.build(settings, training)
     torch.manual_seed(training.seed)
     if learner.before_step:
         learner.before_step(0, learner.module)
     output.mkdir(parents=True, exist_ok=True)
-    recipe.finish(learner, None, output)  # type: ignore[arg-type]  # nothing of a run is asked for
+    compress_scenes.finish(learner, None, output)  # type: ignore[arg-type]  # nothing of a run is asked for
     path = output / "pruned" / "card.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
@@ -95,15 +71,16 @@ def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> N
 
 def frozen(settings: Inputs, trained: Path, output: Path) -> None:
     """What a recipe left in the folder `trained`, with as many tokens at each site for every sample."""
-    lesson, common = lesson_of(settings)
+    chosen = from_plain(Settings, settings, "settings")
+    lesson = lesson_of(chosen)
     card = json.loads((trained / "card.json").read_text())
-    pruned = madtp.load(trained, zoo.create(common.model)).eval()
-    calls = held_out_calls(common.model, lesson.data, "val", common.calibration_items, common.data_seed)
+    pruned = madtp.load(trained, zoo.create(chosen.model)).eval()
+    calls = held_out_calls(chosen.model, lesson.data, "val", chosen.calibration_items, chosen.data_seed)
     madtp.freeze(pruned, calls)
     with torch.no_grad():
         macs = [_macs_after(pruned, call) for call in calls]
     dense = card["calibration"]["dense_macs"]
-    _write_card(output, card["training"], sum(macs) / len(macs), dense, lesson, common, pruned, {})
+    _write_card(output, card["training"], sum(macs) / len(macs), dense, lesson, chosen, pruned, {})
 
 
 def _macs_after(pruned: madtp.PrunedModel, call: Inputs) -> float:
@@ -124,7 +101,7 @@ def reopen(folder: Path) -> nn.Module:
     return madtp.load(folder, zoo.create(card["model"])).eval()
 
 
-def _of_size(name: str, checkpoint: str | Path, side: int) -> nn.Module:
+def _of_size(name: str, checkpoint: str | Path | None, side: int) -> nn.Module:
     """The model for images of `side` pixels, behind a downscaling of larger ones."""
     model: Any = zoo.create(name)
     config = model.config
@@ -132,7 +109,8 @@ def _of_size(name: str, checkpoint: str | Path, side: int) -> nn.Module:
         small = type(model)(replace(config, image_size=side))
     else:
         small = type(model)(replace(config, vision=replace(config.vision, image_size=side)))
-    zoo.load_checkpoint(small, zoo.checkpoint_path(zoo.describe(name), checkpoint))
+    if checkpoint is not None:
+        zoo.load_checkpoint(small, zoo.checkpoint_path(zoo.describe(name), checkpoint))
 
     def downscale(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (F.interpolate(given[0], (side, side), mode="area"), *given[1:])
@@ -142,7 +120,7 @@ def _of_size(name: str, checkpoint: str | Path, side: int) -> nn.Module:
     return cast(nn.Module, small.eval())
 
 
-def _with_merging(name: str, checkpoint: str | Path, merged: int) -> nn.Module:
+def _with_merging(name: str, checkpoint: str | Path | None, merged: int) -> nn.Module:
     """The model, merging so many tokens in each block."""
     model = zoo.create(name, checkpoint)
     merge_tokens(model, merged)
@@ -154,7 +132,7 @@ class _Cheaper:
     """A way to make a dense model cheaper: `build` is (name, checkpoint, size) -> model, `what` what cards call the size."""
 
     what: str
-    build: Callable[[str, str | Path, int], nn.Module]
+    build: Callable[[str, str | Path | None, int], nn.Module]
 
 
 _SIZED = _Cheaper("image_size", _of_size)
@@ -170,26 +148,27 @@ def _fine_tune(
     progress: Progress | None,
 ) -> None:
     """Find the size whose MACs are nearest to what pruning would leave, fine-tune what `build` makes of it, and test."""
-    dense_lesson, common = lesson_of(settings)
-    (call,) = held_out_calls(common.model, dense_lesson.data, "val", _COUNTED, common.data_seed)
+    chosen = from_plain(Settings, settings, "settings")
+    dense_lesson = lesson_of(chosen)
+    (call,) = held_out_calls(chosen.model, dense_lesson.data, "val", _COUNTED, chosen.data_seed)
     dense = madtp.count_macs(dense_lesson.model, call)
 
     def build(size: int) -> nn.Module:
-        return cheaper.build(settings["model"], settings.get("checkpoint", "dense"), size)
+        return cheaper.build(chosen.model, chosen.checkpoint, size)
 
-    size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - common.reduction) * dense)
+    size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - chosen.reduction) * dense)
     torch.manual_seed(training.seed)
-    lesson, _ = lesson_of(settings, build(size))
-    source = lesson_source(lesson, common)
+    lesson = lesson_of(chosen, build(size))
+    source = lesson_source(lesson, chosen)
     followed = dense_lesson.module.eval().requires_grad_(False)
     module = nn.ModuleDict({"module": lesson.module, "heads": lesson.heads})
 
     def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         output = lesson.module(**lesson.inputs(batch))
         total, metrics = lesson.losses(lesson.module, batch, output, step / training.steps)
-        if common.distillation:
+        if chosen.distillation:
             distance = lesson.distillation(lesson.module, followed, batch, output)
-            total, metrics = total + common.distillation * distance, {**metrics, "distil": distance.detach()}
+            total, metrics = total + chosen.distillation * distance, {**metrics, "distil": distance.detach()}
         return total, metrics
 
     learner = Learner(
@@ -203,7 +182,7 @@ def _fine_tune(
     fit(learner, training, output, resume=True, progress=progress)
     model = lesson.model.eval()
     macs = madtp.count_macs(model, call)
-    _write_card(output, training.to_dict(), macs, dense, lesson, common, model, {cheaper.what: size})
+    _write_card(output, training.to_dict(), macs, dense, lesson, chosen, model, {cheaper.what: size})
     weights = {name: value.contiguous().clone() for name, value in plain_weights(model).items()}  # some are tied
     save_file(weights, output / "pruned" / WEIGHTS)
 

@@ -1,7 +1,7 @@
-"""What models of one picture learn from scenes, and by which losses: :func:`lesson_for`; one class a task.
+"""What models learn from scenes, and by which losses: :func:`lesson_for`; one class a task.
 
-Dense training and compression both teach a lesson; the model that learns it may be pruned. Axes: B pictures, S texts about
-each, T tokens of a text, L of an answer, E width of features.
+Dense training and compression both teach a lesson; the model that learns it may be pruned. Axes: B pictures (of statements,
+pairs of them), S texts about each, T tokens of a text, L of an answer, E width of features.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from zoo.blip.caption import BlipCaption
 from zoo.blip.config import BlipConfig
 from zoo.blip.losses import next_token_losses
 from zoo.blip.matching import matching_distance, matching_loss
+from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.retrieval import BlipRetrieval
 from zoo.blip.survivors import seen
 from zoo.blip.vqa import BlipVqa
 from zoo.clip.model import Clip
-from zoo.recipes.auxiliary import ContentHeads, faded
-from zoo.recipes.many import ManyCaptions, ManyQuestions
+from zoo.recipes.auxiliary import ContentHeads, StatementHeads, faded
+from zoo.recipes.many import ManyCaptions, ManyQuestions, ManyStatements
+from zoo.recipes.nlvr_scenes import make_batch
 from zoo.recipes.pictures import Picture, draw_batch
 from zoo.recipes.subject import FEATURES, Metrics, PairSubject, Subject
 from zoo.scenes.objects import draws_for
@@ -41,20 +43,84 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "answer_ids": 0, "answer_mask": 
 _ORDER, _QUESTIONS = 2, 4
 """Random streams of the left picture of an item, beside those that scenes draw from; the right one has the next."""
 
+PLACES = 2.0
+"""Weight of pointing at what a spatial relation is about, beside counting."""
+
 
 class Lesson(Subject):
-    """What a model learns from pictures.
+    """What a model learns from scenes.
 
     Attributes:
         data: name of the data set that it is tested on.
-        metric: the metric of the test that counts most.
-        content_weight: of the auxiliary loss of retrieval; by a cosine, it falls to `fade_to` of it at the end.
+        samples: plural noun for what a batch has B of.
+        auxiliary_weight: of the losses of :attr:`heads`, where there are any; by a cosine, it falls to `fade_to` of it at the
+            end.
     """
 
     data: ClassVar[str]
-    metric: ClassVar[str]
-    content_weight: float = 1.0
+    samples: ClassVar[str] = "pictures"
+    auxiliary_weight: float = 1.0
     fade_to: float = 0.1
+
+    @abstractmethod
+    def batch(self, seed: int, split: str, first_pair: int, start: int, rows: range) -> Batch:
+        """Samples `start + rows`, counted from a pair of pictures on, and texts about them."""
+
+    @abstractmethod
+    def scores(self, outputs: Sequence[Any], batches: Sequence[Batch]) -> dict[str, float]:
+        """How good outputs on held-out batches are, quickly; the test is what `madtp eval` does."""
+
+    def auxiliary(self, part: float) -> float:
+        """Weight of auxiliary losses after `part` (0 to 1) of a run."""
+        return self.auxiliary_weight * faded(part, self.fade_to)
+
+
+class Statements(Lesson):
+    """Whether statements about pairs of pictures are true; the text's class token says what they are about, too."""
+
+    data, samples = "scenes", "pairs"
+
+    def __init__(self, model: BlipNlvr, texts: int) -> None:
+        super().__init__(model, texts)
+        self.module = ManyStatements(model)
+        self.heads["statements"] = StatementHeads(model.config.text.width)
+
+    def batch(self, seed: int, split: str, first_pair: int, start: int, rows: range) -> Batch:
+        return make_batch(split, seed, first_pair + start + rows.start, len(rows), self.texts)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return _asked(batch)
+
+    def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
+        heads = cast(StatementHeads, self.heads["statements"])
+        logits, tokens = output[0].float(), output[1]
+        labels = batch["labels"].flatten()
+        task = F.cross_entropy(logits, labels)
+        count = heads.count_loss(tokens, batch["counts"].flatten(0, 1))
+        place = heads.place_loss(tokens, batch["places"].flatten(0, 1), batch["spatial"])
+        accuracy = (logits.argmax(-1) == labels).float().mean()
+        metrics: Metrics = {
+            "task": task.detach(),
+            "accuracy": accuracy,
+            "count": count.detach(),
+            "place": place.detach(),
+        }
+        return task + self.auxiliary(part) * (count + PLACES * place), metrics
+
+    def scores(self, outputs: Sequence[Any], batches: Sequence[Batch]) -> dict[str, float]:
+        right = [o[0].argmax(-1) == batch["labels"].flatten() for o, batch in zip(outputs, batches, strict=True)]
+        return {"accuracy": float(torch.cat(right).float().mean())}
+
+    def soft_answers(self, output: Any) -> Tensor:
+        return cast(Tensor, output[0])
+
+
+def _asked(batch: Batch) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+
+
+class PictureLesson(Lesson):
+    """What a model learns from single pictures."""
 
     @property
     def tower(self) -> nn.Module:
@@ -66,7 +132,6 @@ class Lesson(Subject):
         self.model.visual_encoder(images)
 
     def batch(self, seed: int, split: str, first_pair: int, start: int, rows: range) -> Batch:
-        """Pictures `start + rows`, counted from a pair on (see :func:`zoo.recipes.pictures.draw_batch`), and texts."""
         listed, tensors = draw_batch(seed, split, 2 * first_pair + start + rows.start, len(rows))
         return {**tensors, **self.write(listed)}
 
@@ -83,10 +148,6 @@ class Lesson(Subject):
     def write(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
         """The texts about B pictures."""
 
-    @abstractmethod
-    def scores(self, outputs: Sequence[Any], batches: Sequence[Batch]) -> dict[str, float]:
-        """How good outputs on held-out batches are, quickly; the test is what `madtp eval` does."""
-
 
 def tokens_apart(tokens: Tensor, wanted: Tensor, left: Tensor | None) -> Tensor:
     """One less the cosine between tokens [B, N, C] and those that are wanted, the mean over those left [B, N] (None: all)."""
@@ -94,7 +155,7 @@ def tokens_apart(tokens: Tensor, wanted: Tensor, left: Tensor | None) -> Tensor:
     return apart.mean() if left is None else (apart * left).sum() / left.sum()
 
 
-class _Seen(Lesson):
+class _Seen(PictureLesson):
     """A lesson whose texts read the tokens of the tower, `image_tokens` of the output: pruned, it follows the dense model's."""
 
     def followed(self, module: Any, dense: Any, batch: Batch, output: Any, wanted: Any) -> Tensor:
@@ -147,7 +208,7 @@ def _words(mask: Tensor) -> Tensor:
 class Captions(_Written):
     """Captions of pictures, S of the four orders that things can be named in."""
 
-    data, metric = "scenes_captions", "cider"
+    data = "scenes_captions"
     target = ("input_ids", "attention_mask")
 
     def __init__(self, model: BlipCaption, texts: int) -> None:
@@ -159,13 +220,13 @@ class Captions(_Written):
         return {"input_ids": ids, "attention_mask": mask, "words": _words(mask)}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+        return _asked(batch)
 
 
 class Questions(_Written):
     """Questions about pictures, with answers of a word."""
 
-    data, metric = "scenes_questions", "vqa_accuracy"
+    data = "scenes_questions"
     target = ("answer_ids", "answer_mask")
 
     def __init__(self, model: BlipVqa, texts: int) -> None:
@@ -191,10 +252,10 @@ class Questions(_Written):
         return output.logits[:, 0].argmax(-1) == batch["answer_ids"].flatten(0, 1)[:, 1]
 
 
-class _Retrieved(PairSubject, Lesson):
+class _Retrieved(PairSubject, PictureLesson):
     """Pictures and captions that belong together, told by features; the features say what is there, too."""
 
-    data, metric = "scenes_captions", "mean_recall"
+    data = "scenes_captions"
 
     def __init__(self, model: Any, embedding: int) -> None:
         super().__init__(model)
@@ -208,7 +269,7 @@ class _Retrieved(PairSubject, Lesson):
         content = self.heads["contents"](features, batch["things"].repeat(2, 1))
         metrics: Metrics = {"contrast": contrast.detach(), "content": content.detach()}
         metrics["accuracy"] = (similar.argmax(1) == places).float().mean()
-        return contrast + self.content_weight * faded(part, self.fade_to) * content, metrics
+        return contrast + self.auxiliary(part) * content, metrics
 
     def scores(self, outputs: Sequence[Any], batches: Sequence[Batch]) -> dict[str, float]:
         images, texts = (
@@ -235,7 +296,7 @@ class BlipPairs(_Seen, _Retrieved):
         return {"input_ids": ids, "attention_mask": mask}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: batch[name] for name in ("images", "input_ids", "attention_mask")}
+        return _asked(batch)
 
     def followed(self, module: Any, dense: Any, batch: Batch, output: Any, wanted: Any) -> Tensor:
         """Of what the matching head reads, too."""
@@ -272,6 +333,7 @@ class ClipPairs(_Retrieved):
 
 
 _LESSONS: Mapping[type[nn.Module], Any] = {
+    BlipNlvr: Statements,
     BlipCaption: Captions,
     BlipVqa: Questions,
     BlipRetrieval: lambda model, texts: BlipPairs(model),
@@ -292,7 +354,5 @@ def lesson_about(model: nn.Module, texts: int) -> Lesson:
     """The lesson of a model, as :func:`lesson_for`."""
     if type(model) not in _LESSONS:
         known = ", ".join(kind.__name__ for kind in _LESSONS)
-        raise ConfigError(
-            f"scenes have no lesson for {type(model).__name__}; there are some for {known}, others have recipes of their own"
-        )
+        raise ConfigError(f"scenes have no lesson for {type(model).__name__}; there are some for {known}")
     return cast(Lesson, _LESSONS[type(model)](model, texts))

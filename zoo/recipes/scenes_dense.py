@@ -18,12 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from madtp.errors import ConfigError
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch, Metrics
 from zoo.recipes.auxiliary import PatchHeads, faded
 from zoo.recipes.card import measure_task, write_release
-from zoo.recipes.lessons import PADDING, Lesson, lesson_for
+from zoo.recipes.lessons import PADDING, Lesson, PictureLesson, lesson_for
 from zoo.recipes.start import start_from
 
 
@@ -36,7 +37,7 @@ class Settings:
         start_from: "MODEL:CHECKPOINT" of the zoo to take weights from, see :mod:`zoo.recipes.start`; "" for none.
         pictures_per_step, texts_per_picture: batch.
         patch_steps: steps at the start in which only patch labels are learned.
-        patch_weight, content_weight: of the auxiliary losses; they fade by a cosine to `fade_to` at the end.
+        patch_weight, auxiliary_weight: of the auxiliary losses; they fade by a cosine to `fade_to` at the end.
         data_seed: edition of the data; training takes pairs from `first_pair` on.
         evaluation_pictures: held-out pictures of each evaluation during training.
         test_items: held-out samples that the model card reports on.
@@ -48,7 +49,7 @@ class Settings:
     texts_per_picture: int = 4
     patch_steps: int = 0
     patch_weight: float = 1.0
-    content_weight: float = 1.0
+    auxiliary_weight: float = 1.0
     fade_to: float = 0.1
     data_seed: int = 0
     first_pair: int = 2_000_000
@@ -59,7 +60,7 @@ class Settings:
 class Pupil(nn.Module):
     """The module of a lesson, with what reads auxiliary answers off its tokens and outputs."""
 
-    def __init__(self, lesson: Lesson) -> None:
+    def __init__(self, lesson: PictureLesson) -> None:
         super().__init__()
         self.module = lesson.module
         self.heads = lesson.heads
@@ -82,7 +83,9 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
     chosen = from_plain(Settings, settings, "settings")
     torch.manual_seed(training.seed)
     lesson = lesson_for(chosen.model, None, chosen.texts_per_picture)
-    lesson.content_weight, lesson.fade_to = chosen.content_weight, chosen.fade_to
+    if not isinstance(lesson, PictureLesson):
+        raise ConfigError(f"{chosen.model} learns from {lesson.samples}: its recipe is zoo.recipes.nlvr_scenes")
+    lesson.auxiliary_weight, lesson.fade_to = chosen.auxiliary_weight, chosen.fade_to
     if chosen.start_from:
         start_from(lesson.model, *chosen.start_from.split(":"))
     pupil = Pupil(lesson)
@@ -124,7 +127,7 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
             "training": training.to_dict(),
         },
         samples_per_step=chosen.pictures_per_step,
-        sample_name="pictures",
+        sample_name=lesson.samples,
         padding=PADDING,
     )
     object.__setattr__(pupil, "lesson", lesson)

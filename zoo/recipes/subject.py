@@ -95,7 +95,7 @@ class Subject(ABC):
         """MACs of the last forward as one text about one image costs them: pruned, dense."""
         found = []
         for by_path in (pruned.macs_by_module(), pruned.macs_by_module("all")):
-            vision = sum(n for path, n in by_path.items() if path.startswith(("visual", "model.visual")))
+            vision = sum(n for path, n in by_path.items() if "visual" in path)  # sites of these towers, too
             found.append(vision + (sum(by_path.values()) - vision) / self.texts)
         return found[0], found[1]
 
