@@ -96,6 +96,7 @@ def test_dense_minis_have_learned_their_tasks(tmp_path: Path, model: str, data: 
         pytest.param("blip_caption_mini", "pruned-80", "scenes_captions", "cider", 5.0, marks=pytest.mark.slow),
         pytest.param("blip_vqa_mini", "pruned-50", "scenes_questions", "vqa_accuracy", 0.79, marks=pytest.mark.heavy),
         pytest.param("blip_vqa_mini", "pruned-80", "scenes_questions", "vqa_accuracy", 0.79, marks=pytest.mark.heavy),
+        pytest.param("blip_retrieval_mini", "pruned-50", "scenes_captions", "text_r1", 0.84, marks=pytest.mark.heavy),
         pytest.param("blip_retrieval_mini", "pruned-80", "scenes_captions", "text_r1", 0.84, marks=pytest.mark.heavy),
         pytest.param("clip_mini", "pruned-50", "scenes_captions", "text_r1", 0.84, marks=pytest.mark.heavy),
         pytest.param("clip_mini", "pruned-80", "scenes_captions", "text_r1", 0.84, marks=pytest.mark.slow),

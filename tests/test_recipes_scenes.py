@@ -24,6 +24,7 @@ from zoo.scenes import VOCABULARY
 from zoo.scenes.single import ANSWERS
 
 RECIPES = Path(zoo.__file__).parent / "recipes"
+WEIGHTS = RECIPES.parent / "weights"
 MODELS = ("blip_caption_mini", "blip_vqa_mini", "blip_retrieval_mini", "clip_mini")
 TEXTS = {"blip_caption_mini": 2, "blip_vqa_mini": 3, "blip_nlvr_mini": 3}
 
@@ -171,6 +172,15 @@ def test_config_files_are_valid(path: Path) -> None:
     if content["recipe"] in settings:
         chosen: Any = from_plain(settings[content["recipe"]], content["settings"], "settings")
         zoo.describe(chosen.model)
+
+
+@pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*/*/card.json")), ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_settings_of_shipped_cards_can_be_used_again(path: Path) -> None:
+    card = json.loads(path.read_text())
+    chosen = from_plain(compress_scenes.Settings, card["settings"], "settings")
+    assert chosen.model == path.parts[-3]
+    assert card["calibration"]["reduction"] == pytest.approx(chosen.reduction, abs=0.01)
+    assert TrainingConfig.from_dict(card["training"]).steps > 0
 
 
 TRAINING: dict[str, Any] = {"steps": 2, "warmup_steps": 1, "optimiser": "muon", "checkpoint_every": 0, "threads": 1}
