@@ -47,6 +47,19 @@ class StatementHeads(nn.Module):
         return F.smooth_l1_loss(found, places[known], beta=0.1, reduction="sum") / spatial.clamp_min(1e-9)
 
 
+def statement_losses(
+    heads: StatementHeads, logits: Tensor, tokens: Tensor, batch: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of statements about pairs, `task`, `count` and `place`, and the accuracy; logits [M, 2], class tokens [M, C]."""
+    labels = batch["labels"].flatten()
+    losses = {
+        "task": F.cross_entropy(logits, labels),
+        "count": heads.count_loss(tokens, batch["counts"].flatten(0, 1)),
+        "place": heads.place_loss(tokens, batch["places"].flatten(0, 1), batch["spatial"]),
+    }
+    return losses, (logits.argmax(-1) == labels).float().mean()
+
+
 class PatchHeads(nn.Module):
     """Linear heads that read annotations of patches off vision tokens."""
 

@@ -27,7 +27,7 @@ from zoo.blip.retrieval import BlipRetrieval
 from zoo.blip.survivors import seen
 from zoo.blip.vqa import BlipVqa
 from zoo.clip.model import Clip
-from zoo.recipes.auxiliary import ContentHeads, StatementHeads, faded
+from zoo.recipes.auxiliary import ContentHeads, StatementHeads, faded, statement_losses
 from zoo.recipes.many import ManyCaptions, ManyQuestions, ManyStatements
 from zoo.recipes.nlvr_scenes import make_batch
 from zoo.recipes.pictures import Picture, draw_batch
@@ -93,19 +93,9 @@ class Statements(Lesson):
 
     def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
         heads = cast(StatementHeads, self.heads["statements"])
-        logits, tokens = output[0].float(), output[1]
-        labels = batch["labels"].flatten()
-        task = F.cross_entropy(logits, labels)
-        count = heads.count_loss(tokens, batch["counts"].flatten(0, 1))
-        place = heads.place_loss(tokens, batch["places"].flatten(0, 1), batch["spatial"])
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        metrics: Metrics = {
-            "task": task.detach(),
-            "accuracy": accuracy,
-            "count": count.detach(),
-            "place": place.detach(),
-        }
-        return task + self.auxiliary(part) * (count + PLACES * place), metrics
+        found, accuracy = statement_losses(heads, output[0].float(), output[1], batch)
+        metrics: Metrics = {"accuracy": accuracy, **{name: loss.detach() for name, loss in found.items()}}
+        return found["task"] + self.auxiliary(part) * (found["count"] + PLACES * found["place"]), metrics
 
     def scores(self, outputs: Sequence[Any], batches: Sequence[Batch]) -> dict[str, float]:
         right = [o[0].argmax(-1) == batch["labels"].flatten() for o, batch in zip(outputs, batches, strict=True)]

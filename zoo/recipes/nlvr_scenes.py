@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import zoo
 from madtp.errors import ConfigError
@@ -29,7 +28,7 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import TextLayer
-from zoo.recipes.auxiliary import PatchHeads, StatementHeads, faded
+from zoo.recipes.auxiliary import PatchHeads, StatementHeads, faded, statement_losses
 from zoo.recipes.card import measure, write_release
 from zoo.scenes import draw_sample, encode, normalise
 from zoo.scenes.tokens import PAD, VOCABULARY
@@ -150,11 +149,8 @@ def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
             return patch, {"patch": patch.detach(), "shape": shape_accuracy}
         tokens = module.read(batch["input_ids"], batch["attention_mask"], first, second)
         logits = module.model.cls_head(tokens).float()
-        labels = batch["labels"].flatten()
-        task = F.cross_entropy(logits, labels)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        count = module.statements.count_loss(tokens, batch["counts"].flatten(0, 1))
-        place = module.statements.place_loss(tokens, batch["places"].flatten(0, 1), batch["spatial"])
+        found, accuracy = statement_losses(module.statements, logits, tokens, batch)
+        task, count, place = found["task"], found["count"], found["place"]
         fade = faded((step - chosen.patch_steps) / max(1, training.steps - chosen.patch_steps), chosen.fade_to)
         total = task + fade * (chosen.patch_weight * patch + chosen.count_weight * count + chosen.place_weight * place)
         return total, {
