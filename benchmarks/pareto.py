@@ -32,8 +32,8 @@ from rich.console import Console
 from speed import median_times
 
 import zoo
-from zoo.recipes.card import held_out_calls, test_task
 from zoo.recipes.controls import reopen
+from zoo.recipes.model_card import held_out_calls, test_task
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results.json", HERE.parent / "docs" / "pareto.png"

@@ -40,7 +40,7 @@ PASSES = {
     "price": "rewriters.pipeline.cost_table",
     "lift": "rewriters.pipeline.lift",
     "compile": "rewriters.pipeline.compile_graph",
-    "verify": "rewriters.verify.verify",
+    "verify": "rewriters.verify.checks.verify",
 }
 TOTAL = "whole rewrite"
 

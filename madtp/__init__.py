@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from madtp.api import count_macs, rewrite
-    from madtp.calibration import calibrate
-    from madtp.checkpoint import load, save
     from madtp.config import PruningConfig
     from madtp.errors import MadtpError
-    from madtp.freezing import freeze
     from madtp.pruned import PrunedModel
-    from madtp.teaching import teach
+    from madtp.saving.checkpoint import load, save
+    from madtp.tuning.calibration import calibrate
+    from madtp.tuning.freezing import freeze
+    from madtp.tuning.teaching import teach
 
 __version__ = "0.1.0"
 
@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "calibrate": "madtp.calibration",
+    "calibrate": "madtp.tuning.calibration",
     "count_macs": "madtp.api",
-    "freeze": "madtp.freezing",
-    "load": "madtp.checkpoint",
-    "save": "madtp.checkpoint",
+    "freeze": "madtp.tuning.freezing",
+    "load": "madtp.saving.checkpoint",
+    "save": "madtp.saving.checkpoint",
     "rewrite": "madtp.api",
-    "teach": "madtp.teaching",
+    "teach": "madtp.tuning.teaching",
     "PruningConfig": "madtp.config",
     "MadtpError": "madtp.errors",
     "PrunedModel": "madtp.pruned",

@@ -14,36 +14,31 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from madtp.calls import Call, check_batch, normalise_call
+from madtp.calls.call import Call, check_batch, normalise_call
+from madtp.calls.copies import share
+from madtp.calls.record import record_call
 from madtp.config import PruningConfig
-from madtp.counting import count_eagerly
+from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, MadtpError, NothingToPruneError, RewriteError
-from madtp.marks import MarkedAxes
-from madtp.program import Program
-from madtp.programs import Builder
+from madtp.programs.cache import Builder
+from madtp.programs.program import Program
+from madtp.programs.region import of_calls
 from madtp.pruned import PrunedModel
-from madtp.recorded_call import record_call
-from madtp.region import of_calls
-from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
-from madtp.scoring import SegmentSpec, SiteSpec
-from madtp.tree import share
-from madtp.worth import unpaid
+from madtp.tokens.cache_marks import MarkedAxes
+from rewriters.plan.plan import _spec
+from rewriters.reporting import _report
+from rewriters.verify.payoff import unpaid
 
 if TYPE_CHECKING:
-    from rewriters.capture import Region
-    from rewriters.plan import Plan, SitePlan
+    from rewriters.capture.scope import Region
+    from rewriters.plan.plan import Plan
     from rewriters.regions import Part, Parts
-    from rewriters.verify import Case
+    from rewriters.verify.checks import Case
 
 log = logging.getLogger("madtp")
-PREDICTED = (
-    "a language model read at every position: the last token of each sample is kept, predictions at dropped positions come "
-    "from the last state these had; PruningConfig(towers=('image',)) leaves text alone"
-)
 UNPAID = (
     "on inputs like the example, pruning costs more than it can save from {} on: there are fewer tokens, or narrower ones, "
     "than {} alignment tokens pay for; lower alignment_tokens, set alignment=False, or leave these streams out (towers)"
@@ -65,7 +60,7 @@ def rewrite(
         example_inputs: dict of keyword arguments or tuple of positional ones, with at least 2 samples. May be left
             out where the zoo knows the architecture.
         config: how to prune; default :class:`PruningConfig()`.
-        plan: an edited :class:`rewriters.plan.Plan` to follow.
+        plan: an edited :class:`rewriters.plan.plan.Plan` to follow.
     Returns:
         a :class:`PrunedModel`, called exactly as ``model`` is.
     Raises:
@@ -116,7 +111,7 @@ def _with_known_positions(model: nn.Module, config: PruningConfig) -> PruningCon
 
 
 def _note_what_cannot_pay(pruned: PrunedModel, found: Parts, config: PruningConfig) -> None:
-    from rewriters.insertion import site_key
+    from rewriters.insert.workspace import site_key
 
     names: list[str] = []
     for part in found.parts:
@@ -129,7 +124,7 @@ def _note_what_cannot_pay(pruned: PrunedModel, found: Parts, config: PruningConf
 
 def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call) -> PrunedModel:
     """The pruned model of all parts."""
-    from rewriters.insertion import site_key
+    from rewriters.insert.workspace import site_key
     from rewriters.regions import towers
 
     complete = found.plan
@@ -154,20 +149,6 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
                 pruned.stand_in(path, _of_tower(part, config, pruned, path), inner=True)
     pruned.example = record_call(call)
     return pruned
-
-
-def _spec(site: SitePlan) -> SiteSpec:
-    segments = tuple(SegmentSpec(s.modality, s.pruned, s.protected) for s in site.segments)
-    return SiteSpec(
-        site.name,
-        site.modality,
-        site.width,
-        site.class_position,
-        site.protected,
-        site.causal,
-        segments,
-        site.keeps_last,
-    )
 
 
 def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> Builder:
@@ -217,8 +198,8 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
     Raises:
         RewriteError: the regions do not fit the model.
     """
-    from rewriters.rounding import is_rounding
-    from rewriters.verify import verify
+    from rewriters.verify.checks import verify
+    from rewriters.verify.rounding import is_rounding
 
     known = len(pruned.report.notes)
     for part in found.parts:
@@ -243,7 +224,7 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
 
 def _case(model: nn.Module, pruned: PrunedModel, part: Part) -> Case:
     from rewriters.pipeline import open_all
-    from rewriters.verify import Case
+    from rewriters.verify.checks import Case
 
     region, rewritten = part.region, part.rewritten
     original, opened = open_all(model.get_submodule(region.path), part.call, rewritten.program.sizes(), region)
@@ -280,7 +261,7 @@ def example_call(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any
 def count_macs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> float:
     """Multiply-accumulates per sample of a model on ``inputs``.
 
-    The field's figures print this number as "FLOPs" (see ``madtp/cost.py`` for what counts). For a pruned model the
+    The field's figures print this number as "FLOPs" (see ``madtp/cost/table.py`` for what counts). For a pruned model the
     inputs are run and priced by the tokens that each sample really kept; any other model is captured and priced in
     closed form, or run and counted where it cannot be captured.
     """
@@ -300,64 +281,3 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) ->
 
 def _split(inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-
-
-def _report(model: nn.Module, found: Parts) -> RewriteReport:
-    whole = RewriteReport(type(model).__name__, "whole" if found.whole else "regions", [], [], [], [])
-    whole.network = nx.DiGraph()
-    whole.refusals.extend(RefusalReport(r.block, r.node, r.reason, r.help, r.by_policy) for r in found.plan.refusals)
-    if not found.whole:
-        whole.regions = tuple(part.region.path for part in found.parts)
-        whole.apart = tuple(part.region.path for part in found.parts if part.region.apart is not None)
-    for part in found.parts:
-        _report_part(whole, part)
-    if any(site.keeps_last for site in found.plan.sites):
-        whole.notes.append(PREDICTED)
-    return whole
-
-
-def _report_part(report: RewriteReport, part: Part) -> None:
-    """Add a part to the report; its streams are numbered after those of the parts before it."""
-    from rewriters.detect import module_path
-
-    structure, region = part.rewritten.structure, part.region
-    first = len(report.streams)
-    tokens = {s.attention.name: s for s in structure.sublayers}
-    for s in part.rewritten.plan.sites:
-        kind = f"{s.norm}-norm self"
-        count = _tokens(tokens[s.attention])
-        segments = tuple(p.modality for p in s.segments if p.pruned)
-        report.sites.append(SiteReport(s.name, s.modality, kind, s.layer, s.width, count, s.protected, segments))
-    for block in structure.sublayers:
-        source = None if block.source is None else first + block.source
-        path = region.inside(block.path)
-        report.blocks.append(BlockReport(path, block.kind, block.norm, first + block.stream, source))
-    report.pooling += tuple(region.inside(module_path(node) or node.name) for node in structure.pooling)
-    for stream in structure.streams:
-        readouts = tuple(dict.fromkeys(_words(r) for r in stream.flow.readouts.values() if r.kind != "length"))
-        segments = () if stream.layout is None else stream.layout.segments
-        report.streams.append(
-            StreamReport(first + stream.index, stream.modality, stream.width, stream.special, readouts, segments)
-        )
-    report.network = nx.compose(report.network, structure.network(region.inside, first))
-
-
-def _tokens(sublayer: Any) -> int:
-    from rewriters.axes import example_shape
-
-    return example_shape(sublayer.value)[sublayer.token_dim]
-
-
-def _words(readout: Any) -> str:
-    return {
-        "position": f"token {readout.position}",
-        "prefix": f"the first {readout.position} tokens",
-        "rest": f"all tokens from {readout.position} on",
-        "range": "a range of tokens",
-        "cuts": "consecutive ranges of tokens",
-        "join": "concatenation with other tokens",
-        "index": "one token at a computed position",
-        "pool": "pooling over tokens",
-        "masked_mean": "masked mean over tokens",
-        "batch": "parts of the batch",
-    }[readout.kind]

@@ -16,21 +16,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from madtp.additions import PREFIX, Additions
-from madtp.apart import Apart
-from madtp.branches import OtherBranch
-from madtp.calls import normalise_call
+from madtp.calls.branches import OtherBranch
+from madtp.calls.call import normalise_call
+from madtp.calls.objects import held_state
+from madtp.calls.per_image import Apart
 from madtp.config import PruningConfig
-from madtp.control import PruningControl
 from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
-from madtp.guidance import alignment_loss, mean_over_images
-from madtp.held import held_state
-from madtp.programs import MANY_WAYS, Builder, Programs
-from madtp.region import HostForward, Notes, Region, watching
-from madtp.region_apart import RegionApart
+from madtp.method.guidance import alignment_loss, mean_over_images
+from madtp.programs.cache import MANY_WAYS, Builder, Programs
+from madtp.programs.per_image_region import RegionApart
+from madtp.programs.region import HostForward, Notes, Region, watching
 from madtp.report import RewriteReport
-from madtp.scoring import SiteSpec
-from madtp.state import kept_positions
+from madtp.sites.additions import PREFIX, Additions
+from madtp.sites.control import PruningControl
+from madtp.sites.scoring import SiteSpec
+from madtp.tokens.state import kept_positions
 
 log = logging.getLogger("madtp")
 OUTSIDE = "(outside the regions)"
@@ -43,7 +43,7 @@ class PrunedModel(nn.Module):
     Attributes:
         report: what was found and done; ``str()`` is a table.
         config: the :class:`~madtp.config.PruningConfig`.
-        example: the call it was rewritten with, as :func:`madtp.recorded_call.record_call` keeps it.
+        example: the call it was rewritten with, as :func:`madtp.calls.record.record_call` keeps it.
     """
 
     def __init__(

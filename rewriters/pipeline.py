@@ -1,6 +1,6 @@
 """The pipeline, read top to bottom: capture -> canonicalise -> detect -> plan -> insert -> lift -> compile.
 
-Start at :func:`build`. It makes one :class:`~madtp.program.Program` for one call signature; ``madtp/api.py`` calls it
+Start at :func:`build`. It makes one :class:`~madtp.programs.program.Program` for one call signature; ``madtp/api.py`` calls it
 for the first one, the pruned model for further ones.
 """
 
@@ -13,26 +13,27 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from madtp.additions import PREFIX
-from madtp.apart import each_image
-from madtp.calls import Call
+from madtp.calls.call import Call
+from madtp.calls.objects import CannotOpen, opened
+from madtp.calls.per_image import each_image
 from madtp.config import PruningConfig
 from madtp.errors import CaptureError, MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
-from madtp.held import CannotOpen, opened
-from madtp.marks import MarkedAxes
-from madtp.program import Program, compile_graph
-from rewriters.axes import AxisError
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import WHOLE, Capture, Region, capture
-from rewriters.continuation import hide_dead
-from rewriters.detect import Structure, detect, module_path
-from rewriters.insert import insert
-from rewriters.insertion import Insertion, InsertRefusal
-from rewriters.lift import lift
-from rewriters.plan import Plan, Refusal, make_plan
-from rewriters.policy import PREDICTED
-from rewriters.pricing import cost_table
-from rewriters.standins import call_back
+from madtp.programs.program import Program, compile_graph
+from madtp.sites.additions import PREFIX
+from madtp.tokens.cache_marks import MarkedAxes
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import Capture, capture
+from rewriters.capture.rowwise_op import call_back
+from rewriters.capture.scope import WHOLE, Region
+from rewriters.detect.streams import Structure, detect
+from rewriters.graph.nodes import AxisError, module_path
+from rewriters.insert.insert import insert
+from rewriters.insert.kv_cache import hide_dead
+from rewriters.insert.workspace import Insertion, InsertRefusal
+from rewriters.lower.lift import lift
+from rewriters.lower.pricing import cost_table
+from rewriters.plan.plan import Plan, Refusal, make_plan
+from rewriters.plan.policy import PREDICTED
 
 CONSTANTS = f"{PREFIX}.constants"
 NOTHING = Plan((), (), 1, 1, "interleaved")
@@ -226,7 +227,7 @@ def price_dense(model: nn.Module, call: Call) -> float:
 
 def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
     """The model with the capture's own constants beside its parameters, for evaluating parts of the graph."""
-    from madtp.tree import share
+    from madtp.calls.copies import share
 
     root = share(model)
     root.__dict__.update(captured.constants)

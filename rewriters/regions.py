@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from madtp.calls import Call
+from madtp.calls.call import Call
 from madtp.config import PruningConfig
 from madtp.errors import (
     CaptureError,
@@ -25,11 +25,11 @@ from madtp.errors import (
     PlanError,
     RewriteError,
 )
-from rewriters.apart import apart_of, refusal
-from rewriters.capture import WHOLE, Region
+from rewriters.capture.per_image import apart_of, refusal
+from rewriters.capture.recording import Recorded, Recording, record
+from rewriters.capture.scope import WHOLE, Region
 from rewriters.pipeline import Rewritten, build
-from rewriters.plan import Plan, Refusal, joined
-from rewriters.recording import Recorded, Recording, record
+from rewriters.plan.plan import Plan, Refusal, joined
 
 ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.

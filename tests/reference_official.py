@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.config import PruningConfig
-from madtp.guidance import guidance, pooled_features
-from madtp.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
-from madtp.merging import merge_weights, merged_position, merged_token
-from madtp.selection import candidates_of, select, sorted_positions, survivor_order
-from madtp.threshold import keep_mask, threshold
+from madtp.method.guidance import guidance, pooled_features
+from madtp.method.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
+from madtp.method.merging import merge_weights, merged_position, merged_token
+from madtp.method.selection import candidates_of, select, sorted_positions, survivor_order
+from madtp.method.threshold import keep_mask, threshold
 
 WIDTH, HEADS, DEPTH = 64, 4, 4
 Weights = dict[str, Tensor]

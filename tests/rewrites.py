@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import madtp
 from madtp import PruningConfig
-from madtp.fast_path import spelled_out
+from madtp.calls.fast_path import spelled_out
 
 
 class Subject:

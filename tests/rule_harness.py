@@ -20,14 +20,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from madtp.state import TokenState
-from rewriters.axes import Axis, Factor, Labels, axes_of, dim_size, has_tokens
-from rewriters.insert import _carry
-from rewriters.insertion import Insertion
-from rewriters.outcomes import Outcome
-from rewriters.plan import Plan
-from rewriters.restoration import Restoration
-from rewriters.rules import apply
+from madtp.tokens.state import TokenState
+from rewriters.axes.labels import Axis, Factor, Labels, axes_of, dim_size, has_tokens
+from rewriters.axes.outcome import Outcome
+from rewriters.axes.table import apply
+from rewriters.insert.insert import _carry
+from rewriters.insert.restoration import Restoration
+from rewriters.insert.workspace import Insertion
+from rewriters.plan.plan import Plan
 
 BATCH, TOKENS = 3, 6
 BATCH_AXIS, TOKEN_AXIS, OTHER_AXIS = Axis("batch", "s"), Axis("tokens", "s"), Axis("tokens", "t")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rule_harness import BATCH, TOKENS, Operand, Sample, sample
 
-from madtp.attention import attention
-from madtp.maps import shares, total, weigh
-from madtp.state import masked_mean
+from madtp.tokens.attention import attention
+from madtp.tokens.attention_maps import shares, total, weigh
+from madtp.tokens.state import masked_mean
 
 aten = torch.ops.aten
 FAR = 9223372036854775807

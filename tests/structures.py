@@ -10,10 +10,10 @@ from typing import Any
 from random_vlts import Design, build, inputs
 from torch import Tensor, nn
 
-from madtp.calls import normalise_call
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import capture
-from rewriters.detect import Stream, Structure, detect
+from madtp.calls.call import normalise_call
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.detect.streams import Stream, Structure, detect
 
 
 @dataclass(frozen=True)

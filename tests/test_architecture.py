@@ -14,7 +14,7 @@ LIBRARIES = frozenset(("timm", "transformers", "open_clip", "diffusers", "peft")
 # The face of the package names what the zoo holds: commands, the demo.
 FACE = ("madtp/cli/", "madtp/demo/")
 # What looks upwards, at the compiler and the zoo.
-ENTRIES = (*FACE, "madtp/api.py", "madtp/checkpoint.py", "madtp/survey/worker.py")
+ENTRIES = (*FACE, "madtp/api.py", "madtp/saving/checkpoint.py", "madtp/survey/worker.py")
 # "transformers" and "clip" are words, too: the library is told by its imports, the model by its capitals.
 NAMES = re.compile(
     r"\b(timm|open_?clip|hugging ?face|CLIP|OpenCLIP|SigLIP\w*|BLIP\w*|(?i:\w*bert|blip\w*|siglip\w*|vilt|flava|lxmert|llava\w*"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from madtp import attention
-from madtp.importance import attention_statistics
+from madtp.method.importance import attention_statistics
+from madtp.tokens import attention
 
 SIZES = st.fixed_dictionaries(
     {

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_vit import images, rewritten
 
-from madtp.calibration import GainController, mac_reduction
 from madtp.errors import CalibrationError, ConfigError
+from madtp.tuning.calibration import GainController, mac_reduction
 
 
 def plant(gain: float, slope: float) -> float:

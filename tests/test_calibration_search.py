@@ -13,8 +13,8 @@ from torch import Tensor
 
 import madtp
 from madtp import PrunedModel
-from madtp.calibration import dense_macs, mac_reduction
 from madtp.errors import CalibrationError, ConfigError, ExampleInputsError
+from madtp.tuning.calibration import dense_macs, mac_reduction
 
 
 @pytest.fixture(scope="module")

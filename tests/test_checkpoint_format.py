@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from madtp.calls import Call
+from madtp.calls.call import Call
+from madtp.calls.record import record_call, replay_call
 from madtp.errors import CheckpointError, ExampleInputsError
-from madtp.model_folder import read_folder, write_folder
-from madtp.recorded_call import record_call, replay_call
+from madtp.saving.model_folder import read_folder, write_folder
 
 DTYPES = (
     torch.float32,

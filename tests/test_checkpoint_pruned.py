@@ -17,7 +17,7 @@ from small_vit import images, rewritten, vit
 from torch import Tensor, nn
 
 import madtp
-import madtp.model_folder
+import madtp.saving.model_folder
 import zoo
 import zoo.registry
 from madtp import PrunedModel, PruningConfig
@@ -179,8 +179,8 @@ def test_frozen_counts_are_kept(tmp_path: Path) -> None:
 def test_an_edited_plan_is_followed(tmp_path: Path) -> None:
     import dataclasses
 
-    from madtp.calls import Call
-    from madtp.tree import share
+    from madtp.calls.call import Call
+    from madtp.calls.copies import share
     from rewriters.pipeline import build
 
     call, config = Call((), {"x": images(2, 0)}), PruningConfig(alignment_tokens=8)
@@ -210,7 +210,7 @@ def test_a_save_that_dies_leaves_the_old_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"madtp.model_folder.{place}", die)
+        patch.setattr(f"madtp.saving.model_folder.{place}", die)
         with pytest.raises(KeyboardInterrupt):
             madtp.save(other, folder)
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(pruned))
@@ -221,7 +221,7 @@ def test_a_save_that_dies_leaves_the_old_model(
 def test_a_save_that_dies_at_the_last_rename_leaves_the_old_model(
     pruned: PrunedModel, other: PrunedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = madtp.model_folder.os.replace
+    rename = madtp.saving.model_folder.os.replace
 
     def die_at_config(source: Path, target: Path) -> None:
         if target.name == "config.json":
@@ -229,7 +229,7 @@ def test_a_save_that_dies_at_the_last_rename_leaves_the_old_model(
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("madtp.model_folder.os.replace", die_at_config)
+        patch.setattr("madtp.saving.model_folder.os.replace", die_at_config)
         with pytest.raises(CheckpointError, match="No space left"):
             madtp.save(other, folder)
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(pruned))
@@ -315,7 +315,7 @@ def test_nan_is_refused_on_both_sides(folder: Path, tmp_path: Path, monkeypatch:
         madtp.save(broken, tmp_path / "nan")
     assert not (tmp_path / "nan").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("madtp.checkpoint._refuse_nan", lambda owner, tensors: None)
+        patch.setattr("madtp.saving.checkpoint._refuse_nan", lambda owner, tensors: None)
         madtp.save(broken, tmp_path / "nan")
     with pytest.raises(CheckpointError, match=r"NaN in 1 tensors \(pos_embed\)"):
         madtp.load(tmp_path / "nan", vit(2))

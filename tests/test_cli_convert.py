@@ -21,7 +21,7 @@ from madtp.errors import CheckpointError
 from zoo import registry
 from zoo.blip.config import NlvrConfig
 from zoo.blip.nlvr import BlipNlvr
-from zoo.official import load_official
+from zoo.checkpoints.official import load_official
 
 # The authors' code has no linear layer for BLIP, so all widths are those of the alignment tokens.
 EQUAL = replace(tasks.SMALL, vision=replace(tasks.SMALL.vision, width=16, mlp_width=32))

@@ -20,7 +20,7 @@ from madtp.cli.app import app
 from madtp.errors import DataError
 from zoo.scenes import SceneDataset
 from zoo.tasks.reasoning import Reasoning
-from zoo.tasks.words import words_for
+from zoo.tasks.vocabulary import words_for
 
 STATEMENTS = (("there is a red circle in the left image", "True"), ("no image contains a blue cross", "False"))
 

@@ -17,8 +17,8 @@ from madtp.cli.app import app
 from zoo.blip.matching import rerank
 from zoo.datasets.records import CaptionedImage
 from zoo.tasks import build_task
-from zoo.tasks.spelling import spell
-from zoo.tasks.words import words_for
+from zoo.tasks.encode_text import spell
+from zoo.tasks.vocabulary import words_for
 
 CAPTIONS = ("there is a red circle in the left image", "no image contains a blue cross", "exactly two images are red")
 

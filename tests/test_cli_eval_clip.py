@@ -16,7 +16,7 @@ from madtp.errors import DataError
 from zoo.clip.config import MINI, VIT_B16
 from zoo.scenes import VOCABULARY
 from zoo.tasks import build_task
-from zoo.tasks.spelling import clip_texts
+from zoo.tasks.encode_text import clip_texts
 
 
 def evaluated(path: Path, *arguments: str) -> dict[str, Any]:

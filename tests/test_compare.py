@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from madtp.compare import compare, relative_difference, rounds_alike
+from madtp.calls.compare import compare, relative_difference, rounds_alike
 from madtp.errors import RewriteError
 
 INF, NAN = float("inf"), float("nan")

@@ -15,8 +15,8 @@ from rewrites import eager_arithmetic, gap
 from torch import Tensor, nn
 
 import madtp
+from madtp.calls.objects import CannotOpen, close_object, open_object
 from madtp.errors import ContinuationError, RewriteError
-from madtp.held import CannotOpen, close_object, open_object
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
 STEPS = [1, 1, 3, 1]

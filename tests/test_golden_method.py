@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from madtp.config import PruningConfig
-from madtp.guidance import alignment_loss, mean_over_images
+from madtp.method.guidance import alignment_loss, mean_over_images
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MANIFEST: dict[str, list[dict[str, Any]]] = json.loads((GOLDEN / "manifest.json").read_text())["cases"]

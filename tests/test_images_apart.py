@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import madtp
-from madtp import region_apart
 from madtp.errors import MadtpError
+from madtp.programs import per_image_region as region_apart
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Made = tuple[PackedHost, Callable[..., Tensors], madtp.PrunedModel]

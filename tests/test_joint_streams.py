@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import madtp
 from madtp import PrunedModel, PruningConfig
-from madtp.calls import normalise_call
-from madtp.tree import share
+from madtp.calls.call import normalise_call
+from madtp.calls.copies import share
 from rewriters.pipeline import build as build_program
-from rewriters.plan import Plan
+from rewriters.plan.plan import Plan
 
 
 def inputs_of(model: nn.Module, batch: int = 3, length: int = 7) -> Tensors:

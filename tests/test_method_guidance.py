@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from madtp.errors import ConfigError
-from madtp.guidance import AlignmentTokens, alignment_loss, mean_over_images, pooled_features, query_projection
+from madtp.method.guidance import AlignmentTokens, alignment_loss, mean_over_images, pooled_features, query_projection
 
 
 def test_alignment_tokens_are_standard_normal_and_follow_the_seed() -> None:

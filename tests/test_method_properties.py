@@ -13,10 +13,10 @@ from torch import Tensor
 
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
-from madtp.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
-from madtp.merging import merge_weights, merged_position, merged_token
-from madtp.selection import candidates_of, select, survivor_order
-from madtp.threshold import keep_mask, straight_through_gate, threshold
+from madtp.method.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
+from madtp.method.merging import merge_weights, merged_position, merged_token
+from madtp.method.selection import candidates_of, select, survivor_order
+from madtp.method.threshold import keep_mask, straight_through_gate, threshold
 
 WIDTH, HEADS, KINDS = 8, 2, 5
 OURS = PruningConfig()

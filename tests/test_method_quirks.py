@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from madtp.attention import attention
 from madtp.config import PruningConfig
-from madtp.control import PruningControl
-from madtp.guidance import AlignmentTokens
-from madtp.scoring import ScoringAttention, SiteSpec
-from madtp.site import PruningSite
-from madtp.state import Quirks, TokenState, slots_of, untouched
+from madtp.method.guidance import AlignmentTokens
+from madtp.sites.control import PruningControl
+from madtp.sites.scoring import ScoringAttention, SiteSpec
+from madtp.sites.site import PruningSite
+from madtp.tokens.attention import attention
+from madtp.tokens.state import Quirks, TokenState, slots_of, untouched
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 6, 8
 END = torch.tensor([4, 5])

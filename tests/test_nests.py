@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch.utils import _pytree as pytree
 
-from madtp.nests import unflatten
+from madtp.calls.structures import unflatten
 
 
 class Output(OrderedDict):  # type: ignore[type-arg]

@@ -18,9 +18,9 @@ import zoo
 from madtp.errors import ConfigError
 from madtp.training import TrainingConfig
 from madtp.training.progress import Progress
-from zoo.recipes import card as cards
 from zoo.recipes import controls
-from zoo.recipes.merging import merge, merge_tokens
+from zoo.recipes import model_card as cards
+from zoo.recipes.token_merging import merge, merge_tokens
 
 
 def test_the_most_similar_tokens_merge_into_the_mean_of_their_parts() -> None:

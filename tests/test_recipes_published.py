@@ -20,7 +20,7 @@ from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from madtp.training.run import read_config
 from zoo.recipes.compress_data import Settings, build
-from zoo.recipes.loading import Loader
+from zoo.recipes.data_loader import Loader
 
 RECIPES = Path(zoo.__file__).parent / "recipes"
 # Published: batch over 8 GPUs, learning rate, weight decay, epochs; and samples of an epoch.

@@ -16,10 +16,10 @@ from madtp.training import TrainingConfig, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from madtp.training.run import read_config
+from zoo.objectives.scene_batches import draw_batch
+from zoo.objectives.scenes import lesson_about, lesson_for
 from zoo.recipes import compress_scenes, scenes_dense
-from zoo.recipes.lessons import lesson_about, lesson_for
-from zoo.recipes.pictures import draw_batch
-from zoo.recipes.start import start_from
+from zoo.recipes.warm_start import start_from
 from zoo.scenes import VOCABULARY
 from zoo.scenes.single import ANSWERS
 

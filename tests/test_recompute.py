@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from workers import environment
 
 import madtp
-from madtp.attention import attention
 from madtp.errors import ConfigError
+from madtp.programs.checkpointing import in_pieces
 from madtp.pruned import PrunedModel
-from madtp.recompute import in_pieces
+from madtp.tokens.attention import attention
 from madtp.training import Learner, fit
 
 

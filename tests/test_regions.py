@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from towers import Tower
 
 import madtp
-from madtp.counting import Counter
+from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError
-from rewriters.plan import Plan
-from rewriters.recording import record
+from rewriters.capture.recording import record
+from rewriters.plan.plan import Plan
 from rewriters.regions import build_all
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
@@ -214,7 +214,7 @@ def test_calibrate_and_freeze(selecting: Pair) -> None:
 
 def test_a_plan_of_regions_can_be_edited(selecting: Pair) -> None:
     model, inputs, _ = selecting
-    plan = Plan.from_dict(build_all(model, madtp.calls.Call((), inputs), CONFIG).plan.to_dict())
+    plan = Plan.from_dict(build_all(model, madtp.calls.call.Call((), inputs), CONFIG).plan.to_dict())
     fewer = plan.without(["text.encoder.layers.0", "vision.tower.encoder.layers.2"], ())
     pruned = madtp.rewrite(model, inputs, config=CONFIG, plan=fewer)
     assert [s.name for s in pruned.report.sites] == [s.name for s in fewer.sites]
@@ -267,7 +267,7 @@ class Holder(nn.Module):
 
 def test_parts_are_preferred_where_they_hold_more_sites() -> None:
     inputs = {"pixels": torch.randn(2, 3, 32, 32), "input_ids": text(2, 6)["input_ids"]}
-    parts = build_all(Holder().eval(), madtp.calls.Call((), inputs), CONFIG)
+    parts = build_all(Holder().eval(), madtp.calls.call.Call((), inputs), CONFIG)
     assert [p.region.path for p in parts.parts] == ["part.vision", "part.last"]
     assert len(parts.plan.sites) == 6
 
@@ -313,7 +313,7 @@ class Mixture(nn.Module):
 
 def test_modalities_are_followed_through_a_run() -> None:
     inputs = {"pixels": torch.randn(2, 3, 32, 32), **text(2, 6), "kinds": torch.zeros(2, 6, dtype=torch.long)}
-    calls = record(Mixture().eval(), madtp.calls.Call((), inputs)).calls
+    calls = record(Mixture().eval(), madtp.calls.call.Call((), inputs)).calls
     carried = {name: set(*calls[name].modalities.values()) for name in ("vision", "first", "second", "third")}
     assert carried == {
         "vision": {"image"},

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewriters.axes import AxisError
-from rewriters.batching import batched
-from rewriters.known import Knowing
+from rewriters.capture.batch_images import batched
+from rewriters.capture.constants import Knowing
+from rewriters.graph.nodes import AxisError
 
 TABLE = torch.arange(60.0).reshape(12, 5) / 60
 ORDER = torch.arange(12).flip(0)

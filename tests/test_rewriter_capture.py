@@ -10,14 +10,13 @@ from small_vit import images, vit
 from torch import Tensor, fx, nn
 
 import madtp
-from madtp.calls import Call
+from madtp.calls.call import Call
 from madtp.errors import CaptureError, ExampleInputsError, RewriteError
-from rewriters.axes import AxisError
-from rewriters.canonicalise import canonicalise, reshape_views
-from rewriters.capture import capture
-from rewriters.outcomes import op_name
+from rewriters.axes.table import apply
+from rewriters.canonicalise.passes import canonicalise, reshape_views
+from rewriters.capture.export import capture
+from rewriters.graph.nodes import AxisError, op_name
 from rewriters.pipeline import build
-from rewriters.rules import apply
 
 
 class DataDependent(nn.Module):

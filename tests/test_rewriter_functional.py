@@ -10,11 +10,11 @@ from small_vit import images, vit
 from torch import Tensor, fx, nn
 
 import madtp
-from madtp.calls import Call
-from madtp.program import compile_graph
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import capture
-from rewriters.functional import writes
+from madtp.calls.call import Call
+from madtp.programs.program import compile_graph
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.graph.functional import writes
 
 Function = Callable[[Tensor], Tensor]
 

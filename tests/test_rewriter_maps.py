@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp import PruningConfig
-from madtp.calls import normalise_call
+from madtp.calls.call import normalise_call
 from madtp.errors import NoSiteError
-from madtp.maps import shares, total, weigh
-from madtp.state import TokenState
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import capture
-from rewriters.outcomes import op_name
+from madtp.tokens.attention_maps import shares, total, weigh
+from madtp.tokens.state import TokenState
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.graph.nodes import op_name
 
 
 @pytest.fixture(autouse=True)

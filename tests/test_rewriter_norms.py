@@ -9,10 +9,10 @@ import torch
 from rewrites import gap
 from torch import Tensor, fx, nn
 
-from madtp.calls import normalise_call
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import capture
-from rewriters.outcomes import op_name
+from madtp.calls.call import normalise_call
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.graph.nodes import op_name
 
 Spelling = Callable[["Normed", Tensor], Tensor]
 

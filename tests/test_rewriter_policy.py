@@ -14,11 +14,10 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp.config import PruningConfig
-from rewriters.axes import AxisError
-from rewriters.inheritance import inherited
-from rewriters.layout import find_layout
-from rewriters.outcomes import op_name
-from rewriters.policy import SegmentPlan, left_alone, original, protected_readouts, segments_of
+from rewriters.detect.layout import find_layout
+from rewriters.graph.nodes import AxisError, op_name
+from rewriters.plan.inheritance import inherited
+from rewriters.plan.policy import SegmentPlan, left_alone, original, protected_readouts, segments_of
 
 DEFAULT = PruningConfig()
 

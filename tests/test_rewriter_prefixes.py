@@ -11,10 +11,10 @@ from rewrites import eager_arithmetic, gap
 from torch import Tensor, nn
 
 import madtp
-from madtp.calls import normalise_call
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import capture
-from rewriters.outcomes import op_name
+from madtp.calls.call import normalise_call
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.graph.nodes import op_name
 
 WIDTH, PATCHES = 16, 48
 

@@ -7,10 +7,10 @@ import torch
 from rewrites import gap
 from torch import Tensor, fx, nn
 
-from madtp.calls import normalise_call
-from rewriters.capture import capture
-from rewriters.outcomes import op_name
-from rewriters.products import plain_products
+from madtp.calls.call import normalise_call
+from rewriters.canonicalise.einsum import plain_products
+from rewriters.capture.export import capture
+from rewriters.graph.nodes import op_name
 
 SIZES = {"b": 2, "h": 3, "i": 5, "j": 4, "d": 6, "c": 7}
 

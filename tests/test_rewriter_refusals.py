@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import madtp
 from madtp import PruningConfig
 from madtp.errors import ExampleInputsError, NoSiteError, NothingToPruneError, PlanError
-from madtp.program import Program
+from madtp.programs.program import Program
 from rewriters.pipeline import build
-from rewriters.plan import Plan
+from rewriters.plan.plan import Plan
 
 
 def pixels(batch: int = 2) -> Tensor:

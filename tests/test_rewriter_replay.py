@@ -10,10 +10,12 @@ from rewrites import eager_arithmetic
 from torch import Tensor, nn
 
 import madtp
-from madtp import state
 from madtp.errors import RewriteError
-from rewriters import part_rules, repairs, rules
-from rewriters.outcomes import LabelMap, Outcome, labels_of
+from madtp.tokens import state
+from rewriters.axes import parts as part_rules
+from rewriters.axes import table as rules
+from rewriters.axes.outcome import LabelMap, Outcome, labels_of
+from rewriters.insert import repairs
 
 
 class Block(nn.Module):

@@ -16,8 +16,8 @@ from torch import nn
 
 import madtp
 from madtp import PruningConfig
-from madtp.calls import normalise_call
-from rewriters.rowwise import find_rowwise
+from madtp.calls.call import normalise_call
+from rewriters.capture.rowwise import find_rowwise
 
 CONFIG = PruningConfig(merge=False, alignment_tokens=4)
 

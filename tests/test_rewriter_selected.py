@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import madtp
-from madtp.calls import normalise_call
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import Region, capture
-from rewriters.outcomes import op_name
+from madtp.calls.call import normalise_call
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.capture.scope import Region
+from rewriters.graph.nodes import op_name
 
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp import PruningConfig
-from madtp.calls import normalise_call
-from rewriters.canonicalise import canonicalise
-from rewriters.capture import capture
-from rewriters.outcomes import op_name
+from madtp.calls.call import normalise_call
+from rewriters.canonicalise.passes import canonicalise
+from rewriters.capture.export import capture
+from rewriters.graph.nodes import op_name
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rewriters.axes import (
+from rewriters.axes.labels import (
     Axis,
-    AxisError,
     Factor,
     Labels,
     axes_of,
@@ -24,6 +23,7 @@ from rewriters.axes import (
     token_axis,
     unlabelled,
 )
+from rewriters.graph.nodes import AxisError
 
 BATCH, TOKENS = Axis("batch", "s"), Axis("tokens", "s")
 

@@ -14,8 +14,9 @@ from rule_forms import FORMS, NEAR_MISSES  # noqa: E402
 from rule_harness import Sample, build, check, outcome, sample  # noqa: E402
 from rule_samples import REFUSED, SAMPLES, x  # noqa: E402
 
-from rewriters.axes import AxisError, is_plain  # noqa: E402
-from rewriters.rules import RULES, apply  # noqa: E402
+from rewriters.axes.labels import is_plain  # noqa: E402
+from rewriters.axes.table import RULES, apply  # noqa: E402
+from rewriters.graph.nodes import AxisError  # noqa: E402
 
 # Names that are no operations of torch's own: a builtin and spellings of Python that export may leave.
 ELSEWHERE = {"getitem", "float", "mod"}

@@ -16,8 +16,9 @@ from madtp.errors import ConfigError
 from madtp.training import TrainingConfig, fit, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
+from zoo.objectives.scene_batches import make_batch
 from zoo.recipes import compress_scenes
-from zoo.recipes.nlvr_scenes import Pupil, build, make_batch
+from zoo.recipes.nlvr_scenes import Pupil, build
 
 SETTINGS: dict[str, Any] = {
     "pairs_per_step": 2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from madtp.tree import share
+from madtp.calls.copies import share
 
 
 class Counting(nn.Module):

@@ -13,10 +13,10 @@ from rewrites import eager_arithmetic, gap
 from torch import Tensor, nn
 
 import madtp
+from madtp.calls.batch import sample_dims
+from madtp.calls.image_positions import moved
+from madtp.calls.modality_tracking import Tracker
 from madtp.errors import MadtpError
-from madtp.samples import sample_dims
-from madtp.tracking import Tracker
-from madtp.written import moved
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
 Writer = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ExampleInputsError
 from zoo import adapters
 from zoo.blip.nlvr import BlipNlvr
-from zoo.recipes.many import ManyQuestions
+from zoo.objectives.multi_text import ManyQuestions
 
 
 class Base(nn.Module):

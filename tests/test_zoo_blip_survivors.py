@@ -12,7 +12,7 @@ from torch import Tensor
 import madtp
 from madtp.errors import DataError
 from zoo.blip.matching import match, matching_distance, matching_loss, rerank
-from zoo.blip.survivors import gathered, seen, survivors
+from zoo.blip.surviving_tokens import gathered, seen, survivors
 
 
 def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ import zoo
 from madtp.errors import CheckpointError
 from zoo.blip.config import NlvrConfig, TextConfig, VisionConfig
 from zoo.blip.nlvr import BlipNlvr
-from zoo.checkpoint import resize_position_grid
+from zoo.checkpoints.loading import resize_position_grid
 
 TINY = NlvrConfig(
     vision=VisionConfig(image_size=16, patch_size=4, width=8, depth=1, heads=2, mlp_width=16),

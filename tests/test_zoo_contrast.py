@@ -20,7 +20,7 @@ from madtp.errors import ConfigError, DataError
 from madtp.processes import current
 from zoo import load_checkpoint
 from zoo.blip.matching import LEFT_OUT, matching_loss, rerank
-from zoo.contrast import MomentumContrast
+from zoo.objectives.momentum_contrast import MomentumContrast
 
 WIDTH = tasks.SMALL.embedding
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import zoo
 from madtp.errors import CheckpointError
-from zoo.checkpoint_files import read_checkpoint
-from zoo.key_table import KeyTable, Row, choose, translate
+from zoo.checkpoints.files import read_checkpoint
+from zoo.checkpoints.key_table import KeyTable, Row, choose, translate
 
 TASKS = sorted(tasks.TASKS)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import madtp
 from madtp.evaluation.meter import Meter, compared_with
 from zoo.blip.matching import match, rerank
-from zoo.blip.survivors import seen
+from zoo.blip.surviving_tokens import seen
 from zoo.tasks.retrieval import Features, Matching
 
 COUNT = 5

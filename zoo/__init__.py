@@ -10,7 +10,7 @@ import zoo.blip
 import zoo.clip
 import zoo.inputs.families  # noqa: F401  (registers its adapters)
 from zoo.adapters import Adapter, find_adapter, list_adapters, register_adapter
-from zoo.checkpoint import LoadReport, load_checkpoint, save_checkpoint
+from zoo.checkpoints.loading import LoadReport, load_checkpoint, save_checkpoint
 from zoo.datasets import DataEntry, data, describe_data, list_data, register_data
 from zoo.examples import example_inputs, example_inputs_of, find_model
 from zoo.registry import ModelEntry, checkpoint_path, create, describe, list_models, register

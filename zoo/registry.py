@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
-from zoo.checkpoint import load_checkpoint
-from zoo.near import did_you_mean
+from zoo.checkpoints.loading import load_checkpoint
+from zoo.suggestions import did_you_mean
 
 Builder = Callable[[], nn.Module]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from zoo.checkpoint import LoadReport
+    from zoo.checkpoints.loading import LoadReport
 
 HELP = """Convert a checkpoint of another project.
 
@@ -69,7 +69,7 @@ def _dense(source: Path, output: Path, name: str) -> LoadReport:
 def _pruned(source: Path, output: Path, name: str) -> LoadReport:
     import madtp
     import zoo
-    from zoo.official import load_official
+    from zoo.checkpoints.official import load_official
 
     found = load_official(zoo.create(name), source)
     madtp.save(found.pruned, output)

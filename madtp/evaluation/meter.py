@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from madtp.calibration import dense_macs
 from madtp.pruned import PrunedModel
+from madtp.tuning.calibration import dense_macs
 
 _DENSE_MACS: ContextVar[float | None] = ContextVar("dense MACs of a sample", default=None)
 

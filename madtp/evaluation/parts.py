@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from madtp.drafts import draft_of
+from madtp.atomic_files import draft_of
 from madtp.errors import CheckpointError
 
 SETUP = "setup.json"

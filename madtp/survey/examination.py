@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import madtp
-from madtp.compare import drawing_alike, rounds_alike
+from madtp.calls.compare import drawing_alike, rounds_alike
 from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport

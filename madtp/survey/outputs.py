@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madtp.compare import relative_difference
+from madtp.calls.compare import relative_difference
 
 
 def leaves(output: Any) -> dict[str, Tensor]:

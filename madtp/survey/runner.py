@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from madtp.drafts import draft_of
+from madtp.atomic_files import draft_of
 from madtp.errors import DataError
 from madtp.survey.record import Record
 

@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection
 import torch
 
 import madtp
-import rewriters.pipeline
-import rewriters.verify  # noqa: F401  (loaded once for all processes)
 from madtp.survey.examination import examine
 from madtp.survey.record import Record
 

@@ -1,7 +1,7 @@
 """What every recipe needs that fine-tunes a pruned model to a compute budget: :class:`Steering`, :func:`strength`.
 
 The target grows along a cosine from `start_reduction` to `reduction` over the first `ramp` of the run; after each step the
-pruning strength moves a little towards it (:class:`madtp.calibration.GainController`), by the MACs that the step really
+pruning strength moves a little towards it (:class:`madtp.tuning.calibration.GainController`), by the MACs that the step really
 took. Nothing is assumed about what the dense model costs or which strength gives which saving.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from madtp.calibration import GainController
 from madtp.errors import ConfigError
 from madtp.processes import current
 from madtp.pruned import PrunedModel
-from madtp.search import KNOBS
-from madtp.teaching import TeachingResult, teach
 from madtp.training.parts import Metrics
+from madtp.tuning.calibration import GainController
+from madtp.tuning.search import KNOBS
+from madtp.tuning.teaching import TeachingResult, teach
 
 FIRST_KEEP_RATIO = 0.85
 """Keep ratio of a control at gain 1: close to the start of the ramp."""
@@ -40,7 +40,7 @@ class Budget:
         reduction: fraction of the dense MACs to save in the end.
         start_reduction: target at the first step.
         ramp: part of the run over which the target grows, 0 to 1.
-        rate: of the controller; see :class:`~madtp.calibration.GainController`.
+        rate: of the controller; see :class:`~madtp.tuning.calibration.GainController`.
     """
 
     reduction: float

@@ -11,7 +11,7 @@ from zoo.blip.checkpoint import CAPTION_TABLES, PRUNING_ROWS
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedDecoder
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable, Row
+from zoo.checkpoints.key_table import KeyTable, Row
 
 
 class CaptionOutput(NamedTuple):

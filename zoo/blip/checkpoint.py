@@ -1,12 +1,12 @@
 """How the files of BLIP map to the models here, by format. Published names are the models' own, so their rows are few.
 
 Formats: the published `.pth`, those of the MADTP authors' code, and transformers' safetensors. The authors' files hold the
-alignment tokens besides, which `zoo/official.py` reads.
+alignment tokens besides, which `zoo/checkpoints/official.py` reads.
 """
 
 from __future__ import annotations
 
-from zoo.key_table import KeyTable, Row
+from zoo.checkpoints.key_table import KeyTable, Row
 
 VISION_POSITIONS = "visual_encoder.pos_embed"
 # Constants that older transformers saved with the weights.
@@ -46,7 +46,8 @@ RETRIEVAL_TABLES = _tables(ignored=_TRAINING, optional=("temp",))
 CAPTION_TABLES = _tables()
 VQA_TABLES = _tables()
 
-# Training of retrieval (`zoo/contrast.py`): the copies become its follower. They lack what only matching needs.
+# Training of retrieval (`zoo/objectives/momentum_contrast.py`): the copies become its follower. They lack what only
+# matching needs.
 MOMENTUM_TABLE = KeyTable(
     "BLIP, with momentum",
     "image_queue",

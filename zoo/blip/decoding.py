@@ -16,7 +16,7 @@ from madtp.errors import ConfigError
 from zoo.blip.caption import CaptionOutput
 from zoo.blip.losses import next_token_losses
 from zoo.blip.med import DecoderState, MedDecoder
-from zoo.blip.survivors import survivors
+from zoo.blip.surviving_tokens import survivors
 from zoo.blip.vqa import VqaOutput
 
 _NEVER = -1e9

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from madtp.errors import DataError
 from madtp.training.kernels import without_gradients
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.survivors import aside, gathered, survivors
+from zoo.blip.surviving_tokens import aside, gathered, survivors
 
 # What pairs score that are not among the candidates; the published code has the same number.
 LEFT_OUT = -100.0
@@ -161,8 +161,8 @@ def rerank(
         image_tokens: [I, N, V], on any device.
         input_ids: [J, T].
         attention_mask: [J, T].
-        image_mask: what survives of `image_tokens` in a rewritten model, [I, N] (:func:`zoo.blip.survivors.seen`); None: all.
-            Texts attend to as many tokens as the fullest image has.
+        image_mask: what survives of `image_tokens` in a rewritten model, [I, N]
+            (:func:`zoo.blip.surviving_tokens.seen`); None: all. Texts attend to as many tokens as the fullest image has.
         candidates: how many are matched for each image, and for each text.
         batch: pairs that are matched at a time.
 

@@ -14,7 +14,7 @@ from zoo.blip.checkpoint import NLVR_TABLES, PRUNING_ROWS
 from zoo.blip.config import NlvrConfig
 from zoo.blip.text import TextEncoder
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable, Row
+from zoo.checkpoints.key_table import KeyTable, Row
 
 ANSWERS = 2
 

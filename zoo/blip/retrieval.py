@@ -2,7 +2,7 @@
 
 Contrastive features compare all images with all texts at the price of one pass each; matching then looks at one pair
 at a time, with the text attending to the image, and re-ranks the best. The momentum copies and queues that train it
-are no part of the model: see `zoo/contrast.py` for the contrastive and `matching.py` for the matching loss.
+are no part of the model: see `zoo/objectives/momentum_contrast.py` for the contrastive and `matching.py` for the matching loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zoo.blip.checkpoint import MOMENTUM_TABLE, PRUNING_ROWS, RETRIEVAL_TABLES
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedEncoder, keys
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable, Row
+from zoo.checkpoints.key_table import KeyTable, Row
 
 MATCHES = 2
 START_TEMPERATURE = 0.07

@@ -14,7 +14,7 @@ from zoo.blip.checkpoint import PRUNING_ROWS, VQA_TABLES
 from zoo.blip.config import BlipConfig
 from zoo.blip.med import MedDecoder, MedEncoder, keys
 from zoo.blip.vision import build_vision_tower
-from zoo.key_table import KeyTable, Row
+from zoo.checkpoints.key_table import KeyTable, Row
 
 
 class VqaOutput(NamedTuple):

@@ -5,7 +5,7 @@ Formats: OpenAI's archives and their state dicts, those of the MADTP authors' co
 
 from __future__ import annotations
 
-from zoo.key_table import KeyTable, Row
+from zoo.checkpoints.key_table import KeyTable, Row
 
 ALIGNMENT_TOKENS = "space_dict"
 VISION_POSITIONS = "visual.positional_embedding"
@@ -70,7 +70,7 @@ TABLES = (
     ),
     KeyTable("OpenAI", "*", ignored=(*_CONSTANTS, *_TRAINING), position_grids=_GRIDS),
 )
-# Training of retrieval (`zoo/contrast.py`): the copies become its follower.
+# Training of retrieval (`zoo/objectives/momentum_contrast.py`): the copies become its follower.
 MOMENTUM_TABLE = KeyTable(
     "CLIP, with momentum",
     "image_queue",

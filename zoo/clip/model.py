@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import DataError
+from zoo.checkpoints.key_table import KeyTable, Row
 from zoo.clip.checkpoint import MOMENTUM_TABLE, PRUNING_ROWS, TABLES
 from zoo.clip.config import ClipConfig, TowerConfig
-from zoo.key_table import KeyTable, Row
 
 START_TEMPERATURE = 0.07
 

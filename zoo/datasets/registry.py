@@ -10,7 +10,7 @@ from typing import Any
 
 from madtp.errors import ConfigError, DataError
 from zoo.datasets.records import DataSet, ImageSource, Record, Transform
-from zoo.near import did_you_mean
+from zoo.suggestions import did_you_mean
 
 TASKS = ("reasoning", "captioning", "retrieval", "questions")
 

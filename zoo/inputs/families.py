@@ -364,7 +364,7 @@ for _task in ("retrieval.BlipRetrieval", "caption.BlipCaption"):
 # The answer attends to all states of the question alike; the first is its class token all the same.
 _QUESTION = {"text": (0,)}
 register_adapter("zoo.blip.vqa.BlipVqa", _blip_vqa, protect=_QUESTION)
-register_adapter("zoo.recipes.many.ManyQuestions", _unknown, protect=_QUESTION)
+register_adapter("zoo.objectives.multi_text.ManyQuestions", _unknown, protect=_QUESTION)
 register_adapter("zoo.clip.model.Clip", _clip_pairs)
 register_adapter("timm", _timm)
 register_adapter("open_clip", _open_clip)

@@ -1,7 +1,7 @@
 """Compression of a published model on its data set: `madtp compress -r 0.5 -c zoo/recipes/blip_nlvr.toml`.
 
-The settings of the paper are config files beside this one. `courses.py` says what each task learns, `loading.py` opens samples,
-`compression.py` prunes and steers.
+The settings of the paper are config files beside this one. `objectives/paper.py` says what each task learns,
+`data_loader.py` opens samples, `compression.py` prunes and steers.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -22,10 +22,10 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch
 from zoo.datasets.records import DataSet
+from zoo.objectives.base import CompressionSettings
+from zoo.objectives.paper import Contrast, Course, course_for
 from zoo.recipes.compression import Source, compression_learner, finish_compression
-from zoo.recipes.courses import Contrast, Course, course_for
-from zoo.recipes.loading import Loader
-from zoo.recipes.subject import CompressionSettings
+from zoo.recipes.data_loader import Loader
 from zoo.tasks import build_task
 from zoo.transforms import for_model
 from zoo.transforms import training as training_transform
@@ -45,7 +45,7 @@ class Settings(CompressionSettings):
         samples_per_step: of all processes together.
         workers: processes that open images, for each process that trains.
         smallest_crop: least share of an image that training sees.
-        queue, momentum, alpha, alpha_ramp: of the contrast of retrieval, see :class:`zoo.recipes.courses.Contrast`.
+        queue, momentum, alpha, alpha_ramp: of the contrast of retrieval, see :class:`zoo.objectives.paper.Contrast`.
         calibration_split, calibration_items, test_split, test_items: samples for calibration and test; 0 tests all.
         evaluation_batch: samples of a call in calibration and test.
     """

@@ -1,7 +1,7 @@
 """Compression of a model on scenes: `madtp compress -r 0.8 -c zoo/recipes/blip_vqa_mini_compress.toml`.
 
-All tasks alike: `lessons.py` says what each learns, `compression.py` prunes and steers. The same recipe trains the controls:
-`pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
+All tasks alike: `objectives/scenes.py` says what each learns, `compression.py` prunes and steers. The same recipe
+trains the controls: `pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -19,10 +19,10 @@ import zoo
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch
-from zoo.recipes.card import held_out_calls, test_task
+from zoo.objectives.base import CompressionSettings
+from zoo.objectives.scenes import PADDING, Lesson, lesson_about
 from zoo.recipes.compression import Source, compression_learner, finish_compression
-from zoo.recipes.lessons import PADDING, Lesson, lesson_about
-from zoo.recipes.subject import CompressionSettings
+from zoo.recipes.model_card import held_out_calls, test_task
 
 _AT_ONCE = 64
 

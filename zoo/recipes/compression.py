@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import madtp
 import zoo
-from madtp.calibration import CalibrationResult
 from madtp.pruned import PrunedModel
 from madtp.training.compression import Steering, teach_alike
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner
 from madtp.training.parts import Batch
-from zoo.recipes.subject import CompressionSettings, Metrics, Subject, compression_loss, deploy
+from madtp.tuning.calibration import CalibrationResult
+from zoo.objectives.base import CompressionSettings, Metrics, Subject, compression_loss, deploy
 
 TEACHING = "teaching"
 _TAUGHT_AT_ONCE = 16

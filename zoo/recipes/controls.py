@@ -25,11 +25,11 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, fit
 from madtp.training.parts import Batch, Metrics
 from madtp.training.progress import Progress
+from zoo.objectives.scenes import Lesson
 from zoo.recipes import compress_scenes
-from zoo.recipes.card import held_out_calls, test_task
 from zoo.recipes.compress_scenes import Settings, lesson_of, lesson_source
-from zoo.recipes.lessons import Lesson
-from zoo.recipes.merging import merge_tokens, plain_weights
+from zoo.recipes.model_card import held_out_calls, test_task
+from zoo.recipes.token_merging import merge_tokens, plain_weights
 
 Inputs = Mapping[str, Any]
 WEIGHTS = "model.safetensors"

@@ -11,14 +11,11 @@ shows what the statement speaks of and where the things of a spatial relation ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +25,10 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Batch, Learner, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import TextLayer
-from zoo.recipes.auxiliary import PatchHeads, StatementHeads, faded, statement_losses
-from zoo.recipes.card import measure, write_release
-from zoo.scenes import draw_sample, encode, normalise
+from zoo.objectives.auxiliary_heads import PatchHeads, StatementHeads, faded, statement_losses
+from zoo.objectives.scene_batches import make_batch
+from zoo.recipes.model_card import measure, write_release
+from zoo.scenes import draw_sample
 from zoo.scenes.tokens import PAD, VOCABULARY
 
 TEXT_PADDING = {"input_ids": VOCABULARY.index(PAD), "attention_mask": 0}
@@ -96,35 +94,9 @@ class Pupil(nn.Module):
         return x[:, 0]
 
 
-def make_batch(split: str, seed: int, start: int, pairs: int, statements: int, kinds: Sequence[str] = ()) -> Batch:
-    """Return pairs start ... start + pairs - 1: images [B, 2, 3, H, W], the annotation, and, with statements,
-    input_ids and attention_mask [B, S, T], labels [B, S] and `spatial`, how many statements have places."""
-    samples = [draw_sample(seed, split, start + number, statements, kinds) for number in range(pairs)]
-    batch = {
-        "images": normalise(torch.stack([sample.images for sample in samples])),
-        "labels_of_patches": _stack([sample.annotation.labels for sample in samples]),
-        "outline": _stack([sample.annotation.outline for sample in samples]),
-        "centre": _stack([sample.annotation.centre for sample in samples]),
-    }
-    if statements:
-        ids, mask = encode([statement.text for sample in samples for statement in sample.statements])
-        batch["input_ids"] = ids.unflatten(0, (pairs, statements))
-        batch["attention_mask"] = mask.unflatten(0, (pairs, statements))
-        batch["counts"] = torch.tensor([[statement.counts for statement in s.statements] for s in samples])
-        nowhere = (math.nan,) * 4
-        batch["places"] = torch.tensor([[statement.places or nowhere for statement in s.statements] for s in samples])
-        batch["spatial"] = (~batch["places"][..., 0].isnan()).sum().float()
-        batch["labels"] = torch.tensor([[int(statement.label) for statement in s.statements] for s in samples])
-    return batch
-
-
 def _both(batch: Batch) -> Batch:
     """Annotations [B, 2, ...] of pairs as those of all first and then all second pictures, [2B, ...]."""
     return {name: batch[name].transpose(0, 1).flatten(0, 1) for name in ("labels_of_patches", "outline", "centre")}
-
-
-def _stack(arrays: list[npt.NDArray[Any]]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
 
 
 def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:

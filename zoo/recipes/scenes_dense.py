@@ -1,8 +1,8 @@
 """Dense training of a model of one picture on scenes: `madtp train --config zoo/recipes/blip_vqa_mini.toml`.
 
-Captions, questions and retrieval are learned alike: `lessons.py` says what each task asks for. Vision tokens also predict what
-their patch shows (zoo/recipes/auxiliary.py), which for the first `patch_steps` steps is the whole loss; and the model may start
-from the weights of another one.
+Captions, questions and retrieval are learned alike: `objectives/scenes.py` says what each task asks for. Vision tokens
+also predict what their patch shows (zoo/objectives/auxiliary_heads.py), which for the first `patch_steps` steps is the
+whole loss; and the model may start from the weights of another one.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -22,10 +22,10 @@ from madtp.errors import ConfigError
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch, Metrics
-from zoo.recipes.auxiliary import PatchHeads, faded
-from zoo.recipes.card import measure_task, write_release
-from zoo.recipes.lessons import PADDING, Lesson, PictureLesson, lesson_for
-from zoo.recipes.start import start_from
+from zoo.objectives.auxiliary_heads import PatchHeads, faded
+from zoo.objectives.scenes import PADDING, Lesson, PictureLesson, lesson_for
+from zoo.recipes.model_card import measure_task, write_release
+from zoo.recipes.warm_start import start_from
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings:
 
     Attributes:
         model: zoo name.
-        start_from: "MODEL:CHECKPOINT" of the zoo to take weights from, see :mod:`zoo.recipes.start`; "" for none.
+        start_from: "MODEL:CHECKPOINT" of the zoo to take weights from, see :mod:`zoo.recipes.warm_start`; "" for none.
         pictures_per_step, texts_per_picture: batch.
         patch_steps: steps at the start in which only patch labels are learned.
         patch_weight, auxiliary_weight: of the auxiliary losses; they fade by a cosine to `fade_to` at the end.

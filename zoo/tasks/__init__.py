@@ -1,6 +1,6 @@
 """What the models of the zoo are evaluated on. Start with :func:`build_task`; `evaluation.py` does all that `madtp eval` does.
 
-A file of each task holds its class, `words.py` turns texts into ids, `registry.py` says which model is for which task.
+A file of each task holds its class, `vocabulary.py` turns texts into ids, `registry.py` says which model is for which task.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from zoo.blip.decoding import Answerer, rank_answers, write_answers
 from zoo.blip.vqa import BlipVqa
 from zoo.datasets.records import DataSet, Question
 from zoo.metrics.answers import vqa_accuracy
-from zoo.tasks.spelling import QUESTION_TOKENS, spell
-from zoo.tasks.words import Words
+from zoo.tasks.encode_text import QUESTION_TOKENS, spell
+from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_question
 
 CANDIDATES = 128

@@ -13,8 +13,8 @@ from zoo.blip.caption import BlipCaption
 from zoo.blip.decoding import Beams, Captioner, write_captions
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.captions import caption_metrics
-from zoo.tasks.spelling import CAPTION_TOKENS, spell
-from zoo.tasks.words import Words
+from zoo.tasks.encode_text import CAPTION_TOKENS, spell
+from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_caption
 
 PROMPT = "a picture of"

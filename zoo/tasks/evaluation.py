@@ -18,10 +18,10 @@ from madtp.errors import ConfigError
 from madtp.evaluation import Evaluation, Parts, Task, evaluate
 from madtp.evaluation.parts import write_json
 from madtp.evaluation.run import batches
-from madtp.model_folder import CONFIG
 from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
-from madtp.search import KNOBS
+from madtp.saving.model_folder import CONFIG
+from madtp.tuning.search import KNOBS
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
 

@@ -11,7 +11,7 @@ from torch import nn
 from madtp.evaluation.task import Result
 from zoo.datasets.records import DataSet, PairStatement
 from zoo.metrics import accuracy, accuracy_by_kind
-from zoo.tasks.words import Words
+from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import STATEMENT_WORDS, clean_caption
 
 

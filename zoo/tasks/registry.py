@@ -18,10 +18,10 @@ from zoo.datasets.records import DataSet
 from zoo.datasets.registry import describe_data
 from zoo.tasks.answering import Answering
 from zoo.tasks.captioning import Captioning
+from zoo.tasks.encode_text import clip_texts
 from zoo.tasks.reasoning import Reasoning
 from zoo.tasks.retrieval import ClipRetrieval, Retrieval
-from zoo.tasks.spelling import clip_texts
-from zoo.tasks.words import Words, words_for
+from zoo.tasks.vocabulary import Words, words_for
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def build_task(
         model: not pruned; its configuration is read.
         data: with the transform of the model.
         device: of the model.
-        vocabulary: see :func:`zoo.tasks.words.words_for`.
+        vocabulary: see :func:`zoo.tasks.vocabulary.words_for`.
         answers: a JSON list of the answers that a model for questions chooses from; None lets it write them.
 
     Raises:

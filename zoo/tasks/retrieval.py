@@ -20,11 +20,11 @@ from madtp.evaluation.task import Result
 from madtp.pruned import PrunedModel
 from zoo.blip.matching import LEFT_OUT, Matcher, match
 from zoo.blip.retrieval import BlipRetrieval
-from zoo.blip.survivors import seen, survivors
+from zoo.blip.surviving_tokens import seen, survivors
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.recall import recalls
-from zoo.tasks.spelling import RETRIEVAL_TOKENS, spell
-from zoo.tasks.words import Words
+from zoo.tasks.encode_text import RETRIEVAL_TOKENS, spell
+from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_caption
 
 CANDIDATES = {"coco": 256, "flickr30k": 128, "scenes_captions": 16}

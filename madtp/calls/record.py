@@ -1,0 +1,99 @@
+"""A call of a model as JSON: enough of it to make another call like it, without keeping the inputs themselves.
+
+Start at :func:`record_call` and :func:`replay_call`. A saved model is rewritten again when it is loaded, and a rewrite needs a
+call. Integers matter by value (token ids, masks), so they are kept; images and the like only by shape, mean and spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from madtp.calls.call import Call
+from madtp.errors import ExampleInputsError
+
+KEPT = 16384  # elements up to which integers and booleans are kept by value
+KEPT_FLOATS = 256
+
+
+def record_call(call: Call) -> dict[str, Any]:
+    """The call as plain JSON types."""
+    return {"args": [_record(a) for a in call.args], "kwargs": {k: _record(v) for k, v in call.kwargs.items()}}
+
+
+def replay_call(recorded: Mapping[str, Any]) -> Call:
+    """A call like the recorded one; the same record gives the same call.
+
+    Raises:
+        ExampleInputsError: the record is malformed, or holds an object that JSON could not take.
+    """
+    generator = torch.Generator().manual_seed(0)
+    try:
+        args = tuple(_replay(a, generator) for a in recorded["args"])
+        return Call(args, {str(k): _replay(v, generator) for k, v in recorded["kwargs"].items()})
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ExampleInputsError(f"the recorded example call is malformed: {type(error).__name__}: {error}") from error
+
+
+def _record(value: Any) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        return {"tensor": _record_tensor(value.detach().cpu())}
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return {"value": value}
+    if type(value) is tuple:
+        return {"tuple": [_record(v) for v in value]}
+    if type(value) is list:
+        return {"list": [_record(v) for v in value]}
+    if type(value) is dict and all(isinstance(k, str) for k in value):
+        return {"dict": {k: _record(v) for k, v in value.items()}}
+    return {"object": f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _record_tensor(value: Tensor) -> dict[str, Any]:
+    recorded: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if value.is_complex():
+        return recorded
+    if not value.is_floating_point():
+        if value.numel() <= KEPT:
+            return {**recorded, "values": value.flatten().tolist()}
+        return {**recorded, "low": int(value.min()), "high": int(value.max())}
+    wide = value.double()
+    if not bool(wide.isfinite().all()):
+        return recorded
+    if value.numel() <= KEPT_FLOATS:
+        return {**recorded, "values": wide.flatten().tolist()}
+    return {**recorded, "mean": float(wide.mean()), "spread": float(wide.std())}
+
+
+def _replay(recorded: Mapping[str, Any], generator: torch.Generator) -> Any:
+    ((kind, content),) = recorded.items()
+    if kind == "value":
+        return content
+    if kind == "tensor":
+        return _replay_tensor(content, generator)
+    if kind in ("tuple", "list"):
+        items = [_replay(c, generator) for c in content]
+        return tuple(items) if kind == "tuple" else items
+    if kind == "dict":
+        return {k: _replay(v, generator) for k, v in content.items()}
+    if kind == "object":
+        raise ExampleInputsError(f"the example call holds a {content}, which cannot be stored; pass example_inputs.")
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _replay_tensor(recorded: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    dtype = getattr(torch, recorded["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{recorded['dtype']!r} is no dtype")
+    shape = recorded["shape"]
+    if "values" in recorded:
+        return torch.tensor(recorded["values"], dtype=dtype).reshape(shape)
+    if "low" in recorded:
+        made = torch.randint(recorded["low"], recorded["high"] + 1, shape, generator=generator)
+        return made.to(dtype)
+    normal = torch.randn(shape, generator=generator)
+    return (normal * recorded.get("spread", 1.0) + recorded.get("mean", 0.0)).to(dtype)

@@ -1,0 +1,234 @@
+"""Save a pruned model and load it again: :func:`save`, :func:`load`. safetensors and JSON, never pickle.
+
+What is stored besides the tensors is what :func:`madtp.rewrite` needs to do its work again: the configuration, the sites,
+and a record of the example call. ``madtp/saving/model_folder.py`` knows the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import madtp
+from madtp.calls.call import Call
+from madtp.calls.copies import share
+from madtp.calls.record import replay_call
+from madtp.config import PruningConfig
+from madtp.errors import CheckpointError, ConfigError, UnknownModelError
+from madtp.pruned import PrunedModel
+from madtp.saving.model_folder import CONFIG, narrowed, read_folder, shorten, write_folder
+from madtp.sites.additions import PREFIX, Additions
+from madtp.sites.site import PruningSite
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+
+def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a pruned model: all its tensors, its settings, and how to rewrite the original again.
+
+    A saved model that the folder holds already is replaced, in one step; files of others in it are left alone.
+
+    Args:
+        pruned: from :func:`madtp.rewrite` or :func:`load`.
+        folder: created if it does not exist.
+        dtype: store floating-point tensors in this type (``torch.float16`` halves the files, at its precision).
+            :func:`load` casts back to the model's own type. None stores every tensor as it is, and loading reproduces
+            outputs exactly.
+    Returns:
+        the folder.
+    Raises:
+        CheckpointError: the folder cannot be written or belongs to something else, or a tensor holds NaN or does not fit
+            ``dtype``.
+        ConfigError: ``dtype`` is no floating-point type.
+    """
+    folder = Path(folder)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype is {dtype!r}; allowed: a floating-point torch.dtype such as torch.float16, or None")
+    tensors: Mapping[str, Tensor] = pruned.state_dict()
+    unreal = [name for name, value in tensors.items() if value.is_meta]
+    if unreal:
+        raise CheckpointError(
+            f"{shorten(unreal)} lie on the meta device and hold no values; load weights before saving."
+        )
+    _refuse_nan("the model", tensors)
+    description = _describe(pruned, tensors)
+    write_folder(folder, tensors if dtype is None else narrowed(tensors, dtype), description)
+    return folder
+
+
+def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: Inputs | None = None) -> PrunedModel:
+    """Read a pruned model that :func:`save` wrote.
+
+    Args:
+        folder: with the saved model.
+        model: an unmodified model of the saved architecture; its weights are replaced by the saved ones, as the result
+            shares them. None builds it through the zoo, if it came from there.
+        example_inputs: as for :func:`madtp.rewrite`; None makes inputs like those of the first rewrite.
+    Returns:
+        the pruned model with its temperature and gain, in the mode (train or eval) of ``model``.
+    Raises:
+        CheckpointError: the folder is missing, damaged, foreign, newer, or of another model; ``model`` is unchanged then.
+        MadtpError: from the rewrite.
+    """
+    folder = Path(folder)
+    tensors, stored = read_folder(folder)
+    try:
+        config = PruningConfig.from_dict(stored["pruning"])
+        settings = float(stored["temperature"]), float(stored["gain"])
+        counts = {str(site): int(count) for site, count in stored["static_counts"].items()}
+        sites = {site["name"]: site for site in stored["sites"]}
+        width = int(stored["alignment_width"])
+        identity, recorded = dict(stored["model"]), dict(stored["example"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}. Save the model again."
+        ) from error
+    _refuse_nan(str(folder), tensors)
+    host = _create(folder, identity) if model is None else model
+    bare = {name: value for name, value in tensors.items() if not name.startswith(f"{PREFIX}.")}
+    _check(folder, identity, host, host.state_dict(), bare)
+    inputs = _inputs(folder, recorded, host) if example_inputs is None else example_inputs
+    # Fixed counts cannot run before they are known, and checking the rewrite runs the model.
+    free = dataclasses.replace(config, batching="ragged") if config.batching == "static" else config
+    pruned = _rewrite_as(folder, host, inputs, free, sites, width)
+    own = pruned.state_dict()
+    _check(folder, identity, host, own, tensors)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+    pruned.temperature, pruned.gain = settings
+    pruned.config = pruned._control.config = config
+    pruned._control.static_counts.update(counts)
+    return pruned
+
+
+def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    host, sites = pruned._host, _sites(pruned)
+    floats = {v.dtype for k, v in tensors.items() if v.is_floating_point() and not k.startswith(f"{PREFIX}.")}
+    return {
+        "madtp": madtp.__version__,
+        "torch": str(torch.__version__),
+        "model": {
+            "class": f"{type(host).__module__}.{type(host).__qualname__}",
+            "zoo_name": getattr(host, "zoo_name", None),
+            "dtype": str(floats.pop()).removeprefix("torch.") if len(floats) == 1 else None,
+        },
+        "pruning": pruned.config.to_dict(),
+        "temperature": pruned.temperature,
+        "gain": pruned.gain,
+        "static_counts": dict(pruned._control.static_counts),
+        "sites": [dataclasses.asdict(site.spec) for site in sites],
+        "alignment_width": _alignment_width(pruned),
+        "example": pruned.example,
+    }
+
+
+def _sites(pruned: PrunedModel) -> list[PruningSite]:
+    return [module for module in pruned.modules() if isinstance(module, PruningSite)]
+
+
+def _alignment_width(pruned: PrunedModel) -> int:
+    return next(m.alignment_width for m in pruned.modules() if isinstance(m, Additions))
+
+
+def _create(folder: Path, identity: Mapping[str, Any]) -> nn.Module:
+    import zoo
+
+    name = identity.get("zoo_name")
+    if name is None:
+        raise CheckpointError(
+            f"{folder} holds a pruned {identity.get('class')}, which the zoo did not make; build the unmodified model and "
+            "pass it: madtp.load(folder, model)."
+        )
+    try:
+        model = zoo.create(name)
+    except UnknownModelError as error:
+        raise CheckpointError(
+            f"{folder} holds the zoo model {name!r}, which is not registered here ({error}); import what registers it, or "
+            "pass model."
+        ) from error
+    dtype = getattr(torch, str(identity.get("dtype")), None)
+    return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def _inputs(folder: Path, recorded: Mapping[str, Any], host: nn.Module) -> Inputs:
+    call = replay_call(recorded)
+    if call.args and call.kwargs:
+        raise CheckpointError(
+            f"{folder} was made from positional and named inputs together; pass example_inputs to load."
+        )
+    device = next((p.device for p in host.parameters()), torch.device("cpu"))
+    leaves, spec = Call(call.args, call.kwargs).flat()
+    moved = [x.to(device) if isinstance(x, Tensor) else x for x in leaves]
+    args, kwargs = torch.utils._pytree.tree_unflatten(moved, spec)
+    return args or kwargs
+
+
+def _rewrite_as(
+    folder: Path, host: nn.Module, inputs: Inputs, config: PruningConfig, sites: Mapping[str, Any], width: int
+) -> PrunedModel:
+    """Rewrite with the saved sites, which an edited plan may have chosen."""
+    from madtp.api import example_call, rewrite
+    from rewriters.regions import build_all
+
+    pruned = rewrite(host, inputs, config=config)
+    found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
+    wanted = {name: _plain(site) for name, site in sites.items()}
+    if found == wanted and _alignment_width(pruned) == width:
+        return pruned
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder} prunes at {len(missing)} sites that this model does not have ({shorten(missing)}); pass the model "
+            "that was saved, and example_inputs of the same kind."
+        )
+    plan = build_all(share(host), example_call(host, inputs), config).plan
+    kept = []
+    for site in plan.sites:
+        if site.name in wanted:
+            chosen = wanted[site.name]
+            given = {k: chosen[k] for k in ("class_position", "causal")}
+            kept.append(dataclasses.replace(site, protected=tuple(chosen["protected"]), **given))
+    return rewrite(
+        host, inputs, config=config, plan=dataclasses.replace(plan, sites=tuple(kept), alignment_width=width)
+    )
+
+
+def _plain(site: Mapping[str, Any]) -> dict[str, Any]:
+    return {**site, "protected": list(site["protected"])}
+
+
+def _refuse_nan(owner: str, tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and bool(value.isnan().any())]
+    if bad:
+        raise CheckpointError(f"{owner} holds NaN in {len(bad)} tensors ({shorten(bad)}); its training diverged.")
+
+
+def _check(
+    folder: Path, identity: Mapping[str, Any], host: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    """Refuse tensors that do not fit, before any is copied."""
+    missing = [name for name in own if name not in found]
+    unexpected = [name for name in found if name not in own]
+    faults = [
+        f"{len(names)} {kind} ({shorten(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    shapes = [
+        f"{name} is {list(found[name].shape)} in the folder and {list(value.shape)} in the model"
+        for name, value in own.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if shapes:
+        faults.append(f"{len(shapes)} of another shape ({shorten(shapes)})")
+    if faults:
+        raise CheckpointError(
+            f"{folder} holds a pruned {identity.get('class')} and does not fit this {type(host).__name__}: of {len(own)} "
+            f"tensors {', '.join(faults)}. Pass the model that was saved, unmodified and of the same size."
+        )

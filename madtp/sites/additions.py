@@ -1,0 +1,47 @@
+"""What pruning adds to a model, all under one prefix; start at :class:`Additions`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from madtp.cost.table import CostTable
+from madtp.method.guidance import AlignmentTokens
+from madtp.sites.control import PruningControl
+from madtp.sites.scoring import SiteSpec
+from madtp.sites.site import PruningSite
+
+PREFIX = "madtp"
+
+
+class Additions(nn.Module):
+    """All that pruning adds to a model: alignment tokens, sites, constants of the captured graphs.
+
+    programs: how many were made so far. control: what the sites share.
+    """
+
+    def __init__(self, specs: list[SiteSpec], keys: list[str], control: PruningControl, alignment_width: int) -> None:
+        super().__init__()
+        config = control.config
+        self.control = control
+        self.programs = 0
+        self.alignment_width = alignment_width
+        self.widths = {spec.width for spec in specs}
+        if config.alignment:
+            self.alignment = AlignmentTokens(config.alignment_tokens, alignment_width, seed=config.seed)
+            control.alignment = self.alignment
+        self.sites = nn.ModuleDict(
+            {
+                key: PruningSite(spec, control, alignment_width, config.seed + 1 + number)
+                for number, (key, spec) in enumerate(zip(keys, specs, strict=True))
+            }
+        )
+        self.constants = nn.Module()
+
+    def bind(self, cost: CostTable) -> None:
+        """Give the sizes of a cost table that depend on the whole model their values."""
+        config = self.control.config
+        cost.bind("alignment_tokens", config.alignment_tokens if config.alignment else 0)
+        cost.bind("alignment_width", self.alignment_width)
+        for width in self.widths:
+            projected = config.alignment and (config.query_projection == "always" or width != self.alignment_width)
+            cost.bind(f"projection of {width}", width * self.alignment_width if projected else 0)

@@ -1,0 +1,220 @@
+"""Choose the pruning strength for a given saving: :func:`calibrate` on batches, :class:`GainController` while training.
+
+Start at :func:`calibrate`. It searches one setting, the *knob* (the gain, on request the temperature, for a control with
+fixed counts the keep ratio), on a logarithmic scale: first a bracket, then smaller ones. MACs come from the cost table and the
+tokens that each sample really kept, so an evaluation is one forward of every batch.
+
+A *reduction* is the fraction of the dense model's multiply-accumulates that is saved: 0.8 leaves a fifth of them. What pruning
+itself costs (alignment tokens) counts against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from madtp.errors import CalibrationError, ConfigError
+from madtp.pruned import PrunedModel
+from madtp.tuning.batches import calls_of, evaluating
+from madtp.tuning.search import KNOBS, Knob, Measurement, Search, Steer, dense_macs, has_nan, mac_reduction
+
+__all__ = ["CalibrationResult", "GainController", "calibrate", "dense_macs", "mac_reduction"]
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What :func:`calibrate` found.
+
+    Attributes:
+        gain, temperature: the model's settings now. keep_ratio: of a control with fixed counts, else None.
+        reduction_reached: fraction of the dense MACs saved on the batches.
+        dense_macs, macs: multiply-accumulates per sample, without pruning and now.
+        samples: number of samples measured on.
+        deviation: standard error of the reduction over batches, so the size of the deviation to expect on as many other
+            samples; None for fewer than 4 batches.
+        evaluations: how often the batches were run.
+        steer: the setting that was searched. history: every evaluation of it in order.
+    """
+
+    gain: float
+    temperature: float
+    keep_ratio: float | None
+    reduction_reached: float
+    dense_macs: float
+    macs: float
+    samples: int
+    deviation: float | None
+    evaluations: int
+    steer: Steer
+    history: tuple[Measurement, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        value = {"gain": self.gain, "temperature": self.temperature, "keep_ratio": self.keep_ratio}[self.steer]
+        spread = "" if self.deviation is None else f" (standard error {self.deviation:.1%})"
+        return (
+            f"{self.reduction_reached:.1%}{spread} fewer MACs ({self.dense_macs / 1e9:.4g} G dense, "
+            f"{self.macs / 1e9:.4g} G pruned per sample) at {self.steer} {value:.5g}, on {self.samples} samples in "
+            f"{self.evaluations} evaluations"
+        )
+
+
+def calibrate(
+    pruned: PrunedModel,
+    batches: Iterable[Mapping[str, Any] | tuple[Any, ...]],
+    *,
+    reduction: float,
+    tolerance: float = 0.01,
+    steer: Steer | None = None,
+) -> CalibrationResult:
+    """Set the pruning strength so that mean MACs over ``batches`` fall by ``reduction``.
+
+    Args:
+        pruned: from :func:`madtp.rewrite`. It is run in eval mode; its mode is restored.
+        batches: inputs as the model takes them, dicts of keyword arguments or tuples of positional ones. Held in a list.
+        reduction: fraction of the dense MACs to save, above 0 and below 1 (0.8 = -80%).
+        tolerance: how far from it the result may lie, as a fraction of the dense MACs (0.01 = one percentage point).
+        steer: the setting to change; None takes "keep_ratio" where the configuration fixes one, else "gain".
+    Returns:
+        the settings found, which the model now has.
+    Raises:
+        ConfigError: a value is out of range, or ``steer`` names a setting without effect here.
+        ExampleInputsError: no batches, or they do not fit the model.
+        CalibrationError: the reduction cannot be reached, or weights or outputs are NaN. The model's settings are unchanged.
+    """
+    for name, value in (("reduction", reduction), ("tolerance", tolerance)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+            raise ConfigError(
+                f"{name} is {value!r}; allowed: a fraction above 0 and below 1 (0.8 saves 80% of the MACs)."
+            )
+    chosen = _knob(pruned, steer)
+    calls = calls_of(pruned, batches)
+    _refuse_nan_weights(pruned)
+    before = chosen.read(pruned)
+    search = Search(pruned, calls, chosen, reduction, tolerance)
+    found = False
+    try:
+        with torch.no_grad(), evaluating(pruned):
+            best = search.run()
+        found = True
+    finally:
+        if not found:
+            chosen.write(pruned, before)
+    return CalibrationResult(
+        gain=pruned.gain,
+        temperature=pruned.temperature,
+        keep_ratio=pruned.config.keep_ratio,
+        reduction_reached=best.reduction,
+        dense_macs=search.dense,
+        macs=best.macs,
+        samples=search.samples,
+        deviation=search.deviation(),
+        evaluations=len(search.history),
+        steer=chosen.name,
+        history=tuple(search.history),
+    )
+
+
+def _knob(pruned: PrunedModel, steer: Steer | None) -> Knob:
+    config = pruned.config
+    name: str = ("gain" if config.keep_ratio is None else "keep_ratio") if steer is None else steer
+    if name not in KNOBS:
+        raise ConfigError(f"steer is {steer!r}; allowed: {', '.join(map(repr, KNOBS))}, None")
+    if name != "keep_ratio" and config.keep_ratio is not None:
+        raise ConfigError(
+            f"steer is {name!r}, but keep_ratio={config.keep_ratio} fixes the counts; use steer='keep_ratio'."
+        )
+    if name == "keep_ratio" and config.keep_ratio is None:
+        raise ConfigError(
+            "steer is 'keep_ratio', but the configuration has none; it belongs to the controls selection='random' and "
+            "'class_attention'. Use steer='gain'."
+        )
+    if name == "temperature" and not config.alignment:
+        raise ConfigError("steer is 'temperature', which has no effect without alignment tokens; use steer='gain'.")
+    if pruned._control.static_counts:
+        raise ConfigError(
+            "the model has fixed counts at each site, which no setting changes; calibrate it before freezing."
+        )
+    if name != "temperature" and pruned.temperature == 0.0:
+        raise ConfigError("temperature is 0, which switches pruning off; set pruned.temperature (1.0, say) first.")
+    return KNOBS[name]
+
+
+def _refuse_nan_weights(pruned: PrunedModel) -> None:
+    bad = [name for name, value in pruned.state_dict().items() if has_nan(value)]
+    if bad:
+        shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise CalibrationError(f"{len(bad)} tensors of the model hold NaN ({shown}); load good weights.")
+
+
+class GainController:
+    """Steers the gain during training so that the MAC reduction follows a target: integral control of log gain.
+
+    After every step log(gain) moves by ``rate * (target - smoothed reduction)``. A target that cannot be reached drives the
+    gain to a bound and no further. Deterministic; ``state_dict`` and ``load_state_dict`` resume it exactly.
+
+    Args:
+        target: fraction of the dense MACs to save; may be changed between steps.
+        gain: start value.
+        rate: change of log(gain) a step, for each unit of error. It does not overshoot while rate times the slope of the
+            reduction over log(gain), which is 1 to 9, stays below ``(1 - smoothing) / 4``; a little overshoot is harmless.
+        smoothing: weight of the past in the exponential mean of observed reductions, in [0, 1).
+        bounds: smallest and largest gain.
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        *,
+        gain: float = 1.0,
+        rate: float = 0.01,
+        smoothing: float = 0.9,
+        bounds: tuple[float, float] = (0.05, 20.0),
+    ) -> None:
+        low, high = bounds
+        if not 0.0 < low < high < math.inf:
+            raise ConfigError(f"bounds are {bounds!r}; allowed: two positive numbers, the smaller first")
+        if not rate > 0.0 or not 0.0 <= smoothing < 1.0:
+            raise ConfigError(
+                f"rate is {rate!r} and smoothing {smoothing!r}; allowed: rate above 0, smoothing in [0, 1)"
+            )
+        self.target, self.rate, self.smoothing, self.bounds = target, rate, smoothing, (low, high)
+        self.gain = min(max(gain, low), high)
+        self.observed: float | None = None
+
+    def step(self, reduction: float) -> float:
+        """Take the reduction of one training step (:func:`mac_reduction`); returns the gain for the next.
+
+        Raises:
+            ConfigError: the target is not a fraction between 0 and 1. CalibrationError: ``reduction`` is not finite.
+        """
+        if not 0.0 <= self.target < 1.0:
+            raise ConfigError(f"target is {self.target!r}; allowed: a fraction of at least 0 and below 1")
+        if not math.isfinite(reduction):
+            raise CalibrationError(
+                f"the observed reduction is {reduction!r}; the MACs of the last step are not finite."
+            )
+        past = reduction if self.observed is None else self.observed
+        self.observed = self.smoothing * past + (1.0 - self.smoothing) * reduction
+        moved = self.gain * math.exp(self.rate * (self.target - self.observed))
+        self.gain = min(max(moved, self.bounds[0]), self.bounds[1])
+        return self.gain
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Everything that changes, as JSON types."""
+        return {"target": self.target, "gain": self.gain, "observed": self.observed}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ConfigError: keys are missing or unknown.
+        """
+        if set(state) != {"target", "gain", "observed"} or state["target"] is None or state["gain"] is None:
+            raise ConfigError(f"the state of a gain controller has target, gain and observed; got {sorted(state)}")
+        self.target, self.gain, self.observed = float(state["target"]), float(state["gain"]), state["observed"]

@@ -1,0 +1,298 @@
+"""The rule table: how axis labels move through each ATen operation.
+
+Start at :data:`RULES`, one row per operation, and :func:`apply`. A rule is a function from a node and the labels of its
+inputs to an :class:`Outcome`: labels of the result, and the repairs that keep the operation correct once token axes are
+shorter than they were captured (side inputs to align, baked-in sizes to replace, readouts to remap). Rules decide
+nothing else and change nothing; ``insert/insert.py`` carries the repairs out, ``detect/streams.py`` only reads the
+labels and readouts. An operation without a row, or a row that does not cover the labelled dimension, raises
+:class:`AxisError`: it is never taken for element-wise.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+from torch import fx
+
+from madtp.tokens.attention import attention
+from rewriters.axes import maps as map_rules
+from rewriters.axes.channels import (
+    batch_norm,
+    conv1d,
+    conv2d,
+    einsum,
+    index_select,
+    one_hot,
+    scatter,
+    topk,
+    view_as_complex,
+    view_as_real,
+)
+from rewriters.axes.labels import Labels, any_tokens, dim_size, has_tokens, is_plain, plain, token_axis, unlabelled
+from rewriters.axes.outcome import (
+    Align,
+    LabelMap,
+    Outcome,
+    Rule,
+    broadcast,
+    labels_of,
+    require_plain,
+    require_unlabelled,
+    same_axes,
+)
+from rewriters.axes.parts import (
+    gather,
+    getitem,
+    index,
+    masked_mean,
+    reduce,
+    repeat_interleave,
+    select,
+    size,
+    slice_,
+    split,
+)
+from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, transpose, unsqueeze, view
+from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name, tensor_operands
+
+
+def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Each element of the result depends on the elements at the same (broadcast) place only."""
+    return broadcast(node, tensor_operands(node), labels, example_shape(node))
+
+
+def like_first(node: fx.Node, labels: LabelMap) -> Outcome:
+    """The first operand's values in another type; of the second only its type is read."""
+    return Outcome(labels=labels_of(node.args[0], labels))
+
+
+def fresh(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A new tensor of which the operand gives only type and device."""
+    return Outcome(labels=unlabelled(example_shape(node)))
+
+
+def prelu(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A slope for each entry of dimension 1, or one for all."""
+    own, weight = labels_of(node.args[0], labels), node.args[1]
+    require_unlabelled([weight], labels, node)  # type: ignore[list-item]
+    if dim_size(unlabelled(example_shape(weight))[0]) > 1:  # type: ignore[arg-type]
+        require_plain(own[1:2], node)
+    return Outcome(labels=own)
+
+
+def last_dims(count: Callable[[fx.Node], int]) -> Rule:
+    """Mixes the last ``count`` dimensions of the first operand, leaves the others alone; the result keeps the shape."""
+
+    def rule(node: fx.Node, labels: LabelMap) -> Outcome:
+        own = labels_of(node.args[0], labels)
+        mixed = count(node)
+        require_plain(own[len(own) - mixed :], node)
+        require_unlabelled(tensor_operands(node)[1:], labels, node)
+        return Outcome(labels=own)
+
+    return rule
+
+
+def linear(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``[..., C] -> [..., C']``."""
+    own = labels_of(node.args[0], labels)
+    require_plain(own[-1:], node)
+    require_unlabelled(tensor_operands(node)[1:], labels, node)
+    return Outcome(labels=(*own[:-1], plain(example_shape(node)[-1])))
+
+
+def matmul(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Contraction over a dimension that runs along no axis; batch dimensions broadcast."""
+    first, second = (labels_of(node.args[i], labels) for i in (0, 1))
+    if len(first) < 2 or len(second) < 2:
+        raise AxisError("a matrix product with a vector")
+    require_plain((first[-1], second[-2]), node)
+    outer = broadcast(node, list(node.args[:2]), labels, example_shape(node), skip=2)  # type: ignore[arg-type]
+    assert outer.labels is not None
+    return Outcome(labels=(*outer.labels[:-2], first[-2], second[-1]), aligns=outer.aligns)
+
+
+def addmm(node: fx.Node, labels: LabelMap) -> Outcome:
+    """``bias + [M, C] @ [C, C']``: a linear layer over tokens folded with the batch, its weight transposed."""
+    bias, first, weight = node.args[:3]
+    own = labels_of(first, labels)
+    require_plain(own[-1:], node)
+    require_unlabelled([bias, weight], labels, node)  # type: ignore[list-item]
+    if len(example_shape(bias)) > 1 and example_shape(bias)[0] != 1:  # type: ignore[arg-type]
+        raise AxisError("addmm adds a value to each row by its place")
+    return Outcome(labels=(own[0], plain(example_shape(node)[-1])))
+
+
+def along(default: int, argument: int = 1, name: str = "dim") -> Rule:
+    """Mixes one dimension (softmax, cumsum): it must run along no axis."""
+
+    def rule(node: fx.Node, labels: LabelMap) -> Outcome:
+        own = labels_of(node.args[0], labels)
+        dim = call_argument(node, argument, name, default)
+        require_plain((own[normal_dim(dim, len(own))],), node)
+        return Outcome(labels=own)
+
+    return rule
+
+
+def embedding(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A row of the table for each index."""
+    require_unlabelled([node.args[0]], labels, node)  # type: ignore[list-item]
+    own = labels_of(node.args[1], labels)
+    return Outcome(labels=(*own, plain(example_shape(node)[-1])))
+
+
+def attend(node: fx.Node, labels: LabelMap) -> Outcome:
+    """Attention: the result runs along the queries; masks are aligned by the states of queries and keys."""
+    query, key, value = (labels_of(node.args[i], labels) for i in range(3))
+    require_plain((query[1], query[3], key[1], key[3], value[3]), node)
+    states = {}
+    for name, own in (("query_state", query), ("key_state", key)):
+        axis = token_axis(own[2])
+        if axis is not None:
+            states[name] = axis
+    if has_tokens(key[2]) and token_axis(value[2]) != token_axis(key[2]):
+        raise AxisError("keys and values run along different tokens")
+    batch = query[0] if not is_plain(query[0]) else key[0]
+    result = (batch, query[1], query[2], value[3])
+    mask = node.args[3] if len(node.args) > 3 else None
+    if not isinstance(mask, fx.Node) or mask not in labels or not any_tokens(labels_of(mask, labels)):
+        return Outcome(labels=result, states=states)
+    aligns = _aligned_scores(mask, (batch, query[1], query[2], key[2]), labels)
+    return Outcome(labels=result, states=states, aligns=aligns, renamed=(3, "present_mask"))
+
+
+def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Align, ...]:
+    """What makes a mask that is computed from pruned tokens run along queries and keys as the scores ``[B, H, Q, K]`` do."""
+    own = labels_of(mask, labels)
+    own = (plain(1),) * (4 - len(own)) + own
+    require_plain(own[1:2], mask)
+    aligns = []
+    for dim in (2, 3):
+        axis, wanted = token_axis(own[dim]), token_axis(scores[dim])
+        if axis == wanted or dim_size(own[dim]) == 1:
+            continue
+        newer = getattr(labels, "newer", None)
+        if wanted is None or (axis is not None and (newer is None or newer(axis, wanted) != wanted)):
+            raise AxisError("an attention mask that is computed from other tokens than queries and keys")
+        aligns.append(Align(mask, dim, wanted, 0, 4, present=axis))
+    return tuple(aligns)
+
+
+def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
+    """A submodule that works row by row (``capture/rowwise.py``): its results run along the rows of its operands."""
+    rank: int = node.meta["rowwise"].rank
+    operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    per_operand = [labels_of(operand, labels) for operand in operands]
+    rows = list(next(own for own in per_operand if len(own) >= rank)[:rank])
+    for own in per_operand:
+        require_plain(own[rank:], node)
+        for dim, label in enumerate(own[:rank]):
+            if is_plain(rows[dim]):
+                rows[dim] = label
+    for own in per_operand:
+        if not all(same_axes(a, b) or not has_tokens(b) for a, b in zip(own, rows, strict=False)):
+            raise AxisError("operands of a module that works row by row run along different tokens")
+    return Outcome(results=tuple((*rows, *unlabelled(sizes)) for _, sizes in node.meta["rowwise"].results))
+
+
+# Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.
+EVERY_POSITION = frozenset(
+    """
+masked_scatter index_put index_put_ conv3d conv_transpose1d conv_transpose2d avg_pool1d avg_pool2d max_pool2d
+adaptive_avg_pool1d adaptive_avg_pool2d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_nearest2d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle im2col grid_sampler roll pad
+constant_pad_nd
+""".split()
+)
+
+
+_ELEMENTWISE = """
+abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
+clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
+hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
+logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
+remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
+zeros_like __and__ __or__ __xor__
+""".split()
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
+    **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
+    "prelu": prelu,
+    "attention": attend,
+    "masked_mean": masked_mean,
+    "shares": map_rules.shares,
+    "total": map_rules.total,
+    "weigh": map_rules.weigh,
+    "rowwise": rowwise,
+    "linear": linear,
+    "einsum": einsum,
+    "conv1d": conv1d,
+    "conv2d": conv2d,
+    "batch_norm": batch_norm,
+    "view_as_complex": view_as_complex,
+    "view_as_real": view_as_real,
+    "index_select": index_select,
+    "topk": topk,
+    "one_hot": one_hot,
+    "scatter": scatter,
+    "gather": gather,
+    "matmul": matmul,
+    "bmm": matmul,
+    "mm": matmul,
+    "addmm": addmm,
+    "layer_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
+    "rms_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
+    "softmax": along(-1),
+    "log_softmax": along(-1),
+    "cumsum": along(-1),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "any", "all", "linalg_vector_norm", "norm"), reduce),
+    **dict.fromkeys(("transpose", "t", "mT"), transpose),
+    "permute": permute,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), view),
+    **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
+    "expand": expand,
+    "expand_as": elementwise,
+    "repeat": repeat,
+    "repeat_interleave": repeat_interleave,
+    "cat": cat,
+    "concat": cat,
+    "stack": stack,
+    "select": select,
+    "slice": slice_,
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind"), split),
+    operator.getitem.__name__: getitem,
+    "index": index,
+    "embedding": embedding,
+    "sym_size": size,
+}
+
+
+assert attention.__name__ in RULES
+
+
+def knows(node: fx.Node) -> bool:
+    """Whether it is known what ``node`` does with tokens, be it that it needs every position."""
+    return op_name(node) in RULES or op_name(node) in EVERY_POSITION
+
+
+def apply(node: fx.Node, labels: LabelMap) -> Outcome:
+    """The outcome of ``node`` under ``labels``; raises :class:`AxisError` if no rule covers it."""
+    if node.op != "call_function":
+        raise AxisError(f"a {node.op} node")
+    if op_name(node) in EVERY_POSITION:
+        raise AxisError(f"{op_name(node)} needs every position")
+    rule = RULES.get(op_name(node))
+    if rule is None:
+        raise AxisError(f"no rule for the operation {op_name(node)}")
+    try:
+        return rule(node, labels)
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        # A form of the call that the rule was not written for: refuse it, whatever its arguments look like.
+        raise AxisError(f"the rule of {op_name(node)} does not cover this form of it ({error})") from error

@@ -1,0 +1,275 @@
+"""Flatten: residual streams ``[B, H, W, C]`` become streams ``[B, H * W, C]``, and ``[B, C, H, W]`` become ``[B, C, H * W]``.
+
+Start at :func:`flatten_grids`. What works on each place by itself is moved from the grid to flat tokens (``pointwise.py`` tells
+what does); only what needs the grid (windows, a convolution, a pad) gets a view of it, so that the stream is one like any
+other and can be pruned.
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriters.axes.parts import reduce
+from rewriters.axes.table import RULES
+from rewriters.canonicalise.pointwise import FIRST, LAST, LAST_DIMENSION, UNGROUPED, Order, grid_around, stands_on
+from rewriters.graph.emit import emit
+from rewriters.graph.nodes import AxisError, call_argument, example_shape, is_attention, is_tensor, normal_dim, op_name
+from rewriters.graph.residual import residual_of
+
+aten = torch.ops.aten
+REGROUPED = frozenset(("view", "reshape", "_unsafe_view"))
+
+
+def cancel_permutes(graph: fx.Graph) -> None:
+    """A permutation and the one that undoes it go."""
+    for node in list(graph.nodes):
+        if op_name(node) != "permute" or op_name(node.args[0]) != "permute":
+            continue
+        first: Any = node.args[0]
+        rank = len(example_shape(node))
+        inner, outer = ([normal_dim(d, rank) for d in n.args[1]] for n in (first, node))
+        if [inner[d] for d in outer] == list(range(rank)):
+            node.replace_all_uses_with(first.args[0])
+            graph.erase_node(node)
+
+
+def flatten_grids(graph: fx.Graph) -> None:
+    """Flatten every residual stream of attention blocks that stands on a grid, and every sum that a stream of flat tokens
+    goes to its grid for (an encoding of positions by a convolution), in place."""
+    done: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        with suppress(AxisError):
+            seeds = _seeds(graph, node)
+            if seeds is None or len(example_shape(seeds[0])) != 4 or any(seed in done for seed in seeds):
+                continue
+            found = grid_around(seeds)
+            if found is not None:
+                done |= found.keys()
+                _flatten(graph, _Grid(found, *_entry(found)))
+
+
+def _seeds(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """A residual value that may stand on a grid, and what was added to it."""
+    if is_attention(node):
+        return residual_of(node, {n: position for position, n in enumerate(graph.nodes)})
+    if op_name(node) != "add" or not is_tensor(node):
+        return None
+    for operand in node.args[:2]:
+        if is_tensor(operand) and op_name(operand) in UNGROUPED and _is_view_of_tokens(operand):  # type: ignore[arg-type]
+            return operand, node  # type: ignore[return-value]
+    return None
+
+
+def _is_view_of_tokens(view: fx.Node) -> bool:
+    """Whether flat tokens become maps ``[B, C, H, W]``."""
+    shape = example_shape(view)
+    return len(shape) == 4 and example_shape(view.all_input_nodes[0]) == FIRST.flat(shape)
+
+
+def _entry(nodes: dict[fx.Node, Order]) -> tuple[fx.Node, Order]:
+    """A value of the grid that others are computed from, and how it stands there.
+
+    Raises :class:`AxisError` if there is none.
+    """
+    places = next(order.places(example_shape(node)) for node, order in nodes.items())
+    for node in sorted(nodes):
+        for operand in node.all_input_nodes:
+            order = nodes[node].turned if op_name(node) == "permute" else nodes[node]
+            if operand not in nodes and is_tensor(operand) and stands_on(operand, places, order):
+                return operand, order
+    raise AxisError("nothing tells the size of a grid")
+
+
+@dataclass
+class _Grid:
+    """Values on one grid that work on each place by itself. entry: a value of the grid that they are computed from, and how it
+    stands there. flat: what stands for a value now, with both dimensions of the grid as one."""
+
+    nodes: dict[fx.Node, Order]
+    entry: fx.Node
+    entry_order: Order
+    flat: dict[tuple[fx.Node, Order], fx.Node] = field(default_factory=dict)
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """What stands for a value now."""
+        return self.flat[node, self.nodes[node]]
+
+
+def _flatten(graph: fx.Graph, grid: _Grid) -> None:
+    for node in sorted(grid.nodes):
+        with graph.inserting_before(node):
+            grid.flat[node, grid.nodes[node]] = _flat(graph, grid, node, grid.nodes[node])
+    for node in sorted(grid.nodes, reverse=True):
+        for user in list(node.users):
+            if user not in grid.nodes:
+                _show(graph, grid, node, user)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _flat(graph: fx.Graph, grid: _Grid, node: fx.Node, order: Order) -> fx.Node:
+    """A value of the grid over flat tokens."""
+    name = op_name(node)
+    if name == "permute":
+        return emit(graph, aten.transpose.int, (_operand(graph, grid, node.args[0], order.turned), 1, 2), node)
+    if name in LAST_DIMENSION or name == "batch_norm":
+        return emit(
+            graph, node.target, (_operand(graph, grid, node.args[0], order), *node.args[1:]), node, **node.kwargs
+        )
+    if name == "conv2d":
+        column = emit(graph, aten.unsqueeze.default, (_operand(graph, grid, node.args[0], order), -1), node)
+        mixed = emit(graph, node.target, (column, *node.args[1:]), node, **node.kwargs)
+        flat = emit(graph, aten.squeeze.dim, (mixed, -1), node)
+        for beside in (column, flat):
+            beside.meta["nn_module_stack"] = _outside(node)
+        return flat
+    arguments = fx.map_arg(node.args, lambda n: _operand(graph, grid, n, order))
+    # An order of memory is one of four dimensions.
+    named = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+    return emit(graph, node.target, arguments, node, **named)
+
+
+def _outside(node: fx.Node) -> dict[str, Any]:
+    """The module stack around the module that issued ``node``: it issues one operation, and is lifted for that."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return dict(list(stack.items())[:-1])
+
+
+def _operand(graph: fx.Graph, grid: _Grid, operand: Any, order: Order) -> Any:
+    """What takes an operand's place beside flat tokens."""
+    if not is_tensor(operand):
+        return operand
+    if (operand, order) not in grid.flat:
+        if operand in grid.nodes:
+            raise AxisError("a value stands on a grid in two ways")
+        if len(example_shape(operand)) < 4 - order.first:
+            return operand
+        grid.flat[operand, order] = _flat_form(graph, operand, order)
+    return grid.flat[operand, order]
+
+
+def _flat_form(graph: fx.Graph, operand: fx.Node, order: Order) -> fx.Node:
+    """A value on the grid, or one for all its places, with both dimensions of the grid as one."""
+    rank = len(example_shape(operand))
+    source: Any = operand.args[0] if operand.op == "call_function" and op_name(operand) in UNGROUPED else None
+    if rank == 4 and is_tensor(source):
+        if example_shape(source) == order.flat(example_shape(operand)):
+            return source
+        heads = _heads_together(graph, operand, source) if order is LAST else None
+        if heads is not None:
+            return heads
+        sizes = operand.args[1]
+        if op_name(operand) in REGROUPED and isinstance(sizes, (list, tuple)):
+            return emit(graph, aten.reshape.default, (source, _merged(graph, list(sizes), order)), operand)
+    flat = emit(graph, aten.flatten.using_ints, (operand, rank + order.first - 4, rank + order.first - 3), operand)
+    flat.meta["nn_module_stack"] = _outside(operand)
+    return flat
+
+
+def _merged(graph: fx.Graph, sizes: list[Any], order: Order) -> list[Any]:
+    """Sizes of a value on the grid as sizes of flat tokens."""
+    height, width = sizes[order.first : order.first + 2]
+    if -1 in (height, width):
+        count: Any = -1
+    elif isinstance(height, int) and isinstance(width, int):
+        count = height * width
+    else:
+        count = graph.call_function(operator.mul, (height, width))
+        known = [n.meta["val"] if isinstance(n, fx.Node) else n for n in (height, width)]
+        count.meta["val"] = known[0] * known[1]
+    return [*sizes[: order.first], count, *sizes[order.first + 2 :]]
+
+
+def _heads_together(graph: fx.Graph, operand: fx.Node, permuted: fx.Node) -> fx.Node | None:
+    """The flat form of heads ``[B, heads, H, W, D]`` that are put together to ``[B, H, W, heads * D]``; None if it is none."""
+    split: Any = permuted.args[0] if op_name(permuted) == "permute" else None
+    if not is_tensor(split) or op_name(split) not in REGROUPED or op_name(operand) not in REGROUPED:
+        return None
+    first: Any = split.args[1]
+    last: Any = operand.args[1]
+    rank = len(example_shape(split))
+    order = [normal_dim(d, rank) for d in permuted.args[1]]  # type: ignore[union-attr, arg-type]
+    at = order[1] if len(order) > 3 else 0
+    grid = example_shape(operand)[1:3]
+    if order[:1] != [0] or order[2:3] != [at + 1] or tuple(first[at : at + 2]) != grid or tuple(last[1:3]) != grid:
+        return None
+    count = grid[0] * grid[1]
+    flat = emit(graph, aten.reshape.default, (split.args[0], [*first[:at], count, *first[at + 2 :]]), split)
+    merged = [d - (d > at) for d in order if d != at + 1]
+    flat = emit(graph, aten.permute.default, (flat, merged), permuted)
+    return emit(graph, aten.reshape.default, (flat, [last[0], count, *last[3:]]), operand)
+
+
+def _show(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> None:
+    """Give a user that needs the grid a view of it; one that only regroups, counts or reduces it reads the flat tokens."""
+    with graph.inserting_before(user):
+        new = _read_flat(graph, grid, node, user)
+        if new is None:
+            user.replace_input_with(node, _on_grid(graph, grid, node))
+            return
+    user.replace_all_uses_with(new)
+    graph.erase_node(user)
+
+
+def _read_flat(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """What a user of a value on the grid yields, from flat tokens; None if it needs the grid."""
+    flat, order, name = grid.of(node), grid.nodes[node], op_name(user)
+    if name in UNGROUPED and example_shape(user) == example_shape(flat):
+        return flat
+    if name in REGROUPED and isinstance(user.args[1], (list, tuple)):
+        return emit(graph, aten.reshape.default, (flat, user.args[1]), user)
+    if name == "flatten":
+        start, end = (
+            normal_dim(call_argument(user, i, n, d), 4) for i, n, d in ((1, "start_dim", 0), (2, "end_dim", -1))
+        )
+        if start > order.first or end < order.first + 1:
+            return None
+        return flat if end - 1 == start else emit(graph, aten.flatten.using_ints, (flat, start, end - 1), user)
+    if name == "sym_size":
+        return _size(graph, grid, user.args[1], order, flat)
+    if (RULES.get(name) is reduce and _over_places(user, order)) or _pools_all(user, order):
+        target = aten.mean.dim if _pools_all(user, order) else user.target
+        keeps = len(example_shape(user)) == 4
+        new = emit(graph, target, (flat, [order.first], keeps), user)
+        return emit(graph, aten.unsqueeze.default, (new, order.first), user) if keeps else new
+    return None
+
+
+def _size(graph: fx.Graph, grid: _Grid, dim: Any, order: Order, flat: fx.Node) -> fx.Node:
+    dim = normal_dim(dim, 4)
+    if order.first <= dim < order.first + 2:
+        source, dim = grid.entry, grid.entry_order.first + dim - order.first
+    else:
+        source, dim = flat, dim - (dim > order.first)
+    new = graph.call_function(aten.sym_size.int, (source, dim))
+    new.meta["val"] = source.meta["val"].shape[dim]
+    return new
+
+
+def _over_places(user: fx.Node, order: Order) -> bool:
+    dims = call_argument(user, 1, "dim", None)
+    if not isinstance(dims, (list, tuple)) or set(user.kwargs) - {"dim", "keepdim"}:
+        return False
+    return sorted(d % 4 for d in dims) == [order.first, order.first + 1]
+
+
+def _pools_all(user: fx.Node, order: Order) -> bool:
+    """Whether ``user`` is the mean over all places."""
+    return op_name(user) == "adaptive_avg_pool2d" and order is not LAST and example_shape(user)[2:] == (1, 1)
+
+
+def _on_grid(graph: fx.Graph, grid: _Grid, node: fx.Node) -> fx.Node:
+    sizes = []
+    for dim in (grid.entry_order.first, grid.entry_order.first + 1):
+        size = grid.entry.meta["val"].shape[dim]
+        if not isinstance(size, int):
+            size = graph.call_function(aten.sym_size.int, (grid.entry, dim))
+            size.meta["val"] = grid.entry.meta["val"].shape[dim]
+        sizes.append(size)
+    return emit(graph, aten.unflatten.int, (grid.of(node), grid.nodes[node].first, sizes), node)

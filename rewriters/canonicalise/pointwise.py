@@ -1,0 +1,144 @@
+"""Places: which values of a graph stand on a grid and hold, at each place, what depends on that place alone.
+
+Start at :func:`grid_around`; ``flatten_grids.py`` moves such values to flat tokens. Channels stand last, ``[B, H, W,
+C]``, or first, ``[B, C, H, W]``; a permutation leads from one to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from rewriters.axes.channels import sees_one_place
+from rewriters.axes.table import RULES, elementwise, like_first
+from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name
+
+LAST_DIMENSION = frozenset(("linear", "layer_norm", "rms_norm"))
+UNGROUPED = frozenset("view reshape _unsafe_view unflatten".split())
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a value of rank 4 stands on a grid. first: the first of the two dimensions of the grid."""
+
+    first: int
+
+    @property
+    def turned(self) -> Order:
+        """The other order."""
+        return FIRST if self is LAST else LAST
+
+    @property
+    def permutation(self) -> list[int]:
+        """Dimensions that lead to this order from the other one."""
+        return [0, 2, 3, 1] if self is LAST else [0, 3, 1, 2]
+
+    def places(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Batch and places of a value of that shape."""
+        return (shape[0], *shape[self.first : self.first + 2])  # type: ignore[return-value]
+
+    def flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape with both dimensions of the grid as one."""
+        return (*shape[: self.first], shape[self.first] * shape[self.first + 1], *shape[self.first + 2 :])
+
+
+LAST, FIRST = Order(1), Order(2)
+
+
+def grid_around(seeds: tuple[fx.Node, ...]) -> dict[fx.Node, Order] | None:
+    """All values that hang together with ``seeds``, of one shape, by operations on each place, and how they stand on the grid.
+    None where nothing tells which dimension holds the channels."""
+    for order in (LAST, FIRST):
+        found = _around(seeds, order)
+        if found is not None and _is_told(found):
+            return found
+    return None
+
+
+def _around(seeds: tuple[fx.Node, ...], order: Order) -> dict[fx.Node, Order] | None:
+    places = order.places(example_shape(seeds[0]))
+    found: dict[fx.Node, Order] = {}
+    seen = dict.fromkeys(seeds, order)
+    waiting = list(seeds)
+    while waiting:
+        node = waiting.pop()
+        if _is_pointwise(node, places, seen[node]):
+            found[node] = seen[node]
+        # What is no such value hands the grid on to those that read it.
+        for other in (*(node.all_input_nodes if node in found else ()), *node.users):
+            own = _order_beside(node, seen[node], other)
+            if other in seen:
+                if seen[other] is not own and _is_pointwise(other, places, own):
+                    return None
+            elif _is_pointwise(other, places, own) or (other in node.all_input_nodes and _hands_on(other, places, own)):
+                seen[other] = own
+                waiting.append(other)
+    return found
+
+
+def _hands_on(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
+    return node.op == "call_function" and is_tensor(node) and stands_on(node, places, order)
+
+
+def _order_beside(node: fx.Node, order: Order, other: fx.Node) -> Order:
+    """How ``other``, an operand or a user of ``node``, has to stand."""
+    turns = node if other in node.all_input_nodes else other
+    return order.turned if op_name(turns) == "permute" else order
+
+
+def _is_told(found: dict[fx.Node, Order]) -> bool:
+    """Whether an operation tells where channels stand."""
+    for node, order in found.items():
+        if order is LAST and op_name(node) in LAST_DIMENSION:
+            return True
+        if order is FIRST and (op_name(node) in ("conv2d", "batch_norm") or any(_reads_maps(u) for u in node.users)):
+            return True
+    return False
+
+
+def _reads_maps(user: fx.Node) -> bool:
+    """Whether ``user`` takes maps ``[B, C, H, W]``: it convolves them, or makes tokens of their places."""
+    if op_name(user) == "flatten":
+        return normal_dim(call_argument(user, 1, "start_dim", 0), 4) == 2
+    return op_name(user) in ("conv2d", "batch_norm")
+
+
+def stands_on(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
+    """Whether a value has the size of the grid."""
+    shape = example_shape(node)
+    return len(shape) == 4 and order.places(shape) == places
+
+
+def _is_pointwise(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
+    """Whether a value stands on the grid and depends, at each place, on what its operands hold there (and on no order of the
+    places: statistics of a batch norm in training)."""
+    if node.op != "call_function" or not is_tensor(node) or not stands_on(node, places, order):
+        return False
+    name, first = op_name(node), node.args[0] if node.args else None
+    if name == "permute":
+        dims: Any = node.args[1]
+        return [normal_dim(d, 4) for d in dims] == order.permutation
+    if name in LAST_DIMENSION or name in ("conv2d", "batch_norm"):
+        return _is_of_channels(node, name, order) and stands_on(first, places, order)  # type: ignore[arg-type]
+    if RULES.get(name) not in (elementwise, like_first):
+        return False
+    return all(_fits(n, places, order) for n in node.all_input_nodes if is_tensor(n))
+
+
+def _is_of_channels(node: fx.Node, name: str, order: Order) -> bool:
+    """Whether an operation mixes channels alone."""
+    if name in LAST_DIMENSION:
+        return order is LAST and (name == "linear" or len(node.args[1]) == 1)  # type: ignore[arg-type]
+    if order is LAST:
+        return False
+    return name == "batch_norm" or sees_one_place(node)
+
+
+def _fits(operand: fx.Node, places: tuple[int, ...], order: Order) -> bool:
+    """Whether an operand has an entry for each place of the grid, or one for all."""
+    shape = example_shape(operand)
+    behind = 3 - order.first - 1  # dimensions behind the grid
+    grid = shape[-2 - behind : len(shape) - behind]
+    return grid in (places[1:], (1, 1)) or len(shape) <= behind or set(shape) <= {1}

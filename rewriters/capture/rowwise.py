@@ -1,0 +1,280 @@
+"""Row by row: submodules that choose rows by their values (sparse experts), found by what they do rather than by how.
+
+Start at :func:`find_rowwise`. No graph holds a loop over the experts that were hit, or a split of sorted rows into groups of
+any size. Such a submodule may stay as it is, one operation that works token by token, if each row of its results depends on
+the same row of its operands alone. That is shown by experiment: rows in other company, alone, and so many of one kind that any
+capacity overflows, must come out as before, in double precision and with parameters moved at random, so that no branch is
+silent because its gate is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from madtp.calls.call import Call
+from madtp.calls.fast_path import spelled_out
+from madtp.cost.counting import Counter
+from rewriters.capture.restore import same_buffers, untouched
+
+aten = torch.ops.aten
+# Put rows in order by their values, or multiply groups of rows of any size.
+SORTS = frozenset("sort argsort bincount histc _grouped_mm".split())
+# Submodules around the one that chooses rows that are tried in its place.
+AROUND = 2
+# Rows of one kind: more than any capacity.
+CROWD = 2048
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+CONTAINERS = (tuple, list, dict)
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """A submodule that works row by row.
+
+    spec: structure of its call ``(args, kwargs)``. constants: leaves of the call that are no tensors, by position. rank:
+    leading dimensions that are rows. results: type and further sizes of its results. places: for each entry of the tuple that
+    it returns the number of a result, or None; None if it returns a tensor. macs: multiply-accumulates a row.
+    """
+
+    path: str
+    spec: pytree.TreeSpec
+    constants: tuple[tuple[int, Any], ...]
+    rank: int
+    results: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    places: tuple[int | None, ...] | None
+    macs: float
+
+
+@dataclass
+class _Frame:
+    """A call of a submodule under way. chooses: whether rows are chosen by value in it."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    chooses: bool = False
+
+
+@dataclass
+class _Calls(TorchDispatchMode):
+    """Notes the calls of submodules in which rows are chosen by value, innermost first, each with its results."""
+
+    found: dict[str, list[tuple[_Frame, Any]]] = field(default_factory=dict)
+    active: list[_Frame] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if self.active and _chooses(func, args):
+            for frame in self.active[-1 - AROUND :]:
+                frame.chooses = True
+        return func(*args, **(kwargs or {}))
+
+    def enter(self, path: str) -> Any:
+        """A hook that notes a call of the module at ``path``."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.active.append(_Frame(path, args, kwargs))
+
+        return hook
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook that ends the innermost call."""
+        frame = self.active.pop()
+        if frame.chooses:
+            self.found.setdefault(frame.path, []).append((frame, output))
+
+
+def sorts(func: Any) -> bool:
+    """Whether an operation orders rows by their values, counts them by value or works on groups of any size."""
+    return getattr(getattr(func, "overloadpacket", None), "__name__", "") in SORTS
+
+
+def _chooses(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation that runs chooses rows by their values."""
+    if func is aten.index.Tensor:
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return sorts(func) or torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+
+
+def find_rowwise(model: nn.Module, call: Call) -> list[Rowwise]:
+    """The smallest submodules of ``model`` that choose rows by their values in ``call`` and work row by row for all that."""
+    calls = _Calls()
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(calls.enter(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(calls.leave, always_call=True))
+    try:
+        with (
+            torch.no_grad(),
+            spelled_out(),
+            torch.random.fork_rng(devices=[]),
+            untouched(model),
+            same_buffers(model),
+            calls,
+        ):
+            model(*call.args, **call.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[Rowwise] = []
+    failed: set[type[nn.Module]] = set()
+    for path in sorted(calls.found, key=lambda p: (-p.count("."), p)):
+        module = model.get_submodule(path)
+        if type(module) in failed or any(one.path.startswith(f"{path}.") for one in found):
+            continue
+        rowwise = _rowwise(path, module, calls.found[path])
+        if rowwise is None:
+            failed.add(type(module))
+        else:
+            found.append(rowwise)
+    return found
+
+
+def _rowwise(path: str, module: nn.Module, calls: list[tuple[_Frame, Any]]) -> Rowwise | None:
+    """What ``module`` is by its calls, if it works row by row."""
+    described = [_describe(path, frame, output) for frame, output in calls]
+    first = described[0]
+    if first is None or any(one != first for one in described):
+        return None
+    leaves = pytree.tree_leaves((calls[0][0].args, calls[0][0].kwargs))
+    trial = _Trial(module, first, leaves)
+    with torch.no_grad(), spelled_out(), torch.random.fork_rng(devices=[]), untouched(module):
+        if not trial.rows_do_not_matter():
+            return None
+        with Counter(lambda: False) as counter:
+            trial.run(leaves, dict(module.named_buffers()))
+    operand = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() >= first.rank)
+    return Rowwise(**{**vars(first), "macs": counter.total / max(1, operand.shape[: first.rank].numel())})
+
+
+def _describe(path: str, frame: _Frame, output: Any) -> Rowwise | None:
+    """The form of a call; None if it is of another form than rows in, rows out."""
+    if output is None or not isinstance(output, (Tensor, tuple, list)):
+        return None
+    returned = [output] if isinstance(output, Tensor) else list(output)
+    results = [one for one in returned if isinstance(one, Tensor)]
+    if not results or any(one is not None and not isinstance(one, Tensor) for one in returned):
+        return None
+    numbers = iter(range(len(results)))
+    places = tuple(next(numbers) if isinstance(one, Tensor) else None for one in returned)
+    rank = results[0].dim() - 1
+    rows = results[0].shape[:rank]
+    leaves, spec = pytree.tree_flatten((frame.args, frame.kwargs))
+    operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = tuple((at, leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+    plain = all(leaf is None or isinstance(leaf, (bool, float, str)) for _, leaf in others)
+    fits = rank > 0 and all(one.dim() >= rank and one.shape[:rank] == rows for one in results)
+    along = all(one.dim() > 0 and one.shape[:rank] == rows[: one.dim()] for one in operands)
+    whole = any(one.dim() > rank and one.is_floating_point() for one in operands)
+    if not (plain and fits and along and whole and _is_built_of(spec)):
+        return None
+    forms = tuple((one.dtype, tuple(one.shape[rank:])) for one in results)
+    return Rowwise(path, spec, others, rank, forms, None if isinstance(output, Tensor) else places, 0.0)
+
+
+def _is_built_of(spec: pytree.TreeSpec) -> bool:
+    """Whether arguments lie in Python's own containers only, which a graph can hold."""
+    return spec.is_leaf() or (spec.type in CONTAINERS and all(_is_built_of(child) for child in spec.children()))
+
+
+class _Still(TorchDispatchMode):
+    """Inside the block nothing is drawn at random: dropout keeps all, noise is one number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return result
+        name = func.overloadpacket.__name__
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        return result.fill_(1) if isinstance(result, Tensor) else result
+
+
+class _Trial:
+    """Experiments with one submodule."""
+
+    def __init__(self, module: nn.Module, form: Rowwise, leaves: list[Any]) -> None:
+        self.module, self.form, self.leaves = module, form, leaves
+        self.buffers = frozenset(name for name, _ in module.named_buffers())
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self, leaves: list[Any], state: dict[str, Tensor]) -> list[Tensor]:
+        """The results on a call with these leaves, with these parameters and buffers in place of the module's own."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.form.spec)
+        state = {name: value.clone() if name in self.buffers else value for name, value in state.items()}
+        output = torch.func.functional_call(self.module, state, args, kwargs)
+        return [output] if isinstance(output, Tensor) else [one for one in output if one is not None]
+
+    def rows_do_not_matter(self) -> bool:
+        """Whether each row of the results depends on the same row of the operands alone."""
+        for dtype, tolerance in TOLERANCES.items():
+            try:
+                return all(self._agree(dtype, tolerance, dim) for dim in range(self.form.rank))
+            except Exception:  # of many kinds: it is not of this type, or not for so many rows
+                continue
+        return False
+
+    def _agree(self, dtype: torch.dtype, tolerance: float, dim: int) -> bool:
+        state = self._moved(dtype)
+        leaves = [self._as(leaf, dtype) for leaf in self.leaves]
+        with _Still():
+            whole = self.run(leaves, state)
+            for rows, company in self._choices(whole[0], dim):
+                chosen = [self._among(leaf, dim, rows, company) for leaf in leaves]
+                for before, after in zip(whole, self.run(chosen, state), strict=True):
+                    wanted, found = before.index_select(dim, rows.to(before.device)), after.narrow(dim, 0, len(rows))
+                    if not _close(wanted, found, tolerance):
+                        return False
+        return True
+
+    def _choices(self, result: Tensor, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows along ``dim`` to look at, and rows that come after them as company, grown to other values."""
+        nobody, size = torch.zeros(0, dtype=torch.long), result.shape[dim]
+        crowd = max(2, CROWD * size // result.shape[: self.form.rank].numel())
+        order = torch.randperm(size, generator=self.generator)
+        yield order, nobody
+        yield order[: max(1, size // 2)].sort().values, nobody
+        yield order, torch.randperm(size, generator=self.generator).repeat(3)
+        for row in order[:2]:
+            yield row[None], nobody
+            yield row.repeat(crowd), nobody
+
+    def _among(self, leaf: Any, dim: int, rows: Tensor, company: Tensor) -> Any:
+        """The chosen rows of an operand, in company."""
+        if not isinstance(leaf, Tensor) or leaf.dim() <= dim:
+            return leaf
+        others = leaf.index_select(dim, company.to(leaf.device))
+        return torch.cat(
+            [leaf.index_select(dim, rows.to(leaf.device)), others * 3 if leaf.is_floating_point() else others], dim
+        )
+
+    def _moved(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Parameters and buffers as ``dtype``, the parameters moved at random."""
+        state: dict[str, Tensor] = {name: self._as(b, dtype) for name, b in self.module.named_buffers()}
+        for name, parameter in self.module.named_parameters():
+            value = self._as(parameter.detach(), dtype)
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=self.generator, dtype=dtype).to(value.device)
+                value = value + 0.05 * noise
+            state[name] = value
+        return state
+
+    def _as(self, leaf: Any, dtype: torch.dtype) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _close(wanted: Tensor, found: Tensor, tolerance: float) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, found)
+    scale = wanted.abs().max().clamp_min(1e-6)
+    return bool(((wanted - found).abs().max() <= tolerance * scale).item())

@@ -1,0 +1,107 @@
+"""Stand-ins: submodules that work row by row (``rowwise.py``) are one operation while a model is captured.
+
+Start at :func:`standing_in`. The operation exists between capture and lifting alone: :func:`call_back` puts calls of the
+submodules themselves in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from rewriters.capture.rowwise import Rowwise
+
+# What the operation stands for, by path, while a model is traced.
+_present: dict[str, Rowwise] = {}
+
+
+@torch.library.custom_op("madtp::rowwise", mutates_args=())
+def rowwise(operands: list[Tensor], path: str) -> list[Tensor]:
+    """A call of the submodule at ``path``, which works row by row."""
+    raise NotImplementedError("it stands in graphs that are being rewritten, and is never run")
+
+
+@rowwise.register_fake
+def _(operands: list[Tensor], path: str) -> list[Tensor]:
+    form = _present[path]
+    like = next(one for one in operands if one.dim() >= form.rank)
+    rows = like.shape[: form.rank]
+    return [like.new_empty((*rows, *sizes), dtype=dtype) for dtype, sizes in form.results]
+
+
+@contextmanager
+def standing_in(model: nn.Module, found: Sequence[Rowwise]) -> Iterator[None]:
+    """Inside the block the submodules ``found`` are one operation where they are traced."""
+    patched: list[tuple[dict[str, Any], Any]] = []
+    _present.update({form.path: form for form in found})
+    try:
+        for form in found:
+            attributes = model.get_submodule(form.path).__dict__
+            patched.append((attributes, attributes.get("forward")))
+            attributes["forward"] = _stand_in(form, model.get_submodule(form.path).forward)
+        yield
+    finally:
+        for attributes, before in patched:
+            del attributes["forward"]
+            if before is not None:
+                attributes["forward"] = before
+        _present.clear()
+
+
+def _stand_in(form: Rowwise, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not any(isinstance(one, FakeTensor) for one in operands):
+            with torch._C.DisableTorchFunction():
+                return forward(*args, **kwargs)
+        others = tuple((at, leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        if spec != form.spec or others != form.constants:
+            raise ValueError(f"{form.path} is called in different ways")
+        results = torch.ops.madtp.rowwise(operands, form.path)
+        if form.places is None:
+            return results[0]
+        return tuple(None if number is None else results[number] for number in form.places)
+
+    return stand_in
+
+
+def note_forms(graph: fx.Graph, found: Sequence[Rowwise]) -> None:
+    """Write down at each operation what it stands for."""
+    forms = {form.path: form for form in found}
+    for node in graph.nodes:
+        if node.target is torch.ops.madtp.rowwise.default:
+            node.meta["rowwise"] = forms[node.args[1]]
+
+
+def call_back(graph: fx.Graph) -> None:
+    """Call the submodules again that the operation stood for, in place."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.madtp.rowwise.default:
+            continue
+        form: Rowwise = node.meta["rowwise"]
+        operands, others = iter(node.args[0]), dict(form.constants)
+        count = form.spec.num_leaves
+        args, kwargs = pytree.tree_unflatten(
+            [others[n] if n in others else next(operands) for n in range(count)], form.spec
+        )
+        with graph.inserting_before(node):
+            call = graph.call_module(form.path, args, kwargs)
+        values = node.meta["val"]
+        returned = values[0] if form.places is None else [None if n is None else values[n] for n in form.places]
+        call.meta = {**node.meta, "val": returned}
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            if form.places is None:
+                user.replace_all_uses_with(call)
+                graph.erase_node(user)
+            else:
+                user.args = (call, form.places.index(user.args[1]))  # type: ignore[index]
+        graph.erase_node(node)

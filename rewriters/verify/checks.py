@@ -1,0 +1,151 @@
+"""Verify: invariants checked on every rewrite.
+
+Start at :data:`CHECKS`. The cheap ones run here; the tests run all invariants of the design on many models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from madtp.calls.batch import free_batch
+from madtp.calls.branches import OtherBranch
+from madtp.calls.call import Call
+from madtp.calls.compare import compare, drawing_alike
+from madtp.errors import RewriteError
+from madtp.programs.program import Program
+from madtp.sites.control import PruningControl
+from rewriters.plan.plan import Plan
+from rewriters.verify.replay import batch_mates_do_not_matter, dropping_equals_hiding, first_sample, parted
+
+# MACs a sample from which on one comparison has to do: further ones would cost seconds.
+EXPENSIVE = 2e10
+COUPLED = (
+    "output {} of the first sample alone differs by {:.1e} of its scale from what the model itself computes for it in its "
+    "batch, so no one graph serves both. It decides by values that are not in the graph: a mask that hides nothing may be left "
+    "out. Call the model without the mask, or change it to compute the same in either case."
+)
+
+
+@dataclass
+class Case:
+    """What a check may look at: the original, the program, the tree it runs on, the control of its sites, the example
+    call, the plan."""
+
+    model: nn.Module
+    program: Program
+    root: nn.Module
+    control: PruningControl
+    call: Call
+    plan: Plan
+
+
+def graph_is_sound(case: Case) -> None:
+    """The graph is well formed and names only modules and parameters that exist."""
+    case.program.graph.lint()
+    for node in case.program.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            value: Any = case.root
+            for part in str(node.target).split("."):
+                if not hasattr(value, part):
+                    raise RewriteError(f"the graph names {node.target}, which the model does not have.")
+                value = getattr(value, part)
+
+
+def inactive_equals_original(case: Case) -> None:
+    """With pruning off, the program computes what the model computes, at the example's batch size and for one
+    sample."""
+    if any(m.training for m in case.model.modules()):
+        return
+    expected, actual = unpruned(case, case.call)
+    compare(expected, actual)
+    if is_cheap(case) and _batch_is_free(case):
+        alone, actual = unpruned(case, first_sample(case.call))
+        try:
+            compare(alone, actual)
+        except RewriteError:
+            coupled = parted(pytree.tree_leaves(alone), pytree.tree_leaves(expected))
+            if not coupled:
+                raise
+            position, error = next(iter(coupled.items()))
+            raise RewriteError(COUPLED.format(position, error)) from None
+
+
+def unpruned(case: Case, call: Call) -> tuple[Any, Any]:
+    """What the model and the program with pruning off return for ``call``."""
+    temperature = case.control.temperature
+    case.control.temperature = 0.0
+    try:
+        with torch.no_grad():
+            with drawing_alike():
+                expected = case.model(*call.args, **call.kwargs)
+            with drawing_alike():
+                return expected, case.program.run(case.root, call.flat()[0])
+    finally:
+        case.control.temperature = temperature
+
+
+def pruned_keeps_shapes(case: Case) -> None:
+    """With pruning on, outputs have the structure, shapes and dtypes of the original's."""
+    with torch.no_grad():
+        pruned = case.program.run(case.root, case.call.flat()[0])
+    for expected, actual in zip(_expected(case.program.graph), pytree.tree_flatten(pruned)[0], strict=True):
+        if isinstance(expected, Tensor) and [int(n) for n in map(_number, expected.shape)] != list(actual.shape):
+            raise RewriteError(f"an output has shape {tuple(actual.shape)}, the model's has {tuple(expected.shape)}.")
+
+
+def decisions_hold(case: Case) -> None:
+    """With pruning on, a decision gives one result however it is carried out (see ``replay.py``)."""
+    misaligned = case.control.config.mask_order == "sorted"
+    if any(m.training for m in case.model.modules()) or not is_cheap(case) or misaligned:
+        return
+    dropping_equals_hiding(case.program, case.root, case.control, case.call)
+    if case.control.config.batching == "ragged" and _batch_is_free(case):
+        batch_mates_do_not_matter(case.program, case.root, case.control, case.call, case.plan)
+
+
+def is_cheap(case: Case) -> bool:
+    """Whether the model is small enough to be run more often."""
+    return sum(case.program.cost.price(case.call.flat()[0], {}, False).values()) < EXPENSIVE
+
+
+def _batch_is_free(case: Case) -> bool:
+    """Whether the first sample can be cut out of the call, and the model's Python goes the same way for one sample."""
+    free = free_batch(case.program.dynamic, case.call.flat()[0])
+    return free and case.program.serves(first_sample(case.call).flat()[0])
+
+
+def _number(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _expected(graph: fx.Graph) -> list[Any]:
+    """Captured value of each output; None where it is a constant."""
+    output = next(n for n in graph.nodes if n.op == "output")
+    return [n.meta.get("val") if isinstance(n, fx.Node) else None for n in output.args[0]]  # type: ignore[union-attr]
+
+
+CHECKS: tuple[tuple[str, Callable[[Case], None]], ...] = (
+    ("the graph is sound", graph_is_sound),
+    ("pruning off equals the original", inactive_equals_original),
+    ("pruning keeps output shapes", pruned_keeps_shapes),
+    ("decisions hold", decisions_hold),
+)
+
+
+def verify(case: Case) -> None:
+    """Run all checks; raises :class:`RewriteError`."""
+    for name, check in CHECKS:
+        try:
+            check(case)
+        except RewriteError:
+            raise
+        except OtherBranch:  # for one sample of the example: another program will serve such calls
+            continue
+        except Exception as error:
+            raise RewriteError(f"the check '{name}' failed: {type(error).__name__}: {error}") from error

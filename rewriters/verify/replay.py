@@ -1,0 +1,148 @@
+"""Checks of a rewrite with pruning on: one decision, carried out in different ways, must give one result.
+
+Start at :func:`dropping_equals_hiding`. The example inputs are run once; the tokens that survived are then forced upon further
+runs. Nothing here knows what the model computes, so every model that is rewritten is checked, whatever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from madtp.calls.batch import sample_dims
+from madtp.calls.call import Call
+from madtp.calls.compare import drawing_alike, relative_difference
+from madtp.errors import RewriteError
+from madtp.programs.program import Program
+from madtp.sites.control import PruningControl
+from madtp.tokens.state import kept_positions
+from rewriters.plan.plan import Plan
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
+"""Relative to the scale of an output. Products of other sizes round differently; a real fault is far larger.
+Scores, and with them the weights of merged tokens, are float32 in any model."""
+
+Forced = dict[str, Tensor]
+
+
+def dropping_equals_hiding(program: Program, root: Any, control: PruningControl, call: Call) -> None:
+    """Tokens that leave and tokens that stay but are hidden from attention and pooling give the same outputs.
+
+    A side input that is not gathered, an operation that mixes tokens unnoticed, a readout at the wrong place: each makes
+    the two differ.
+    """
+    with _pruning(control, merge=False):
+        dropped = _run(program, root, call)
+        control.forced = _survivors(control)
+        control.in_place = True
+        hidden = _run(program, root, call)
+    for position, (want, have) in enumerate(zip(hidden, dropped, strict=True)):
+        if error := _difference(want, have):
+            raise RewriteError(
+                f"output {position} changes by {error:.1e} of its scale if dropped tokens leave instead of being hidden, so "
+                "some operation mixes tokens in a way that the rewriter did not see; please report the model."
+            )
+
+
+def batch_mates_do_not_matter(program: Program, root: Any, control: PruningControl, call: Call, plan: Plan) -> None:
+    """The first sample alone gives what it gives in its batch, with the same decisions; but for outputs that compare samples
+    in the original, too."""
+    batch = call.samples()
+    with _pruning(control, merge=control.config.merge):
+        _run(program, root, call)
+        # A forced decision always drops merged tokens, a free one may keep them; so both runs are forced.
+        control.forced = _survivors(control)
+        together = _run(program, root, call)
+        firsts = {name: _first_sample(kept, batch, plan) for name, kept in control.forced.items()}
+        if any(kept is None for kept in firsts.values()):
+            return
+        control.forced = {name: kept for name, kept in firsts.items() if kept is not None}
+        alone = _run(program, root, first_sample(call))
+    found = parted(alone, together)
+    if not found:
+        return
+    with _dense(control):
+        coupled = parted(_run(program, root, first_sample(call)), _run(program, root, call))
+    for position, error in found.items():
+        if position not in coupled:
+            raise RewriteError(
+                f"output {position} of the first sample changes by {error:.1e} of its scale with the samples that share its "
+                "batch, which it must not; please report the model."
+            )
+
+
+def parted(alone: list[Any], together: list[Any]) -> dict[int, float]:
+    """Outputs of a sample alone that differ from its part of the batch's, and by how much."""
+    errors = {
+        position: _difference(want, have[tuple(slice(0, n) for n in want.shape)])
+        for position, (want, have) in enumerate(zip(alone, together, strict=True))
+        if isinstance(want, Tensor) and want.dim()
+    }
+    return {position: error for position, error in errors.items() if error}
+
+
+def first_sample(call: Call) -> Call:
+    """The call with the first sample of the batch only; every tensor has to have a batch dimension."""
+    leaves = call.flat()[0]
+    dims = sample_dims(leaves)
+    assert dims is not None
+    return call.with_leaves([x if dim is None else x.narrow(dim, 0, 1) for x, dim in zip(leaves, dims, strict=True)])
+
+
+@contextmanager
+def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
+    """Prune, at a middling strength where pruning is off."""
+    before = control.config, control.temperature, control.forced
+    control.config = replace(control.config, merge=merge)
+    control.temperature = control.temperature or 1.0
+    try:
+        yield
+    finally:
+        control.config, control.temperature, control.forced = before
+        control.in_place = False
+        control.begin()
+
+
+@contextmanager
+def _dense(control: PruningControl) -> Iterator[None]:
+    temperature = control.temperature
+    control.temperature = 0.0
+    try:
+        yield
+    finally:
+        control.temperature = temperature
+        control.begin()
+
+
+def _run(program: Program, root: Any, call: Call) -> list[Any]:
+    with torch.no_grad(), drawing_alike():
+        return pytree.tree_flatten(program.run(root, call.flat()[0]))[0]
+
+
+def _survivors(control: PruningControl) -> Forced:
+    return {name: kept_positions(state) for name, state in control.states.items()}
+
+
+def _first_sample(kept: Tensor, batch: int, plan: Plan) -> Tensor | None:
+    """Rows of the first sample among ``[parts * B, N]``; None where the rows are no multiple of the batch."""
+    parts, rest = divmod(kept.shape[0], batch)
+    if rest:
+        return None
+    blocked = plan.image_order == "blocked" or parts == 1
+    return kept.unflatten(0, (parts, batch))[:, 0] if blocked else kept[:parts]
+
+
+def _difference(want: Any, have: Any) -> float:
+    """Largest difference of two outputs relative to their scale; 0 where it is within tolerance or both are no numbers."""
+    if not isinstance(want, Tensor) or not want.dtype.is_floating_point or not want.numel():
+        return 0.0
+    if want.shape != have.shape:
+        return float("inf")
+    error = relative_difference(want, have, floor=1e-2)
+    return error if error > TOLERANCE.get(want.dtype, 1e-1) else 0.0

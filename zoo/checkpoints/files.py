@@ -1,0 +1,131 @@
+"""Checkpoint files of every kind as named tensors. Start with :func:`read_checkpoint`.
+
+safetensors (whole, or sharded with an index), PyTorch's `.pth`, and TorchScript archives. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from madtp.errors import CheckpointError
+from zoo.checkpoints.torchscript import is_torchscript, read_torchscript
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+SAFETENSORS_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".index.json"
+# What transformers and madtp call the file in a folder, most preferred first.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Training scripts save the weights under one of these, beside optimiser state, epoch and the like.
+WRAPPER_KEYS = ("model", "state_dict")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds: tensors by name, on the CPU, and the numbers that a training script put beside them."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, float] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path) -> Content:
+    """The content of a checkpoint file, of a sharded one (by its index), or of a folder that holds one.
+
+    Raises:
+        CheckpointError: it is missing, of unknown kind, truncated, unsafe, or holds no named tensors.
+    """
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint file {path}.")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_sharded(path)
+    if path.suffix == SAFETENSORS_SUFFIX:
+        return Content(_read_safetensors(path))
+    if path.suffix in PICKLE_SUFFIXES:
+        return Content(read_torchscript(path)) if is_torchscript(path) else _unwrap(path, _read_pickle(path))
+    kinds = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, INDEX_SUFFIX))
+    raise CheckpointError(f"{path} ends in {path.suffix!r}; a checkpoint ends in one of {kinds}.")
+
+
+def _in_folder(folder: Path) -> Path:
+    present = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    if not present:
+        raise CheckpointError(f"The folder {folder} holds no checkpoint; looked for {', '.join(FOLDER_FILES)}.")
+    return present[0]
+
+
+def _read_sharded(index: Path) -> Content:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {str(key): str(shard) for key, shard in places.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of a sharded checkpoint ({type(error).__name__}: {error})."
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(wanted.values())):
+        if Path(shard).name != shard or shard.endswith(INDEX_SUFFIX):
+            raise CheckpointError(f"{index} names {shard!r}, which is no file beside it.")
+        found = read_checkpoint(index.parent / shard).tensors
+        keys = {key for key, place in wanted.items() if place == shard}
+        if keys != found.keys():
+            differing = sorted(keys ^ found.keys())
+            raise CheckpointError(
+                f"{index.parent / shard} does not hold what {index.name} says: {len(differing)} keys differ "
+                f"({', '.join(differing[:3])}); fetch both again."
+            )
+        tensors.update(found)
+    return Content(tensors)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged, or holds Python objects besides tensors and plain containers, which are refused since "
+            "reading them can run code. Convert it to safetensors where you trust it."
+        ) from error
+    except Exception as error:  # torch.load raises whatever a broken archive or pickle stream trips over
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); fetch it again.") from error
+
+
+def _unwrap(path: Path, content: object) -> Content:
+    settings: dict[str, float] = {}
+    for key in WRAPPER_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            settings.update({str(name): float(x) for name, x in content.items() if _is_number(x)})
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors.")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path} holds a {type(value).__name__} under {key!r} where a tensor belongs.")
+    return Content({str(key): value for key, value in content.items()}, settings)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
