@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from project_paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 LIBRARIES = frozenset(("timm", "transformers", "open_clip", "diffusers", "peft"))
 # The face of the package names what the zoo holds: commands, the demo.
 FACE = ("madtp/cli/", "madtp/demo/")

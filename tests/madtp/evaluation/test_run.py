@@ -1,0 +1,152 @@
+"""The evaluation loop: stages, parts that are kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process_group import run_workers
+from torch import Tensor, nn
+
+from madtp.errors import CheckpointError, ConfigError
+from madtp.evaluation import Parts, Result, evaluate
+from madtp.processes import current
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@dataclass
+class Doubled:
+    """First stage: twice the place of each sample. Fails at a batch, as often as told."""
+
+    name: str = "doubled"
+    fail_at: int = -1
+    ran: list[range] = field(default_factory=list)
+
+    def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
+        assert not earlier
+        if samples.start == self.fail_at:
+            raise KeyboardInterrupt
+        self.ran.append(samples)
+        return [{"value": value} for value in model(torch.tensor(list(samples))).tolist()]
+
+
+@dataclass
+class Shares:
+    """Second stage: the share of each value in all values of the first."""
+
+    name: str = "shares"
+
+    def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
+        del model
+        total = sum(result["value"] for result in earlier["doubled"])
+        return [{"share": earlier["doubled"][place]["value"] / total} for place in samples]
+
+
+@dataclass
+class FakeTask:
+    stages: tuple[Any, ...]
+    name: str = "fake"
+    ids: tuple[str, ...] = ("a", "b", "c", "d", "e")
+
+    def inputs(self, samples: range) -> dict[str, Any]:
+        return {"x": torch.tensor(list(samples))}
+
+    def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
+        return {"total": sum(result["share"] for result in results["shares"])}
+
+
+def test_a_later_stage_sees_all_results_of_the_earlier_one() -> None:
+    done: list[int] = []
+    found = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2, advance=done.append)
+    assert found.metrics == {"total": 1.0}
+    assert found.samples[3] == {"id": "d", "doubled": {"value": 6}, "shares": {"share": 0.3}}
+    assert done == [2, 2, 1, 2, 2, 1]
+    assert found.macs is None
+    assert found.reduction is None
+
+
+@pytest.mark.parametrize("fail_at", [0, 2, 4])
+def test_an_interrupted_evaluation_goes_on_with_the_same_result(tmp_path: Path, fail_at: int) -> None:
+    whole = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2)
+    folder = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            Doubling(), FakeTask((Doubled(fail_at=fail_at), Shares())), batch_size=2, parts=Parts(folder, {"a": 1})
+        )
+    again = Doubled()
+    found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, parts=Parts(folder, {"a": 1}))
+    assert [samples.start for samples in again.ran] == list(range(fail_at, 5, 2))
+    assert (found.metrics, found.samples) == (whole.metrics, whole.samples)
+
+
+def shared(folder: Path) -> dict[str, Any]:
+    """In workers: without parts, and going on from those that lie in the folder."""
+    stages, own, done = (Doubled(), Shares()), current(), []
+    plain = evaluate(Doubling(), FakeTask(stages), batch_size=2, processes=own, advance=done.append)
+    again = Doubled()
+    parts = Parts(folder / "parts", {"a": 1})
+    found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, processes=own, parts=parts)
+    alike = (found.metrics, found.samples) == (plain.metrics, plain.samples)
+    ran = [[places.start for places in first.ran] for first in (stages[0], again)]
+    return {"metrics": plain.metrics, "samples": list(plain.samples), "alike": alike, "ran": ran, "done": done}
+
+
+def test_processes_share_batches_out_and_find_what_one_finds(tmp_path: Path) -> None:
+    whole = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2)
+    parts = Parts(tmp_path / "parts", {"a": 1})
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Doubling(), FakeTask((Doubled(fail_at=2), Shares())), batch_size=2, parts=parts)
+    first, second = run_workers(shared, tmp_path)
+    for found in (first, second):
+        assert (found["metrics"], tuple(found["samples"])) == (whole.metrics, whole.samples)
+        assert found["alike"]
+    assert first["ran"] == [[0, 4], [4]]  # of the batches at 0, 2 and 4; that at 0 was done before
+    assert second["ran"] == [[2], [2]]
+    assert (first["done"], second["done"]) == ([2, 1, 2, 1], [2, 2])
+
+
+def test_parts_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "p", {"model": "a", "sizes": (1, 2)})
+    parts.put("x", {"results": []})
+    assert Parts(tmp_path / "p", {"model": "a", "sizes": [1, 2]}).get("x") == {"results": []}
+    with pytest.raises(CheckpointError, match=r"another evaluation \(model differ: 'a' there, 'b' here\)"):
+        Parts(tmp_path / "p", {"model": "b", "sizes": (1, 2)})
+    parts.remove()
+    assert not (tmp_path / "p").exists()
+
+
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="no folder of an evaluation"):
+        Parts(tmp_path, {})
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_part_is_named(tmp_path: Path, content: str) -> None:
+    parts = Parts(tmp_path / "p", {})
+    parts.put("x", {})
+    (tmp_path / "p" / "x.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"x\.json is damaged"):
+        parts.get("x")
+
+
+def test_nan_is_no_result_and_leaves_no_file(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "p", {})
+    with pytest.raises(CheckpointError, match="number that is none"):
+        parts.put("x", {"value": float("nan")})
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["setup.json"]
+    assert json.loads((tmp_path / "p" / "setup.json").read_text()) == {}
+
+
+def test_a_batch_holds_at_least_one_sample() -> None:
+    with pytest.raises(ConfigError, match="batch size is 0"):
+        evaluate(Doubling(), FakeTask((Doubled(),)), batch_size=0)

@@ -1,0 +1,70 @@
+"""One sample, given to models whose batch size export freezes: it runs twice, side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewritten_models import gap
+from small_vit import images, vit
+from torch import Tensor, nn
+
+import madtp
+from madtp.errors import CaptureError
+
+
+class Looping(nn.Module):
+    """Position embeddings of each sample in a loop over the batch; similarities of all pairs of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit(depth=2)
+        self.table = nn.Parameter(torch.randn(65, 32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.vit._pos_embed(self.vit.patch_embed(x))  # type: ignore[operator]
+        tokens = tokens + torch.stack([self.table * image.mean() for image in x])
+        found = self.vit.norm(self.vit.blocks(tokens))[:, 0]
+        return found, found @ found.t()
+
+
+class Contrasting(Looping):
+    """Returns what depends on the samples that share the batch."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found, pairs = super().forward(x)
+        return found, pairs.softmax(1).sum()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.Sequential(Looping())  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def test_one_sample_of_a_frozen_batch() -> None:
+    model = Looping().eval()
+    pruned = madtp.rewrite(model, (images(2, 0),))
+    both, counts, amount = pruned(images(2, 0)), pruned.token_counts(), []
+    for row in range(2):
+        alone = images(2, 0)[row : row + 1]
+        with pruned.dense():
+            assert all(gap(want, have) < 1e-5 for want, have in zip(model(alone), pruned(alone), strict=True))
+        features, pairs = pruned(alone)
+        assert gap(both[0][row : row + 1], features) < 1e-4
+        assert pairs.shape == (1, 1)
+        assert {n: int(c[row]) for n, c in counts.items()} == {n: int(c) for n, c in pruned.token_counts().items()}
+        amount.append(pruned.macs())
+    pruned(images(2, 0))
+    assert sum(amount) / 2 == pytest.approx(pruned.macs(), rel=1e-6)
+
+
+def test_one_sample_trains() -> None:
+    pruned = madtp.rewrite(Looping().train(), (images(2, 0),))
+    features, _ = pruned(images(1, 0))
+    features.sum().backward()
+    assert pruned.get_parameter("table").grad is not None
+
+
+def test_what_couples_the_samples_is_refused() -> None:
+    pruned = madtp.rewrite(Contrasting().eval(), (images(2, 0),))
+    with pytest.raises(CaptureError, match="froze its batch size"):
+        pruned(images(1, 0))

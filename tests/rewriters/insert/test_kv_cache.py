@@ -1,0 +1,254 @@
+"""Decoders with a key/value cache: tokens dropped while the prompt is read stay hidden from all that follows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cached_decoders import IMAGE, Peeking, Reader, hiding, reader
+from model_case import Tensors
+from region_hosts import Memory
+from rewritten_models import eager_arithmetic, gap
+from torch import Tensor, nn
+
+import madtp
+from madtp.calls.objects import CannotOpen, close_object, open_object
+from madtp.errors import ContinuationError, RewriteError
+
+CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
+STEPS = [1, 1, 3, 1]
+
+
+@pytest.fixture(autouse=True)
+def plain_attention() -> Iterator[None]:
+    with eager_arithmetic(), torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def reading() -> tuple[Reader, Tensors, madtp.PrunedModel]:
+    model, inputs = reader()
+    with eager_arithmetic():
+        return model, inputs, madtp.rewrite(model, inputs, config=CONFIG)
+
+
+def _steps(batch: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(10, 90, (batch, n), generator=generator) for n in STEPS]
+
+
+def _read(model: nn.Module, inputs: Tensors, memory: Memory) -> list[Tensor]:
+    """Logits of the prompt's last token, and of all tokens of further steps."""
+    found = [model(**inputs, memory=memory)[:, -1:]]
+    mask = inputs["attention_mask"]
+    for ids in _steps(len(mask)):
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        found.append(model(None, ids, mask, memory))
+    return found
+
+
+def _dead(memory: Memory) -> list[Tensor]:
+    return [memory.seen[layer][0].isnan()[:, 0, :, 0] for layer in sorted(memory.seen)]
+
+
+def test_the_decoder_is_a_region_that_prunes_image_tokens(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    _, inputs, pruned = reading
+    assert pruned.report.regions == ("body",)
+    assert [s.name for s in pruned.report.sites] == [f"body.blocks.{i}" for i in range(3)]
+    pruned(**inputs, memory=Memory())
+    words = inputs["input_ids"] != IMAGE
+    for kept in pruned.kept_tokens().values():
+        assert bool(kept[words].all()), "text that is predicted stays"
+        assert int(kept.sum()) < kept.numel()
+
+
+def test_without_pruning_every_step_is_the_originals(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    model, inputs, pruned = reading
+    kept = Memory()
+    with pruned.dense():
+        found = _read(pruned, inputs, kept)
+        assert torch.equal(pruned.generate(**inputs), model.generate(**inputs))
+    assert all(gap(a, b) < 1e-5 for a, b in zip(_read(model, inputs, Memory()), found, strict=True))
+    assert not any(bool(dead.any()) for dead in _dead(kept))
+
+
+@pytest.mark.parametrize("strength", [0.5, 4.0])
+def test_dropped_tokens_are_hidden_from_all_later_steps(
+    reading: tuple[Reader, Tensors, madtp.PrunedModel], strength: float
+) -> None:
+    model, inputs, pruned = reading
+    pruned.temperature = strength
+    pruned(**inputs, memory=Memory())
+    kept = list(pruned.kept_tokens().values())
+    memory = Memory()
+    found = _read(pruned, inputs, memory)
+    dropped: list[Tensor | None] = [None, ~kept[0], ~kept[1]]
+    assert all(gone is None or bool(gone.any()) for gone in dropped)
+    with hiding(dropped):
+        wanted = _read(model, inputs, Memory())
+    assert all(gap(a, b) < 1e-5 for a, b in zip(wanted, found, strict=True))
+    assert memory.seen[0][0].shape[2] == 24 + sum(STEPS), "each token at its own position"
+    dead = _dead(memory)
+    assert not dead[0].any()
+    assert all(torch.equal(gone[:, :24], ~alive) for gone, alive in zip(dead[1:], kept, strict=False))
+
+
+def test_what_was_kept_may_change_its_order_and_its_number(
+    reading: tuple[Reader, Tensors, madtp.PrunedModel],
+) -> None:
+    _, inputs, pruned = reading
+    memory, ids = Memory(), torch.tensor([[11], [12], [13]])
+    pruned(**inputs, memory=memory)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    beams = torch.tensor([2, 0, 0, 1])
+    chosen = copy.deepcopy(memory)
+    chosen.seen = {layer: (key[beams], value[beams]) for layer, (key, value) in memory.seen.items()}
+    wanted = pruned(None, ids, mask, memory)[beams]
+    assert gap(wanted, pruned(None, ids[beams], mask[beams], chosen)) < 1e-5
+
+
+def test_a_sample_goes_on_as_it_would_alone(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    _, inputs, pruned = reading
+    together = pruned.generate(**inputs)
+    for row in range(3):
+        one = {name: x[row : row + 1] for name, x in inputs.items()}
+        assert torch.equal(pruned.generate(**one), together[row : row + 1])
+
+
+def test_merged_tokens_are_remembered() -> None:
+    model, inputs = reader()
+    pruned = madtp.rewrite(model, inputs, config=replace(CONFIG, merge=True))
+    memory = Memory()
+    pruned(**inputs, memory=memory)
+    kept, counts = list(pruned.kept_tokens().values()), list(pruned.token_counts().values())
+    for layer, dead in enumerate(_dead(memory)[1:]):
+        assert torch.equal((~dead).sum(1), counts[layer])
+        assert bool((counts[layer] > kept[layer].sum(1)).all()), "a merged token stands where a dropped one stood"
+    found = _read(pruned, inputs, Memory())
+    assert not any(logits.isnan().any() for logits in found)
+
+
+def test_code_that_knows_nothing_of_pruning_cannot_attend_to_what_was_dropped(
+    reading: tuple[Reader, Tensors, madtp.PrunedModel],
+) -> None:
+    model, inputs, pruned = reading
+    memory = Memory()
+    pruned(**inputs, memory=memory)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    ids = torch.full((3, 1), 20)
+    assert bool(model(None, ids, mask, copy.deepcopy(memory)).isnan().any()), "never a silent number"
+    with pruned.dense():
+        assert not pruned(None, ids, mask, memory).isnan().any()
+
+
+def test_a_step_that_no_program_serves_is_never_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = reader(Peeking)
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    assert torch.equal(pruned.generate(**inputs), model.generate(**inputs)), "the whole of it runs unpruned"
+    assert "runs once more, unpruned" in caplog.text
+    memory = Memory()
+    assert gap(pruned(**inputs, memory=memory), model(**inputs, memory=Memory())) < 1e-5, "nor is the next one pruned"
+    pruned(**inputs)
+    assert pruned.token_counts(), "calls that keep nothing are"
+
+
+def test_a_kept_object_with_dropped_tokens_is_an_error_where_no_program_serves() -> None:
+    model, inputs = reader(Peeking)
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    memory = Memory()
+    pruned(**inputs, memory=memory)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    with pytest.raises(ContinuationError, match="body was to go on"):
+        pruned(None, torch.full((3, 1), 20), mask, memory)
+
+
+class Averaging(Memory):
+    """Also hands out something computed from all that is remembered."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = super().extend(layer, key, value)
+        return key - key.mean(2, keepdim=True), value
+
+
+def test_kept_tokens_that_more_than_attention_reads_are_refused(
+    reading: tuple[Reader, Tensors, madtp.PrunedModel],
+) -> None:
+    _, inputs, pruned = reading
+    pruned = copy.deepcopy(pruned)
+    memory = Averaging()
+    memory.seen = (first := Memory()).seen
+    pruned(**inputs, memory=first)
+    memory.seen = first.seen
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    with pytest.raises((ContinuationError, RewriteError), match="kept tokens are read by"):
+        pruned(None, torch.full((3, 1), 20), mask, memory)
+
+
+class Sliding(Memory):
+    """Keeps the last tokens only, and counts how many it has seen."""
+
+    WINDOW = 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.count += key.shape[2] if layer == 0 else 0
+        key, value = super().extend(layer, key, value)
+        self.seen[layer] = key[:, :, -self.WINDOW :], value[:, :, -self.WINDOW :]
+        return key, value
+
+
+def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept() -> None:
+    model, inputs = reader()
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    plain, counted = Memory(), Sliding()
+    wanted, found = _read(pruned, inputs, plain), _read(pruned, inputs, counted)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    assert counted.count == 24 + sum(STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(_dead(plain), _dead(counted), strict=True))
+    programs = pruned._host.get_submodule("madtp").programs
+    for _ in range(3):
+        mask = torch.ones(3, 1 + counted.count, dtype=torch.long)
+        pruned(None, torch.full((3, 1), 11), mask, counted)
+    assert pruned._host.get_submodule("madtp").programs == programs, "steps of a longer text are served by one program"
+
+
+def test_what_a_full_window_pushes_out_is_no_longer_followed() -> None:
+    model, inputs = reader()
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    memory = Sliding()
+    pruned(**inputs, memory=memory)
+    mask = torch.ones(3, 24 + 20, dtype=torch.long)
+    with pytest.raises(ContinuationError, match="not appended to along its tokens"):
+        pruned(None, torch.full((3, 20), 11), mask, memory)
+
+
+class Slotted:
+    __slots__ = ("seen",)
+
+
+def test_objects_are_taken_apart_and_put_together() -> None:
+    memory = Memory()
+    memory.seen[3] = torch.ones(2), torch.zeros(2)
+    blueprint, tensors = open_object(memory)
+    assert blueprint.paths() == (".seen.3.0", ".seen.3.1")
+    again = close_object(blueprint, iter(tensors))
+    assert type(again) is Memory
+    assert again.seen is not memory.seen
+    assert again.seen[3][0] is memory.seen[3][0]
+    assert open_object(again)[0] == blueprint
+    sliding = Sliding()
+    blueprint, parts = open_object(sliding, {".count"})
+    assert (blueprint.paths(), blueprint.sizes(), parts) == ((".count",), (".count",), [0])
+    assert close_object(blueprint, iter([5])).count == 5
+    assert open_object(sliding)[0].paths() == ()
+    twice = Memory()
+    twice.seen[0] = twice.seen[1] = (torch.ones(2), torch.ones(2))
+    for closed in (twice, Slotted(), nn.Linear(1, 1), {1, 2}, (x for x in ())):
+        with pytest.raises(CannotOpen, match="it holds a"):
+            open_object(closed)

@@ -1,0 +1,93 @@
+"""Functions run in several processes of one torch.distributed group: :func:`run_workers`.
+
+The processes meet in a file, so no port is needed. None outlives the call: what has not ended in time, or has lost one of
+the others, is killed with all that it started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+POLL_SECONDS = 0.05
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a child process that finds what this one finds, on one thread."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+
+
+def run_workers(
+    function: Callable[..., Any], folder: Path, size: int = 2, timeout: float = 120.0, **options: Any
+) -> list[Any]:
+    """What each of `size` processes returns of `function`, a function of a module, called with `folder` and `options`.
+
+    What it returns has to consist of tensors and plain values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {"file": function.__code__.co_filename, "name": function.__name__, "options": options}, folder / "call.pt"
+    )
+    children = []
+    for rank in range(size):
+        command = [sys.executable, "-m", "process_group", str(folder), str(rank), str(size)]
+        log = (folder / f"log-{rank}.txt").open("w")
+        children.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True))
+    watch(children, timeout, lambda: "\n".join((folder / f"log-{rank}.txt").read_text() for rank in range(size)))
+    return [torch.load(folder / f"result-{rank}.pt") for rank in range(size)]
+
+
+def watch(children: list[subprocess.Popen[Any]], timeout: float, logs: Any) -> None:
+    """Wait until all have ended well; kill all and fail as soon as one has not, or time is up."""
+    end = time.monotonic() + timeout
+    try:
+        while any(child.poll() is None for child in children):
+            failed = any(child.poll() not in (None, 0) for child in children)
+            assert not failed, logs()
+            assert time.monotonic() < end, f"not done after {timeout} s\n{logs()}"
+            time.sleep(POLL_SECONDS)
+    finally:
+        for child in children:
+            kill(child)
+    assert not any(child.returncode for child in children), logs()
+
+
+def kill(child: subprocess.Popen[Any]) -> None:
+    """Kill a child that leads a session, and all that it has started."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _main(folder: Path, rank: int, size: int) -> None:
+    torch.set_num_threads(1)
+    call = torch.load(folder / "call.pt")
+    spec = importlib.util.spec_from_file_location("functions_of_workers", call["file"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=100)
+    )
+    result = getattr(module, call["name"])(folder, **call["options"])
+    torch.save(result, folder / f"result-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
