@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 from project_paths import ROOT
 
@@ -23,19 +25,80 @@ NAMES = re.compile(
 )
 
 
+# Folders and files of each package in the order in which they build on each other: none imports a later one.
+ORDER = {
+    "madtp": "errors atomic_files processes config calls method tokens cost sites report programs pruned tuning saving "
+    "pictures training evaluation survey api demo cli __main__",
+    "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions reporting",
+    "zoo": "suggestions adapters checkpoints metrics scenes datasets registry inputs examples small blip clip transforms tasks "
+    "objectives recipes",
+}
+# Loading rewrites the model that a folder was saved from: the one call from a lower folder to the public entry.
+UPWARDS = frozenset((("madtp/saving/checkpoint.py", "madtp.api"),))
+
+
 def sources(*folders: str) -> Iterator[tuple[str, Path]]:
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Modules that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
             yield node.module
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Every module of the three packages by its dotted name."""
+    return {
+        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path
+        for name, path in sources("madtp", "rewriters", "zoo")
+    }
+
+
+def imports(path: Path, *, lazy: bool) -> Iterator[str]:
+    """Modules of the three packages that a file imports at run time; `lazy`: those that functions import, too."""
+    known = modules()
+    waiting: list[ast.AST] = [tree(path)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not lazy:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield module if module in known else node.module
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def place(module: str) -> str:
+    """The folder or file below the package in which a module lies: "madtp.calls" for "madtp.calls.call"."""
+    return ".".join(module.split(".")[:2])
+
+
+def against_the_order(package: str, found: dict[str, list[str]]) -> list[str]:
+    """Imports, listed by module, that go from an earlier place of `package` to a later one."""
+    order = [f"{package}.{name}" for name in ORDER[package].split()]
+    return [
+        f"{module} imports {other}"
+        for module, others in found.items()
+        for other in others
+        if other.startswith(f"{package}.") and order.index(place(other)) > order.index(place(module))
+    ]
 
 
 @pytest.mark.parametrize("package", ["madtp", "rewriters"])
@@ -78,3 +141,43 @@ def test_dependencies_run_one_way() -> None:
 def test_files_stay_short() -> None:
     long = {n: c for n, p in sources("madtp", "rewriters", "zoo") if (c := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_every_folder_has_its_place_in_the_order(package: str) -> None:
+    present = {place(module) for module in modules() if module.startswith(f"{package}.")}
+    assert present == {f"{package}.{name}" for name in ORDER[package].split()}
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_file_imports_from_a_later_folder(package: str) -> None:
+    found = {
+        module: [
+            other for other in imports(path, lazy=True) if (path.relative_to(ROOT).as_posix(), other) not in UPWARDS
+        ]
+        for module, path in modules().items()
+        if module.startswith(f"{package}.")
+    }
+    assert not against_the_order(package, found)
+
+
+def test_an_import_against_the_order_is_found() -> None:
+    assert against_the_order("rewriters", {"rewriters.axes.table": ["rewriters.insert.repairs"]})
+    assert not against_the_order("rewriters", {"rewriters.insert.repairs": ["rewriters.axes.table", "madtp.errors"]})
+
+
+def test_imports_of_files_and_folders_have_no_cycle() -> None:
+    files: nx.DiGraph[str] = nx.DiGraph()
+    folders: nx.DiGraph[str] = nx.DiGraph()
+    for module, path in modules().items():
+        for other in imports(path, lazy=False):
+            files.add_edge(module, other)
+            if place(module) != place(other):
+                folders.add_edge(place(module), place(other))
+    assert [c for graph in (files, folders) for c in nx.strongly_connected_components(graph) if len(c) > 1] == []
+
+
+@pytest.mark.parametrize(("package", "most"), [("rewriters", 13), ("madtp", 25)])
+def test_the_top_of_a_package_is_read_at_a_glance(package: str, most: int) -> None:
+    entries = [path.name for path in (ROOT / package).iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= most, sorted(entries)
