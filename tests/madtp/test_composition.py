@@ -126,7 +126,7 @@ def test_a_copy_prunes_by_itself_and_forgets_the_last_forward() -> None:
     twin = copy.deepcopy(pruned)
     twin.gain = 3.0
     assert pruned.gain == 1.0
-    assert twin.madtp.sites.control.alignment is twin.madtp.alignment
+    assert twin.madtp.control.alignment is twin.madtp.alignment
     few, many = (sum(int(c.sum()) for c in m.token_counts().values()) for m in (twin, pruned) if m(**inputs()))
     assert few < many
     loss(twin(**inputs()), twin).backward()

@@ -97,7 +97,7 @@ def test_an_exception_in_a_probe_is_an_error_with_its_place(monkeypatch: pytest.
     monkeypatch.setattr(examination, "PROBES", (("identity", fails, bool),))
     record = record_of("vit")
     assert record.outcome == "error"
-    assert "IndexError: out of range (tests/madtp/survey/test_survey.py:" in record.failure
+    assert "IndexError: out of range (test_survey.py:" in record.failure
 
 
 def test_a_probe_that_is_refused_leaves_a_part_undone(monkeypatch: pytest.MonkeyPatch) -> None:
