@@ -1,8 +1,7 @@
 """Flatten: residual streams ``[B, H, W, C]`` become streams ``[B, H * W, C]``, and ``[B, C, H, W]`` become ``[B, C, H * W]``.
 
-Start at :func:`flatten_grids`. What works on each place by itself is moved from the grid to flat tokens (``pointwise.py`` tells
-what does); only what needs the grid (windows, a convolution, a pad) gets a view of it, so that the stream is one like any
-other and can be pruned.
+Start at :func:`flatten_grids`. Operations on each place by itself (``pointwise.py``) move from the grid to flat tokens. Only
+what needs the grid (windows, a convolution, a pad) gets a view of it, so the stream is one like any other and can be pruned.
 """
 
 from __future__ import annotations

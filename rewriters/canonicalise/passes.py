@@ -2,8 +2,8 @@
 
 Start at :data:`PASSES`. Export's bookkeeping goes, in-place operations become functional ones
 (``graph/functional.py``), and every spelling of attention becomes one node, a call of
-:func:`madtp.tokens.attention.attention` with named operands (``attention.py``). A map that is no softmax of one product
-stays, but for what mixes values along its keys (``attention_maps.py``). Values stay equal.
+:func:`madtp.tokens.attention.attention` with named operands (``attention.py``). A map that is not a softmax of one product
+stays, except for what mixes values along its keys (``attention_maps.py``). Values stay equal.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
 
 def plain_getitem(graph: fx.Graph) -> None:
-    """``split(...)[i]`` through any spelling of getitem becomes operator.getitem."""
+    """Turn any spelling of ``split(...)[i]`` into ``operator.getitem``."""
     for node in graph.nodes:
         if node.op == "call_function" and op_name(node) == "getitem":
             node.target = operator.getitem
 
 
 def drop_conversions(graph: fx.Graph) -> None:
-    """Remove conversions to the type and device that a tensor has anyway: they hide a residual stream from sight."""
+    """Remove conversions to the type and device that a tensor already has: they hide a residual stream."""
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) not in CASTS:
             continue
@@ -69,7 +69,7 @@ def drop_conversions(graph: fx.Graph) -> None:
 
 
 def plain_narrows(graph: fx.Graph) -> None:
-    """``narrow`` becomes the slice that it is, where its end is known."""
+    """Turn ``narrow`` into a slice where its end is known."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not torch.ops.aten.narrow.default:
             continue
@@ -98,7 +98,7 @@ def _sum(size: object, more: int) -> int | None:
 
 
 def drop_whole_slices(graph: fx.Graph) -> None:
-    """Remove slices that take all there is, such as the last tokens of a window that is not full yet."""
+    """Remove slices that take every entry, such as the last tokens of a window that is not full yet."""
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != "slice" or writes(node):
             continue
@@ -113,7 +113,7 @@ def drop_whole_slices(graph: fx.Graph) -> None:
 
 
 def drop_empty_operands(graph: fx.Graph) -> None:
-    """Concatenations leave out operands without entries, such as the special tokens of a model that has none."""
+    """Remove operands without entries from concatenations, such as the special tokens of a model that has none."""
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != "cat" or not isinstance(node.args[0], list | tuple):
             continue
@@ -141,7 +141,7 @@ def _is_zero(size: int | torch.SymInt) -> bool:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """A view becomes a reshape: pruned tensors need not have the strides that the captured ones had."""
+    """Turn views into reshapes: pruned tensors need not have the strides that the captured ones had."""
     for node in graph.nodes:
         if node.target is torch.ops.aten.view.default and not any(writes(user) for user in node.users):
             node.target = torch.ops.aten.reshape.default

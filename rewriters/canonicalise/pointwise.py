@@ -62,8 +62,8 @@ LAST, FIRST = Order(1), Order(2)
 
 
 def grid_around(seeds: tuple[fx.Node, ...]) -> dict[fx.Node, Order] | None:
-    """All values that hang together with ``seeds``, of one shape, by operations on each place, and how they stand on the grid.
-    None where nothing tells which dimension holds the channels."""
+    """All values that operations on each place connect with ``seeds``, and how they stand on the grid; None where nothing tells
+    which dimension holds the channels."""
     for order in (LAST, FIRST):
         found = _around(seeds, order)
         if found is not None and _tells_channels(found):

@@ -1,6 +1,6 @@
-"""Tensors that are made empty and filled range by range, as keys of a turned and an unturned part: concatenations.
+"""Tensors that are made empty and filled range by range become concatenations.
 
-Start at :func:`filled_to_cat`.
+Start at :func:`filled_to_cat`. Keys of which only a part is rotated are written so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Filled(NamedTuple):
 
 
 def filled_to_cat(graph: fx.Graph) -> None:
-    """Ranges of one dimension that are written into a new tensor, and are all of it, become a concatenation."""
+    """Turn ranges of one dimension that are written into a new tensor, and are all of it, into a concatenation."""
     for node in list(graph.nodes):
         if not _is_write(node) or any(_is_write(user) and user.args[0] is node for user in node.users):
             continue

@@ -1,7 +1,7 @@
-"""Cuts behind the special tokens of a stream: the class token and registers, which stand in front of the others.
+"""Cuts after the special tokens of a stream: the class token and registers, which come before the others.
 
-Start at :func:`plain_slices`. A cut behind at most :data:`~rewriters.axes.parts.PREFIX` tokens separates special tokens; one
-behind more does if as many learned tokens were put in front of others somewhere, and they are few beside these.
+Start at :func:`plain_slices`. A cut after at most :data:`~rewriters.axes.parts.PREFIX` tokens separates special tokens. A cut
+after more does so if as many learned tokens are concatenated in front of others somewhere, and are few compared with them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FEW = 4
 
 
 def plain_slices(graph: fx.Graph) -> None:
-    """A split into the first few entries and the others becomes two slices: special tokens are told by such slices."""
+    """Turn a split into the first few entries and the others into two slices, by which later stages know special tokens."""
     learned = set(_learned_prefixes(graph))
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) not in SPLITS - {"chunk"}:
@@ -47,7 +47,7 @@ def plain_slices(graph: fx.Graph) -> None:
 
 
 def mark_special(graph: fx.Graph) -> None:
-    """Mark slices that begin or end behind learned tokens of which there are more than ``PREFIX``."""
+    """Mark slices that begin or end after learned tokens of which there are more than ``PREFIX``."""
     learned = set(_learned_prefixes(graph))
     for node in graph.nodes if learned else ():
         if node.op != "call_function" or op_name(node) != "slice" or not is_tensor(node.args[0]):
@@ -60,7 +60,8 @@ def mark_special(graph: fx.Graph) -> None:
 
 
 def _learned_prefixes(graph: fx.Graph) -> Iterator[tuple[int, int]]:
-    """How many learned tokens stand in front, of how many in all: more than ``PREFIX``, and few beside the others."""
+    """Yields, for concatenations that begin with more learned tokens than ``PREFIX`` but few compared with the others, how many
+    these are, and how many tokens there are in all."""
     given = given_nodes(graph)
     for node in graph.nodes:
         if node.op != "call_function" or op_name(node) not in CONCATENATIONS or not is_tensor(node):
