@@ -37,7 +37,7 @@ aten = torch.ops.aten
 SDPA = "scaled_dot_product_attention"
 # What would help where no step of the spelling says anything better.
 PLAIN_SPELLING = "scaled_dot_product_attention, or a product, scale, mask, softmax and product over heads [B, H, N, D]"
-ONE_PRODUCT = "probabilities that one product with the values reads, and at most the model's output beside it"
+ONE_PRODUCT = "probabilities that one product with the values reads, and otherwise at most the model's output"
 
 
 def canonical_attention(graph: fx.Graph) -> None:
@@ -253,7 +253,7 @@ def _read_outwards(softmax: fx.Node) -> _Weighed:
 def _not_one_user(node: fx.Node, users: list[fx.Node], steps: Steps) -> NoMatch:
     if not users:
         return NoMatch(node, "nothing but the model's output reads its probabilities", ONE_PRODUCT, steps)
-    # The product is no obstacle; what stands beside it is.
+    # The product is as it should be; what else reads the probabilities is not.
     obstacle = next((u for u in users if op_name(u) not in PRODUCTS), users[-1])
     names = ", ".join(described(u) for u in users)
     return NoMatch(obstacle, f"its probabilities are read by {len(users)} operations ({names})", ONE_PRODUCT, steps)

@@ -1,4 +1,4 @@
-"""Attention of rank 5: windows stand beside heads, ``[B, H, W, N, D]`` or ``[B, W, H, N, D]``.
+"""Attention of rank 5 has a dimension of windows, ``[B, H, W, N, D]`` or ``[B, W, H, N, D]``.
 
 Start at :func:`window_layout`. Windows are folded into the batch, so that later stages know attention ``[B * W, H, N, D]``
 alone. The view that took heads from the channels tells which of the two dimensions holds them.

@@ -168,7 +168,7 @@ def _outside(node: fx.Node) -> dict[str, Any]:
 
 
 def _operand(graph: fx.Graph, grid: _Grid, value: Argument, order: Order) -> Argument:
-    """What takes an operand's place beside flat tokens."""
+    """What takes the place of an operand among flat tokens."""
     if not is_tensor(value):
         return value
     if (value, order) not in grid.flat:

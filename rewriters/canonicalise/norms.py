@@ -138,7 +138,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _other(product: fx.Node, one: fx.Node) -> Argument:
-    """The operand beside ``one``."""
+    """The operand of ``product`` that is not ``one``."""
     first, second = product.args[:2]
     return second if first is one else first
 

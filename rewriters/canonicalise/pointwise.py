@@ -80,7 +80,7 @@ def _around(seeds: tuple[fx.Node, ...], order: Order) -> dict[fx.Node, Order] | 
         node = waiting.pop()
         if _is_pointwise(node, places, seen[node]):
             found[node] = seen[node]
-        # What is no such value hands the grid on to those that read it.
+        # What is not such a value hands the grid on to its users.
         for other in (*(node.all_input_nodes if node in found else ()), *node.users):
             own = _order_beside(node, seen[node], other)
             if other in seen:

@@ -19,7 +19,7 @@ from rewriters.graph.op_sets import CONCATENATIONS, SPLITS
 from rewriters.graph.origins import given_nodes
 
 END = 9223372036854775807
-# Learned tokens are special while they are at most this part of all; more of them (queries beside a text) are a segment.
+# Learned tokens are special while they are at most this part of all; more of them (queries in front of a text) are a segment.
 FEW = 4
 
 

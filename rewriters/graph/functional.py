@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from madtp.calls.branches import expect
 from rewriters.graph.nodes import op_name, operand
-from rewriters.graph.walk import operand_chain, positions
+from rewriters.graph.walk import operand_chain, positions, walk
 
 aten = torch.ops.aten
 # Operations whose result shares the memory of their first operand.
@@ -120,11 +120,11 @@ def _shares(node: fx.Node) -> bool:
 
 def _family(owner: fx.Node, order: dict[fx.Node, int], before: int) -> list[fx.Node]:
     """The owner and all nodes before a position that may share its memory, each after what it is a view of."""
-    found = [owner]
-    for node in found:
-        sharing = (u for u in node.users if _shares(u) and u.args[0] is node and order[u] < before)
-        found.extend(u for u in sharing if u not in found)
-    return found
+
+    def views(node: fx.Node) -> list[fx.Node]:
+        return [u for u in node.users if _shares(u) and u.args[0] is node and order[u] < before]
+
+    return list(walk([owner], views))
 
 
 def _read_later(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:

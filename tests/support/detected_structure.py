@@ -1,4 +1,4 @@
-"""What `detect` finds in a model, without rewriting it. Start at :func:`found`."""
+"""What ``detect`` finds in a model, without rewriting it. Start at :func:`found`."""
 
 from __future__ import annotations
 
