@@ -1,4 +1,7 @@
-"""Masks that scores of attention meet on their way to the softmax, and how they become one operand; start at :func:`join`."""
+"""Masks that scores of attention meet between the product and the softmax, and how they become one operand.
+
+Start at :func:`join`.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask on the way: "add" it ``times`` so much, or "hide" or "show" keys by it. scores: the sizes of those that it meets.
-    hidden: the number that stands in place of a hidden score."""
+    """A mask that scores meet.
+
+    Attributes:
+        kind: "add" if it is added to the scores; "hide" or "show" if it is true at keys that are hidden or shown.
+        node: the mask.
+        scores: sizes of the scores that it meets.
+        times: what an added mask is multiplied by.
+        hidden: the number that takes the place of a hidden score.
+    """
 
     kind: Literal["add", "hide", "show"]
     node: fx.Node
@@ -34,13 +44,19 @@ class Mask:
 
 
 def join(graph: fx.Graph, masks: list[Mask], like: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-    """All masks, the first that the scores met first, as one operand: boolean if all hide by minus infinity, else additive.
+    """All masks as one operand: boolean if all hide by minus infinity, else additive.
 
-    A query all of whose keys are hidden by one finite number weighs them alike. So it does where the lowest number of the type
-    is added to its scores, which are lost in it; by a boolean mask it would read nothing.
+    A query all of whose keys are hidden by one finite number weighs them alike. It also does so where the lowest number of the
+    type is added to its scores, which are lost in it; with a boolean mask it would read nothing.
+
+    Args:
+        graph: it gets new nodes at its insertion point.
+        masks: the mask that scores meet first comes first.
+        like: a node of the same module.
+        dtype: type of an additive mask.
     """
-    wholly = all(math.isinf(mask.hidden) for mask in masks if mask.kind != "add")
-    lowest = -math.inf if wholly else torch.finfo(dtype).min
+    by_infinity = all(math.isinf(mask.hidden) for mask in masks if mask.kind != "add")
+    lowest = -math.inf if by_infinity else torch.finfo(dtype).min
     total: fx.Node | None = None
     shown: fx.Node | None = None
     for mask in masks:
@@ -49,15 +65,15 @@ def join(graph: fx.Graph, masks: list[Mask], like: fx.Node, dtype: torch.dtype) 
             total = total if shown is None else _lowered(graph, total, shown, lowest, like, dtype)
             total, shown = node if total is None else emit(graph, aten.add.Tensor, (total, node), like), None
         else:
-            seen = _seen(graph, mask, like)
-            shown = seen if shown is None else emit(graph, aten.bitwise_and.Tensor, (shown, seen), like)
-    if shown is None or (total is None and wholly):
+            own = _shown(graph, mask, like)
+            shown = own if shown is None else emit(graph, aten.bitwise_and.Tensor, (shown, own), like)
+    if shown is None or (total is None and by_infinity):
         return total if shown is None else shown
     return _lowered(graph, total, shown, lowest, like, dtype)
 
 
-def _seen(graph: fx.Graph, mask: Mask, like: fx.Node) -> fx.Node:
-    """A mask that hides or shows, as a boolean that is true where keys are seen."""
+def _shown(graph: fx.Graph, mask: Mask, like: fx.Node) -> fx.Node:
+    """A mask that hides or shows, as a boolean that is true where keys are shown."""
     node = mask.node
     if node.meta["val"].dtype != torch.bool:
         node = emit(graph, aten.to.dtype, (node, torch.bool), like)
@@ -74,13 +90,13 @@ def _lowered(
 
 
 def fold_mask(graph: fx.Graph, mask: Mask, query: fx.Node, like: fx.Node) -> fx.Node:
-    """The mask of scores ``[B, W, H, Q, K]``, windows beside samples, for scores ``[B * W, H, Q, K]``; others as they are."""
+    """A mask of scores ``[B, W, H, Q, K]`` as one of scores ``[B * W, H, Q, K]``; masks of other scores stay as they are."""
     shape = example_shape(mask.node)
     if mask.rank != 5 or len(shape) < 4:
         return mask.node
     batch, _, queries, _ = example_shape(query)
     if mask.scores[0] * mask.scores[1] != batch or mask.scores[3] != queries:
-        raise AxisError("a mask of scores that fold otherwise than windows beside samples")
+        raise AxisError("its mask is one of scores that are not folded as windows of samples")
     node = mask.node if len(shape) == 5 else emit(graph, aten.unsqueeze.default, (mask.node, 0), like)
     samples, windows = example_shape(node)[:2]
     if samples == 1 and windows > 1:
@@ -88,12 +104,12 @@ def fold_mask(graph: fx.Graph, mask: Mask, query: fx.Node, like: fx.Node) -> fx.
         each = emit(graph, operator.floordiv, (rows, emit(graph, aten.sym_size.int, (node, 1), like)), like)
         node = emit(graph, aten.expand.default, (node, [each, -1, -1, -1, -1]), like)
     elif windows == 1 and samples > 1:
-        raise AxisError("a mask of samples for scores of their windows")
+        raise AxisError("its mask differs from sample to sample, but not from window to window")
     return emit(graph, aten.flatten.using_ints, (node, 0, 1), like)
 
 
 def unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node, rank: int) -> fx.Node:
-    """A mask of scores ``[B * H, Q, K]`` as one of ``[B, H, Q, K]``; one that met scores of ``rank`` 4 is that already."""
+    """A mask of scores ``[B * H, Q, K]`` as one of scores ``[B, H, Q, K]``; a mask of scores of ``rank`` 4 stays as it is."""
     shape = example_shape(mask)
     if rank == 4 or len(shape) < 3:
         return mask
@@ -101,5 +117,5 @@ def unfold_mask(graph: fx.Graph, mask: fx.Node, heads: int, like: fx.Node, rank:
     if shape[0] == total and heads > 1:
         return emit(graph, aten.unflatten.int, (mask, 0, [-1, heads]), like)
     if heads > 1 and shape[0] != 1:
-        raise AxisError("a mask of folded scores that is neither of each head nor of all")
+        raise AxisError("its mask is neither one for each head nor one for all")
     return emit(graph, aten.unsqueeze.default, (mask, 1), like)

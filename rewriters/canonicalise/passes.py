@@ -2,8 +2,8 @@
 
 Start at :data:`PASSES`. Export's bookkeeping goes, in-place operations become functional ones
 (``graph/functional.py``), and every spelling of attention becomes one node, a call of
-:func:`madtp.tokens.attention.attention` with named operands (``attention.py``). A map that is no softmax of one product
-stays, but for what mixes values along its keys (``attention_maps.py``). Values stay equal.
+:func:`madtp.tokens.attention.attention` with named operands (``attention.py``). A map that is not a softmax of one product
+stays, except for what mixes values along its keys (``attention_maps.py``). Values stay equal.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rewriters.canonicalise.special_slices import END, mark_special, plain_slice
 from rewriters.capture.python_branches import keep_checks
 from rewriters.graph.functional import functional, has_effect, writes
 from rewriters.graph.nodes import call_argument, is_tensor, known_size, op_name
+from rewriters.graph.op_sets import CASTS
 
 BOOKKEEPING = frozenset(
     "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _is_all_true "
     "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
 )
-CONVERSIONS = frozenset(("to", "_to_copy", "type_as"))
 
 
 def drop_bookkeeping(graph: fx.Graph) -> None:
@@ -49,34 +49,34 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
 
 def plain_getitem(graph: fx.Graph) -> None:
-    """``split(...)[i]`` through any spelling of getitem becomes operator.getitem."""
+    """Turn any spelling of ``split(...)[i]`` into ``operator.getitem``."""
     for node in graph.nodes:
         if node.op == "call_function" and op_name(node) == "getitem":
             node.target = operator.getitem
 
 
 def drop_conversions(graph: fx.Graph) -> None:
-    """Remove conversions to the type and device that a tensor has anyway: they hide a residual stream from sight."""
+    """Remove conversions to the type and device that a tensor already has: they hide a residual stream."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node) not in CONVERSIONS:
+        if node.op != "call_function" or op_name(node) not in CASTS:
             continue
         before, after = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node.args[0], node))
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
             continue
         if (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
 def plain_narrows(graph: fx.Graph) -> None:
-    """``narrow`` becomes the slice that it is, where its end is known."""
+    """Turn ``narrow`` into a slice where its end is known."""
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not torch.ops.aten.narrow.default:
             continue
         given, dim, begin, length = node.args
         if not is_tensor(given) or not isinstance(begin, int):
             continue
-        taken, all_there = (value.meta["val"].shape[dim] for value in (node, given))  # type: ignore[union-attr]
+        taken, all_there = (value.meta["val"].shape[dim] for value in (node, given))
         start = begin if begin >= 0 else _sum(all_there, begin)
         if start is None:
             continue
@@ -98,7 +98,7 @@ def _sum(size: object, more: int) -> int | None:
 
 
 def drop_whole_slices(graph: fx.Graph) -> None:
-    """Remove slices that take all there is, such as the last tokens of a window that is not full yet."""
+    """Remove slices that take every entry, such as the last tokens of a window that is not full yet."""
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != "slice" or writes(node):
             continue
@@ -108,12 +108,12 @@ def drop_whole_slices(graph: fx.Graph) -> None:
         if call_argument(node, 4, "step", 1) == 1 and list(map(known_size, before.shape)) == list(
             map(known_size, after.shape)
         ):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
 def drop_empty_operands(graph: fx.Graph) -> None:
-    """Concatenations leave out operands without entries, such as the special tokens of a model that has none."""
+    """Remove operands without entries from concatenations, such as the special tokens of a model that has none."""
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != "cat" or not isinstance(node.args[0], list | tuple):
             continue
@@ -141,7 +141,7 @@ def _is_zero(size: int | torch.SymInt) -> bool:
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """A view becomes a reshape: pruned tensors need not have the strides that the captured ones had."""
+    """Turn views into reshapes: pruned tensors need not have the strides that the captured ones had."""
     for node in graph.nodes:
         if node.target is torch.ops.aten.view.default and not any(writes(user) for user in node.users):
             node.target = torch.ops.aten.reshape.default

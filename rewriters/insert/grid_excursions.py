@@ -15,8 +15,9 @@ from torch import fx
 from madtp.tokens import grid as runtime
 from rewriters.axes.grid import Known, Lost, Moves, start, track
 from rewriters.axes.labels import is_plain
-from rewriters.canonicalise.attention import SOFTMAXES, looks_like_attention
+from rewriters.canonicalise.attention import is_unrecognised
 from rewriters.graph.nodes import AxisError, example_shape, op_name
+from rewriters.graph.op_sets import SOFTMAXES
 from rewriters.insert.workspace import Insertion
 
 # Steps of attention maps that keep a spelling of their own.
@@ -51,7 +52,7 @@ class Excursions:
         """
         for node in inside:
             weighs = op_name(node) in SOFTMAXES and isinstance(self.known.get(node), Lost)
-            if weighs or looks_like_attention(node) or op_name(node) in MAPS:
+            if weighs or is_unrecognised(node) or op_name(node) in MAPS:
                 raise AxisError(f"attention in a spelling that is not known ({node.name}) runs on all tokens")
             if op_name(node) != "attention" or node in self.hidden:
                 continue

@@ -20,7 +20,7 @@ from rewriters.axes.labels import Labels, any_tokens, seed, token_axis
 from rewriters.axes.outcome import batch_dim_of, labels_of
 from rewriters.axes.propagate import runs_along
 from rewriters.axes.table import apply
-from rewriters.detect.windows import way_home
+from rewriters.detect.windows import AttentionSpan, moves_to_residual
 from rewriters.graph.functional import has_effect
 from rewriters.graph.nodes import AxisError
 from rewriters.insert.grid_excursions import Excursions
@@ -48,7 +48,10 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     captured = list(graph.nodes)
     windowed = [s for s in plan.sites if s.scores == "windows"]
     ways = {
-        s.name: way_home(captured, by_name[s.attention], by_name[s.block_input], by_name[s.value], s) for s in windowed
+        s.name: moves_to_residual(
+            AttentionSpan(captured, by_name[s.block_input], by_name[s.attention], by_name[s.value]), s
+        )
+        for s in windowed
     }
     restoration = Restoration(done, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
     _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1], s.name) for s in plan.sites])

@@ -15,7 +15,7 @@ from torch import fx
 from madtp.config import PruningConfig
 from rewriters.axes.labels import Axis, token_axis
 from rewriters.detect.layout import LayoutPart
-from rewriters.detect.streams import Stream, Structure
+from rewriters.detect.structure import Stream, Structure
 from rewriters.graph.nodes import AxisError
 from rewriters.plan.policy import original, protected_readouts
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from madtp.config import PruningConfig
-from rewriters.detect.streams import Stream
+from rewriters.detect.structure import Stream
 from rewriters.graph.nodes import AxisError, example_shape
 from rewriters.plan.causality import hides_later_keys
 

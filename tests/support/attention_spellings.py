@@ -357,7 +357,7 @@ def inputs(batch: int, length: int) -> Tensors:
 
 
 def spelled_case(name: str, *spellings: Spelling) -> Case:
-    """A case of blocks with these spellings; masks of `sdpa_causal` are by order alone."""
+    """A case of blocks with these spellings; masks of ``sdpa_causal`` are by order alone."""
     return Case(
         name=name,
         build=lambda: lively(Speller(*spellings)),

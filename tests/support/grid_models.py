@@ -41,7 +41,7 @@ class Global(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def attend(self, x: Tensor, alive: Tensor | None) -> Tensor:
-        """Tokens [B, N, C]; `alive` [B, N] says which keys are seen."""
+        """Tokens [B, N, C]; ``alive`` [B, N] says which keys are seen."""
         q, k, v = self.qkv(x).reshape(len(x), -1, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         mask = None
         if alive is not None:
@@ -53,14 +53,14 @@ class Global(nn.Module):
 
 
 class Shifted(Global):
-    """Attention in windows of a padded grid that is shifted by `shift`."""
+    """Attention in windows of a padded grid that is shifted by ``shift``."""
 
     def __init__(self, shift: int = 1) -> None:
         super().__init__()
         self.shift = shift
 
     def windows(self, x: Tensor, height: int, width: int, fill: float) -> Tensor:
-        """[B, N, C] to windows [B * n, w * w, C]; what is padded holds `fill`."""
+        """[B, N, C] to windows [B * n, w * w, C]; what is padded holds ``fill``."""
         x = x.view(len(x), height, width, -1)
         x = F.pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW), value=fill)
         if self.shift:
@@ -188,7 +188,7 @@ class GridNet(nn.Module):
 
 
 class Standing(nn.Module):
-    """The same blocks on a stream [B, H, W, C]; `pooled`: only their mean is returned."""
+    """The same blocks on a stream [B, H, W, C]; ``pooled``: only their mean is returned."""
 
     def __init__(self, net: GridNet, *, pooled: bool = False) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def survivors(batch: int, count: int, depth: int, seed: int) -> list[Tensor]:
 
 
 def assert_dense_is_original(model: nn.Module, pruned: PrunedModel, batches: tuple[int, ...]) -> None:
-    """With pruning off, outputs are those of `model` in batches of these sizes."""
+    """With pruning off, outputs are those of ``model`` in batches of these sizes."""
     for batch in batches:
         given = pixels(batch)
         with pruned.dense():

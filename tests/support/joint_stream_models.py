@@ -34,7 +34,7 @@ class Words(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block of self-attention and feed-forward; `mask` [B, 1, N or 1, N] is True where keys may be seen."""
+    """A pre-norm block of self-attention and feed-forward; ``mask`` [B, 1, N or 1, N] is True where keys may be seen."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention that is no softmax of one product keeps its spelling and is pruned all the same."""
+"""Attention that is not a softmax of one product keeps its spelling and is pruned all the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of rank 5: windows beside heads, [B, H, W, N, D] or [B, W, H, N, D], fused or spelled out."""
+"""Attention of rank 5, with a dimension of windows: [B, H, W, N, D] or [B, W, H, N, D], fused or spelled out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMS = ["fused", "spelled", "windows first"]
 
 
 class Units(Global):
-    """Attention in windows of every ninth token; `count` windows (1: global), `form`: how it is spelled."""
+    """Attention in windows of every ninth token; ``count`` windows (1: global), ``form``: how it is spelled."""
 
     def __init__(self, form: str, count: int) -> None:
         super().__init__()

@@ -180,7 +180,7 @@ def test_a_stream_that_is_scaled_at_each_sum_is_a_residual_stream() -> None:
 
 
 class Encoded(GridNet):
-    """A convolution tells tokens where they are, in front of each feed-forward; `maps`: its result is added on the grid."""
+    """A convolution tells tokens where they are, in front of each feed-forward; ``maps``: its result is added on the grid."""
 
     def __init__(self, *, maps: bool) -> None:
         super().__init__("global")
@@ -257,7 +257,7 @@ def test_near_misses_are_refused(kind: type[Maps], words: str) -> None:
 class Rounding(Maps):
     """Maps whose results depend upon their last digits: single precision is farther from the exact ones than any tolerance.
 
-    While it is captured it rounds otherwise, and is wrong by the relative `error`.
+    While it is captured it rounds otherwise, and is wrong by the relative ``error``.
     """
 
     def __init__(self, error: float = 0.0) -> None:

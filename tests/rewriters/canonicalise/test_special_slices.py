@@ -27,7 +27,7 @@ CUTS: dict[str, Cut] = {
 
 
 class Registers(nn.Module):
-    """A tower of three blocks with `count` learned tokens in front of the patches; the first is read.
+    """A tower of three blocks with ``count`` learned tokens in front of the patches; the first is read.
 
     hidden: by block, tokens ``[B, N]`` that its attention must not see.
     """

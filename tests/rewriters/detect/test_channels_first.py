@@ -17,7 +17,7 @@ WIDTH, HEADS, LENGTH = 8, 2, 9
 
 
 class Layer(nn.Module):
-    """A post-norm block over [B, C, N]; `kernel`: tokens that the last projection sees."""
+    """A post-norm block over [B, C, N]; ``kernel``: tokens that the last projection sees."""
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class ChannelsFirst(nn.Module):
-    """Two blocks; returns the first token, or (`every`) all of them."""
+    """Two blocks; returns the first token, or (``every``) all of them."""
 
     def __init__(self, kernel: int = 1, every: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``python -m random_vlts``. What it runs lies in `fuzz.py`, as worker processes cannot import a package's ``__main__``."""
+"""``python -m random_vlts``. What it runs lies in ``fuzz.py``, as worker processes cannot import a package's ``__main__``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Draw random models by the thousand: ``python -m random_vlts 0 2000 --workers 2`` in the folder `tests`.
+"""Draw random models by the thousand: ``python -m random_vlts 0 2000 --workers 2`` in the folder ``tests``.
 
 Start at :func:`main`. Prints what went wrong, with a reproduction, and ends in a table of what was rewritten and what refused,
 by reason. The exit code is 1 if any result was wrong.

@@ -1,7 +1,7 @@
 """What a pruned random model must compute: the original, run eagerly, in which dropped tokens are hidden and stand still.
 
 Start at :func:`masked_outputs`. It knows nothing of graphs. From the place where a token is dropped on (the marks of
-`marks.py` say where it can be) no attention sees it, pooling leaves it out, and its own value stays as it was.
+``marks.py`` say where it can be) no attention sees it, pooling leaves it out, and its own value stays as it was.
 """
 
 from __future__ import annotations
