@@ -77,10 +77,10 @@ def weighs_by_layer(weights: fx.Node) -> bool:
         return False
     if not all(is_learned(n) for n in layer.args[1:3] if is_tensor(n)):
         return False
-    labels = list(unlabelled(example_shape(layer)))
-    channels = normal_dim(CHANNELS[op_name(layer)], len(labels))
-    labels[channels] = (Factor(Axis("tokens", "channels"), example_shape(layer)[channels]),)
-    rows: Any = propagate(reversed(path), {layer: tuple(labels)}).labels.get(weights)
+    shape = example_shape(layer)
+    channels = normal_dim(CHANNELS[op_name(layer)], len(shape))
+    labels = unlabelled(shape).with_dim(channels, (Factor(Axis("tokens", "channels"), shape[channels]),))
+    rows = propagate(reversed(path), {layer: labels}).labels.tensor(weights)
     return rows is not None and [has_tokens(dim) for dim in rows[-2:]] == [True, False]
 
 

@@ -18,6 +18,7 @@ from madtp.sites.scoring import Scores
 from rewriters.axes.labels import seed, token_axis
 from rewriters.axes.outcome import query_and_key
 from rewriters.axes.propagate import Flow, propagate
+from rewriters.axes.readouts import BatchReadout
 from rewriters.canonicalise.attention import looks_like_attention
 from rewriters.detect.layout import Layout, find_layout
 from rewriters.detect.modality import pools, special_positions, stream_modality, weighs_by_layer
@@ -230,10 +231,10 @@ def _path(attention: fx.Node, added: fx.Node) -> str:
 def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
     """The stream whose tokens ``sublayer`` reads its queries from."""
     for stream in reversed(streams):
-        known = stream.flow.labels.get(sublayer.block_input)
+        known = stream.flow.labels.tensor(sublayer.block_input)
         if known is None:
             continue
-        axis = token_axis(known[sublayer.token_dim])  # type: ignore[arg-type]
+        axis = token_axis(known[sublayer.token_dim])
         if axis is not None and _continues(sublayer, stream):
             return stream
     return None
@@ -261,8 +262,8 @@ def _continues(sublayer: Sublayer, stream: Stream) -> bool:
 def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
     key = attention.args[1]
     for stream in reversed(streams):
-        known = stream.flow.labels.get(key)  # type: ignore[arg-type]
-        if known is not None and token_axis(known[2]) is not None:  # type: ignore[arg-type]
+        known = stream.flow.labels.tensor(key)
+        if known is not None and token_axis(known[2]) is not None:
             return stream.index
     return None
 
@@ -271,7 +272,7 @@ def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: di
     shape = example_shape(sublayer.value)
     labels = seed(shape, sublayer.batch_dim, sublayer.token_dim, index)
     flow = propagate(nodes[order[sublayer.value] + 1 :], {sublayer.value: labels}, beyond_joins=False)
-    parts = max([len(r.parts) for r in flow.readouts.values() if r.kind == "batch"], default=1)
+    parts = max([len(r.sizes) for r in flow.readouts.values() if isinstance(r, BatchReadout)], default=1)
     return Stream(
         index,
         stream_modality(sublayer.block_input),
