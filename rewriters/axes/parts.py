@@ -22,6 +22,7 @@ from rewriters.axes.outcome import (
     require_unlabelled,
     same_axes,
 )
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError, call_argument, example_shape, example_size, normal_dim, op_name
 
 
@@ -76,7 +77,6 @@ def select(node: fx.Node, labels: LabelMap) -> Outcome:
 
 _FAR = 1 << 40
 # Mark of slices behind more special tokens than PREFIX (``canonicalise/special_slices.py``).
-SPECIAL = "special"
 # A constant cut of at most so many tokens separates special tokens, which are protected; a longer one separates segments.
 PREFIX = 8
 
@@ -104,7 +104,7 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
         raise AxisError(f"a slice [{start}:{end}:{step}] of {axes_of(own[dim])}")
     if axis is None:
         return _batch_part(node, own, dim, shape)
-    special = SPECIAL in node.meta
+    special = record(node).special_cut
     if isinstance(start, int) and start > 0 and (start <= PREFIX or special) and whole_end:
         rest = (Factor(Axis("tokens", (axis.source, "rest", start)), size - start),)
         return Outcome(

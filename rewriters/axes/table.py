@@ -54,6 +54,7 @@ from rewriters.axes.parts import (
     split,
 )
 from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, transpose, unsqueeze, view
+from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name, tensor_operands
 
 
@@ -182,7 +183,7 @@ def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Al
 
 def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
     """A submodule that works row by row (``capture/rowwise.py``): its results run along the rows of its operands."""
-    rank: int = node.meta["rowwise"].rank
+    rank = rowwise_module(node).rank
     operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
     per_operand = [labels_of(operand, labels) for operand in operands]
     rows = list(next(own for own in per_operand if len(own) >= rank)[:rank])
@@ -194,7 +195,7 @@ def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
     for own in per_operand:
         if not all(same_axes(a, b) or not has_tokens(b) for a, b in zip(own, rows, strict=False)):
             raise AxisError("operands of a module that works row by row run along different tokens")
-    return Outcome(results=tuple((*rows, *unlabelled(sizes)) for _, sizes in node.meta["rowwise"].results))
+    return Outcome(results=tuple((*rows, *unlabelled(sizes)) for _, sizes in rowwise_module(node).results))
 
 
 # Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.

@@ -22,6 +22,7 @@ from rewriters.axes.propagate import runs_along
 from rewriters.axes.table import apply
 from rewriters.detect.windows import way_home
 from rewriters.graph.functional import has_effect
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError
 from rewriters.insert.grid_excursions import Excursions
 from rewriters.insert.repairs import align_operand, length, read_out, rename
@@ -155,7 +156,6 @@ def _insert_site(
         if site.token_dim != 1:
             pruned = graph.call_function(aten.transpose.int, (pruned, site.token_dim, 1))
     call.meta["nn_module_stack"] = value.meta.get("nn_module_stack", {})
-    call.meta["site_input"] = (source, labels_of(block_input, done.labels), block_input)
     pruned.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
     for user in users:
         user.replace_input_with(value, pruned)
@@ -208,7 +208,7 @@ def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
 def _finish(done: Insertion, output: fx.Node, restoration: Restoration) -> None:
     """Give every output its full length back; of what later calls read again, dropped tokens are marked."""
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    kept = output.meta.get("held", {})
+    kept = record(output).cache_paths or {}
     for position, value in enumerate(results):
         labels: Labels | None = done.labels.get(value)
         if labels is None or not any_tokens(labels):

@@ -7,6 +7,7 @@ computed again for all tokens. What flows back into the pruned stream from there
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rewriters.axes.labels import any_tokens, axes_of, token_axis
 from rewriters.axes.outcome import batch_dim_of, labels_of
 from rewriters.axes.table import knows
 from rewriters.graph.emit import emit
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, is_attention, op_name
 from rewriters.insert.grid_excursions import Excursions
 from rewriters.insert.workspace import Insertion, InsertRefusal
@@ -244,7 +246,8 @@ class Restoration:
         new_kwargs = fx.map_arg(kwargs, lambda n: self._current(n, before))
         with self.done.graph.inserting_before(before):
             new = self.done.graph.create_node("call_function", self.operations[old], new_args, new_kwargs)
-        new.meta = {**node.meta, "again": node}
+        new.meta = dict(node.meta)
+        set_record(new, replace(record(new), recomputed=node))
         self.excursions.follow(new)
         return new
 

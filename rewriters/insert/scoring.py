@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
 from rewriters.axes.grid import Moves
 from rewriters.axes.labels import Axis, any_tokens, token_axis
-from rewriters.axes.outcome import Outcome, labels_of
+from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along
 from rewriters.axes.table import apply
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, op_name
 from rewriters.insert.grid_excursions import Excursions
 from rewriters.insert.repairs import align_operand, rename
@@ -118,8 +120,7 @@ def _replace(done: Insertion, node: fx.Node, site: SitePlan, child: str, options
         done.site_inputs[site.name] = done.graph.call_function(operator.getitem, (call, 1))
     output.meta = dict(node.meta)
     call.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    call.meta["attention"] = node.args[:3]
-    call.meta["attention_labels"] = tuple(labels_of(n, done.labels) for n in node.args[:3])
+    set_record(call, replace(record(call), site_attention=True))
     node.replace_all_uses_with(output)
     done.replaced[node] = output
     done.graph.erase_node(node)

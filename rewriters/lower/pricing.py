@@ -17,6 +17,7 @@ from madtp.cost.table import CostTable, CostTerm, Join, Part, Range
 from rewriters.axes.labels import Dim, Labels, axes_of, unlabelled
 from rewriters.axes.outcome import labels_of
 from rewriters.capture.export import Capture
+from rewriters.graph.node_record import record, rowwise_module
 from rewriters.graph.nodes import AxisError, is_tensor, module_path, op_name
 from rewriters.insert.workspace import Insertion, site_key
 
@@ -28,9 +29,9 @@ def cost_table(done: Insertion, capture: Capture) -> CostTable:
     table = CostTable(symbols=_symbols(capture))
     _record_sites(table, done)
     for node in done.graph.nodes:
-        if node.op == "call_module" and "attention" in node.meta:
-            operands = node.meta["attention"]
-            table.terms.extend(_attention(node, operands, list(node.meta["attention_labels"])))
+        if node.op == "call_module" and record(node).site_attention:
+            labels = [labels_of(n, done.labels) for n in node.args[:3]]
+            table.terms.extend(_attention(node, node.args[:3], labels))
         elif node.op == "call_function":
             rule = TERMS.get(op_name(node))
             if rule is not None:
@@ -54,7 +55,6 @@ def _symbols(capture: Capture) -> dict[Any, tuple[int, int]]:
 
 
 def _record_sites(table: CostTable, done: Insertion) -> None:
-    calls = {n.target: n for n in done.graph.nodes if n.op == "call_module"}
     for site in done.plan.sites:
         value, _ = done.before_site[site.name]
         shape = value.meta["val"].shape
@@ -65,12 +65,10 @@ def _record_sites(table: CostTable, done: Insertion) -> None:
             table.lengths[site.name] = table.lengths[root]
         before = done.labels.parent.get(site.name)
         before = ("before", site.name) if before is None else before
-        call = calls[f"madtp.sites.{site_key(site.name)}"]
         path = f"madtp.sites.{site_key(site.name)}"
         # The projection is applied to the alignment tokens, once a forward, rather than to the tokens.
         table.terms.append(CostTerm(path, "query", 1, ("alignment_tokens", f"projection of {site.width}"), (), True))
         table.terms.append(CostTerm(path, "guidance", site.width, ("alignment_tokens",), (before,), True))
-        call.meta["cost_path"] = path
     for source, (node, part) in done.derived.items():
         if source[1] != "part":
             continue
@@ -130,7 +128,7 @@ def _term(node: fx.Node, kind: str, constant: float, dims: Sequence[tuple[Dim, A
     constant *= math.prod(numbers)
     symbols = tuple(s for s in sizes if not isinstance(s, int))
     # Computed once more for all tokens, beside the survivors: without pruning the same values, not counted twice.
-    again = node.meta.get("again")
+    again = record(node).recomputed
     return CostTerm(module_path(node), kind, constant, symbols, tuple(axes), again is not None and bool(again.users))
 
 
@@ -197,7 +195,7 @@ def _weighing(node: fx.Node, done: Insertion) -> CostTerm:
 
 
 def _rowwise(node: fx.Node, done: Insertion) -> CostTerm:
-    form = node.meta["rowwise"]
+    form = rowwise_module(node)
     labels: Any = done.labels.get(node)
     sizes = node.meta["val"][0].shape[: form.rank]
     rows = unlabelled([_example(n) for n in sizes]) if labels is None else labels[0][: form.rank]
