@@ -40,6 +40,7 @@ from rewriters.axes.readouts import (
     RestReadout,
 )
 from rewriters.axes.sources import BatchPart, Rest, TokenRange
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError, call_argument, example_shape, example_size, op_name
 
 
@@ -91,8 +92,6 @@ def select(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 _FAR = 1 << 40
-# Mark of slices behind more special tokens than PREFIX (``canonicalise/special_slices.py``).
-SPECIAL = "special"
 # A constant cut of at most so many tokens separates special tokens, which are protected; a longer one separates segments.
 PREFIX = 8
 
@@ -120,7 +119,7 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
         raise AxisError(f"a slice [{start}:{end}:{step}] of {axes_of(own[dim])}")
     if axis is None:
         return _batch_part(node, own, dim, shape)
-    special = SPECIAL in node.meta
+    special = record(node).special_cut
     if isinstance(start, int) and start > 0 and (start <= PREFIX or special) and whole_end:
         rest = Axis("tokens", Rest(axis.source, start))
         return Outcome(

@@ -65,6 +65,7 @@ from rewriters.axes.parts import (
     split,
 )
 from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, transpose, unsqueeze, view
+from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, example_shape, op_name, tensor_operands
 
 
@@ -189,7 +190,7 @@ def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Al
 
 def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
     """A submodule that works row by row (``capture/rowwise.py``): its results run along the rows of its operands."""
-    rank: int = node.meta["rowwise"].rank
+    rank = rowwise_module(node).rank
     per_operand = [labels.of(n) for n in operand_list(node, 0)]
     rows = list(next(own for own in per_operand if len(own) >= rank)[:rank])
     for own in per_operand:
@@ -200,7 +201,7 @@ def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
     for own in per_operand:
         if not all(same_axes(a, b) or not has_tokens(b) for a, b in zip(own, rows, strict=False)):
             raise AxisError("operands of a module that works row by row run along different tokens")
-    results = ResultLabels(Labels((*rows, *unlabelled(sizes))) for _, sizes in node.meta["rowwise"].results)
+    results = ResultLabels(Labels((*rows, *unlabelled(sizes))) for _, sizes in rowwise_module(node).results)
     return Outcome(labels=results)
 
 

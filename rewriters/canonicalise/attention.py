@@ -20,6 +20,7 @@ from madtp.tokens.attention import HIDDEN, attention
 from rewriters.canonicalise.attention_masks import Mask, fold_mask, join, unfold_mask
 from rewriters.canonicalise.attention_windows import fold_windows, unfold_windows, windows_beside
 from rewriters.graph.emit import emit
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError, example_shape, is_tensor, op_name
 
 aten = torch.ops.aten
@@ -280,7 +281,7 @@ def constant_number(value: Any) -> float | None:
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, fx.Node) and value.op == "get_attr":
-        return value.meta.get("number")
+        return record(value).number
     if isinstance(value, fx.Node) and value.op == "call_function":
         name = op_name(value)
         if name in ("full", "scalar_tensor"):

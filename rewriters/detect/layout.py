@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from rewriters.detect.modality import special_positions, stream_modality
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import call_argument, example_shape, is_attention, is_tensor, normal_dim, op_name
 from rewriters.graph.origins import is_learned
 
@@ -50,8 +51,9 @@ def find_layout(head: fx.Node, token_dim: int) -> Layout | None:
         scattered = _scattered(node) if name in SCATTERS and dim == 1 else None
         if scattered is not None:
             return scattered
-        if "written" in node.meta and dim == 1:
-            return Layout(("text", "image"), mask=node.meta["written"])
+        mask = record(node).image_positions
+        if mask is not None and dim == 1:
+            return Layout(("text", "image"), mask=mask)
     return None
 
 
@@ -61,7 +63,7 @@ def _before(head: fx.Node, token_dim: int) -> list[tuple[fx.Node, int]]:
     waiting, seen = [(head, token_dim)], {head}
     while waiting:
         node, dim = waiting.pop(0)
-        if "written" in node.meta:
+        if record(node).image_positions is not None:
             found.append((node, dim))
         if node.op != "call_function" or not is_tensor(node) or is_attention(node):
             continue

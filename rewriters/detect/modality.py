@@ -9,6 +9,7 @@ from torch import fx
 
 from rewriters.axes.labels import Axis, Factor, has_tokens, unlabelled
 from rewriters.axes.propagate import propagate
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import example_shape, is_tensor, normal_dim, op_name
 from rewriters.graph.origins import _tensor_ancestors, is_learned
 
@@ -27,7 +28,7 @@ def stream_modality(head: fx.Node) -> str:
     ancestors = _tensor_ancestors(head)
     inputs = [n for n in ancestors if n.op == "placeholder" and n.meta["val"].dtype.is_floating_point]
     # What goes into a region was followed through a run; what goes into a whole model is pixels or features.
-    carried = frozenset().union(*(n.meta.get("modalities", {"image"}) for n in inputs))
+    carried = frozenset().union(*(_modalities_of(n) for n in inputs))
     text = any(op_name(n) == "embedding" and _reads_ids(n) for n in ancestors if n.op == "call_function")
     text = text or "text" in carried
     image = "image" in carried
@@ -35,6 +36,11 @@ def stream_modality(head: fx.Node) -> str:
     if text and image:
         return "joint"
     return "text" if text else "image" if image else "query"
+
+
+def _modalities_of(given: fx.Node) -> frozenset[str]:
+    followed = record(given).modalities
+    return frozenset({"image"}) if followed is None else followed
 
 
 def _reads_ids(embedding: fx.Node) -> bool:

@@ -26,6 +26,7 @@ from rewriters.axes.sources import BatchPart, Source
 from rewriters.axes.table import apply
 from rewriters.detect.windows import way_home
 from rewriters.graph.functional import has_effect
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.repairs import align_operand, pass_states, remap_readout, rename_argument, resize_argument
@@ -193,7 +194,6 @@ def _insert_site(insertion: Insertion, value: fx.Node, place: _Place, sections: 
         if site.token_dim != 1:
             pruned = graph.call_function(aten.transpose.int, (pruned, site.token_dim, 1))
     call.meta["nn_module_stack"] = value.meta.get("nn_module_stack", {})
-    call.meta["site_input"] = (source, insertion.labels.of(block_input), block_input)
     pruned.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
     for user in users:
         user.replace_input_with(value, pruned)
@@ -246,7 +246,7 @@ def _note_derived_states(insertion: Insertion, node: fx.Node, outcome: Outcome) 
 def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restoration) -> None:
     """Give every output its full length back; in what a key/value cache holds, dropped tokens are marked."""
     results: list[Argument] = list(items(output, 0))
-    cached = output.meta.get("held", {})
+    cached = record(output).cache_paths or {}
     for position, value in enumerate(results):
         labels = insertion.labels.tensor(value)
         if not isinstance(value, fx.Node) or labels is None or not labels.any_tokens():

@@ -8,7 +8,7 @@ computed again for all tokens. What flows back into the pruned stream from there
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -21,6 +21,7 @@ from rewriters.axes.labels import Labels, ResultLabels, token_axis
 from rewriters.axes.sources import Derived
 from rewriters.axes.table import knows
 from rewriters.graph.emit import emit
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, is_attention, op_name
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.workspace import Insertion, InsertRefusal
@@ -264,7 +265,8 @@ class Restoration:
         kwargs = fx.map_arg(call.kwargs, lambda n: self._current(n, before))
         with self.insertion.graph.inserting_before(before):
             new = self.insertion.graph.create_node("call_function", call.operation, args, kwargs)
-        new.meta = {**node.meta, "again": node}
+        new.meta = dict(node.meta)
+        set_record(new, replace(record(new), recomputed=node))
         self.sections.follow(new)
         return new
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along
 from rewriters.axes.sources import Source
 from rewriters.axes.table import apply
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, op_name
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.repairs import align_operand, rename_argument
@@ -146,8 +147,7 @@ def _replace(
         insertion.statistics[site.name] = insertion.graph.call_function(operator.getitem, (call, 1))
     output.meta = dict(node.meta)
     call.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    call.meta["attention"] = node.args[:3]
-    call.meta["attention_labels"] = tuple(insertion.labels.of(n) for n in node.args[:3])
+    set_record(call, replace(record(call), site_attention=True))
     node.replace_all_uses_with(output)
     insertion.replaced[node] = output
     insertion.graph.erase_node(node)

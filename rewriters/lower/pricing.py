@@ -7,7 +7,7 @@ the token axes that its dimensions run along.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import sympy
 import torch
@@ -27,9 +27,10 @@ from madtp.cost.counts import (
 from madtp.cost.counts import Size as CostSize
 from madtp.cost.table import CostTable, CostTerm, InputSize
 from rewriters.axes.arguments import integer, operand
-from rewriters.axes.labels import Dim, Labels, ResultLabels, axes_of, unlabelled
+from rewriters.axes.labels import Dim, ResultLabels, axes_of, unlabelled
 from rewriters.axes.sources import BatchPart, Bound, Concatenation, Rest, Source, TokenRange
 from rewriters.capture.export import Capture
+from rewriters.graph.node_record import record, rowwise_module
 from rewriters.graph.nodes import example_size, is_tensor, module_path, op_name
 from rewriters.insert.workspace import Insertion, Size, site_key
 
@@ -41,16 +42,14 @@ def cost_table(insertion: Insertion, capture: Capture) -> CostTable:
     table = CostTable(symbols=_symbols(capture))
     _record_sites(table, insertion)
     for node in insertion.graph.nodes:
-        if node.op == "call_module" and "attention" in node.meta:
-            operands = node.meta["attention"]
-            table.terms.extend(_attention(insertion, node, operands, list(node.meta["attention_labels"])))
+        if node.op == "call_module" and record(node).site_attention:
+            table.terms.extend(_attention(insertion, node))
         elif node.op == "call_function":
             rule = TERMS.get(op_name(node))
             if rule is not None:
                 table.terms.append(rule(insertion, node))
             elif op_name(node) == "attention":
-                operands = [operand(node, i) for i in range(3)]
-                table.terms.extend(_attention(insertion, node, operands, [insertion.labels.of(n) for n in operands]))
+                table.terms.extend(_attention(insertion, node))
     return table
 
 
@@ -148,7 +147,7 @@ def _term(insertion: Insertion, node: fx.Node, constant: float, dims: Iterable[t
         else:
             sizes.append(_size(size))
     # Computed once more for all tokens, beside the survivors: without pruning the same values, not counted twice.
-    again = node.meta.get("again")
+    again = record(node).recomputed
     return CostTerm(
         path=module_path(node),
         constant=constant * math.prod(s for s in sizes if isinstance(s, int)),
@@ -184,13 +183,9 @@ def _norm(insertion: Insertion, node: fx.Node) -> CostTerm:
     return _term(insertion, node, cost, _dims(insertion, node))
 
 
-def _attention(
-    insertion: Insertion, node: fx.Node, operands: Sequence[fx.Node], labels: Sequence[Labels]
-) -> list[CostTerm]:
+def _attention(insertion: Insertion, node: fx.Node) -> list[CostTerm]:
     """The products of queries and keys, and of weights and values."""
-    query, key, value = (
-        list(zip(own, n.meta["val"].shape, strict=True)) for n, own in zip(operands, labels, strict=True)
-    )
+    query, key, value = (_dims(insertion, operand(node, i)) for i in range(3))
     batch = query[0][0] if axes_of(query[0][0]) else key[0][0]
     common = [(batch, query[0][1]), query[1], query[2], key[2]]
     return [_term(insertion, node, 1, [*common, width]) for width in (query[3], value[3])]
@@ -202,7 +197,7 @@ def _weighing(insertion: Insertion, node: fx.Node) -> CostTerm:
 
 
 def _rowwise(insertion: Insertion, node: fx.Node) -> CostTerm:
-    form = node.meta["rowwise"]
+    form = rowwise_module(node)
     labels = insertion.labels.get(node)
     sizes = node.meta["val"][0].shape[: form.rank]
     rows = labels[0] if isinstance(labels, ResultLabels) else unlabelled([example_size(n) for n in sizes])
