@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from rewriters.axes.arguments import dim_argument, integer, operand, operand_list
+from rewriters.axes.arguments import dim_argument, operand_list
 from rewriters.axes.labels import Dim, LabelMap, Labels, ResultLabels, axes_of, has_tokens, is_plain, plain
 from rewriters.axes.outcome import Outcome, require_plain, require_unlabelled, same_axes
-from rewriters.graph.nodes import AxisError, call_argument, example_shape
+from rewriters.graph.nodes import AxisError, call_argument, example_shape, int_argument, operand
 
 
 def einsum(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -104,7 +104,7 @@ def topk(node: fx.Node, labels: LabelMap) -> Outcome:
     own = labels.of(node.args[0])
     dim = dim_argument(node, 2, len(own), default=-1)
     require_plain(own[dim : dim + 1], node)
-    largest = own.with_dim(dim, plain(integer(node, 1)))
+    largest = own.with_dim(dim, plain(int_argument(node, 1, "k")))
     return Outcome(labels=ResultLabels((largest, largest)))
 
 

@@ -19,7 +19,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import Argument
 
-from rewriters.axes.arguments import dim_argument, dims_argument, integer, integers, items, operand
+from rewriters.axes.arguments import dim_argument, dims_argument, items
 from rewriters.axes.labels import (
     Axis,
     Dim,
@@ -36,13 +36,22 @@ from rewriters.axes.outcome import same_axes
 from rewriters.axes.parts import PREFIX, reduce
 from rewriters.axes.sources import Source
 from rewriters.axes.table import EVERY_POSITION, RULES, elementwise, like_first
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name, tensor_operands
+from rewriters.graph.nodes import (
+    AxisError,
+    call_argument,
+    example_shape,
+    ints_argument,
+    normal_dim,
+    op_name,
+    operand,
+    permutation,
+    tensor_operands,
+)
+from rewriters.graph.op_sets import CONCATENATIONS, PARTS, PERMUTATIONS, VIEWS
 
 BATCH = Axis("batch", "grid")
 TOKENS = Axis("tokens", "grid")
 
-VIEWS = frozenset("view reshape _unsafe_view flatten unflatten unsqueeze squeeze reshape_as view_as".split())
-PARTS = frozenset("chunk split split_with_sizes unbind".split())
 # They mix tokens in a way that leaves samples apart.
 SCATTERS = frozenset("masked_scatter index_put index_put_ roll pad constant_pad_nd".split())
 MIXING = (EVERY_POSITION | {"conv1d", "conv2d"}) - SCATTERS
@@ -174,7 +183,7 @@ def _rule(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedValue:
     name = op_name(node)
     if name == "getitem":
         return _part(node, known[operand(node, 0)])
-    if RULES.get(name) in (elementwise, like_first) or name in ("cat", "concat", "stack", "expand_as"):
+    if RULES.get(name) in (elementwise, like_first) or name in CONCATENATIONS | {"stack", "expand_as"}:
         return _together(node, known)
     if name == "attention":
         return _attention(node, known)
@@ -200,8 +209,8 @@ def _single(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Trac
         return _viewed(node, own, relabel_view(labels, shape, _divisible))
     if name == "expand":
         return _viewed(node, own, _expanded(labels, shape))
-    if name in ("permute", "transpose", "t", "mT"):
-        return _permuted(node, own, labels, _order(node, name, len(labels)))
+    if name in PERMUTATIONS | {"t", "mT"}:
+        return _permuted(node, own, labels, permutation(node, len(labels)))
     if name in ("softmax", "log_softmax"):
         if not is_plain(labels[dim_argument(node, 1, len(labels), default=-1)]):
             raise AxisError(f"{name} over tokens")
@@ -246,16 +255,6 @@ def _viewed(node: fx.Node, own: TrackedValue, labels: Labels) -> TrackedValue:
 def _expanded(labels: Labels, shape: tuple[int, ...]) -> Labels:
     new = len(shape) - len(labels)
     return Labels(plain(n) if d < new or is_plain(labels[d - new]) else labels[d - new] for d, n in enumerate(shape))
-
-
-def _order(node: fx.Node, name: str, rank: int) -> tuple[int, ...]:
-    if name == "permute":
-        return tuple(normal_dim(d, rank) for d in integers(node, 1))
-    dims = (-2, -1) if name in ("t", "mT") else (integer(node, 1), integer(node, 2))
-    order = list(range(rank))
-    first, second = (normal_dim(d, rank) for d in dims)
-    order[first], order[second] = second, first
-    return tuple(order)
 
 
 def _permuted(node: fx.Node, own: TrackedValue, labels: Labels, order: tuple[int, ...]) -> TrackedValue:
@@ -321,10 +320,11 @@ def _touched(node: fx.Node, name: str, rank: int) -> list[int]:
             raise AxisError("a pad that repeats tokens")
         return sorted({rank - 1 - at // 2 for at, n in enumerate(pads) if not isinstance(n, int) or n != 0})
     position = 2 if name == "roll" else 1
-    dims = node.args[position] if len(node.args) > position else 0
     if node.kwargs or (name == "roll" and len(node.args) < 3):
         raise AxisError(f"{name} over all elements, or with named arguments")
-    return sorted({normal_dim(d, rank) for d in ([dims] if isinstance(dims, int) else integers(node, position))})
+    if len(node.args) <= position:
+        return [0]
+    return sorted({normal_dim(d, rank) for d in ints_argument(node, position, "dims")})
 
 
 def _hashable(values: Sequence[Argument]) -> tuple[Argument, ...]:
@@ -338,7 +338,7 @@ def _together(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedVa
         return MIXED
     shape, name = example_shape(node), op_name(node)
     side = None
-    if name in ("cat", "concat", "stack"):
+    if name in CONCATENATIONS | {"stack"}:
         side = dim_argument(node, 1, len(shape), default=0)
     if side is not None and any(_has_tokens_at(p, side) for p in known.values()):
         return _strung(node, known, side, shape)

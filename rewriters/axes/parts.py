@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from rewriters.axes.arguments import dim_argument, dims_argument, integer, items, operand
+from rewriters.axes.arguments import dim_argument, dims_argument, items
 from rewriters.axes.labels import (
     Axis,
     Dim,
@@ -41,7 +41,7 @@ from rewriters.axes.readouts import (
 )
 from rewriters.axes.sources import BatchPart, Rest, TokenRange
 from rewriters.graph.node_record import record
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, example_size, op_name
+from rewriters.graph.nodes import AxisError, call_argument, example_shape, example_size, int_argument, op_name, operand
 
 
 def reduce(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -66,7 +66,7 @@ def masked_mean(node: fx.Node, labels: LabelMap) -> Outcome:
     """A weighted mean over one dimension; over a token axis it is pooling, the weights are a side input."""
     own = labels.of(node.args[0])
     require_unlabelled(node.args[1:2], labels, node)
-    dim, keepdim = integer(node, 2), bool(node.args[3])
+    dim, keepdim = int_argument(node, 2, "dim"), bool(node.args[3])
     rest = Labels(plain(1) if d == dim else x for d, x in enumerate(own) if keepdim or d != dim)
     if is_plain(own[dim]):
         raise AxisError("a masked mean beside a token axis")
@@ -238,7 +238,7 @@ def getitem(node: fx.Node, labels: LabelMap) -> Outcome:
     results = labels[operand(node, 0)]
     if not isinstance(results, ResultLabels):
         raise TypeError(f"{node.args[0]} has one result")
-    return Outcome(labels=results[integer(node, 1)])
+    return Outcome(labels=results[int_argument(node, 1, "index")])
 
 
 def index(node: fx.Node, labels: LabelMap) -> Outcome:

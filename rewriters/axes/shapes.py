@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from rewriters.axes.arguments import dim_argument, dims_argument, integer, integers, items, operand, operand_list
+from rewriters.axes.arguments import dim_argument, dims_argument, items, operand_list
 from rewriters.axes.labels import (
     Axis,
     Dim,
@@ -23,26 +23,15 @@ from rewriters.axes.labels import (
 from rewriters.axes.outcome import Outcome, Resize, broadcast, elementwise_outcome, require_plain, same_axes
 from rewriters.axes.readouts import ConcatenationReadout
 from rewriters.axes.sources import Concatenation, Rest
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name
-
-# Operations that leave tokens and channels as they are.
-COPIES = frozenset(("to", "type_as", "contiguous", "clone", "_to_copy"))
-
-
-def transpose(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Two dimensions change places."""
-    own = list(labels.of(node.args[0]))
-    if op_name(node) in ("t", "numpy_T", "mT"):
-        return Outcome(labels=Labels(own[:-2] + own[:-3:-1]))
-    first, second = (normal_dim(integer(node, i), len(own)) for i in (1, 2))
-    own[first], own[second] = own[second], own[first]
-    return Outcome(labels=Labels(own))
+from rewriters.graph.nodes import AxisError, call_argument, example_shape, op_name, permutation
+from rewriters.graph.op_sets import SAME_VALUES
+from rewriters.graph.walk import behind
 
 
 def permute(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Dimensions in a new order."""
+    """permute, transpose, t, mT: dimensions in a new order."""
     own = labels.of(node.args[0])
-    return Outcome(labels=Labels(own[normal_dim(d, len(own))] for d in integers(node, 1)))
+    return Outcome(labels=Labels(own[d] for d in permutation(node, len(own))))
 
 
 def unsqueeze(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -151,10 +140,12 @@ def _put_together(operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: i
     source = axes[1].source
     if not isinstance(source, Rest):
         return None
-    prefix = operands[0]
-    while op_name(prefix) in COPIES:
-        prefix = operand(prefix, 0)
-    if op_name(prefix) != "slice" or call_argument(prefix, 3, "end", None) != source.start:
+    prefix = behind(operands[0], SAME_VALUES)
+    if (
+        not isinstance(prefix, fx.Node)
+        or op_name(prefix) != "slice"
+        or call_argument(prefix, 3, "end", None) != source.start
+    ):
         return None
     whole = labels.of(prefix.args[0])
     if len(whole) <= dim or token_axis(whole[dim]) != Axis("tokens", source.parent):

@@ -17,7 +17,7 @@ from torch import fx
 
 from madtp.tokens.attention import attention
 from rewriters.axes import maps as map_rules
-from rewriters.axes.arguments import dim_argument, items, operand, operand_list
+from rewriters.axes.arguments import dim_argument, items, operand_list
 from rewriters.axes.channels import (
     batch_norm,
     conv1d,
@@ -64,9 +64,10 @@ from rewriters.axes.parts import (
     slice_,
     split,
 )
-from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, transpose, unsqueeze, view
+from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, unsqueeze, view
 from rewriters.graph.node_record import rowwise_module
-from rewriters.graph.nodes import AxisError, example_shape, op_name, tensor_operands
+from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
+from rewriters.graph.op_sets import CASTS, CONCATENATIONS, PARTS, SIZED_VIEWS
 
 
 def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -228,7 +229,7 @@ zeros_like __and__ __or__ __xor__
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
+    **dict.fromkeys(CASTS, like_first),
     **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
     "prelu": prelu,
     "attention": attend,
@@ -259,22 +260,20 @@ RULES: dict[str, Rule] = {
     "log_softmax": along_dim(-1),
     "cumsum": along_dim(-1),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "any", "all", "linalg_vector_norm", "norm"), reduce),
-    **dict.fromkeys(("transpose", "t", "mT"), transpose),
-    "permute": permute,
+    **dict.fromkeys(("permute", "transpose", "t", "mT"), permute),
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), view),
+    **dict.fromkeys(SIZED_VIEWS | {"flatten", "unflatten"}, view),
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand": expand,
     "expand_as": elementwise,
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
-    "cat": cat,
-    "concat": cat,
+    **dict.fromkeys(CONCATENATIONS, cat),
     "stack": stack,
     "select": select,
     "slice": slice_,
-    **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind"), split),
+    **dict.fromkeys(PARTS, split),
     operator.getitem.__name__: getitem,
     "index": index,
     "embedding": embedding,

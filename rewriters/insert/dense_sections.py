@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from torch import fx
 
 from madtp.tokens import grid as runtime
-from rewriters.axes.arguments import operand
 from rewriters.axes.grid import (
     GridTokens,
     Permuted,
@@ -28,12 +27,10 @@ from rewriters.axes.grid import (
 )
 from rewriters.axes.labels import is_plain
 from rewriters.axes.sources import Source
-from rewriters.canonicalise.attention import SOFTMAXES, looks_like_attention
-from rewriters.graph.nodes import AxisError, example_shape, op_name
+from rewriters.canonicalise.attention import looks_like_attention
+from rewriters.graph.nodes import AxisError, example_shape, op_name, operand
+from rewriters.graph.op_sets import MAP_STEPS, SOFTMAXES
 from rewriters.insert.workspace import Insertion
-
-# Steps of attention maps that keep a spelling of their own.
-MAPS = frozenset(("shares", "total", "weigh"))
 
 
 class DenseSections:
@@ -69,7 +66,7 @@ class DenseSections:
         """
         for node in section:
             weighs = op_name(node) in SOFTMAXES and isinstance(self.tracked.get(node), UntrackedValue)
-            if weighs or looks_like_attention(node) or op_name(node) in MAPS:
+            if weighs or looks_like_attention(node) or op_name(node) in MAP_STEPS:
                 raise AxisError(f"attention in a spelling that is not known ({node.name}) runs on all tokens")
             if op_name(node) != "attention" or node in self.handled:
                 continue

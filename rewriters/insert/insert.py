@@ -28,6 +28,7 @@ from rewriters.detect.windows import way_home
 from rewriters.graph.functional import has_effect
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError
+from rewriters.graph.walk import ancestors
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.repairs import align_operand, pass_states, remap_readout, rename_argument, resize_argument
 from rewriters.insert.restoration import Restoration
@@ -49,7 +50,7 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     at_attention = {place.attention: place for place in places}
     at_value = {place.value: place for place in places}
     restoration = Restoration(insertion, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
-    _hoist_readouts(graph, places)
+    _hoist_readouts(places)
     for node in list(graph.nodes):
         restoration.taint(node)
         try:
@@ -135,29 +136,30 @@ def _position(graph: fx.Graph, name: str, by_name: dict[str, fx.Node]) -> fx.Nod
         return graph.call_function(operator.add, (by_name[base], int(offset)))
 
 
-def _hoist_readouts(graph: fx.Graph, places: list[_Place]) -> None:
+def _hoist_readouts(places: list[_Place]) -> None:
     """Move the computation of readout positions in front of the sites that protect them."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
     first: dict[fx.Node, fx.Node] = {}
     for place in places:
         for readout in place.readouts:
-            if readout not in first or order[place.attention] < order[first[readout]]:
+            if readout not in first or place.attention < first[readout]:
                 first[readout] = place.attention
     # What several readouts are computed from moves with the last of these steps, in front of the earliest site.
-    for readout, attention in sorted(first.items(), key=lambda item: -order[item[1]]):
-        late: set[fx.Node] = set()
-        stack = [readout]
-        while stack:
-            node = stack.pop()
-            if node in late or order[node] < order[attention] or node.op == "placeholder":
-                continue
-            if node is attention:
-                reason = "a position that is read is computed from the tokens themselves"
-                raise InsertRefusal(readout, reason, {p.site.name for p in places if readout in p.readouts})
-            late.add(node)
-            stack.extend(node.all_input_nodes)
-        for node in sorted(late, key=order.__getitem__):
+    for readout, attention in sorted(first.items(), key=lambda item: item[1], reverse=True):
+        late = _computed_behind(readout, attention)
+        if attention in late:
+            reason = "a position that is read is computed from the tokens themselves"
+            raise InsertRefusal(readout, reason, {p.site.name for p in places if readout in p.readouts})
+        for node in late:
             attention.prepend(node)
+
+
+def _computed_behind(node: fx.Node, border: fx.Node) -> list[fx.Node]:
+    """``node`` and what it is computed from, in the order of the graph, but for what stands in front of ``border``."""
+
+    def is_behind(other: fx.Node) -> bool:
+        return other.op != "placeholder" and not other < border
+
+    return sorted(ancestors(node, among=is_behind)) if is_behind(node) else []
 
 
 def _source_of(insertion: Insertion, node: fx.Node, token_dim: int) -> Source | None:

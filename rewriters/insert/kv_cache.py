@@ -22,6 +22,8 @@ from rewriters.axes.labels import seed
 from rewriters.axes.propagate import Flow, propagate
 from rewriters.axes.readouts import LengthReadout
 from rewriters.graph.nodes import AxisError, example_shape, op_name
+from rewriters.graph.op_sets import CONCATENATIONS, MAP_STEPS
+from rewriters.graph.walk import ancestors
 
 
 def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[str, MarkedAxes]) -> None:
@@ -100,7 +102,7 @@ def _updated(cached: _Cached, axes: MarkedAxes) -> fx.Node:
 
 def _appends(node: fx.Node, before: fx.Node, dim: int) -> bool:
     """Whether ``node`` concatenates ``before`` with others along ``dim``."""
-    if op_name(node) not in ("cat", "concat") or before not in node.all_input_nodes:
+    if op_name(node) not in CONCATENATIONS or before not in node.all_input_nodes:
         return False
     return dim_argument(node, 1, len(example_shape(node)), default=0) == dim
 
@@ -113,7 +115,7 @@ def _check(flow: Flow, cached: set[fx.Node], output: fx.Node) -> None:
         if not isinstance(readout, LengthReadout):
             raise AxisError(f"kept tokens are read by {node.name}, not by attention alone")
     for node in flow.labels:
-        if op_name(node) in ("shares", "total", "weigh"):
+        if op_name(node) in MAP_STEPS:
             raise AxisError(f"kept tokens are read by {node.name}, an attention map of the model's own making")
     for value in output.all_input_nodes:
         if value in flow.labels and value not in cached:
@@ -123,22 +125,15 @@ def _check(flow: Flow, cached: set[fx.Node], output: fx.Node) -> None:
 def _origins(attention: fx.Node, flow: Flow, updated: Mapping[str, fx.Node]) -> list[str]:
     """Paths of the cached tensors that an attention reads as keys and values; they have to be whole samples."""
     found: list[str] = []
+    cached = set(updated.values())
     for operand in attention.args[:3]:
         labels = flow.labels.tensor(operand)
         if not isinstance(operand, fx.Node) or labels is None or not labels.any_tokens():
             continue
         if labels.batch_dim() != 0:
             raise AxisError("kept keys are folded together with other dimensions")
-        stack, seen = [operand], {operand}
-        while stack:
-            node = stack.pop()
+        for node in ancestors(operand, through=lambda n: n not in cached, among=lambda n: n in flow.labels):
             found.extend(path for path, value in updated.items() if value is node)
-            if node in updated.values():
-                continue
-            for source in node.all_input_nodes:
-                if source in flow.labels and source not in seen:
-                    seen.add(source)
-                    stack.append(source)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
-from rewriters.axes.arguments import items, operand
+from rewriters.axes.arguments import items
 from rewriters.axes.labels import Axis
 from rewriters.axes.outcome import Align, RenamedArgument, Resize
 from rewriters.axes.readouts import (
@@ -31,7 +31,7 @@ from rewriters.axes.readouts import (
     RestReadout,
 )
 from rewriters.axes.sources import Source
-from rewriters.graph.nodes import op_name
+from rewriters.graph.nodes import op_name, operand
 from rewriters.insert.workspace import Insertion
 
 aten = torch.ops.aten

@@ -23,13 +23,13 @@ from rewriters.axes.table import knows
 from rewriters.graph.emit import emit
 from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, is_attention, op_name
+from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
+from rewriters.graph.walk import ancestors, descendants
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.workspace import Insertion, InsertRefusal
 
-NORMS = frozenset(("layer_norm", "rms_norm"))
-SAME_SPACE = NORMS | frozenset(
-    "dropout to _to_copy type_as contiguous clone alias detach mul div add transpose permute".split()
-)
+# What leaves a value in the space of the residual stream.
+SAME_SPACE = RESIDUAL_STEPS | ADDS | NORMS
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Restoration:
         operands = self.captured[node].args[:2]
         if op_name(node) in NORMS and self._is_post_norm(labels):
             before = operands[0]
-            if isinstance(before, fx.Node) and before in self.residual_values and op_name(before) == "add":
+            if isinstance(before, fx.Node) and before in self.residual_values and op_name(before) in ADDS:
                 self.residual_values.add(node)
             return
-        if op_name(node) != "add":
+        if op_name(node) not in ADDS:
             return
         along = all(map(self._runs_along, operands)) and any(map(self._is_residual, operands))
         # What was computed on the whole grid is added to the stream itself, not to its tokens behind a norm.
@@ -140,7 +140,7 @@ class Restoration:
         An operation that no rule knows may do anything with the tokens; where later attention reads it, it is refused.
         """
         sources = self.insertion.labels.sites_reaching(node)
-        if not knows(node) and self._reaches_attention(node):
+        if not knows(node) and _reaches_attention(node):
             raise InsertRefusal(node, reason, sources)
         for operand in list(node.all_input_nodes):
             if not self._lacks_tokens(operand):
@@ -174,25 +174,7 @@ class Restoration:
 
     def _section(self, node: fx.Node, sites: set[str]) -> list[fx.Node]:
         """``node`` and what it is computed from on all tokens of the streams of ``sites``, in the order of the graph."""
-        stack, seen = [node], {node}
-        while stack:
-            for operand in stack.pop().all_input_nodes:
-                if operand not in seen and sites & self.tainted.get(operand, {}).keys():
-                    seen.add(operand)
-                    stack.append(operand)
-        return sorted(seen)
-
-    def _reaches_attention(self, node: fx.Node) -> bool:
-        stack, seen = [node], {node}
-        while stack:
-            current = stack.pop()
-            if is_attention(current) or current.op == "call_module":
-                return True
-            for user in current.users:
-                if user not in seen:
-                    seen.add(user)
-                    stack.append(user)
-        return False
+        return sorted(ancestors(node, among=lambda n: not sites.isdisjoint(self.tainted.get(n, {}))))
 
     def with_all_tokens(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """``node`` with all original tokens; raises :class:`AxisError` if no residual value leads to it."""
@@ -273,3 +255,7 @@ class Restoration:
     def _current(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """What stands for an operand of the captured graph now, with all its tokens."""
         return self.with_all_tokens(self.insertion.current(node), before)
+
+
+def _reaches_attention(node: fx.Node) -> bool:
+    return any(is_attention(n) or n.op == "call_module" for n in descendants(node))

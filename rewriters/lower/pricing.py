@@ -26,12 +26,11 @@ from madtp.cost.counts import (
 )
 from madtp.cost.counts import Size as CostSize
 from madtp.cost.table import CostTable, CostTerm, InputSize
-from rewriters.axes.arguments import integer, operand
 from rewriters.axes.labels import Dim, ResultLabels, axes_of, unlabelled
 from rewriters.axes.sources import BatchPart, Bound, Concatenation, Rest, Source, TokenRange
 from rewriters.capture.export import Capture
 from rewriters.graph.node_record import record, rowwise_module
-from rewriters.graph.nodes import example_size, is_tensor, module_path, op_name
+from rewriters.graph.nodes import example_size, int_argument, is_tensor, module_path, op_name, operand
 from rewriters.insert.workspace import Insertion, Size, site_key
 
 NORM_COST = {"layer_norm": 5, "group_norm": 5, "rms_norm": 5, "batch_norm": 2}
@@ -110,7 +109,7 @@ def token_count(insertion: Insertion, source: Source) -> TokenCount:
 def _batch_part_count(insertion: Insertion, source: BatchPart, parent: TokenCount) -> TokenCount:
     node, number = insertion.batch_cuts[source].node, insertion.batch_cuts[source].number
     if op_name(node) == "repeat_interleave":
-        return RepeatedCount(parent, integer(node, 1))
+        return RepeatedCount(parent, int_argument(node, 1, "repeats"))
     whole = operand(node, 0)
     dim = insertion.labels.of(whole).batch_dim()
     total = example_size(whole.meta["val"].shape[dim])
