@@ -25,7 +25,8 @@ from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import Capture, capture
 from rewriters.capture.rowwise_op import call_back
 from rewriters.capture.scope import WHOLE, Region
-from rewriters.detect.streams import Structure, detect
+from rewriters.detect.streams import detect
+from rewriters.detect.structure import Structure
 from rewriters.graph.nodes import AxisError, module_path
 from rewriters.insert.insert import insert
 from rewriters.insert.kv_cache import hide_dead

@@ -1,68 +1,82 @@
 """Contractions written as ``einsum`` become matrix products, so that later stages know one spelling.
 
-Start at :func:`plain_products`. What is no product of two (batches of) matrices keeps its spelling.
+Start at :func:`plain_products`. What is not a product of two (batches of) matrices keeps its spelling, and remembers why.
 """
 
 from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from rewriters.graph.emit import emit
-from rewriters.graph.nodes import AxisError, example_shape, is_tensor, op_name
+from rewriters.graph.match import NoMatch, attempt
+from rewriters.graph.nodes import example_shape, is_tensor, op_name
 
 aten = torch.ops.aten
+TWO_MATRICES = "a product of two operands in which one letter is summed, and each operand has one letter of its own"
 
 
 @dataclass(frozen=True)
 class Product:
-    """An equation taken apart: letters of the batch, of the rows, of the sum and of the columns; and the result's order."""
+    """An equation taken apart into letters.
 
+    Attributes:
+        first: of the first operand, in order.
+        second: of the second operand.
+        result: of the result.
+        batch: of the dimensions that both operands and the result have.
+        row: of the first operand alone.
+        inner: of both operands, summed.
+        column: of the second operand alone.
+        operands: the operands.
+    """
+
+    first: str
+    second: str
+    result: str
     batch: str
     row: str
     inner: str
     column: str
-    first: str
-    second: str
-    result: str
+    operands: tuple[fx.Node, fx.Node]
 
 
 def plain_products(graph: fx.Graph) -> None:
     """Replace every contraction of two operands that is a matrix product, in place."""
     for node in list(graph.nodes):
         if node.op == "call_function" and op_name(node) == "einsum":
-            found = _parse(node)
-            if found is not None:
-                _replace(graph, node, found)
+            with attempt(node, TWO_MATRICES):
+                _replace(graph, node, _parse(node))
 
 
-def _parse(node: fx.Node) -> Product | None:
-    equation: Any = node.args[0]
-    operands: Any = node.args[1]
-    if not isinstance(equation, str) or len(operands) != 2 or not all(is_tensor(n) for n in operands):
-        return None
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
+def _parse(node: fx.Node) -> Product:
+    equation, operands = node.args[:2]
+    if not isinstance(equation, str) or not isinstance(operands, (list, tuple)) or len(operands) != 2:
+        raise NoMatch(node, f"{equation!r} does not multiply two operands", TWO_MATRICES)
+    left, right = operands
+    if not is_tensor(left) or not is_tensor(right):
+        raise NoMatch(node, f"an operand of {equation!r} is not a tensor", TWO_MATRICES)
+    letters, arrow, result = equation.replace(" ", "").partition("->")
+    terms = letters.split(",")
     if not arrow or len(terms) != 2:
-        return None
-    spelled = _without_ellipsis((*terms, result), [len(example_shape(n)) for n in operands])
+        raise NoMatch(node, f"{equation!r} does not name its result", TWO_MATRICES)
+    spelled = _without_ellipsis((*terms, result), [len(example_shape(n)) for n in (left, right)])
     if spelled is None:
-        return None
+        raise NoMatch(node, f"the dots of {equation!r} stand for different dimensions", TWO_MATRICES)
     first, second, result = spelled
-    if any(len(set(term)) != len(term) for term in (first, second, result)):
-        return None
+    if any(len(set(term)) != len(term) for term in spelled):
+        raise NoMatch(node, f"{equation!r} repeats a letter in one operand", TWO_MATRICES)
     shared = set(first) & set(second)
     batch = "".join(c for c in first if c in shared and c in result)
     inner = [c for c in first if c in shared and c not in result]
     rows, columns = ([c for c in term if c not in shared] for term in (first, second))
     # A letter of one operand alone that the result lacks is summed there; more than one a matrix dimension needs a reshape.
     if not len(inner) == len(rows) == len(columns) == 1 or set(result) != {*batch, *rows, *columns}:
-        return None
-    return Product(batch, rows[0], inner[0], columns[0], first, second, result)
+        raise NoMatch(node, f"{equation!r} is not one product of matrices", TWO_MATRICES)
+    return Product(first, second, result, batch, rows[0], inner[0], columns[0], (left, right))
 
 
 def _without_ellipsis(terms: tuple[str, ...], ranks: list[int]) -> tuple[str, str, str] | None:
@@ -76,25 +90,19 @@ def _without_ellipsis(terms: tuple[str, ...], ranks: list[int]) -> tuple[str, st
     return first, second, result
 
 
-def _replace(graph: fx.Graph, node: fx.Node, found: Product) -> None:
-    operands: Any = node.args[1]
-    shapes = [example_shape(n) for n in operands]
+def _replace(graph: fx.Graph, node: fx.Node, product: Product) -> None:
+    left, right = product.operands
     sizes = [
-        dict(zip(term, shape, strict=True)) for term, shape in zip((found.first, found.second), shapes, strict=True)
+        dict(zip(term, example_shape(n), strict=True)) for term, n in ((product.first, left), (product.second, right))
     ]
-    if any(sizes[0][c] != sizes[1][c] for c in found.batch):
-        return
-    wanted = found.batch + found.row + found.inner, found.batch + found.inner + found.column
+    if any(sizes[0][c] != sizes[1][c] for c in product.batch):
+        raise NoMatch(node, "a batch dimension of an operand broadcasts", TWO_MATRICES)
     with graph.inserting_before(node):
-        try:
-            first, second = (
-                _permuted(graph, operand, have, want, node)
-                for operand, have, want in zip(operands, (found.first, found.second), wanted, strict=True)
-            )
-            product = emit(graph, aten.matmul.default, (first, second), node)
-            result = _permuted(graph, product, found.batch + found.row + found.column, found.result, node)
-        except AxisError:
-            return
+        first = _permuted(graph, left, product.first, product.batch + product.row + product.inner, node)
+        second = _permuted(graph, right, product.second, product.batch + product.inner + product.column, node)
+        matrices = emit(graph, aten.matmul.default, (first, second), node)
+        letters = product.batch + product.row + product.column
+        result = _permuted(graph, matrices, letters, product.result, node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

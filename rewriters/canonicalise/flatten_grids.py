@@ -14,28 +14,40 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from rewriters.axes.parts import reduce
 from rewriters.axes.table import RULES
-from rewriters.canonicalise.pointwise import FIRST, LAST, LAST_DIMENSION, UNGROUPED, Order, grid_around, stands_on
+from rewriters.canonicalise.pointwise import FIRST, GRID_VIEWS, LAST, LAST_DIMENSION, Order, grid_around, stands_on
 from rewriters.graph.emit import emit
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, is_attention, is_tensor, normal_dim, op_name
+from rewriters.graph.match import NoMatch, attempt
+from rewriters.graph.nodes import (
+    AxisError,
+    call_argument,
+    example_shape,
+    is_attention,
+    is_tensor,
+    normal_dim,
+    op_name,
+    operand,
+    permutation,
+)
+from rewriters.graph.op_sets import SIZED_VIEWS
 from rewriters.graph.residual import residual_of
 
 aten = torch.ops.aten
-REGROUPED = frozenset(("view", "reshape", "_unsafe_view"))
 
 
 def cancel_permutes(graph: fx.Graph) -> None:
-    """A permutation and the one that undoes it go."""
+    """Remove a permutation together with the one that undoes it."""
     for node in list(graph.nodes):
-        if op_name(node) != "permute" or op_name(node.args[0]) != "permute":
+        if op_name(node) != "permute" or op_name(operand(node)) != "permute":
             continue
-        first: Any = node.args[0]
+        first = operand(node)
         rank = len(example_shape(node))
-        inner, outer = ([normal_dim(d, rank) for d in n.args[1]] for n in (first, node))
+        inner, outer = (permutation(n, rank) for n in (first, node))
         if [inner[d] for d in outer] == list(range(rank)):
-            node.replace_all_uses_with(first.args[0])
+            node.replace_all_uses_with(operand(first))
             graph.erase_node(node)
 
 
@@ -44,27 +56,35 @@ def flatten_grids(graph: fx.Graph) -> None:
     goes to its grid for (an encoding of positions by a convolution), in place."""
     done: set[fx.Node] = set()
     for node in list(graph.nodes):
+        seeds: tuple[fx.Node, ...] = ()
         with suppress(AxisError):
             seeds = _seeds(node)
-            if seeds is None or len(example_shape(seeds[0])) != 4 or any(seed in done for seed in seeds):
-                continue
+        if not seeds or any(seed in done for seed in seeds):
+            continue
+        with attempt(
+            node, "a grid [B, H, W, C] or [B, C, H, W] that only operations on each place, and views, lead to"
+        ):
             found = grid_around(seeds)
-            if found is not None:
-                done |= found.keys()
-                _flatten(graph, _Grid(found, *_entry(found)))
+            if found is None:
+                reason = "nothing tells which dimension of its grid holds the channels"
+                raise NoMatch(
+                    seeds[0], reason, "a linear layer or norm of the last dimension, or a convolution of the second"
+                )
+            done |= found.keys()
+            _flatten(graph, _Grid(found, *_entry(found)))
 
 
-def _seeds(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """A residual value that may stand on a grid, and what was added to it."""
+def _seeds(node: fx.Node) -> tuple[fx.Node, ...]:
+    """A residual value that may stand on a grid, and what was added to it; none if ``node`` leads to no such value."""
     if is_attention(node):
         residual = residual_of(node)
-        return residual.before, residual.after
+        return (residual.before, residual.after) if len(example_shape(residual.before)) == 4 else ()
     if op_name(node) != "add" or not is_tensor(node):
-        return None
-    for operand in node.args[:2]:
-        if is_tensor(operand) and op_name(operand) in UNGROUPED and _is_view_of_tokens(operand):
-            return operand, node
-    return None
+        return ()
+    for summand in node.args[:2]:
+        if is_tensor(summand) and op_name(summand) in GRID_VIEWS and _is_view_of_tokens(summand):
+            return summand, node
+    return ()
 
 
 def _is_view_of_tokens(view: fx.Node) -> bool:
@@ -80,17 +100,23 @@ def _entry(nodes: dict[fx.Node, Order]) -> tuple[fx.Node, Order]:
     """
     places = next(order.places(example_shape(node)) for node, order in nodes.items())
     for node in sorted(nodes):
-        for operand in node.all_input_nodes:
+        for value in node.all_input_nodes:
             order = nodes[node].turned if op_name(node) == "permute" else nodes[node]
-            if operand not in nodes and is_tensor(operand) and stands_on(operand, places, order):
-                return operand, order
+            if value not in nodes and is_tensor(value) and stands_on(value, places, order):
+                return value, order
     raise AxisError("nothing tells the size of a grid")
 
 
 @dataclass
 class _Grid:
-    """Values on one grid that work on each place by itself. entry: a value of the grid that they are computed from, and how it
-    stands there. flat: what stands for a value now, with both dimensions of the grid as one."""
+    """Values on one grid, each place of which is computed by itself.
+
+    Attributes:
+        nodes: the values, and how they stand on the grid.
+        entry: a value of the grid that they are computed from.
+        entry_order: how it stands there.
+        flat: what stands for a value now, with both dimensions of the grid as one.
+    """
 
     nodes: dict[fx.Node, Order]
     entry: fx.Node
@@ -127,8 +153,8 @@ def _flat(graph: fx.Graph, grid: _Grid, node: fx.Node, order: Order) -> fx.Node:
         column = emit(graph, aten.unsqueeze.default, (_operand(graph, grid, node.args[0], order), -1), node)
         mixed = emit(graph, node.target, (column, *node.args[1:]), node, **node.kwargs)
         flat = emit(graph, aten.squeeze.dim, (mixed, -1), node)
-        for beside in (column, flat):
-            beside.meta["nn_module_stack"] = _outside(node)
+        for view in (column, flat):
+            view.meta["nn_module_stack"] = _outside(node)
         return flat
     arguments = fx.map_arg(node.args, lambda n: _operand(graph, grid, n, order))
     # An order of memory is one of four dimensions.
@@ -142,34 +168,34 @@ def _outside(node: fx.Node) -> dict[str, Any]:
     return dict(list(stack.items())[:-1])
 
 
-def _operand(graph: fx.Graph, grid: _Grid, operand: Any, order: Order) -> Any:
+def _operand(graph: fx.Graph, grid: _Grid, value: Argument, order: Order) -> Argument:
     """What takes an operand's place beside flat tokens."""
-    if not is_tensor(operand):
-        return operand
-    if (operand, order) not in grid.flat:
-        if operand in grid.nodes:
+    if not is_tensor(value):
+        return value
+    if (value, order) not in grid.flat:
+        if value in grid.nodes:
             raise AxisError("a value stands on a grid in two ways")
-        if len(example_shape(operand)) < 4 - order.first:
-            return operand
-        grid.flat[operand, order] = _flat_form(graph, operand, order)
-    return grid.flat[operand, order]
+        if len(example_shape(value)) < 4 - order.first:
+            return value
+        grid.flat[value, order] = _flat_form(graph, value, order)
+    return grid.flat[value, order]
 
 
-def _flat_form(graph: fx.Graph, operand: fx.Node, order: Order) -> fx.Node:
+def _flat_form(graph: fx.Graph, value: fx.Node, order: Order) -> fx.Node:
     """A value on the grid, or one for all its places, with both dimensions of the grid as one."""
-    rank = len(example_shape(operand))
-    source: Any = operand.args[0] if operand.op == "call_function" and op_name(operand) in UNGROUPED else None
+    rank = len(example_shape(value))
+    source: Any = value.args[0] if value.op == "call_function" and op_name(value) in GRID_VIEWS else None
     if rank == 4 and is_tensor(source):
-        if example_shape(source) == order.flat(example_shape(operand)):
+        if example_shape(source) == order.flat(example_shape(value)):
             return source
-        heads = _heads_together(graph, operand, source) if order is LAST else None
+        heads = _heads_together(graph, value, source) if order is LAST else None
         if heads is not None:
             return heads
-        sizes = operand.args[1]
-        if op_name(operand) in REGROUPED and isinstance(sizes, (list, tuple)):
-            return emit(graph, aten.reshape.default, (source, _merged(graph, list(sizes), order)), operand)
-    flat = emit(graph, aten.flatten.using_ints, (operand, rank + order.first - 4, rank + order.first - 3), operand)
-    flat.meta["nn_module_stack"] = _outside(operand)
+        sizes = value.args[1]
+        if op_name(value) in SIZED_VIEWS and isinstance(sizes, (list, tuple)):
+            return emit(graph, aten.reshape.default, (source, _merged(graph, list(sizes), order)), value)
+    flat = emit(graph, aten.flatten.using_ints, (value, rank + order.first - 4, rank + order.first - 3), value)
+    flat.meta["nn_module_stack"] = _outside(value)
     return flat
 
 
@@ -187,24 +213,24 @@ def _merged(graph: fx.Graph, sizes: list[Any], order: Order) -> list[Any]:
     return [*sizes[: order.first], count, *sizes[order.first + 2 :]]
 
 
-def _heads_together(graph: fx.Graph, operand: fx.Node, permuted: fx.Node) -> fx.Node | None:
-    """The flat form of heads ``[B, heads, H, W, D]`` that are put together to ``[B, H, W, heads * D]``; None if it is none."""
-    split: Any = permuted.args[0] if op_name(permuted) == "permute" else None
-    if not is_tensor(split) or op_name(split) not in REGROUPED or op_name(operand) not in REGROUPED:
+def _heads_together(graph: fx.Graph, joined: fx.Node, permuted: fx.Node) -> fx.Node | None:
+    """The flat form of heads ``[B, heads, H, W, D]`` that are put together to ``[B, H, W, heads * D]``; None if ``joined`` is
+    anything else."""
+    split = permuted.args[0] if op_name(permuted) == "permute" else None
+    if not is_tensor(split) or op_name(split) not in SIZED_VIEWS or op_name(joined) not in SIZED_VIEWS:
         return None
     first: Any = split.args[1]
-    last: Any = operand.args[1]
-    rank = len(example_shape(split))
-    order = [normal_dim(d, rank) for d in permuted.args[1]]  # type: ignore[union-attr, arg-type]
+    last: Any = joined.args[1]
+    order = permutation(permuted, len(example_shape(split)))
     at = order[1] if len(order) > 3 else 0
-    grid = example_shape(operand)[1:3]
-    if order[:1] != [0] or order[2:3] != [at + 1] or tuple(first[at : at + 2]) != grid or tuple(last[1:3]) != grid:
+    grid = example_shape(joined)[1:3]
+    if order[:1] != (0,) or order[2:3] != (at + 1,) or tuple(first[at : at + 2]) != grid or tuple(last[1:3]) != grid:
         return None
     count = grid[0] * grid[1]
     flat = emit(graph, aten.reshape.default, (split.args[0], [*first[:at], count, *first[at + 2 :]]), split)
     merged = [d - (d > at) for d in order if d != at + 1]
     flat = emit(graph, aten.permute.default, (flat, merged), permuted)
-    return emit(graph, aten.reshape.default, (flat, [last[0], count, *last[3:]]), operand)
+    return emit(graph, aten.reshape.default, (flat, [last[0], count, *last[3:]]), joined)
 
 
 def _show(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> None:
@@ -221,9 +247,9 @@ def _show(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> None:
 def _read_flat(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> fx.Node | None:
     """What a user of a value on the grid yields, from flat tokens; None if it needs the grid."""
     flat, order, name = grid.of(node), grid.nodes[node], op_name(user)
-    if name in UNGROUPED and example_shape(user) == example_shape(flat):
+    if name in GRID_VIEWS and example_shape(user) == example_shape(flat):
         return flat
-    if name in REGROUPED and isinstance(user.args[1], (list, tuple)):
+    if name in SIZED_VIEWS and isinstance(user.args[1], (list, tuple)):
         return emit(graph, aten.reshape.default, (flat, user.args[1]), user)
     if name == "flatten":
         start, end = (

@@ -26,12 +26,12 @@ from rewriters.canonicalise.special_slices import END, mark_special, plain_slice
 from rewriters.capture.python_branches import keep_checks
 from rewriters.graph.functional import functional, has_effect, writes
 from rewriters.graph.nodes import call_argument, is_tensor, known_size, op_name
+from rewriters.graph.op_sets import CASTS
 
 BOOKKEEPING = frozenset(
     "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range sym_constrain_range_for_size _is_all_true "
     "lazy_load_decompositions _vmap_increment_nesting _vmap_decrement_nesting".split()
 )
-CONVERSIONS = frozenset(("to", "_to_copy", "type_as"))
 
 
 def drop_bookkeeping(graph: fx.Graph) -> None:
@@ -58,7 +58,7 @@ def plain_getitem(graph: fx.Graph) -> None:
 def drop_conversions(graph: fx.Graph) -> None:
     """Remove conversions to the type and device that a tensor has anyway: they hide a residual stream from sight."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node) not in CONVERSIONS:
+        if node.op != "call_function" or op_name(node) not in CASTS:
             continue
         before, after = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node.args[0], node))
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):

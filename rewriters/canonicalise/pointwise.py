@@ -7,21 +7,35 @@ C]``, or first, ``[B, C, H, W]``; a permutation leads from one to the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from rewriters.axes.channels import sees_one_place
 from rewriters.axes.table import RULES, elementwise, like_first
-from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name
+from rewriters.graph.nodes import (
+    call_argument,
+    example_shape,
+    int_argument,
+    is_tensor,
+    normal_dim,
+    op_name,
+    permutation,
+)
+from rewriters.graph.op_sets import NORMS, SIZED_VIEWS
 
-LAST_DIMENSION = frozenset(("linear", "layer_norm", "rms_norm"))
-UNGROUPED = frozenset("view reshape _unsafe_view unflatten".split())
+# They mix channels that stand last.
+LAST_DIMENSION = NORMS | {"linear"}
+# Views that can make a grid of flat tokens.
+GRID_VIEWS = SIZED_VIEWS | {"unflatten"}
 
 
 @dataclass(frozen=True)
 class Order:
-    """How a value of rank 4 stands on a grid. first: the first of the two dimensions of the grid."""
+    """How a value of rank 4 stands on a grid.
+
+    Attributes:
+        first: the first of the two dimensions of the grid.
+    """
 
     first: int
 
@@ -31,13 +45,13 @@ class Order:
         return FIRST if self is LAST else LAST
 
     @property
-    def permutation(self) -> list[int]:
+    def permutation(self) -> tuple[int, ...]:
         """Dimensions that lead to this order from the other one."""
-        return [0, 2, 3, 1] if self is LAST else [0, 3, 1, 2]
+        return (0, 2, 3, 1) if self is LAST else (0, 3, 1, 2)
 
     def places(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Batch and places of a value of that shape."""
-        return (shape[0], *shape[self.first : self.first + 2])  # type: ignore[return-value]
+        return shape[0], shape[self.first], shape[self.first + 1]
 
     def flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape with both dimensions of the grid as one."""
@@ -52,7 +66,7 @@ def grid_around(seeds: tuple[fx.Node, ...]) -> dict[fx.Node, Order] | None:
     None where nothing tells which dimension holds the channels."""
     for order in (LAST, FIRST):
         found = _around(seeds, order)
-        if found is not None and _is_told(found):
+        if found is not None and _tells_channels(found):
             return found
     return None
 
@@ -88,7 +102,7 @@ def _order_beside(node: fx.Node, order: Order, other: fx.Node) -> Order:
     return order.turned if op_name(turns) == "permute" else order
 
 
-def _is_told(found: dict[fx.Node, Order]) -> bool:
+def _tells_channels(found: dict[fx.Node, Order]) -> bool:
     """Whether an operation tells where channels stand."""
     for node, order in found.items():
         if order is LAST and op_name(node) in LAST_DIMENSION:
@@ -101,7 +115,7 @@ def _is_told(found: dict[fx.Node, Order]) -> bool:
 def _reads_maps(user: fx.Node) -> bool:
     """Whether ``user`` takes maps ``[B, C, H, W]``: it convolves them, or makes tokens of their places."""
     if op_name(user) == "flatten":
-        return normal_dim(call_argument(user, 1, "start_dim", 0), 4) == 2
+        return normal_dim(int_argument(user, 1, "start_dim", 0), 4) == 2
     return op_name(user) in ("conv2d", "batch_norm")
 
 
@@ -118,19 +132,19 @@ def _is_pointwise(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
         return False
     name, first = op_name(node), node.args[0] if node.args else None
     if name == "permute":
-        dims: Any = node.args[1]
-        return [normal_dim(d, 4) for d in dims] == order.permutation
+        return permutation(node, 4) == order.permutation
     if name in LAST_DIMENSION or name in ("conv2d", "batch_norm"):
-        return _is_of_channels(node, name, order) and stands_on(first, places, order)  # type: ignore[arg-type]
+        return is_tensor(first) and _mixes_channels_alone(node, order) and stands_on(first, places, order)
     if RULES.get(name) not in (elementwise, like_first):
         return False
     return all(_fits(n, places, order) for n in node.all_input_nodes if is_tensor(n))
 
 
-def _is_of_channels(node: fx.Node, name: str, order: Order) -> bool:
-    """Whether an operation mixes channels alone."""
+def _mixes_channels_alone(node: fx.Node, order: Order) -> bool:
+    """Whether an operation mixes channels, and nothing else."""
+    name = op_name(node)
     if name in LAST_DIMENSION:
-        return order is LAST and (name == "linear" or len(node.args[1]) == 1)  # type: ignore[arg-type]
+        return order is LAST and (name == "linear" or len(call_argument(node, 1, "normalized_shape", ())) == 1)
     if order is LAST:
         return False
     return name == "batch_norm" or sees_one_place(node)

@@ -5,18 +5,33 @@ Start at :func:`filled_to_cat`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
-from rewriters.graph.nodes import call_argument, is_tensor, known_size, normal_dim, op_name
+from rewriters.graph.nodes import call_argument, is_tensor, known_size, normal_dim, op_name, operand
 
+# They make a tensor whose entries matter to nobody once all of them are written.
 MAKERS = frozenset(
     "empty zeros ones full new_empty new_zeros new_ones new_full empty_like zeros_like ones_like".split()
 )
 
-Range = tuple[int, int, fx.Node]
+
+class _Range(NamedTuple):
+    """Entries from ``start`` to ``end`` of a dimension, and what is written there."""
+
+    start: int
+    end: int
+    part: fx.Node
+
+
+class _Filled(NamedTuple):
+    """Ranges, in order, that are all of a dimension."""
+
+    dim: int
+    ranges: list[_Range]
 
 
 def filled_to_cat(graph: fx.Graph) -> None:
@@ -24,12 +39,12 @@ def filled_to_cat(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not _is_write(node) or any(_is_write(user) and user.args[0] is node for user in node.users):
             continue
-        found = _ranges(node)
-        if found is None:
+        filled = _filled_by(node)
+        if filled is None:
             continue
-        dim, ranges = found
         with graph.inserting_before(node):
-            joined = graph.call_function(torch.ops.aten.cat.default, ([part for _, _, part in ranges], dim))
+            parts = [written.part for written in filled.ranges]
+            joined = graph.call_function(torch.ops.aten.cat.default, (parts, filled.dim))
         joined.meta = dict(node.meta)
         node.replace_all_uses_with(joined)
         graph.erase_node(node)
@@ -39,34 +54,33 @@ def _is_write(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) == "slice_scatter"
 
 
-def _ranges(last: fx.Node) -> tuple[int, list[Range]] | None:
-    """The dimension and the ranges that a chain of writes fills, in order; None if something is left, or written twice."""
-    node: Any = last
+def _filled_by(last: fx.Node) -> _Filled | None:
+    """The ranges that a chain of writes fills; None if something is left, or written twice."""
+    node: Argument = last
     dims: set[int] = set()
-    ranges: list[Range] = []
+    ranges: list[_Range] = []
     while is_tensor(node) and _is_write(node):
         value = node.meta["val"]
         dim = normal_dim(call_argument(node, 2, "dim", 0), value.dim())
         size, start, end = value.shape[dim], call_argument(node, 3, "start", None), call_argument(node, 4, "end", None)
         known = isinstance(size, int) and all(n is None or isinstance(n, int) for n in (start, end))
-        part = _written(node.args[1])
+        part = _without_expansion(operand(node, 1))
         if not known or call_argument(node, 5, "step", 1) != 1 or part.meta["val"].dtype != value.dtype:
             return None
         start, end, _ = slice(start, end).indices(size)
         dims.add(dim)
-        ranges.append((start, end, part))
+        ranges.append(_Range(start, end, part))
         node = node.args[0]
     if len(dims) != 1 or not is_tensor(node) or op_name(node) not in MAKERS:
         return None
-    ranges.sort(key=lambda one: one[:2])
-    borders = [0, *(end for _, end, _ in ranges)]
-    whole = borders[-1] == last.meta["val"].shape[next(iter(dims))]
-    if not whole or [start for start, _, _ in ranges] != borders[:-1]:
-        return None
-    return dims.pop(), ranges
+    dim = dims.pop()
+    ranges.sort(key=lambda written: written[:2])
+    borders = [0, *(written.end for written in ranges)]
+    whole = borders[-1] == last.meta["val"].shape[dim]
+    return _Filled(dim, ranges) if whole and [written.start for written in ranges] == borders[:-1] else None
 
 
-def _written(part: Any) -> Any:
+def _without_expansion(part: fx.Node) -> fx.Node:
     """What is written, without an expansion to the shape that it has: the range that it follows has no tokens of its own."""
     before = part.args[0] if op_name(part) == "expand_as" else None
     return before if isinstance(before, fx.Node) and _sizes(before) == _sizes(part) else part

@@ -17,6 +17,7 @@ from torch import fx
 from rewriters.axes.parts import PREFIX, is_whole_end
 from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name, operand
+from rewriters.graph.op_sets import CONCATENATIONS, SPLITS
 from rewriters.graph.origins import given_nodes
 
 END = 9223372036854775807
@@ -28,7 +29,7 @@ def plain_slices(graph: fx.Graph) -> None:
     """A split into the first few entries and the others becomes two slices: special tokens are told by such slices."""
     learned = set(_learned_prefixes(graph))
     for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node) not in ("split", "split_with_sizes"):
+        if node.op != "call_function" or op_name(node) not in SPLITS - {"chunk"}:
             continue
         sizes, dim = node.args[1], call_argument(node, 2, "dim", 0)
         two = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and isinstance(sizes[0], int)
@@ -64,7 +65,7 @@ def _learned_prefixes(graph: fx.Graph) -> Iterator[tuple[int, int]]:
     """How many learned tokens stand in front, of how many in all: more than ``PREFIX``, and few beside the others."""
     given = given_nodes(graph)
     for node in graph.nodes:
-        if node.op != "call_function" or op_name(node) not in ("cat", "concat") or not is_tensor(node):
+        if node.op != "call_function" or op_name(node) not in CONCATENATIONS or not is_tensor(node):
             continue
         dim = normal_dim(call_argument(node, 1, "dim", 0), len(example_shape(node)))
         length, count = example_shape(node)[dim], 0

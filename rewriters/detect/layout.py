@@ -1,30 +1,49 @@
 """Layout: how the tokens of a stream that several modalities share are arranged.
 
-Start at :func:`find_layout`. Either parts were concatenated along the tokens, or the features of one modality were written
-into the sequence of another where a mask says so, in the graph or in front of it. The walk goes back from the stream's first
+Start at :func:`find_layout`. Either parts were concatenated along the tokens, or a mask says at which positions the features
+of one modality stand in the sequence of another, in the graph or in front of it. The walk goes back from the stream's first
 residual value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from rewriters.detect.modality import special_positions, stream_modality
 from rewriters.graph.node_record import record
-from rewriters.graph.nodes import call_argument, example_shape, is_attention, is_tensor, normal_dim, op_name
+from rewriters.graph.nodes import (
+    call_argument,
+    example_shape,
+    int_argument,
+    is_attention,
+    is_tensor,
+    normal_dim,
+    op_name,
+    tensor_operands,
+)
+from rewriters.graph.op_sets import CONCATENATIONS, PERMUTATIONS
 from rewriters.graph.origins import is_learned
+from rewriters.graph.walk import walk
 
-SCATTERS = frozenset(("masked_scatter", "where"))
+# How features get to the image positions of a sequence.
+_SCATTERS = frozenset(("masked_scatter", "where"))
 
 
 @dataclass(frozen=True)
 class LayoutPart:
-    """One operand of a concatenation: its node and token dimension, the segment it belongs to, positions of learned tokens in
-    it."""
+    """One operand of a concatenation.
+
+    Attributes:
+        node: the operand.
+        dim: its token dimension.
+        segment: number of the segment that it belongs to.
+        special: positions of learned tokens in it.
+    """
 
     node: fx.Node
     dim: int
@@ -34,8 +53,13 @@ class LayoutPart:
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments of a stream, by modality; ``parts`` of a concatenation, or the ``mask`` [B, N, ...] that is true where the
-    tokens of segment 1 were written."""
+    """Segments of a stream.
+
+    Attributes:
+        segments: the modality of each.
+        parts: operands of the concatenation that they come from; none if a mask tells segments apart.
+        mask: [B, N, ...], true at the positions of segment 1; None for a concatenation.
+    """
 
     segments: tuple[str, ...]
     parts: tuple[LayoutPart, ...] = ()
@@ -44,11 +68,11 @@ class Layout:
 
 def find_layout(head: fx.Node, token_dim: int) -> Layout | None:
     """The layout of the stream whose first residual value is ``head``; None if its tokens are of one modality."""
-    for node, dim in _before(head, token_dim):
-        name = op_name(node)
-        if name in ("cat", "concat") and normal_dim(call_argument(node, 1, "dim", 0), len(example_shape(node))) == dim:
-            return _concatenated(_flat(node, dim))
-        scattered = _scattered(node) if name in SCATTERS and dim == 1 else None
+    for value in _values_before(head, token_dim):
+        node, dim = value.node, value.dim
+        if _is_concatenation(value):
+            return _concatenated(_operands(value))
+        scattered = _scattered(node) if op_name(node) in _SCATTERS and dim == 1 else None
         if scattered is not None:
             return scattered
         mask = record(node).image_positions
@@ -57,50 +81,66 @@ def find_layout(head: fx.Node, token_dim: int) -> Layout | None:
     return None
 
 
-def _before(head: fx.Node, token_dim: int) -> list[tuple[fx.Node, int]]:
-    """Nodes with as many tokens that ``head`` may have its tokens from, nearest first, each with its token dimension."""
-    found: list[tuple[fx.Node, int]] = []
-    waiting, seen = [(head, token_dim)], {head}
-    while waiting:
-        node, dim = waiting.pop(0)
-        if record(node).image_positions is not None:
-            found.append((node, dim))
-        if node.op != "call_function" or not is_tensor(node) or is_attention(node):
-            continue
-        found.append((node, dim))
-        if op_name(node) in ("cat", "concat", "masked_scatter"):
-            continue
-        shape = example_shape(node)
-        for operand in node.all_input_nodes:
-            if operand in seen or not is_tensor(operand) or len(example_shape(operand)) != len(shape):
+class _TokenValue(NamedTuple):
+    """A node and its token dimension."""
+
+    node: fx.Node
+    dim: int
+
+
+def _values_before(head: fx.Node, token_dim: int) -> Iterator[_TokenValue]:
+    """Yields values with as many tokens that ``head`` may have its tokens from, nearest first."""
+    dims = {head: token_dim}
+
+    def onward(node: fx.Node) -> Iterator[fx.Node]:
+        if not _is_computed(node) or op_name(node) in CONCATENATIONS | {"masked_scatter"}:
+            return
+        shape, dim = example_shape(node), dims[node]
+        for before in tensor_operands(node):
+            own = example_shape(before)
+            if before in dims or len(own) != len(shape):
                 continue
-            own = example_shape(operand)
             place = dim
-            if op_name(node) in ("transpose", "permute") and len(shape) == 3:
+            if op_name(node) in PERMUTATIONS and len(shape) == 3:
                 place = next((d for d in (0, 1) if own[d] == shape[dim]), dim)
-            if own[place] == shape[dim] and not is_learned(operand):
-                seen.add(operand)
-                waiting.append((operand, place))
-    return found
+            if own[place] == shape[dim] and not is_learned(before):
+                dims[before] = place
+                yield before
+
+    for node in walk([head], onward):
+        if _is_computed(node) or record(node).image_positions is not None:
+            yield _TokenValue(node, dims[node])
 
 
-def _flat(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
+def _is_computed(node: fx.Node) -> bool:
+    return node.op == "call_function" and is_tensor(node) and not is_attention(node)
+
+
+def _is_concatenation(value: _TokenValue) -> bool:
+    """Whether a value is a concatenation along its tokens."""
+    if op_name(value.node) not in CONCATENATIONS:
+        return False
+    return normal_dim(int_argument(value.node, 1, "dim", 0), len(example_shape(value.node))) == value.dim
+
+
+def _operands(concatenation: _TokenValue) -> list[_TokenValue]:
     """The operands of a concatenation, those of concatenations among them in their stead."""
-    operands: Any = node.args[0]
-    found: list[tuple[fx.Node, int]] = []
-    for operand in operands:
+    found: list[_TokenValue] = []
+    for operand in call_argument(concatenation.node, 0, "tensors", ()):
         if example_shape(operand) == (0,):
             continue
+        value = _TokenValue(operand, concatenation.dim)
         if not is_learned(operand) and stream_modality(operand) == "joint":
-            inner = next((n for n, d in _before(operand, dim) if op_name(n) in ("cat", "concat") and d == dim), None)
-            if inner is not None and normal_dim(call_argument(inner, 1, "dim", 0), len(example_shape(inner))) == dim:
-                found.extend(_flat(inner, dim))
+            inner = next((v for v in _values_before(*value) if _is_concatenation(v) and v.dim == value.dim), None)
+            if inner is not None:
+                found.extend(_operands(inner))
                 continue
-        found.append((operand, dim))
+        found.append(value)
     return found
 
 
-def _concatenated(operands: list[tuple[fx.Node, int]]) -> Layout | None:
+def _concatenated(operands: list[_TokenValue]) -> Layout | None:
+    """The layout of concatenated operands; None if they are of one modality."""
     modalities = [None if is_learned(node) else stream_modality(node) for node, _ in operands]
     if len({m for m in modalities if m is not None}) < 2:
         return None
@@ -118,17 +158,12 @@ def _concatenated(operands: list[tuple[fx.Node, int]]) -> Layout | None:
 
 
 def _scattered(node: fx.Node) -> Layout | None:
-    if op_name(node) == "masked_scatter":
-        base, mask, written = node.args[:3]
-    else:
-        mask, written, base = node.args[:3]
-    if not all(is_tensor(n) for n in (base, mask, written)):
+    """The layout of a sequence that features of another modality are put into; None if the modalities do not differ."""
+    first, second, third = node.args[:3]
+    base, mask, features = (first, second, third) if op_name(node) == "masked_scatter" else (third, first, second)
+    if not (is_tensor(base) and is_tensor(mask) and is_tensor(features)):
         return None
-    assert isinstance(mask, fx.Node)
-    assert isinstance(base, fx.Node)
-    assert isinstance(written, fx.Node)
-    shape = example_shape(node)
-    if mask.meta["val"].dtype != torch.bool or example_shape(mask)[:2] != shape[:2]:
+    if mask.meta["val"].dtype != torch.bool or example_shape(mask)[:2] != example_shape(node)[:2]:
         return None
-    modalities = (stream_modality(base), stream_modality(written))
+    modalities = (stream_modality(base), stream_modality(features))
     return Layout(modalities, mask=mask) if modalities[0] != modalities[1] else None

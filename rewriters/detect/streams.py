@@ -1,170 +1,113 @@
 """Detect: residual streams, attention sublayers, modalities and readouts of a canonical graph.
 
-Start at :func:`detect`. From each attention node the walk goes back to the residual value that its queries come from
-and forward to the residual add. What the sublayers of one chain share is a *stream*. Nothing here knows any
-architecture: the evidence is where axis labels go (``axes/propagate.py``) and which inputs a stream descends from.
+Start at :func:`detect`. From each attention node the walk goes back to the residual value that its queries come from and
+forward to the residual add. What the sublayers of one chain share is a *stream*. Nothing here knows any architecture: the
+evidence is where axis labels go (``axes/propagate.py``) and which inputs a stream descends from. ``structure.py`` has the
+result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import networkx as nx
 from torch import fx
 
-from madtp.sites.scoring import Scores
 from rewriters.axes.labels import seed, token_axis
 from rewriters.axes.outcome import query_and_key
-from rewriters.axes.propagate import Flow, propagate
+from rewriters.axes.propagate import propagate
 from rewriters.axes.readouts import BatchReadout
-from rewriters.canonicalise.attention import looks_like_attention
-from rewriters.detect.layout import Layout, find_layout
-from rewriters.detect.modality import pools, special_positions, stream_modality, weighs_by_layer
-from rewriters.detect.windows import condenses_own, scores_on_grid
-from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, module_path, op_name
+from rewriters.canonicalise.attention import PLAIN_SPELLING, SDPA, is_unrecognised, weighs_indirectly
+from rewriters.canonicalise.attention_maps import map_miss
+from rewriters.detect.layout import find_layout
+from rewriters.detect.modality import is_pooled_by_layer, is_pooling, special_positions, stream_modality
+from rewriters.detect.structure import TOKEN_DIMS, Stream, Structure, Sublayer, Unplaced
+from rewriters.detect.windows import AttentionSpan, has_mixed_keys, scores_on_grid
+from rewriters.graph.match import Miss, nearest_miss
+from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, module_path, op_name, operand
 from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
 from rewriters.graph.residual import gets_values_from, residual_of
 from rewriters.graph.walk import ancestors, positions
 
+UNKNOWN_SPELLING = "attention in a spelling that the rewriter does not know"
+ON_A_STREAM = "attention on a residual stream x + f(x) of shape [B, N, C]"
 # Operations that a residual value may pass between blocks of one stream.
 CHAIN = ADDS | NORMS | RESIDUAL_STEPS | {"slice"}
-# Batch and token dimension of residual values [B, N, C], [N, B, C] and [B, C, N].
-LAYOUTS = ((0, 1), (1, 0), (0, 2))
-
-
-@dataclass
-class Sublayer:
-    """One attention sublayer on a residual stream.
-
-    Attributes:
-        attention: its node. kind: "self" or "cross". block_input: residual value that the queries come from.
-        value: residual value after the sublayer (after its norm where ``norm`` is "post").
-        token_dim, batch_dim: of ``value``. path: module path. stream, source: indices of streams (source: of the keys).
-        scores: what the attention tells of the tokens (see :class:`~rewriters.plan.plan.SitePlan`).
-    """
-
-    attention: fx.Node
-    kind: Literal["self", "cross"]
-    block_input: fx.Node
-    value: fx.Node
-    norm: Literal["pre", "post"]
-    token_dim: int
-    batch_dim: int
-    path: str
-    stream: int = -1
-    source: int | None = None
-    scores: Scores = "attention"
-
-    def width(self, value: fx.Node) -> int:
-        """C of a residual value."""
-        return example_shape(value)[3 - self.batch_dim - self.token_dim]
-
-
-@dataclass
-class Stream:
-    """A chain of residual states of one token sequence.
-
-    special: positions of learned tokens (class token, registers). flow: where its tokens go from the first site on.
-    layout: of a stream that several modalities share.
-    """
-
-    index: int
-    modality: str
-    width: int
-    special: tuple[int, ...]
-    sublayers: list[Sublayer] = field(default_factory=list)
-    flow: Flow = field(default_factory=Flow)
-    parts: int = 1
-    layout: Layout | None = None
-
-
-@dataclass
-class Structure:
-    """What was found in a graph. pooling: attention that condenses tokens and has none of its own to prune. unplaced: what is
-    attention, but of no known structure, and why."""
-
-    graph: fx.Graph
-    streams: list[Stream]
-    sublayers: list[Sublayer]
-    pooling: list[fx.Node]
-    unplaced: list[tuple[fx.Node, str]]
-
-    def network(self, place: Callable[[str], str] = str, first: int = 0) -> nx.DiGraph:
-        """Streams and attention sublayers as a directed graph: which stream feeds which sublayer, which sublayer
-        which stream. Module paths are moved by ``place``, numbers of streams by ``first``."""
-        network = nx.DiGraph()
-        for stream in self.streams:
-            network.add_node(
-                f"stream {first + stream.index}", kind="stream", modality=stream.modality, width=stream.width
-            )
-        chains: dict[int, list[str]] = {stream.index: [] for stream in self.streams}
-        for sublayer in self.sublayers:
-            name = place(sublayer.path)
-            while name in network:
-                name += "'"
-            network.add_node(name, kind=sublayer.kind, stream=first + sublayer.stream, norm=sublayer.norm)
-            chains[sublayer.stream].append(name)
-            network.add_edge(f"stream {first + sublayer.stream}", name, role="queries")
-            if sublayer.source is not None:
-                network.add_edge(f"stream {first + sublayer.source}", name, role="keys")
-        for chain in chains.values():
-            nx.add_path(network, chain, role="residual")
-        return network
 
 
 def detect(graph: fx.Graph) -> Structure:
     """Find sublayers, streams and readouts; what could not be placed is listed with the reason."""
     nodes = list(graph.nodes)
     order = positions(graph)
-    streams: list[Stream] = []
-    sublayers: list[Sublayer] = []
-    pooling: list[fx.Node] = []
-    unplaced: list[tuple[fx.Node, str]] = []
+    found = Structure(graph, [], [], [], [])
     for node in nodes:
-        if looks_like_attention(node) and weighs_by_layer(node):
-            pooling.append(node)
-        elif looks_like_attention(node):
-            unplaced.append((node, "attention in a spelling that the rewriter does not know"))
+        if is_unrecognised(node) or weighs_indirectly(node):
+            if op_name(node) != SDPA and is_pooled_by_layer(node):
+                found.pooling.append(node)
+            else:
+                found.unplaced.append(_unrecognised(node, nearest_miss(node), order))
         if not is_attention(node):
             continue
         try:
             sublayer = _sublayer(node, nodes, order)
-            stream = _stream_of(sublayer, streams)
+            stream = _stream_of(sublayer, found.streams)
             if stream is None and sublayer.kind == "self":
-                stream = _open_stream(sublayer, len(streams), nodes, order)
-                streams.append(stream)
+                stream = _open_stream(sublayer, len(found.streams), nodes, order)
+                found.streams.append(stream)
             if stream is None:
                 raise AxisError("cross-attention whose queries come from no stream with self-attention")
             sublayer.stream = stream.index
-            sublayer.source = _source_of(node, streams) if sublayer.kind == "cross" else None
+            sublayer.source = _source_of(node, found.streams) if sublayer.kind == "cross" else None
         except AxisError as error:
-            by_layer = op_name(node) == "weigh" and weighs_by_layer(node.args[0])
-            if by_layer or pools(node):
-                pooling.append(node)
+            by_layer = op_name(node) == "weigh" and is_pooled_by_layer(operand(node))
+            if by_layer or is_pooling(node):
+                found.pooling.append(node)
             else:
-                unplaced.append((node, str(error)))
+                found.unplaced.append(_misplaced(node, str(error), order))
             continue
         stream.sublayers.append(sublayer)
-        sublayers.append(sublayer)
-    return Structure(graph, streams, sublayers, pooling, unplaced)
+        found.sublayers.append(sublayer)
+    return found
+
+
+def _unrecognised(attention: fx.Node, miss: Miss | None, order: dict[fx.Node, int]) -> Unplaced:
+    """Attention in an unknown spelling, with the nearest miss of the search for a known one."""
+    if miss is None:
+        return Unplaced(attention, attention, UNKNOWN_SPELLING, PLAIN_SPELLING)
+    # Later passes may have replaced the node.
+    node = miss.node if miss.node in order else attention
+    return Unplaced(attention, node, f"{UNKNOWN_SPELLING}: {miss}", miss.help)
+
+
+def _misplaced(attention: fx.Node, reason: str, order: dict[fx.Node, int]) -> Unplaced:
+    """Attention that stands on no stream. Where its map keeps a spelling of its own, that may be why."""
+    miss = map_miss(attention) if op_name(attention) == "weigh" else None
+    if miss is None:
+        return Unplaced(attention, attention, reason, ON_A_STREAM)
+    unknown = _unrecognised(attention, miss, order)
+    return Unplaced(attention, unknown.node, f"{unknown.reason}; as it is spelled, {reason}", miss.help)
 
 
 def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) -> Sublayer:
     residual = residual_of(node)
-    block_input, added = residual.before, residual.after
+    block_input = residual.before
     shape = example_shape(block_input)
     if len(shape) != 3:
-        raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed")
+        miss = nearest_miss(node)
+        because = "" if miss is None else f" ({miss.reason})"
+        raise AxisError(
+            f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed{because}"
+        )
     between = nodes[order[block_input] + 1 : order[node]]
-    value, norm = _after(added, node, block_input)
+    behind = _value_behind(residual.after, node, block_input)
+    value = behind.value
     if example_shape(value) != shape:
         raise AxisError("the residual stream changes its shape")
-    path = _path(node, added)
+    path = _path(node, residual.after)
+    span = AttentionSpan(nodes, block_input, node, value)
     blocked: list[list[str]] = []
-    for batch_dim, token_dim in LAYOUTS:
-        flow = propagate(between, {block_input: seed(shape, batch_dim, token_dim, "probe")})
+    for dims in TOKEN_DIMS:
+        flow = propagate(between, {block_input: seed(shape, *dims, "probe")})
         blocked.append(list(flow.blocked.values()))
         query, key = query_and_key(node, flow.labels)
         try:
@@ -173,21 +116,33 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
             kind: Literal["self", "cross"] = "self" if token_axis(query) == token_axis(key) else "cross"
         except AxisError:
             continue
-        if kind == "cross" and condenses_own(node, block_input, nodes, batch_dim, token_dim):
-            return Sublayer(node, "self", block_input, value, norm, token_dim, batch_dim, path, scores="none")
-        return Sublayer(node, kind, block_input, value, norm, token_dim, batch_dim, path)
-    for batch_dim, token_dim in LAYOUTS:
-        scores = scores_on_grid(node, block_input, value, nodes, batch_dim, token_dim)
+        if kind == "cross" and has_mixed_keys(span, dims):
+            return Sublayer(
+                node, "self", block_input, value, behind.norm, dims.token_dim, dims.batch_dim, path, scores="none"
+            )
+        return Sublayer(node, kind, block_input, value, behind.norm, dims.token_dim, dims.batch_dim, path)
+    for dims in TOKEN_DIMS:
+        scores = scores_on_grid(span, dims)
         if scores is not None:
-            return Sublayer(node, "self", block_input, value, norm, token_dim, batch_dim, path, scores=scores)
-    # The layout that the model has is blocked at fewer places than the other one.
+            return Sublayer(
+                node, "self", block_input, value, behind.norm, dims.token_dim, dims.batch_dim, path, scores=scores
+            )
+    # The layout that the model has is blocked at fewer places than the others.
     reasons = min(
         filter(None, blocked), key=len, default=["its queries do not run along the tokens of a residual stream"]
     )
     raise AxisError(reasons[0])
 
 
-def _after(added: fx.Node, attention: fx.Node, block_input: fx.Node) -> tuple[fx.Node, Literal["pre", "post"]]:
+@dataclass(frozen=True)
+class _ValueBehind:
+    """The residual value behind a sublayer, and whether the block is pre-norm or post-norm."""
+
+    value: fx.Node
+    norm: Literal["pre", "post"]
+
+
+def _value_behind(added: fx.Node, attention: fx.Node, block_input: fx.Node) -> _ValueBehind:
     """The residual value behind an attention sublayer: past a parallel feed-forward, past the norm of a post-norm block."""
     value = added
     while len(value.users) == 1:
@@ -196,15 +151,15 @@ def _after(added: fx.Node, attention: fx.Node, block_input: fx.Node) -> tuple[fx
             value = user
             continue
         if op_name(user) in NORMS and user.args[0] is value:
-            final = _normed_before(attention, block_input) and not _is_stream(user)
-            return (value, "pre") if final else (user, "post")
+            is_final = _is_normed_before(attention, block_input) and not _is_stream(user)
+            return _ValueBehind(value, "pre") if is_final else _ValueBehind(user, "post")
         break
-    return value, "pre"
+    return _ValueBehind(value, "pre")
 
 
-def _normed_before(attention: fx.Node, block_input: fx.Node) -> bool:
+def _is_normed_before(attention: fx.Node, block_input: fx.Node) -> bool:
     """Whether the queries come from a norm of the block's input."""
-    query: Any = attention.args[0]
+    query = operand(attention)
     return any(op_name(user) in NORMS and gets_values_from(query, user) for user in block_input.users)
 
 
@@ -219,6 +174,7 @@ def _is_stream(norm: fx.Node) -> bool:
 
 
 def _path(attention: fx.Node, added: fx.Node) -> str:
+    """Path of the block: what the paths of an attention and of its residual add begin with."""
     inner, outer = module_path(attention).split("."), module_path(added).split(".")
     common = [a for a, b in zip(inner, outer, strict=False) if a == b]
     shared = common[: next((i for i, (a, b) in enumerate(zip(inner, outer, strict=False)) if a != b), len(common))]
@@ -228,10 +184,7 @@ def _path(attention: fx.Node, added: fx.Node) -> str:
 def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
     """The stream whose tokens ``sublayer`` reads its queries from."""
     for stream in reversed(streams):
-        known = stream.flow.labels.tensor(sublayer.block_input)
-        if known is None:
-            continue
-        axis = token_axis(known[sublayer.token_dim])
+        axis = token_axis(stream.flow.labels.of(sublayer.block_input)[sublayer.token_dim])
         if axis is not None and _continues(sublayer, stream):
             return stream
     return None
@@ -252,10 +205,10 @@ def _continues(sublayer: Sublayer, stream: Stream) -> bool:
 
 
 def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
-    key = attention.args[1]
+    """The stream that the keys of an attention come from."""
+    key = operand(attention, 1)
     for stream in reversed(streams):
-        known = stream.flow.labels.tensor(key)
-        if known is not None and token_axis(known[2]) is not None:
+        if token_axis(stream.flow.labels.of(key)[2]) is not None:
             return stream.index
     return None
 

@@ -1,21 +1,24 @@
 """Windows: attention of a residual stream's tokens that is not attention of each token to each.
 
 Start at :func:`scores_on_grid`: queries and keys are taken in windows of the grid, or computed by convolutions.
-:func:`condenses_own`: each token asks, but the keys are mixtures of tokens. :func:`way_home` leads from the windows back.
+:func:`has_mixed_keys`: each token asks, but the keys are mixtures of tokens. :func:`moves_to_residual` leads from the windows
+back to the residual stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import fx
 
 from madtp.sites.scoring import Scores
 from rewriters.axes.grid import BATCH, TOKENS, TokenMoves, TrackedValue, Tracking, Unmoved, is_grid_of, start, track
-from rewriters.graph.nodes import example_shape, op_name
+from rewriters.graph.nodes import example_shape, op_name, operand
 
 
-class Places(Protocol):
+class HasTokenDims(Protocol):
     """Where batch and tokens stand in a residual value."""
 
     @property
@@ -24,82 +27,84 @@ class Places(Protocol):
     def token_dim(self) -> int: ...
 
 
-def condenses_own(
-    attention: fx.Node, block_input: fx.Node, nodes: list[fx.Node], batch_dim: int, token_dim: int
-) -> bool:
-    """Whether the keys are mixtures of the tokens of ``block_input``."""
-    if op_name(attention) != "attention":
+@dataclass(frozen=True)
+class AttentionSpan:
+    """The part of a graph in which the tokens of an attention sublayer are followed.
+
+    Attributes:
+        nodes: all nodes, in the order of the graph.
+        block_input: the residual value that the queries come from.
+        attention: the attention.
+        value: the residual value after the sublayer.
+    """
+
+    nodes: Sequence[fx.Node]
+    block_input: fx.Node
+    attention: fx.Node
+    value: fx.Node
+
+    def tracked_inside(self, dims: HasTokenDims) -> dict[fx.Node, Tracking]:
+        """Where tokens stand from the block's input to its attention."""
+        first = start(example_shape(self.block_input), dims.batch_dim, dims.token_dim, "block")
+        return self._track({self.block_input: first}, self.block_input, self.attention)
+
+    def tracked_behind(self, known: Tracking | None) -> Tracking | None:
+        """Where the tokens of the attention's output, which stand there as ``known`` says, stand in the residual value."""
+        if not isinstance(known, TrackedValue) or known.labels is None:
+            return None
+        sizes = tuple(
+            1 if all(f.axis is None for f in dim) else n
+            for dim, n in zip(known.labels, example_shape(self.attention), strict=True)
+        )
+        first = TrackedValue(known.labels, Unmoved(sizes))
+        return self._track({self.attention: first}, self.attention, self.value).get(self.value)
+
+    def _track(self, known: dict[fx.Node, Tracking], first: fx.Node, last: fx.Node) -> dict[fx.Node, Tracking]:
+        for node in self.nodes:
+            found = track(node, known) if first < node else None
+            if found is not None:
+                known[node] = found
+            if node is last:
+                break
+        return known
+
+
+def has_mixed_keys(span: AttentionSpan, dims: HasTokenDims) -> bool:
+    """Whether the keys are mixtures of the tokens of the block's input."""
+    if op_name(span.attention) != "attention":
         return False
-    known = _inside(attention, block_input, nodes, batch_dim, token_dim)
-    key = known.get(attention.args[1])  # type: ignore[arg-type]
+    key = span.tracked_inside(dims).get(operand(span.attention, 1))
     return is_grid_of(key) and isinstance(key, TrackedValue) and key.moves is None
 
 
-def scores_on_grid(
-    attention: fx.Node, block_input: fx.Node, value: fx.Node, nodes: list[fx.Node], batch_dim: int, token_dim: int
-) -> Scores | None:
+def scores_on_grid(span: AttentionSpan, dims: HasTokenDims) -> Scores | None:
     """What attention on a grid tells of the tokens of a residual stream; None if it is not attention of these tokens."""
-    if op_name(attention) != "attention":
+    if op_name(span.attention) != "attention":
         return None
-    known = _inside(attention, block_input, nodes, batch_dim, token_dim)
-    query, key = (known.get(n) for n in attention.args[:2])  # type: ignore[arg-type]
-    if not is_grid_of(query) or not is_grid_of(key):
+    known = span.tracked_inside(dims)
+    query, key = (known.get(operand(span.attention, n)) for n in (0, 1))
+    if not (
+        isinstance(query, TrackedValue) and isinstance(key, TrackedValue) and is_grid_of(query) and is_grid_of(key)
+    ):
         return None
-    home = _home(attention, known.get(attention), nodes, value)
-    if not _is_home(home, batch_dim, token_dim):
+    residual = span.tracked_behind(known.get(span.attention))
+    if not isinstance(residual, TrackedValue) or not _is_residual(residual, dims):
         return None
-    assert isinstance(query, TrackedValue)
-    assert isinstance(key, TrackedValue)
-    assert isinstance(home, TrackedValue)
     alike = query.moves is not None and query.moves == key.moves
-    return "windows" if alike and home.moves is not None else "none"
+    return "windows" if alike and residual.moves is not None else "none"
 
 
-def way_home(
-    nodes: list[fx.Node], attention: fx.Node, block_input: fx.Node, value: fx.Node, places: Places
-) -> TokenMoves | None:
-    """How what is known of each key ``[B', 1, K, 1]`` gets to the places of the tokens in ``value``."""
-    known = _inside(attention, block_input, nodes, places.batch_dim, places.token_dim)
-    home = _home(attention, known.get(attention), nodes, value)
-    return home.moves if isinstance(home, TrackedValue) else None
+def moves_to_residual(span: AttentionSpan, dims: HasTokenDims) -> TokenMoves | None:
+    """How what is known of each key ``[B', 1, K, 1]`` gets to the places of the tokens in the residual value."""
+    residual = span.tracked_behind(span.tracked_inside(dims).get(span.attention))
+    return residual.moves if isinstance(residual, TrackedValue) else None
 
 
-def _inside(
-    attention: fx.Node, block_input: fx.Node, nodes: list[fx.Node], batch_dim: int, token_dim: int
-) -> dict[fx.Node, Tracking]:
-    """Where tokens stand from the block's input to its attention."""
-    known: dict[fx.Node, Tracking] = {block_input: start(example_shape(block_input), batch_dim, token_dim, "block")}
-    _follow(known, nodes, block_input, attention)
-    return known
-
-
-def _home(attention: fx.Node, known: Tracking | None, nodes: list[fx.Node], value: fx.Node) -> Tracking | None:
-    """Where the tokens of the attention's output stand in ``value``."""
-    if not isinstance(known, TrackedValue) or known.labels is None:
-        return None
-    sizes = tuple(
-        1 if all(f.axis is None for f in dim) else n
-        for dim, n in zip(known.labels, example_shape(attention), strict=True)
-    )
-    behind: dict[fx.Node, Tracking] = {attention: TrackedValue(known.labels, Unmoved(sizes))}
-    _follow(behind, nodes, attention, value)
-    return behind.get(value)
-
-
-def _follow(known: dict[fx.Node, Tracking], nodes: list[fx.Node], first: fx.Node, last: fx.Node) -> None:
-    begun = False
-    for node in nodes:
-        if begun:
-            found = track(node, known)
-            if found is not None:
-                known[node] = found
-        begun = begun or node is first
-        if node is last:
-            return
-
-
-def _is_home(known: Tracking | None, batch_dim: int, token_dim: int) -> bool:
-    if not isinstance(known, TrackedValue) or known.labels is None:
+def _is_residual(known: TrackedValue, dims: HasTokenDims) -> bool:
+    """Whether batch and tokens stand where they do in the residual stream."""
+    if known.labels is None:
         return False
     axes = [[f.axis for f in dim if f.axis is not None] for dim in known.labels]
-    return len(axes) == 3 and axes[batch_dim] == [BATCH] and axes[token_dim] == [TOKENS] and axes.count([]) == 1
+    return (
+        len(axes) == 3 and axes[dims.batch_dim] == [BATCH] and axes[dims.token_dim] == [TOKENS] and axes.count([]) == 1
+    )

@@ -12,7 +12,11 @@ from rewriters.graph.nodes import AxisError
 
 
 def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
-    """A new node with a computed ``val`` and the module path of ``like``."""
+    """A new node at the graph's insertion point, with the shape of its value and the module path of ``like``.
+
+    Raises:
+        AxisError: the operation does not take operands of these shapes.
+    """
     node = graph.call_function(target, args, kwargs)
     for key in ("nn_module_stack", "stack_trace"):
         if key in like.meta:

@@ -1,4 +1,4 @@
-"""What every stage asks of one node."""
+"""What every stage asks of one node: its operation, its arguments, the shape of its value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewriters.graph.op_sets import ATTENTION
 
 
 class AxisError(Exception):
-    """Labels cannot be carried through an operation; the message says why."""
+    """A graph does not allow what is asked of it, such as to carry labels through an operation; the message says why."""
 
 
 def known_size(size: int | torch.SymInt) -> object:

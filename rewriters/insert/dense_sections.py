@@ -27,7 +27,7 @@ from rewriters.axes.grid import (
 )
 from rewriters.axes.labels import is_plain
 from rewriters.axes.sources import Source
-from rewriters.canonicalise.attention import looks_like_attention
+from rewriters.canonicalise.attention import is_unrecognised
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand
 from rewriters.graph.op_sets import MAP_STEPS, SOFTMAXES
 from rewriters.insert.workspace import Insertion
@@ -66,7 +66,7 @@ class DenseSections:
         """
         for node in section:
             weighs = op_name(node) in SOFTMAXES and isinstance(self.tracked.get(node), UntrackedValue)
-            if weighs or looks_like_attention(node) or op_name(node) in MAP_STEPS:
+            if weighs or is_unrecognised(node) or op_name(node) in MAP_STEPS:
                 raise AxisError(f"attention in a spelling that is not known ({node.name}) runs on all tokens")
             if op_name(node) != "attention" or node in self.handled:
                 continue

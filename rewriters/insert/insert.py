@@ -24,7 +24,7 @@ from rewriters.axes.propagate import runs_along
 from rewriters.axes.readouts import BatchReadout, ConcatenationReadout
 from rewriters.axes.sources import BatchPart, Source
 from rewriters.axes.table import apply
-from rewriters.detect.windows import way_home
+from rewriters.detect.windows import AttentionSpan, moves_to_residual
 from rewriters.graph.functional import has_effect
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError
@@ -106,7 +106,8 @@ def _places(graph: fx.Graph, plan: Plan) -> list[_Place]:
 
 
 def _moves_to_tokens(captured: list[fx.Node], nodes: dict[str, fx.Node], site: SitePlan) -> TokenMoves | None:
-    return way_home(captured, nodes[site.attention], nodes[site.block_input], nodes[site.value], site)
+    span = AttentionSpan(captured, nodes[site.block_input], nodes[site.attention], nodes[site.value])
+    return moves_to_residual(span, site)
 
 
 def _insert_at(

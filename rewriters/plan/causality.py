@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from madtp.tokens.attention import HIDDEN
-from rewriters.canonicalise.attention_maps import masks_of_map
+from rewriters.canonicalise.attention_maps import MapMask, masks_of_map
 from rewriters.graph.nodes import attribute, op_name
 
 
@@ -46,16 +46,18 @@ def hides_later_keys(
     the tokens between two positions only."""
     if len(attention.args) > 5 and attention.args[5]:
         return True
-    masks: list[tuple[str, Any]] = [("add", attention.args[3] if len(attention.args) > 3 else None)]
     if op_name(attention) == "weigh":
         masks = masks_of_map(attention)
+    else:
+        added = attention.args[3] if len(attention.args) > 3 else None
+        masks = [MapMask("add", added)] if isinstance(added, fx.Node) else []
     seen: torch.Tensor | None = None
-    for kind, mask in masks:
-        value = evaluate(graph, mask, inputs, module) if isinstance(mask, fx.Node) else None
+    for mask in masks:
+        value = evaluate(graph, mask.node, inputs, module)
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
             continue
         shown = value if value.dtype == torch.bool else value > HIDDEN
-        shown = ~shown if kind == "hide" else shown
+        shown = ~shown if mask.kind == "hide" else shown
         seen = shown if seen is None else seen & shown
     if seen is None or seen.shape[-1] < 2:
         return False

@@ -16,7 +16,7 @@ from madtp.config import PruningConfig
 from rewriters.axes.labels import Axis, token_axis
 from rewriters.axes.sources import Derived, Rest, TokenRange
 from rewriters.detect.layout import LayoutPart
-from rewriters.detect.streams import Stream, Structure
+from rewriters.detect.structure import Stream, Structure
 from rewriters.graph.nodes import AxisError
 from rewriters.plan.policy import original, protected_readouts
 

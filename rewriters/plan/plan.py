@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
 from madtp.sites.scoring import Scores, SegmentSpec, SiteSpec
 from rewriters.capture.scope import Region
-from rewriters.detect.streams import Stream, Structure, Sublayer
-from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, module_path
+from rewriters.detect.structure import Stream, Structure, Sublayer
+from rewriters.graph.nodes import AxisError, example_shape, is_tensor, module_path
 from rewriters.plan.causality import hides_later_keys
 from rewriters.plan.inheritance import inherited
 from rewriters.plan.policy import SegmentPlan, is_predicted, left_alone, protected_readouts, segments_of
@@ -175,7 +174,9 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
         module: resolves the graph's parameters.
     """
     sites: list[SitePlan] = []
-    refusals = [_unplaced(node, reason) for node, reason in structure.unplaced]
+    refusals = [
+        Refusal(module_path(u.attention) or u.attention.name, u.node.name, u.reason, u.help) for u in structure.unplaced
+    ]
     names: dict[str, int] = {}
     inheritance = inherited(structure, config)
     for stream in structure.streams:
@@ -274,14 +275,6 @@ def _unfit(sublayer: Sublayer) -> Refusal | None:
             sublayer.path, sublayer.value.name, "it has fewer than 3 tokens", "example inputs with more tokens"
         )
     return None
-
-
-def _unplaced(node: fx.Node, reason: str) -> Refusal:
-    if is_attention(node):
-        help = "attention on a residual stream x + f(x) of shape [B, N, C]"
-    else:
-        help = "scaled_dot_product_attention, or a product, scale, mask, softmax and product over heads [B, H, N, D]"
-    return Refusal(module_path(node) or node.name, node.name, reason, help)
 
 
 def _spec(site: SitePlan) -> SiteSpec:

@@ -15,7 +15,7 @@ from torch import fx
 from madtp.config import PruningConfig
 from rewriters.axes.readouts import CONDENSED, IndexReadout, PositionReadout, PrefixReadout, RestReadout
 from rewriters.axes.sources import BatchPart, Bound, Cut, Source, TokenRange
-from rewriters.detect.streams import Stream
+from rewriters.detect.structure import Stream
 from rewriters.graph.nodes import AxisError, example_shape
 from rewriters.plan.causality import hides_later_keys
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from madtp.calls.call import normalise_call
 from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import capture
-from rewriters.detect.streams import Stream, Structure, detect
+from rewriters.detect.streams import detect
+from rewriters.detect.structure import Stream, Structure
 
 
 @dataclass(frozen=True)
