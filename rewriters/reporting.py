@@ -8,6 +8,20 @@ import networkx as nx
 from torch import nn
 
 from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
+from rewriters.axes.readouts import (
+    BatchReadout,
+    ConcatenationReadout,
+    IndexReadout,
+    LengthReadout,
+    MaskedMeanReadout,
+    PoolingReadout,
+    PositionReadout,
+    PrefixReadout,
+    RangeReadout,
+    RangesReadout,
+    Readout,
+    RestReadout,
+)
 from rewriters.graph.nodes import example_shape, module_path
 from rewriters.regions import Part, Parts
 
@@ -48,7 +62,9 @@ def _report_part(report: RewriteReport, part: Part) -> None:
         report.blocks.append(BlockReport(path, block.kind, block.norm, first + block.stream, source))
     report.pooling += tuple(region.inside(module_path(node) or node.name) for node in structure.pooling)
     for stream in structure.streams:
-        readouts = tuple(dict.fromkeys(_words(r) for r in stream.flow.readouts.values() if r.kind != "length"))
+        readouts = tuple(
+            dict.fromkeys(_words(r) for r in stream.flow.readouts.values() if not isinstance(r, LengthReadout))
+        )
         segments = () if stream.layout is None else stream.layout.segments
         report.streams.append(
             StreamReport(first + stream.index, stream.modality, stream.width, stream.special, readouts, segments)
@@ -61,16 +77,26 @@ def _tokens(sublayer: Any) -> int:
     return example_shape(sublayer.value)[sublayer.token_dim]
 
 
-def _words(readout: Any) -> str:
-    return {
-        "position": f"token {readout.position}",
-        "prefix": f"the first {readout.position} tokens",
-        "rest": f"all tokens from {readout.position} on",
-        "range": "a range of tokens",
-        "cuts": "consecutive ranges of tokens",
-        "join": "concatenation with other tokens",
-        "index": "one token at a computed position",
-        "pool": "pooling over tokens",
-        "masked_mean": "masked mean over tokens",
-        "batch": "parts of the batch",
-    }[readout.kind]
+def _words(readout: Readout) -> str:
+    match readout:
+        case PositionReadout(position=position):
+            return f"token {position}"
+        case PrefixReadout(length=length):
+            return f"the first {length} tokens"
+        case RestReadout(start=start):
+            return f"all tokens from {start} on"
+        case RangeReadout():
+            return "a range of tokens"
+        case RangesReadout():
+            return "consecutive ranges of tokens"
+        case ConcatenationReadout():
+            return "concatenation with other tokens"
+        case IndexReadout():
+            return "one token at a computed position"
+        case PoolingReadout():
+            return "pooling over tokens"
+        case MaskedMeanReadout():
+            return "masked mean over tokens"
+        case BatchReadout():
+            return "parts of the batch"
+    raise TypeError(f"{readout} has no words")

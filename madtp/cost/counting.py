@@ -6,12 +6,14 @@ Start at :class:`Counter`. It follows the convention of ``madtp/cost/table.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -26,7 +28,11 @@ NORMS = {aten.native_layer_norm: (5, 4), aten.native_group_norm: (5, 4), aten._f
 
 
 class Counter(TorchDispatchMode):
-    """Adds up what runs inside the block while ``paused()`` is false."""
+    """Adds up multiply-accumulates of what runs inside the block while ``paused()`` is false.
+
+    Attributes:
+        total: What was counted so far.
+    """
 
     def __init__(self, paused: Callable[[], bool]) -> None:
         super().__init__()
@@ -39,36 +45,45 @@ class Counter(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
         self.open.close()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result: object = func(*args, **kwargs)
         if not self.paused():
             self.total += _amount(func, args, kwargs, result)
         return result
 
 
 def count_eagerly(model: nn.Module, call: Call) -> float:
-    """Multiply-accumulates per sample of one run of a model, gradients off."""
+    """Multiply-accumulates per sample of one run of a model, without gradients."""
     with torch.no_grad(), Counter(lambda: False) as counter:
         model(*call.args, **call.kwargs)
     return counter.total / call.samples()
 
 
-def _amount(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> float:
+def _amount(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> float:
     packet = getattr(func, "_overloadpacket", func)
     if packet is CPU_ATTENTION:
-        query, key, value = args[:3]
-        return math.prod(query.shape[:3]) * key.shape[2] * (query.shape[3] + value.shape[3])
+        query, key, value = (tuple(tensor.shape) for tensor in args[:3])
+        return float(math.prod(query[:3]) * key[2] * (query[3] + value[3]))
     if packet in flop_registry:
         # The registry counts a multiplication and an addition as two.
-        return flop_registry[packet](*args, **kwargs, out_val=result) / 2
+        return float(flop_registry[packet](*args, **kwargs, out_val=result) / 2)
     if packet in NORMS:
         affine, plain = NORMS[packet]
-        return math.prod(args[0].shape) * (affine if any(isinstance(a, Tensor) for a in args[1:4]) else plain)
+        return float(math.prod(args[0].shape) * (affine if any(isinstance(a, Tensor) for a in args[1:4]) else plain))
     return 0.0

@@ -14,6 +14,7 @@ from torch.fx.node import Argument
 from madtp.tokens.attention import HIDDEN
 from rewriters.canonicalise.attention_masks import Mask
 from rewriters.graph.match import NoMatch, described, farthest, operation
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import example_shape, is_tensor, op_name, tensor_operands
 from rewriters.graph.op_sets import ATTENTION, KEEPS_VALUES, PRODUCTS, RESHAPES, SAME_VALUES
 from rewriters.graph.walk import operand_chain, walk
@@ -182,7 +183,7 @@ def constant_number(value: Argument) -> float | None:
     for node in operand_chain(value, _repeats_number):
         number: Argument = None
         if node.op == "get_attr":
-            number = node.meta.get("number")
+            number = record(node).number
         elif op_name(node) == "scalar_tensor":
             number = node.args[0]
         elif op_name(node) == "full":

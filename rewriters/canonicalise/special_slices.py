@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from rewriters.axes.parts import PREFIX, SPECIAL, is_whole_end
+from rewriters.axes.parts import PREFIX, is_whole_end
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name, operand
 from rewriters.graph.op_sets import CONCATENATIONS, SPLITS
 from rewriters.graph.origins import given_nodes
@@ -56,7 +58,7 @@ def mark_special(graph: fx.Graph) -> None:
         start, end = call_argument(node, 2, "start", 0) or 0, call_argument(node, 3, "end", None)
         border = start if is_whole_end(end, length) else end if start == 0 else None
         if isinstance(border, int) and (border, length) in learned:
-            node.meta[SPECIAL] = True
+            set_record(node, replace(record(node), special_cut=True))
 
 
 def _learned_prefixes(graph: fx.Graph) -> Iterator[tuple[int, int]]:

@@ -36,9 +36,10 @@ from rewriters.capture.constants import Knowing
 from rewriters.capture.inline import inline_bodies
 from rewriters.capture.python_branches import Answering, Answers, decide
 from rewriters.capture.restore import untouched
-from rewriters.capture.rowwise import Rowwise, find_rowwise, sorts
+from rewriters.capture.rowwise import find_rowwise, sorts
 from rewriters.capture.rowwise_op import note_forms, standing_in
 from rewriters.capture.scope import WHOLE, Region
+from rewriters.graph.node_record import RowwiseModule, record, set_record
 from rewriters.graph.nodes import AxisError, attribute
 
 log = logging.getLogger("madtp")
@@ -120,7 +121,7 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
     if region.apart is not None:
         return _capture_apart(model, call, region, region.apart)
     exported, failure = _traced(model, call, region)
-    apart: list[Rowwise] = []
+    apart: list[RowwiseModule] = []
     if exported is None or _chooses_rows(exported[0]):
         with blamed_on_the_inputs(model):
             apart = find_rowwise(model, call)
@@ -272,7 +273,8 @@ def _to_capture(
     last = graph.output(output)
     if returned is not None:
         count = len(last.args[0])  # type: ignore[arg-type]
-        last.meta["held"] = dict(zip(range(count - len(returned.paths()), count), returned.paths(), strict=True))
+        paths = dict(zip(range(count - len(returned.paths()), count), returned.paths(), strict=True))
+        set_record(last, replace(record(last), cache_paths=paths))
     named = dict(program.named_parameters()) | dict(program.named_buffers())
     constants = _own_constants(graph, module, named)
     _shape_constants(graph, constants)
@@ -281,11 +283,12 @@ def _to_capture(
     dynamic: list[tuple[int, ...]] = []
     by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
     if region.written and WRITTEN in call.kwargs:
-        by_place[region.written].meta["written"] = inputs[-1]
+        text = by_place[region.written]
+        set_record(text, replace(record(text), image_positions=inputs[-1]))
     for (place, leaf), node in zip(leaves, inputs, strict=True):
         known = region.modalities.get(pytree.keystr(place))
         if known is not None:
-            node.meta["modalities"] = known
+            set_record(node, replace(record(node), modalities=known))
         value = node.meta.get("val")
         sizes = value.shape if isinstance(leaf, Tensor) and isinstance(value, Tensor) else [value]
         free = [d for d, n in enumerate(sizes) if is_free(n)]
@@ -330,4 +333,4 @@ def _shape_constants(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
         if mode is not None and "val" not in node.meta:
             node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
         if constant.dim() == 0 and constant.dtype != torch.bool:
-            node.meta["number"] = float(constant)
+            set_record(node, replace(record(node), number=float(constant)))

@@ -22,6 +22,7 @@ from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
 from madtp.cost.counting import Counter
 from rewriters.capture.restore import same_buffers, untouched
+from rewriters.graph.node_record import RowwiseModule
 
 aten = torch.ops.aten
 # Put rows in order by their values, or multiply groups of rows of any size.
@@ -32,24 +33,6 @@ AROUND = 2
 CROWD = 2048
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 CONTAINERS = (tuple, list, dict)
-
-
-@dataclass(frozen=True)
-class Rowwise:
-    """A submodule that works row by row.
-
-    spec: structure of its call ``(args, kwargs)``. constants: leaves of the call that are no tensors, by position. rank:
-    leading dimensions that are rows. results: type and further sizes of its results. places: for each entry of the tuple that
-    it returns the number of a result, or None; None if it returns a tensor. macs: multiply-accumulates a row.
-    """
-
-    path: str
-    spec: pytree.TreeSpec
-    constants: tuple[tuple[int, Any], ...]
-    rank: int
-    results: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    places: tuple[int | None, ...] | None
-    macs: float
 
 
 @dataclass
@@ -105,7 +88,7 @@ def _chooses(func: Any, args: tuple[Any, ...]) -> bool:
     return sorts(func) or torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
 
 
-def find_rowwise(model: nn.Module, call: Call) -> list[Rowwise]:
+def find_rowwise(model: nn.Module, call: Call) -> list[RowwiseModule]:
     """The smallest submodules of ``model`` that choose rows by their values in ``call`` and work row by row for all that."""
     calls = _Calls()
     handles: list[Any] = []
@@ -126,7 +109,7 @@ def find_rowwise(model: nn.Module, call: Call) -> list[Rowwise]:
     finally:
         for handle in handles:
             handle.remove()
-    found: list[Rowwise] = []
+    found: list[RowwiseModule] = []
     failed: set[type[nn.Module]] = set()
     for path in sorted(calls.found, key=lambda p: (-p.count("."), p)):
         module = model.get_submodule(path)
@@ -140,7 +123,7 @@ def find_rowwise(model: nn.Module, call: Call) -> list[Rowwise]:
     return found
 
 
-def _rowwise(path: str, module: nn.Module, calls: list[tuple[_Frame, Any]]) -> Rowwise | None:
+def _rowwise(path: str, module: nn.Module, calls: list[tuple[_Frame, Any]]) -> RowwiseModule | None:
     """What ``module`` is by its calls, if it works row by row."""
     described = [_describe(path, frame, output) for frame, output in calls]
     first = described[0]
@@ -154,10 +137,10 @@ def _rowwise(path: str, module: nn.Module, calls: list[tuple[_Frame, Any]]) -> R
         with Counter(lambda: False) as counter:
             trial.run(leaves, dict(module.named_buffers()))
     operand = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() >= first.rank)
-    return Rowwise(**{**vars(first), "macs": counter.total / max(1, operand.shape[: first.rank].numel())})
+    return RowwiseModule(**{**vars(first), "macs": counter.total / max(1, operand.shape[: first.rank].numel())})
 
 
-def _describe(path: str, frame: _Frame, output: Any) -> Rowwise | None:
+def _describe(path: str, frame: _Frame, output: Any) -> RowwiseModule | None:
     """The form of a call; None if it is of another form than rows in, rows out."""
     if output is None or not isinstance(output, (Tensor, tuple, list)):
         return None
@@ -179,7 +162,7 @@ def _describe(path: str, frame: _Frame, output: Any) -> Rowwise | None:
     if not (plain and fits and along and whole and _is_built_of(spec)):
         return None
     forms = tuple((one.dtype, tuple(one.shape[rank:])) for one in results)
-    return Rowwise(path, spec, others, rank, forms, None if isinstance(output, Tensor) else places, 0.0)
+    return RowwiseModule(path, spec, others, rank, forms, None if isinstance(output, Tensor) else places, 0.0)
 
 
 def _is_built_of(spec: pytree.TreeSpec) -> bool:
@@ -203,7 +186,7 @@ class _Still(TorchDispatchMode):
 class _Trial:
     """Experiments with one submodule."""
 
-    def __init__(self, module: nn.Module, form: Rowwise, leaves: list[Any]) -> None:
+    def __init__(self, module: nn.Module, form: RowwiseModule, leaves: list[Any]) -> None:
         self.module, self.form, self.leaves = module, form, leaves
         self.buffers = frozenset(name for name, _ in module.named_buffers())
         self.generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from rewriters.capture.rowwise import Rowwise
+from rewriters.graph.node_record import RowwiseModule, record, rowwise_module, set_record
 
 # What the operation stands for, by path, while a model is traced.
-_present: dict[str, Rowwise] = {}
+_present: dict[str, RowwiseModule] = {}
 
 
 @torch.library.custom_op("madtp::rowwise", mutates_args=())
@@ -37,7 +38,7 @@ def _(operands: list[Tensor], path: str) -> list[Tensor]:
 
 
 @contextmanager
-def standing_in(model: nn.Module, found: Sequence[Rowwise]) -> Iterator[None]:
+def standing_in(model: nn.Module, found: Sequence[RowwiseModule]) -> Iterator[None]:
     """Inside the block the submodules ``found`` are one operation where they are traced."""
     patched: list[tuple[dict[str, Any], Any]] = []
     _present.update({form.path: form for form in found})
@@ -55,7 +56,7 @@ def standing_in(model: nn.Module, found: Sequence[Rowwise]) -> Iterator[None]:
         _present.clear()
 
 
-def _stand_in(form: Rowwise, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _stand_in(form: RowwiseModule, forward: Callable[..., Any]) -> Callable[..., Any]:
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -73,12 +74,12 @@ def _stand_in(form: Rowwise, forward: Callable[..., Any]) -> Callable[..., Any]:
     return stand_in
 
 
-def note_forms(graph: fx.Graph, found: Sequence[Rowwise]) -> None:
+def note_forms(graph: fx.Graph, found: Sequence[RowwiseModule]) -> None:
     """Write down at each operation what it stands for."""
     forms = {form.path: form for form in found}
     for node in graph.nodes:
         if node.target is torch.ops.madtp.rowwise.default:
-            node.meta["rowwise"] = forms[node.args[1]]
+            set_record(node, replace(record(node), rowwise=forms[str(node.args[1])]))
 
 
 def call_back(graph: fx.Graph) -> None:
@@ -86,7 +87,7 @@ def call_back(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not torch.ops.madtp.rowwise.default:
             continue
-        form: Rowwise = node.meta["rowwise"]
+        form = rowwise_module(node)
         operands, others = iter(node.args[0]), dict(form.constants)
         count = form.spec.num_leaves
         args, kwargs = pytree.tree_unflatten(

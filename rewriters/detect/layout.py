@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from rewriters.detect.modality import special_positions, stream_modality
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import (
     call_argument,
     example_shape,
@@ -74,8 +75,9 @@ def find_layout(head: fx.Node, token_dim: int) -> Layout | None:
         scattered = _scattered(node) if op_name(node) in _SCATTERS and dim == 1 else None
         if scattered is not None:
             return scattered
-        if "written" in node.meta and dim == 1:
-            return Layout(("text", "image"), mask=node.meta["written"])
+        mask = record(node).image_positions
+        if mask is not None and dim == 1:
+            return Layout(("text", "image"), mask=mask)
     return None
 
 
@@ -106,7 +108,7 @@ def _values_before(head: fx.Node, token_dim: int) -> Iterator[_TokenValue]:
                 yield before
 
     for node in walk([head], onward):
-        if _is_computed(node) or "written" in node.meta:
+        if _is_computed(node) or record(node).image_positions is not None:
             yield _TokenValue(node, dims[node])
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from rewriters.axes.labels import Axis, Factor, has_tokens, unlabelled
-from rewriters.axes.outcome import labels_of
 from rewriters.axes.propagate import propagate
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import (
     call_argument,
     example_shape,
@@ -37,13 +37,18 @@ def stream_modality(head: fx.Node) -> str:
     origins = list(value_ancestors(head))
     inputs = [n for n in origins if n.op == "placeholder" and n.meta["val"].dtype.is_floating_point]
     # What goes into a region was followed through a run; what goes into a whole model is pixels or features.
-    carried: set[str] = set().union(*(n.meta.get("modalities", {"image"}) for n in inputs))
+    carried = frozenset().union(*(_modalities_of(n) for n in inputs))
     calls = [n for n in origins if n.op == "call_function"]
     text = "text" in carried or any(op_name(n) == "embedding" and _reads_ids(n) for n in calls)
     image = "image" in carried or any(op_name(n) in _PATCHES for n in calls)
     if text and image:
         return "joint"
     return "text" if text else "image" if image else "query"
+
+
+def _modalities_of(value: fx.Node) -> frozenset[str]:
+    known = record(value).modalities
+    return frozenset(("image",)) if known is None else known
 
 
 def _reads_ids(embedding: fx.Node) -> bool:
@@ -78,11 +83,10 @@ def is_pooled_by_layer(weights: fx.Node) -> bool:
     if not all(is_learned(n) for n in layer.args[1:3] if is_tensor(n)):
         return False
     path = [n for n in operand_chain(weights, lambda n: n is not layer) if n is not layer]
-    labels = list(unlabelled(example_shape(layer)))
-    channels = normal_dim(CHANNELS[op_name(layer)], len(labels))
-    labels[channels] = (Factor(Axis("tokens", "channels"), example_shape(layer)[channels]),)
-    known = propagate(reversed(path), {layer: tuple(labels)}).labels
-    rows = labels_of(weights, known)
+    shape = example_shape(layer)
+    channels = normal_dim(CHANNELS[op_name(layer)], len(shape))
+    labels = unlabelled(shape).with_dim(channels, (Factor(Axis("tokens", "channels"), shape[channels]),))
+    rows = propagate(reversed(path), {layer: labels}).labels.of(weights)
     return [has_tokens(dim) for dim in rows[-2:]] == [True, False]
 
 

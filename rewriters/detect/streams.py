@@ -14,8 +14,9 @@ from typing import Literal
 from torch import fx
 
 from rewriters.axes.labels import seed, token_axis
-from rewriters.axes.outcome import labels_of, query_and_key
+from rewriters.axes.outcome import query_and_key
 from rewriters.axes.propagate import propagate
+from rewriters.axes.readouts import BatchReadout
 from rewriters.canonicalise.attention import PLAIN_SPELLING, SDPA, is_unrecognised, weighs_indirectly
 from rewriters.canonicalise.attention_maps import map_miss
 from rewriters.detect.layout import find_layout
@@ -183,7 +184,7 @@ def _path(attention: fx.Node, added: fx.Node) -> str:
 def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
     """The stream whose tokens ``sublayer`` reads its queries from."""
     for stream in reversed(streams):
-        axis = token_axis(labels_of(sublayer.block_input, stream.flow.labels)[sublayer.token_dim])
+        axis = token_axis(stream.flow.labels.of(sublayer.block_input)[sublayer.token_dim])
         if axis is not None and _continues(sublayer, stream):
             return stream
     return None
@@ -207,7 +208,7 @@ def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
     """The stream that the keys of an attention come from."""
     key = operand(attention, 1)
     for stream in reversed(streams):
-        if token_axis(labels_of(key, stream.flow.labels)[2]) is not None:
+        if token_axis(stream.flow.labels.of(key)[2]) is not None:
             return stream.index
     return None
 
@@ -216,7 +217,7 @@ def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: di
     shape = example_shape(sublayer.value)
     labels = seed(shape, sublayer.batch_dim, sublayer.token_dim, index)
     flow = propagate(nodes[order[sublayer.value] + 1 :], {sublayer.value: labels}, beyond_joins=False)
-    parts = max([len(r.parts) for r in flow.readouts.values() if r.kind == "batch"], default=1)
+    parts = max([len(r.sizes) for r in flow.readouts.values() if isinstance(r, BatchReadout)], default=1)
     return Stream(
         index,
         stream_modality(sublayer.block_input),

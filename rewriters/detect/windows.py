@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import fx
 
 from madtp.sites.scoring import Scores
-from rewriters.axes.grid import BATCH, TOKENS, Known, Moves, Placed, is_grid_of, start, track
+from rewriters.axes.grid import BATCH, TOKENS, TokenMoves, TrackedValue, Tracking, Unmoved, is_grid_of, start, track
 from rewriters.graph.nodes import example_shape, op_name, operand
 
 
@@ -43,23 +43,23 @@ class AttentionSpan:
     attention: fx.Node
     value: fx.Node
 
-    def tracked_inside(self, dims: HasTokenDims) -> dict[fx.Node, Known]:
+    def tracked_inside(self, dims: HasTokenDims) -> dict[fx.Node, Tracking]:
         """Where tokens stand from the block's input to its attention."""
         first = start(example_shape(self.block_input), dims.batch_dim, dims.token_dim, "block")
         return self._track({self.block_input: first}, self.block_input, self.attention)
 
-    def tracked_behind(self, known: Known | None) -> Known | None:
+    def tracked_behind(self, known: Tracking | None) -> Tracking | None:
         """Where the tokens of the attention's output, which stand there as ``known`` says, stand in the residual value."""
-        if not isinstance(known, Placed) or known.labels is None:
+        if not isinstance(known, TrackedValue) or known.labels is None:
             return None
         sizes = tuple(
             1 if all(f.axis is None for f in dim) else n
             for dim, n in zip(known.labels, example_shape(self.attention), strict=True)
         )
-        first = Placed(known.labels, Moves("start", sizes))
+        first = TrackedValue(known.labels, Unmoved(sizes))
         return self._track({self.attention: first}, self.attention, self.value).get(self.value)
 
-    def _track(self, known: dict[fx.Node, Known], first: fx.Node, last: fx.Node) -> dict[fx.Node, Known]:
+    def _track(self, known: dict[fx.Node, Tracking], first: fx.Node, last: fx.Node) -> dict[fx.Node, Tracking]:
         for node in self.nodes:
             found = track(node, known) if first < node else None
             if found is not None:
@@ -74,7 +74,7 @@ def has_mixed_keys(span: AttentionSpan, dims: HasTokenDims) -> bool:
     if op_name(span.attention) != "attention":
         return False
     key = span.tracked_inside(dims).get(operand(span.attention, 1))
-    return is_grid_of(key) and isinstance(key, Placed) and key.moves is None
+    return is_grid_of(key) and isinstance(key, TrackedValue) and key.moves is None
 
 
 def scores_on_grid(span: AttentionSpan, dims: HasTokenDims) -> Scores | None:
@@ -83,22 +83,24 @@ def scores_on_grid(span: AttentionSpan, dims: HasTokenDims) -> Scores | None:
         return None
     known = span.tracked_inside(dims)
     query, key = (known.get(operand(span.attention, n)) for n in (0, 1))
-    if not (isinstance(query, Placed) and isinstance(key, Placed) and is_grid_of(query) and is_grid_of(key)):
+    if not (
+        isinstance(query, TrackedValue) and isinstance(key, TrackedValue) and is_grid_of(query) and is_grid_of(key)
+    ):
         return None
     residual = span.tracked_behind(known.get(span.attention))
-    if not isinstance(residual, Placed) or not _is_residual(residual, dims):
+    if not isinstance(residual, TrackedValue) or not _is_residual(residual, dims):
         return None
     alike = query.moves is not None and query.moves == key.moves
     return "windows" if alike and residual.moves is not None else "none"
 
 
-def moves_to_residual(span: AttentionSpan, dims: HasTokenDims) -> Moves | None:
+def moves_to_residual(span: AttentionSpan, dims: HasTokenDims) -> TokenMoves | None:
     """How what is known of each key ``[B', 1, K, 1]`` gets to the places of the tokens in the residual value."""
     residual = span.tracked_behind(span.tracked_inside(dims).get(span.attention))
-    return residual.moves if isinstance(residual, Placed) else None
+    return residual.moves if isinstance(residual, TrackedValue) else None
 
 
-def _is_residual(known: Placed, dims: HasTokenDims) -> bool:
+def _is_residual(known: TrackedValue, dims: HasTokenDims) -> bool:
     """Whether batch and tokens stand where they do in the residual stream."""
     if known.labels is None:
         return False

@@ -14,6 +14,7 @@ from torch import fx
 
 from madtp.config import PruningConfig
 from rewriters.axes.labels import Axis, token_axis
+from rewriters.axes.sources import Derived, Rest, TokenRange
 from rewriters.detect.layout import LayoutPart
 from rewriters.detect.structure import Stream, Structure
 from rewriters.graph.nodes import AxisError
@@ -63,7 +64,7 @@ def inherited(structure: Structure, config: PruningConfig) -> dict[int, Inherita
 def _parent(part: LayoutPart, streams: Sequence[Stream]) -> Stream | None:
     """The stream whose tokens, pruned or not, a part of a concatenation holds."""
     for stream in reversed(streams):
-        known: Any = stream.flow.labels.get(part.node)
+        known = stream.flow.labels.tensor(part.node)
         if known is not None and token_axis(known[part.dim]) is not None:
             return stream
     return None
@@ -72,8 +73,7 @@ def _parent(part: LayoutPart, streams: Sequence[Stream]) -> Stream | None:
 def _hand_down(
     into: Inheritance, parent: Stream, places: list[Place], parts: Sequence[LayoutPart], number: int
 ) -> None:
-    known: Any = parent.flow.labels[parts[number].node]
-    axis = token_axis(known[parts[number].dim])
+    axis = token_axis(parent.flow.labels.of(parts[number].node)[parts[number].dim])
     for place in places:
         try:
             inside = [_uncut(one, axis) for one in _within(place, parts, number)]
@@ -95,9 +95,9 @@ def _hand_down(
 def _uncut(place: Place, axis: Axis | None) -> Place:
     """A place in a part, counted in the stream that the part may have been cut from."""
     source = None if axis is None else axis.source
-    while isinstance(source, tuple) and source[1] in ("rest", "range"):
-        source = source[0]
-    if axis is None or isinstance(source, tuple):
+    while isinstance(source, (Rest, TokenRange)):
+        source = source.parent
+    if axis is None or isinstance(source, Derived):
         raise AxisError("a concatenation reads positions of a part that is cut from the stream")
     return original(axis.source, *place)
 

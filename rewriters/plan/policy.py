@@ -13,12 +13,13 @@ import torch
 from torch import fx
 
 from madtp.config import PruningConfig
+from rewriters.axes.readouts import CONDENSED, IndexReadout, PositionReadout, PrefixReadout, RestReadout
+from rewriters.axes.sources import BatchPart, Bound, Cut, Source, TokenRange
 from rewriters.detect.structure import Stream
 from rewriters.graph.nodes import AxisError, example_shape
 from rewriters.plan.causality import hides_later_keys
 
 # Readouts that condense a sequence; a causal stream without one is there for the sake of every position.
-CONDENSED = frozenset(("position", "prefix", "index", "pool", "masked_mean", "rest"))
 
 PREDICTED = "it is causal and every position is read (a language model): pruning its tokens would change predictions"
 ASK = "towers=('text',) prunes it all the same, for scoring without training"
@@ -89,7 +90,7 @@ def is_predicted(
 
 
 def _is_condensed(stream: Stream) -> bool:
-    return any(readout.kind in CONDENSED for readout in stream.flow.readouts.values())
+    return any(isinstance(readout, CONDENSED) for readout in stream.flow.readouts.values())
 
 
 def _is_causal(
@@ -128,23 +129,23 @@ def protected_readouts(stream: Stream, config: PruningConfig) -> tuple[tuple[int
 
     for readout in stream.flow.readouts.values():
         source = readout.axis.source
-        if readout.kind == "position":
+        if isinstance(readout, PositionReadout):
             protect(original(source, None, readout.position))
-        elif readout.kind in ("prefix", "rest"):
-            for position in range(readout.position):
+        elif isinstance(readout, (PrefixReadout, RestReadout)):
+            for position in range(readout.length if isinstance(readout, PrefixReadout) else readout.start):
                 protect(original(source, None, position))
-        elif readout.kind == "index" and readout.index is not None:
+        elif isinstance(readout, IndexReadout):
             protect(original(source, readout.index, 0))
     if stream.layout is None:
         positions.extend(config.protected_positions(stream.modality))
     return tuple(dict.fromkeys(positions)), tuple(dict.fromkeys(nodes))
 
 
-def original(source: Any, node: fx.Node | None, offset: int) -> tuple[fx.Node | None, int]:
+def original(source: Source, node: fx.Node | None, offset: int) -> tuple[fx.Node | None, int]:
     """The position in the stream's own tokens of position ``node + offset`` of a derived axis."""
-    while isinstance(source, tuple):
-        parent, kind, *bounds = source
-        start, end = (bounds[0], None) if kind == "rest" else bounds if kind == "range" else (0, None)
+    while isinstance(source, Cut):
+        start: Bound = 0 if isinstance(source, BatchPart) else source.start
+        end = source.end if isinstance(source, TokenRange) else None
         border = start if node is not None or offset >= 0 else end
         if isinstance(border, fx.Node):
             if node is not None:
@@ -154,5 +155,5 @@ def original(source: Any, node: fx.Node | None, offset: int) -> tuple[fx.Node | 
             if border < 0 and node is not None:
                 raise AxisError(f"a position is read that depends on {node.name} and on the length")
             offset += border
-        source = parent
+        source = source.parent
     return node, offset
