@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
 from madtp.cost.counting import Counter
-from rewriters.capture.restore import same_buffers, untouched
+from rewriters.capture.restore import preserved_attributes, preserved_buffers
 from rewriters.graph.node_record import RowwiseModule
 
 aten = torch.ops.aten
@@ -101,8 +101,8 @@ def find_rowwise(model: nn.Module, call: Call) -> list[RowwiseModule]:
             torch.no_grad(),
             spelled_out(),
             torch.random.fork_rng(devices=[]),
-            untouched(model),
-            same_buffers(model),
+            preserved_attributes(model),
+            preserved_buffers(model),
             calls,
         ):
             model(*call.args, **call.kwargs)
@@ -131,7 +131,7 @@ def _rowwise(path: str, module: nn.Module, calls: list[tuple[_Frame, Any]]) -> R
         return None
     leaves = pytree.tree_leaves((calls[0][0].args, calls[0][0].kwargs))
     trial = _Trial(module, first, leaves)
-    with torch.no_grad(), spelled_out(), torch.random.fork_rng(devices=[]), untouched(module):
+    with torch.no_grad(), spelled_out(), torch.random.fork_rng(devices=[]), preserved_attributes(module):
         if not trial.rows_do_not_matter():
             return None
         with Counter(lambda: False) as counter:
