@@ -9,7 +9,20 @@ import networkx as nx
 from torch import nn
 
 from madtp.report import BlockReport, RewriteReport, SiteReport, StreamReport
-from rewriters.axes.outcome import Readout
+from rewriters.axes.readouts import (
+    BatchReadout,
+    ConcatenationReadout,
+    IndexReadout,
+    LengthReadout,
+    MaskedMeanReadout,
+    PoolingReadout,
+    PositionReadout,
+    PrefixReadout,
+    RangeReadout,
+    RangesReadout,
+    Readout,
+    RestReadout,
+)
 from rewriters.detect.streams import Sublayer
 from rewriters.graph.nodes import example_shape, module_path
 from rewriters.pipeline import RewrittenRegion
@@ -73,13 +86,18 @@ def add_region(report: RewriteReport, rewritten: RewrittenRegion) -> None:
         )
     report.pooling += tuple(region.inside(module_path(node) or node.name) for node in structure.pooling)
     for stream in structure.streams:
+        readouts = [r for r in stream.flow.readouts.values() if not isinstance(r, LengthReadout)]
         report.streams.append(
             StreamReport(
                 index=first + stream.index,
                 modality=stream.modality,
                 width=stream.width,
                 special=stream.special,
-                readouts=tuple(dict.fromkeys(describe(r) for r in stream.flow.readouts.values() if r.kind != "length")),
+                readouts=tuple(
+                    dict.fromkeys(
+                        describe(r) for r in stream.flow.readouts.values() if not isinstance(r, LengthReadout)
+                    )
+                ),
                 segments=() if stream.layout is None else stream.layout.segments,
             )
         )
@@ -93,15 +111,25 @@ def token_count(sublayer: Sublayer) -> int:
 
 def describe(readout: Readout) -> str:
     """Which tokens a readout reads, in words."""
-    return {
-        "position": f"token {readout.position}",
-        "prefix": f"the first {readout.position} tokens",
-        "rest": f"all tokens from {readout.position} on",
-        "range": "a range of tokens",
-        "cuts": "consecutive ranges of tokens",
-        "join": "concatenation with other tokens",
-        "index": "one token at a computed position",
-        "pool": "pooling over tokens",
-        "masked_mean": "masked mean over tokens",
-        "batch": "parts of the batch",
-    }[readout.kind]
+    match readout:
+        case PositionReadout(position=position):
+            return f"token {position}"
+        case PrefixReadout(length=length):
+            return f"the first {length} tokens"
+        case RestReadout(start=start):
+            return f"all tokens from {start} on"
+        case RangeReadout():
+            return "a range of tokens"
+        case RangesReadout():
+            return "consecutive ranges of tokens"
+        case ConcatenationReadout():
+            return "concatenation with other tokens"
+        case IndexReadout():
+            return "one token at a computed position"
+        case PoolingReadout():
+            return "pooling over tokens"
+        case MaskedMeanReadout():
+            return "masked mean over tokens"
+        case BatchReadout():
+            return "parts of the batch"
+    raise TypeError(f"{readout} has no words")

@@ -11,80 +11,57 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
+from typing import NamedTuple
 
 import sympy
 import torch
 from torch import Tensor
 
 from madtp.calls.batch import batch_size
+from madtp.cost.counts import Size, StreamSize, TokenCount, TokenCounts, evaluate_size
 from madtp.tokens.state import TokenState
 
-Source = Any
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CostTerm:
     """One operation: ``constant * product(sizes) * sum over entries of product over axes of tokens[axis][entry]``.
 
-    path: module path. sizes: symbolic sizes. axes: sources of the token axes; empty if the operation runs along none
-    (then the batch is among ``sizes``).
+    Attributes:
+        path: Module path.
+        constant: What does not depend on the call.
+        sizes: Symbolic sizes, and names of sizes that :meth:`CostTable.bind` gives a value.
+        axes: Counts along the token axes; empty if the operation runs along none (then the batch is among ``sizes``).
+        only_active: Whether it counts only while pruning is on.
     """
 
     path: str
-    operation: str
     constant: float
-    sizes: tuple[Any, ...] = ()
-    axes: tuple[Source, ...] = ()
+    sizes: tuple[Size | str, ...] = ()
+    axes: tuple[TokenCount, ...] = ()
     only_active: bool = False
 
 
-@dataclass(frozen=True)
-class Part:
-    """How the counts of a derived state follow from another: entries [first, last) as fractions, minus ``less``
-    tokens, each ``times`` times."""
+class InputSize(NamedTuple):
+    """Where a call says how large a symbol is: a leaf of its inputs and a dimension of that."""
 
-    parent: Source
-    first: float
-    last: float
-    less: int = 0
-    times: int = 1
-
-
-@dataclass(frozen=True)
-class Range:
-    """Tokens of ``parent`` from ``start`` to ``end`` (numbers or symbolic, as a slice has them).
-
-    Which tokens survive decides how many of them are in a range; from counts alone they are taken to be spread evenly.
-    """
-
-    parent: Source
-    start: Any
-    end: Any
-
-
-@dataclass(frozen=True)
-class Join:
-    """Tokens of several streams one after the other; a parent of None is an unpruned stream of that length."""
-
-    parents: tuple[Source | None, ...]
-    lengths: tuple[Any, ...]
+    leaf: int
+    dim: int
 
 
 @dataclass
 class CostTable:
     """All priced operations of a program.
 
-    symbols: which input leaf and dimension binds a symbol. lengths: symbolic token count and batch of each site's
-    stream.
+    Attributes:
+        terms: The operations.
+        symbols: Where to read the size of each symbol.
+        streams: Size of each site's stream, by site.
+        named: Values of named sizes.
     """
 
     terms: list[CostTerm] = field(default_factory=list)
-    symbols: dict[Any, tuple[int, int]] = field(default_factory=dict)
-    lengths: dict[Source, tuple[Any, Any]] = field(default_factory=dict)
-    parts: dict[Source, Part] = field(default_factory=dict)
-    ranges: dict[Source, Range] = field(default_factory=dict)
-    joins: dict[Source, Join] = field(default_factory=dict)
+    symbols: dict[sympy.Symbol, InputSize] = field(default_factory=dict)
+    streams: dict[str, StreamSize] = field(default_factory=dict)
     named: dict[str, float] = field(default_factory=dict)
 
     def under(self, place: Callable[[str], str], added: str) -> CostTable:
@@ -96,16 +73,21 @@ class CostTable:
         """Give a named size its value."""
         self.named[name] = value
 
-    def entries(self, site: str, leaves: Sequence[Any]) -> int:
+    def entries(self, site: str, leaves: Sequence[object]) -> int:
         """Entries of the batch of a site's stream: samples, or a multiple of them (two images each, frames)."""
-        return int(evaluate_size(self.lengths[site][1], self._bound(leaves)))
+        return int(evaluate_size(self.streams[site].entries, self._bound(leaves)))
 
-    def _bound(self, leaves: Sequence[Any]) -> dict[Any, int]:
-        return {symbol: leaves[leaf].shape[dim] for symbol, (leaf, dim) in self.symbols.items()}
+    def _bound(self, leaves: Sequence[object]) -> dict[sympy.Symbol, int]:
+        bound = {}
+        for symbol, place in self.symbols.items():
+            leaf = leaves[place.leaf]
+            assert isinstance(leaf, Tensor)
+            bound[symbol] = leaf.shape[place.dim]
+        return bound
 
     def price(
         self,
-        leaves: Sequence[Any],
+        leaves: Sequence[object],
         counts: Mapping[str, Tensor],
         active: bool,
         states: Mapping[str, TokenState] | None = None,
@@ -113,14 +95,14 @@ class CostTable:
         """MACs per sample by module path.
 
         Args:
-            leaves: flattened inputs, for the sizes.
-            counts: tokens ``[entries]`` after each site; a site left out keeps everything.
-            active: whether pruning is on (its own cost counts).
-            states: token states after each site, where they are known; they tell which tokens a range holds.
+            leaves: Flattened inputs, for the sizes.
+            counts: Tokens ``[entries]`` after each site; a site left out keeps everything.
+            active: Whether pruning is on (its own cost counts).
+            states: Token states after each site, where they are known; they tell which tokens a range holds.
         """
         bound = self._bound(leaves)
         batch = batch_size(leaves)
-        tokens = _Tokens(self, counts, bound, {} if states is None else states)
+        tokens = TokenCounts(streams=self.streams, kept=counts, states=states or {}, bound=bound)
         total: dict[str, float] = {}
         for term in self.terms:
             if term.only_active and not active:
@@ -132,61 +114,3 @@ class CostTable:
                 amount *= float(reduce(torch.mul, map(tokens.of, term.axes)).sum())
             total[term.path] = total.get(term.path, 0.0) + amount / batch
         return total
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokens [entries] along each axis in one call; each is worked out once and kept in ``known``."""
-
-    table: CostTable
-    counts: Mapping[str, Tensor]
-    bound: Mapping[Any, int]
-    states: Mapping[str, TokenState]
-    known: dict[Source, Tensor] = field(default_factory=dict)
-
-    def of(self, source: Source) -> Tensor:
-        """Tokens along the axis of ``source``."""
-        if source not in self.known:
-            self.known[source] = self._count(source)
-        return self.known[source]
-
-    def _count(self, source: Source) -> Tensor:
-        table = self.table
-        if source in table.ranges:
-            return self._in_range(table.ranges[source])
-        if source in table.joins:
-            join = table.joins[source]
-            parts = zip(join.parents, join.lengths, strict=True)
-            return torch.as_tensor(sum(self._size(n) if parent is None else self.of(parent) for parent, n in parts))
-        if source in table.parts:
-            part = table.parts[source]
-            parent = self.of(part.parent)
-            first, last = round(part.first * len(parent)), round(part.last * len(parent))
-            return (parent[first:last] - part.less).repeat_interleave(part.times)
-        if isinstance(source, str) and source in self.counts:
-            return self.counts[source].double().cpu()
-        name = source[1] if isinstance(source, tuple) and source[0] == "before" else source
-        length, batch = map(self._size, table.lengths[name])
-        return torch.full((int(batch),), length, dtype=torch.float64)
-
-    def _in_range(self, part: Range) -> Tensor:
-        start, end = (b if b is None else int(self._size(b)) for b in (part.start, part.end))
-        state = self.states.get(part.parent) if isinstance(part.parent, str) else None
-        if state is not None and state.index is not None:
-            first, last, _ = slice(start, end).indices(state.full_length)
-            inside = (state.index >= first) & (state.index < last)
-            return (inside if state.valid is None else inside & state.valid).sum(1).double().cpu()
-        parent = self.of(part.parent)
-        full = int(parent.amax()) if state is None else state.full_length
-        share = len(range(*slice(start, end).indices(full))) / max(1, full)
-        return parent * share
-
-    def _size(self, size: Any) -> float:
-        return evaluate_size(size, self.bound)
-
-
-def evaluate_size(size: Any, bound: Mapping[Any, int]) -> float:
-    """A symbolic size with its symbols bound to the sizes of a call."""
-    if isinstance(size, (int, float)):
-        return float(size)
-    return float(sympy.sympify(size).subs(dict(bound)))

@@ -47,7 +47,7 @@ class Program:
     @property
     def sites(self) -> list[str]:
         """Names of the sites that the graph passes."""
-        return [name for name in self.cost.lengths if isinstance(name, str)]
+        return list(self.cost.streams)
 
     def sizes(self) -> tuple[str, ...]:
         """Numbers, in the objects that it returns, that follow from sizes of tensors, by path."""

@@ -1,48 +1,38 @@
 """Axis labels: which dimension of which tensor runs along which token axis.
 
-Every dimension of a tensor is described by its *factors*, row-major: a plain dimension has one, a folded one (batch
-times heads, say) has several. A factor is an axis or None (a dimension that does not matter to pruning), with its
-size in the captured example. :func:`relabel_view` says how factors move through a view; the rule table (``table.py``)
-covers all other operations. Sizes are compared as numbers of the example, never by symbol name: captures may give
-equal sizes different symbols.
+Start at :class:`Labels`. Every dimension of a tensor is described by its *factors*, row-major: a plain dimension has
+one, a folded one (batch times heads, say) has several. A factor is an axis or None (a dimension that does not matter to
+pruning), with its size in the captured example. :func:`relabel_view` says how factors move through a view; the rule
+table (``table.py``) covers all other operations. Sizes are compared as numbers of the example, never by symbol name:
+captures may give equal sizes different symbols.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from rewriters.graph.nodes import AxisError
+from torch import fx
+
+from rewriters.axes.sources import Source
+from rewriters.graph.nodes import AxisError, example_shape
 
 
 @dataclass(frozen=True)
 class Axis:
     """An axis that is followed through the graph.
 
-    ``source`` identifies what defines it: during insertion the node of the token state, during detection the name of
-    the dimension that was seeded.
+    Attributes:
+        kind: Whether it counts samples or tokens.
+        source: What its tokens come from; the batch of these tokens has the same source.
     """
 
     kind: Literal["batch", "tokens"]
-    source: Any
+    source: Source
 
     def __repr__(self) -> str:
         return f"{self.kind}({self.source})"
-
-
-def roots(source: Any) -> frozenset[Any]:
-    """The sources that a source was derived from: one for a part or a range of tokens, several for a concatenation."""
-    if not isinstance(source, tuple):
-        return frozenset((source,))
-    if source[1] == "join":
-        return frozenset().union(*(roots(parent) for parent in source[0] if parent is not None))
-    return roots(source[0])
-
-
-def is_joined(source: Any) -> bool:
-    """Whether ``source`` is, or was derived from, a concatenation of token axes."""
-    return isinstance(source, tuple) and (source[1] == "join" or is_joined(source[0]))
 
 
 class Factor(NamedTuple):
@@ -53,17 +43,11 @@ class Factor(NamedTuple):
 
 
 Dim = tuple[Factor, ...]
-Labels = tuple[Dim, ...]
 
 
 def plain(size: int) -> Dim:
     """A dimension that runs along no axis."""
     return (Factor(None, size),)
-
-
-def unlabelled(shape: Sequence[int]) -> Labels:
-    """Labels of a tensor without any axis."""
-    return tuple(plain(n) for n in shape)
 
 
 def axes_of(dim: Dim) -> tuple[Axis, ...]:
@@ -91,17 +75,98 @@ def token_axis(dim: Dim) -> Axis | None:
     return tokens[0]
 
 
-def any_tokens(labels: Labels) -> bool:
-    """Whether any dimension runs along a token axis."""
-    return any(has_tokens(d) for d in labels)
-
-
 def dim_size(dim: Dim) -> int:
     """Size of ``dim`` in the example."""
     size = 1
     for factor in dim:
         size *= factor.size
     return size
+
+
+class Labels(tuple[Dim, ...]):
+    """Labels of one tensor: what each of its dimensions runs along."""
+
+    __slots__ = ()
+
+    def any_tokens(self) -> bool:
+        """Whether any dimension runs along a token axis."""
+        return any(map(has_tokens, self))
+
+    def token_dim(self) -> int:
+        """The first dimension that runs along a token axis; raises if there is none or it is folded with others."""
+        for position, dim in enumerate(self):
+            if token_axis(dim) is not None:
+                return position
+        raise AxisError("no dimension runs along tokens")
+
+    def batch_dim(self) -> int:
+        """The dimension that is the batch; raises if there is none or it is folded with others."""
+        for position, dim in enumerate(self):
+            if any(a.kind == "batch" for a in axes_of(dim)):
+                if len(dim) > 1:
+                    raise AxisError("the batch is folded together with other dimensions")
+                return position
+        raise AxisError("a token axis stands without its batch")
+
+    def batch_and_heads(self) -> tuple[int, int]:
+        """The dimension that is the batch, alone or in front of heads, and the number of heads folded into it."""
+        for position, dim in enumerate(self):
+            if any(a.kind == "batch" for a in axes_of(dim)):
+                if dim[0].axis is None or dim[0].axis.kind != "batch" or has_tokens(dim):
+                    raise AxisError("the batch is folded together with other dimensions")
+                return position, dim_size(dim[1:])
+        raise AxisError("a token axis stands without its batch")
+
+    def token_sources(self) -> list[Source]:
+        """The sources of all token axes, in the order of the dimensions."""
+        return [axis.source for dim in self for axis in axes_of(dim) if axis.kind == "tokens"]
+
+    def with_dim(self, position: int, dim: Dim) -> Labels:
+        """Labels whose entry at ``position`` is ``dim``."""
+        return Labels((*self[:position], dim, *self[position + 1 :]))
+
+    def without_dim(self, position: int) -> Labels:
+        """Labels without the entry at ``position``."""
+        return Labels((*self[:position], *self[position + 1 :]))
+
+
+class ResultLabels(tuple[Labels, ...]):
+    """Labels of an operation with several results, those of each."""
+
+    __slots__ = ()
+
+    def any_tokens(self) -> bool:
+        """Whether any dimension of any result runs along a token axis."""
+        return any(labels.any_tokens() for labels in self)
+
+    def token_sources(self) -> list[Source]:
+        """The sources of all token axes, in the order of the results and their dimensions."""
+        return [source for labels in self for source in labels.token_sources()]
+
+
+class LabelMap(dict[fx.Node, Labels | ResultLabels]):
+    """Labels by node; a node that is missing runs along no axis."""
+
+    def of(self, node: object) -> Labels:
+        """Labels of a node that is one tensor."""
+        if not isinstance(node, fx.Node):
+            raise TypeError(f"{node!r} is not a tensor")
+        known = self.get(node)
+        return known if isinstance(known, Labels) else unlabelled(example_shape(node))
+
+    def tensor(self, node: object) -> Labels | None:
+        """Labels of a node that is one tensor, None if it has none."""
+        known = self.get(node) if isinstance(node, fx.Node) else None
+        return known if isinstance(known, Labels) else None
+
+    def newer(self, first: Axis, second: Axis) -> Axis | None:
+        """The later of two states of one stream; None if they have nothing to do with each other."""
+        return None
+
+
+def unlabelled(shape: Sequence[int]) -> Labels:
+    """Labels of a tensor without any axis."""
+    return Labels(plain(n) for n in shape)
 
 
 def untracked(axis: Axis | None) -> bool:
@@ -139,7 +204,7 @@ def relabel_view(labels: Labels, shape: Sequence[int], divisible: Callable[[Axis
         result.append(_join(taken, divisible) or plain(1))
     if factors:
         raise AxisError(f"a view to {tuple(shape)} does not match its input")
-    return tuple(result)
+    return Labels(result)
 
 
 def _join(factors: list[Factor], divisible: Callable[[Axis | None], bool]) -> Dim:
@@ -153,9 +218,9 @@ def _join(factors: list[Factor], divisible: Callable[[Axis | None], bool]) -> Di
     return tuple(joined)
 
 
-def seed(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: object) -> Labels:
+def seed(shape: Sequence[int], batch_dim: int, token_dim: int, source: Source) -> Labels:
     """Labels of a residual value ``[B, N, C]``, ``[N, B, C]`` or ``[B, C, N]``."""
     result = [plain(n) for n in shape]
     result[batch_dim] = (Factor(Axis("batch", source), shape[batch_dim]),)
     result[token_dim] = (Factor(Axis("tokens", source), shape[token_dim]),)
-    return tuple(result)
+    return Labels(result)

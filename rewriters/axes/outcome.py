@@ -6,31 +6,42 @@ shorter than they were captured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import NamedTuple
 
 from torch import fx
 
 from rewriters.axes.labels import (
     Axis,
     Dim,
+    LabelMap,
     Labels,
+    ResultLabels,
     axes_of,
     dim_size,
     has_tokens,
     is_plain,
     plain,
     token_axis,
-    unlabelled,
 )
-from rewriters.graph.nodes import AxisError, example_shape, is_tensor, op_name
+from rewriters.axes.readouts import Readout
+from rewriters.graph.nodes import AxisError, is_tensor, op_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Align:
-    """Gather ``operand`` along ``dim`` (counted in the broadcast result) so that it runs along ``axis``. heads: how many rows
-    in a row are of one sample where the batch is folded with heads."""
+    """A side input to gather, so that it runs along a token axis as the other operands do.
+
+    Attributes:
+        operand: The side input.
+        dim: Dimension to gather along, counted in the broadcast result.
+        axis: The token axis that it is to run along.
+        batch_dim: The dimension of the broadcast result that is the batch.
+        rank: Number of dimensions of the broadcast result.
+        present: The token axis that it runs along now; None if it holds all tokens.
+        heads: How many consecutive rows belong to one sample where the batch is folded with heads.
+    """
 
     operand: fx.Node
     dim: int
@@ -43,7 +54,7 @@ class Align:
 
 @dataclass(frozen=True)
 class Resize:
-    """The size argument ``position`` of ``args[argument]`` becomes the present length of ``axis`` (-1: inferred)."""
+    """The size argument ``position`` of ``args[argument]`` becomes the present length of ``axis`` (None: inferred)."""
 
     argument: int
     position: int
@@ -51,81 +62,41 @@ class Resize:
 
 
 @dataclass(frozen=True)
-class Readout:
-    """A place where a token axis ends.
+class RenamedArgument:
+    """The positional argument ``position`` is passed under the name ``name`` instead."""
 
-    kind: "position" (constant index), "prefix" (the first tokens), "rest" (all but the first), "range" (tokens from
-    ``bounds[0]`` to ``bounds[1]``, numbers or graph values), "cuts" (ranges that begin at ``bounds``), "index" (a graph
-    value per sample), "pool" (mean, amax over tokens), "masked_mean", "length" (the size of the axis), "batch" (a slice
-    of the batch; the axis goes on), "join" (the axis goes on in a concatenation). keepdim: a position leaves a dimension
-    of size 1.
+    position: int
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a rule says about an operation.
+
+    Attributes:
+        labels: Labels of the result or of the results; None if it is not a tensor.
+        aligns: Side inputs to gather.
+        resizes: Sizes to replace.
+        readout: What the operation reads of a token axis.
+        states: Token axes whose states the operation takes, by the name of the argument.
+        renamed: An argument to pass under another name.
     """
 
-    kind: Literal[
-        "position", "prefix", "rest", "range", "cuts", "index", "pool", "masked_mean", "length", "batch", "join"
-    ]
-    axis: Axis
-    dim: int
-    batch_dim: int | None = None
-    position: int = 0
-    index: fx.Node | None = None
-    parts: tuple[int, ...] = ()
-    bounds: tuple[Any, ...] = (0, None)
-    keepdim: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a rule says: labels of the result (a tuple of labels for several results) and the repairs. renamed: an argument
-    by position that is to be passed under another name."""
-
-    labels: Labels | None = None
-    results: tuple[Labels, ...] | None = None
+    labels: Labels | ResultLabels | None = None
     aligns: tuple[Align, ...] = ()
     resizes: tuple[Resize, ...] = ()
     readout: Readout | None = None
     states: Mapping[str, Axis] = field(default_factory=dict)
-    renamed: tuple[int, str] | None = None
-
-
-LabelMap = Mapping[fx.Node, Labels | tuple[Labels, ...]]
+    renamed: RenamedArgument | None = None
 
 
 Rule = Callable[[fx.Node, LabelMap], Outcome]
 
 
-def labels_of(node: Any, labels: LabelMap) -> Labels:
-    """Labels of a tensor operand; an operand that was never labelled runs along no axis."""
-    known = labels.get(node)
-    if known is not None:
-        return known  # type: ignore[return-value]
-    return unlabelled(example_shape(node))
-
-
 def query_and_key(node: fx.Node, labels: LabelMap) -> tuple[Dim, Dim]:
     """Labels of the dimensions along which the queries and the keys of attention run."""
-    first, second = (labels_of(node.args[i], labels) for i in (0, 1))
+    first, second = (labels.of(node.args[i]) for i in (0, 1))
     return (first[2], second[2]) if op_name(node) == "attention" else (first[2], first[3])
-
-
-def batch_dim_of(labels: Labels) -> int:
-    """The dimension that is the batch; raises if there is none or it is folded with others."""
-    for position, dim in enumerate(labels):
-        if any(a.kind == "batch" for a in axes_of(dim)):
-            if len(dim) > 1:
-                raise AxisError("the batch is folded together with other dimensions")
-            return position
-    raise AxisError("a token axis stands without its batch")
-
-
-def outer_batch(labels: Labels) -> tuple[int, int]:
-    """The dimension that is the batch, alone or in front of heads, and the number of heads folded into it."""
-    for position, dim in enumerate(labels):
-        if any(a.kind == "batch" for a in axes_of(dim)):
-            if dim[0].axis is None or dim[0].axis.kind != "batch" or has_tokens(dim):
-                raise AxisError("the batch is folded together with other dimensions")
-            return position, dim_size(dim[1:])
-    raise AxisError("a token axis stands without its batch")
 
 
 def same_axes(first: Dim, second: Dim) -> bool:
@@ -136,36 +107,51 @@ def same_axes(first: Dim, second: Dim) -> bool:
     return kinds[0] == kinds[1]
 
 
-def broadcast(
-    node: fx.Node, operands: list[fx.Node], labels: LabelMap, shape: tuple[int, ...], skip: int = 0
-) -> Outcome:
-    """Element-wise combination of ``operands`` with broadcasting to ``shape``; the last ``skip`` dimensions are left
-    out."""
+class Broadcast(NamedTuple):
+    """Labels of operands that are combined, and the side inputs to gather for it."""
+
+    labels: Labels
+    aligns: tuple[Align, ...]
+
+
+def elementwise_outcome(operands: Sequence[fx.Node], labels: LabelMap, shape: Sequence[int]) -> Outcome:
+    """The outcome of an element-wise combination of ``operands``."""
+    merged = broadcast(operands, labels, shape)
+    return Outcome(labels=merged.labels, aligns=merged.aligns)
+
+
+def broadcast(operands: Sequence[fx.Node], labels: LabelMap, shape: Sequence[int], skip: int = 0) -> Broadcast:
+    """Labels of ``operands`` broadcast to ``shape``; the last ``skip`` dimensions are left out."""
     rank = len(shape)
     merged: list[Dim] = [plain(n) for n in shape]
-    per_operand = {n: labels_of(n, labels) for n in operands}
+    per_operand = {n: labels.of(n) for n in operands}
     for own in per_operand.values():
         for offset in range(1 + skip, len(own) + 1):
             dim = own[-offset]
             if not is_plain(dim):
                 merged[rank - offset] = _merge(merged[rank - offset], dim, labels)
+    result = Labels(merged)
     aligns: list[Align] = []
     for operand, own in per_operand.items():
         for offset in range(1 + skip, len(own) + 1):
             target, dim = merged[rank - offset], own[-offset]
-            if not has_tokens(target) or dim_size(dim) == 1:
+            if not has_tokens(target) or dim_size(dim) == 1 or same_axes(dim, target):
                 continue
-            if is_plain(dim):
-                axis = token_axis(target)
-                assert axis is not None
-                batch_dim, heads = outer_batch(tuple(merged))
-                aligns.append(Align(operand, rank - offset, axis, batch_dim, rank, heads=heads))
-            elif not same_axes(dim, target):
-                old, new = token_axis(dim), token_axis(target)
-                assert new is not None
-                batch_dim, heads = outer_batch(tuple(merged))
-                aligns.append(Align(operand, rank - offset, new, batch_dim, rank, old, heads))
-    return Outcome(labels=tuple(merged), aligns=tuple(aligns))
+            axis, present = token_axis(target), None if is_plain(dim) else token_axis(dim)
+            assert axis is not None
+            batch_dim, heads = result.batch_and_heads()
+            aligns.append(
+                Align(
+                    operand=operand,
+                    dim=rank - offset,
+                    axis=axis,
+                    batch_dim=batch_dim,
+                    rank=rank,
+                    present=present,
+                    heads=heads,
+                )
+            )
+    return Broadcast(result, tuple(aligns))
 
 
 def _merge(first: Dim, second: Dim, labels: LabelMap) -> Dim:
@@ -177,20 +163,23 @@ def _merge(first: Dim, second: Dim, labels: LabelMap) -> Dim:
     old, new = token_axis(first), token_axis(second)
     if old is None or new is None:
         raise AxisError(f"a dimension runs along {axes_of(first)} in one operand and {axes_of(second)} in another")
-    lineage = getattr(labels, "newer", None)
-    winner = lineage(old, new) if lineage is not None else None
+    winner = labels.newer(old, new)
     if winner is None:
         raise AxisError(f"two token axes that have nothing to do with each other meet ({old} and {new})")
     return first if winner == old else second
 
 
-def require_plain(dims: tuple[Dim, ...], node: fx.Node) -> None:
+def require_plain(dims: Iterable[Dim], node: fx.Node) -> None:
+    """Raise :class:`AxisError` if ``node``, which mixes values along ``dims``, would mix tokens or samples."""
     for dim in dims:
         if not is_plain(dim):
             raise AxisError(f"{op_name(node)} mixes values along {axes_of(dim)[0].kind}")
 
 
-def require_unlabelled(operands: list[fx.Node], labels: LabelMap, node: fx.Node) -> None:
+def require_unlabelled(operands: Iterable[object], labels: LabelMap, node: fx.Node) -> None:
+    """Raise :class:`AxisError` if one of ``operands``, which ``node`` takes as parameters, runs along an axis."""
     for operand in operands:
-        if is_tensor(operand) and operand in labels and not all(is_plain(d) for d in labels_of(operand, labels)):
+        if not isinstance(operand, fx.Node) or not is_tensor(operand) or operand not in labels:
+            continue
+        if not all(is_plain(d) for d in labels.of(operand)):
             raise AxisError(f"{op_name(node)} takes {operand.name}, which runs along tokens, as a parameter")

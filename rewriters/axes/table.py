@@ -17,6 +17,7 @@ from torch import fx
 
 from madtp.tokens.attention import attention
 from rewriters.axes import maps as map_rules
+from rewriters.axes.arguments import dim_argument, items, operand_list
 from rewriters.axes.channels import (
     batch_norm,
     conv1d,
@@ -29,14 +30,24 @@ from rewriters.axes.channels import (
     view_as_complex,
     view_as_real,
 )
-from rewriters.axes.labels import Labels, any_tokens, dim_size, has_tokens, is_plain, plain, token_axis, unlabelled
+from rewriters.axes.labels import (
+    LabelMap,
+    Labels,
+    ResultLabels,
+    dim_size,
+    has_tokens,
+    is_plain,
+    plain,
+    token_axis,
+    unlabelled,
+)
 from rewriters.axes.outcome import (
     Align,
-    LabelMap,
     Outcome,
+    RenamedArgument,
     Rule,
     broadcast,
-    labels_of,
+    elementwise_outcome,
     require_plain,
     require_unlabelled,
     same_axes,
@@ -53,19 +64,20 @@ from rewriters.axes.parts import (
     slice_,
     split,
 )
-from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, transpose, unsqueeze, view
+from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, unsqueeze, view
 from rewriters.graph.node_record import rowwise_module
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name, tensor_operands
+from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
+from rewriters.graph.op_sets import CASTS, CONCATENATIONS, PARTS, SIZED_VIEWS
 
 
 def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
     """Each element of the result depends on the elements at the same (broadcast) place only."""
-    return broadcast(node, tensor_operands(node), labels, example_shape(node))
+    return elementwise_outcome(tensor_operands(node), labels, example_shape(node))
 
 
 def like_first(node: fx.Node, labels: LabelMap) -> Outcome:
     """The first operand's values in another type; of the second only its type is read."""
-    return Outcome(labels=labels_of(node.args[0], labels))
+    return Outcome(labels=labels.of(node.args[0]))
 
 
 def fresh(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -75,9 +87,9 @@ def fresh(node: fx.Node, labels: LabelMap) -> Outcome:
 
 def prelu(node: fx.Node, labels: LabelMap) -> Outcome:
     """A slope for each entry of dimension 1, or one for all."""
-    own, weight = labels_of(node.args[0], labels), node.args[1]
-    require_unlabelled([weight], labels, node)  # type: ignore[list-item]
-    if dim_size(unlabelled(example_shape(weight))[0]) > 1:  # type: ignore[arg-type]
+    own, weight = labels.of(node.args[0]), operand(node, 1)
+    require_unlabelled([weight], labels, node)
+    if example_shape(weight)[0] > 1:
         require_plain(own[1:2], node)
     return Outcome(labels=own)
 
@@ -86,7 +98,7 @@ def last_dims(count: Callable[[fx.Node], int]) -> Rule:
     """Mixes the last ``count`` dimensions of the first operand, leaves the others alone; the result keeps the shape."""
 
     def rule(node: fx.Node, labels: LabelMap) -> Outcome:
-        own = labels_of(node.args[0], labels)
+        own = labels.of(node.args[0])
         mixed = count(node)
         require_plain(own[len(own) - mixed :], node)
         require_unlabelled(tensor_operands(node)[1:], labels, node)
@@ -97,41 +109,38 @@ def last_dims(count: Callable[[fx.Node], int]) -> Rule:
 
 def linear(node: fx.Node, labels: LabelMap) -> Outcome:
     """``[..., C] -> [..., C']``."""
-    own = labels_of(node.args[0], labels)
+    own = labels.of(node.args[0])
     require_plain(own[-1:], node)
     require_unlabelled(tensor_operands(node)[1:], labels, node)
-    return Outcome(labels=(*own[:-1], plain(example_shape(node)[-1])))
+    return Outcome(labels=own.with_dim(len(own) - 1, plain(example_shape(node)[-1])))
 
 
 def matmul(node: fx.Node, labels: LabelMap) -> Outcome:
     """Contraction over a dimension that runs along no axis; batch dimensions broadcast."""
-    first, second = (labels_of(node.args[i], labels) for i in (0, 1))
+    first, second = (labels.of(node.args[i]) for i in (0, 1))
     if len(first) < 2 or len(second) < 2:
         raise AxisError("a matrix product with a vector")
     require_plain((first[-1], second[-2]), node)
-    outer = broadcast(node, list(node.args[:2]), labels, example_shape(node), skip=2)  # type: ignore[arg-type]
-    assert outer.labels is not None
-    return Outcome(labels=(*outer.labels[:-2], first[-2], second[-1]), aligns=outer.aligns)
+    outer = broadcast([operand(node, 0), operand(node, 1)], labels, example_shape(node), skip=2)
+    return Outcome(labels=Labels((*outer.labels[:-2], first[-2], second[-1])), aligns=outer.aligns)
 
 
 def addmm(node: fx.Node, labels: LabelMap) -> Outcome:
     """``bias + [M, C] @ [C, C']``: a linear layer over tokens folded with the batch, its weight transposed."""
-    bias, first, weight = node.args[:3]
-    own = labels_of(first, labels)
+    bias, own = operand(node, 0), labels.of(node.args[1])
     require_plain(own[-1:], node)
-    require_unlabelled([bias, weight], labels, node)  # type: ignore[list-item]
-    if len(example_shape(bias)) > 1 and example_shape(bias)[0] != 1:  # type: ignore[arg-type]
+    require_unlabelled([bias, node.args[2]], labels, node)
+    if len(example_shape(bias)) > 1 and example_shape(bias)[0] != 1:
         raise AxisError("addmm adds a value to each row by its place")
-    return Outcome(labels=(own[0], plain(example_shape(node)[-1])))
+    return Outcome(labels=Labels((own[0], plain(example_shape(node)[-1]))))
 
 
-def along(default: int, argument: int = 1, name: str = "dim") -> Rule:
+def along_dim(default: int) -> Rule:
     """Mixes one dimension (softmax, cumsum): it must run along no axis."""
 
     def rule(node: fx.Node, labels: LabelMap) -> Outcome:
-        own = labels_of(node.args[0], labels)
-        dim = call_argument(node, argument, name, default)
-        require_plain((own[normal_dim(dim, len(own))],), node)
+        own = labels.of(node.args[0])
+        require_plain((own[dim_argument(node, 1, len(own), default=default)],), node)
         return Outcome(labels=own)
 
     return rule
@@ -139,14 +148,14 @@ def along(default: int, argument: int = 1, name: str = "dim") -> Rule:
 
 def embedding(node: fx.Node, labels: LabelMap) -> Outcome:
     """A row of the table for each index."""
-    require_unlabelled([node.args[0]], labels, node)  # type: ignore[list-item]
-    own = labels_of(node.args[1], labels)
-    return Outcome(labels=(*own, plain(example_shape(node)[-1])))
+    require_unlabelled(node.args[:1], labels, node)
+    own = labels.of(node.args[1])
+    return Outcome(labels=Labels((*own, plain(example_shape(node)[-1]))))
 
 
 def attend(node: fx.Node, labels: LabelMap) -> Outcome:
     """Attention: the result runs along the queries; masks are aligned by the states of queries and keys."""
-    query, key, value = (labels_of(node.args[i], labels) for i in range(3))
+    query, key, value = (labels.of(node.args[i]) for i in range(3))
     require_plain((query[1], query[3], key[1], key[3], value[3]), node)
     states = {}
     for name, own in (("query_state", query), ("key_state", key)):
@@ -156,36 +165,34 @@ def attend(node: fx.Node, labels: LabelMap) -> Outcome:
     if has_tokens(key[2]) and token_axis(value[2]) != token_axis(key[2]):
         raise AxisError("keys and values run along different tokens")
     batch = query[0] if not is_plain(query[0]) else key[0]
-    result = (batch, query[1], query[2], value[3])
+    result = Labels((batch, query[1], query[2], value[3]))
     mask = node.args[3] if len(node.args) > 3 else None
-    if not isinstance(mask, fx.Node) or mask not in labels or not any_tokens(labels_of(mask, labels)):
+    if not isinstance(mask, fx.Node) or mask not in labels or not labels.of(mask).any_tokens():
         return Outcome(labels=result, states=states)
-    aligns = _aligned_scores(mask, (batch, query[1], query[2], key[2]), labels)
-    return Outcome(labels=result, states=states, aligns=aligns, renamed=(3, "present_mask"))
+    aligns = _aligned_scores(mask, Labels((batch, query[1], query[2], key[2])), labels)
+    return Outcome(labels=result, states=states, aligns=aligns, renamed=RenamedArgument(3, "present_mask"))
 
 
 def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Align, ...]:
     """What makes a mask that is computed from pruned tokens run along queries and keys as the scores ``[B, H, Q, K]`` do."""
-    own = labels_of(mask, labels)
-    own = (plain(1),) * (4 - len(own)) + own
+    given = labels.of(mask)
+    own = Labels((*(plain(1),) * (4 - len(given)), *given))
     require_plain(own[1:2], mask)
     aligns = []
     for dim in (2, 3):
         axis, wanted = token_axis(own[dim]), token_axis(scores[dim])
         if axis == wanted or dim_size(own[dim]) == 1:
             continue
-        newer = getattr(labels, "newer", None)
-        if wanted is None or (axis is not None and (newer is None or newer(axis, wanted) != wanted)):
+        if wanted is None or (axis is not None and labels.newer(axis, wanted) != wanted):
             raise AxisError("an attention mask that is computed from other tokens than queries and keys")
-        aligns.append(Align(mask, dim, wanted, 0, 4, present=axis))
+        aligns.append(Align(operand=mask, dim=dim, axis=wanted, batch_dim=0, rank=4, present=axis))
     return tuple(aligns)
 
 
 def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
     """A submodule that works row by row (``capture/rowwise.py``): its results run along the rows of its operands."""
     rank = rowwise_module(node).rank
-    operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
-    per_operand = [labels_of(operand, labels) for operand in operands]
+    per_operand = [labels.of(n) for n in operand_list(node, 0)]
     rows = list(next(own for own in per_operand if len(own) >= rank)[:rank])
     for own in per_operand:
         require_plain(own[rank:], node)
@@ -195,7 +202,8 @@ def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
     for own in per_operand:
         if not all(same_axes(a, b) or not has_tokens(b) for a, b in zip(own, rows, strict=False)):
             raise AxisError("operands of a module that works row by row run along different tokens")
-    return Outcome(results=tuple((*rows, *unlabelled(sizes)) for _, sizes in rowwise_module(node).results))
+    results = ResultLabels(Labels((*rows, *unlabelled(sizes))) for _, sizes in rowwise_module(node).results)
+    return Outcome(labels=results)
 
 
 # Read or write tokens by their place in the whole sequence or grid, so all of them have to be there.
@@ -221,7 +229,7 @@ zeros_like __and__ __or__ __xor__
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "float"), like_first),
+    **dict.fromkeys(CASTS, like_first),
     **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
     "prelu": prelu,
     "attention": attend,
@@ -246,28 +254,26 @@ RULES: dict[str, Rule] = {
     "bmm": matmul,
     "mm": matmul,
     "addmm": addmm,
-    "layer_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
-    "rms_norm": last_dims(lambda node: len(node.args[1])),  # type: ignore[arg-type]
-    "softmax": along(-1),
-    "log_softmax": along(-1),
-    "cumsum": along(-1),
+    "layer_norm": last_dims(lambda node: len(items(node, 1))),
+    "rms_norm": last_dims(lambda node: len(items(node, 1))),
+    "softmax": along_dim(-1),
+    "log_softmax": along_dim(-1),
+    "cumsum": along_dim(-1),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "any", "all", "linalg_vector_norm", "norm"), reduce),
-    **dict.fromkeys(("transpose", "t", "mT"), transpose),
-    "permute": permute,
+    **dict.fromkeys(("permute", "transpose", "t", "mT"), permute),
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), view),
+    **dict.fromkeys(SIZED_VIEWS | {"flatten", "unflatten"}, view),
     **dict.fromkeys(("reshape_as", "view_as"), reshape_as),
     "expand": expand,
     "expand_as": elementwise,
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
-    "cat": cat,
-    "concat": cat,
+    **dict.fromkeys(CONCATENATIONS, cat),
     "stack": stack,
     "select": select,
     "slice": slice_,
-    **dict.fromkeys(("chunk", "split", "split_with_sizes", "unbind"), split),
+    **dict.fromkeys(PARTS, split),
     operator.getitem.__name__: getitem,
     "index": index,
     "embedding": embedding,

@@ -183,10 +183,11 @@ def _is_only_returned(node: fx.Node) -> bool:
     return passed and bool(node.users) and all(map(_is_only_returned, node.users))
 
 
-def _inwards(node: Any) -> Scores:
+def _inwards(value: Any) -> Scores:
     """Walk from the softmax to the product of queries and keys, collecting scale and masks."""
-    if not is_tensor(node) or node.op != "call_function":
+    if not is_tensor(value) or value.op != "call_function":
         raise NoMatch
+    node: Any = value
     name = op_name(node)
     if name in PRODUCTS:
         return _product(node)

@@ -45,7 +45,7 @@ def flatten_grids(graph: fx.Graph) -> None:
     done: set[fx.Node] = set()
     for node in list(graph.nodes):
         with suppress(AxisError):
-            seeds = _seeds(graph, node)
+            seeds = _seeds(node)
             if seeds is None or len(example_shape(seeds[0])) != 4 or any(seed in done for seed in seeds):
                 continue
             found = grid_around(seeds)
@@ -54,15 +54,16 @@ def flatten_grids(graph: fx.Graph) -> None:
                 _flatten(graph, _Grid(found, *_entry(found)))
 
 
-def _seeds(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def _seeds(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """A residual value that may stand on a grid, and what was added to it."""
     if is_attention(node):
-        return residual_of(node, {n: position for position, n in enumerate(graph.nodes)})
+        residual = residual_of(node)
+        return residual.before, residual.after
     if op_name(node) != "add" or not is_tensor(node):
         return None
     for operand in node.args[:2]:
-        if is_tensor(operand) and op_name(operand) in UNGROUPED and _is_view_of_tokens(operand):  # type: ignore[arg-type]
-            return operand, node  # type: ignore[return-value]
+        if is_tensor(operand) and op_name(operand) in UNGROUPED and _is_view_of_tokens(operand):
+            return operand, node
     return None
 
 

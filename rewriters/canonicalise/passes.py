@@ -64,7 +64,7 @@ def drop_conversions(graph: fx.Graph) -> None:
         if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
             continue
         if (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
@@ -76,7 +76,7 @@ def plain_narrows(graph: fx.Graph) -> None:
         given, dim, begin, length = node.args
         if not is_tensor(given) or not isinstance(begin, int):
             continue
-        taken, all_there = (value.meta["val"].shape[dim] for value in (node, given))  # type: ignore[union-attr]
+        taken, all_there = (value.meta["val"].shape[dim] for value in (node, given))
         start = begin if begin >= 0 else _sum(all_there, begin)
         if start is None:
             continue
@@ -108,7 +108,7 @@ def drop_whole_slices(graph: fx.Graph) -> None:
         if call_argument(node, 4, "step", 1) == 1 and list(map(known_size, before.shape)) == list(
             map(known_size, after.shape)
         ):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 

@@ -66,11 +66,10 @@ def _ranges(last: fx.Node) -> tuple[int, list[Range]] | None:
     return dims.pop(), ranges
 
 
-def _written(part: Any) -> fx.Node:
+def _written(part: Any) -> Any:
     """What is written, without an expansion to the shape that it has: the range that it follows has no tokens of its own."""
-    if op_name(part) == "expand_as" and _sizes(part.args[0]) == _sizes(part):
-        return part.args[0]
-    return part
+    before = part.args[0] if op_name(part) == "expand_as" else None
+    return before if isinstance(before, fx.Node) and _sizes(before) == _sizes(part) else part
 
 
 def _sizes(node: fx.Node) -> list[object]:

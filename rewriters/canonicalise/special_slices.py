@@ -9,13 +9,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from rewriters.axes.parts import PREFIX, is_whole_end
 from rewriters.graph.node_record import record, set_record
-from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name
+from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name, operand
 from rewriters.graph.origins import given_nodes
 
 END = 9223372036854775807
@@ -33,7 +34,7 @@ def plain_slices(graph: fx.Graph) -> None:
         two = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and isinstance(sizes[0], int)
         if dim == 0 or not two or any(u.target is not operator.getitem for u in node.users):
             continue
-        few = 0 < sizes[0] <= PREFIX or (sizes[0], _length(node.args[0], dim)) in learned  # type: ignore[arg-type]
+        few = 0 < sizes[0] <= PREFIX or (sizes[0], _length(node.args[0], dim)) in learned
         if not few:
             continue
         for part in list(node.users):
@@ -52,7 +53,7 @@ def mark_special(graph: fx.Graph) -> None:
     for node in graph.nodes if learned else ():
         if node.op != "call_function" or op_name(node) != "slice" or not is_tensor(node.args[0]):
             continue
-        length = _length(node.args[0], call_argument(node, 1, "dim", 0))
+        length = _length(operand(node), call_argument(node, 1, "dim", 0))
         start, end = call_argument(node, 2, "start", 0) or 0, call_argument(node, 3, "end", None)
         border = start if is_whole_end(end, length) else end if start == 0 else None
         if isinstance(border, int) and (border, length) in learned:
@@ -67,10 +68,11 @@ def _learned_prefixes(graph: fx.Graph) -> Iterator[tuple[int, int]]:
             continue
         dim = normal_dim(call_argument(node, 1, "dim", 0), len(example_shape(node)))
         length, count = example_shape(node)[dim], 0
-        for operand in node.args[0]:
-            if operand in given:
+        operands: Any = node.args[0]
+        for part in operands:
+            if part in given:
                 break
-            count += example_shape(operand)[dim] if len(example_shape(operand)) > dim else 0
+            count += example_shape(part)[dim] if len(example_shape(part)) > dim else 0
         if count > PREFIX and FEW * count <= length:
             yield count, length
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from rewriters.capture import batch_shapes as shapes
-from rewriters.capture.batching import Batching, Rule, Shape, aten, operand, operand_list
-from rewriters.graph.nodes import AxisError, call_argument, op_name
+from rewriters.capture.batching import Batching, Rule, Shape, aten, operand_list
+from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
 
 # Work on the last dimensions of their first operand, whatever stands in front.
 LAST = frozenset("linear embedding".split())

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from rewriters.capture.batching import Batching, aten, operand
-from rewriters.graph.nodes import AxisError, call_argument, op_name
+from rewriters.capture.batching import Batching, aten
+from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
 
 
 def permute(work: Batching, node: fx.Node) -> fx.Node:

@@ -117,13 +117,6 @@ class Batching:
         return fx.map_arg(value, lambda n: self.env[n])
 
 
-def operand(node: fx.Node, position: int = 0) -> fx.Node:
-    """The argument of ``node`` at ``position``, which is a node."""
-    value = node.args[position]
-    assert isinstance(value, fx.Node), f"argument {position} of {node.name} is not a node"
-    return value
-
-
 def operand_list(node: fx.Node, position: int = 0) -> list[fx.Node]:
     """The argument of ``node`` at ``position``, which is a list of nodes."""
     values = node.args[position]

@@ -11,7 +11,7 @@ from rewriters.axes.labels import Axis, Factor, has_tokens, unlabelled
 from rewriters.axes.propagate import propagate
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import example_shape, is_tensor, normal_dim, op_name
-from rewriters.graph.origins import _tensor_ancestors, is_learned
+from rewriters.graph.origins import is_learned, value_ancestors
 
 # Layers with learned weights, and where their channels come out; what may lie between one and weights of tokens.
 CHANNELS = {"linear": -1, "conv1d": 1, "conv2d": 1}
@@ -25,7 +25,7 @@ CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution unfold im2col".split(
 def stream_modality(head: fx.Node) -> str:
     """ "text" if the stream descends from token ids, "image" if from pixels or features, "joint" if from both, else
     "query"."""
-    ancestors = _tensor_ancestors(head)
+    ancestors = list(value_ancestors(head))
     inputs = [n for n in ancestors if n.op == "placeholder" and n.meta["val"].dtype.is_floating_point]
     # What goes into a region was followed through a run; what goes into a whole model is pixels or features.
     carried = frozenset().union(*(_modalities_of(n) for n in inputs))
@@ -47,7 +47,7 @@ def _reads_ids(embedding: fx.Node) -> bool:
     index = embedding.args[1]
     if not isinstance(index, fx.Node):
         return False
-    inputs = [n for n in _tensor_ancestors(index) if n.op == "placeholder"]
+    inputs = [n for n in value_ancestors(index) if n.op == "placeholder"]
     return any(not n.meta["val"].dtype.is_floating_point and n.meta["val"].dtype != torch.bool for n in inputs)
 
 
@@ -83,10 +83,10 @@ def weighs_by_layer(weights: fx.Node) -> bool:
         return False
     if not all(is_learned(n) for n in layer.args[1:3] if is_tensor(n)):
         return False
-    labels = list(unlabelled(example_shape(layer)))
-    channels = normal_dim(CHANNELS[op_name(layer)], len(labels))
-    labels[channels] = (Factor(Axis("tokens", "channels"), example_shape(layer)[channels]),)
-    rows: Any = propagate(reversed(path), {layer: tuple(labels)}).labels.get(weights)
+    shape = example_shape(layer)
+    channels = normal_dim(CHANNELS[op_name(layer)], len(shape))
+    labels = unlabelled(shape).with_dim(channels, (Factor(Axis("tokens", "channels"), shape[channels]),))
+    rows = propagate(reversed(path), {layer: labels}).labels.tensor(weights)
     return rows is not None and [has_tokens(dim) for dim in rows[-2:]] == [True, False]
 
 

@@ -18,19 +18,18 @@ from madtp.sites.scoring import Scores
 from rewriters.axes.labels import seed, token_axis
 from rewriters.axes.outcome import query_and_key
 from rewriters.axes.propagate import Flow, propagate
+from rewriters.axes.readouts import BatchReadout
 from rewriters.canonicalise.attention import looks_like_attention
 from rewriters.detect.layout import Layout, find_layout
 from rewriters.detect.modality import pools, special_positions, stream_modality, weighs_by_layer
 from rewriters.detect.windows import condenses_own, scores_on_grid
-from rewriters.graph.nodes import ADDS, AxisError, example_shape, is_attention, is_tensor, module_path, op_name
-from rewriters.graph.residual import _descends, residual_of
+from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, module_path, op_name
+from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
+from rewriters.graph.residual import gets_values_from, residual_of
+from rewriters.graph.walk import ancestors, positions
 
-NORMS = frozenset(("layer_norm", "rms_norm"))
 # Operations that a residual value may pass between blocks of one stream.
-SAME_VALUES = frozenset(
-    "dropout to _to_copy type_as contiguous clone alias detach mul div transpose permute slice".split()
-)
-CHAIN = ADDS | NORMS | SAME_VALUES
+CHAIN = ADDS | NORMS | RESIDUAL_STEPS | {"slice"}
 # Batch and token dimension of residual values [B, N, C], [N, B, C] and [B, C, N].
 LAYOUTS = ((0, 1), (1, 0), (0, 2))
 
@@ -118,7 +117,7 @@ class Structure:
 def detect(graph: fx.Graph) -> Structure:
     """Find sublayers, streams and readouts; what could not be placed is listed with the reason."""
     nodes = list(graph.nodes)
-    order = {node: position for position, node in enumerate(nodes)}
+    order = positions(graph)
     streams: list[Stream] = []
     sublayers: list[Sublayer] = []
     pooling: list[fx.Node] = []
@@ -141,7 +140,7 @@ def detect(graph: fx.Graph) -> Structure:
             sublayer.stream = stream.index
             sublayer.source = _source_of(node, streams) if sublayer.kind == "cross" else None
         except AxisError as error:
-            by_layer = op_name(node) == "weigh" and weighs_by_layer(node.args[0])  # type: ignore[arg-type]
+            by_layer = op_name(node) == "weigh" and weighs_by_layer(node.args[0])
             if by_layer or pools(node):
                 pooling.append(node)
             else:
@@ -153,12 +152,13 @@ def detect(graph: fx.Graph) -> Structure:
 
 
 def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) -> Sublayer:
-    block_input, added = residual_of(node, order)
+    residual = residual_of(node)
+    block_input, added = residual.before, residual.after
     shape = example_shape(block_input)
     if len(shape) != 3:
         raise AxisError(f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed")
     between = nodes[order[block_input] + 1 : order[node]]
-    value, norm = _after(added, node, block_input, order)
+    value, norm = _after(added, node, block_input)
     if example_shape(value) != shape:
         raise AxisError("the residual stream changes its shape")
     path = _path(node, added)
@@ -187,9 +187,7 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
     raise AxisError(reasons[0])
 
 
-def _after(
-    added: fx.Node, attention: fx.Node, block_input: fx.Node, order: dict[fx.Node, int]
-) -> tuple[fx.Node, Literal["pre", "post"]]:
+def _after(added: fx.Node, attention: fx.Node, block_input: fx.Node) -> tuple[fx.Node, Literal["pre", "post"]]:
     """The residual value behind an attention sublayer: past a parallel feed-forward, past the norm of a post-norm block."""
     value = added
     while len(value.users) == 1:
@@ -198,24 +196,24 @@ def _after(
             value = user
             continue
         if op_name(user) in NORMS and user.args[0] is value:
-            final = _normed_before(attention, block_input, order) and not _is_stream(user, order)
+            final = _normed_before(attention, block_input) and not _is_stream(user)
             return (value, "pre") if final else (user, "post")
         break
     return value, "pre"
 
 
-def _normed_before(attention: fx.Node, block_input: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _normed_before(attention: fx.Node, block_input: fx.Node) -> bool:
     """Whether the queries come from a norm of the block's input."""
     query: Any = attention.args[0]
-    return any(op_name(user) in NORMS and _descends(query, user, order) for user in block_input.users)
+    return any(op_name(user) in NORMS and gets_values_from(query, user) for user in block_input.users)
 
 
-def _is_stream(norm: fx.Node, order: dict[fx.Node, int]) -> bool:
+def _is_stream(norm: fx.Node) -> bool:
     """Whether a norm's output goes on as the residual stream: something computed from it is added to it."""
     for user in norm.users:
         if op_name(user) in ADDS:
             others = [a for a in user.args[:2] if isinstance(a, fx.Node) and a is not norm]
-            if any(_descends(other, norm, order) for other in others):
+            if any(gets_values_from(other, norm) for other in others):
                 return True
     return False
 
@@ -230,10 +228,10 @@ def _path(attention: fx.Node, added: fx.Node) -> str:
 def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
     """The stream whose tokens ``sublayer`` reads its queries from."""
     for stream in reversed(streams):
-        known = stream.flow.labels.get(sublayer.block_input)
+        known = stream.flow.labels.tensor(sublayer.block_input)
         if known is None:
             continue
-        axis = token_axis(known[sublayer.token_dim])  # type: ignore[arg-type]
+        axis = token_axis(known[sublayer.token_dim])
         if axis is not None and _continues(sublayer, stream):
             return stream
     return None
@@ -245,24 +243,19 @@ def _continues(sublayer: Sublayer, stream: Stream) -> bool:
     if sublayer.width(value) != stream.width:
         return False
     earlier = {sublayer.value for sublayer in stream.sublayers}
-    stack, seen = [value], {value}
-    while stack:
-        node = stack.pop()
-        if node in earlier:
-            return True
-        if node.op == "call_function" and op_name(node) in CHAIN:
-            for operand in node.all_input_nodes:
-                if operand in stream.flow.labels and operand not in seen:
-                    seen.add(operand)
-                    stack.append(operand)
-    return False
+    chain = ancestors(
+        value,
+        through=lambda node: node.op == "call_function" and op_name(node) in CHAIN,
+        among=lambda node: node in stream.flow.labels,
+    )
+    return any(node in earlier for node in chain)
 
 
 def _source_of(attention: fx.Node, streams: list[Stream]) -> int | None:
     key = attention.args[1]
     for stream in reversed(streams):
-        known = stream.flow.labels.get(key)  # type: ignore[arg-type]
-        if known is not None and token_axis(known[2]) is not None:  # type: ignore[arg-type]
+        known = stream.flow.labels.tensor(key)
+        if known is not None and token_axis(known[2]) is not None:
             return stream.index
     return None
 
@@ -271,7 +264,7 @@ def _open_stream(sublayer: Sublayer, index: int, nodes: list[fx.Node], order: di
     shape = example_shape(sublayer.value)
     labels = seed(shape, sublayer.batch_dim, sublayer.token_dim, index)
     flow = propagate(nodes[order[sublayer.value] + 1 :], {sublayer.value: labels}, beyond_joins=False)
-    parts = max([len(r.parts) for r in flow.readouts.values() if r.kind == "batch"], default=1)
+    parts = max([len(r.sizes) for r in flow.readouts.values() if isinstance(r, BatchReadout)], default=1)
     return Stream(
         index,
         stream_modality(sublayer.block_input),

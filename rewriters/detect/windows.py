@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import fx
 
 from madtp.sites.scoring import Scores
-from rewriters.axes.grid import BATCH, TOKENS, Known, Moves, Placed, is_grid_of, start, track
+from rewriters.axes.grid import BATCH, TOKENS, TokenMoves, TrackedValue, Tracking, Unmoved, is_grid_of, start, track
 from rewriters.graph.nodes import example_shape, op_name
 
 
@@ -32,7 +32,7 @@ def condenses_own(
         return False
     known = _inside(attention, block_input, nodes, batch_dim, token_dim)
     key = known.get(attention.args[1])  # type: ignore[arg-type]
-    return is_grid_of(key) and isinstance(key, Placed) and key.moves is None
+    return is_grid_of(key) and isinstance(key, TrackedValue) and key.moves is None
 
 
 def scores_on_grid(
@@ -48,45 +48,45 @@ def scores_on_grid(
     home = _home(attention, known.get(attention), nodes, value)
     if not _is_home(home, batch_dim, token_dim):
         return None
-    assert isinstance(query, Placed)
-    assert isinstance(key, Placed)
-    assert isinstance(home, Placed)
+    assert isinstance(query, TrackedValue)
+    assert isinstance(key, TrackedValue)
+    assert isinstance(home, TrackedValue)
     alike = query.moves is not None and query.moves == key.moves
     return "windows" if alike and home.moves is not None else "none"
 
 
 def way_home(
     nodes: list[fx.Node], attention: fx.Node, block_input: fx.Node, value: fx.Node, places: Places
-) -> Moves | None:
+) -> TokenMoves | None:
     """How what is known of each key ``[B', 1, K, 1]`` gets to the places of the tokens in ``value``."""
     known = _inside(attention, block_input, nodes, places.batch_dim, places.token_dim)
     home = _home(attention, known.get(attention), nodes, value)
-    return home.moves if isinstance(home, Placed) else None
+    return home.moves if isinstance(home, TrackedValue) else None
 
 
 def _inside(
     attention: fx.Node, block_input: fx.Node, nodes: list[fx.Node], batch_dim: int, token_dim: int
-) -> dict[fx.Node, Known]:
+) -> dict[fx.Node, Tracking]:
     """Where tokens stand from the block's input to its attention."""
-    known: dict[fx.Node, Known] = {block_input: start(example_shape(block_input), batch_dim, token_dim, "block")}
+    known: dict[fx.Node, Tracking] = {block_input: start(example_shape(block_input), batch_dim, token_dim, "block")}
     _follow(known, nodes, block_input, attention)
     return known
 
 
-def _home(attention: fx.Node, known: Known | None, nodes: list[fx.Node], value: fx.Node) -> Known | None:
+def _home(attention: fx.Node, known: Tracking | None, nodes: list[fx.Node], value: fx.Node) -> Tracking | None:
     """Where the tokens of the attention's output stand in ``value``."""
-    if not isinstance(known, Placed) or known.labels is None:
+    if not isinstance(known, TrackedValue) or known.labels is None:
         return None
     sizes = tuple(
         1 if all(f.axis is None for f in dim) else n
         for dim, n in zip(known.labels, example_shape(attention), strict=True)
     )
-    behind: dict[fx.Node, Known] = {attention: Placed(known.labels, Moves("start", sizes))}
+    behind: dict[fx.Node, Tracking] = {attention: TrackedValue(known.labels, Unmoved(sizes))}
     _follow(behind, nodes, attention, value)
     return behind.get(value)
 
 
-def _follow(known: dict[fx.Node, Known], nodes: list[fx.Node], first: fx.Node, last: fx.Node) -> None:
+def _follow(known: dict[fx.Node, Tracking], nodes: list[fx.Node], first: fx.Node, last: fx.Node) -> None:
     begun = False
     for node in nodes:
         if begun:
@@ -98,8 +98,8 @@ def _follow(known: dict[fx.Node, Known], nodes: list[fx.Node], first: fx.Node, l
             return
 
 
-def _is_home(known: Known | None, batch_dim: int, token_dim: int) -> bool:
-    if not isinstance(known, Placed) or known.labels is None:
+def _is_home(known: Tracking | None, batch_dim: int, token_dim: int) -> bool:
+    if not isinstance(known, TrackedValue) or known.labels is None:
         return False
     axes = [[f.axis for f in dim if f.axis is not None] for dim in known.labels]
     return len(axes) == 3 and axes[batch_dim] == [BATCH] and axes[token_dim] == [TOKENS] and axes.count([]) == 1

@@ -14,6 +14,7 @@ from torch import fx
 
 from madtp.calls.branches import expect
 from rewriters.graph.nodes import op_name
+from rewriters.graph.walk import positions
 
 aten = torch.ops.aten
 # Operations whose result shares the memory of their first operand; those that may copy, or not.
@@ -29,7 +30,7 @@ SCATTERS = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.d
 def functional(graph: fx.Graph) -> None:
     """Turn in-place operations into functional ones. Those on inputs, parameters and memory that is read through views of
     other kinds are left, and refused later if they touch tokens."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
+    order = positions(graph)
     for node in list(graph.nodes):
         overload = _functional_form(node)
         if overload is not None and isinstance(node.args[0], fx.Node):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+
+from rewriters.graph.op_sets import ATTENTION
 
 
 class AxisError(Exception):
@@ -36,7 +38,7 @@ def example_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(example_size(n) for n in value.shape)
 
 
-def is_tensor(node: Any) -> bool:
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
     """Whether ``node`` is a graph node that yields one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -44,9 +46,6 @@ def is_tensor(node: Any) -> bool:
 def normal_dim(dim: int, rank: int) -> int:
     """``dim`` counted from the front."""
     return dim + rank if dim < 0 else dim
-
-
-ADDS = frozenset(("add",))
 
 
 def module_path(node: fx.Node) -> str:
@@ -74,7 +73,7 @@ def op_name(node: fx.Node) -> str:
 
 def is_attention(node: fx.Node) -> bool:
     """Whether ``node`` is attention, or the product of an attention map that keeps its spelling with the values."""
-    return node.op == "call_function" and op_name(node) in ("attention", "weigh")
+    return node.op == "call_function" and op_name(node) in ATTENTION
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
@@ -82,7 +81,58 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if is_tensor(n)]
 
 
+def operand(node: fx.Node, position: int = 0) -> fx.Node:
+    """The positional argument of ``node`` that is a node itself; raises :class:`AxisError` if it is anything else."""
+    value = node.args[position] if len(node.args) > position else None
+    if not isinstance(value, fx.Node):
+        raise AxisError(f"argument {position} of {node.name} is not computed in the graph")
+    return value
+
+
+def int_argument(node: fx.Node, position: int, name: str, default: int | None = None) -> int:
+    """An argument that is one number; raises :class:`AxisError` if it is anything else."""
+    value = call_argument(node, position, name, default)
+    if not isinstance(value, int):
+        raise AxisError(f"the argument {name!r} of {node.name} is not one known number")
+    return value
+
+
+def ints_argument(node: fx.Node, position: int, name: str) -> tuple[int, ...]:
+    """An argument that is one number or several; raises :class:`AxisError` if it is anything else."""
+    value = call_argument(node, position, name, None)
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(n, int) for n in values):
+        raise AxisError(f"the argument {name!r} of {node.name} is not known numbers")
+    return tuple(values)
+
+
+def permutation(node: fx.Node, rank: int) -> tuple[int, ...]:
+    """Which dimension of its operand, of ``rank`` dimensions, each dimension of a permuted value is.
+
+    Args:
+        node: permute, movedim, transpose, swapaxes, t, mT or numpy_T.
+        rank: dimensions of the operand.
+    """
+    name = op_name(node)
+    if name == "permute":
+        return tuple(normal_dim(d, rank) for d in ints_argument(node, 1, "dims"))
+    if name == "numpy_T":
+        return tuple(range(rank))[::-1]
+    if name == "movedim":
+        sources, targets = (ints_argument(node, n, side) for n, side in ((1, "source"), (2, "destination")))
+        moved = {normal_dim(t, rank): normal_dim(s, rank) for s, t in zip(sources, targets, strict=True)}
+        others = iter(d for d in range(rank) if d not in moved.values())
+        return tuple(moved[d] if d in moved else next(others) for d in range(rank))
+    order = list(range(rank))
+    if rank > 1:
+        swapped = (-2, -1) if name in ("t", "mT") else (int_argument(node, 1, "dim0"), int_argument(node, 2, "dim1"))
+        first, second = (normal_dim(d, rank) for d in swapped)
+        order[first], order[second] = second, first
+    return tuple(order)
+
+
 def call_argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """An argument of the operation, given by position or by name; ``default`` if it is left out."""
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if len(node.args) > position else default

@@ -1,36 +1,28 @@
-"""What is learned and what is given."""
+"""What a value is computed from: parameters alone, or inputs too."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
-from rewriters.graph.nodes import is_tensor
+from rewriters.graph.walk import ancestors, has_values
 
 
-def _tensor_ancestors(node: fx.Node) -> set[fx.Node]:
-    """All nodes that ``node`` gets values from; sizes do not count."""
-    stack, seen = [node], {node}
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in seen and _has_values(operand):
-                seen.add(operand)
-                stack.append(operand)
-    return seen
-
-
-def _has_values(node: fx.Node) -> bool:
-    return is_tensor(node) or isinstance(node.meta.get("val"), (list, tuple))
+def value_ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """Yields ``node`` and all nodes that it gets values from; sizes do not count."""
+    return ancestors(node, among=has_values)
 
 
 def is_learned(node: fx.Node) -> bool:
     """Whether ``node`` depends on parameters only, not on any input."""
-    return not any(n.op == "placeholder" for n in _tensor_ancestors(node))
+    return not any(n.op == "placeholder" for n in value_ancestors(node))
 
 
 def given_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes that are not :func:`is_learned`, in one walk along the graph."""
-    found: set[fx.Node] = set()
+    """All nodes that are not :func:`is_learned`, in one pass over the graph."""
+    given: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or any(n in found and _has_values(n) for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op == "placeholder" or any(n in given and has_values(n) for n in node.all_input_nodes):
+            given.add(node)
+    return given

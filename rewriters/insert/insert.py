@@ -9,26 +9,31 @@ decides nothing; what it cannot do it refuses with :class:`InsertRefusal`.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from madtp.tokens.cache_marks import MarkedAxes, placed
-from rewriters.axes.grid import Moves
-from rewriters.axes.labels import Labels, any_tokens, seed, token_axis
-from rewriters.axes.outcome import batch_dim_of, labels_of
+from rewriters.axes.arguments import items
+from rewriters.axes.grid import TokenMoves
+from rewriters.axes.labels import Labels, ResultLabels, seed, token_axis
+from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along
+from rewriters.axes.readouts import BatchReadout, ConcatenationReadout
+from rewriters.axes.sources import BatchPart, Source
 from rewriters.axes.table import apply
 from rewriters.detect.windows import way_home
 from rewriters.graph.functional import has_effect
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError
-from rewriters.insert.grid_excursions import Excursions
-from rewriters.insert.repairs import align_operand, length, read_out, rename
+from rewriters.graph.walk import ancestors
+from rewriters.insert.dense_sections import DenseSections
+from rewriters.insert.repairs import align_operand, pass_states, remap_readout, rename_argument, resize_argument
 from rewriters.insert.restoration import Restoration
-from rewriters.insert.scoring import SITES, insert_attention, insert_windows, seen_at
-from rewriters.insert.workspace import Insertion, InsertRefusal, site_key
+from rewriters.insert.scoring import SITES, attention_statistics, insert_attention, insert_windows
+from rewriters.insert.workspace import BatchCut, InsertedSite, Insertion, InsertRefusal, site_key
 from rewriters.plan.plan import Plan, SitePlan
 
 aten = torch.ops.aten
@@ -40,45 +45,86 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     Raises:
         InsertRefusal: an operation downstream of a site has no rule and its tokens go on to later attention.
     """
-    done = Insertion(graph, plan)
-    by_name = {n.name: n for n in graph.nodes}
-    at_attention = {by_name[s.attention]: s for s in plan.sites}
-    at_value = {by_name[s.value]: s for s in plan.sites}
-    readouts = {name: _position(graph, name, by_name) for s in plan.sites for name in s.readouts}
-    nodes = {s.name: (by_name[s.block_input], tuple(readouts[r] for r in s.readouts)) for s in plan.sites}
-    captured = list(graph.nodes)
-    windowed = [s for s in plan.sites if s.scores == "windows"]
-    ways = {
-        s.name: way_home(captured, by_name[s.attention], by_name[s.block_input], by_name[s.value], s) for s in windowed
-    }
-    restoration = Restoration(done, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
-    _hoist_readouts(graph, [(by_name[s.attention], nodes[s.name][1], s.name) for s in plan.sites])
+    insertion = Insertion(graph, plan)
+    places = _places(graph, plan)
+    at_attention = {place.attention: place for place in places}
+    at_value = {place.value: place for place in places}
+    restoration = Restoration(insertion, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
+    _hoist_readouts(places)
     for node in list(graph.nodes):
-        restoration.remember(node)
+        restoration.taint(node)
         try:
-            site = at_attention.get(node)
-            if site is not None and site.scores == "windows":
-                state = _source_at(done, done.replaced.get(nodes[site.name][0], nodes[site.name][0]), site.token_dim)
-                insert_windows(done, node, site, state, restoration.excursions)
-            elif site is not None and site.scores == "attention":
-                restoration.check(node)
-                insert_attention(done, node, site, nodes[site.name][1])
-            elif node.op == "output":
-                _finish(done, node, restoration)
-            else:
-                current = _carry(done, node, restoration) if runs_along(node, done.labels) else node
-                if node in at_value:
-                    site = at_value[node]
-                    _insert_site(done, current, site, nodes[site.name], restoration.excursions, ways.get(site.name))
+            _insert_at(insertion, node, at_attention.get(node), at_value.get(node), restoration)
         except AxisError as error:
-            raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
-        restoration.pass_on(node)
+            raise InsertRefusal(node, str(error), insertion.labels.sites_reaching(node)) from error
+        restoration.taint_replacements(node)
     # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
     graph.eliminate_dead_code(
         is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or has_effect(n)
     )
     graph.lint()
-    return done
+    return insertion
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a site goes.
+
+    Attributes:
+        site: The site.
+        attention: The attention of its block.
+        value: The residual value that it prunes.
+        block_input: The residual value at the input of its block.
+        readouts: Positions that the model reads, which are protected.
+        moves: How numbers get from windows of the grid back to its tokens, where attention runs in windows.
+    """
+
+    site: SitePlan
+    attention: fx.Node
+    value: fx.Node
+    block_input: fx.Node
+    readouts: tuple[fx.Node, ...]
+    moves: TokenMoves | None
+
+
+def _places(graph: fx.Graph, plan: Plan) -> list[_Place]:
+    """The places of all sites in the captured graph."""
+    nodes = {n.name: n for n in graph.nodes}
+    readouts = {name: _position(graph, name, nodes) for s in plan.sites for name in s.readouts}
+    captured = list(graph.nodes)
+    return [
+        _Place(
+            site=site,
+            attention=nodes[site.attention],
+            value=nodes[site.value],
+            block_input=nodes[site.block_input],
+            readouts=tuple(readouts[name] for name in site.readouts),
+            moves=_moves_to_tokens(captured, nodes, site) if site.scores == "windows" else None,
+        )
+        for site in plan.sites
+    ]
+
+
+def _moves_to_tokens(captured: list[fx.Node], nodes: dict[str, fx.Node], site: SitePlan) -> TokenMoves | None:
+    return way_home(captured, nodes[site.attention], nodes[site.block_input], nodes[site.value], site)
+
+
+def _insert_at(
+    insertion: Insertion, node: fx.Node, attention: _Place | None, value: _Place | None, restoration: Restoration
+) -> None:
+    """Do what is to be done at ``node``, which is the attention of one site, or the residual value of another."""
+    if attention is not None and attention.site.scores == "windows":
+        source = _source_of(insertion, insertion.current(attention.block_input), attention.site.token_dim)
+        insert_windows(insertion, node, attention.site, source, restoration.sections)
+    elif attention is not None and attention.site.scores == "attention":
+        restoration.hide_dropped(node)
+        insert_attention(insertion, node, attention.site, attention.readouts)
+    elif node.op == "output":
+        _complete_outputs(insertion, node, restoration)
+    else:
+        current = _repair(insertion, node, restoration) if runs_along(node, insertion.labels) else node
+        if value is not None:
+            _insert_site(insertion, current, value, restoration.sections)
 
 
 def _position(graph: fx.Graph, name: str, by_name: dict[str, fx.Node]) -> fx.Node:
@@ -90,66 +136,60 @@ def _position(graph: fx.Graph, name: str, by_name: dict[str, fx.Node]) -> fx.Nod
         return graph.call_function(operator.add, (by_name[base], int(offset)))
 
 
-def _hoist_readouts(graph: fx.Graph, wanted: list[tuple[fx.Node, tuple[fx.Node, ...], str]]) -> None:
+def _hoist_readouts(places: list[_Place]) -> None:
     """Move the computation of readout positions in front of the sites that protect them."""
-    order = {node: position for position, node in enumerate(graph.nodes)}
     first: dict[fx.Node, fx.Node] = {}
-    for attention, readouts, _ in wanted:
-        for readout in readouts:
-            if readout not in first or order[attention] < order[first[readout]]:
-                first[readout] = attention
+    for place in places:
+        for readout in place.readouts:
+            if readout not in first or place.attention < first[readout]:
+                first[readout] = place.attention
     # What several readouts are computed from moves with the last of these steps, in front of the earliest site.
-    for readout, attention in sorted(first.items(), key=lambda item: -order[item[1]]):
-        late: set[fx.Node] = set()
-        stack = [readout]
-        while stack:
-            node = stack.pop()
-            if node in late or order[node] < order[attention] or node.op == "placeholder":
-                continue
-            if node is attention:
-                reason = "a position that is read is computed from the tokens themselves"
-                raise InsertRefusal(readout, reason, {s for a, r, s in wanted if readout in r})
-            late.add(node)
-            stack.extend(node.all_input_nodes)
-        for node in sorted(late, key=order.__getitem__):
+    for readout, attention in sorted(first.items(), key=lambda item: item[1], reverse=True):
+        late = _computed_behind(readout, attention)
+        if attention in late:
+            reason = "a position that is read is computed from the tokens themselves"
+            raise InsertRefusal(readout, reason, {p.site.name for p in places if readout in p.readouts})
+        for node in late:
             attention.prepend(node)
 
 
-def _source_at(done: Insertion, node: fx.Node, token_dim: int) -> Any:
-    """The state that a residual value is along, None if it was not pruned yet."""
-    known = done.labels.get(node)
-    axis = None if known is None else token_axis(known[token_dim])
+def _computed_behind(node: fx.Node, border: fx.Node) -> list[fx.Node]:
+    """``node`` and what it is computed from, in the order of the graph, but for what stands in front of ``border``."""
+
+    def is_behind(other: fx.Node) -> bool:
+        return other.op != "placeholder" and not other < border
+
+    return sorted(ancestors(node, among=is_behind)) if is_behind(node) else []
+
+
+def _source_of(insertion: Insertion, node: fx.Node, token_dim: int) -> Source | None:
+    """The state that a residual value is along; None where no token was dropped yet."""
+    labels = insertion.labels.tensor(node)
+    axis = None if labels is None else token_axis(labels[token_dim])
     return None if axis is None else axis.source
 
 
-def _insert_site(
-    done: Insertion,
-    value: fx.Node,
-    site: SitePlan,
-    inputs: tuple[fx.Node, tuple[fx.Node, ...]],
-    excursions: Excursions,
-    way: Moves | None,
-) -> None:
-    graph = done.graph
-    block_input, readouts = inputs
-    block_input = done.replaced.get(block_input, block_input)
-    previous = _source_at(done, value, site.token_dim)
-    if _source_at(done, block_input, site.token_dim) != previous:
-        raise InsertRefusal(
-            value, "the block's input and output are at different sites", done.labels.sites_reaching(value)
-        )
+def _insert_site(insertion: Insertion, value: fx.Node, place: _Place, sections: DenseSections) -> None:
+    graph, site = insertion.graph, place.site
+    block_input = insertion.current(place.block_input)
+    previous = _source_of(insertion, value, site.token_dim)
+    if _source_of(insertion, block_input, site.token_dim) != previous:
+        reason = "the block's input and output are at different sites"
+        raise InsertRefusal(value, reason, insertion.labels.sites_reaching(value))
     users = list(value.users)
     after = value.next
-    state = None if previous is None else done.state(previous, after)
+    state = None if previous is None else insertion.state(previous, after)
     with graph.inserting_before(after):
         tokens, source = value, block_input
         if site.token_dim != 1:
             tokens = graph.call_function(aten.transpose.int, (tokens, site.token_dim, 1))
             source = graph.call_function(aten.transpose.int, (source, site.token_dim, 1))
-        seen = seen_at(done, site, tokens, state, way, excursions)
+        statistics = attention_statistics(
+            insertion, site, tokens=tokens, state=state, moves=place.moves, sections=sections
+        )
         call = graph.call_module(
             f"{SITES}.{site_key(site.name)}",
-            (tokens, source, seen, state, readouts, done.segment_maps.get(site.stream)),
+            (tokens, source, statistics, state, place.readouts, insertion.segment_maps.get(site.stream)),
         )
         pruned = graph.call_function(operator.getitem, (call, 0))
         new_state = graph.call_function(operator.getitem, (call, 1))
@@ -159,79 +199,78 @@ def _insert_site(
     pruned.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
     for user in users:
         user.replace_input_with(value, pruned)
-    shape = tuple(sum((f.size for f in d), 0) if len(d) == 1 else 0 for d in labels_of(value, done.labels))
-    done.labels[pruned] = seed(shape, site.batch_dim, site.token_dim, site.name)
-    done.states[site.name] = new_state
-    done.replaced[value] = pruned
-    done.before_site[site.name] = (value, state)
-    done.site_values.add(value)
-    done.entrances[site.name] = block_input
+    shape = tuple(sum((f.size for f in d), 0) if len(d) == 1 else 0 for d in insertion.labels.of(value))
+    insertion.labels[pruned] = seed(shape, site.batch_dim, site.token_dim, site.name)
+    insertion.states[site.name] = new_state
+    insertion.replaced[value] = pruned
+    insertion.sites[site.name] = InsertedSite(value, state, block_input)
+    insertion.site_values.add(value)
     if previous is not None:
-        done.labels.parent[site.name] = previous
+        insertion.labels.parent[site.name] = previous
 
 
-def _carry(done: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
+def _repair(insertion: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
     """Apply the rule of ``node`` and carry its repairs out; returns the node that now stands for it."""
     try:
-        outcome = apply(node, done.labels)
+        outcome = apply(node, insertion.labels)
     except AxisError as error:
-        restoration.before(node, str(error))
+        restoration.restore_operands(node, str(error))
         return node
-    restoration.check(node)
+    restoration.hide_dropped(node)
     for align in outcome.aligns:
-        align_operand(done, node, align)
+        align_operand(insertion, node, align)
     if outcome.renamed is not None:
-        rename(node, *outcome.renamed)
-    for name, axis in outcome.states.items():
-        node.kwargs = {**node.kwargs, name: done.state(axis.source, node)}
+        rename_argument(node, outcome.renamed)
+    pass_states(insertion, node, outcome.states)
     for resize in outcome.resizes:
-        sizes = list(node.args[resize.argument])  # type: ignore[arg-type]
-        sizes[resize.position] = -1 if resize.axis is None else length(done, resize.axis.source, node)
-        node.update_arg(resize.argument, sizes)
-    result = read_out(done, node, outcome.readout) if outcome.readout is not None else node
-    if outcome.results is not None:
-        done.labels[result] = outcome.results
-        if outcome.readout is not None and outcome.readout.kind == "batch":
-            for part, labels in enumerate(outcome.results):
-                done.derived[labels[outcome.readout.dim][0].axis.source] = (node, part)  # type: ignore[union-attr]
-    elif outcome.labels is not None and any_tokens(outcome.labels):
-        done.labels[result] = outcome.labels
-        if outcome.readout is not None and outcome.readout.kind == "join":
-            # While the operands stand where they were: readouts of the concatenation are computed in front of later sites.
-            done.state(outcome.readout.axis.source, node.next)
-        if outcome.readout is not None and outcome.readout.kind == "batch":
-            done.derived[outcome.labels[outcome.readout.dim][0].axis.source] = (node, 0)  # type: ignore[union-attr]
-    restoration.note(result)
+        resize_argument(insertion, node, resize)
+    result = remap_readout(insertion, node, outcome.readout) if outcome.readout is not None else node
+    if isinstance(outcome.labels, ResultLabels) or (outcome.labels is not None and outcome.labels.any_tokens()):
+        insertion.labels[result] = outcome.labels
+        _note_derived_states(insertion, node, outcome)
+    restoration.note_residual(result)
     return result
 
 
-def _finish(done: Insertion, output: fx.Node, restoration: Restoration) -> None:
-    """Give every output its full length back; of what later calls read again, dropped tokens are marked."""
-    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    kept = record(output).cache_paths or {}
+def _note_derived_states(insertion: Insertion, node: fx.Node, outcome: Outcome) -> None:
+    """Note how the states of what ``node`` cuts or joins are computed."""
+    if isinstance(outcome.readout, ConcatenationReadout):
+        # While the operands stand where they were: readouts of the concatenation are computed in front of later sites.
+        insertion.state(outcome.readout.axis.source, node.next)
+    if isinstance(outcome.readout, BatchReadout):
+        results = outcome.labels if isinstance(outcome.labels, ResultLabels) else (outcome.labels,)
+        for number, labels in enumerate(results):
+            for source in labels.token_sources() if labels is not None else ():
+                if isinstance(source, BatchPart):
+                    insertion.batch_cuts[source] = BatchCut(node, number)
+
+
+def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restoration) -> None:
+    """Give every output its full length back; in what a key/value cache holds, dropped tokens are marked."""
+    results: list[Argument] = list(items(output, 0))
+    cached = record(output).cache_paths or {}
     for position, value in enumerate(results):
-        labels: Labels | None = done.labels.get(value)
-        if labels is None or not any_tokens(labels):
+        labels = insertion.labels.tensor(value)
+        if not isinstance(value, fx.Node) or labels is None or not labels.any_tokens():
             continue
-        if position in kept:
-            results[position] = _place(done, value, labels, kept[position], output)
+        if position in cached:
+            results[position] = _marked(insertion, value, labels, cached[position], output)
         else:
-            results[position] = restoration.full(value, output)
+            results[position] = restoration.with_all_tokens(value, output)
     output.args = (tuple(results),)
 
 
-def _place(done: Insertion, value: fx.Node, labels: Labels, path: str, output: fx.Node) -> fx.Node:
+def _marked(insertion: Insertion, value: fx.Node, labels: Labels, path: str, output: fx.Node) -> fx.Node:
     """Kept tokens at their places, with marks at those of dropped ones."""
     if not value.meta["val"].dtype.is_floating_point:
-        raise InsertRefusal(
-            value, "what it keeps for later calls are no floating numbers", done.labels.sites_reaching(output)
-        )
-    batch_dim = batch_dim_of(labels)
-    token_dim = next(d for d, dim in enumerate(labels) if token_axis(dim) is not None)
+        reason = "what it keeps for later calls are no floating numbers"
+        raise InsertRefusal(value, reason, insertion.labels.sites_reaching(output))
+    batch_dim, token_dim = labels.batch_dim(), labels.token_dim()
     axis = token_axis(labels[token_dim])
     assert axis is not None
-    with done.graph.inserting_before(output):
-        new = done.graph.call_function(placed, (value, done.state(axis.source, output), token_dim, batch_dim))
+    with insertion.graph.inserting_before(output):
+        state = insertion.state(axis.source, output)
+        new = insertion.graph.call_function(placed, (value, state, token_dim, batch_dim))
     new.meta = dict(value.meta)
-    done.marked[path] = MarkedAxes(batch_dim, token_dim, str(axis.source))
+    insertion.marked[path] = MarkedAxes(batch_dim, token_dim, str(axis.source))
     return new

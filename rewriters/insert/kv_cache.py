@@ -1,43 +1,53 @@
-"""Continuation: hide from attention what an earlier, pruned call has dropped from keys and values that are kept.
+"""Key/value cache: hide from attention the slots of tokens that an earlier, pruned call dropped.
 
-Start at :func:`hide_dead`. A call that continues an earlier one takes the kept tensors, appends to them and attends.
-Where a slot is marked as dead (``madtp/tokens/cache_marks.py``) no query may see it. Each kept tensor is followed
+Start at :func:`hide_dead`. A call that continues an earlier one takes the cached tensors, appends to them and attends.
+Where a slot is marked as dead (``madtp/tokens/cache_marks.py``) no query may see it. Each cached tensor is followed
 through the graph; anything but attention that reads its slots is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import fx
+from torch.fx.node import Argument
 
 from madtp.calls.call import Call
 from madtp.calls.objects import Returned
 from madtp.tokens import cache_marks as runtime
 from madtp.tokens.cache_marks import MarkedAxes
-from rewriters.axes.labels import Axis, Factor, any_tokens, plain
-from rewriters.axes.outcome import batch_dim_of, labels_of
+from rewriters.axes.arguments import dim_argument, items
+from rewriters.axes.labels import seed
 from rewriters.axes.propagate import Flow, propagate
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name
+from rewriters.axes.readouts import LengthReadout
+from rewriters.graph.nodes import AxisError, example_shape, op_name
+from rewriters.graph.op_sets import CONCATENATIONS, MAP_STEPS
+from rewriters.graph.walk import ancestors
 
 
 def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[str, MarkedAxes]) -> None:
-    """Give every attention that reads kept tensors the slots it may see, in place.
+    """Give every attention that reads cached tensors the slots it may see, in place.
 
     Args:
-        call: the opened call that was captured. returned: what came out of it.
-        marked: kept tensors that may have dead slots, by their path in the object that holds them.
+        graph: The captured graph.
+        call: The opened call that was captured.
+        returned: What came out of it.
+        marked: Cached tensors that may have dead slots, by their path in the object that holds them.
+
     Raises:
-        AxisError: a kept tensor is read by something else than attention, or is not appended to.
+        AxisError: A cached tensor is read by something else than attention, or is not appended to.
     """
     output = next(n for n in graph.nodes if n.op == "output")
-    kept = _kept(graph, call, returned, output)
-    lost = [path for path in marked if path not in kept]
+    cached = _cached(graph, call, returned, output)
+    lost = [path for path in marked if path not in cached]
     if lost:
         raise AxisError(f"what was kept at {lost[0]} is not handed on")
-    updated = {path: _updated(*kept[path], marked[path], output) for path in marked}
-    labels = {value: _labels(value, marked[path]) for path, value in updated.items()}
+    updated = {path: _updated(cached[path], marked[path]) for path in marked}
+    labels = {
+        value: seed(example_shape(value), marked[path].batch_dim, marked[path].token_dim, "kept")
+        for path, value in updated.items()
+    }
     flow = propagate(graph.nodes, labels)
     _check(flow, set(labels), output)
     states: dict[fx.Node, fx.Node] = {}
@@ -46,7 +56,7 @@ def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[s
         axes = marked[path]
         state = _after(graph, value, runtime.alive_state, (axes.token_dim, axes.batch_dim))
         states[value] = state
-        clean = _after(graph, value, runtime.cleaned, ())
+        clean = _after(graph, value, runtime.cleaned)
         clean.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
         for user in list(value.users):
             if user not in (output, clean, state):
@@ -60,77 +70,75 @@ def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[s
     graph.lint()
 
 
-def _kept(graph: fx.Graph, call: Call, returned: Returned, output: fx.Node) -> dict[str, tuple[fx.Node, fx.Node]]:
-    """Kept tensors by path: as they come in, and as they go out."""
+class _Cached(NamedTuple):
+    """A cached tensor as it comes in, and as it goes out."""
+
+    before: fx.Node
+    after: Argument
+
+
+def _cached(graph: fx.Graph, call: Call, returned: Returned, output: fx.Node) -> dict[str, _Cached]:
+    """Cached tensors by path."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     coming = [placeholders[leaf] for leaf in sorted(call.held())]
     paths = [path for _, blueprint in (call.form.held if call.form else ()) for path in blueprint.paths()]
-    results: Any = output.args[0]
+    results = items(output, 0)
     going = dict(zip(returned.paths(), results[len(results) - len(returned.paths()) :], strict=True))
     if len(set(paths)) < len(paths) or len(going) < len(returned.paths()):
         raise AxisError("tensors are kept under one name in several objects")
-    return {path: (node, going[path]) for path, node in zip(paths, coming, strict=True) if path in going}
+    return {path: _Cached(node, going[path]) for path, node in zip(paths, coming, strict=True) if path in going}
 
 
-def _updated(coming: fx.Node, going: Any, axes: MarkedAxes, output: fx.Node) -> fx.Node:
-    """The kept tensor as it goes out: as it came in, or with further tokens appended."""
-    if going is coming:
-        return going
-    appended = isinstance(going, fx.Node) and op_name(going) in ("cat", "concat") and coming in going.all_input_nodes
-    if appended:
-        appended = normal_dim(call_argument(going, 1, "dim", 0), len(example_shape(going))) == axes.token_dim
-    others = [user for user in coming.users if user is not going and op_name(user) != "sym_size"]
-    if not appended or others:
-        raise AxisError(f"what was kept is not appended to along its tokens, or read beside that ({coming.name})")
-    return going
+def _updated(cached: _Cached, axes: MarkedAxes) -> fx.Node:
+    """The cached tensor as it goes out: as it came in, or with further tokens appended."""
+    before, after = cached
+    if after is before:
+        return before
+    others = [user for user in before.users if user is not after and op_name(user) != "sym_size"]
+    if not isinstance(after, fx.Node) or not _appends(after, before, axes.token_dim) or others:
+        raise AxisError(f"what was kept is not appended to along its tokens, or read beside that ({before.name})")
+    return after
 
 
-def _labels(value: fx.Node, axes: MarkedAxes) -> Any:
-    shape = example_shape(value)
-    labels = [plain(n) for n in shape]
-    labels[axes.batch_dim] = (Factor(Axis("batch", "kept"), shape[axes.batch_dim]),)
-    labels[axes.token_dim] = (Factor(Axis("tokens", "kept"), shape[axes.token_dim]),)
-    return tuple(labels)
+def _appends(node: fx.Node, before: fx.Node, dim: int) -> bool:
+    """Whether ``node`` concatenates ``before`` with others along ``dim``."""
+    if op_name(node) not in CONCATENATIONS or before not in node.all_input_nodes:
+        return False
+    return dim_argument(node, 1, len(example_shape(node)), default=0) == dim
 
 
-def _check(flow: Flow, kept: set[fx.Node], output: fx.Node) -> None:
-    """Refuse whatever reads kept tokens but attention, which is told which of them are dead."""
+def _check(flow: Flow, cached: set[fx.Node], output: fx.Node) -> None:
+    """Refuse whatever reads cached tokens but attention, which is told which of them are dead."""
     for node, reason in flow.blocked.items():
         raise AxisError(f"kept tokens are read by {node.name}: {reason}")
     for node, readout in flow.readouts.items():
-        if readout.kind != "length":
+        if not isinstance(readout, LengthReadout):
             raise AxisError(f"kept tokens are read by {node.name}, not by attention alone")
     for node in flow.labels:
-        if op_name(node) in ("shares", "total", "weigh"):
+        if op_name(node) in MAP_STEPS:
             raise AxisError(f"kept tokens are read by {node.name}, an attention map of the model's own making")
     for value in output.all_input_nodes:
-        if value in flow.labels and value not in kept:
+        if value in flow.labels and value not in cached:
             raise AxisError(f"{value.name}, computed from kept tokens, is returned")
 
 
 def _origins(attention: fx.Node, flow: Flow, updated: Mapping[str, fx.Node]) -> list[str]:
-    """Paths of the kept tensors that an attention reads as keys and values; they have to be whole samples."""
+    """Paths of the cached tensors that an attention reads as keys and values; they have to be whole samples."""
     found: list[str] = []
+    cached = set(updated.values())
     for operand in attention.args[:3]:
-        labels = labels_of(operand, flow.labels)
-        if not any_tokens(labels):
+        labels = flow.labels.tensor(operand)
+        if not isinstance(operand, fx.Node) or labels is None or not labels.any_tokens():
             continue
-        if batch_dim_of(labels) != 0:
+        if labels.batch_dim() != 0:
             raise AxisError("kept keys are folded together with other dimensions")
-        stack, seen = [operand], {operand}
-        while stack:
-            node: Any = stack.pop()
+        for node in ancestors(operand, through=lambda n: n not in cached, among=lambda n: n in flow.labels):
             found.extend(path for path, value in updated.items() if value is node)
-            if node in updated.values():
-                continue
-            for source in node.all_input_nodes:
-                if source in flow.labels and source not in seen:
-                    seen.add(source)
-                    stack.append(source)
     return found
 
 
-def _after(graph: fx.Graph, value: fx.Node, target: Any, arguments: tuple[int, ...]) -> fx.Node:
+def _after(graph: fx.Graph, value: fx.Node, target: Callable[..., object], arguments: tuple[int, ...] = ()) -> fx.Node:
+    """A call of ``target`` with ``value`` and further arguments, as early as possible."""
     last = value
     if value.op == "placeholder":
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from madtp.sites.scoring import seen_on_grid
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
-from rewriters.axes.grid import Moves
-from rewriters.axes.labels import Axis, any_tokens, token_axis
+from rewriters.axes.grid import TokenMoves
+from rewriters.axes.labels import Axis, token_axis
 from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along
+from rewriters.axes.sources import Source
 from rewriters.axes.table import apply
 from rewriters.graph.node_record import record, set_record
-from rewriters.graph.nodes import AxisError, op_name
-from rewriters.insert.grid_excursions import Excursions
-from rewriters.insert.repairs import align_operand, rename
+from rewriters.graph.nodes import AxisError, op_name, operand
+from rewriters.insert.dense_sections import DenseSections
+from rewriters.insert.repairs import align_operand, rename_argument
 from rewriters.insert.workspace import Insertion, InsertRefusal, site_key
 from rewriters.plan.plan import SitePlan
 
@@ -32,39 +33,58 @@ aten = torch.ops.aten
 SITES = "madtp.sites"
 
 
-def insert_attention(done: Insertion, node: fx.Node, site: SitePlan, readouts: tuple[fx.Node, ...]) -> None:
-    """Put the site's attention in the place of ``node``, or its eye beside an attention map that keeps its spelling."""
-    outcome: Outcome | None = None
-    if runs_along(node, done.labels):
+@dataclass(frozen=True)
+class ScoringOperands:
+    """What the attention of a site is told about the tokens.
+
+    Attributes:
+        state: Their state; None where no token was dropped yet.
+        readouts: Positions that the model reads.
+        segments: Which token is of which segment; None where all are of one.
+    """
+
+    state: fx.Node | None
+    readouts: tuple[fx.Node, ...]
+    segments: fx.Node | None
+
+    def keywords(self) -> dict[str, Argument]:
+        """The operands by the names of the arguments."""
+        return {"state": self.state, "readouts": self.readouts, "segments": self.segments}
+
+
+def insert_attention(insertion: Insertion, node: fx.Node, site: SitePlan, readouts: tuple[fx.Node, ...]) -> None:
+    """Put the site's attention in the place of ``node``; an attention map that keeps its spelling is observed instead."""
+    outcome = Outcome()
+    if runs_along(node, insertion.labels):
         try:
-            outcome = apply(node, done.labels)
+            outcome = apply(node, insertion.labels)
         except AxisError as error:
-            raise InsertRefusal(node, str(error), done.labels.sites_reaching(node)) from error
+            raise InsertRefusal(node, str(error), insertion.labels.sites_reaching(node)) from error
         if _differ(node, outcome.states):
-            raise InsertRefusal(node, "queries and keys are at different sites", done.labels.sites_reaching(node))
-    state = None
-    for align in outcome.aligns if outcome is not None else ():
-        align_operand(done, node, align)
-    if outcome is not None and outcome.renamed is not None:
-        rename(node, *outcome.renamed)
-    if outcome is not None and outcome.states:
-        state = done.state(next(iter(outcome.states.values())).source, node)
-    segments = _segments(done, site, node)
+            reason = "queries and keys are at different sites"
+            raise InsertRefusal(node, reason, insertion.labels.sites_reaching(node))
+    for align in outcome.aligns:
+        align_operand(insertion, node, align)
+    if outcome.renamed is not None:
+        rename_argument(node, outcome.renamed)
+    axis = next(iter(outcome.states.values()), None)
+    state = None if axis is None else insertion.state(axis.source, node)
+    operands = ScoringOperands(state, readouts, _segments(insertion, site, node))
     if op_name(node) == "weigh":
-        return _look_at_map(done, node, site, outcome, {"state": state, "readouts": readouts, "segments": segments})
+        _observe_map(insertion, node, site, operands)
+        if outcome.labels is not None:
+            insertion.labels[node] = outcome.labels
+        return
     options = {
         "scale": node.kwargs.get("scale"),
         "grouped": node.kwargs.get("grouped", False),
         "softcap": node.kwargs.get("softcap"),
         "present_mask": node.kwargs.get("present_mask"),
-        "state": state,
-        "readouts": readouts,
-        "segments": segments,
+        **operands.keywords(),
     }
-    labels = None if outcome is None else outcome.labels
-    output = _replace(done, node, site, "attention", options)
-    if labels is not None and any_tokens(labels):
-        done.labels[output] = labels
+    output = _replace(insertion, node, site, child="attention", options=options)
+    if outcome.labels is not None and outcome.labels.any_tokens():
+        insertion.labels[output] = outcome.labels
 
 
 def _differ(node: fx.Node, states: Mapping[str, Axis]) -> bool:
@@ -73,97 +93,114 @@ def _differ(node: fx.Node, states: Mapping[str, Axis]) -> bool:
     return len(sources) > 1 or (op_name(node) == "attention" and len(states) == 1)
 
 
-def _look_at_map(
-    done: Insertion, node: fx.Node, site: SitePlan, outcome: Outcome | None, operands: dict[str, Any]
-) -> None:
-    weights: Any = node.args[0]
+def _observe_map(insertion: Insertion, node: fx.Node, site: SitePlan, operands: ScoringOperands) -> None:
+    weights = operand(node, 0)
     while op_name(weights) == "dropout":
-        weights = weights.args[0]
-    if operands["state"] is not None:
-        node.kwargs = {"state": operands["state"]}
-    with done.graph.inserting_after(node):
-        seen = done.graph.call_module(f"{SITES}.{site_key(site.name)}.map", (weights, node), operands)
-    seen.meta = {k: v for k, v in node.meta.items() if k != "val"}
-    if outcome is not None and outcome.labels is not None:
-        done.labels[node] = outcome.labels
-    done.site_inputs[site.name] = seen
+        weights = operand(weights, 0)
+    if operands.state is not None:
+        node.kwargs = {"state": operands.state}
+    with insertion.graph.inserting_after(node):
+        statistics = insertion.graph.call_module(
+            f"{SITES}.{site_key(site.name)}.map", (weights, node), operands.keywords()
+        )
+    statistics.meta = {k: v for k, v in node.meta.items() if k != "val"}
+    insertion.statistics[site.name] = statistics
 
 
-def insert_windows(done: Insertion, node: fx.Node, site: SitePlan, state: Any, excursions: Excursions) -> None:
-    """The attention of a site in windows of the grid.
+def insert_windows(
+    insertion: Insertion, node: fx.Node, site: SitePlan, source: Source | None, sections: DenseSections
+) -> None:
+    """Put the site's attention in the place of ``node``, which is attention in windows of the grid.
 
     Args:
-        state: the state that the block's input is along, None where the stream was not pruned yet.
-        excursions: tells which keys are alive.
+        insertion: The graph.
+        node: The attention.
+        site: The site.
+        source: The state of the block's input; None where no token was dropped yet.
+        sections: Tells which keys are alive.
+
     Raises:
-        AxisError: that cannot be told.
+        AxisError: It is not known which keys are alive.
     """
-    if runs_along(node, done.labels):
+    if runs_along(node, insertion.labels):
         raise AxisError("windows of a grid of which tokens are missing")
-    visible = None if state is None else excursions.visible(node, state)
-    excursions.hidden.add(node)
+    visible = None if source is None else sections.alive_keys(node, source)
+    sections.handled.add(node)
     options = {
         "scale": node.kwargs.get("scale"),
         "grouped": node.kwargs.get("grouped", False),
         "softcap": node.kwargs.get("softcap"),
         "visible": visible,
     }
-    _replace(done, node, site, "windows", options)
+    _replace(insertion, node, site, child="windows", options=options)
 
 
-def _replace(done: Insertion, node: fx.Node, site: SitePlan, child: str, options: dict[str, Any]) -> fx.Node:
+def _replace(
+    insertion: Insertion, node: fx.Node, site: SitePlan, *, child: str, options: dict[str, Argument]
+) -> fx.Node:
     """Put the site's own attention, its ``child``, in the place of ``node``; returns its output."""
     arguments = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
-    with done.graph.inserting_before(node):
-        call = done.graph.call_module(f"{SITES}.{site_key(site.name)}.{child}", arguments, options)
-        output = done.graph.call_function(operator.getitem, (call, 0))
-        done.site_inputs[site.name] = done.graph.call_function(operator.getitem, (call, 1))
+    with insertion.graph.inserting_before(node):
+        call = insertion.graph.call_module(f"{SITES}.{site_key(site.name)}.{child}", arguments, options)
+        output = insertion.graph.call_function(operator.getitem, (call, 0))
+        insertion.statistics[site.name] = insertion.graph.call_function(operator.getitem, (call, 1))
     output.meta = dict(node.meta)
     call.meta = {k: v for k, v in node.meta.items() if k != "val"}
     set_record(call, replace(record(call), site_attention=True))
     node.replace_all_uses_with(output)
-    done.replaced[node] = output
-    done.graph.erase_node(node)
+    insertion.replaced[node] = output
+    insertion.graph.erase_node(node)
     return output
 
 
-def seen_at(
-    done: Insertion, site: SitePlan, tokens: fx.Node, state: fx.Node | None, way: Moves | None, excursions: Excursions
+def attention_statistics(
+    insertion: Insertion,
+    site: SitePlan,
+    *,
+    tokens: fx.Node,
+    state: fx.Node | None,
+    moves: TokenMoves | None,
+    sections: DenseSections,
 ) -> fx.Node:
     """What a site knows of its block's attention, at the graph's insertion point.
 
     Args:
-        tokens: ``[B, N, C]``. state: of them. way: from windows back to the tokens of the grid.
+        insertion: The graph.
+        site: The site.
+        tokens: The residual value, ``[B, N, C]``.
+        state: State of these tokens; None where no token was dropped yet.
+        moves: How numbers get from windows back to the tokens of the grid.
+        sections: What runs on all tokens.
     """
     if site.scores == "attention":
-        return done.site_inputs[site.name]
+        return insertion.statistics[site.name]
     received = None
-    if site.scores == "windows" and way is not None:
-        received = excursions.carry(way, done.site_inputs[site.name])
-    return done.graph.call_function(seen_on_grid, (tokens, received, state, (site.batch_dim, site.token_dim)))
+    if site.scores == "windows" and moves is not None:
+        received = sections.move(insertion.statistics[site.name], moves)
+    return insertion.graph.call_function(seen_on_grid, (tokens, received, state, (site.batch_dim, site.token_dim)))
 
 
-def _segments(done: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:
+def _segments(insertion: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:
     """The node that tells which token is of which segment, made once a stream; None where all are of one."""
-    if not site.segments or site.stream in done.segment_maps:
-        return done.segment_maps.get(site.stream)
-    nodes = {n.name: done.replaced.get(n, n) for n in (*done.replaced, *done.graph.nodes)}
-    with done.graph.inserting_before(before):
+    if not site.segments or site.stream in insertion.segment_maps:
+        return insertion.segment_maps.get(site.stream)
+    nodes = {n.name: insertion.current(n) for n in (*insertion.replaced, *insertion.graph.nodes)}
+    with insertion.graph.inserting_before(before):
         if site.mask is not None:
-            made = done.graph.call_function(segment_runtime.scattered, (nodes[site.mask],))
+            made = insertion.graph.call_function(segment_runtime.scattered, (nodes[site.mask],))
         else:
-            lengths = [_part_length(done, nodes[p.node], p.dim, before) for p in site.parts]
+            lengths = [_part_length(insertion, nodes[p.node], p.dim, before) for p in site.parts]
             numbers, special = [p.segment for p in site.parts], [p.special for p in site.parts]
             arguments = (lengths, numbers, special, before.args[0])
-            made = done.graph.call_function(segment_runtime.concatenated, arguments)
-    done.segment_maps[site.stream] = made
+            made = insertion.graph.call_function(segment_runtime.concatenated, arguments)
+    insertion.segment_maps[site.stream] = made
     return made
 
 
-def _part_length(done: Insertion, node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
+def _part_length(insertion: Insertion, node: fx.Node, dim: int, before: fx.Node) -> fx.Node:
     """Original tokens of a part of a concatenation."""
-    labels = done.labels.get(node)
+    labels = insertion.labels.tensor(node)
     axis = None if labels is None else token_axis(labels[dim])
     if axis is None:
-        return done.graph.call_function(aten.sym_size.int, (node, dim))
-    return done.graph.call_function(runtime.full_length, (done.state(axis.source, before),))
+        return insertion.graph.call_function(aten.sym_size.int, (node, dim))
+    return insertion.graph.call_function(runtime.full_length, (insertion.state(axis.source, before),))

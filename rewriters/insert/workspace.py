@@ -1,4 +1,4 @@
-"""What insertion has done so far: the graph, labels of its nodes, token states and what was replaced.
+"""A graph under insertion: its sites, the labels of its nodes, token states, and what replaces what.
 
 Start at :class:`Insertion`. ``insert.py`` fills it, ``restoration.py`` and ``lower/pricing.py`` read it.
 """
@@ -6,19 +6,23 @@ Start at :class:`Insertion`. ``insert.py`` fills it, ``restoration.py`` and ``lo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from torch import fx
+from torch import SymInt, fx
 
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
 from madtp.tokens.cache_marks import MarkedAxes
-from rewriters.axes.labels import Axis, Dim, Factor, axes_of, roots
-from rewriters.graph.nodes import is_tensor, op_name
+from rewriters.axes.arguments import operand_list
+from rewriters.axes.labels import Axis, LabelMap
+from rewriters.axes.outcome import Align
+from rewriters.axes.sources import BatchPart, Concatenation, Derived, Rest, Source, TokenRange, roots
+from rewriters.graph.nodes import call_argument, example_shape, op_name
 from rewriters.plan.plan import Plan
 
 aten = torch.ops.aten
+Size: TypeAlias = int | SymInt
 
 
 class InsertRefusal(Exception):
@@ -29,41 +33,44 @@ class InsertRefusal(Exception):
         self.node, self.reason, self.sources = node, reason, sources
 
 
-class Labelling(dict[fx.Node, Any]):
-    """Labels by node, with the lineage of states: which site follows which on a stream."""
+class Labelling(LabelMap):
+    """Labels by node, with the lineage of token states.
+
+    Attributes:
+        parent: The state that each site prunes, where that is not the whole stream.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.parent: dict[Any, Any] = {}
+        self.parent: dict[Source, Source] = {}
 
-    def chain(self, source: Any) -> list[Any]:
-        """``source`` and the sites before it on its stream, latest first."""
+    def chain(self, source: Source) -> list[Source]:
+        """``source`` and the states before it on its stream, latest first."""
         result = [source]
         while source in self.parent:
             source = self.parent[source]
             result.append(source)
         return result
 
-    def sites_before(self, source: Any) -> set[Any]:
-        """All sites that pruned the tokens of ``source``, those of concatenated streams too."""
-        found: set[Any] = set()
-        waiting = list(roots(source))
+    def sites_before(self, source: Source) -> set[str]:
+        """All sites that prune the tokens of ``source``, those of concatenated streams too."""
+        found: set[str] = set()
+        waiting: list[Source] = list(roots(source))
         while waiting:
-            for one in self.chain(waiting.pop()):
-                if isinstance(one, tuple):
-                    waiting.extend(roots(one))
-                else:
-                    found.add(one)
+            for state in self.chain(waiting.pop()):
+                if isinstance(state, Derived):
+                    waiting.extend(roots(state))
+                elif isinstance(state, str):
+                    found.add(state)
         return found
 
-    def sites_reaching(self, node: fx.Node) -> set[Any]:
+    def sites_reaching(self, node: fx.Node) -> set[str]:
         """Names of the sites whose tokens reach ``node``."""
-        found: set[Any] = set()
+        found: set[str] = set()
         for operand in node.all_input_nodes:
-            for dim in _dims(self.get(operand)):
-                for axis in axes_of(dim):
-                    if axis.kind == "tokens":
-                        found |= self.sites_before(axis.source)
+            labels = self.get(operand)
+            for source in labels.token_sources() if labels is not None else ():
+                found |= self.sites_before(source)
         return found
 
     def newer(self, first: Axis, second: Axis) -> Axis | None:
@@ -73,18 +80,32 @@ class Labelling(dict[fx.Node, Any]):
         return second if first.source in self.chain(second.source) else None
 
 
-def _dims(labels: Any) -> list[Dim]:
-    """The labels of all dimensions of a value, of several results one after the other."""
-    if not labels:
-        return []
-    if labels[0] and isinstance(labels[0][0], tuple) and not isinstance(labels[0][0], Factor):
-        return [dim for one in labels for dim in one]
-    return list(labels)
-
-
 def site_key(name: str) -> str:
     """Name of a site as a module name."""
     return name.replace(".", "_").replace("#", "__")
+
+
+@dataclass(frozen=True)
+class InsertedSite:
+    """What stands around a site.
+
+    Attributes:
+        value: The residual value in front of it.
+        state: The token state of that value; None where no token was dropped yet.
+        block_input: The residual value at the input of its block.
+    """
+
+    value: fx.Node
+    state: fx.Node | None
+    block_input: fx.Node
+
+
+@dataclass(frozen=True)
+class BatchCut:
+    """The result ``number`` of an operation that cuts or repeats the batch."""
+
+    node: fx.Node
+    number: int
 
 
 @dataclass
@@ -92,54 +113,69 @@ class Insertion:
     """A graph with its sites in place.
 
     Attributes:
-        labels: axis labels of the finished graph, for the cost model.
-        states: node of each token state, by source.
-        before_site: residual value in front of each site and its state. site_values: these values.
-        entrances: residual value at the block's input.
-        attention_of: site by the node of its scoring attention.
-        marked: outputs that later calls read again and that may lack tokens, by path in the object that holds them.
+        graph: The graph, changed in place.
+        plan: What is inserted.
+        labels: Axis labels of the nodes, for the cost model too.
+        states: The node of each token state, by source.
+        sites: What stands around each inserted site, by its name.
+        site_values: Residual values in front of sites.
+        statistics: What the attention of a site's block says about the tokens, by site.
+        replaced: Nodes that stand for others now.
+        aligned: Side inputs that are gathered along a state, by what was asked for.
+        aligned_for: The gathered side input that a node reads in place of a captured operand, by node and operand.
+        lengths: The node that holds the present length, by source.
+        part_sizes: Sizes of the operands of concatenations along tokens.
+        batch_cuts: The operations that cut the batch, by the source of what they give.
+        segment_maps: The node that tells the segment of each token, by stream.
+        marked: Outputs in the key/value cache that may lack tokens, by path in the object that holds them.
     """
 
     graph: fx.Graph
     plan: Plan
     labels: Labelling = field(default_factory=Labelling)
-    states: dict[Any, fx.Node] = field(default_factory=dict)
-    before_site: dict[str, tuple[fx.Node, fx.Node | None]] = field(default_factory=dict)
+    states: dict[Source, fx.Node] = field(default_factory=dict)
+    sites: dict[str, InsertedSite] = field(default_factory=dict)
     site_values: set[fx.Node] = field(default_factory=set)
-    entrances: dict[str, fx.Node] = field(default_factory=dict)
-    derived: dict[Any, tuple[fx.Node, int]] = field(default_factory=dict)
+    statistics: dict[str, fx.Node] = field(default_factory=dict)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
-    lengths: dict[Any, fx.Node] = field(default_factory=dict)
-    joined: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
-    site_inputs: dict[str, fx.Node] = field(default_factory=dict)
+    aligned: dict[Align, fx.Node] = field(default_factory=dict)
+    aligned_for: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
+    lengths: dict[Source, fx.Node] = field(default_factory=dict)
+    part_sizes: dict[Concatenation, tuple[Size, ...]] = field(default_factory=dict)
+    batch_cuts: dict[BatchPart, BatchCut] = field(default_factory=dict)
     segment_maps: dict[int, fx.Node] = field(default_factory=dict)
     marked: dict[str, MarkedAxes] = field(default_factory=dict)
 
-    def state(self, source: Any, before: fx.Node) -> fx.Node:
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node that replaces ``node``, or itself."""
+        return self.replaced.get(node, node)
+
+    def state(self, source: Source, before: fx.Node) -> fx.Node:
         """The node that holds the token state of ``source``; derived states are computed where first needed."""
         if source not in self.states:
-            parent, kind, *_ = source
-            if kind == "join":
-                self.states[source] = self._joined(source, before)
-                return self.states[source]
-            base = self.state(parent, before)
-            with self.graph.inserting_before(before):
-                if kind == "rest":
-                    self.states[source] = self.graph.call_function(runtime.without_first, (base, source[2]))
-                elif kind == "range":
-                    self.states[source] = self.graph.call_function(segment_runtime.range_state, (base, *source[2:]))
-                else:
-                    self.states[source] = self._part(base, *self.derived[source])
+            if isinstance(source, Concatenation):
+                self.states[source] = self._concatenated_state(source, before)
+            else:
+                self.states[source] = self._cut_state(source, before)
         return self.states[source]
 
-    def _joined(self, source: Any, before: fx.Node) -> fx.Node:
-        parents, _, node = source
-        operands = [n for n in node.args[0] if is_tensor(n) and n.meta["val"].shape != (0,)]
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        self.joined[source] = tuple(n.meta["val"].shape[dim] for n in operands)
+    def _cut_state(self, source: Source, before: fx.Node) -> fx.Node:
+        if not isinstance(source, (Rest, TokenRange, BatchPart)):
+            raise KeyError(source)
+        base = self.state(source.parent, before)
+        with self.graph.inserting_before(before):
+            if isinstance(source, Rest):
+                return self.graph.call_function(runtime.without_first, (base, source.start))
+            if isinstance(source, TokenRange):
+                return self.graph.call_function(segment_runtime.range_state, (base, source.start, source.end))
+            return self._part_state(base, self.batch_cuts[source])
+
+    def _concatenated_state(self, source: Concatenation, before: fx.Node) -> fx.Node:
+        operands = [n for n in operand_list(source.node, 0) if example_shape(n) != (0,)]
+        dim = call_argument(source.node, 1, "dim", 0)
+        self.part_sizes[source] = tuple(n.meta["val"].shape[dim] for n in operands)
         parts: list[fx.Node] = []
-        for parent, operand in zip(parents, operands, strict=True):
+        for parent, operand in zip(source.parents, operands, strict=True):
             if parent is not None:
                 parts.append(self.state(parent, before))
                 continue
@@ -148,13 +184,13 @@ class Insertion:
         with self.graph.inserting_before(before):
             return self.graph.call_function(segment_runtime.join_states, (parts,))
 
-    def _part(self, base: fx.Node, node: fx.Node, part: int) -> fx.Node:
-        name = op_name(node)
+    def _part_state(self, base: fx.Node, cut: BatchCut) -> fx.Node:
+        node, name = cut.node, op_name(cut.node)
         if name == "chunk":
-            return self.graph.call_function(runtime.batch_chunk, (base, node.args[1], part))
+            return self.graph.call_function(runtime.batch_chunk, (base, node.args[1], cut.number))
         if name == "slice":
             start, end = (node.args[i] if len(node.args) > i else None for i in (2, 3))
             return self.graph.call_function(runtime.batch_slice, (base, start, end))
         if name == "repeat_interleave":
             return self.graph.call_function(runtime.batch_repeat, (base, node.args[1]))
-        return self.graph.call_function(runtime.batch_split, (base, node.args[1], part))
+        return self.graph.call_function(runtime.batch_split, (base, node.args[1], cut.number))

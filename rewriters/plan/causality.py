@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from madtp.tokens.attention import HIDDEN
 from rewriters.canonicalise.attention_maps import masks_of_map
 from rewriters.graph.nodes import attribute, op_name
+from rewriters.graph.walk import ancestors
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,7 @@ class Example:
 
     def evaluate(self, wanted: fx.Node) -> object:
         """The value of a node on the example inputs; only its ancestors are computed."""
-        needed, stack = {wanted}, [wanted]
-        while stack:
-            for operand in stack.pop().all_input_nodes:
-                if operand not in needed:
-                    needed.add(operand)
-                    stack.append(operand)
+        needed = set(ancestors(wanted))
         values: dict[fx.Node, Any] = dict(zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True))
         with torch.no_grad():
             for node in sorted(needed - values.keys()):

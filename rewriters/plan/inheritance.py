@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import fx
 
 from madtp.config import PruningConfig
 from rewriters.axes.labels import Axis, token_axis
+from rewriters.axes.sources import Derived, Rest, TokenRange
 from rewriters.detect.layout import LayoutPart
 from rewriters.detect.streams import Stream, Structure
 from rewriters.graph.nodes import AxisError
+from rewriters.graph.walk import ancestors
 from rewriters.plan.policy import Position, original, protected_readouts
 
 # At most so many positions are protected where it varies which of them a concatenation reads.
@@ -65,7 +67,7 @@ def inherited(structure: Structure, config: PruningConfig) -> dict[int, Inherita
 def _parent(part: LayoutPart, streams: Sequence[Stream]) -> Stream | None:
     """The stream whose tokens, pruned or not, a part of a concatenation holds."""
     for stream in reversed(streams):
-        known: Any = stream.flow.labels.get(part.node)
+        known = stream.flow.labels.tensor(part.node)
         if known is not None and token_axis(known[part.dim]) is not None:
             return stream
     return None
@@ -74,8 +76,7 @@ def _parent(part: LayoutPart, streams: Sequence[Stream]) -> Stream | None:
 def _hand_down(
     into: Inheritance, parent: Stream, positions: list[Position], parts: Sequence[LayoutPart], number: int
 ) -> None:
-    known: Any = parent.flow.labels[parts[number].node]
-    axis = token_axis(known[parts[number].dim])
+    axis = token_axis(parent.flow.labels.of(parts[number].node)[parts[number].dim])
     for position in positions:
         try:
             in_parent = [_uncut(one, axis) for one in _within(position, parts, number)]
@@ -97,9 +98,9 @@ def _hand_down(
 def _uncut(position: Position, axis: Axis | None) -> Position:
     """A position in a part, counted in the stream that the part may have been cut from."""
     source = None if axis is None else axis.source
-    while isinstance(source, tuple) and source[1] in ("rest", "range"):
-        source = source[0]
-    if axis is None or isinstance(source, tuple):
+    while isinstance(source, (Rest, TokenRange)):
+        source = source.parent
+    if axis is None or isinstance(source, Derived):
         raise AxisError("a concatenation reads positions of a part that is cut from the stream")
     return original(axis.source, position.node, position.offset)
 
@@ -126,7 +127,9 @@ def _within(position: Position, parts: Sequence[LayoutPart], number: int) -> lis
     return [Position(None, inside)] if inside >= 0 and (not isinstance(own, int) or inside < own) else []
 
 
-def _behind_dynamic(node: fx.Node | None, offset: int, static: int, dynamic: list[Any]) -> list[Position]:
+def _behind_dynamic(
+    node: fx.Node | None, offset: int, static: int, dynamic: Sequence[int | torch.SymInt]
+) -> list[Position]:
     """As :func:`_within`, for a part that begins where a part of varying length ends."""
     if node is None:
         # The varying parts hold a token each at least: the shorter they are, the later is the token that is read.
@@ -136,32 +139,23 @@ def _behind_dynamic(node: fx.Node | None, offset: int, static: int, dynamic: lis
         return [Position(None, position) for position in range(last + 1)]
     if len(dynamic) == 1 and _is_size(node, dynamic[0]):
         return [Position(None, offset - static)] if offset >= static else []
-    if any(_is_size(one, size) for one in _ancestors(node) for size in dynamic):
+    if any(_is_size(one, size) for one in ancestors(node) for size in dynamic):
         raise AxisError(f"the position {node.name} that a concatenation reads depends on the length of another part")
     return []
 
 
-def _size(part: LayoutPart) -> Any:
+def _size(part: LayoutPart) -> int | torch.SymInt:
     """Tokens of a part: a number, or the captured size if it varies."""
-    size = part.node.meta["val"].shape[part.dim]
+    size: int | torch.SymInt = part.node.meta["val"].shape[part.dim]
     fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-    return size if fixed is None else fixed
+    return size if fixed is None else int(fixed)
 
 
-def _is_size(node: fx.Node, size: Any) -> bool:
+def _is_size(node: fx.Node, size: int | torch.SymInt) -> bool:
     value = node.meta.get("val")
-    return not isinstance(size, int) and hasattr(value, "node") and str(value) == str(size)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    stack, seen = [node], {node}
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                stack.append(operand)
-    return seen
+    return not isinstance(size, int) and isinstance(value, torch.SymInt) and str(value) == str(size)
 
 
 def _comes_from(node: fx.Node, stream: Stream) -> bool:
-    return any(sublayer.attention in _ancestors(node) for sublayer in stream.sublayers)
+    attentions = {sublayer.attention for sublayer in stream.sublayers}
+    return any(one in attentions for one in ancestors(node))

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from torch import fx
 
 from madtp.config import PruningConfig
+from rewriters.axes.readouts import CONDENSED, IndexReadout, PositionReadout, PrefixReadout, RestReadout
+from rewriters.axes.sources import BatchPart, Bound, Cut, Source, TokenRange
 from rewriters.detect.streams import Stream
 from rewriters.graph.nodes import AxisError, example_shape
 from rewriters.plan.causality import Example, hides_later_keys
-
-# Readouts that condense a sequence; a causal stream without one is there for the sake of every position.
-CONDENSED = frozenset(("position", "prefix", "index", "pool", "masked_mean", "rest"))
 
 
 class Policy(Enum):
@@ -141,7 +139,8 @@ def is_predicted(stream: Stream, segments: tuple[SegmentPlan, ...], example: Exa
 
 
 def _is_condensed(stream: Stream) -> bool:
-    return any(readout.kind in CONDENSED for readout in stream.flow.readouts.values())
+    """Whether a readout condenses the sequence; a causal stream without one serves for the sake of every position."""
+    return any(isinstance(readout, CONDENSED) for readout in stream.flow.readouts.values())
 
 
 def _is_causal(stream: Stream, example: Example, segment: int | None = None) -> bool:
@@ -169,11 +168,12 @@ def protected_readouts(stream: Stream, config: PruningConfig) -> ProtectedPositi
     protected = [Position(None, position) for position in stream.special]
     for readout in stream.flow.readouts.values():
         source = readout.axis.source
-        if readout.kind == "position":
+        if isinstance(readout, PositionReadout):
             protected.append(original(source, None, readout.position))
-        elif readout.kind in ("prefix", "rest"):
-            protected.extend(original(source, None, position) for position in range(readout.position))
-        elif readout.kind == "index" and readout.index is not None:
+        elif isinstance(readout, (PrefixReadout, RestReadout)):
+            count = readout.length if isinstance(readout, PrefixReadout) else readout.start
+            protected.extend(original(source, None, position) for position in range(count))
+        elif isinstance(readout, IndexReadout):
             protected.append(original(source, readout.index, 0))
     if stream.layout is None:
         protected.extend(Position(None, position) for position in config.protected_positions(stream.modality))
@@ -183,11 +183,11 @@ def protected_readouts(stream: Stream, config: PruningConfig) -> ProtectedPositi
     )
 
 
-def original(source: Any, node: fx.Node | None, offset: int) -> Position:
+def original(source: Source, node: fx.Node | None, offset: int) -> Position:
     """The position in the stream's own tokens of position ``node + offset`` of a derived axis."""
-    while isinstance(source, tuple):
-        parent, kind, *bounds = source
-        start, end = (bounds[0], None) if kind == "rest" else bounds if kind == "range" else (0, None)
+    while isinstance(source, Cut):
+        start: Bound = 0 if isinstance(source, BatchPart) else source.start
+        end = source.end if isinstance(source, TokenRange) else None
         border = start if node is not None or offset >= 0 else end
         if isinstance(border, fx.Node):
             if node is not None:
@@ -197,5 +197,5 @@ def original(source: Any, node: fx.Node | None, offset: int) -> Position:
             if border < 0 and node is not None:
                 raise AxisError(f"a position is read that depends on {node.name} and on the length")
             offset += border
-        source = parent
+        source = source.parent
     return Position(node, offset)

@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from madtp.tokens.state import TokenState
-from rewriters.axes.labels import Axis, Factor, Labels, axes_of, dim_size, has_tokens
+from rewriters.axes.labels import Axis, Factor, Labels, ResultLabels, axes_of, dim_size, has_tokens
 from rewriters.axes.outcome import Outcome
+from rewriters.axes.readouts import BatchReadout, MaskedMeanReadout, PoolingReadout
+from rewriters.axes.sources import Concatenation, Cut, Rest, Source, TokenRange
 from rewriters.axes.table import apply
-from rewriters.insert.insert import _carry
+from rewriters.insert.insert import _repair
 from rewriters.insert.restoration import Restoration
 from rewriters.insert.workspace import Insertion
 from rewriters.plan.plan import Plan
@@ -48,7 +50,7 @@ class Operand:
     @property
     def labels(self) -> Labels:
         """Labels of the operand."""
-        return tuple(tuple(_factor(f) for f in (d if isinstance(d, tuple) else (d,))) for d in self.dims)
+        return Labels(tuple(_factor(f) for f in (d if isinstance(d, tuple) else (d,))) for d in self.dims)
 
     @property
     def tracked(self) -> bool:
@@ -108,22 +110,22 @@ def sample(target: Any, *args: Any, constant: bool = False, **kwargs: Any) -> Sa
 
 @dataclass
 class Setup:
-    """A graph with the one call; `node` is the call, `labels` the insertion's labels."""
+    """A graph with the one call; `node` is the call, `insertion` what the rewriter knows of it."""
 
     graph: fx.Graph
     places: dict[Operand, fx.Node]
     state: fx.Node
     node: fx.Node
-    done: Insertion
+    insertion: Insertion
 
 
 def build(one: Sample) -> Setup:
     """The graph of a sample, with the values of fake tensors on every node."""
     graph = fx.Graph()
     generator = torch.Generator().manual_seed(0)
-    done = Insertion(graph, Plan((), (), 1, 1, "interleaved"))
+    insertion = Insertion(graph, Plan((), (), 1, 1, "interleaved"))
     state = graph.placeholder("state")
-    done.states["s"] = state
+    insertion.states["s"] = state
     places: dict[Operand, fx.Node] = {}
     with FakeTensorMode() as mode:
         for position, operand in enumerate(one.operands()):
@@ -134,18 +136,18 @@ def build(one: Sample) -> Setup:
             node.meta["val"] = mode.from_tensor(operand.value(generator))
             places[operand] = node
             if operand.tracked:
-                done.labels[node] = operand.labels
+                insertion.labels[node] = operand.labels
         args = pytree.tree_map(lambda a: places[a] if isinstance(a, Operand) else a, one.args)
         node = graph.call_function(one.target, args, dict(one.kwargs))
         fakes = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, dict(one.kwargs)))
         node.meta["val"] = one.target(*fakes[0], **fakes[1])
-    return Setup(graph, places, state, node, done)
+    return Setup(graph, places, state, node, insertion)
 
 
 def outcome(one: Sample) -> Outcome:
     """What the rule table says about a sample; raises AxisError where it refuses."""
     made = build(one)
-    return apply(made.node, made.done.labels)
+    return apply(made.node, made.insertion.labels)
 
 
 def call(one: Sample, values: dict[Operand, Tensor]) -> list[Tensor]:
@@ -165,16 +167,15 @@ def check(one: Sample, seed: int = 0) -> None:
 
 def _change_one_token(one: Sample, values: dict[Operand, Tensor], generator: torch.Generator) -> None:
     found = outcome(one)
-    labels = list(found.results) if found.results is not None else [found.labels]
-    if labels == [None]:
+    if found.labels is None:
         return
+    labels = list(found.labels) if isinstance(found.labels, ResultLabels) else [found.labels]
     before = call(one, values)
     for row in range(BATCH):
         for token in range(TOKENS):
             changed = {o: _changed(o, v, row, token) for o, v in values.items()}
             rows = _rows(found, one)
             for part, (old, new, own) in enumerate(zip(before, call(one, changed), labels, strict=True)):
-                assert own is not None
                 different = ~torch.isclose(old, new, rtol=0, atol=0, equal_nan=True)
                 allowed = _places(own, [r == row for r in rows[part]], token)
                 assert not bool((different & ~allowed).any()), f"{one.name}: token {token} of sample {row} leaks"
@@ -191,13 +192,13 @@ def _change_one_token(one: Sample, values: dict[Operand, Tensor], generator: tor
 def _rows(found: Outcome, one: Sample) -> list[list[int]]:
     """Which samples the rows of each result are."""
     everything = list(range(BATCH))
-    if found.readout is None or found.readout.kind != "batch":
-        return [everything] * (len(found.results) if found.results is not None else 1)
+    if not isinstance(found.readout, BatchReadout):
+        return [everything] * (len(found.labels) if isinstance(found.labels, ResultLabels) else 1)
     if one.name == "repeat_interleave":
         return [[row for row in everything for _ in range(one.args[1])]]
     if one.name == "slice":
         return [everything[one.args[2] : one.args[3]]]
-    sizes = found.readout.parts
+    sizes = found.readout.sizes
     return [everything[sum(sizes[:part]) : sum(sizes[: part + 1])] for part in range(len(sizes))]
 
 
@@ -224,22 +225,21 @@ def _places(labels: Labels, rows: list[bool], token: int) -> Tensor:
     return mask.reshape([dim_size(d) for d in labels])
 
 
-def derived(source: Any, base: Tensor, fill: bool) -> Tensor:
+def derived(source: Source, base: Tensor, fill: bool) -> Tensor:
     """What a line over all tokens [N] becomes along a derived axis; `fill` at tokens that come from elsewhere."""
-    if not isinstance(source, tuple):
-        return base
-    if source[1] == "join":
-        parents, _, node = source
-        sizes = [n.meta["val"].shape[node.args[1]] for n in node.args[0]]
+    if isinstance(source, Concatenation):
+        sizes = [n.meta["val"].shape[source.node.args[1]] for n in source.node.args[0]]
         parts = [
             torch.full((size,), fill) if parent is None else derived(parent, base, fill)
-            for parent, size in zip(parents, sizes, strict=True)
+            for parent, size in zip(source.parents, sizes, strict=True)
         ]
         return torch.cat(parts)
-    line = derived(source[0], base, fill)
-    if source[1] == "rest":
-        return line[source[2] :]
-    return line[slice(*source[2:])] if source[1] == "range" else line
+    if not isinstance(source, Cut):
+        return base
+    line = derived(source.parent, base, fill)
+    if isinstance(source, Rest):
+        return line[source.start :]
+    return line[source.start : source.end] if isinstance(source, TokenRange) else line
 
 
 def _prune(one: Sample, values: dict[Operand, Tensor], generator: torch.Generator) -> None:
@@ -247,9 +247,9 @@ def _prune(one: Sample, values: dict[Operand, Tensor], generator: torch.Generato
     index = torch.stack([torch.tensor(sorted({0, 1, 2 + row % 2, TOKENS - 1})) for row in range(BATCH)])
     state = TokenState(index, None, torch.zeros_like(index, dtype=torch.bool), None, TOKENS, index.shape[1], BATCH)
     made = build(one)
-    restoration = Restoration(made.done, frozenset())
-    result = _carry(made.done, made.node, restoration)
-    labels: Any = made.done.labels.get(result)
+    restoration = Restoration(made.insertion, frozenset())
+    result = _repair(made.insertion, made.node, restoration)
+    labels: Any = made.insertion.labels.get(result)
     nodes = [result]
     several = isinstance(result.meta["val"], (list, tuple))
     if several:
@@ -261,7 +261,7 @@ def _prune(one: Sample, values: dict[Operand, Tensor], generator: torch.Generato
     inputs = [take(v, o.labels, index) if o.tracked else v for o, v in values.items() if o.kind != "arange"]
     found = module(state, *inputs)
     readout = outcome(one).readout
-    pooled = readout is not None and readout.kind in ("pool", "masked_mean")
+    pooled = isinstance(readout, (PoolingReadout, MaskedMeanReadout))
     wanted = call(one, _pooled_values(one, values, index) if pooled else values)
     rows = _rows(outcome(one), one)
     for part, (have, want) in enumerate(zip(found, wanted, strict=True)):

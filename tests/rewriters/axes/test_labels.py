@@ -61,7 +61,7 @@ def _cut(draw: st.DrawFn, factors: list[Factor]) -> Labels:
             dims[-1] = (*dims[-1], factor)
         else:
             dims.append((factor,))
-    return tuple(dims)
+    return Labels(dims)
 
 
 @given(factorings())
@@ -121,7 +121,7 @@ def _expressible(values: Tensor, axis: Axis, labels: Labels) -> bool:
 
 
 def test_heads_fold_into_the_batch_and_out_again() -> None:
-    labels = ((Factor(BATCH, 3),), plain(4), (Factor(TOKENS, 5),), plain(8))
+    labels = Labels(((Factor(BATCH, 3),), plain(4), (Factor(TOKENS, 5),), plain(8)))
     folded = relabel_view(labels, (12, 5, 8))
     assert [axes_of(d) for d in folded] == [(BATCH,), (TOKENS,), ()]
     assert relabel_view(folded, (3, 4, 5, 8)) == labels
@@ -129,12 +129,12 @@ def test_heads_fold_into_the_batch_and_out_again() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 10, 2), (15, 2, 2), (3, 5, 4), (3, 5, 2, 2), (3, 20), (60,)])
 def test_views_that_keep_the_tokens_whole_pass(shape: tuple[int, ...]) -> None:
-    labels = ((Factor(BATCH, 3),), (Factor(TOKENS, 5),), plain(4))
+    labels = Labels(((Factor(BATCH, 3),), (Factor(TOKENS, 5),), plain(4)))
     assert tuple(dim_size(d) for d in relabel_view(labels, shape)) == shape
 
 
 def test_a_view_that_cuts_the_tokens_is_refused() -> None:
-    labels = ((Factor(BATCH, 3),), (Factor(TOKENS, 6),), plain(4))
+    labels = Labels(((Factor(BATCH, 3),), (Factor(TOKENS, 6),), plain(4)))
     for shape in ((3, 2, 3, 4), (6, 3, 4), (9, 2, 4)):
         with pytest.raises(AxisError, match="cuts"):
             relabel_view(labels, shape)

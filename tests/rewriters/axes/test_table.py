@@ -14,7 +14,7 @@ from rule_forms import FORMS, NEAR_MISSES  # noqa: E402
 from rule_harness import Sample, build, check, outcome, sample  # noqa: E402
 from rule_samples import REFUSED, SAMPLES, x  # noqa: E402
 
-from rewriters.axes.labels import is_plain  # noqa: E402
+from rewriters.axes.labels import ResultLabels, is_plain  # noqa: E402
 from rewriters.axes.table import RULES, apply  # noqa: E402
 from rewriters.graph.nodes import AxisError  # noqa: E402
 
@@ -69,12 +69,13 @@ def test_every_rule_refuses_a_near_miss() -> None:
 
 def test_one_of_several_results_has_its_own_labels() -> None:
     made = build(sample(torch.ops.aten.split_with_sizes.default, x(), [1, 3], 2))
-    results = apply(made.node, made.done.labels).results
-    made.done.labels[made.node] = results
+    results = apply(made.node, made.insertion.labels).labels
+    assert isinstance(results, ResultLabels)
+    made.insertion.labels[made.node] = results
     for number in range(2):
         part = made.graph.call_function(operator.getitem, (made.node, number))
-        assert apply(part, made.done.labels).labels == results[number]
+        assert apply(part, made.insertion.labels).labels == results[number]
         assert not is_plain(results[number][1])
     beyond = made.graph.call_function(operator.getitem, (made.node, 2))
     with pytest.raises(AxisError, match="does not cover this form"):
-        apply(beyond, made.done.labels)
+        apply(beyond, made.insertion.labels)

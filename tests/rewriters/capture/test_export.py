@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 import madtp
 from madtp.calls.call import Call
 from madtp.errors import CaptureError, ExampleInputsError, RewriteError
+from rewriters.axes.labels import LabelMap
 from rewriters.axes.table import apply
 from rewriters.canonicalise.passes import canonicalise, reshape_views
 from rewriters.capture.export import capture
@@ -47,7 +48,7 @@ def test_a_form_that_a_rule_does_not_know_is_refused() -> None:
     graph = fx.Graph()
     node = graph.call_function(torch.ops.aten.permute.default, ())
     with pytest.raises(AxisError, match="does not cover this form"):
-        apply(node, {})
+        apply(node, LabelMap())
 
 
 def test_views_become_reshapes() -> None:

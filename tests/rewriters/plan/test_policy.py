@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp.config import PruningConfig
+from rewriters.axes.sources import Rest, TokenRange
 from rewriters.detect.layout import find_layout
 from rewriters.graph.nodes import AxisError, op_name
 from rewriters.plan.causality import Example
@@ -135,23 +136,23 @@ def test_configured_positions_are_protected_too() -> None:
 def test_a_position_of_a_part_is_counted_in_the_stream() -> None:
     cut = graph_value("cut")
     assert original("s", None, 3) == Position(None, 3)
-    assert original(("s", "rest", 2), None, 3) == Position(None, 5)
-    assert original(("s", "range", 4, 9), None, 1) == Position(None, 5)
-    assert original(("s", "range", cut, None), None, 1) == Position(cut, 1)
-    assert original((("s", "range", 1, None), "rest", 2), None, 0) == Position(None, 3)
+    assert original(Rest("s", 2), None, 3) == Position(None, 5)
+    assert original(TokenRange("s", 4, 9), None, 1) == Position(None, 5)
+    assert original(TokenRange("s", cut, None), None, 1) == Position(cut, 1)
+    assert original(Rest(TokenRange("s", 1, None), 2), None, 0) == Position(None, 3)
 
 
 def test_a_position_from_the_end_of_a_part_is_counted_from_its_border() -> None:
     cut = graph_value("cut")
-    assert original(("s", "range", 4, None), None, -1) == Position(None, -1)
-    assert original(("s", "range", 0, cut), None, -1) == Position(cut, -1)
+    assert original(TokenRange("s", 4, None), None, -1) == Position(None, -1)
+    assert original(TokenRange("s", 0, cut), None, -1) == Position(cut, -1)
 
 
 def test_a_position_that_depends_on_two_values_is_refused() -> None:
     with pytest.raises(AxisError, match="depends on both"):
-        original(("s", "range", graph_value("cut"), None), graph_value("end"), 0)
+        original(TokenRange("s", graph_value("cut"), None), graph_value("end"), 0)
     with pytest.raises(AxisError, match="on the length"):
-        original(("s", "range", -5, None), graph_value("end"), 0)
+        original(TokenRange("s", -5, None), graph_value("end"), 0)
 
 
 # --- what is left alone

@@ -14,7 +14,8 @@ from madtp.errors import RewriteError
 from madtp.tokens import state
 from rewriters.axes import parts as part_rules
 from rewriters.axes import table as rules
-from rewriters.axes.outcome import LabelMap, Outcome, labels_of
+from rewriters.axes.labels import LabelMap
+from rewriters.axes.outcome import Outcome
 from rewriters.insert import repairs
 
 
@@ -74,7 +75,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def _untouched(node: torch.fx.Node, labels: LabelMap) -> Outcome:
-    return Outcome(labels=labels_of(node.args[0], labels))
+    return Outcome(labels=labels.of(node.args[0]))
 
 
 def test_a_sound_rewrite_passes() -> None:
@@ -93,7 +94,7 @@ def test_with_the_right_rule_the_mix_of_tokens_runs_on_all_of_them() -> None:
 
 def test_a_rule_that_misses_a_mix_of_samples_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean(node: torch.fx.Node, labels: LabelMap) -> Outcome:
-        own = labels_of(node.args[0], labels)
+        own = labels.of(node.args[0])
         return Outcome(labels=own) if node.args[1] == [0] else part_rules.reduce(node, labels)
 
     monkeypatch.setitem(rules.RULES, "mean", mean)
