@@ -93,11 +93,7 @@ def add_region(report: RewriteReport, rewritten: RewrittenRegion) -> None:
                 modality=stream.modality,
                 width=stream.width,
                 special=stream.special,
-                readouts=tuple(
-                    dict.fromkeys(
-                        describe(r) for r in stream.flow.readouts.values() if not isinstance(r, LengthReadout)
-                    )
-                ),
+                readouts=tuple(dict.fromkeys(map(describe, readouts))),
                 segments=() if stream.layout is None else stream.layout.segments,
             )
         )
