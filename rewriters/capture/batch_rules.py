@@ -15,15 +15,14 @@ from torch import Tensor, fx
 from rewriters.capture import batch_shapes as shapes
 from rewriters.capture.batching import Batching, Rule, Shape, aten, operand_list
 from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
+from rewriters.graph.op_sets import NATIVE_NORMS, RESHAPES, SPLITS
 
 # Work on the last dimensions of their first operand, whatever stands in front.
 LAST = frozenset("linear embedding".split())
-NORMS = frozenset("layer_norm rms_norm native_layer_norm _fused_rms_norm".split())
 POINTWISE = frozenset(
     "to _to_copy clone contiguous detach alias dropout type_as zeros_like ones_like full_like masked_fill where "
     "lift_fresh_copy alpha_dropout rand_like".split()
 )
-VIEWS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as".split())
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 # Take dimensions: position and name of the argument, and its default (None: there has to be one).
 DIMS: dict[str, tuple[int, str, Any]] = {
@@ -50,7 +49,6 @@ DIMS: dict[str, tuple[int, str, Any]] = {
     "argmax": (1, "dim", None),
     "repeat_interleave": (2, "dim", None),
 }
-SPLITS = frozenset("split split_with_sizes chunk".split())
 REDUCTIONS = frozenset("sum mean amax amin".split())
 
 
@@ -309,8 +307,8 @@ def _added(work: Batching, node: fx.Node) -> fx.Node:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(LAST, _last),
-    **dict.fromkeys(NORMS, _norm),
-    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys(NATIVE_NORMS, _norm),
+    **dict.fromkeys(RESHAPES, _view),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(("permute", "t", "numpy_T", "movedim"), shapes.permute),
     **dict.fromkeys(("transpose", "swapaxes"), shapes.transpose),

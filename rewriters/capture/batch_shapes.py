@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from rewriters.capture.batching import Batching, aten
-from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
+from rewriters.graph.nodes import AxisError, int_argument, ints_argument, op_name, operand, permutation
 
 
 def permute(work: Batching, node: fx.Node) -> fx.Node:
@@ -15,44 +13,27 @@ def permute(work: Batching, node: fx.Node) -> fx.Node:
     source = operand(node)
     shape = work.shape(source)
     rank = len(shape.sizes)
-    order = _order(node, rank)
+    order = permutation(node, rank)
     if shape.lead and order[0] == 0:
-        return work.emit(aten.permute.default, work.env[source], order)
+        return work.emit(aten.permute.default, work.env[source], list(order))
     return work.compact(work.emit(aten.permute.default, work.in_front(source), [0, *(d + 1 for d in order)]), node)
-
-
-def _order(node: fx.Node, rank: int) -> list[int]:
-    if op_name(node) == "permute":
-        dims: Any = call_argument(node, 1, "dims", None)
-        return [d % rank for d in dims]
-    if op_name(node) in ("t", "numpy_T"):
-        return list(range(rank))[::-1]
-    sources, targets = ([a] if isinstance(a, int) else a for a in node.args[1:3])
-    return _moved(rank, sources, targets)
 
 
 def transpose(work: Batching, node: fx.Node) -> fx.Node:
     """Two dimensions in each other's place."""
     source = operand(node)
     shape = work.shape(source)
-    dims: Any = node.args[1:3]
-    first, second = (int(d) % len(shape.sizes) for d in dims)
+    first, second = (int_argument(node, at, name) % len(shape.sizes) for at, name in ((1, "dim0"), (2, "dim1")))
     if shape.lead and 0 not in (first, second):
         return work.emit(aten.transpose.int, work.env[source], first, second)
     return work.compact(work.emit(aten.transpose.int, work.in_front(source), first + 1, second + 1), node)
-
-
-def _moved(rank: int, sources: Any, targets: Any) -> list[int]:
-    placed = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
-    others = iter(d for d in range(rank) if d not in placed.values())
-    return [placed[d] if d in placed else next(others) for d in range(rank)]
 
 
 def unsqueeze(work: Batching, node: fx.Node) -> fx.Node:
     """A further dimension of size 1."""
     source = operand(node)
     before = work.shape(source)
-    dim = int(call_argument(node, 1, "dim", 0)) % (len(before.sizes) + 1)
+    dim = int_argument(node, 1, "dim") % (len(before.sizes) + 1)
     if dim == 0 and not before.lead:
         return work.env[source]
     if before.lead and dim > 0:
@@ -82,7 +63,7 @@ def repeat(work: Batching, node: fx.Node) -> fx.Node:
     """Every dimension a number of times."""
     source = operand(node)
     after = work.shape(node)
-    times: Any = node.args[1]
+    times = ints_argument(node, 1, "repeats")
     whole = work.in_front(source)
     for _ in range(len(after.sizes) - len(work.shape(source).sizes)):
         whole = work.emit(aten.unsqueeze.default, whole, 1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +55,7 @@ def per_image_call(module: nn.Module, call: Call) -> PerImageCall | None:
 
 
 def _division(call: Call) -> Apart | None:
+    """How a call is divided into images, by the form of its arguments alone."""
     tables = {name: value for name, value in call.kwargs.items() if _is_table(value)}
     if not tables:
         return None
@@ -71,7 +71,7 @@ def _division(call: Call) -> Apart | None:
     return Apart(tuple(tables), tuple(known), tuple(table.dtype for table in tables.values()))
 
 
-def _is_table(value: Any) -> bool:
+def _is_table(value: object) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32):
         return False
     return len(value) > 1 and 1 < value.shape[1] <= MOST_SIZES and bool((value > 0).all())
@@ -106,12 +106,12 @@ def _check(module: nn.Module, call: Call, images: list[Image], per_image: Apart)
 
 
 def _other(image: Image) -> Image:
-    """An image of the same size that shows something else."""
+    """An image of the same size with other content."""
     return replace(image, parts=tuple(1 - 2 * x.flip(0) if x.is_floating_point() else x for x in image.parts))
 
 
 def _resized(module: nn.Module, call: Call, images: list[Image], per_image: Apart) -> Iterator[list[Image]]:
-    """The images with the last one half as large along one of its dimensions, where the module takes that."""
+    """The images, the last one half as large along one of its dimensions; as many as the module takes."""
     last = images[-1]
     for place in reversed(range(len(last.sizes[0]))):
         if last.sizes[0][place] % 2:

@@ -5,12 +5,14 @@ Start at :func:`record`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.fast_path import spelled_out
@@ -93,7 +95,7 @@ def record(model: nn.Module, call: Call) -> Recording:
     """
     recording = Recording()
     tracker = Tracker(call.tensors(), recording.attended)
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     for path, module in model.named_modules():
         if not path or not any(True for _ in module.children()):
             continue
@@ -108,7 +110,11 @@ def record(model: nn.Module, call: Call) -> Recording:
     return recording
 
 
-def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
+def _enter(
+    path: str, recording: Recording, tracker: Tracker
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A hook that records the call of the module at ``path`` that begins."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.active.append(path)
         if path in recording.calls:
@@ -141,8 +147,10 @@ def _image_positions(leaves: list[tuple[pytree.KeyPath, Any]], tracker: Tracker)
     return known[0] if len(known) == 1 else None
 
 
-def _leave(path: str, recording: Recording, tracker: Tracker) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+def _leave(path: str, recording: Recording, tracker: Tracker) -> Callable[[nn.Module, object, object], None]:
+    """A hook that records the results of the call of the module at ``path`` that ends."""
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
         recording.active.pop()
         if path in recording.calls:
             recorded = recording.calls[path]
