@@ -36,11 +36,11 @@ PASSES = {
     "canonicalise": "rewriters.pipeline.canonicalise",
     "detect": "rewriters.pipeline.detect",
     "plan": "rewriters.pipeline.make_plan",
-    "insert": "rewriters.pipeline._insert_what_works",
+    "insert": "rewriters.pipeline.insert_what_works",
     "price": "rewriters.pipeline.cost_table",
     "lift": "rewriters.pipeline.lift",
     "compile": "rewriters.pipeline.compile_graph",
-    "verify": "rewriters.verify.checks.verify",
+    "verify": "rewriters.rewrite.verify",
 }
 TOTAL = "whole rewrite"
 

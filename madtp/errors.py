@@ -1,21 +1,20 @@
 """Exceptions of the library.
 
-Every error says what was found, where, and what to do about it. All derive from :class:`MadtpError`, so a caller
-can catch the library's refusals in one place without hiding bugs.
+Every error says what was found, where, and what to do about it. All derive from :class:`MadtpError`, so a caller can
+catch the library's refusals in one place without hiding bugs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from madtp.report import RefusalReport
+
 
 class MadtpError(Exception):
-    """Base of every error that the library raises on purpose.
-
-    left_alone: there is text of a language model that could be pruned, if ``towers`` asked for it. by_policy: and nothing else
-    stands in the way.
-    """
-
-    left_alone = False
-    by_policy = False
+    """Base of every error that the library raises on purpose."""
 
 
 class ExampleInputsError(MadtpError):
@@ -31,7 +30,7 @@ class RewriteError(MadtpError):
 
 
 class ContinuationError(MadtpError):
-    """A call goes on from what a pruned call has kept (a key/value cache), and no program can be made for it."""
+    """A call reads a key/value cache that a pruned call filled, and no program can be made for it."""
 
 
 class NoSiteError(RewriteError):
@@ -39,7 +38,24 @@ class NoSiteError(RewriteError):
 
 
 class NothingToPruneError(NoSiteError):
-    """Attention was found, but none of it runs over tokens that could become fewer: nothing is lost by leaving it alone."""
+    """Attention was found, but none of it runs over tokens that could become fewer; leaving it alone loses nothing."""
+
+
+class LeftAloneError(NoSiteError):
+    """Only text of a language model could be pruned, which is left alone unless ``towers`` asks for it.
+
+    Attributes:
+        refusals: Why each block was not pruned.
+    """
+
+    def __init__(self, message: str, refusals: Sequence[RefusalReport] = ()) -> None:
+        super().__init__(message)
+        self.refusals = tuple(refusals)
+
+    @property
+    def by_policy(self) -> bool:
+        """Whether every block was left alone by choice: each of them could be pruned."""
+        return bool(self.refusals) and all(refusal.by_policy for refusal in self.refusals)
 
 
 class PlanError(MadtpError):
@@ -55,7 +71,7 @@ class CheckpointError(MadtpError):
 
 
 class CalibrationError(MadtpError):
-    """The asked reduction cannot be reached; the message says what can."""
+    """The reduction that was asked for cannot be reached; the message says what can."""
 
 
 class UnknownModelError(MadtpError, KeyError):

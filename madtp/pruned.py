@@ -125,7 +125,7 @@ class PrunedModel(nn.Module):
         if not path and apart is None:
             object.__setattr__(self, "_whole", programs)
             return programs
-        notes = Notes(self.report.notes)
+        notes = Notes(self.report)
         self._regions[path] = programs
         programs.module.__dict__["forward"] = (
             Region(programs, self._control, notes, written)
@@ -154,7 +154,7 @@ class PrunedModel(nn.Module):
         if self._whole is None:
             return nullcontext
         blocks = {site.name.partition("#")[0] for site in self.report.sites}
-        return functools.partial(watching, self._host, blocks, self._control, Notes(self.report.notes), method)
+        return functools.partial(watching, self._host, blocks, self._control, Notes(self.report), method)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; arguments and return type are the original's."""
@@ -169,7 +169,7 @@ class PrunedModel(nn.Module):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
             )
-        Notes(self.report.notes).add(f"calls that run unpruned: {MANY_WAYS}")
+        Notes(self.report).add(f"calls that run unpruned: {MANY_WAYS}")
         self._control.begin()
         return self._host(*args, **kwargs)
 

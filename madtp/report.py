@@ -1,4 +1,4 @@
-"""The report of a rewrite: what was found, where tokens are pruned, what is left alone and why.
+"""The report of a rewrite: what was found, where tokens are pruned, which blocks are not and why.
 
 Start at :class:`RewriteReport`; ``str()`` of it is a table.
 """
@@ -15,8 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """A pruning site. block_kind: norm placement and attention ("pre-norm self", "post-norm self"). tokens: in the
-    example. segments: modalities that are pruned, each by itself, in a stream that several share."""
+    """A site: a block behind whose attention tokens are pruned.
+
+    Attributes:
+        name: Module path of the block; a block that runs twice has a second site, named ``block#2``.
+        modality: ``"image"``, ``"text"``, ``"joint"`` or ``"query"``.
+        block_kind: Placement of the norm and kind of attention: ``"pre-norm self"`` or ``"post-norm self"``.
+        layer: Number of the block in its stream, from 0.
+        width: Number of channels C of the stream.
+        tokens: Number of tokens N in front of the first site, on the example inputs.
+        protected: Constant positions that always survive; negative ones count from the end.
+        segments: Modalities that are pruned, each by itself, in a stream that several share.
+    """
 
     name: str
     modality: str
@@ -30,7 +40,15 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """An attention sublayer that was found. kind: "self" or "cross". stream, source: streams of queries and keys."""
+    """An attention sublayer that was found.
+
+    Attributes:
+        path: Module path.
+        kind: ``"self"`` or ``"cross"``.
+        norm: ``"pre"`` or ``"post"``.
+        stream: Index of the stream that its queries come from.
+        source: Index of the stream that its keys come from; None if that is not a stream.
+    """
 
     path: str
     kind: str
@@ -41,8 +59,16 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class StreamReport:
-    """A residual stream. readouts: where its tokens are read, in words. segments: modalities of a stream that several
-    share, in the order of its tokens."""
+    """A residual stream: the chain of residual states of one token sequence.
+
+    Attributes:
+        index: Number of the stream in the report.
+        modality: ``"image"``, ``"text"``, ``"joint"`` or ``"query"``.
+        width: Number of channels C.
+        special: Positions of learned tokens, such as the class token and registers.
+        readouts: Where its tokens are read, in words.
+        segments: Modalities of a stream that several share, in the order of its tokens.
+    """
 
     index: int
     modality: str
@@ -54,8 +80,16 @@ class StreamReport:
 
 @dataclass(frozen=True)
 class RefusalReport:
-    """A block that is left alone: module path, graph node, reason, and what would help. by_policy: it could be pruned, but
-    should not be unasked, as the text of a language model."""
+    """A block that is not pruned.
+
+    Attributes:
+        block: Module path.
+        node: Node of the graph; empty where a whole submodule is refused.
+        reason: What stands in the way.
+        help: What would help.
+        by_policy: Whether it could be pruned, but is not unless the configuration asks for it, as the text of a
+            language model.
+    """
 
     block: str
     node: str
@@ -64,14 +98,41 @@ class RefusalReport:
     by_policy: bool = False
 
 
+@dataclass(frozen=True)
+class UnprunedCalls:
+    """Calls that run as the original's; ``str()`` is a remark for :attr:`RewriteReport.notes`.
+
+    Attributes:
+        called: Path of the module that is called, the name of the model's class, or the name of a method.
+        reason: Why no program serves these calls.
+    """
+
+    called: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"calls of {self.called} that run unpruned: {self.reason}"
+
+
 @dataclass
 class RewriteReport:
     """What :func:`madtp.rewrite` found and did.
 
-    pooling: module paths of attention that condenses tokens (into a class token or latents): it reads what is pruned and needs
-    no site. capture: "whole", or "regions" where only the submodules named in ``regions`` are rewritten. network: streams and
-    blocks as a networkx DiGraph. apart: the regions whose calls are taken apart into images. notes: remarks, such as on later
-    calls that run unpruned.
+    Attributes:
+        model: Name of the model's class.
+        capture: ``"whole"``, or ``"regions"`` where only some submodules are rewritten.
+        sites: Where tokens are pruned.
+        refusals: Blocks that are not pruned, and why.
+        blocks: All attention sublayers that were found.
+        streams: All residual streams that were found.
+        network: Streams and blocks as a directed graph: which stream feeds which block, which block which stream.
+        seconds: Duration of the rewrite.
+        regions: Module paths of the submodules that are rewritten; empty if the whole model is.
+        apart: Those of the regions whose images are computed one by one.
+        pooling: Module paths of attention that condenses tokens into a class token or latents. It reads what is pruned
+            and needs no site.
+        notes: Remarks, such as on later calls that run unpruned.
+        unpruned: The calls that run unpruned, as data; each is a remark in ``notes``, too.
     """
 
     model: str
@@ -86,6 +147,7 @@ class RewriteReport:
     apart: tuple[str, ...] = ()
     pooling: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    unpruned: list[UnprunedCalls] = field(default_factory=list)
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -1,7 +1,8 @@
-"""The pipeline, read top to bottom: capture -> canonicalise -> detect -> plan -> insert -> lift -> compile.
+"""The pipeline for one region: capture -> canonicalise -> detect -> plan -> insert -> lower.
 
-Start at :func:`build`. It makes one :class:`~madtp.programs.program.Program` for one call signature; ``madtp/api.py`` calls it
-for the first one, the pruned model for further ones.
+Start at :func:`rewrite_region`, which calls the stages one after the other and makes one
+:class:`~madtp.programs.program.Program` for one kind of call. ``rewrite.py`` calls it for the first program of each region
+and verifies the results; ``assembly.py`` calls it for programs that later calls need.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from madtp.calls.call import Call
-from madtp.calls.objects import CannotOpen, opened
-from madtp.calls.per_image import each_image
+from madtp.calls.copies import share
 from madtp.config import PruningConfig
-from madtp.errors import CaptureError, MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
+from madtp.errors import (
+    CaptureError,
+    LeftAloneError,
+    MadtpError,
+    NoSiteError,
+    NothingToPruneError,
+    PlanError,
+    RewriteError,
+)
 from madtp.programs.program import Program, compile_graph
 from madtp.sites.additions import PREFIX
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import Capture, capture
-from rewriters.capture.rowwise_op import call_back
-from rewriters.capture.scope import WHOLE, Region
+from rewriters.capture.rowwise_op import call_rowwise_modules
+from rewriters.capture.scope import Region
 from rewriters.detect.streams import detect
 from rewriters.detect.structure import Structure
 from rewriters.graph.nodes import AxisError, module_path
@@ -34,112 +42,125 @@ from rewriters.insert.workspace import Insertion, InsertRefusal
 from rewriters.lower.lift import lift
 from rewriters.lower.pricing import cost_table
 from rewriters.plan.plan import Plan, Refusal, make_plan
-from rewriters.plan.policy import PREDICTED
+from rewriters.plan.policy import Policy
+from rewriters.request import Request
 
 CONSTANTS = f"{PREFIX}.constants"
-NOTHING = Plan((), (), 1, 1, "interleaved")
+EMPTY_PLAN = Plan(sites=(), refusals=(), alignment_width=1, images=1, image_order="interleaved")
 
 
-@dataclass
-class Rewritten:
-    """A program with the plan it follows and the structure that was found."""
+@dataclass(frozen=True)
+class RewrittenRegion:
+    """A region that prunes its tokens.
 
+    Attributes:
+        region: Where it lies in the model.
+        call: The call that it was captured from.
+        program: What runs instead of it.
+        plan: Where the program prunes.
+        structure: The streams and blocks that were found.
+        inner: Regions inside it that can prune by themselves: they hold streams of their own, or can be told the image
+            positions. They serve where the host calls them directly, or where the region runs as the original.
+    """
+
+    region: Region
+    call: Call
     program: Program
     plan: Plan
     structure: Structure
-    region: Region = WHOLE
+    inner: tuple[Region, ...] = ()
 
-    def left_unpruned(self, sites: Collection[str], module: nn.Module) -> list[str]:
-        """Of some sites those that are not pruned though the call runs their blocks.
+    def unpruned_sites(self, sites: Collection[str], module: nn.Module) -> list[str]:
+        """Those of ``sites`` that the program does not prune although it runs their blocks.
 
         Args:
-            sites: names; "block#2" is where another call runs a block again, which is no loss in one that runs it once.
-            module: what the region is; of a site that is named after no module of it, it is not known whether it runs.
+            sites: Names of sites. ``block#2`` is where another call runs a block again, which is no loss in a call that
+                runs it once.
+            module: The module of the region. A site that is not named after a module in it counts as run.
         """
-        kept = {site.name for site in self.plan.sites}
+        planned = {site.name for site in self.plan.sites}
         ran = {self.region.inside(module_path(node)) for node in self.program.graph.nodes}
-        known = {self.region.inside(path) for path, _ in module.named_modules()}
+        modules = {self.region.inside(path) for path, _ in module.named_modules()}
 
         def runs(site: str) -> bool:
-            block, _, again = site.partition("#")
-            if block in known and not any(path == block or path.startswith(f"{block}.") for path in ran):
+            block, _, repetition = site.partition("#")
+            if block in modules and not any(path == block or path.startswith(f"{block}.") for path in ran):
                 return False
-            return not (again and block in kept)
+            return not (repetition and block in planned)
 
-        return sorted(site for site in sites if site not in kept and runs(site))
+        return sorted(site for site in sites if site not in planned and runs(site))
 
 
-def build(
-    model: nn.Module,
-    call: Call,
-    config: PruningConfig,
-    *,
-    region: Region = WHOLE,
-    serial: int = 0,
-    only: Collection[str] | None = None,
-    plan: Plan | None = None,
-) -> Rewritten:
-    """Rewrite ``model`` for calls like ``call``.
+def rewrite_region(request: Request) -> RewrittenRegion:
+    """Rewrite a module for calls like ``request.call``.
+
+    Raises:
+        CaptureError: The module cannot be traced.
+        ExampleInputsError: The module rejects the call.
+        RewriteError: The graph cannot be followed; :class:`NoSiteError` where nothing in it can be pruned.
+    """
+    opened = request.opened()
+    captured = capture(opened.model, opened.call, opened.region)
+    with _blaming(opened.model):
+        canonicalise(captured.graph)
+        structure = detect(captured.graph)
+        plan = choose_plan(opened, structure, captured)
+        insertion, plan = insert_what_works(captured.graph, plan)
+        if not plan.sites and request.existing_sites is None:
+            raise _no_site(opened.model, structure, plan)
+        program = lower(insertion, captured, opened)
+    return RewrittenRegion(request.region, request.call, program, plan, structure)
+
+
+def continue_region(request: Request, marked: Mapping[str, MarkedAxes]) -> Program:
+    """The program for calls that read a key/value cache which a pruned call filled.
+
+    It prunes nothing, and hides the tokens that were dropped then.
 
     Args:
-        region: what ``model`` is of the whole model; sites and modules are named from there.
-        serial: number of the program, keeps the names of its constants apart.
-        only: names of the sites that exist already (a further signature adds none).
-        plan: an edited plan to follow instead of a new one.
+        request: As for :func:`rewrite_region`.
+        marked: Tensors of the cache that may lack tokens, by path in the object that holds them.
+
     Raises:
-        CaptureError, ExampleInputsError: from the capture.
-        NoSiteError: nothing could be pruned.
+        CaptureError: The module cannot be traced.
+        ExampleInputsError: The module rejects the call.
+        RewriteError: Something else than attention reads the cache.
     """
-    model, call = open_all(model, call, region=region)
-    captured = capture(model, call, region)
-    with _blamed_on(model):
-        return _rewrite(model, call, config, captured, region, serial, only, plan)
-
-
-def build_continuation(
-    model: nn.Module, call: Call, marked: Mapping[str, MarkedAxes], *, region: Region = WHOLE, serial: int = 0
-) -> Program:
-    """The program for calls that read what an earlier, pruned call has kept: nothing is pruned, what was dropped stays hidden.
-
-    Args:
-        marked: kept tensors that may lack tokens, by path in the object that holds them.
-    Raises:
-        CaptureError, ExampleInputsError: from the capture. RewriteError: what was kept is read by more than attention.
-    """
-    model, call = open_all(model, call, region=region)
-    captured = capture(model, call, region)
-    with _blamed_on(model):
+    opened = request.opened()
+    captured = capture(opened.model, opened.call, opened.region)
+    with _blaming(opened.model):
         canonicalise(captured.graph)
         try:
             assert captured.returned is not None
-            hide_dead(captured.graph, call, captured.returned, marked)
+            hide_dead(captured.graph, opened.call, captured.returned, marked)
         except AxisError as error:
             raise RewriteError(
-                f"{type(model).__name__} goes on from pruned tokens in a way that is not followed: {error}."
+                f"{type(opened.model).__name__} goes on from pruned tokens in a way that is not followed: {error}."
             ) from error
-        return _compiled(Insertion(captured.graph, NOTHING), model, captured, region, serial)
+        return lower(Insertion(captured.graph, EMPTY_PLAN), captured, opened)
 
 
-def open_all(
-    model: nn.Module, call: Call, sizes: Collection[str] = (), region: Region = WHOLE
-) -> tuple[nn.Module, Call]:
-    """A model and a call of it with objects that later calls read again opened as their tensors and ``sizes``; the model takes
-    a batch of images if the region is taken apart.
+def price_dense(model: nn.Module, call: Call) -> float:
+    """Multiply-accumulates per sample of an unmodified model.
 
     Raises:
-        CaptureError: an object cannot be opened.
+        CaptureError: The model cannot be traced, or its cost depends on values of its inputs.
     """
+    request = Request(model, call, PruningConfig()).opened()
+    captured = capture(request.model, request.call)
     try:
-        call = call.opened(sizes)
-    except CannotOpen as error:
+        canonicalise(captured.graph)
+        table = cost_table(Insertion(captured.graph, EMPTY_PLAN), captured)
+        return sum(table.price(request.call.flat()[0], {}, False).values())
+    except (AxisError, TypeError) as error:
         raise CaptureError(
-            f"{type(model).__name__} was called with an object that cannot be taken apart: {error}; leave it out of the call."
+            f"the cost of {type(request.model).__name__} depends on the values of its inputs: {error}"
         ) from error
-    return each_image(opened(model, call.form, sizes), region.apart), call
 
 
 @contextmanager
-def _blamed_on(model: nn.Module) -> Iterator[None]:
+def _blaming(model: nn.Module) -> Iterator[None]:
+    """Whatever goes wrong inside the block becomes an error that names the model."""
     try:
         yield
     except MadtpError:
@@ -156,92 +177,33 @@ def _blamed_on(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _rewrite(
-    model: nn.Module,
-    call: Call,
-    config: PruningConfig,
-    captured: Capture,
-    region: Region,
-    serial: int,
-    only: Collection[str] | None,
-    plan: Plan | None,
-) -> Rewritten:
-    canonicalise(captured.graph)
-    structure = detect(captured.graph)
-    if plan is None:
-        plan = make_plan(structure, config, call.flat()[0], _with_constants(model, captured)).under(region)
-    _check_plan(plan, captured.graph, region)
-    if only is not None:
-        plan = plan.without([s.name for s in plan.sites if s.name not in only], ())
-    done, plan = _insert_what_works(captured.graph, plan)
-    if not plan.sites and only is None:
-        raise _no_site(model, structure, plan)
-    return Rewritten(_compiled(done, model, captured, region, serial), plan, structure, region)
-
-
-def _compiled(done: Insertion, model: nn.Module, captured: Capture, region: Region, serial: int) -> Program:
-    """The program of a finished graph."""
-    table = cost_table(done, captured).under(region.inside, PREFIX)
-    constants = _place_constants(done.graph, captured, serial)
-    call_back(done.graph)
-    lift(done.graph, model)
-    _name_from_root(done.graph, region)
-    forward = compile_graph(done.graph, str(serial))
-    return Program(
-        done.graph,
-        forward,
-        captured.out_spec,
-        captured.dynamic,
-        table,
-        constants,
-        captured.returned,
-        done.marked,
-        captured.limits,
-        captured.example.sizes(),
-    )
-
-
-def _name_from_root(graph: fx.Graph, region: Region) -> None:
-    """Name the modules and parameters of a region by their place in the whole model, on which its program runs."""
-    for node in graph.nodes:
-        if node.op in ("get_attr", "call_module") and str(node.target).split(".")[0] != PREFIX:
-            node.target = region.inside(str(node.target))
-
-
-def price_dense(model: nn.Module, call: Call) -> float:
-    """Multiply-accumulates per sample of an unmodified model.
+def choose_plan(request: Request, structure: Structure, captured: Capture) -> Plan:
+    """The plan to follow: the one that was handed in, or a new one, without sites that would have to be added.
 
     Raises:
-        CaptureError: also where they depend on values of its inputs.
+        PlanError: The plan that was handed in does not belong to this graph.
     """
-    model, call = open_all(model, call)
-    captured = capture(model, call)
-    try:
-        canonicalise(captured.graph)
-        done = Insertion(captured.graph, NOTHING)
-        return sum(cost_table(done, captured).price(call.flat()[0], {}, False).values())
-    except (AxisError, TypeError) as error:
-        raise CaptureError(
-            f"the cost of {type(model).__name__} depends on the values of its inputs: {error}"
-        ) from error
+    region, plan = request.region, request.plan
+    if plan is None:
+        model = _with_constants(request.model, captured)
+        plan = make_plan(structure, request.config, request.call.flat()[0], model).under(region)
+    _require_fit(plan, captured.graph, region)
+    if request.existing_sites is not None:
+        plan = plan.without([s.name for s in plan.sites if s.name not in request.existing_sites], ())
+    return plan
 
 
 def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
-    """The model with the capture's own constants beside its parameters, for evaluating parts of the graph."""
-    from madtp.calls.copies import share
-
+    """The model with the constants of the capture beside its parameters, for evaluating parts of the graph."""
     root = share(model)
     root.__dict__.update(captured.constants)
     return root
 
 
-def _check_plan(plan: Plan, graph: fx.Graph, region: Region) -> None:
-    present = {n.name: n for n in graph.nodes}
+def _require_fit(plan: Plan, graph: fx.Graph, region: Region) -> None:
+    present = {node.name: node for node in graph.nodes}
     for site in plan.sites:
-        readouts = (name.partition("+")[0] for name in site.readouts)
-        parts = (part.node for part in site.parts)
-        masks = () if site.mask is None else (site.mask,)
-        for name in (site.attention, site.block_input, site.value, *readouts, *parts, *masks):
+        for name in site.node_names():
             if name not in present:
                 raise PlanError(
                     f"the plan's site {site.name!r} names the node {name!r}, which this model's graph does not have. A plan "
@@ -255,8 +217,8 @@ def _check_plan(plan: Plan, graph: fx.Graph, region: Region) -> None:
             )
 
 
-def _insert_what_works(graph: fx.Graph, plan: Plan) -> tuple[Insertion, Plan]:
-    """Insert; where a node refuses, give up the sites whose tokens reach it, and try again on a fresh copy."""
+def insert_what_works(graph: fx.Graph, plan: Plan) -> tuple[Insertion, Plan]:
+    """Insert the sites of ``plan``; where a node refuses, give up those whose tokens reach it and start afresh."""
     while True:
         fresh = _copy(graph)
         try:
@@ -289,6 +251,35 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return fresh
 
 
+def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
+    """The program of a finished graph: priced, with calls of the host's own modules, compiled to a Python function."""
+    graph, region = insertion.graph, request.region
+    table = cost_table(insertion, captured).under(region.inside, PREFIX)
+    constants = _place_constants(graph, captured, request.serial)
+    call_rowwise_modules(graph)
+    lift(graph, request.model)
+    _name_from_root(graph, region)
+    return Program(
+        graph=graph,
+        forward=compile_graph(graph, str(request.serial)),
+        out_spec=captured.out_spec,
+        dynamic=captured.dynamic,
+        cost=table,
+        constants=constants,
+        returned=captured.returned,
+        marked=insertion.marked,
+        limits=captured.limits,
+        given=captured.example.sizes(),
+    )
+
+
+def _name_from_root(graph: fx.Graph, region: Region) -> None:
+    """Name the modules and parameters of a region by their place in the whole model, on which its program runs."""
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and str(node.target).split(".")[0] != PREFIX:
+            node.target = region.inside(str(node.target))
+
+
 def _place_constants(graph: fx.Graph, captured: Capture, serial: int) -> dict[str, Tensor]:
     placed: dict[str, Tensor] = {}
     for node in graph.nodes:
@@ -311,7 +302,7 @@ def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
             "tokens; pass such a model, or its transformer submodule."
         )
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
-    error = NoSiteError(f"{head}. Refused: " + " | ".join(sorted(reasons)[:8]))
-    error.left_alone = any(r.by_policy and r.reason == PREDICTED for r in plan.refusals)
-    error.by_policy = error.left_alone and all(r.by_policy for r in plan.refusals)
-    return error
+    message = f"{head}. Refused: " + " | ".join(sorted(reasons)[:8])
+    if any(r.policy is Policy.LANGUAGE_MODEL for r in plan.refusals):
+        return LeftAloneError(message, [r.report() for r in plan.refusals])
+    return NoSiteError(message)

@@ -1,8 +1,8 @@
-"""Regions: rewrite the submodules of a model that does not export whole, or whose Python has to stay in charge.
+"""Regions: which submodules of a model are rewritten where it does not export whole, or where Python stays in charge.
 
-Start at :func:`build_all`. The whole model is tried first, but for one with a ``generate`` method, which calls its
-submodules as it likes. Otherwise the model is run once, and the walk goes down its module tree to the largest
-submodules that export as they were called there, and that hold transformer blocks.
+Start at :func:`rewrite_regions`. The whole model is tried first, but for one with a ``generate`` method, which calls its
+submodules as it likes. Otherwise the model is run once, and a walk goes down its module tree to the largest submodules
+that export as they were called there, and that hold transformer blocks.
 """
 
 from __future__ import annotations
@@ -15,184 +15,178 @@ from types import MappingProxyType
 from torch import nn
 
 from madtp.calls.call import Call
-from madtp.config import PruningConfig
 from madtp.errors import (
     CaptureError,
     ExampleInputsError,
+    LeftAloneError,
     MadtpError,
     NoSiteError,
     NothingToPruneError,
     PlanError,
     RewriteError,
 )
-from rewriters.capture.per_image import apart_of, refusal
-from rewriters.capture.recording import Recorded, Recording, record
+from rewriters.capture.per_image import per_image_call, why_not_per_image
+from rewriters.capture.recording import RecordedCall, record
 from rewriters.capture.scope import WHOLE, Region
-from rewriters.pipeline import Rewritten, build
-from rewriters.plan.plan import Plan, Refusal, joined
+from rewriters.pipeline import RewrittenRegion, rewrite_region
+from rewriters.plan.plan import Plan, Refusal, SitePlan, joined
+from rewriters.plan.policy import Policy
+from rewriters.request import Request
 
-ATTEMPTS = 40
+MOST_ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.
-OF_ONE_CLASS = 2
+MOST_FAILURES_OF_A_CLASS = 2
 STATE = "a {} holds what later calls read again, so tokens dropped now would be missed then"
-ONE = "give it one image a call, or prune other parts only"
-WITHOUT = "call it without the cache (an argument like use_cache=False), or prune other parts only"
+ONE_IMAGE = "give it one image a call, or prune other parts only"
+WITHOUT_CACHE = "call it without the cache (an argument like use_cache=False), or prune other parts only"
+SEE_REASON = "see the reason"
+REPORT = "please report the model"
 
 
 @dataclass
-class Part:
-    """One rewritten part of a model, with the call it was captured from.
+class RewrittenRegions:
+    """All rewritten regions of a model: the model itself, or submodules of it.
 
-    inner: regions in it that hold streams of their own, or can be told of the tokens that others write. They serve when the
-    host calls them by themselves, or when the part runs as the original does.
+    A model whose images are computed one by one is a region like others, at the path of the whole.
+
+    Attributes:
+        regions: The rewritten regions.
+        refusals: Of submodules that are not rewritten.
     """
 
-    rewritten: Rewritten
-    call: Call
-    inner: tuple[Region, ...] = ()
-
-    @property
-    def region(self) -> Region:
-        """Where it lies."""
-        return self.rewritten.region
-
-
-@dataclass
-class Parts:
-    """All rewritten parts of a model: itself, or regions of it. refusals: of submodules that are left alone.
-
-    A model whose calls are taken apart into images is a region like others, at the path of the whole.
-    """
-
-    parts: list[Part]
+    regions: list[RewrittenRegion]
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
-        """Whether the one part is the model itself, as it is called."""
-        return [p.region for p in self.parts] == [WHOLE]
+        """Whether the one region is the model itself, as it is called."""
+        return [r.region for r in self.regions] == [WHOLE]
 
     @property
     def plan(self) -> Plan:
-        """The plans of all parts as one."""
-        plan = joined([p.rewritten.plan for p in self.parts])
-        return plan.without((), self.refusals)
+        """The plans of all regions as one."""
+        return joined([r.plan for r in self.regions]).without((), self.refusals)
 
 
-def build_all(
-    host: nn.Module,
-    call: Call,
-    config: PruningConfig,
-    plan: Plan | None = None,
-    wrong: Mapping[str, str] = MappingProxyType({}),
-) -> Parts:
-    """Rewrite ``host`` as a whole or by regions.
+def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxyType({})) -> RewrittenRegions:
+    """Rewrite a model as a whole or by regions.
 
     Args:
-        wrong: regions (the whole model is "") that failed a check, with the reason; what lies below them is tried.
+        request: Of the whole model.
+        rejected: Paths of regions (the whole model is ``""``) that failed a check, with the reason; what lies below them
+            is tried.
+
     Raises:
-        MadtpError: as :func:`rewriters.pipeline.build`, where neither works.
+        MadtpError: As :func:`rewriters.pipeline.rewrite_region`, where neither works.
     """
-    regions: Parts | None = None
-    if callable(getattr(host, "generate", None)):
-        regions = _by_regions(host, call, config, plan, wrong)
-        if regions.parts:
-            return regions
-    failure: MadtpError = RewriteError(wrong.get("", ""))
-    if "" not in wrong:
+    model = request.model
+    by_region: RewrittenRegions | None = None
+    if callable(getattr(model, "generate", None)):
+        by_region = _submodules(request, rejected)
+        if by_region.regions:
+            return by_region
+    failure: MadtpError = RewriteError(rejected.get("", ""))
+    if "" not in rejected:
         try:
-            return Parts([Part(build(host, call, config, plan=plan), call)])
+            return RewrittenRegions([rewrite_region(request)])
         except (CaptureError, RewriteError, PlanError) as error:
             failure = error
-    if regions is None:
-        regions = _by_regions(host, call, config, plan, wrong)
-    if not regions.parts and "" not in wrong:
-        regions = _of_images(host, call, config, plan, regions)
-    if not regions.parts:
-        raise _neither(failure, regions) from failure.__cause__
-    if "" in wrong:
-        regions.refusals.insert(0, Refusal(type(host).__name__, "", wrong[""], "please report the model"))
-    return regions
+    if by_region is None:
+        by_region = _submodules(request, rejected)
+    if not by_region.regions and "" not in rejected:
+        by_region = _per_image(request, by_region)
+    if not by_region.regions:
+        raise _neither(type(model).__name__, failure, by_region.refusals) from failure.__cause__
+    if "" in rejected:
+        by_region.refusals.insert(0, Refusal(type(model).__name__, "", rejected[""], REPORT))
+    return by_region
 
 
-def _of_images(host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None, regions: Parts) -> Parts:
-    """The whole model as a region whose calls are taken apart into images; ``regions`` with the reason where it cannot be."""
+def _per_image(request: Request, by_region: RewrittenRegions) -> RewrittenRegions:
+    """The whole model as a region whose images are computed one by one; ``by_region``, with the reason, if it cannot be."""
+    model, name = request.model, type(request.model).__name__
     try:
-        found = apart_of(host, call)
+        found = per_image_call(model, request.call)
     except RewriteError as error:
-        return Parts([], [*regions.refusals, Refusal(type(host).__name__, "", refusal(host, error), ONE)])
+        refusal = Refusal(name, "", why_not_per_image(model, error), ONE_IMAGE)
+        return RewrittenRegions([], [*by_region.refusals, refusal])
     if found is None:
-        return regions
-    region = replace(WHOLE, apart=found.apart)
+        return by_region
+    region = replace(WHOLE, per_image=found.per_image)
     try:
-        return Parts([Part(build(host, found.call, config, region=region, plan=plan), found.call)])
+        return RewrittenRegions([rewrite_region(replace(request, call=found.call, region=region))])
     except (CaptureError, ExampleInputsError, RewriteError, PlanError) as error:
-        reason = Refusal(type(host).__name__, "", str(error), "see the reason", by_policy=error.left_alone)
-        return Parts([], [*regions.refusals, reason])
+        refusal = Refusal(name, "", str(error), SEE_REASON, _policy_of(error))
+        return RewrittenRegions([], [*by_region.refusals, refusal])
 
 
-def _neither(error: MadtpError, found: Parts) -> MadtpError:
-    reasons = [f"{r.block}: {r.reason}" for r in found.refusals]
-    if not reasons:
-        return error
-    both = type(error)(f"{error} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}")
-    both.left_alone = any(r.by_policy for r in found.refusals)
-    return both
+def _policy_of(error: MadtpError) -> Policy | None:
+    return Policy.LANGUAGE_MODEL if isinstance(error, LeftAloneError) else None
 
 
-def _by_regions(
-    host: nn.Module, call: Call, config: PruningConfig, plan: Plan | None, wrong: Mapping[str, str]
-) -> Parts:
-    walk = _Walk(host, record(host, call), config, plan, wrong)
-    walk.down("", host)
-    if plan is not None and walk.parts:
-        lost = {s.name for s in plan.sites} - {s.name for p in walk.parts for s in p.rewritten.plan.sites}
+def _neither(model: str, failure: MadtpError, refusals: list[Refusal]) -> MadtpError:
+    """The error where the model can be rewritten neither as a whole (``failure``) nor by regions."""
+    if not refusals:
+        return failure
+    reasons = [f"{r.block}: {r.reason}" for r in refusals]
+    message = f"{failure} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}"
+    if any(r.policy is not None for r in refusals):
+        return LeftAloneError(message, [r.report() for r in (Refusal(model, "", str(failure), SEE_REASON), *refusals)])
+    return NoSiteError(message) if isinstance(failure, LeftAloneError) else type(failure)(message)
+
+
+def _submodules(request: Request, rejected: Mapping[str, str]) -> RewrittenRegions:
+    walk = _Walk(request, rejected)
+    walk.down("", request.model)
+    plan = request.plan
+    if plan is not None and walk.regions:
+        lost = {s.name for s in plan.sites} - {s.name for r in walk.regions for s in r.plan.sites}
         if lost:
             raise PlanError(
                 f"the plan has {len(lost)} sites that no region of this model holds ({sorted(lost)[0]}, ...); start from the "
                 "plan of a fresh rewrite."
             )
-    return Parts(walk.parts, walk.refusals)
+    return RewrittenRegions(walk.regions, walk.refusals)
 
 
-def towers(module: nn.Module, plan: Plan, path: str = "") -> Iterator[str]:
+def single_modality_towers(module: nn.Module, plan: Plan, path: str = "") -> Iterator[str]:
     """Paths of the largest submodules that hold all sites of their streams, which are of one modality."""
     for name, child in module.named_children():
         place = f"{path}.{name}" if path else name
         sites = plan.of(Region(place)).sites
-        others = {site.stream for site in plan.sites if site not in sites}
-        apart = others.isdisjoint(site.stream for site in sites) and not any(site.segments for site in sites)
-        if sites and apart and len({site.modality for site in sites}) == 1:
+        complete = _holds_whole_streams(plan, place) and not any(site.segments for site in sites)
+        if sites and complete and len({site.modality for site in sites}) == 1:
             yield place
         elif sites:
-            yield from towers(child, plan, place)
+            yield from single_modality_towers(child, plan, place)
 
 
-def region_at(host: nn.Module, call: Call, path: str) -> Region:
-    """The submodule at ``path`` as a region, as ``host`` calls it in ``call``.
+def _holds_whole_streams(plan: Plan, path: str) -> bool:
+    """Whether no stream has sites both in the module at ``path`` and outside of it."""
+    inside = Region(path).holds
+    streams = [{site.stream for site in plan.sites if inside(site.name) is there} for there in (True, False)]
+    return streams[0].isdisjoint(streams[1])
+
+
+def region_at(model: nn.Module, call: Call, path: str) -> Region:
+    """The submodule at ``path`` as a region, as ``model`` calls it in ``call``.
 
     Raises:
-        RewriteError: it does not.
+        RewriteError: The model does not call it.
     """
-    recorded = record(host, call).calls.get(path)
+    recorded = record(model, call).calls.get(path)
     if recorded is None:
         raise RewriteError(f"the example call does not call {path}, so it is not known what reads its results.")
-    return Region(path, recorded.modalities, tuple(sorted(recorded.read)))
+    return Region(path, modalities=recorded.modalities, read_positions=tuple(sorted(recorded.read_positions)))
 
 
 class _Walk:
-    """The walk down a module tree."""
+    """A walk down a module tree that rewrites what it can."""
 
-    def __init__(
-        self,
-        host: nn.Module,
-        recording: Recording,
-        config: PruningConfig,
-        plan: Plan | None,
-        wrong: Mapping[str, str],
-    ) -> None:
-        self.host, self.recording, self.config, self.plan, self.wrong = host, recording, config, plan, wrong
-        self.parts: list[Part] = []
+    def __init__(self, request: Request, rejected: Mapping[str, str]) -> None:
+        self.request, self.rejected = request, rejected
+        self.recording = record(request.model, request.call)
+        self.regions: list[RewrittenRegion] = []
         self.refusals: list[Refusal] = []
         self.attempts = 0
         self.failures: Counter[type[nn.Module]] = Counter()
@@ -202,7 +196,7 @@ class _Walk:
         """Make regions of the children of ``module``, or of theirs."""
         for name, child in module.named_children():
             place = f"{path}.{name}" if path else name
-            if id(child) in self.seen or not self._worth_trying(place, child):
+            if id(child) in self.seen or not self._may_hold_sites(place, child):
                 continue
             self.seen.add(id(child))
             recorded = self.recording.calls.get(place)
@@ -211,89 +205,94 @@ class _Walk:
                 continue
             self._choose(place, child, recorded)
 
-    def _choose(self, path: str, module: nn.Module, recorded: Recorded) -> None:
+    def _choose(self, path: str, module: nn.Module, recorded: RecordedCall) -> None:
         """Make a region of ``module``, or of its children where they have more sites together."""
-        parts, refusals = len(self.parts), len(self.refusals)
-        found = self._try(path, module, recorded)
-        if found is None:
+        regions, refusals = len(self.regions), len(self.refusals)
+        result = self._try(path, module, recorded)
+        if result is None:
             return
-        if isinstance(found, Part) and not found.rewritten.plan.refusals:
-            self.parts.append(found)
+        if isinstance(result, RewrittenRegion) and not result.plan.refusals:
+            self.regions.append(result)
             return
         self.down(path, module)
-        below = sum(len(part.rewritten.plan.sites) for part in self.parts[parts:])
-        own = len(found.rewritten.plan.sites) if isinstance(found, Part) else 0
+        below = sum(len(region.plan.sites) for region in self.regions[regions:])
+        own = len(result.plan.sites) if isinstance(result, RewrittenRegion) else 0
         if below > own:
             return
-        del self.parts[parts:], self.refusals[refusals:]
-        if isinstance(found, Part):
-            self.parts.append(found)
+        del self.regions[regions:], self.refusals[refusals:]
+        if isinstance(result, RewrittenRegion):
+            self.regions.append(result)
         else:
-            self.refusals.append(found)
+            self.refusals.append(result)
 
-    def _worth_trying(self, path: str, module: nn.Module) -> bool:
+    def _may_hold_sites(self, path: str, module: nn.Module) -> bool:
         recorded = self.recording.calls.get(path)
         if recorded is None:
             return any(True for _ in module.children())
         # In a region with one attention no other one would see fewer tokens.
         if recorded.attentions < 2:
             return False
-        return self.plan is None or bool(self.plan.of(Region(path)).sites)
+        return self.request.plan is None or bool(self.request.plan.of(Region(path)).sites)
 
-    def _try(self, path: str, module: nn.Module, recorded: Recorded) -> Part | Refusal | None:
+    def _try(self, path: str, module: nn.Module, recorded: RecordedCall) -> RewrittenRegion | Refusal | None:
         """Rewrite one module, or say why not; None where there is nothing to prune in it."""
-        if path in self.wrong:
-            return Refusal(path, "", self.wrong[path], "please report the model")
+        if path in self.rejected:
+            return Refusal(path, "", self.rejected[path], REPORT)
         if recorded.state is not None:
-            return Refusal(path, "", STATE.format(recorded.state), WITHOUT)
-        if self.attempts >= ATTEMPTS or self.failures[type(module)] >= OF_ONE_CLASS:
+            return Refusal(path, "", STATE.format(recorded.state), WITHOUT_CACHE)
+        if self.attempts >= MOST_ATTEMPTS or self.failures[type(module)] >= MOST_FAILURES_OF_A_CLASS:
             return Refusal(path, "", "others like it could not be captured", "rewrite it by itself")
         region, call = recorded.region(path), recorded.call
-        if recorded.written is not None:
-            call = call.with_written(recorded.written[1])
+        if recorded.image_positions is not None:
+            call = call.with_written(recorded.image_positions.positions)
         self.attempts += 1
-        found = self._build(path, module, region, call)
-        if isinstance(found, Part) or (found is not None and found.by_policy):
-            return found
+        result = self._rewrite(module, region, call)
+        if isinstance(result, RewrittenRegion) or (result is not None and result.policy is not None):
+            return result
         try:
-            apart = apart_of(module, recorded.call)
+            found = per_image_call(module, recorded.call)
         except RewriteError as error:
-            return Refusal(path, "", refusal(module, error), ONE)
-        if apart is None:
-            return found
-        return self._build(path, module, replace(region, apart=apart.apart), apart.call)
+            return Refusal(path, "", why_not_per_image(module, error), ONE_IMAGE)
+        if found is None:
+            return result
+        return self._rewrite(module, replace(region, per_image=found.per_image), found.call)
 
-    def _build(self, path: str, module: nn.Module, region: Region, call: Call) -> Part | Refusal | None:
+    def _rewrite(self, module: nn.Module, region: Region, call: Call) -> RewrittenRegion | Refusal | None:
+        plan = None if self.request.plan is None else self.request.plan.of(region)
+        request = replace(self.request, model=module, call=call, region=region, serial=len(self.regions), plan=plan)
+        path = region.path
         try:
-            rewritten = build(
-                module, call, self.config, region=region, serial=len(self.parts), plan=self._plan_of(region)
-            )
+            rewritten = rewrite_region(request)
         except NothingToPruneError:
             return None
         except NoSiteError as error:
-            return Refusal(path, "", str(error), "see the reason", by_policy=error.left_alone)
+            return Refusal(path, "", str(error), SEE_REASON, _policy_of(error))
         except (CaptureError, ExampleInputsError) as error:
             self.failures[type(module)] += 1
             return Refusal(path, "", str(error), "an exportable module")
         except (RewriteError, PlanError) as error:
-            return Refusal(path, "", str(error), "please report the model")
-        return Part(rewritten, call, tuple(self._inner(path, module, rewritten.plan)))
+            return Refusal(path, "", str(error), REPORT)
+        return replace(rewritten, inner=tuple(self._inner(path, module, rewritten.plan)))
 
     def _inner(self, path: str, module: nn.Module, plan: Plan) -> Iterator[Region]:
-        """The largest submodules that hold whole streams beside others, of one modality or told which token is of which."""
+        """The largest submodules that hold some of the streams, and all of these.
+
+        Their streams are of one modality, or the image positions in them are known.
+        """
         for name, child in module.named_children():
             place = f"{path}.{name}" if path else name
             recorded, sites = self.recording.calls.get(place), plan.of(Region(place)).sites
             if not sites:
                 continue
-            others = {site.stream for site in plan.sites if site not in sites}
-            apart = others and others.isdisjoint(site.stream for site in sites)
-            known = recorded is not None and recorded.state is None and recorded.attentions > 1
-            told = recorded is not None and recorded.written is not None
-            if recorded is not None and known and apart and (told or not any(site.segments for site in sites)):
+            some = len(sites) < len(plan.sites) and _holds_whole_streams(plan, place)
+            if recorded is not None and some and _serves_alone(recorded, sites):
                 yield recorded.region(place)
             else:
                 yield from self._inner(place, child, plan)
 
-    def _plan_of(self, region: Region) -> Plan | None:
-        return None if self.plan is None else self.plan.of(region)
+
+def _serves_alone(recorded: RecordedCall, sites: tuple[SitePlan, ...]) -> bool:
+    """Whether a module that is called like this can prune at ``sites`` by itself."""
+    if recorded.state is not None or recorded.attentions < 2:
+        return False
+    return recorded.image_positions is not None or not any(site.segments for site in sites)

@@ -1,13 +1,14 @@
-"""What was found, for people."""
+"""The report of a rewrite, for people.
+
+Start at :func:`report_of`.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import networkx as nx
 from torch import nn
 
-from madtp.report import BlockReport, RefusalReport, RewriteReport, SiteReport, StreamReport
+from madtp.report import BlockReport, RewriteReport, SiteReport, StreamReport
 from rewriters.axes.readouts import (
     BatchReadout,
     ConcatenationReadout,
@@ -22,62 +23,90 @@ from rewriters.axes.readouts import (
     Readout,
     RestReadout,
 )
+from rewriters.detect.structure import Sublayer
 from rewriters.graph.nodes import example_shape, module_path
-from rewriters.regions import Part, Parts
+from rewriters.pipeline import RewrittenRegion
+from rewriters.regions import RewrittenRegions
 
-PREDICTED = (
+KEEPS_LAST = (
     "a language model read at every position: the last token of each sample is kept, predictions at dropped positions come "
     "from the last state these had; PruningConfig(towers=('image',)) leaves text alone"
 )
 
 
-def _report(model: nn.Module, found: Parts) -> RewriteReport:
-    whole = RewriteReport(type(model).__name__, "whole" if found.whole else "regions", [], [], [], [])
-    whole.network = nx.DiGraph()
-    whole.refusals.extend(RefusalReport(r.block, r.node, r.reason, r.help, r.by_policy) for r in found.plan.refusals)
-    if not found.whole:
-        whole.regions = tuple(part.region.path for part in found.parts)
-        whole.apart = tuple(part.region.path for part in found.parts if part.region.apart is not None)
-    for part in found.parts:
-        _report_part(whole, part)
-    if any(site.keeps_last for site in found.plan.sites):
-        whole.notes.append(PREDICTED)
-    return whole
+def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
+    """What was found in a model and done to it."""
+    plan = rewritten.plan
+    report = RewriteReport(
+        model=type(model).__name__,
+        capture="whole" if rewritten.whole else "regions",
+        sites=[],
+        refusals=[refusal.report() for refusal in plan.refusals],
+        blocks=[],
+        streams=[],
+        network=nx.DiGraph(),
+    )
+    if not rewritten.whole:
+        report.regions = tuple(r.region.path for r in rewritten.regions)
+        report.apart = tuple(r.region.path for r in rewritten.regions if r.region.per_image is not None)
+    for region in rewritten.regions:
+        add_region(report, region)
+    if any(site.keeps_last for site in plan.sites):
+        report.notes.append(KEEPS_LAST)
+    return report
 
 
-def _report_part(report: RewriteReport, part: Part) -> None:
-    """Add a part to the report; its streams are numbered after those of the parts before it."""
-
-    structure, region = part.rewritten.structure, part.region
+def add_region(report: RewriteReport, rewritten: RewrittenRegion) -> None:
+    """Add a region to the report; its streams are numbered after those of the regions before it."""
+    structure, region = rewritten.structure, rewritten.region
     first = len(report.streams)
-    tokens = {s.attention.name: s for s in structure.sublayers}
-    for s in part.rewritten.plan.sites:
-        kind = f"{s.norm}-norm self"
-        count = _tokens(tokens[s.attention])
-        segments = tuple(p.modality for p in s.segments if p.pruned)
-        report.sites.append(SiteReport(s.name, s.modality, kind, s.layer, s.width, count, s.protected, segments))
+    sublayers = {s.attention.name: s for s in structure.sublayers}
+    for site in rewritten.plan.sites:
+        report.sites.append(
+            SiteReport(
+                name=site.name,
+                modality=site.modality,
+                block_kind=f"{site.norm}-norm self",
+                layer=site.layer,
+                width=site.width,
+                tokens=token_count(sublayers[site.attention]),
+                protected=site.protected,
+                segments=tuple(s.modality for s in site.segments if s.pruned),
+            )
+        )
     for block in structure.sublayers:
-        source = None if block.source is None else first + block.source
-        path = region.inside(block.path)
-        report.blocks.append(BlockReport(path, block.kind, block.norm, first + block.stream, source))
+        report.blocks.append(
+            BlockReport(
+                path=region.inside(block.path),
+                kind=block.kind,
+                norm=block.norm,
+                stream=first + block.stream,
+                source=None if block.source is None else first + block.source,
+            )
+        )
     report.pooling += tuple(region.inside(module_path(node) or node.name) for node in structure.pooling)
     for stream in structure.streams:
-        readouts = tuple(
-            dict.fromkeys(_words(r) for r in stream.flow.readouts.values() if not isinstance(r, LengthReadout))
-        )
-        segments = () if stream.layout is None else stream.layout.segments
+        readouts = [r for r in stream.flow.readouts.values() if not isinstance(r, LengthReadout)]
         report.streams.append(
-            StreamReport(first + stream.index, stream.modality, stream.width, stream.special, readouts, segments)
+            StreamReport(
+                index=first + stream.index,
+                modality=stream.modality,
+                width=stream.width,
+                special=stream.special,
+                readouts=tuple(dict.fromkeys(map(describe, readouts))),
+                segments=() if stream.layout is None else stream.layout.segments,
+            )
         )
     report.network = nx.compose(report.network, structure.network(region.inside, first))
 
 
-def _tokens(sublayer: Any) -> int:
-
+def token_count(sublayer: Sublayer) -> int:
+    """Tokens in a sublayer's stream on the example inputs."""
     return example_shape(sublayer.value)[sublayer.token_dim]
 
 
-def _words(readout: Readout) -> str:
+def describe(readout: Readout) -> str:
+    """Which tokens a readout reads, in words."""
     match readout:
         case PositionReadout(position=position):
             return f"token {position}"

@@ -27,6 +27,7 @@ from madtp.cost.counting import Counter
 from madtp.errors import ContinuationError, ExampleInputsError, MadtpError, NothingToPruneError
 from madtp.programs.cache import BRANCHES, MANY_WAYS, Programs, StandIn
 from madtp.programs.program import Program
+from madtp.report import RewriteReport, UnprunedCalls
 from madtp.sites.control import PruningControl
 
 log = logging.getLogger("madtp")
@@ -34,26 +35,24 @@ FAILURES = 3
 REMEMBERED = 256
 
 
-def of_calls(what: str) -> str:
-    """How remarks begin that calls of a module (its path or name) or of a method run unpruned."""
-    return f"calls of {what} that run unpruned: "
-
-
 class Notes:
-    """Remarks about calls, each logged once and kept for the report."""
+    """Remarks about calls, each logged once and kept in the report."""
 
-    def __init__(self, kept: list[str]) -> None:
-        self.kept = kept
+    def __init__(self, report: RewriteReport) -> None:
+        self.report = report
 
     def add(self, text: str) -> None:
         """Log ``text`` unless it was said before."""
-        if text not in self.kept:
-            self.kept.append(text)
+        if text not in self.report.notes:
+            self.report.notes.append(text)
             log.warning("%s", text)
 
     def unpruned(self, what: str, reason: str) -> None:
         """Say that calls of a module or a method run unpruned, and why."""
-        self.add(of_calls(what) + reason)
+        calls = UnprunedCalls(what, reason)
+        if calls not in self.report.unpruned:
+            self.report.unpruned.append(calls)
+        self.add(str(calls))
 
 
 @contextmanager

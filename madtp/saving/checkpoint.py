@@ -174,7 +174,8 @@ def _rewrite_as(
 ) -> PrunedModel:
     """Rewrite with the saved sites, which an edited plan may have chosen."""
     from madtp.api import example_call, rewrite
-    from rewriters.regions import build_all
+    from rewriters.regions import rewrite_regions
+    from rewriters.request import Request
 
     pruned = rewrite(host, inputs, config=config)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
@@ -187,7 +188,7 @@ def _rewrite_as(
             f"{folder} prunes at {len(missing)} sites that this model does not have ({shorten(missing)}); pass the model "
             "that was saved, and example_inputs of the same kind."
         )
-    plan = build_all(share(host), example_call(host, inputs), config).plan
+    plan = rewrite_regions(Request(share(host), example_call(host, inputs), config)).plan
     kept = []
     for site in plan.sites:
         if site.name in wanted:

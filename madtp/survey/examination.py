@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import madtp
 from madtp.calls.compare import drawing_alike, rounds_alike
-from madtp.errors import CaptureError, MadtpError, NoSiteError
+from madtp.errors import CaptureError, LeftAloneError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
 from madtp.survey.attentions import Attentions, traits
@@ -69,8 +69,9 @@ def _examine(record: Record, build: Build) -> Record:
 
 def _refused(record: Record, error: MadtpError, attentions: int, seconds: float) -> Record:
     outcome = "refused" if attentions or not isinstance(error, NoSiteError) else "no transformer"
-    outcome = "left alone" if error.by_policy else outcome
-    refusal = Refusal("", f"{type(error).__name__}: {error}", by_policy=error.by_policy)
+    by_policy = isinstance(error, LeftAloneError) and error.by_policy
+    outcome = "left alone" if by_policy else outcome
+    refusal = Refusal("", f"{type(error).__name__}: {error}", by_policy=by_policy)
     return replace(record, outcome=outcome, refusals=(refusal,), rewrite_seconds=seconds)
 
 

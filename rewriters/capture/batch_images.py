@@ -1,4 +1,7 @@
-"""Rewriters.capture.batch_images."""
+"""From the graph of one image to the graph of a batch of images; start at :func:`batched`.
+
+``batch_rules.py`` says how each operation is written for several images; an operation without a rule is refused.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,16 @@ from rewriters.graph.nodes import AxisError, op_name
 
 
 def batched(graph: fx.Graph, images: Collection[fx.Node], examples: Sequence[Tensor]) -> fx.Graph:
-    """The graph that does for a batch of images what ``graph`` does for one. Outputs are stacked.
+    """The graph that does for a batch of images what ``graph`` does for one; its outputs are stacked.
 
     Args:
-        images: placeholders of ``graph`` that hold one image. examples: what they are for the example's batch, in their order.
-    Raises:
-        AxisError: an operation has no rule.
-    """
+        graph: The graph for one image.
+        images: Placeholders of ``graph`` that hold the image.
+        examples: Their values for the example's batch, in the order of ``images``.
 
+    Raises:
+        AxisError: An operation has no rule.
+    """
     functional(graph)
     work = Batching(fx.Graph(), _mode(graph))
     for node in graph.nodes:
@@ -33,12 +38,12 @@ def batched(graph: fx.Graph, images: Collection[fx.Node], examples: Sequence[Ten
             work.graph.output(tuple(_stacked(work, leaf) for leaf in node.args[0])).meta = dict(node.meta)
         elif node in images:
             _image(work, node, examples[list(images).index(node)])
-        elif not any(n in work.many for n in node.all_input_nodes):
+        elif not any(n in work.batched for n in node.all_input_nodes):
             work.env[node] = new = work.graph.node_copy(node, lambda n: work.env[n])
             new.meta = dict(node.meta)
         elif node.users or has_effect(node):
             work.env[node] = new = rule_of(work, node)(work, node)
-            work.many.add(node)
+            work.batched.add(node)
             _check(work, node, new)
     return work.graph
 
@@ -65,8 +70,8 @@ def _image(work: Batching, node: fx.Node, example: Tensor) -> None:
         sizes = (work.batch.meta["val"], *example.shape[1:])
         new.meta["val"] = torch.empty(sizes, dtype=example.dtype, device=example.device)
     work.env[node] = new
-    work.many.add(node)
-    work.env[node] = work.settled(new, node)
+    work.batched.add(node)
+    work.env[node] = work.compact(new, node)
 
 
 def _stacked(work: Batching, leaf: Any) -> Any:
@@ -74,8 +79,8 @@ def _stacked(work: Batching, leaf: Any) -> Any:
     if not isinstance(leaf, fx.Node):
         return leaf
     work.like = leaf
-    if leaf in work.many:
-        return work.whole(leaf)
+    if leaf in work.batched:
+        return work.in_front(leaf)
     if not isinstance(leaf.meta.get("val"), Tensor):
         return work.env[leaf]
     alone = work.emit(aten.unsqueeze.default, work.env[leaf], 0)

@@ -1,4 +1,4 @@
-"""How each operation on one image is written for several; start at :func:`rule_of`.
+"""How each operation on one image is written for several images; start at :func:`rule_of`.
 
 Sizes and dimensions in the arguments are those of one image. ``lead`` is 1 where the batch stands in the place of the
 first dimension, so dimension d of one image is dimension d + 1 - lead of several.
@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, fx
 
 from rewriters.capture import batch_shapes as shapes
-from rewriters.capture.batching import Batching, Rule, Shape, aten
-from rewriters.graph.nodes import AxisError, call_argument, op_name
+from rewriters.capture.batching import Batching, Rule, Shape, aten, operand_list
+from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
+from rewriters.graph.op_sets import NATIVE_NORMS, RESHAPES, SPLITS
 
 # Work on the last dimensions of their first operand, whatever stands in front.
 LAST = frozenset("linear embedding".split())
-NORMS = frozenset("layer_norm rms_norm native_layer_norm _fused_rms_norm".split())
 POINTWISE = frozenset(
     "to _to_copy clone contiguous detach alias dropout type_as zeros_like ones_like full_like masked_fill where "
     "lift_fresh_copy alpha_dropout rand_like".split()
 )
-VIEWS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as".split())
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-# Take dimensions: position and name of the argument, and what it is if left out (None: there has to be one).
+# Take dimensions: position and name of the argument, and its default (None: there has to be one).
 DIMS: dict[str, tuple[int, str, Any]] = {
     "softmax": (1, "dim", None),
     "_softmax": (1, "dim", None),
@@ -50,7 +49,6 @@ DIMS: dict[str, tuple[int, str, Any]] = {
     "argmax": (1, "dim", None),
     "repeat_interleave": (2, "dim", None),
 }
-SPLITS = frozenset("split split_with_sizes chunk".split())
 REDUCTIONS = frozenset("sum mean amax amin".split())
 
 
@@ -75,49 +73,47 @@ def rule_of(work: Batching, node: fx.Node) -> Rule:
 def _pointwise(work: Batching, node: fx.Node) -> fx.Node:
     count = len(work.shape(node).rest)
     args = fx.map_arg(node.args, lambda n: work.trailing(n, count))
-    return work.emit(node.target, *args, **work.old(node.kwargs))
+    return work.emit(node.target, *args, **work.mapped(node.kwargs))
 
 
 def _last(work: Batching, node: fx.Node) -> fx.Node:
-    first: Any = node.args[0] if op_name(node) != "embedding" else node.args[1]
-    _only(work, node, first)
-    return work.emit(node.target, *work.old(node.args), **work.old(node.kwargs))
+    _only(work, node, operand(node, 1 if op_name(node) == "embedding" else 0))
+    return work.emit(node.target, *work.mapped(node.args), **work.mapped(node.kwargs))
 
 
 def _norm(work: Batching, node: fx.Node) -> fx.Node:
-    first: Any = node.args[0]
     sizes: Any = node.args[1]
-    if len(sizes) > len(work.shape(first).rest):
+    if len(sizes) > len(work.shape(operand(node)).rest):
         raise AxisError(f"{op_name(node)} works on all dimensions of an image")
     return _last(work, node)
 
 
-def _only(work: Batching, node: fx.Node, operand: Any) -> None:
+def _only(work: Batching, node: fx.Node, only: fx.Node) -> None:
     """Refuse an operation of which any other operand depends on the image."""
-    if any(n in work.many and n is not operand for n in node.all_input_nodes):
+    if any(n in work.batched and n is not only for n in node.all_input_nodes):
         raise AxisError(f"{op_name(node)} takes a parameter that depends on the image")
 
 
 def _view(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
-    if source not in work.many or isinstance(node.args[-1], torch.dtype):
+    source = operand(node)
+    if source not in work.batched or isinstance(node.args[-1], torch.dtype):
         raise AxisError(f"{op_name(node)} takes more than a shape")
     return shapes.regroup(work, node)
 
 
 def _part(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
+    source = operand(node)
     if op_name(source) in SPLITS and len(source.meta["val"]) == 1:
-        return work.env[source.args[0]]
+        return work.env[operand(source)]
     new = work.emit(operator.getitem, work.env[source], node.args[1])
-    return work.settled(new, node) if source in work.full else new
+    return work.compact(new, node) if source in work.tuples_in_front else new
 
 
 def _along(work: Batching, node: fx.Node) -> fx.Node:
     """An operation along given dimensions of its first operand."""
     place, keyword, default = DIMS[op_name(node)]
     dims = call_argument(node, place, keyword, default)
-    source: Any = node.args[0]
+    source = operand(node)
     _only(work, node, source)
     rank = len(work.shape(source).sizes)
     if dims is None or (isinstance(dims, (list, tuple)) and not dims):
@@ -129,12 +125,12 @@ def _along(work: Batching, node: fx.Node) -> fx.Node:
     if op_name(node) == "select" and places == [0] and work.shape(source).rest == work.shape(node).rest:
         return work.env[source]
     whole = not work.shape(source).lead or 0 in places
-    operand = work.whole(source) if whole else work.env[source]
+    first = work.in_front(source) if whole else work.env[source]
     moved: Any = [d + 1 if whole else d for d in places]
     moved = moved if several else moved[0]
-    args = [work.old(a) for a in node.args]
-    kwargs = {k: work.old(v) for k, v in node.kwargs.items() if k != keyword}
-    args[0] = operand
+    args = [work.mapped(a) for a in node.args]
+    kwargs = {k: work.mapped(v) for k, v in node.kwargs.items() if k != keyword}
+    args[0] = first
     if len(args) > place:
         args[place] = moved
     elif op_name(node) == "unbind":
@@ -145,8 +141,8 @@ def _along(work: Batching, node: fx.Node) -> fx.Node:
     if not whole:
         return new
     if isinstance(new.meta["val"], Tensor):
-        return work.settled(new, node)
-    work.full.add(node)
+        return work.compact(new, node)
+    work.tuples_in_front.add(node)
     return new
 
 
@@ -156,91 +152,91 @@ def _with_dims(target: Any) -> Any:
 
 
 def _cat(work: Batching, node: fx.Node) -> fx.Node:
-    operands: Any = node.args[0]
+    operands = operand_list(node)
     rank = len(work.shape(node).sizes)
     dim = call_argument(node, 1, "dim", 0) % rank
     if len(operands) == 1:
         return work.env[operands[0]]
     if dim and work.shape(node).lead:
         return work.emit(aten.cat.default, [_in_place(work, n) for n in operands], dim)
-    whole = [_filled(work, n) for n in operands]
-    return work.settled(work.emit(aten.cat.default, whole, dim + 1), node)
+    whole = [_repeated(work, n) for n in operands]
+    return work.compact(work.emit(aten.cat.default, whole, dim + 1), node)
 
 
 def _stack(work: Batching, node: fx.Node) -> fx.Node:
-    operands: Any = node.args[0]
+    operands = operand_list(node)
     dim = call_argument(node, 1, "dim", 0) % len(work.shape(node).sizes)
-    whole = [_filled(work, n) for n in operands]
-    return work.settled(work.emit(aten.stack.default, whole, dim + 1), node)
+    whole = [_repeated(work, n) for n in operands]
+    return work.compact(work.emit(aten.stack.default, whole, dim + 1), node)
 
 
-def _filled(work: Batching, node: fx.Node) -> fx.Node:
+def _repeated(work: Batching, node: fx.Node) -> fx.Node:
     """An operand with the batch in front, repeated for every image if it depends on none."""
-    if node in work.many:
-        return work.whole(node)
+    if node in work.batched:
+        return work.in_front(node)
     alone = work.emit(aten.unsqueeze.default, work.env[node], 0)
     return work.emit(aten.expand.default, alone, [work.batch, *work.shape(node).sizes])
 
 
 def _matmul(work: Batching, node: fx.Node) -> fx.Node:
     after = work.shape(node)
-    operands: list[Any] = list(node.args[:2])
+    operands = [operand(node, 0), operand(node, 1)]
     if any(len(work.shape(n).sizes) < 2 for n in operands):
         raise AxisError(f"{op_name(node)} multiplies a vector")
-    narrow = len(after.sizes) == 2 and any(n in work.many and work.shape(n).lead for n in operands)
+    narrow = len(after.sizes) == 2 and any(n in work.batched and work.shape(n).lead for n in operands)
     if narrow or (after.lead and len(after.sizes) == 2):
-        whole = [work.whole(n) if n in work.many else work.env[n] for n in operands]
-        return work.settled(work.emit(aten.matmul.default, *whole), node)
+        whole = [work.in_front(n) if n in work.batched else work.env[n] for n in operands]
+        return work.compact(work.emit(aten.matmul.default, *whole), node)
     return work.emit(aten.matmul.default, *(work.trailing(n, len(after.rest)) for n in operands))
 
 
 def _einsum(work: Batching, node: fx.Node) -> fx.Node:
     equation: Any = node.args[0]
-    operands: Any = node.args[1]
+    operands = operand_list(node, 1)
     if "." in equation or "->" not in equation:
         raise AxisError(f"einsum of the form {equation} for several images at once")
     letter = next(c for c in "zyxwvutsrq" if c not in equation)
     inputs, output = equation.replace(" ", "").split("->")
-    named = [letter + part if n in work.many else part for part, n in zip(inputs.split(","), operands, strict=True)]
-    whole = [work.whole(n) if n in work.many else work.env[n] for n in operands]
-    return work.settled(work.emit(aten.einsum.default, f"{','.join(named)}->{letter}{output}", whole), node)
+    named = [letter + part if n in work.batched else part for part, n in zip(inputs.split(","), operands, strict=True)]
+    whole = [work.in_front(n) if n in work.batched else work.env[n] for n in operands]
+    return work.compact(work.emit(aten.einsum.default, f"{','.join(named)}->{letter}{output}", whole), node)
 
 
 def _convolution(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
+    source = operand(node)
     _only(work, node, source)
     shape, after = work.shape(source), work.shape(node)
     if len(shape.sizes) == CONVOLUTIONS[op_name(node)] + 1:
-        return _on(work, node, work.whole(source), after.sizes, after)
+        return _on(work, node, work.in_front(source), after.sizes, after)
     if shape.lead:
-        return work.emit(node.target, *work.old(node.args), **work.old(node.kwargs))
+        return work.emit(node.target, *work.mapped(node.args), **work.mapped(node.kwargs))
     folded = work.emit(aten.reshape.default, work.env[source], [-1, *shape.sizes[1:]])
     return _on(work, node, folded, after.sizes, after)
 
 
-def _on(work: Batching, node: fx.Node, operand: fx.Node, sizes: tuple[int, ...], after: Shape) -> fx.Node:
+def _on(work: Batching, node: fx.Node, first: fx.Node, sizes: tuple[int, ...], after: Shape) -> fx.Node:
     """The operation on another first operand, its result brought into shape."""
-    new = work.emit(node.target, operand, *work.old(node.args[1:]), **work.old(node.kwargs))
+    new = work.emit(node.target, first, *work.mapped(node.args[1:]), **work.mapped(node.kwargs))
     return work.reshaped(new, after.rest) if len(new.meta["val"].shape) != len(after.rest) + 1 or sizes[0] != 1 else new
 
 
 def _attention(work: Batching, node: fx.Node) -> fx.Node:
     after = work.shape(node)
-    tensors: list[Any] = list(node.args[:3])
+    tensors = [operand(node, position) for position in range(3)]
     mask = call_argument(node, 3, "attn_mask", None)
     if len(after.sizes) not in (3, 4):
         raise AxisError("attention over several images at once, of tensors of other than 3 or 4 dimensions")
     folds = len(after.sizes) == 4 and not after.lead
-    if isinstance(mask, fx.Node) and mask in work.many:
+    if isinstance(mask, fx.Node) and mask in work.batched:
         raise AxisError("attention whose mask depends on the image")
     parts: list[fx.Node] = []
     for n in tensors:
-        new = _filled(work, n) if len(after.sizes) == 3 or folds else _in_place(work, n)
+        new = _repeated(work, n) if len(after.sizes) == 3 or folds else _in_place(work, n)
         parts.append(work.emit(aten.reshape.default, new, [-1, *work.shape(n).sizes[1:]]) if folds else new)
-    args = [*parts, *work.old(node.args[3:])]
-    kwargs = dict(work.old(node.kwargs))
+    args = [*parts, *work.mapped(node.args[3:])]
+    kwargs = dict(work.mapped(node.kwargs))
     if folds and isinstance(mask, fx.Node) and len(work.shape(mask).sizes) == 4 and not work.shape(mask).lead:
-        wide = work.emit(aten.reshape.default, _filled(work, mask), [-1, *work.shape(mask).sizes[1:]])
+        wide = work.emit(aten.reshape.default, _repeated(work, mask), [-1, *work.shape(mask).sizes[1:]])
         if len(node.args) > 3:
             args[3] = wide
         else:
@@ -248,18 +244,18 @@ def _attention(work: Batching, node: fx.Node) -> fx.Node:
     new = work.emit(node.target, *args, **kwargs)
     if folds:
         return work.reshaped(new, after.rest)
-    return work.settled(new, node) if len(after.sizes) == 3 else new
+    return work.compact(new, node) if len(after.sizes) == 3 else new
 
 
 def _in_place(work: Batching, node: fx.Node) -> fx.Node:
     """An operand that begins with a dimension of size 1, with the batch in its place."""
-    if node in work.many:
+    if node in work.batched:
         return work.env[node]
     return work.emit(aten.expand.default, work.env[node], [work.batch, *work.shape(node).sizes[1:]])
 
 
 def _index(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
+    source = operand(node)
     indices: Any = node.args[1]
     _only(work, node, source)
     given = [at for at, index in enumerate(indices) if index is not None]
@@ -270,48 +266,49 @@ def _index(work: Batching, node: fx.Node) -> fx.Node:
     new = [None if i is None else work.env[i] for i in indices]
     if work.shape(source).lead and given[0] > 0:
         return work.emit(aten.index.Tensor, work.env[source], new)
-    return work.settled(work.emit(aten.index.Tensor, work.whole(source), [None, *new]), node)
+    return work.compact(work.emit(aten.index.Tensor, work.in_front(source), [None, *new]), node)
 
 
 def _pad(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
+    source = operand(node)
     pads: Any = node.args[1]
     inside = len(pads) // 2 <= len(work.shape(source).rest)
-    operand = work.env[source] if inside else work.whole(source)
-    new = work.emit(node.target, operand, *work.old(node.args[1:]), **work.old(node.kwargs))
-    return new if inside else work.settled(new, node)
+    first = work.env[source] if inside else work.in_front(source)
+    new = work.emit(node.target, first, *work.mapped(node.args[1:]), **work.mapped(node.kwargs))
+    return new if inside else work.compact(new, node)
 
 
 def _interpolate(work: Batching, node: fx.Node) -> fx.Node:
-    source: Any = node.args[0]
+    source = operand(node)
     if not work.shape(source).lead:
         raise AxisError(f"{op_name(node)} of several tensors of one image")
-    return work.emit(node.target, *work.old(node.args), **work.old(node.kwargs))
+    return work.emit(node.target, *work.mapped(node.args), **work.mapped(node.kwargs))
 
 
 def _made(work: Batching, node: fx.Node) -> fx.Node:
-    """A tensor of a given shape; of its first operand only type and device count."""
-    source: Any = node.args[0]
+    """A tensor of a given shape; only type and device of its first operand count."""
+    source = operand(node)
     _only(work, node, source)
     sizes = [work.batch, *work.shape(node).rest]
-    return work.emit(node.target, work.env[source], sizes, *work.old(node.args[2:]), **work.old(node.kwargs))
+    return work.emit(node.target, work.env[source], sizes, *work.mapped(node.args[2:]), **work.mapped(node.kwargs))
 
 
 def _added(work: Batching, node: fx.Node) -> fx.Node:
-    """Rows that are added to, or put in the place of, rows at known places."""
-    base, dim, places, rows = node.args
-    if places in work.many:
+    """Rows that are added to rows at known places, or replace them."""
+    base, places, rows = (operand(node, position) for position in (0, 2, 3))
+    dim: Any = node.args[1]
+    if places in work.batched:
         raise AxisError(f"{op_name(node)} at places that depend on the image")
-    dim = dim % len(work.shape(node).sizes) + 1  # type: ignore[operator]
-    operands = [_filled(work, n) for n in (base, rows)]  # type: ignore[arg-type]
-    new = work.emit(node.target, operands[0], dim, work.env[places], operands[1], **work.old(node.kwargs))  # type: ignore[index]
-    return work.settled(new, node)
+    operands = [_repeated(work, n) for n in (base, rows)]
+    whole_dim = dim % len(work.shape(node).sizes) + 1
+    new = work.emit(node.target, operands[0], whole_dim, work.env[places], operands[1], **work.mapped(node.kwargs))
+    return work.compact(new, node)
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(LAST, _last),
-    **dict.fromkeys(NORMS, _norm),
-    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys(NATIVE_NORMS, _norm),
+    **dict.fromkeys(RESHAPES, _view),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(("permute", "t", "numpy_T", "movedim"), shapes.permute),
     **dict.fromkeys(("transpose", "swapaxes"), shapes.transpose),

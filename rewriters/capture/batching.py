@@ -1,8 +1,7 @@
-"""Batching: from the graph of one image to the graph of several, one image after the other along a new first dimension.
+"""The graph of several images under construction: where the batch dimension goes, and new nodes with their shapes.
 
-Start at :func:`batched`. Every tensor that depends on the image gets the batch in front, ``[B, *shape]``; one that begins
-with a dimension of size 1, as a batch of one image does, gets it in that place, ``[B, *shape[1:]]``. How an operation has
-to be written for that says the table in ``batch_rules.py``; an operation without a rule is a refusal.
+Start at :class:`Batching`. Every tensor that depends on the image gets the batch in front, ``[B, *shape]``. One that begins
+with a dimension of size 1, as a batch of one image does, gets the batch in that place, ``[B, *shape[1:]]``.
 """
 
 from __future__ import annotations
@@ -25,7 +24,11 @@ Rule = Callable[["Batching", fx.Node], fx.Node]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape ``sizes`` that a tensor has for one image, and where the batch goes."""
+    """The shape of a tensor for one image, and where the batch goes.
+
+    Attributes:
+        sizes: The shape.
+    """
 
     sizes: tuple[int, ...]
 
@@ -41,13 +44,23 @@ class Shape:
 
 
 class Batching:
-    """The graph under construction. env: new nodes by those of one image. many: old nodes that depend on the image."""
+    """The graph under construction.
+
+    Attributes:
+        graph: The new graph.
+        mode: Computes the shapes of new nodes.
+        env: New nodes, by nodes of the graph for one image.
+        batched: Nodes of the old graph that depend on the image.
+        tuples_in_front: Those of them that yield several tensors, each with the batch in front of all its dimensions.
+        batch: The node that holds the number of images.
+        like: The old node that is being written; new nodes get its module path.
+    """
 
     def __init__(self, graph: fx.Graph, mode: FakeTensorMode) -> None:
         self.graph, self.mode = graph, mode
         self.env: dict[fx.Node, fx.Node] = {}
-        self.many: set[fx.Node] = set()
-        self.full: set[fx.Node] = set()
+        self.batched: set[fx.Node] = set()
+        self.tuples_in_front: set[fx.Node] = set()
         self.batch: fx.Node | None = None
         self.like: fx.Node | None = None
 
@@ -55,7 +68,7 @@ class Batching:
         """The shape of a tensor of one image.
 
         Raises:
-            AxisError: it is no tensor, or its sizes are not known.
+            AxisError: It is not a tensor, or its sizes are not known.
         """
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape):
@@ -76,21 +89,21 @@ class Batching:
             raise AxisError(f"{op_name(node)} does not work on several images: {error}") from error
         return node
 
-    def whole(self, node: fx.Node) -> fx.Node:
-        """A tensor of many images with the batch in front of all its dimensions."""
+    def in_front(self, node: fx.Node) -> fx.Node:
+        """A tensor of several images with the batch in front of all its dimensions."""
         new = self.env[node]
         return self.emit(aten.unsqueeze.default, new, 1) if self.shape(node).lead else new
 
-    def settled(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        """What :meth:`whole` undoes: the batch in the place of a first dimension of size 1."""
+    def compact(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        """The inverse of :meth:`in_front`: the batch takes the place of a first dimension of size 1."""
         return self.emit(aten.squeeze.dim, new, 1) if self.shape(node).lead else new
 
     def trailing(self, node: Any, count: int) -> Any:
-        """An operand with ``count`` dimensions behind the batch, for broadcasting; what depends on no image as it is."""
+        """An operand with ``count`` dimensions behind the batch, for broadcasting; unchanged if it depends on no image."""
         if not isinstance(node, fx.Node):
             return node
         new = self.env[node]
-        if node in self.many:
+        if node in self.batched:
             for _ in range(count - len(self.shape(node).rest)):
                 new = self.emit(aten.unsqueeze.default, new, 1)
         return new
@@ -99,6 +112,13 @@ class Batching:
         """``[B, *shape]``."""
         return self.emit(aten.reshape.default, new, [self.batch, *shape])
 
-    def old(self, value: Any) -> Any:
-        """Arguments of an old node with the new nodes in their places."""
+    def mapped(self, value: Any) -> Any:
+        """Arguments of an old node, with new nodes in place of old ones."""
         return fx.map_arg(value, lambda n: self.env[n])
+
+
+def operand_list(node: fx.Node, position: int = 0) -> list[fx.Node]:
+    """The argument of ``node`` at ``position``, which is a list of nodes."""
+    values = node.args[position]
+    assert isinstance(values, (list, tuple)), f"argument {position} of {node.name} is not a list"
+    return [value for value in values if isinstance(value, fx.Node)]

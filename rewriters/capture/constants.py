@@ -1,7 +1,7 @@
-"""Known values: what a model computes from constants of the call is computed while it is traced, not written into the graph.
+"""Constant folding: what a model computes from constants of the call is computed at once, not written into the graph.
 
-Start at :class:`Knowing`. Lengths that Python reads from such values (``.tolist()``), the tables and indices that it makes of
-them, become constants of the program.
+Start at :class:`FoldingConstants`. Lengths that Python reads from such values (``.tolist()``), and the tables and indices
+that it makes of them, become constants of the program.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 MAKERS = frozenset({torch.arange, torch.tensor, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye})
 
 
-class Knowing(TorchFunctionMode):
-    """While it is active, functions of plain tensors and numbers give plain tensors; what is traced is of other types."""
+class FoldingConstants(TorchFunctionMode):
+    """While it is active, functions of plain tensors and numbers give plain tensors; traced tensors are of other types."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -35,7 +35,7 @@ class Knowing(TorchFunctionMode):
 
 
 def _by_number(index: Any) -> Any:
-    """An index in which masks of known values are the numbers of what they select."""
+    """An index in which each mask of known values is replaced by the positions that it selects."""
     parts: list[Any] = []
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, Tensor) and _is_plain(part) and part.dtype == torch.bool:

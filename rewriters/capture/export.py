@@ -1,4 +1,4 @@
-"""Capture: from a live module and example inputs to a plain torch.fx graph.
+"""From a live module and example inputs to a plain torch.fx graph.
 
 Start at :func:`capture`. The model is traced by ``torch.export`` (non-strict) with the batch and the length of integer
 inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes
@@ -28,43 +28,70 @@ from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.image_positions import WRITTEN
 from madtp.calls.objects import Returned, returned_by
-from madtp.calls.per_image import Apart, computing_one
+from madtp.calls.per_image import computing_one
 from madtp.calls.size_limits import Limits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
-from rewriters.capture.constants import Knowing
+from rewriters.capture.constants import FoldingConstants
 from rewriters.capture.inline import inline_bodies
-from rewriters.capture.python_branches import Answering, Answers, decide
-from rewriters.capture.restore import untouched
+from rewriters.capture.python_branches import Answers, ReplayingAnswers, record_answers
+from rewriters.capture.restore import preserved_attributes
 from rewriters.capture.rowwise import find_rowwise, sorts
-from rewriters.capture.rowwise_op import note_forms, standing_in
+from rewriters.capture.rowwise_op import calling_rowwise_op, record_rowwise
 from rewriters.capture.scope import WHOLE, Region
 from rewriters.graph.node_record import RowwiseModule, record, set_record
 from rewriters.graph.nodes import AxisError, attribute
 
 log = logging.getLogger("madtp")
-# A program, and how to close the objects that it returns opened.
-Exported = tuple[torch.export.ExportedProgram, Returned | None]
+FreeDims = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What torch.export made of a model.
+
+    Attributes:
+        program: The exported program.
+        returned: How objects are rebuilt of which it returns the tensors; None if there are none.
+    """
+
+    program: torch.export.ExportedProgram
+    returned: Returned | None
+
+
+@dataclass(frozen=True)
+class ExportFailure:
+    """Why torch.export could not trace a model."""
+
+    reason: str
 
 
 @dataclass
 class Capture:
-    """A captured model: ``graph`` maps the flattened inputs to the flattened outputs. returned: how objects among these are
-    closed; None if there are none. limits: on the free sizes."""
+    """A captured model.
+
+    Attributes:
+        graph: Maps the flattened inputs to the flattened outputs.
+        constants: Tensors that the graph holds beside parameters and buffers, by the names that it gets them by.
+        out_spec: Structure of the outputs.
+        dynamic: Free dimensions of each input leaf.
+        example: The call that was traced.
+        returned: How objects among the outputs, of which the graph returns the tensors, are rebuilt; None if there are none.
+        limits: Limits on the free sizes.
+    """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     out_spec: pytree.TreeSpec
     dynamic: tuple[tuple[int, ...], ...]
     example: Call
-    placeholders: list[str] = field(default_factory=list)
     returned: Returned | None = None
     limits: Limits = field(default_factory=Limits)
 
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Switch off what hides a model's arithmetic from tracing (the fused encoder layer of torch.nn)."""
+    """Switch off what hides a model's arithmetic from tracing, such as the fused encoder layer of torch.nn."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     # On failure torch.export prints the whole graph; the reason is in the exception.
@@ -77,8 +104,8 @@ def _traceable() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _dynamic_choices(leaves: list[Any], held: Collection[int], region: Region) -> list[tuple[tuple[int, ...], ...]]:
-    """Which dimensions to try as dynamic, most general first; ``held``: tensors of objects, of which all may grow."""
+def _choices_of_free_dims(leaves: list[Any], cached: Collection[int], region: Region) -> list[FreeDims]:
+    """Which dimensions to try as free, most general first; those of the leaves ``cached``, parts of objects, may all grow."""
     every = [] if not region.path else [tuple(_lengths(x) if isinstance(x, Tensor) else () for x in leaves)]
     batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
     length = tuple(
@@ -87,9 +114,9 @@ def _dynamic_choices(leaves: list[Any], held: Collection[int], region: Region) -
         else dims
         for x, dims in zip(leaves, batch, strict=True)
     )
-    none: tuple[tuple[int, ...], ...] = tuple(() for _ in leaves)
+    none: FreeDims = tuple(() for _ in leaves)
     grown = [
-        tuple(_growing(leaves[at]) if at in held else dims for at, dims in enumerate(choice))
+        tuple(_growing(leaves[at]) if at in cached else dims for at, dims in enumerate(choice))
         for choice in (every or [length])
     ]
     return [*dict.fromkeys([*grown, batch]), none]
@@ -113,37 +140,46 @@ def _lengths(tensor: Tensor) -> tuple[int, ...]:
 
 
 def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
-    """Trace ``model`` on ``call`` in its present mode (train or eval); it is the module of ``region``.
+    """Trace ``model`` on ``call`` in its present mode (train or eval).
 
-    Raises :class:`ExampleInputsError` if the model itself rejects the inputs and :class:`CaptureError` if it runs but
-    cannot be exported.
+    Args:
+        model: The module of ``region``.
+        call: The call to trace, objects in it opened.
+        region: What ``model`` is of the whole model.
+
+    Raises:
+        ExampleInputsError: The model itself rejects the inputs.
+        CaptureError: It runs, but cannot be exported.
     """
-    if region.apart is not None:
-        return _capture_apart(model, call, region, region.apart)
-    exported, failure = _traced(model, call, region)
-    apart: list[RowwiseModule] = []
-    if exported is None or _chooses_rows(exported[0]):
+    if region.per_image is not None:
+        return _capture_per_image(model, call, region)
+    exported = _export_answering(model, call, region)
+    rowwise: list[RowwiseModule] = []
+    if isinstance(exported, ExportFailure) or _chooses_rows(exported.program):
         with blamed_on_the_inputs(model):
-            apart = find_rowwise(model, call)
-        if apart:
-            with standing_in(model, apart):
-                exported = _traced(model, call, region)[0] or exported
-    if exported is not None:
-        found = _to_capture(*exported, call, region)
-        note_forms(found.graph, apart)
-        return found
-    raise _untraceable(model, failure)
+            rowwise = find_rowwise(model, call)
+        if rowwise:
+            with calling_rowwise_op(model, rowwise):
+                again = _export_answering(model, call, region)
+            exported = exported if isinstance(again, ExportFailure) else again
+    if isinstance(exported, ExportFailure):
+        raise _untraceable(model, exported)
+    captured = _to_capture(exported, call, region)
+    record_rowwise(captured.graph, rowwise)
+    return captured
 
 
-def _traced(model: nn.Module, call: Call, region: Region) -> tuple[Exported | None, str]:
+def _export_answering(model: nn.Module, call: Call, region: Region) -> Exported | ExportFailure:
     """The model exported, with the answers that its Python gets if need be, or why it cannot be."""
-    exported, failure = _exported(model, call, region, {})
-    if exported is None:
-        with blamed_on_the_inputs(model):
-            answers = decide(model, call)
-        if answers:
-            exported, _ = _exported(model, call, region, answers)
-    return exported, failure
+    exported = _export_freely(model, call, region, {})
+    if isinstance(exported, Exported):
+        return exported
+    with blamed_on_the_inputs(model):
+        answers = record_answers(model, call)
+    if not answers:
+        return exported
+    again = _export_freely(model, call, region, answers)
+    return exported if isinstance(again, ExportFailure) else again
 
 
 def _chooses_rows(program: torch.export.ExportedProgram) -> bool:
@@ -155,24 +191,24 @@ def _chooses_rows(program: torch.export.ExportedProgram) -> bool:
     return False
 
 
-def _untraceable(model: nn.Module, failure: str) -> CaptureError:
+def _untraceable(model: nn.Module, failure: ExportFailure) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure}. Remove "
+        f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure.reason}. Remove "
         "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
     )
 
 
-def _capture_apart(model: nn.Module, call: Call, region: Region, apart: Apart) -> Capture:
-    """One image of a batch is traced, its size known; what that computes is then written for any number of them."""
+def _capture_per_image(model: nn.Module, call: Call, region: Region) -> Capture:
+    """Trace one image of a batch, its size known, and write what that computes for any number of images."""
     leaves = call.flat()[0]
     first = call.with_leaves([x[0] if isinstance(x, Tensor) else x for x in leaves])
-    with computing_one(model), Knowing():
-        exported, failure = _export(model, first, tuple(() for _ in leaves), {})
-    if exported is None:
-        raise _untraceable(model, failure)
-    if exported[1] is not None:
+    with computing_one(model), FoldingConstants():
+        exported = _export(model, first, tuple(() for _ in leaves), {})
+    if isinstance(exported, ExportFailure):
+        raise _untraceable(model, exported)
+    if exported.returned is not None:
         raise CaptureError(f"{type(model).__name__} returns an object for one image that cannot be joined with others.")
-    one = _to_capture(*exported, first, region)
+    one = _to_capture(exported, first, region)
     images = [n for n, x in zip(placeholders(one.graph), leaves, strict=True) if isinstance(x, Tensor)]
     try:
         graph = batched(one.graph, images, [x for x in leaves if isinstance(x, Tensor)])
@@ -180,8 +216,7 @@ def _capture_apart(model: nn.Module, call: Call, region: Region, apart: Apart) -
         raise CaptureError(f"{type(model).__name__} cannot be computed for several images at once: {error}.") from error
     inputs = {at: node.meta.get("val") for at, node in enumerate(placeholders(graph))}
     dynamic = tuple((0,) if isinstance(x, Tensor) else () for x in leaves)
-    limits = limits_of(inputs)
-    return replace(one, graph=graph, dynamic=dynamic, example=call, limits=limits)
+    return replace(one, graph=graph, dynamic=dynamic, example=call, limits=limits_of(inputs))
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -189,39 +224,37 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def _exported(model: nn.Module, call: Call, region: Region, answers: Answers) -> tuple[Exported | None, str]:
+def _export_freely(model: nn.Module, call: Call, region: Region, answers: Answers) -> Exported | ExportFailure:
     """The model exported with as many free sizes as possible, or why it cannot be."""
-    first, *others, fixed = _dynamic_choices(call.flat()[0], call.held(), region)
-    program, failure = _export(model, call, first, answers)
-    if program is not None:
-        return program, ""
+    first, *others, fixed = _choices_of_free_dims(call.flat()[0], call.held(), region)
+    freest = _export(model, call, first, answers)
+    if isinstance(freest, Exported):
+        return freest
     # What fails with all sizes fixed fails with free ones too, and most that fails is of that kind.
-    frozen, failure = _export(model, call, fixed, answers)
-    if frozen is None:
-        return None, failure
-    freer = (_export(model, call, dynamic, answers)[0] for dynamic in others)
-    return next((found for found in freer if found is not None), frozen), ""
+    frozen = _export(model, call, fixed, answers)
+    if isinstance(frozen, ExportFailure):
+        return frozen
+    freer = (_export(model, call, free, answers) for free in others)
+    return next((exported for exported in freer if isinstance(exported, Exported)), frozen)
 
 
-def _export(
-    model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...], answers: Answers
-) -> tuple[Exported | None, str]:
-    """The exported model, or why there is none."""
+def _export(model: nn.Module, call: Call, free: FreeDims, answers: Answers) -> Exported | ExportFailure:
+    """The exported model, or why it cannot be exported."""
     leaves, spec = call.flat()
     shapes = [
         dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else Dim.AUTO if dims else None
-        for x, dims in zip(leaves, dynamic, strict=True)
+        for x, dims in zip(leaves, free, strict=True)
     ]
     args_shapes, kwargs_shapes = _shapes_tree(spec, iter(shapes))
     # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
-    combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(dynamic) else None
+    combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(free) else None
     try:
-        with _traceable(), Answering(answers), untouched(model):
+        with _traceable(), ReplayingAnswers(answers), preserved_attributes(model):
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
-        return (program, returned_by(model)), ""
+        return Exported(program, returned_by(model))
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]
-        return None, f"{type(error).__name__}: {lines[0]}"
+        return ExportFailure(f"{type(error).__name__}: {lines[0]}")
 
 
 def _shapes_tree(spec: pytree.TreeSpec, shapes: Iterator[Any]) -> Any:
@@ -250,7 +283,7 @@ def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: d
 
 @contextmanager
 def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
-    """What ``model`` itself raises inside the block becomes an :class:`ExampleInputsError`."""
+    """Whatever ``model`` itself raises inside the block becomes an :class:`ExampleInputsError`."""
     try:
         yield
     except Exception as error:
@@ -260,9 +293,8 @@ def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _to_capture(
-    program: torch.export.ExportedProgram, returned: Returned | None, call: Call, region: Region
-) -> Capture:
+def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
+    program, returned = exported.program, exported.returned
     limits = limits_of(_inputs(program))
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -272,7 +304,9 @@ def _to_capture(
     output = graph.graph_copy(module.graph, env)
     last = graph.output(output)
     if returned is not None:
-        count = len(last.args[0])  # type: ignore[arg-type]
+        outputs = last.args[0]
+        assert isinstance(outputs, (list, tuple))
+        count = len(outputs)
         paths = dict(zip(range(count - len(returned.paths()), count), returned.paths(), strict=True))
         set_record(last, replace(record(last), cache_paths=paths))
     named = dict(program.named_parameters()) | dict(program.named_buffers())
@@ -282,8 +316,8 @@ def _to_capture(
     inputs = placeholders(graph)
     dynamic: list[tuple[int, ...]] = []
     by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
-    if region.written and WRITTEN in call.kwargs:
-        text = by_place[region.written]
+    if region.sequence_input and WRITTEN in call.kwargs:
+        text = by_place[region.sequence_input]
         set_record(text, replace(record(text), image_positions=inputs[-1]))
     for (place, leaf), node in zip(leaves, inputs, strict=True):
         known = region.modalities.get(pytree.keystr(place))
@@ -295,8 +329,15 @@ def _to_capture(
         dynamic.append(tuple(free))
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
-    names = [p.name for p in inputs]
-    return Capture(graph, constants, out_spec, tuple(dynamic), call, names, returned, limits)
+    return Capture(
+        graph=graph,
+        constants=constants,
+        out_spec=out_spec,
+        dynamic=tuple(dynamic),
+        example=call,
+        returned=returned,
+        limits=limits,
+    )
 
 
 def _inputs(program: torch.export.ExportedProgram) -> dict[int, Any]:

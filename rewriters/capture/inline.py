@@ -1,7 +1,7 @@
-"""Inline: bodies that export keeps apart, under ``no_grad`` or without autocast, become part of the graph.
+"""Inline the graphs that export makes of code under ``no_grad`` or without autocast.
 
-Start at :func:`inline_bodies`. What the context did is kept: values computed without gradients are detached, and matrix
-products that were shielded from autocast stay shielded.
+Start at :func:`inline_bodies`. The effect of the context stays: values computed without gradients are detached, and matrix
+products that were computed without autocast still are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CAST = frozenset("linear matmul bmm mm addmm baddbmm einsum conv1d conv2d conv3d
 
 
 def inline_bodies(module: fx.GraphModule) -> None:
-    """Inline in place, nested bodies too; contexts of other kinds are left as they are."""
+    """Inline in place, nested graphs too; contexts of other kinds stay as they are."""
     while True:
         wrapped = next((n for n in module.graph.nodes if _is_wrapper(n)), None)
         if wrapped is None:

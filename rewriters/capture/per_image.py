@@ -1,9 +1,9 @@
-"""Images apart: find out whether a module that takes all images in one row computes each of them by itself.
+"""Find out whether a module that takes all images in one sequence computes each of them by itself.
 
-Start at :func:`apart_of`. Nothing is taken from names: an integer argument ``[images, k]`` whose products of a row fit
-the length of a tensor tells the sizes of images that stand in one row; beside one with as many entries as it has rows,
-those of images that were padded. The module is then run on the images one by one, on others in their company, and on images
-of other sizes.
+Start at :func:`per_image_call`. Names of arguments tell nothing. An integer argument ``[images, k]`` is a table of image
+sizes if the products of its rows fit the length of another argument, in which the images stand one after the other, or if
+another argument has one entry per row, an image that was padded. The module is then run on the images one by one, on
+the first one among others, and on images of other sizes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,31 +25,37 @@ MOST_SIZES = 4
 
 
 @dataclass(frozen=True)
-class Found:
-    """A module whose images are computed apart, and the call for a batch of them."""
+class PerImageCall:
+    """A module that computes each image by itself.
 
-    apart: Apart
+    Attributes:
+        per_image: How its calls are divided into images.
+        call: The call for a batch of images of one size.
+    """
+
+    per_image: Apart
     call: Call
 
 
-def apart_of(module: nn.Module, call: Call) -> Found | None:
-    """How to take ``call`` of ``module`` apart; None if it is not of that form.
+def per_image_call(module: nn.Module, call: Call) -> PerImageCall | None:
+    """How to divide ``call`` of ``module`` into images; None if it is not a call of all images in one sequence.
 
     Raises:
-        RewriteError: it is, but images depend on each other.
+        RewriteError: It is, but images depend on each other.
     """
-    apart = _form(call)
-    images = None if apart is None else apart.images(call)
-    if apart is None or images is None:
+    per_image = _division(call)
+    images = None if per_image is None else per_image.images(call)
+    if per_image is None or images is None:
         return None
     with torch.no_grad():
-        _check(module, call, images, apart)
+        _check(module, call, images, per_image)
     numbers = max(by_kind(images), key=len)
     batch = [images[number] for number in numbers]
-    return Found(apart, apart.batch(call, batch if len(batch) > 1 else batch * 2))
+    return PerImageCall(per_image, per_image.batch(call, batch if len(batch) > 1 else batch * 2))
 
 
-def _form(call: Call) -> Apart | None:
+def _division(call: Call) -> Apart | None:
+    """How a call is divided into images, by the form of its arguments alone."""
     tables = {name: value for name, value in call.kwargs.items() if _is_table(value)}
     if not tables:
         return None
@@ -66,7 +71,7 @@ def _form(call: Call) -> Apart | None:
     return Apart(tuple(tables), tuple(known), tuple(table.dtype for table in tables.values()))
 
 
-def _is_table(value: Any) -> bool:
+def _is_table(value: object) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 2 or value.dtype not in (torch.int64, torch.int32):
         return False
     return len(value) > 1 and 1 < value.shape[1] <= MOST_SIZES and bool((value > 0).all())
@@ -83,30 +88,30 @@ def _rows(name: str, tensor: Tensor, volumes: list[int]) -> Rows | None:
     return None if len(tensor) % sum(volumes) else Rows(name, 0, len(tensor) // sum(volumes))
 
 
-def _check(module: nn.Module, call: Call, images: list[Image], apart: Apart) -> None:
-    """Run the module on the images together and apart; then in other company, and in other sizes where it takes them."""
+def _check(module: nn.Module, call: Call, images: list[Image], per_image: Apart) -> None:
+    """Run the module on the images together and one by one; then among other images, and on other sizes if it takes them."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
         with drawing_alike():
-            recipe_of(module, call, images, apart)
+            recipe_of(module, call, images, per_image)
             company = [images[0], *(_other(image) for image in images[1:])]
-            recipe_of(module, apart.together(call, company), company, apart)
-            smaller = next(_resized(module, call, images, apart), None)
+            recipe_of(module, per_image.together(call, company), company, per_image)
+            smaller = next(_resized(module, call, images, per_image), None)
             if smaller is not None:
-                recipe_of(module, apart.together(call, smaller), smaller, apart)
+                recipe_of(module, per_image.together(call, smaller), smaller, per_image)
     finally:
         for one in training:
             one.training = True
 
 
 def _other(image: Image) -> Image:
-    """An image of the same size that shows something else."""
+    """An image of the same size with other content."""
     return replace(image, parts=tuple(1 - 2 * x.flip(0) if x.is_floating_point() else x for x in image.parts))
 
 
-def _resized(module: nn.Module, call: Call, images: list[Image], apart: Apart) -> Iterator[list[Image]]:
-    """The images with the last one half as large along one of its dimensions, where the module takes that."""
+def _resized(module: nn.Module, call: Call, images: list[Image], per_image: Apart) -> Iterator[list[Image]]:
+    """The images, the last one half as large along one of its dimensions; as many as the module takes."""
     last = images[-1]
     for place in reversed(range(len(last.sizes[0]))):
         if last.sizes[0][place] % 2:
@@ -114,10 +119,10 @@ def _resized(module: nn.Module, call: Call, images: list[Image], apart: Apart) -
         sizes = tuple((*one[:place], one[place] // 2, *one[place + 1 :]) for one in last.sizes)
         parts = tuple(
             x.narrow(r.place, 0, x.shape[r.place] // 2) if r.each else x
-            for x, r in zip(last.parts, apart.rows, strict=True)
+            for x, r in zip(last.parts, per_image.rows, strict=True)
         )
         several = [*images[:-1], Image(sizes, parts)]
-        together = apart.together(call, several)
+        together = per_image.together(call, several)
         try:
             module(*together.args, **together.kwargs)
         except Exception:  # the module does not take an image of that size
@@ -125,6 +130,6 @@ def _resized(module: nn.Module, call: Call, images: list[Image], apart: Apart) -
         yield several
 
 
-def refusal(module: nn.Module, error: RewriteError) -> str:
-    """Why a module cannot be taken apart, in words."""
+def why_not_per_image(module: nn.Module, error: RewriteError) -> str:
+    """Why the images of a module cannot be computed one by one, in words."""
     return f"{type(module).__name__} takes all images at once, and cannot be called with one after the other: {error}"

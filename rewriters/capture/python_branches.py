@@ -1,8 +1,8 @@
-"""Decisions: ``if`` on a tensor in a model's Python, which no graph can hold, fixed to what it was on the example inputs.
+"""Branches of a model's Python on the value of a tensor, fixed to the way they go on the example inputs.
 
-Start at :func:`decide`. The model is run once and the answer of every question is written down by the place in the code that
-asks; tracing then answers alike, and leaves a check of each answer in the graph. Only yes and no are fixed: numbers that Python
-reads from tensors (sizes, lengths) differ from call to call.
+Start at :func:`record_answers`. No graph can hold such an ``if``. The model is run once, and each answer is recorded by the
+line of code that asks. Tracing then gives the same answers, and leaves a check of each in the graph. Only yes and no are
+fixed: numbers that Python reads from tensors (sizes, lengths) differ from call to call.
 """
 
 from __future__ import annotations
@@ -19,52 +19,53 @@ from torch.overrides import TorchFunctionMode
 
 from madtp.calls.branches import expect
 from madtp.calls.call import Call
-from rewriters.capture.restore import same_buffers
+from rewriters.capture.restore import preserved_buffers
 
 aten = torch.ops.aten
 # What export would not write itself, so that its own assertions are told from these.
 MARK = "the answer that Python got here when this was captured"
 _OWN = (os.path.dirname(torch.__file__), __file__)
 
-Place = tuple[str, int]
-Answers = Mapping[Place, tuple[bool, ...]]
+# File and line number.
+Line = tuple[str, int]
+Answers = Mapping[Line, tuple[bool, ...]]
 
 
-class _Listening(TorchFunctionMode):
-    """Writes down every yes or no that Python asks of a tensor."""
+class _RecordingAnswers(TorchFunctionMode):
+    """Records every yes or no that Python asks of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.answers: dict[Place, list[bool]] = defaultdict(list)
+        self.answers: dict[Line, list[bool]] = defaultdict(list)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _asks(func, args):
-            self.answers[_place()].append(bool(result))
+            self.answers[_asking_line()].append(bool(result))
         return result
 
 
-class Answering(TorchFunctionMode):
-    """Gives Python the answers that were written down, place by place, and leaves a check of each in the graph."""
+class ReplayingAnswers(TorchFunctionMode):
+    """Gives Python the recorded answers, line by line, and leaves a check of each in the graph."""
 
     def __init__(self, answers: Answers) -> None:
         super().__init__()
-        self.left = {place: list(found) for place, found in answers.items()}
+        self.remaining = {line: list(given) for line, given in answers.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        left = self.left.get(_place()) if _asks(func, args) else None
-        if not left:
+        remaining = self.remaining.get(_asking_line()) if _asks(func, args) else None
+        if not remaining:
             return func(*args, **(kwargs or {}))
-        answer = left.pop(0)
+        answer = remaining.pop(0)
         aten._assert_async.msg(args[0].ne(0) if answer else args[0].eq(0), MARK)
         return answer
 
 
-def decide(model: nn.Module, call: Call) -> Answers:
-    """The answers that the model's Python gets on ``call``; empty where it asks nothing."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), same_buffers(model), _Listening() as listening:
+def record_answers(model: nn.Module, call: Call) -> Answers:
+    """The answers that the model's Python gets on ``call``; empty if it asks nothing."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), preserved_buffers(model), _RecordingAnswers() as recording:
         model(*call.args, **call.kwargs)
-    return {place: tuple(found) for place, found in listening.answers.items()}
+    return {line: tuple(given) for line, given in recording.answers.items()}
 
 
 def keep_checks(graph: fx.Graph) -> None:
@@ -81,8 +82,8 @@ def _asks(func: Any, args: tuple[Any, ...]) -> bool:
     return name == "__bool__" or (name == "item" and args[0].dtype == torch.bool)
 
 
-def _place() -> Place:
-    """The line of the model's code that is at work."""
+def _asking_line() -> Line:
+    """The line of the model's code that runs."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
         frame = frame.f_back

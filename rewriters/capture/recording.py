@@ -5,12 +5,14 @@ Start at :func:`record`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.fast_path import spelled_out
@@ -21,42 +23,65 @@ from rewriters.capture.export import blamed_on_the_inputs
 from rewriters.capture.scope import Region
 
 
+@dataclass(frozen=True)
+class ImagePositions:
+    """Where image features were written into a text sequence.
+
+    Attributes:
+        place: Place of the sequence ``[B, N, C]`` in the call.
+        positions: True at the image positions, ``[B, N]``.
+    """
+
+    place: str
+    positions: Tensor
+
+
 @dataclass
-class Recorded:
+class RecordedCall:
     """The first call of a module.
 
     Attributes:
-        modalities: of the leaves of its inputs, by their path in the call.
-        attentions: how many it computes in one run of the model.
-        read: positions of tokens that others read in its results.
-        state: kind of an object that goes in or comes out, may be read by later calls and cannot be taken apart; None if
+        call: The call, objects in it opened.
+        modalities: What the leaves of its inputs descend from, by their place in the call.
+        attentions: Number of attentions that the module computes in one run of the model.
+        read_positions: Positions of tokens that others read in its results.
+        state: Kind of an object that goes in or comes out, may be read by later calls and cannot be opened; None if there
+            is none.
+        image_positions: Where image features were written among text, in the one argument of which that is known; None if
             there is none.
-        written: place in the call of the one tensor [B, N, C] of which it is known where image features were written among
-            text, and these positions [B, N]; None if there is none.
     """
 
     call: Call
     modalities: dict[str, frozenset[str] | None]
     attentions: int = 0
-    read: set[int] = field(default_factory=set)
+    read_positions: set[int] = field(default_factory=set)
     state: str | None = None
-    written: tuple[str, Tensor] | None = None
+    image_positions: ImagePositions | None = None
 
     def region(self, path: str) -> Region:
         """The module, at ``path``, as a region."""
-        written = "" if self.written is None else self.written[0]
-        return Region(path, self.modalities, tuple(sorted(self.read)), written)
+        return Region(
+            path,
+            modalities=self.modalities,
+            read_positions=tuple(sorted(self.read_positions)),
+            sequence_input="" if self.image_positions is None else self.image_positions.place,
+        )
 
 
 @dataclass
 class Recording:
-    """A run of a model. calls: by module path, of modules that have children. attentions: of the whole run."""
+    """A run of a model.
 
-    calls: dict[str, Recorded] = field(default_factory=dict)
+    Attributes:
+        calls: First call of each module that has children, by module path.
+        active: Paths of the modules at work, outermost first.
+    """
+
+    calls: dict[str, RecordedCall] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
 
     def attended(self) -> None:
-        """Count an attention for all modules that are at work."""
+        """Count an attention for all modules at work."""
         for path in dict.fromkeys(self.active):
             if path in self.calls:
                 self.calls[path].attentions += 1
@@ -66,11 +91,11 @@ def record(model: nn.Module, call: Call) -> Recording:
     """Run ``model`` once on ``call``, with gradients off, and record how its modules are called.
 
     Raises:
-        ExampleInputsError: the model itself fails.
+        ExampleInputsError: The model itself fails.
     """
     recording = Recording()
     tracker = Tracker(call.tensors(), recording.attended)
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     for path, module in model.named_modules():
         if not path or not any(True for _ in module.children()):
             continue
@@ -85,7 +110,11 @@ def record(model: nn.Module, call: Call) -> Recording:
     return recording
 
 
-def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
+def _enter(
+    path: str, recording: Recording, tracker: Tracker
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A hook that records the call of the module at ``path`` that begins."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.active.append(path)
         if path in recording.calls:
@@ -102,25 +131,30 @@ def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
         leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
         modalities = {pytree.keystr(place): tracker.modalities(leaf) for place, leaf in leaves}
         # Containers are copied: the model may change them later in the run.
-        recording.calls[path] = Recorded(
-            call.with_leaves([leaf for _, leaf in leaves]), modalities, state=state, written=_written(leaves, tracker)
+        recording.calls[path] = RecordedCall(
+            call.with_leaves([leaf for _, leaf in leaves]),
+            modalities,
+            state=state,
+            image_positions=_image_positions(leaves, tracker),
         )
 
     return hook
 
 
-def _written(leaves: list[tuple[Any, Any]], tracker: Tracker) -> tuple[str, Tensor] | None:
-    found = [(pytree.keystr(place), tracker.written(leaf)) for place, leaf in leaves]
-    known = [(place, written) for place, written in found if written is not None]
+def _image_positions(leaves: list[tuple[pytree.KeyPath, Any]], tracker: Tracker) -> ImagePositions | None:
+    by_place = {pytree.keystr(place): tracker.written(leaf) for place, leaf in leaves}
+    known = [ImagePositions(place, positions) for place, positions in by_place.items() if positions is not None]
     return known[0] if len(known) == 1 else None
 
 
-def _leave(path: str, recording: Recording, tracker: Tracker) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+def _leave(path: str, recording: Recording, tracker: Tracker) -> Callable[[nn.Module, object, object], None]:
+    """A hook that records the results of the call of the module at ``path`` that ends."""
+
+    def hook(module: nn.Module, args: object, output: object) -> None:
         recording.active.pop()
         if path in recording.calls:
             recorded = recording.calls[path]
             recorded.state = recorded.state or cannot_open(output)
-            tracker.follow(output, recorded.read)
+            tracker.follow(output, recorded.read_positions)
 
     return hook

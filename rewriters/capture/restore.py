@@ -1,6 +1,6 @@
-"""Leave a model as it was: what its modules note down while they are traced or tried (a cache of a mask, say) is forgotten.
+"""Leave a model as it was: forget what its modules store while they are traced or tried, such as a cached mask.
 
-Start at :func:`untouched`. Such notes hold tensors without values, which would come back in later calls of the model.
+Start at :func:`preserved_attributes`. What they store holds tensors without values, which later calls would find.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTAINERS = (dict, list, set, OrderedDict)
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of all modules on leaving, the contents of their plain containers included."""
     before = [(vars(module), _contents(vars(module))) for module in model.modules()]
     try:
@@ -32,7 +32,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Restore what a run of a model writes into its buffers (running statistics, in training mode)."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

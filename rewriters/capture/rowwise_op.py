@@ -1,7 +1,7 @@
-"""Stand-ins: submodules that work row by row (``rowwise.py``) are one operation while a model is captured.
+"""An operation for submodules that work row by row (``rowwise.py``), while a model is captured and rewritten.
 
-Start at :func:`standing_in`. The operation exists between capture and lifting alone: :func:`call_back` puts calls of the
-submodules themselves in its place.
+Start at :func:`calling_rowwise_op`. The operation exists between capture and lifting only: :func:`call_rowwise_modules`
+replaces it by calls of the submodules themselves.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from torch.utils import _pytree as pytree
 
 from rewriters.graph.node_record import RowwiseModule, record, rowwise_module, set_record
 
-# What the operation stands for, by path, while a model is traced.
-_present: dict[str, RowwiseModule] = {}
+# The submodules that the operation stands for while a model is traced, by path.
+_traced: dict[str, RowwiseModule] = {}
 
 
 @torch.library.custom_op("madtp::rowwise", mutates_args=())
 def rowwise(operands: list[Tensor], path: str) -> list[Tensor]:
     """A call of the submodule at ``path``, which works row by row."""
-    raise NotImplementedError("it stands in graphs that are being rewritten, and is never run")
+    raise NotImplementedError("it appears in graphs that are being rewritten, and is never run")
 
 
 @rowwise.register_fake
 def _(operands: list[Tensor], path: str) -> list[Tensor]:
-    form = _present[path]
+    form = _traced[path]
     like = next(one for one in operands if one.dim() >= form.rank)
     rows = like.shape[: form.rank]
     return [like.new_empty((*rows, *sizes), dtype=dtype) for dtype, sizes in form.results]
 
 
 @contextmanager
-def standing_in(model: nn.Module, found: Sequence[RowwiseModule]) -> Iterator[None]:
-    """Inside the block the submodules ``found`` are one operation where they are traced."""
+def calling_rowwise_op(model: nn.Module, found: Sequence[RowwiseModule]) -> Iterator[None]:
+    """Inside the block, tracing sees each of the submodules ``found`` as one operation."""
     patched: list[tuple[dict[str, Any], Any]] = []
-    _present.update({form.path: form for form in found})
+    _traced.update({form.path: form for form in found})
     try:
         for form in found:
             attributes = model.get_submodule(form.path).__dict__
             patched.append((attributes, attributes.get("forward")))
-            attributes["forward"] = _stand_in(form, model.get_submodule(form.path).forward)
+            attributes["forward"] = _operation(form, model.get_submodule(form.path).forward)
         yield
     finally:
         for attributes, before in patched:
             del attributes["forward"]
             if before is not None:
                 attributes["forward"] = before
-        _present.clear()
+        _traced.clear()
 
 
-def _stand_in(form: RowwiseModule, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
+def _operation(form: RowwiseModule, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def operation(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not any(isinstance(one, FakeTensor) for one in operands):
@@ -71,19 +71,19 @@ def _stand_in(form: RowwiseModule, forward: Callable[..., Any]) -> Callable[...,
             return results[0]
         return tuple(None if number is None else results[number] for number in form.places)
 
-    return stand_in
+    return operation
 
 
-def note_forms(graph: fx.Graph, found: Sequence[RowwiseModule]) -> None:
-    """Write down at each operation what it stands for."""
+def record_rowwise(graph: fx.Graph, found: Sequence[RowwiseModule]) -> None:
+    """Record at each operation which submodule it stands for."""
     forms = {form.path: form for form in found}
     for node in graph.nodes:
         if node.target is torch.ops.madtp.rowwise.default:
             set_record(node, replace(record(node), rowwise=forms[str(node.args[1])]))
 
 
-def call_back(graph: fx.Graph) -> None:
-    """Call the submodules again that the operation stood for, in place."""
+def call_rowwise_modules(graph: fx.Graph) -> None:
+    """Replace each operation, in place, by a call of the submodule that it stands for."""
     for node in list(graph.nodes):
         if node.target is not torch.ops.madtp.rowwise.default:
             continue
@@ -104,5 +104,7 @@ def call_back(graph: fx.Graph) -> None:
                 user.replace_all_uses_with(call)
                 graph.erase_node(user)
             else:
-                user.args = (call, form.places.index(user.args[1]))  # type: ignore[index]
+                number = user.args[1]
+                assert isinstance(number, int)
+                user.args = (call, form.places.index(number))
         graph.erase_node(node)

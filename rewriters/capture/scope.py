@@ -1,4 +1,4 @@
-"""Which part of the model is rewritten."""
+"""Which part of the model is captured and rewritten: :class:`Region`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from madtp.calls.per_image import Apart
 
 @dataclass(frozen=True)
 class Region:
-    """What is captured: the whole model, or the submodule at ``path`` of it.
+    """The whole model, or the submodule at ``path`` of it.
 
-    modalities: of a region's floating inputs ("image", "text", both, or nothing), by their place in the call.
-    read: positions of tokens that the rest of the model reads in what the region returns.
-    written: place in the call of the tensor of which a further argument says where image features were written; "" if none.
-    apart: how its calls are taken apart into images, each of which is computed by itself; None if they are not.
+    Attributes:
+        path: Module path; ``""`` is the whole model.
+        modalities: Of a region's floating-point inputs, by their place in the call: what they descend from (``"image"``,
+            ``"text"``, both or nothing), None if unknown.
+        read_positions: Positions of tokens that the rest of the model reads in what the region returns.
+        sequence_input: Place in the call of the sequence ``[B, N, C]`` of which a further argument gives the image
+            positions; ``""`` if there is none.
+        per_image: How its calls are divided into images, each of which is computed by itself; None if they are not.
     """
 
     path: str = ""
     modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
-    read: tuple[int, ...] = ()
-    written: str = ""
-    apart: Apart | None = None
+    read_positions: tuple[int, ...] = ()
+    sequence_input: str = ""
+    per_image: Apart | None = None
 
     def inside(self, name: str) -> str:
         """The path in the whole model of what lies at ``name`` in the region."""

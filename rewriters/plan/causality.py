@@ -1,49 +1,59 @@
-"""Evaluate parts of a graph on the example inputs.
+"""Causality: whether an attention hides later tokens, told from its mask on the example inputs.
 
-Start at :func:`evaluate`. Used where structure alone does not tell: whether a mask is causal.
+Start at :func:`hides_later_keys`. Where structure alone does not tell, part of the graph is evaluated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from madtp.tokens.attention import HIDDEN
 from rewriters.canonicalise.attention_maps import MapMask, masks_of_map
 from rewriters.graph.nodes import attribute, op_name
+from rewriters.graph.walk import ancestors
 
 
-def evaluate(graph: fx.Graph, wanted: fx.Node, inputs: Sequence[Any], module: nn.Module) -> Any:
-    """Value of ``wanted`` on ``inputs`` (flattened, in placeholder order); only its ancestors are computed."""
-    needed, stack = {wanted}, [wanted]
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in needed:
-                needed.add(operand)
-                stack.append(operand)
-    values: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
-    with torch.no_grad():
-        for node in sorted(needed - values.keys()):
-            if node.op == "get_attr":
-                values[node] = attribute(module, str(node.target))
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values[wanted]
+@dataclass(frozen=True)
+class Example:
+    """A graph with the example inputs that it was captured from.
+
+    Attributes:
+        graph: The canonicalised graph.
+        inputs: Flattened inputs, in the order of the placeholders.
+        module: Resolves the graph's parameters and constants.
+    """
+
+    graph: fx.Graph
+    inputs: Sequence[Any]
+    module: nn.Module
+
+    def evaluate(self, wanted: fx.Node) -> object:
+        """The value of a node on the example inputs; only its ancestors are computed."""
+        needed = set(ancestors(wanted))
+        values: dict[fx.Node, Any] = dict(zip(self.graph.find_nodes(op="placeholder"), self.inputs, strict=True))
+        with torch.no_grad():
+            for node in sorted(needed - values.keys()):
+                if node.op == "get_attr":
+                    values[node] = attribute(self.module, str(node.target))
+                elif node.op == "call_function" and callable(node.target):
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+                    values[node] = node.target(*args, **kwargs)
+        return values[wanted]
 
 
-def hides_later_keys(
-    graph: fx.Graph,
-    attention: fx.Node,
-    inputs: Sequence[Any],
-    module: nn.Module,
-    among: tuple[int, int] | None = None,
-) -> bool:
-    """Whether no query of the attention node sees a later key on the example inputs (causal attention); ``among``: looking at
-    the tokens between two positions only."""
+def hides_later_keys(example: Example, attention: fx.Node, tokens: tuple[int, int] | None = None) -> bool:
+    """Whether the attention is causal: no query sees a later key on the example inputs.
+
+    Args:
+        example: The graph of ``attention`` with its inputs.
+        attention: A canonical attention node.
+        tokens: Look at the tokens from the first to before the second of these positions only.
+    """
     if len(attention.args) > 5 and attention.args[5]:
         return True
     if op_name(attention) == "weigh":
@@ -51,16 +61,16 @@ def hides_later_keys(
     else:
         added = attention.args[3] if len(attention.args) > 3 else None
         masks = [MapMask("add", added)] if isinstance(added, fx.Node) else []
-    seen: torch.Tensor | None = None
+    seen: Tensor | None = None
     for mask in masks:
-        value = evaluate(graph, mask.node, inputs, module)
-        if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
+        value = example.evaluate(mask.node)
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-1] != value.shape[-2]:
             continue
         shown = value if value.dtype == torch.bool else value > HIDDEN
         shown = ~shown if mask.kind == "hide" else shown
         seen = shown if seen is None else seen & shown
     if seen is None or seen.shape[-1] < 2:
         return False
-    if among is not None:
-        seen = seen[..., slice(*among), slice(*among)]
+    if tokens is not None:
+        seen = seen[..., slice(*tokens), slice(*tokens)]
     return not bool(seen.triu(1).any())

@@ -1,15 +1,15 @@
 """Inheritance: what a concatenation of streams reads at a position must survive in the stream that it comes from.
 
-Start at :func:`inherited`; ``plan.py`` asks it. A joint stream begins with the tokens that its parts have left. A token that
-one of its readouts wants is protected in the joint stream, which is too late where the part dropped it before.
+Start at :func:`inherited`; ``plan.py`` asks it. A joint stream begins with the tokens that its parts have left. A token
+that one of its readouts needs is protected in the joint stream, which is too late where a part dropped it before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import fx
 
 from madtp.config import PruningConfig
@@ -18,18 +18,21 @@ from rewriters.axes.sources import Derived, Rest, TokenRange
 from rewriters.detect.layout import LayoutPart
 from rewriters.detect.structure import Stream, Structure
 from rewriters.graph.nodes import AxisError
-from rewriters.plan.policy import original, protected_readouts
+from rewriters.graph.walk import ancestors
+from rewriters.plan.policy import Position, original, protected_readouts
 
-Place = tuple[fx.Node | None, int]
-# So many positions are protected where it varies which of them a concatenation reads.
-FEW = 16
+# At most so many positions are protected where it varies which of them a concatenation reads.
+MOST_CANDIDATES = 16
 
 
 @dataclass
 class Inheritance:
-    """Positions and graph values (as ``SitePlan.readouts`` has them) that a stream protects for others.
+    """Positions that a stream protects for the streams that begin with its tokens.
 
-    unknown: why such a place cannot be told in the stream, which then must not be pruned.
+    Attributes:
+        positions: Constant ones.
+        readouts: Graph values, as :attr:`SitePlan.readouts` has them.
+        unknown: Why such a position cannot be told in the stream, which then must not be pruned; None if all can.
     """
 
     positions: list[int] = field(default_factory=list)
@@ -39,26 +42,26 @@ class Inheritance:
 
 def inherited(structure: Structure, config: PruningConfig) -> dict[int, Inheritance]:
     """What each stream protects for the streams that begin with its tokens, by index."""
-    found = {stream.index: Inheritance() for stream in structure.streams}
+    inheritances = {stream.index: Inheritance() for stream in structure.streams}
     by_name = {node.name: node for node in structure.graph.nodes}
     # Later streams first: what they ask of a stream is asked of the streams before that one, too.
     for stream in reversed(structure.streams):
         if stream.layout is None or not stream.layout.parts:
             continue
         try:
-            positions, names = protected_readouts(stream, config)
+            protected = protected_readouts(stream, config)
         except AxisError:
             continue  # the stream is left alone, and reads all positions of its parts
-        own = found[stream.index]
-        places: list[Place] = [(None, p) for p in (*positions, *own.positions)]
-        for name in (*names, *own.readouts):
+        own = inheritances[stream.index]
+        positions = [Position(None, offset) for offset in (*protected.positions, *own.positions)]
+        for name in (*protected.readouts, *own.readouts):
             node, _, offset = name.partition("+")
-            places.append((by_name[node], int(offset or 0)))
+            positions.append(Position(by_name[node], int(offset or 0)))
         for number, part in enumerate(stream.layout.parts):
             parent = _parent(part, structure.streams)
             if parent is not None:
-                _hand_down(found[parent.index], parent, places, stream.layout.parts, number)
-    return found
+                _hand_down(inheritances[parent.index], parent, positions, stream.layout.parts, number)
+    return inheritances
 
 
 def _parent(part: LayoutPart, streams: Sequence[Stream]) -> Stream | None:
@@ -71,92 +74,88 @@ def _parent(part: LayoutPart, streams: Sequence[Stream]) -> Stream | None:
 
 
 def _hand_down(
-    into: Inheritance, parent: Stream, places: list[Place], parts: Sequence[LayoutPart], number: int
+    into: Inheritance, parent: Stream, positions: list[Position], parts: Sequence[LayoutPart], number: int
 ) -> None:
     axis = token_axis(parent.flow.labels.of(parts[number].node)[parts[number].dim])
-    for place in places:
+    for position in positions:
         try:
-            inside = [_uncut(one, axis) for one in _within(place, parts, number)]
+            in_parent = [_uncut(one, axis) for one in _within(position, parts, number)]
         except AxisError as error:
             into.unknown = str(error)
             return
-        for node, offset in inside:
-            if node is None:
-                into.positions.append(offset)
-            elif _comes_from(node, parent):
+        for one in in_parent:
+            if one.node is None:
+                into.positions.append(one.offset)
+            elif _comes_from(one.node, parent):
                 into.unknown = (
-                    f"the position {node.name} that a concatenation reads is computed from the stream's own tokens"
+                    f"the position {one.node.name} that a concatenation reads is computed from the stream's own tokens"
                 )
                 return
             else:
-                into.readouts.append(f"{node.name}+{offset}" if offset else node.name)
+                into.readouts.append(one.readout)
 
 
-def _uncut(place: Place, axis: Axis | None) -> Place:
-    """A place in a part, counted in the stream that the part may have been cut from."""
+def _uncut(position: Position, axis: Axis | None) -> Position:
+    """A position in a part, counted in the stream that the part may have been cut from."""
     source = None if axis is None else axis.source
     while isinstance(source, (Rest, TokenRange)):
         source = source.parent
     if axis is None or isinstance(source, Derived):
         raise AxisError("a concatenation reads positions of a part that is cut from the stream")
-    return original(axis.source, *place)
+    return original(axis.source, position.node, position.offset)
 
 
-def _within(place: Place, parts: Sequence[LayoutPart], number: int) -> list[Place]:
-    """A place of the concatenation counted in one of its parts: none if it lies in another, several where that varies."""
-    node, offset = place
+def _within(position: Position, parts: Sequence[LayoutPart], number: int) -> list[Position]:
+    """A position in the concatenation, counted in one of its parts.
+
+    There is none if it lies in another part, and there are several where that varies.
+    """
+    node, offset = position.node, position.offset
     before = [_size(part) for part in parts[:number]]
     static = sum(size for size in before if isinstance(size, int))
     dynamic = [size for size in before if not isinstance(size, int)]
     own = _size(parts[number])
     if node is not None and _is_size(node, own) and not before:
-        return [(None, offset)] if offset < 0 else []
+        return [Position(None, offset)] if offset < 0 else []
     if node is None and offset < 0:
-        return [(None, offset)] if number == len(parts) - 1 else []
+        return [Position(None, offset)] if number == len(parts) - 1 else []
     if dynamic:
         return _behind_dynamic(node, offset, static, dynamic)
     if node is not None:
-        return [(node, offset - static)]
+        return [Position(node, offset - static)]
     inside = offset - static
-    return [(None, inside)] if inside >= 0 and (not isinstance(own, int) or inside < own) else []
+    return [Position(None, inside)] if inside >= 0 and (not isinstance(own, int) or inside < own) else []
 
 
-def _behind_dynamic(node: fx.Node | None, offset: int, static: int, dynamic: list[Any]) -> list[Place]:
+def _behind_dynamic(
+    node: fx.Node | None, offset: int, static: int, dynamic: Sequence[int | torch.SymInt]
+) -> list[Position]:
     """As :func:`_within`, for a part that begins where a part of varying length ends."""
     if node is None:
         # The varying parts hold a token each at least: the shorter they are, the later is the token that is read.
         last = offset - static - len(dynamic)
-        if last >= FEW:
+        if last >= MOST_CANDIDATES:
             raise AxisError("a concatenation reads a constant position behind a part of varying length")
-        return [(None, position) for position in range(last + 1)]
+        return [Position(None, position) for position in range(last + 1)]
     if len(dynamic) == 1 and _is_size(node, dynamic[0]):
-        return [(None, offset - static)] if offset >= static else []
-    if any(_is_size(one, size) for one in _ancestors(node) for size in dynamic):
+        return [Position(None, offset - static)] if offset >= static else []
+    if any(_is_size(one, size) for one in ancestors(node) for size in dynamic):
         raise AxisError(f"the position {node.name} that a concatenation reads depends on the length of another part")
     return []
 
 
-def _size(part: LayoutPart) -> Any:
+def _size(part: LayoutPart) -> int | torch.SymInt:
     """Tokens of a part: a number, or the captured size if it varies."""
-    size = part.node.meta["val"].shape[part.dim]
+    size: int | torch.SymInt = part.node.meta["val"].shape[part.dim]
     fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-    return size if fixed is None else fixed
+    return size if fixed is None else int(fixed)
 
 
-def _is_size(node: fx.Node, size: Any) -> bool:
+def _is_size(node: fx.Node, size: int | torch.SymInt) -> bool:
     value = node.meta.get("val")
-    return not isinstance(size, int) and hasattr(value, "node") and str(value) == str(size)
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    stack, seen = [node], {node}
-    while stack:
-        for operand in stack.pop().all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                stack.append(operand)
-    return seen
+    return not isinstance(size, int) and isinstance(value, torch.SymInt) and str(value) == str(size)
 
 
 def _comes_from(node: fx.Node, stream: Stream) -> bool:
-    return any(sublayer.attention in _ancestors(node) for sublayer in stream.sublayers)
+    attentions = {sublayer.attention for sublayer in stream.sublayers}
+    return any(one in attentions for one in ancestors(node))

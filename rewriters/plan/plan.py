@@ -1,4 +1,4 @@
-"""Plan: where pruning nodes will stand, as pure data.
+"""The plan: where tokens will be pruned, as pure data.
 
 Start at :func:`make_plan`. A :class:`Plan` is frozen and goes through JSON unchanged, so it can be stored, edited and
 handed back. Later stages decide nothing: what is not in the plan does not happen.
@@ -11,24 +11,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import nn
 
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
+from madtp.report import RefusalReport
 from madtp.sites.scoring import Scores, SegmentSpec, SiteSpec
 from rewriters.capture.scope import Region
 from rewriters.detect.structure import Stream, Structure, Sublayer
 from rewriters.graph.nodes import AxisError, example_shape, is_tensor, module_path
-from rewriters.plan.causality import hides_later_keys
-from rewriters.plan.inheritance import inherited
-from rewriters.plan.policy import SegmentPlan, is_predicted, left_alone, protected_readouts, segments_of
+from rewriters.plan.causality import Example, hides_later_keys
+from rewriters.plan.inheritance import Inheritance, inherited
+from rewriters.plan.policy import Policy, SegmentPlan, is_predicted, left_alone, protected_readouts, segments_of
 
 PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part of a concatenation: node and token dimension, number of its segment, positions of learned tokens in it."""
+    """One operand of a concatenation along the tokens.
+
+    Attributes:
+        node: Name of its node.
+        dim: Its token dimension.
+        segment: Number of the segment that it belongs to.
+        special: Positions of learned tokens in it.
+    """
 
     node: str
     dim: int
@@ -40,18 +48,31 @@ class PartPlan:
 class SitePlan:
     """One pruning site.
 
+    Nodes are given by their names in the captured and canonicalised graph.
+
     Attributes:
-        name: unique; the module path of the block. modality, stream, layer: where it stands.
-        width: C. attention, block_input, value: node names. token_dim, batch_dim: of ``value``.
-        norm: "pre" or "post". class_position: of the class token. protected: constant positions (negative: from the
-        end).
-        readouts: nodes that hold positions the graph reads (``[B]`` or one number), "node+3" for three tokens further on.
-        causal: tokens see only earlier ones.
-        segments: of a stream that several modalities share. parts: how they were concatenated; or mask: node that is true
-        where segment 1 was written into segment 0.
-        keeps_last: the last token of each sample that is no padding is protected: a language model goes on from it.
-        scores: what the block's attention tells of its tokens: "attention" (all), "windows" (within windows of the grid),
-        "none" (its keys are no tokens).
+        name: Unique name: the module path of the block, or ``block#2`` where the block runs a second time.
+        modality: ``"image"``, ``"text"``, ``"joint"`` or ``"query"``.
+        stream: Index of the residual stream.
+        layer: Number of the block in its stream, from 0.
+        width: Number of channels C of the stream.
+        attention: Node of the block's self-attention.
+        block_input: Node of the residual value that the queries come from.
+        value: Node of the residual value behind the attention, whose tokens are pruned.
+        token_dim: Token dimension of ``value``.
+        batch_dim: Batch dimension of ``value``.
+        norm: ``"pre"`` or ``"post"``.
+        class_position: Position of the class token; None if there is none.
+        protected: Constant positions that always survive; negative ones count from the end.
+        readouts: Nodes whose values are positions that the graph reads, ``[B]`` or one number; ``"node+3"`` means three
+            tokens further on. They survive, too.
+        causal: Whether tokens see only earlier ones.
+        segments: The segments of a stream that several modalities share.
+        parts: How the segments were concatenated, if they were.
+        mask: Node ``[B, N, ...]`` that is true where segment 1 was written into segment 0, if it was.
+        keeps_last: Whether the last token of each sample that is not padding survives; a language model goes on from it.
+        scores: What the block's attention tells of its tokens: ``"attention"`` (all of them), ``"windows"`` (those within
+            a window of the grid), or ``"none"`` (its keys are not tokens).
     """
 
     name: str
@@ -75,24 +96,61 @@ class SitePlan:
     keeps_last: bool = False
     scores: Scores = "attention"
 
+    def spec(self) -> SiteSpec:
+        """What the module of the site has to know."""
+        return SiteSpec(
+            name=self.name,
+            modality=self.modality,
+            width=self.width,
+            class_position=self.class_position,
+            protected=self.protected,
+            causal=self.causal,
+            segments=tuple(SegmentSpec(s.modality, s.pruned, s.protected) for s in self.segments),
+            keeps_last=self.keeps_last,
+        )
+
+    def node_names(self) -> tuple[str, ...]:
+        """Names of all nodes that the site refers to."""
+        readouts = (name.partition("+")[0] for name in self.readouts)
+        masks = () if self.mask is None else (self.mask,)
+        return (self.attention, self.block_input, self.value, *readouts, *(part.node for part in self.parts), *masks)
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """A block that is left alone: where, why, and what would help. by_policy: it could be pruned, but should not be unasked."""
+    """A block that is not pruned.
+
+    Attributes:
+        block: Module path.
+        node: Name of the node where the rewriter gave up; empty where a whole submodule is refused.
+        reason: What stands in the way.
+        help: What would help.
+        policy: The choice by which the block is left alone although it could be pruned; None if it could not be.
+    """
 
     block: str
     node: str
     reason: str
     help: str
-    by_policy: bool = False
+    policy: Policy | None = None
+
+    def report(self) -> RefusalReport:
+        """The refusal as users read it."""
+        return RefusalReport(self.block, self.node, self.reason, self.help, by_policy=self.policy is not None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All sites of a graph, the width of the alignment tokens, and what is refused.
+    """Where a graph is pruned, and what is refused.
 
-    ``images`` of one sample go through the vision tower; ``image_order`` says how they are stacked in its batch:
-    "blocked" (all first images, then all second ones) or "interleaved".
+    Attributes:
+        sites: All sites, in the order of the graph.
+        refusals: Blocks that are not pruned, and why.
+        alignment_width: Number of channels of the alignment tokens.
+        images: Number of images of one sample that go through the vision tower.
+        image_order: How these are stacked in the tower's batch: ``"blocked"`` (all first images, then all second ones) or
+            ``"interleaved"``.
+        version: Version of the JSON form.
     """
 
     sites: tuple[SitePlan, ...]
@@ -104,26 +162,40 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` takes them back."""
-        return dataclasses.asdict(self)
+        refusals = [{**vars(r), "policy": None if r.policy is None else r.policy.value} for r in self.refusals]
+        return {**dataclasses.asdict(self), "refusals": refusals}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Inverse of :meth:`to_dict`; raises :class:`PlanError` on unknown or missing fields."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            PlanError: A field is unknown or missing, or the version is another one.
+        """
         if values.get("version") != PLAN_VERSION:
             raise PlanError(
                 f"the plan has version {values.get('version')!r}; this release reads version {PLAN_VERSION}."
             )
         try:
             sites = tuple(_site_from(s) for s in values["sites"])
-            refusals = tuple(Refusal(**r) for r in values["refusals"])
-            return cls(sites, refusals, values["alignment_width"], values["images"], values["image_order"])
-        except (KeyError, TypeError) as error:
+            refusals = tuple(_refusal_from(r) for r in values["refusals"])
+            return cls(
+                sites=sites,
+                refusals=refusals,
+                alignment_width=values["alignment_width"],
+                images=values["images"],
+                image_order=values["image_order"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(
                 f"the plan is malformed: {error}. Compare it with Plan.to_dict() of a fresh rewrite."
             ) from error
 
     def under(self, region: Region) -> Plan:
-        """The plan of a region with the names that its blocks have in the whole model; what that reads is protected."""
+        """The plan of a region in terms of the whole model: with the names of its blocks there.
+
+        Positions that the rest of the model reads in the region's results are protected.
+        """
         sites = tuple(_from_outside(s, region) for s in self.sites)
         refusals = tuple(dataclasses.replace(r, block=region.inside(r.block)) for r in self.refusals)
         return dataclasses.replace(self, sites=sites, refusals=refusals)
@@ -145,11 +217,19 @@ def _site_from(values: Mapping[str, Any]) -> SitePlan:
     return SitePlan(**{**values, **tuples, "segments": segments, "parts": parts})
 
 
+def _refusal_from(values: Mapping[str, Any]) -> Refusal:
+    policy = values.get("policy")
+    if values.get("by_policy"):  # as plans were written before policies had names
+        policy = Policy.TOWERS
+    known = {name: value for name, value in values.items() if name != "by_policy"}
+    return Refusal(**{**known, "policy": None if policy is None else Policy(policy)})
+
+
 def _from_outside(site: SitePlan, region: Region) -> SitePlan:
     first = site.class_position
-    if first is None and not site.causal and not site.readouts and region.read:
-        first = region.read[0]
-    protected = tuple(dict.fromkeys((*site.protected, *region.read)))
+    if first is None and not site.causal and not site.readouts and region.read_positions:
+        first = region.read_positions[0]
+    protected = tuple(dict.fromkeys((*site.protected, *region.read_positions)))
     return dataclasses.replace(site, name=region.inside(site.name), protected=protected, class_position=first)
 
 
@@ -157,108 +237,124 @@ def joined(plans: Sequence[Plan]) -> Plan:
     """The plans of several regions as one."""
     several = next((p for p in plans if p.images > 1), plans[0])
     return Plan(
-        tuple(s for p in plans for s in p.sites),
-        tuple(r for p in plans for r in p.refusals),
-        max(p.alignment_width for p in plans),
-        several.images,
-        several.image_order,
+        sites=tuple(s for p in plans for s in p.sites),
+        refusals=tuple(r for p in plans for r in p.refusals),
+        alignment_width=max(p.alignment_width for p in plans),
+        images=several.images,
+        image_order=several.image_order,
     )
 
 
-def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any], module: torch.nn.Module) -> Plan:
-    """Decide on sites for every self-attention sublayer of every stream that ``config`` wants pruned.
+def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any], module: nn.Module) -> Plan:
+    """Decide on a site for every self-attention sublayer of every stream that ``config`` wants pruned.
 
     Args:
-        structure: from :func:`rewriters.detect.streams.detect`.
-        inputs: flattened example inputs of the capture, to tell causal masks.
-        module: resolves the graph's parameters.
+        structure: From :func:`rewriters.detect.streams.detect`.
+        config: How to prune.
+        inputs: Flattened example inputs of the capture, to tell causal masks.
+        module: Resolves the graph's parameters.
     """
+    example = Example(structure.graph, inputs, module)
     sites: list[SitePlan] = []
     refusals = [
         Refusal(module_path(u.attention) or u.attention.name, u.node.name, u.reason, u.help) for u in structure.unplaced
     ]
-    names: dict[str, int] = {}
-    inheritance = inherited(structure, config)
+    inherited_by = inherited(structure, config)
     for stream in structure.streams:
-        wanted = inheritance[stream.index]
-        segments = segments_of(stream, structure.graph, config, inputs, module)
-        left = left_alone(stream, segments, structure.graph, config, inputs, module)
-        chosen = left is not None
-        try:
-            protected, readouts = protected_readouts(stream, config)
-        except AxisError as error:
-            left = left or (str(error), "a readout at a position that depends on one length only")
-        if wanted.unknown is not None:
-            left = left or (wanted.unknown, "a readout at a position that can be told in the stream it comes from")
-        if left is not None:
-            blocks = (s for s in stream.sublayers if s.kind == "self")
-            refusals.extend(Refusal(s.path, s.attention.name, *left, by_policy=chosen) for s in blocks)
+        decision = _decide(stream, config, example, inherited_by[stream.index])
+        sublayers = [s for s in stream.sublayers if s.kind == "self"]
+        if not isinstance(decision, StreamPlan):
+            refusals.extend(dataclasses.replace(decision, block=s.path, node=s.attention.name) for s in sublayers)
             continue
-        predicted = is_predicted(stream, segments, structure.graph, inputs, module)
-        protected = tuple(dict.fromkeys((*protected, *wanted.positions)))
-        readouts = tuple(dict.fromkeys((*readouts, *wanted.readouts)))
-        for layer, sublayer in enumerate(s for s in stream.sublayers if s.kind == "self"):
+        for layer, sublayer in enumerate(sublayers):
             if any(site.value == sublayer.value.name for site in sites):
                 continue  # It runs in parallel with another one, whose site prunes for both.
             reason = _unfit(sublayer)
             if reason is not None:
                 refusals.append(reason)
                 continue
-            seen = sublayer.scores == "attention"
-            causal = seen and hides_later_keys(structure.graph, sublayer.attention, inputs, module)
-            site = _site(stream, sublayer, layer, protected, readouts, causal, segments, names)
-            sites.append(dataclasses.replace(site, keeps_last=predicted, scores=sublayer.scores))
-    width = config.alignment_width or max((s.width for s in sites), default=1)
+            name = _unique_name(sublayer.path, sites)
+            sites.append(_site(name, decision, sublayer, layer, example))
     images = max((s.parts for s in structure.streams if s.modality == "image"), default=1)
-    return Plan(tuple(sites), tuple(refusals), width, images, "blocked" if images > 1 else "interleaved")
+    return Plan(
+        sites=tuple(sites),
+        refusals=tuple(refusals),
+        alignment_width=config.alignment_width or max((s.width for s in sites), default=1),
+        images=images,
+        image_order="blocked" if images > 1 else "interleaved",
+    )
 
 
-def _site(
-    stream: Stream,
-    sublayer: Sublayer,
-    layer: int,
-    protected: tuple[int, ...],
-    readouts: tuple[str, ...],
-    causal: bool,
-    segments: tuple[SegmentPlan, ...],
-    names: dict[str, int],
-) -> SitePlan:
-    name = sublayer.path
-    names[name] = names.get(name, 0) + 1
-    if names[name] > 1:
-        name = f"{name}#{names[name]}"
+@dataclass(frozen=True)
+class StreamPlan:
+    """What all sites of a stream have in common; the fields are those of :class:`SitePlan`."""
+
+    stream: Stream
+    protected: tuple[int, ...]
+    readouts: tuple[str, ...]
+    segments: tuple[SegmentPlan, ...]
+    keeps_last: bool
+
+
+def _decide(stream: Stream, config: PruningConfig, example: Example, inheritance: Inheritance) -> StreamPlan | Refusal:
+    """How a stream is pruned, or a refusal, without block and node, for each of its blocks."""
+    segments = segments_of(stream, config, example)
+    refused = left_alone(stream, segments, config, example)
+    if refused is not None:
+        return Refusal("", "", refused.reason, refused.help, refused.policy)
+    try:
+        own = protected_readouts(stream, config)
+    except AxisError as error:
+        return Refusal("", "", str(error), "a readout at a position that depends on one length only")
+    if inheritance.unknown is not None:
+        help = "a readout at a position that can be told in the stream it comes from"
+        return Refusal("", "", inheritance.unknown, help)
+    return StreamPlan(
+        stream=stream,
+        protected=tuple(dict.fromkeys((*own.positions, *inheritance.positions))),
+        readouts=tuple(dict.fromkeys((*own.readouts, *inheritance.readouts))),
+        segments=segments,
+        keeps_last=is_predicted(stream, segments, example),
+    )
+
+
+def _unique_name(block: str, sites: Sequence[SitePlan]) -> str:
+    """The name of a further site in ``block``: a block that runs again has one for each time."""
+    runs = 1 + sum(site.name.partition("#")[0] == block for site in sites)
+    return block if runs == 1 else f"{block}#{runs}"
+
+
+def _site(name: str, decision: StreamPlan, sublayer: Sublayer, layer: int, example: Example) -> SitePlan:
+    stream, protected, layout = decision.stream, decision.protected, decision.stream.layout
+    causal = sublayer.scores == "attention" and hides_later_keys(example, sublayer.attention)
     class_position: int | None = None
     if not causal:
         class_position = stream.special[0] if stream.special else (protected[0] if protected else None)
     elif protected and protected[0] < 0:
         class_position = protected[0]
+    shared = layout if decision.segments else None
     return SitePlan(
-        name,
-        stream.modality,
-        stream.index,
-        layer,
-        stream.width,
-        sublayer.attention.name,
-        sublayer.block_input.name,
-        sublayer.value.name,
-        sublayer.token_dim,
-        sublayer.batch_dim,
-        sublayer.norm,
-        class_position,
-        protected,
-        readouts,
-        causal,
-        segments,
-        *_layout(stream, segments),
+        name=name,
+        modality=stream.modality,
+        stream=stream.index,
+        layer=layer,
+        width=stream.width,
+        attention=sublayer.attention.name,
+        block_input=sublayer.block_input.name,
+        value=sublayer.value.name,
+        token_dim=sublayer.token_dim,
+        batch_dim=sublayer.batch_dim,
+        norm=sublayer.norm,
+        class_position=class_position,
+        protected=protected,
+        readouts=decision.readouts,
+        causal=causal,
+        segments=decision.segments,
+        parts=() if shared is None else tuple(PartPlan(p.node.name, p.dim, p.segment, p.special) for p in shared.parts),
+        mask=None if shared is None or shared.mask is None else shared.mask.name,
+        keeps_last=decision.keeps_last,
+        scores=sublayer.scores,
     )
-
-
-def _layout(stream: Stream, segments: tuple[SegmentPlan, ...]) -> tuple[tuple[PartPlan, ...], str | None]:
-    if not segments or stream.layout is None:
-        return (), None
-    mask = stream.layout.mask
-    parts = tuple(PartPlan(p.node.name, p.dim, p.segment, p.special) for p in stream.layout.parts)
-    return parts, None if mask is None else mask.name
 
 
 def _unfit(sublayer: Sublayer) -> Refusal | None:
@@ -277,15 +373,3 @@ def _unfit(sublayer: Sublayer) -> Refusal | None:
     return None
 
 
-def _spec(site: SitePlan) -> SiteSpec:
-    segments = tuple(SegmentSpec(s.modality, s.pruned, s.protected) for s in site.segments)
-    return SiteSpec(
-        site.name,
-        site.modality,
-        site.width,
-        site.class_position,
-        site.protected,
-        site.causal,
-        segments,
-        site.keeps_last,
-    )

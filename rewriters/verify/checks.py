@@ -20,10 +20,11 @@ from madtp.calls.compare import compare, drawing_alike
 from madtp.errors import RewriteError
 from madtp.programs.program import Program
 from madtp.sites.control import PruningControl
+from rewriters.graph.nodes import attribute, example_size
 from rewriters.plan.plan import Plan
-from rewriters.verify.replay import batch_mates_do_not_matter, dropping_equals_hiding, first_sample, parted
+from rewriters.verify.replay import batch_mates_do_not_matter, differences, dropping_equals_hiding, first_sample
 
-# MACs a sample from which on one comparison has to do: further ones would cost seconds.
+# MACs per sample from which on one comparison has to do: further ones would take seconds.
 EXPENSIVE = 2e10
 COUPLED = (
     "output {} of the first sample alone differs by {:.1e} of its scale from what the model itself computes for it in its "
@@ -32,10 +33,18 @@ COUPLED = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """What a check may look at: the original, the program, the tree it runs on, the control of its sites, the example
-    call, the plan."""
+    """What a check may look at.
+
+    Attributes:
+        model: The original module.
+        program: What is to compute the same.
+        root: The module tree that the program runs on.
+        control: The control of its sites.
+        call: The example call, opened.
+        plan: The plan that the program follows.
+    """
 
     model: nn.Module
     program: Program
@@ -50,16 +59,14 @@ def graph_is_sound(case: Case) -> None:
     case.program.graph.lint()
     for node in case.program.graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            value: Any = case.root
-            for part in str(node.target).split("."):
-                if not hasattr(value, part):
-                    raise RewriteError(f"the graph names {node.target}, which the model does not have.")
-                value = getattr(value, part)
+            try:
+                attribute(case.root, str(node.target))
+            except AttributeError:
+                raise RewriteError(f"the graph names {node.target}, which the model does not have.") from None
 
 
 def inactive_equals_original(case: Case) -> None:
-    """With pruning off, the program computes what the model computes, at the example's batch size and for one
-    sample."""
+    """With pruning off, the program computes what the model computes, for the example's batch and for one sample."""
     if any(m.training for m in case.model.modules()):
         return
     expected, actual = unpruned(case, case.call)
@@ -69,7 +76,7 @@ def inactive_equals_original(case: Case) -> None:
         try:
             compare(alone, actual)
         except RewriteError:
-            coupled = parted(pytree.tree_leaves(alone), pytree.tree_leaves(expected))
+            coupled = differences(pytree.tree_leaves(alone), pytree.tree_leaves(expected))
             if not coupled:
                 raise
             position, error = next(iter(coupled.items()))
@@ -94,13 +101,13 @@ def pruned_keeps_shapes(case: Case) -> None:
     """With pruning on, outputs have the structure, shapes and dtypes of the original's."""
     with torch.no_grad():
         pruned = case.program.run(case.root, case.call.flat()[0])
-    for expected, actual in zip(_expected(case.program.graph), pytree.tree_flatten(pruned)[0], strict=True):
-        if isinstance(expected, Tensor) and [int(n) for n in map(_number, expected.shape)] != list(actual.shape):
+    for expected, actual in zip(_captured_outputs(case.program.graph), pytree.tree_leaves(pruned), strict=True):
+        if isinstance(expected, Tensor) and tuple(example_size(n) for n in expected.shape) != tuple(actual.shape):
             raise RewriteError(f"an output has shape {tuple(actual.shape)}, the model's has {tuple(expected.shape)}.")
 
 
 def decisions_hold(case: Case) -> None:
-    """With pruning on, a decision gives one result however it is carried out (see ``replay.py``)."""
+    """With pruning on, one decision gives one result, however it is carried out (see ``replay.py``)."""
     misaligned = case.control.config.mask_order == "sorted"
     if any(m.training for m in case.model.modules()) or not is_cheap(case) or misaligned:
         return
@@ -120,14 +127,11 @@ def _batch_is_free(case: Case) -> bool:
     return free and case.program.serves(first_sample(case.call).flat()[0])
 
 
-def _number(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _expected(graph: fx.Graph) -> list[Any]:
+def _captured_outputs(graph: fx.Graph) -> list[object]:
     """Captured value of each output; None where it is a constant."""
-    output = next(n for n in graph.nodes if n.op == "output")
-    return [n.meta.get("val") if isinstance(n, fx.Node) else None for n in output.args[0]]  # type: ignore[union-attr]
+    outputs = graph.output_node().args[0]
+    assert isinstance(outputs, (list, tuple))
+    return [n.meta.get("val") if isinstance(n, fx.Node) else None for n in outputs]
 
 
 CHECKS: tuple[tuple[str, Callable[[Case], None]], ...] = (
@@ -139,7 +143,11 @@ CHECKS: tuple[tuple[str, Callable[[Case], None]], ...] = (
 
 
 def verify(case: Case) -> None:
-    """Run all checks; raises :class:`RewriteError`."""
+    """Run all checks.
+
+    Raises:
+        RewriteError: One of them fails.
+    """
     for name, check in CHECKS:
         try:
             check(case)

@@ -1,12 +1,11 @@
-"""Whether pruning a stream can pay for itself: what the guidance of its sites costs against the most that they can save.
+"""Payoff: whether pruning a stream pays for the guidance of its sites.
 
-Start at :func:`unpaid`.
+Start at :func:`sites_without_payoff`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 
@@ -14,43 +13,37 @@ from madtp.calls.call import Call
 from madtp.config import PruningConfig
 from madtp.programs.program import Program
 from madtp.sites.additions import PREFIX
+from rewriters.insert.workspace import site_key
+from rewriters.plan.plan import SitePlan
 
 
-class Site(Protocol):
-    """What is asked of a site of a plan."""
+def sites_without_payoff(program: Program, call: Call, sites: Sequence[SitePlan], config: PruningConfig) -> list[str]:
+    """The first site of each stream whose sites cost more on ``call`` than they save at best.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def stream(self) -> int: ...
-    @property
-    def protected(self) -> tuple[int, ...]: ...
-    @property
-    def readouts(self) -> tuple[str, ...]: ...
-
-
-def unpaid(
-    program: Program, call: Call, sites: Sequence[Site], keys: Mapping[str, str], config: PruningConfig
-) -> list[str]:
-    """The first site of each stream whose sites cost more on ``call`` than they save with as few tokens as they may keep.
+    At best, each site keeps as few tokens as it may.
 
     Args:
-        sites: of the program's plan. keys: the names under which the sites stand in the module tree, by name.
+        program: The program that prunes at ``sites``.
+        call: The call to price, opened.
+        sites: All sites of the program's plan.
+        config: How to prune.
     """
     leaves = call.flat()[0]
-    whole = sum(program.cost.price(leaves, {}, False).values())
-    found = []
+    dense = sum(program.cost.price(leaves, {}, False).values())
+    names = []
     for stream in dict.fromkeys(site.stream for site in sites):
         own = [site for site in sites if site.stream == stream]
-        entries = {site.name: program.cost.entries(site.name, leaves) for site in own}
-        counts = {site.name: torch.full((entries[site.name],), float(_least(site, config))) for site in own}
-        others = {f"{PREFIX}.sites.{keys[site.name]}" for site in sites if site.stream != stream}
+        counts = {
+            site.name: torch.full((program.cost.entries(site.name, leaves),), float(_fewest_tokens(site, config)))
+            for site in own
+        }
+        others = {f"{PREFIX}.sites.{site_key(site.name)}" for site in sites if site.stream != stream}
         priced = program.cost.price(leaves, counts, True)
-        if sum(amount for path, amount in priced.items() if path not in others) >= whole:
-            found.append(own[0].name)
-    return found
+        if sum(amount for path, amount in priced.items() if path not in others) >= dense:
+            names.append(own[0].name)
+    return names
 
 
-def _least(site: Site, config: PruningConfig) -> int:
-    """Tokens that survive at a site in any case, and the merged one."""
+def _fewest_tokens(site: SitePlan, config: PruningConfig) -> int:
+    """Tokens that survive at a site in any case, with the merged one."""
     return len(site.protected) + len(site.readouts) + max(1, config.min_tokens) + int(config.merge)

@@ -1,7 +1,7 @@
 """Checks of a rewrite with pruning on: one decision, carried out in different ways, must give one result.
 
-Start at :func:`dropping_equals_hiding`. The example inputs are run once; the tokens that survived are then forced upon further
-runs. Nothing here knows what the model computes, so every model that is rewritten is checked, whatever it is.
+Start at :func:`dropping_equals_hiding`. The example inputs are run once, and further runs are forced to keep the tokens
+that survived. Nothing here knows what the model computes, so every model that is rewritten can be checked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import sample_dims
@@ -31,7 +31,7 @@ Scores, and with them the weights of merged tokens, are float32 in any model."""
 Forced = dict[str, Tensor]
 
 
-def dropping_equals_hiding(program: Program, root: Any, control: PruningControl, call: Call) -> None:
+def dropping_equals_hiding(program: Program, root: nn.Module, control: PruningControl, call: Call) -> None:
     """Tokens that leave and tokens that stay but are hidden from attention and pooling give the same outputs.
 
     A side input that is not gathered, an operation that mixes tokens unnoticed, a readout at the wrong place: each makes
@@ -50,9 +50,13 @@ def dropping_equals_hiding(program: Program, root: Any, control: PruningControl,
             )
 
 
-def batch_mates_do_not_matter(program: Program, root: Any, control: PruningControl, call: Call, plan: Plan) -> None:
-    """The first sample alone gives what it gives in its batch, with the same decisions; but for outputs that compare samples
-    in the original, too."""
+def batch_mates_do_not_matter(
+    program: Program, root: nn.Module, control: PruningControl, call: Call, plan: Plan
+) -> None:
+    """The first sample alone gives what it gives in its batch, with the same decisions.
+
+    Outputs that compare samples in the original, too, are exempt.
+    """
     batch = call.samples()
     with _pruning(control, merge=control.config.merge):
         _run(program, root, call)
@@ -64,11 +68,11 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
             return
         control.forced = {name: kept for name, kept in firsts.items() if kept is not None}
         alone = _run(program, root, first_sample(call))
-    found = parted(alone, together)
+    found = differences(alone, together)
     if not found:
         return
     with _dense(control):
-        coupled = parted(_run(program, root, first_sample(call)), _run(program, root, call))
+        coupled = differences(_run(program, root, first_sample(call)), _run(program, root, call))
     for position, error in found.items():
         if position not in coupled:
             raise RewriteError(
@@ -77,8 +81,8 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
             )
 
 
-def parted(alone: list[Any], together: list[Any]) -> dict[int, float]:
-    """Outputs of a sample alone that differ from its part of the batch's, and by how much."""
+def differences(alone: list[Any], together: list[Any]) -> dict[int, float]:
+    """How much the outputs of a sample alone differ from its part of the batch's, by position; only those that do."""
     errors = {
         position: _difference(want, have[tuple(slice(0, n) for n in want.shape)])
         for position, (want, have) in enumerate(zip(alone, together, strict=True))
@@ -88,7 +92,7 @@ def parted(alone: list[Any], together: list[Any]) -> dict[int, float]:
 
 
 def first_sample(call: Call) -> Call:
-    """The call with the first sample of the batch only; every tensor has to have a batch dimension."""
+    """The call with the first sample of the batch alone; every tensor has to have a batch dimension."""
     leaves = call.flat()[0]
     dims = sample_dims(leaves)
     assert dims is not None
@@ -120,7 +124,7 @@ def _dense(control: PruningControl) -> Iterator[None]:
         control.begin()
 
 
-def _run(program: Program, root: Any, call: Call) -> list[Any]:
+def _run(program: Program, root: nn.Module, call: Call) -> list[Any]:
     with torch.no_grad(), drawing_alike():
         return pytree.tree_flatten(program.run(root, call.flat()[0]))[0]
 
@@ -130,16 +134,16 @@ def _survivors(control: PruningControl) -> Forced:
 
 
 def _first_sample(kept: Tensor, batch: int, plan: Plan) -> Tensor | None:
-    """Rows of the first sample among ``[parts * B, N]``; None where the rows are no multiple of the batch."""
+    """Rows of the first sample among ``[parts * B, N]``; None if the number of rows is not a multiple of B."""
     parts, rest = divmod(kept.shape[0], batch)
     if rest:
         return None
     blocked = plan.image_order == "blocked" or parts == 1
-    return kept.unflatten(0, (parts, batch))[:, 0] if blocked else kept[:parts]
+    return kept.reshape(parts, batch, *kept.shape[1:])[:, 0] if blocked else kept[:parts]
 
 
 def _difference(want: Any, have: Any) -> float:
-    """Largest difference of two outputs relative to their scale; 0 where it is within tolerance or both are no numbers."""
+    """Largest difference of two outputs, relative to their scale; 0 within tolerance, and for outputs without numbers."""
     if not isinstance(want, Tensor) or not want.dtype.is_floating_point or not want.numel():
         return 0.0
     if want.shape != have.shape:

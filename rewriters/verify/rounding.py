@@ -1,7 +1,7 @@
-"""Tell rounding from a fault: a graph that is wrong is so in any precision.
+"""Tell rounding from a fault: a graph that is wrong is wrong in any precision.
 
-Start at :func:`is_rounding`. A model may round by more than any tolerance for single precision (deep convolutions, badly scaled
-weights); no other order of summation agrees with it any better then.
+Start at :func:`is_rounding`. Deep convolutions or badly scaled weights may round by more than any tolerance for single
+precision; then no other order of summation agrees with the model any better.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from rewriters.verify.checks import Case, is_cheap, unpruned, verify
 
 
 def is_rounding(case: Case, doubled: Callable[[], Case]) -> bool:
-    """Whether a case that failed a check passes all in double precision, and is about as near to the exact result in single
-    precision, pruning off, as the model is.
+    """Whether a case that failed a check failed by rounding.
+
+    It did if it passes all checks in double precision, and if the program, with pruning off, is about as near to the exact
+    result in single precision as the model is.
 
     Args:
-        doubled: makes the case of copies in double precision.
+        case: The case that failed.
+        doubled: Makes the case of copies in double precision.
     """
     if not is_cheap(case) or any(x.dtype == torch.float64 for x in case.call.tensors()):
         return False

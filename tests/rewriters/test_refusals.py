@@ -20,8 +20,9 @@ import madtp
 from madtp import PruningConfig
 from madtp.errors import ExampleInputsError, NoSiteError, NothingToPruneError, PlanError
 from madtp.programs.program import Program
-from rewriters.pipeline import build
+from rewriters.pipeline import rewrite_region
 from rewriters.plan.plan import Plan
+from rewriters.request import Request
 
 
 def pixels(batch: int = 2) -> Tensor:
@@ -282,7 +283,7 @@ def planned(name: str) -> tuple[nn.Module, Any, Plan]:
     case = CASES[name]
     model = case.build()
     call = madtp.api.example_call(model, case.inputs(2, 6))  # type: ignore[attr-defined]
-    return model, call, build(model, call, PruningConfig()).plan
+    return model, call, rewrite_region(Request(model, call, PruningConfig())).plan
 
 
 def test_plan_survives_json_and_can_be_edited() -> None:

@@ -21,7 +21,8 @@ from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError
 from rewriters.capture.recording import record
 from rewriters.plan.plan import Plan
-from rewriters.regions import build_all
+from rewriters.regions import rewrite_regions
+from rewriters.request import Request
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Pair = tuple[Any, Tensors, madtp.PrunedModel]
@@ -214,7 +215,7 @@ def test_calibrate_and_freeze(selecting: Pair) -> None:
 
 def test_a_plan_of_regions_can_be_edited(selecting: Pair) -> None:
     model, inputs, _ = selecting
-    plan = Plan.from_dict(build_all(model, madtp.calls.call.Call((), inputs), CONFIG).plan.to_dict())
+    plan = Plan.from_dict(rewrite_regions(Request(model, madtp.calls.call.Call((), inputs), CONFIG)).plan.to_dict())
     fewer = plan.without(["text.encoder.layers.0", "vision.tower.encoder.layers.2"], ())
     pruned = madtp.rewrite(model, inputs, config=CONFIG, plan=fewer)
     assert [s.name for s in pruned.report.sites] == [s.name for s in fewer.sites]
@@ -267,9 +268,9 @@ class Holder(nn.Module):
 
 def test_parts_are_preferred_where_they_hold_more_sites() -> None:
     inputs = {"pixels": torch.randn(2, 3, 32, 32), "input_ids": text(2, 6)["input_ids"]}
-    parts = build_all(Holder().eval(), madtp.calls.call.Call((), inputs), CONFIG)
-    assert [p.region.path for p in parts.parts] == ["part.vision", "part.last"]
-    assert len(parts.plan.sites) == 6
+    rewritten = rewrite_regions(Request(Holder().eval(), madtp.calls.call.Call((), inputs), CONFIG))
+    assert [r.region.path for r in rewritten.regions] == ["part.vision", "part.last"]
+    assert len(rewritten.plan.sites) == 6
 
 
 class Packed(nn.Module):
@@ -323,5 +324,5 @@ def test_modalities_are_followed_through_a_run() -> None:
     }
     assert calls["vision"].attentions == 3
     assert calls["first"].attentions == 0
-    assert calls["second"].read == {-2}
-    assert calls["vision"].read == set()
+    assert calls["second"].read_positions == {-2}
+    assert calls["vision"].read_positions == set()

@@ -181,10 +181,11 @@ def test_an_edited_plan_is_followed(tmp_path: Path) -> None:
 
     from madtp.calls.call import Call
     from madtp.calls.copies import share
-    from rewriters.pipeline import build
+    from rewriters.pipeline import rewrite_region
+    from rewriters.request import Request
 
     call, config = Call((), {"x": images(2, 0)}), PruningConfig(alignment_tokens=8)
-    plan = build(share(vit(2)), call, config).plan
+    plan = rewrite_region(Request(share(vit(2)), call, config)).plan
     edited = dataclasses.replace(plan, sites=(dataclasses.replace(plan.sites[1], protected=(0, 9)),))
     first = madtp.rewrite(vit(2), (images(2, 0),), config=config, plan=edited)
     loaded = madtp.load(madtp.save(first, tmp_path / "plan"), vit(2))

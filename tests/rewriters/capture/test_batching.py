@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewriters.capture.batch_images import batched
-from rewriters.capture.constants import Knowing
+from rewriters.capture.constants import FoldingConstants
 from rewriters.graph.nodes import AxisError
 
 TABLE = torch.arange(60.0).reshape(12, 5) / 60
@@ -73,7 +73,7 @@ class _Module(nn.Module):
 
 
 def _batched(function: Function, x: Tensor) -> Callable[[Tensor], Tensor]:
-    with Knowing():
+    with FoldingConstants():
         program = torch.export.export(_Module(function), (x[0],), strict=False)
     module = program.module(check_guards=False)
     values = dict(program.constants) | dict(program.named_buffers())

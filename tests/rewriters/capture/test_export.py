@@ -17,7 +17,8 @@ from rewriters.axes.table import apply
 from rewriters.canonicalise.passes import canonicalise, reshape_views
 from rewriters.capture.export import capture
 from rewriters.graph.nodes import AxisError, op_name
-from rewriters.pipeline import build
+from rewriters.pipeline import rewrite_region
+from rewriters.request import Request
 
 
 class DataDependent(nn.Module):
@@ -214,4 +215,4 @@ class Routed(nn.Module):
 
 def test_sizes_that_depend_on_values_are_refused_in_words() -> None:
     with pytest.raises(RewriteError, match="selected by their values"):
-        build(Routed().eval(), Call((images(2, 0),), {}), madtp.PruningConfig())
+        rewrite_region(Request(Routed().eval(), Call((images(2, 0),), {}), madtp.PruningConfig()))

@@ -17,8 +17,9 @@ import madtp
 from madtp import PrunedModel, PruningConfig
 from madtp.calls.call import normalise_call
 from madtp.calls.copies import share
-from rewriters.pipeline import build as build_program
+from rewriters.pipeline import rewrite_region
 from rewriters.plan.plan import Plan
+from rewriters.request import Request
 
 
 def inputs_of(model: nn.Module, batch: int = 3, length: int = 7) -> Tensors:
@@ -129,7 +130,7 @@ def test_counts_are_frozen_by_segment() -> None:
 
 def test_a_plan_with_segments_goes_through_json() -> None:
     model = lively(SingleStream())
-    plan = build_program(share(model), normalise_call(model, (), inputs_of(model)), PruningConfig()).plan
+    plan = rewrite_region(Request(share(model), normalise_call(model, (), inputs_of(model)), PruningConfig())).plan
     assert plan.sites[0].segments
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 

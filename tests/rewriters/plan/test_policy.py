@@ -17,14 +17,19 @@ from madtp.config import PruningConfig
 from rewriters.axes.sources import Rest, TokenRange
 from rewriters.detect.layout import find_layout
 from rewriters.graph.nodes import AxisError, op_name
+from rewriters.plan.causality import Example
 from rewriters.plan.inheritance import inherited
-from rewriters.plan.policy import SegmentPlan, left_alone, original, protected_readouts, segments_of
+from rewriters.plan.policy import Policy, Position, SegmentPlan, left_alone, original, protected_readouts, segments_of
 
 DEFAULT = PruningConfig()
 
 
 def of(**design: Any) -> Found:
     return drawn(json.dumps(design))
+
+
+def example(case: Found) -> Example:
+    return Example(case.structure.graph, *case.about)
 
 
 def graph_value(name: str) -> fx.Node:
@@ -117,30 +122,30 @@ def test_a_layout_is_sought_along_the_tokens_only() -> None:
 )
 def test_what_is_read_is_protected(design: dict[str, Any], positions: tuple[int, ...], operations: list[str]) -> None:
     case = of(**design)
-    at, nodes = protected_readouts(case.stream("text"), DEFAULT)
+    protected = protected_readouts(case.stream("text"), DEFAULT)
     names = {n.name: op_name(n) for n in case.structure.graph.nodes}
-    assert at == positions
-    assert [names[n] for n in nodes] == operations
+    assert protected.positions == positions
+    assert [names[n] for n in protected.readouts] == operations
 
 
 def test_configured_positions_are_protected_too() -> None:
     config = PruningConfig(protect={"text": (2, 5)})
-    assert protected_readouts(of(text_readout="first").stream("text"), config)[0] == (0, 2, 5)
+    assert protected_readouts(of(text_readout="first").stream("text"), config).positions == (0, 2, 5)
 
 
 def test_a_position_of_a_part_is_counted_in_the_stream() -> None:
     cut = graph_value("cut")
-    assert original("s", None, 3) == (None, 3)
-    assert original(Rest("s", 2), None, 3) == (None, 5)
-    assert original(TokenRange("s", 4, 9), None, 1) == (None, 5)
-    assert original(TokenRange("s", cut, None), None, 1) == (cut, 1)
-    assert original(Rest(TokenRange("s", 1, None), 2), None, 0) == (None, 3)
+    assert original("s", None, 3) == Position(None, 3)
+    assert original(Rest("s", 2), None, 3) == Position(None, 5)
+    assert original(TokenRange("s", 4, 9), None, 1) == Position(None, 5)
+    assert original(TokenRange("s", cut, None), None, 1) == Position(cut, 1)
+    assert original(Rest(TokenRange("s", 1, None), 2), None, 0) == Position(None, 3)
 
 
 def test_a_position_from_the_end_of_a_part_is_counted_from_its_border() -> None:
     cut = graph_value("cut")
-    assert original(TokenRange("s", 4, None), None, -1) == (None, -1)
-    assert original(TokenRange("s", 0, cut), None, -1) == (cut, -1)
+    assert original(TokenRange("s", 4, None), None, -1) == Position(None, -1)
+    assert original(TokenRange("s", 0, cut), None, -1) == Position(cut, -1)
 
 
 def test_a_position_that_depends_on_two_values_is_refused() -> None:
@@ -155,10 +160,11 @@ def test_a_position_that_depends_on_two_values_is_refused() -> None:
 
 def test_a_causal_text_read_at_every_position_is_left_alone() -> None:
     case = of(causal=True, text_readout="head")
-    reason = left_alone(case.stream("text"), (), case.structure.graph, DEFAULT, *case.about)
-    assert reason is not None
-    assert "language model" in reason[0]
-    assert "towers=('text',)" in reason[1]
+    refused = left_alone(case.stream("text"), (), DEFAULT, example(case))
+    assert refused is not None
+    assert refused.policy is Policy.LANGUAGE_MODEL
+    assert "language model" in refused.reason
+    assert "towers=('text',)" in refused.help
 
 
 @pytest.mark.parametrize(
@@ -173,17 +179,19 @@ def test_text_that_is_asked_for_or_condensed_or_not_causal_is_pruned(
     design: dict[str, Any], config: PruningConfig
 ) -> None:
     case = of(**design)
-    assert left_alone(case.stream("text"), (), case.structure.graph, config, *case.about) is None
+    assert left_alone(case.stream("text"), (), config, example(case)) is None
 
 
 def test_a_tower_that_is_left_out_is_left_alone() -> None:
     case = of()
-    reason = left_alone(case.stream("image"), (), case.structure.graph, PruningConfig(towers=("text",)), *case.about)
-    assert reason == ("config.towers leaves out the modality 'image'", "add it to towers")
+    refused = left_alone(case.stream("image"), (), PruningConfig(towers=("text",)), example(case))
+    assert refused is not None
+    assert refused.policy is Policy.TOWERS
+    assert (refused.reason, refused.help) == ("config.towers leaves out the modality 'image'", "add it to towers")
 
 
 def pruned_segments(case: Found, config: PruningConfig = DEFAULT) -> dict[str, bool]:
-    return {s.modality: s.pruned for s in segments_of(case.stream("joint"), case.structure.graph, config, *case.about)}
+    return {s.modality: s.pruned for s in segments_of(case.stream("joint"), config, example(case))}
 
 
 def test_segments_are_pruned_apart() -> None:
@@ -203,12 +211,14 @@ def test_a_stream_none_of_whose_segments_is_pruned_is_left_alone() -> None:
     case = of(arrangement="joint")
     segments = tuple(SegmentPlan(modality, False, ()) for modality in ("text", "image"))
     asked = PruningConfig(towers=("text",))
-    reason = left_alone(case.stream("joint"), segments, case.structure.graph, asked, *case.about)
-    assert reason is not None
-    assert "('text', 'image')" in reason[0]
-    reason = left_alone(case.stream("joint"), segments, case.structure.graph, DEFAULT, *case.about)
-    assert reason is not None
-    assert "language model" in reason[0]
+    refused = left_alone(case.stream("joint"), segments, asked, example(case))
+    assert refused is not None
+    assert refused.policy is Policy.TOWERS
+    assert "('text', 'image')" in refused.reason
+    refused = left_alone(case.stream("joint"), segments, DEFAULT, example(case))
+    assert refused is not None
+    assert refused.policy is Policy.LANGUAGE_MODEL
+    assert "language model" in refused.reason
 
 
 # --- inheritance

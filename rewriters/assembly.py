@@ -1,0 +1,122 @@
+"""Assembly: the pruned model of all rewritten regions, and how it makes programs for calls of further kinds.
+
+Start at :func:`assemble`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import nn
+
+from madtp.calls.call import Call
+from madtp.calls.copies import share
+from madtp.calls.record import record_call
+from madtp.config import PruningConfig
+from madtp.errors import NothingToPruneError, RewriteError
+from madtp.programs.cache import Builder
+from madtp.programs.program import Program
+from madtp.pruned import PrunedModel
+from madtp.tokens.cache_marks import MarkedAxes
+from rewriters.capture.scope import Region
+from rewriters.insert.workspace import site_key
+from rewriters.pipeline import RewrittenRegion, continue_region, rewrite_region
+from rewriters.regions import RewrittenRegions, region_at, single_modality_towers
+from rewriters.reporting import report_of
+from rewriters.request import Request
+
+log = logging.getLogger("madtp")
+
+
+def assemble(request: Request, rewritten: RewrittenRegions) -> PrunedModel:
+    """The pruned model: a copy of the host's module tree in which programs run instead of the rewritten regions.
+
+    Args:
+        request: Of the whole model.
+        rewritten: Its regions.
+    """
+    model, config, plan = request.model, request.config, rewritten.plan
+    pruned = PrunedModel(
+        host=share(model),
+        specs=[site.spec() for site in plan.sites],
+        keys=[site_key(site.name) for site in plan.sites],
+        config=config,
+        report=report_of(model, rewritten),
+        alignment_width=plan.alignment_width,
+        images=plan.images,
+        image_order=plan.image_order,
+    )
+    for each in rewritten.regions:
+        region = each.region
+        programs = pruned.stand_in(
+            region.path, _builder(each, config), written=region.sequence_input, apart=region.per_image
+        )
+        programs.adopt(each.program, each.call)
+        for inner in each.inner:
+            pruned.stand_in(inner.path, _inner_builder(each, config, inner), inner=True, written=inner.sequence_input)
+        if rewritten.whole:
+            for path in single_modality_towers(pruned._host, plan):
+                pruned.stand_in(path, _tower_builder(each, config, pruned, path), inner=True)
+    pruned.example = record_call(request.call)
+    return pruned
+
+
+def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> Builder:
+    """What makes programs for calls of further kinds of a region, onto the sites that it has."""
+    sites = frozenset(site.name for site in rewritten.plan.sites)
+
+    def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
+        request = Request(module, call, config, rewritten.region, serial, sites)
+        if call.goes_on():
+            return continue_region(request, marked)
+        further = rewrite_region(request)
+        if rewritten.inner and not further.plan.sites:
+            paths = ", ".join(region.path for region in rewritten.inner)
+            raise NothingToPruneError(f"{_lost(sorted(sites), further)}. {paths} may prune by themselves.")
+        _warn_of_lost_sites(further, sites, module)
+        return further.program
+
+    return build
+
+
+def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Region) -> Builder:
+    """What makes programs for direct calls of a module inside a region, onto the sites that the region has there."""
+    specs = {site.name: site.spec() for site in rewritten.plan.sites if inner.holds(site.name)}
+    sites = frozenset(specs)
+
+    def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
+        request = Request(module, call, config, inner, serial, sites)
+        if call.goes_on():
+            return continue_region(request, marked)
+        further = rewrite_region(request)
+        if any(site.spec() != specs[site.name] for site in further.plan.sites):
+            raise RewriteError(
+                f"{inner.path} by itself would be pruned in another way than as a part of {rewritten.region.path}."
+            )
+        _warn_of_lost_sites(further, sites, module)
+        return further.program
+
+    return build
+
+
+def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: PrunedModel, path: str) -> Builder:
+    """What makes programs for a tower of a model that is rewritten whole, for when a method of the model calls it."""
+
+    def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
+        with pruned._control.bypassing():
+            tower = region_at(pruned._host, rewritten.call, path)
+        return _inner_builder(rewritten, config, tower)(module, call, serial, marked)
+
+    return build
+
+
+def _warn_of_lost_sites(further: RewrittenRegion, sites: frozenset[str], module: nn.Module) -> None:
+    lost = further.unpruned_sites(sites, module)
+    if lost:
+        log.warning("%s", _lost(lost, further))
+
+
+def _lost(sites: list[str], further: RewrittenRegion) -> str:
+    reasons = {r.reason for r in further.plan.refusals if r.block in sites} or {"no attention found there"}
+    return f"for this call signature nothing is pruned at {', '.join(sites)}: {'; '.join(sorted(reasons))}"

@@ -1,0 +1,121 @@
+"""Rewrite a model: choose regions and rewrite them, assemble the pruned model, verify it.
+
+Start at :func:`rewrite_model`, which :func:`madtp.rewrite` calls. ``regions.py`` chooses what is rewritten,
+``pipeline.py`` holds the stages for one region, ``assembly.py`` puts the programs into the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from madtp.calls.call import Call
+from madtp.calls.copies import share
+from madtp.config import PruningConfig
+from madtp.errors import RewriteError
+from madtp.pruned import PrunedModel
+from rewriters.assembly import assemble
+from rewriters.pipeline import RewrittenRegion
+from rewriters.plan.plan import Plan
+from rewriters.regions import RewrittenRegions, rewrite_regions
+from rewriters.request import Request
+from rewriters.verify.checks import Case, verify
+from rewriters.verify.payoff import sites_without_payoff
+from rewriters.verify.rounding import is_rounding
+
+WITHOUT_PAYOFF = (
+    "on inputs like the example, pruning costs more than it can save from {} on: there are fewer tokens, or narrower ones, "
+    "than {} alignment tokens pay for; lower alignment_tokens, set alignment=False, or leave these streams out (towers)"
+)
+
+
+def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Plan | None = None) -> PrunedModel:
+    """The model rewritten as a whole, or by those regions that pass the checks.
+
+    Args:
+        model: The model; it is not modified.
+        call: The example call.
+        config: How to prune.
+        plan: An edited plan to follow.
+
+    Raises:
+        MadtpError: Neither the model nor a region of it can be rewritten.
+    """
+    request = Request(model, call, config, plan=plan)
+    rejected: dict[str, str] = {}
+    while True:
+        rewritten = rewrite_regions(replace(request, model=share(model)), rejected)
+        pruned = assemble(request, rewritten)
+        failure = _verify(model, pruned, rewritten, call)
+        if failure is None:
+            _note_missing_payoff(pruned, rewritten, config)
+            return pruned
+        rejected[failure.path] = failure.reason
+
+
+@dataclass(frozen=True)
+class FailedRegion:
+    """A rewritten region, or the whole model (path ``""``), that does not compute what it should."""
+
+    path: str
+    reason: str
+
+
+def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, call: Call) -> FailedRegion | None:
+    """Check each region by itself, then the model with all of them; returns the first region that fails.
+
+    Raises:
+        RewriteError: The regions do not fit the model.
+    """
+    known = len(pruned.report.unpruned)
+    for region in rewritten.regions:
+        case = _case(model, pruned, region)
+        try:
+            verify(case)
+        except RewriteError as error:
+            if not is_rounding(case, partial(_case_in_double_precision, model, pruned, region)):
+                return FailedRegion(region.region.path, str(error))
+    if rewritten.whole:
+        return None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
+        pruned(*call.args, **call.kwargs)
+    pruned._control.begin()
+    unpruned = pruned.report.unpruned[known:]
+    if not unpruned:
+        return None
+    if any(unpruned[0].called == region.region.path for region in rewritten.regions):
+        return FailedRegion(unpruned[0].called, str(unpruned[0]))
+    raise RewriteError(f"the rewritten regions do not fit the model. {unpruned[0]}")
+
+
+def _case(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Case:
+    original = model.get_submodule(region.region.path)
+    opened = Request(original, region.call, pruned.config, region.region).opened(region.program.sizes())
+    return Case(
+        model=opened.model,
+        program=region.program,
+        root=pruned._host,
+        control=pruned._control,
+        call=opened.call,
+        plan=region.plan,
+    )
+
+
+def _case_in_double_precision(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Case:
+    """The case of copies in double precision."""
+    leaves = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in region.call.flat()[0]]
+    exact = replace(region, call=region.call.with_leaves(leaves))
+    return _case(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), exact)
+
+
+def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, config: PruningConfig) -> None:
+    names: list[str] = []
+    for region in rewritten.regions:
+        call = region.call.opened(region.program.given)
+        names += sites_without_payoff(region.program, call, region.plan.sites, config)
+    if names:
+        pruned.report.notes.append(WITHOUT_PAYOFF.format(", ".join(names), config.alignment_tokens))
