@@ -1,12 +1,11 @@
-"""Small random models of real classes, for surveys and tests: `build("hf:CLIPModel")` makes a model and inputs offline.
+"""Small random models of real classes, for surveys and tests: ``build("hf:CLIPModel")`` makes a model and inputs offline.
 
-Start at :func:`names` and :func:`build`. `catalogue.py` lists the architectures, `shrink.py` makes configurations small,
-`overrides.py` holds what the names of their fields cannot tell.
+Start at :func:`names` and :func:`build`. ``catalogue.py`` lists the architectures, ``shrink.py`` makes configurations small,
+``overrides.py`` holds what the names of their fields cannot tell.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from torch import nn
 
 from madtp.errors import UnknownModelError
 from zoo.small.catalogue import CATALOGUE
+from zoo.suggestions import did_you_mean
 
 # What a process that builds many of them should import once.
 PRELOAD = ("zoo.small.libraries",)
@@ -25,9 +25,9 @@ _SEED = 0
 
 
 def names(patterns: Sequence[str] = ()) -> list[str]:
-    """Names that match any of the shell-style `patterns` (all when there are none), in the order of the catalogue.
+    """Names that match any of the shell-style ``patterns`` (all when there are none), in the order of the catalogue.
 
-    A whole name that the catalogue lacks, such as `hf:CLIPVisionModel`, comes last if its library is installed and has it.
+    A whole name that the catalogue lacks, such as ``hf:CLIPVisionModel``, comes last if its library is installed and has it.
 
     Raises:
         UnknownModelError: a pattern matches nothing; the message lists near names.
@@ -36,8 +36,7 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
     known += dict.fromkeys(pattern for pattern in patterns if pattern not in known and _is_installed(pattern))
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in known):
-            near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.5)
-            advice = f"Near: {', '.join(near)}." if near else f"Libraries: {', '.join(CATALOGUE)}."
+            advice = did_you_mean(pattern, known, otherwise=f"Libraries: {', '.join(CATALOGUE)}.")
             raise UnknownModelError(f"No small architecture matches {pattern!r}. {advice}")
     return [name for name in known if not patterns or any(_matches(name, p) for p in patterns)]
 
@@ -47,7 +46,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether `library:architecture` names something that the installed library can build."""
+    """Whether ``library:architecture`` names something that the installed library can build."""
     library, _, architecture = name.partition(":")
     if library not in CATALOGUE:
         return False
@@ -71,7 +70,7 @@ def build_model(name: str) -> nn.Module:
     if library not in CATALOGUE or not architecture:
         raise UnknownModelError(f"{name!r} is no name of a small architecture, such as 'hf:CLIPModel'.")
     torch.manual_seed(_SEED)
-    model = _module_of(library).build(architecture).eval()
+    model: nn.Module = _module_of(library).build(architecture).eval()
     _enliven(model)
     return model
 

@@ -1,6 +1,6 @@
 """Small models of transformers' classes: the default configuration of the class, shrunk, with random weights.
 
-Start at :func:`build`. What field names cannot tell stands in `overrides.py`.
+Start at :func:`build`. What field names cannot tell stands in ``overrides.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def build(name: str) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise LookupError(f"transformers {transformers.__version__} has no {name}.")
-    return kind(small_config(kind))
+    model: nn.Module = kind(small_config(kind))
+    return model
 
 
 def small_config(kind: Any) -> Any:
@@ -76,7 +77,7 @@ def _class_of(fields: Mapping[str, Any], general: Any) -> Any:
 
 
 def _merge(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` with `changes` put in, nested dictionaries merged."""
+    """``fields`` with ``changes`` put in, nested dictionaries merged."""
     merged = dict(fields)
     for name, value in changes.items():
         known = merged.get(name)

@@ -1,7 +1,7 @@
 """From a configuration of the published size to one of a few thousand parameters, by the names of its fields.
 
 Start at :func:`shrink`. It knows how fields are called ("hidden_size", "num_attention_heads", ...), not whose they are; what
-names cannot tell stands in `overrides.py`.
+names cannot tell stands in ``overrides.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Rule = Callable[[int, _Context], int]
 
 
 def _constant(size: int) -> Rule:
-    """At most `size`."""
+    """At most ``size``."""
     return lambda value, _: min(value, size)
 
 
