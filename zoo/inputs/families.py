@@ -1,6 +1,6 @@
-"""The adapters that come with the zoo. Importing this module registers them; no library is imported.
+"""The adapters that come with the zoo. Importing this module registers them and imports no library.
 
-Start at :data:`TRANSFORMERS`: families whose arguments the common makers (``arguments.py``) do not cover.
+Start with :data:`TRANSFORMERS`: families with arguments that the common makers (``arguments.py``) do not cover.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from zoo.inputs.patches import (
 
 
 def configured(makers: Mapping[str, Maker | None]) -> ExampleInputs:
-    """Example inputs of a model with a configuration, with makers of its own."""
+    """Return a function that makes example inputs of a model with a configuration, with makers of its own."""
     return partial(make_inputs, makers=makers)
 
 

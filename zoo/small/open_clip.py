@@ -34,7 +34,7 @@ def has(name: str) -> bool:
 
 
 def build(name: str) -> nn.Module:
-    """The model of open_clip's configuration of that name, made small."""
+    """Build the model of open_clip's configuration of that name, made small."""
     import open_clip
 
     config = open_clip.get_model_config(name)
