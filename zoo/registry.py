@@ -1,35 +1,51 @@
 """Names of the models in the zoo. Users call :func:`create` and :func:`list_models`; families call :func:`register`.
 
-Registering costs no import of timm or transformers: an entry holds a builder, and the builder imports what it needs.
+Registering a model imports neither timm nor transformers: an entry holds a builder, which imports what it needs.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from importlib import resources
 from pathlib import Path
 
 from torch import nn
 
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
+from madtp.saving.model_folder import CONFIG
 from zoo.checkpoints.loading import load_checkpoint
-from zoo.suggestions import did_you_mean
+from zoo.named import SNAKE_CASE, Registry
+from zoo.shipped import ShippedCheckpoint, shipped_checkpoints, weights_folder
+
+__all__ = [
+    "Builder",
+    "ModelEntry",
+    "register",
+    "list_models",
+    "describe",
+    "checkpoint_path",
+    "create",
+    "weights_folder",
+    "MODELS",
+]
 
 Builder = Callable[[], nn.Module]
-
-_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-_entries: dict[str, ModelEntry] = {}
 
 
 @dataclass(frozen=True)
 class ModelEntry:
     """What the zoo knows of one model.
 
-    `input_size` is (channels, height, width) of one image; `mean` and `std` normalise channels scaled to [0, 1].
-    `checkpoints` names the weights that lie in the package as `zoo/weights/<name>/<checkpoint>.safetensors`.
+    Attributes:
+        name: What :func:`create` calls it.
+        builder: Makes the model with random weights.
+        description: A line for people.
+        input_size: Channels, height and width of one image.
+        mean: What is subtracted from channels scaled to [0, 1].
+        std: What they are then divided by.
+        licence: Of the weights.
+        paper: A link.
+        shipped: The weights of it that lie in the package.
     """
 
     name: str
@@ -40,16 +56,21 @@ class ModelEntry:
     std: tuple[float, float, float]
     licence: str
     paper: str
-    checkpoints: tuple[str, ...] = ()
+    shipped: tuple[ShippedCheckpoint, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (self.name, *self.checkpoints):
-            if not _NAME.fullmatch(name):
-                raise ConfigError(
-                    f"'{name}' cannot name a model or checkpoint: use lower-case words and digits joined by '_'."
-                )
         if not self.description.strip():
-            raise ConfigError(f"Model '{self.name}' needs a description.")
+            raise ConfigError(f"The model '{self.name}' needs a description.")
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of the shipped weights, dense and pruned."""
+        return tuple(checkpoint.name for checkpoint in self.shipped)
+
+
+MODELS: Registry[ModelEntry] = Registry(
+    "model", names=SNAKE_CASE, advice="use lower-case words and digits joined by '_'", unknown=UnknownModelError
+)
 
 
 def register(
@@ -61,14 +82,14 @@ def register(
     std: tuple[float, float, float],
     licence: str,
     paper: str,
-    checkpoints: tuple[str, ...] = (),
+    shipped: tuple[ShippedCheckpoint, ...] | None = None,
 ) -> Callable[[Builder], Builder]:
     """Put a model into the zoo: decorate its builder, or call the result with it.
 
-    See :class:`ModelEntry` for the arguments.
+    See :class:`ModelEntry` for the arguments; None as ``shipped`` means what ``zoo/weights`` holds under the name.
 
     Raises:
-        ConfigError: the name is taken or malformed, or the description is empty.
+        ConfigError: The name is taken or malformed, or the description is empty.
     """
 
     def add(builder: Builder) -> Builder:
@@ -81,70 +102,73 @@ def register(
             std=std,
             licence=licence,
             paper=paper,
-            checkpoints=checkpoints,
+            shipped=shipped_checkpoints(name) if shipped is None else shipped,
         )
-        if name in _entries:
-            raise ConfigError(
-                f"Model '{name}' is registered already ({_entries[name].description}); choose another name."
-            )
-        _entries[name] = entry
+        MODELS.add(name, entry)
         return builder
 
     return add
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """Names that match the shell-style `pattern` (all when empty), sorted."""
-    return sorted(name for name in _entries if not pattern or fnmatchcase(name, pattern))
+    """Return the names that match a shell-style pattern, sorted; all of them for an empty pattern."""
+    return MODELS.matching(pattern)
 
 
 def describe(name: str) -> ModelEntry:
-    """The entry of a model.
+    """Return the entry of a model.
 
     Raises:
-        UnknownModelError: no such name; the message lists near matches.
+        UnknownModelError: No such name; the message lists near matches.
     """
-    if name in _entries:
-        return _entries[name]
-    advice = did_you_mean(name, _entries, otherwise=f"Known models: {', '.join(list_models())}.")
-    raise UnknownModelError(f"The zoo has no model {name!r}. {advice}")
+    return MODELS.find(name)
 
 
 def checkpoint_path(entry: ModelEntry, checkpoint: str | Path) -> Path:
-    """The file behind the name of an embedded checkpoint, or behind a path.
+    """Return the file or folder behind the name of a shipped checkpoint, or behind a path.
+
+    Dense weights are a file; a pruned model is a folder that :func:`madtp.save` wrote.
 
     Raises:
-        CheckpointError: neither an embedded name nor an existing file.
+        CheckpointError: It is neither a shipped name nor a file or such a folder, or a shipped file is damaged.
     """
-    if checkpoint in entry.checkpoints:
-        path = Path(str(resources.files("zoo"))) / "weights" / entry.name / f"{checkpoint}.safetensors"
-        if not path.is_file():
-            raise CheckpointError(f"The embedded checkpoint {path} is not there; install the package again.")
-        return path
+    for shipped in entry.shipped:
+        if shipped.name == checkpoint:
+            return shipped.verified(entry.name)
     path = Path(checkpoint)
-    if path.is_file():
+    if path.is_file() or (path / CONFIG).is_file():
         return path
     names = ", ".join(map(repr, entry.checkpoints)) or "none"
     raise CheckpointError(
-        f"{str(checkpoint)!r} is neither a file nor an embedded checkpoint of {entry.name} (it has: {names})."
+        f"{str(checkpoint)!r} is neither a file, nor the folder of a saved pruned model, nor an embedded checkpoint of "
+        f"{entry.name} (it has: {names})."
     )
 
 
 def create(name: str, checkpoint: str | Path | None = None) -> nn.Module:
-    """Build a model, in eval mode. Its attribute `zoo_name` tells where it came from.
+    """Build a model, in eval mode. Its attribute ``zoo_name`` tells where it came from.
 
     Args:
-        name: a name from :func:`list_models`.
-        checkpoint: None for random weights, the name of an embedded checkpoint, or a `.pth` or `.safetensors` file.
+        name: A name from :func:`list_models`.
+        checkpoint: None for random weights; the name of a shipped checkpoint, ``dense`` or ``pruned-80`` say; a ``.pth`` or
+            ``.safetensors`` file; or a folder that :func:`madtp.save` wrote.
+
+    Returns:
+        The model; a :class:`madtp.PrunedModel` where the checkpoint is that of a pruned one.
 
     Raises:
-        UnknownModelError: no such model.
-        CheckpointError: the checkpoint is missing, damaged, or belongs to another model.
+        UnknownModelError: No such model.
+        CheckpointError: The checkpoint is missing, damaged, or belongs to another model.
     """
     entry = describe(name)
     path = None if checkpoint is None else checkpoint_path(entry, checkpoint)
-    model = entry.builder()
+    model = entry.builder().eval()
     object.__setattr__(model, "zoo_name", name)
-    if path is not None:
-        load_checkpoint(model, path)
-    return model.eval()
+    if path is None:
+        return model
+    if path.is_dir():
+        import madtp  # which needs the compiler; dense models do without it
+
+        return madtp.load(path, model)
+    load_checkpoint(model, path)
+    return model

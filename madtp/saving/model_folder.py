@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from madtp.errors import CheckpointError
+from madtp.saving.eight_bit import unpack
 
 FORMAT = "madtp-pruned-model"
 VERSION = 1
 CONFIG = "config.json"
 DRAFT = ".draft"
+# A folder whose description says so holds matrices as `madtp/saving/eight_bit.py` packs them.
+STORED, EIGHT_BIT = "stored_dtype", "int8"
 SHOWN = 3
 
 
@@ -60,7 +63,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and description of a saved model; every byte is checked.
+    """Tensors (on the CPU) and description of a saved model; every byte is checked. Packed matrices come as float32.
 
     Raises:
         CheckpointError: the folder is missing, foreign, newer or damaged.
@@ -86,7 +89,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors.update({alias: tensors[original] for alias, original in aliases.items()})
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
-    return tensors, description
+    return unpack(tensors) if description.get(STORED) == EIGHT_BIT else tensors, description
 
 
 def shorten(items: list[str]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import madtp
 from zoo.blip.config import NlvrConfig, TextConfig, VisionConfig
 from zoo.blip.nlvr import BlipNlvr
+from zoo.blip.text import key_mask
 
 GOLDEN = DATA / "golden"
 MANIFEST: dict[str, list[dict[str, Any]]] = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -37,7 +38,7 @@ class Towers(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.model.encode_images(images)
-        text = self.model.text_encoder(ids, mask, first, second)
+        text = self.model.text_encoder(ids, key_mask(mask), first, second)
         return torch.cat([first[:, 0], second[:, 0]]), text[:, 0]
 
 

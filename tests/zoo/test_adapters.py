@@ -36,7 +36,7 @@ def ones(model: nn.Module, batch: int, generator: torch.Generator) -> dict[str, 
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters, "_adapters", dict(adapters._adapters))
+    monkeypatch.setattr(adapters.ADAPTERS, "_entries", dict(adapters.ADAPTERS))
 
 
 def test_an_adapter_serves_the_class_and_its_subclasses() -> None:
@@ -66,7 +66,7 @@ def test_a_part_of_a_name_is_no_match() -> None:
 
 def test_a_key_that_is_taken_is_refused() -> None:
     zoo.register_adapter("some.package", ones)
-    with pytest.raises(ConfigError, match=r"registered for 'some.package' already"):
+    with pytest.raises(ConfigError, match=r"adapter .some.package. is registered already"):
         zoo.register_adapter("some.package", ones)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,21 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+import madtp
 import zoo
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
-from zoo import registry
+from zoo import registry, shipped
+from zoo.shipped import ShippedCheckpoint
+
+WEIGHTS = Path(zoo.__file__).parent / "weights"
 
 
 @pytest.fixture
 def empty_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_entries", {})
+    monkeypatch.setattr(registry.MODELS, "_entries", {})
 
 
-def register_linear(name: str, checkpoints: tuple[str, ...] = ()) -> None:
+def register_linear(name: str, shipped: tuple[ShippedCheckpoint, ...] = ()) -> None:
     zoo.register(
         name,
         description="a linear layer",
@@ -32,7 +37,7 @@ def register_linear(name: str, checkpoints: tuple[str, ...] = ()) -> None:
         std=(0.5, 0.5, 0.5),
         licence="Apache-2.0",
         paper="none",
-        checkpoints=checkpoints,
+        shipped=shipped,
     )(lambda: nn.Linear(2, 3))
 
 
@@ -73,7 +78,7 @@ def test_bad_names_are_refused(name: str) -> None:
 @pytest.mark.usefixtures("empty_zoo")
 def test_bad_checkpoint_name_and_missing_description_are_refused() -> None:
     with pytest.raises(ConfigError, match="cannot name"):
-        register_linear("tiny", checkpoints=("../dense",))
+        register_linear("tiny", (ShippedCheckpoint("../dense.safetensors", 1, ""),))
     with pytest.raises(ConfigError, match="needs a description"):
         zoo.register(
             "tiny", description=" ", input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), licence="x", paper="x"
@@ -113,19 +118,72 @@ def test_create_loads_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("empty_zoo")
 def test_create_names_the_embedded_checkpoints_when_none_fits() -> None:
-    register_linear("tiny", checkpoints=("dense",))
-    with pytest.raises(CheckpointError, match=r"'dnese' is neither a file .* \(it has: 'dense'\)"):
+    register_linear(
+        "tiny", (ShippedCheckpoint("dense.safetensors", 1, ""), ShippedCheckpoint("pruned-80/m.safetensors", 1, ""))
+    )
+    with pytest.raises(CheckpointError, match=r"'dnese' is neither a file, .* \(it has: 'dense', 'pruned-80'\)"):
         zoo.create("tiny", "dnese")
     with pytest.raises(CheckpointError, match="is not there; install the package again"):
         zoo.create("tiny", "dense")
 
 
-def test_embedded_files_are_declared_and_load() -> None:
-    weights = Path(zoo.__file__).parent / "weights"
-    for file in weights.glob("*/*.safetensors"):
-        entry = zoo.describe(file.parent.name)
-        assert file.stem in entry.checkpoints
-        zoo.create(entry.name, file.stem)
+def test_the_index_of_embedded_files_is_up_to_date() -> None:
+    """After a change of weights, `zoo.shipped.write_index` writes it anew."""
+    index = json.loads((WEIGHTS / "index.json").read_text())
+    assert index == shipped.measured_index()
+    assert all(zoo.describe(name).checkpoints == ("dense", "pruned-50", "pruned-80") for name in index)
+    assert {path.name for path in WEIGHTS.iterdir() if path.is_dir()} == set(index)
+
+
+@pytest.mark.parametrize("name", sorted(json.loads((WEIGHTS / "index.json").read_text())))
+def test_embedded_dense_weights_load(name: str) -> None:
+    model = zoo.create(name, "dense")
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+
+
+@pytest.mark.slow
+def test_an_embedded_pruned_model_is_ready_to_run() -> None:
+    pruned = zoo.create("clip_mini", "pruned-80")
+    assert isinstance(pruned, madtp.PrunedModel)
+    assert not pruned.training
+    assert all(value.dtype == torch.float32 for value in pruned.parameters())
+    card = json.loads((WEIGHTS / "clip_mini" / "pruned-80" / "card.json").read_text())
+    assert pruned.gain == card["calibration"]["gain"]
+    inputs = zoo.example_inputs(zoo.create("clip_mini"))
+    assert pruned(**inputs).image_features.shape == (2, 64)
+    assert all(int(counts.max()) < 145 for counts in pruned.token_counts().values())
+
+
+@pytest.mark.usefixtures("empty_zoo")
+def test_a_changed_embedded_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "_ALL", tmp_path)
+    path = tmp_path / "tiny" / "dense.safetensors"
+    path.parent.mkdir()
+    save_file({"weight": torch.arange(6.0).reshape(3, 2), "bias": torch.ones(3)}, path)
+    facts = shipped.measured_index()["tiny"]["dense.safetensors"]
+    register_linear("tiny", (ShippedCheckpoint("dense.safetensors", **facts),))  # type: ignore[arg-type]
+    zoo.create("tiny", "dense")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"dense\.safetensors is damaged or was changed: its SHA-256 is \w{64} "):
+        zoo.create("tiny", "dense")
+    path.write_bytes(content[:-1])
+    with pytest.raises(
+        CheckpointError, match=rf"has {len(content) - 1} bytes and was shipped with {len(content)}; install"
+    ):
+        zoo.create("tiny", "dense")
+    path.unlink()
+    with pytest.raises(CheckpointError, match="is not there; install the package again"):
+        zoo.create("tiny", "dense")
+
+
+@pytest.mark.usefixtures("empty_zoo")
+def test_create_loads_the_folder_of_a_pruned_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    register_linear("tiny")
+    with pytest.raises(CheckpointError, match="does not describe a model that madtp saved"):
+        zoo.create("tiny", tmp_path)
 
 
 def test_listing_imports_no_model_library() -> None:

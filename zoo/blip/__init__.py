@@ -1,7 +1,9 @@
-"""The BLIP family. `config.py` holds sizes, a file of each task its model, `checkpoint.py` key names.
+"""The BLIP family. ``config.py`` holds sizes, a file of each task its model, ``checkpoint.py`` key names.
 
-`nlvr.py` reasons about image pairs (text encoder in `text.py`); `retrieval.py`, `caption.py` and `vqa.py` share `med.py`.
-`matching.py` trains and re-ranks retrieval, `decoding.py` writes captions and answers, `losses.py` trains these.
+All tasks share the towers of ``vision.py`` and ``text.py``; ``nlvr.py`` reasons about image pairs, which its text encoder
+reads through ``twin.py``; ``retrieval.py``, ``caption.py`` and ``vqa.py`` read one image. ``decoder.py`` predicts words, and
+``decoding.py`` writes captions and answers with it. ``matching.py`` trains and re-ranks retrieval, ``losses.py`` trains the
+decoders.
 Importing this package registers the models; timm is imported when one is built.
 """
 
@@ -32,7 +34,7 @@ def _published(name: str, description: str, side: int = 384) -> Callable[[Builde
     )
 
 
-def _mini(name: str, description: str, checkpoints: tuple[str, ...] = ()) -> Callable[[Builder], Builder]:
+def _mini(name: str, description: str) -> Callable[[Builder], Builder]:
     """Register a size that two cores can train."""
     return register(
         name,
@@ -42,16 +44,16 @@ def _mini(name: str, description: str, checkpoints: tuple[str, ...] = ()) -> Cal
         std=_HALF,
         licence="Apache-2.0",
         paper=_PAPER,
-        checkpoints=checkpoints,
     )
 
 
 def _builder(task: str, model: str, size: str) -> Builder:
-    """Builds the class `model` of `zoo.blip.<task>` in the size of that name in `zoo.blip.config`."""
+    """Builds the class ``model`` of ``zoo.blip.<task>`` in the size of that name in ``zoo.blip.config``."""
 
     def build() -> nn.Module:
         config = getattr(import_module("zoo.blip.config"), size)
-        return getattr(import_module(f"zoo.blip.{task}"), model)(config)
+        built: nn.Module = getattr(import_module(f"zoo.blip.{task}"), model)(config)
+        return built
 
     return build
 
@@ -63,7 +65,6 @@ def _register_task(
     what: str,
     sizes: tuple[str, str, str],
     side: int = 384,
-    weights: tuple[str, ...] = (),
 ) -> None:
     """Base, large and mini of one task."""
     base, large, mini = sizes
@@ -71,7 +72,7 @@ def _register_task(
     _published(f"{name}_large", f"BLIP large for {what}: ViT-L/16 at {side}, BERT base", side)(
         _builder(task, model, large)
     )
-    _mini(f"{name}_mini", f"The architecture of {name}", weights)(_builder(task, model, mini))
+    _mini(f"{name}_mini", f"The architecture of {name}")(_builder(task, model, mini))
 
 
 _RETRIEVAL_SIZES = ("BLIP_BASE", "BLIP_LARGE", "RETRIEVAL_MINI")
@@ -81,12 +82,9 @@ _register_task(
     "BlipNlvr",
     "statements about two images (NLVR2)",
     ("BASE", "LARGE", "MINI"),
-    weights=("dense",),
 )
-_register_task(
-    "blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _RETRIEVAL_SIZES, weights=("dense",)
-)
+_register_task("blip_retrieval", "retrieval", "BlipRetrieval", "image-text retrieval", _RETRIEVAL_SIZES)
 _CAPTION_SIZES = ("BLIP_BASE", "BLIP_LARGE", "CAPTION_MINI")
-_register_task("blip_caption", "caption", "BlipCaption", "captions", _CAPTION_SIZES, weights=("dense",))
+_register_task("blip_caption", "caption", "BlipCaption", "captions", _CAPTION_SIZES)
 _VQA_SIZES = ("VQA_BASE", "VQA_LARGE", "BLIP_MINI")
-_register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", _VQA_SIZES, 480, weights=("dense",))
+_register_task("blip_vqa", "vqa", "BlipVqa", "questions about an image", _VQA_SIZES, 480)

@@ -1,4 +1,7 @@
-"""BLIP for captions: a decoder that writes about an image. Start with `BlipCaption`; `decoding.py` writes captions with it."""
+"""BLIP for captions: a decoder that writes about an image. Start with :class:`BlipCaption`.
+
+``decoding.py`` writes captions with it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,18 @@ from torch import Tensor, nn
 
 from zoo.blip.checkpoint import CAPTION_TABLES, PRUNING_ROWS
 from zoo.blip.config import BlipConfig
-from zoo.blip.med import MedDecoder
+from zoo.blip.decoder import TextDecoder
 from zoo.blip.vision import build_vision_tower
 from zoo.checkpoints.key_table import KeyTable, Row
 
 
 class CaptionOutput(NamedTuple):
-    """logits: [B, T, vocabulary] of the token after each, None without text. image_tokens: [B, N, V]."""
+    """What :class:`BlipCaption` returns.
+
+    Attributes:
+        logits: [B, T, vocabulary] of the token after each; None without text.
+        image_tokens: [B, N, V].
+    """
 
     logits: Tensor | None
     image_tokens: Tensor
@@ -31,14 +39,20 @@ class BlipCaption(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = build_vision_tower(config.vision)
-        self.text_decoder = MedDecoder(
+        self.text_decoder = TextDecoder(
             config.text, config.vision.width, begin_id=config.decode_id, end_id=config.end_id
         )
 
     def forward(
         self, images: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> CaptionOutput:
-        """Images [B, 3, H, W] and captions [B, T] ([DEC] first), mask [B, T] (1: token), padding at the end."""
+        """Encode images, and score captions.
+
+        Args:
+            images: Normalised, [B, 3, H, W].
+            input_ids: Captions [B, T], [DEC] first; None to encode the images only.
+            attention_mask: [B, T], 1 for a token, 0 for padding, which stands at the end.
+        """
         tokens = self.visual_encoder(images)
         if input_ids is None:
             return CaptionOutput(None, tokens)

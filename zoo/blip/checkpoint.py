@@ -1,7 +1,7 @@
 """How the files of BLIP map to the models here, by format. Published names are the models' own, so their rows are few.
 
-Formats: the published `.pth`, those of the MADTP authors' code, and transformers' safetensors. The authors' files hold the
-alignment tokens besides, which `zoo/checkpoints/official.py` reads.
+Formats: the published ``.pth``, those of the MADTP authors' code, and transformers' safetensors. The authors' files also hold
+the alignment tokens, which ``zoo/checkpoints/official.py`` reads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from zoo.checkpoints.key_table import KeyTable, Row
 VISION_POSITIONS = "visual_encoder.pos_embed"
 # Constants that older transformers saved with the weights.
 _CONSTANTS = ("*embeddings.position_ids",)
-# The authors' alignment tokens, and the plain model has no use for them.
+# The authors' alignment tokens, which the dense model does not use.
 ALIGNMENT_TOKENS = "space_dict"
 # Copies and queues of retrieval's training.
 _COPIED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
@@ -31,7 +31,12 @@ _VISION_ROWS = (
 
 
 def _tables(ignored: tuple[str, ...] = (), optional: tuple[str, ...] = ()) -> tuple[KeyTable, ...]:
-    """The formats of one task. ignored: of published files. optional: what transformers' files lack."""
+    """Return the formats of one task.
+
+    Args:
+        ignored: Keys of published files that the model does not use.
+        optional: Keys of the model that transformers' files lack.
+    """
     grids, constants = (VISION_POSITIONS,), (*_CONSTANTS, *ignored)
     may_lack = KeyTable().optional
     return (
@@ -46,8 +51,8 @@ RETRIEVAL_TABLES = _tables(ignored=_TRAINING, optional=("temp",))
 CAPTION_TABLES = _tables()
 VQA_TABLES = _tables()
 
-# Training of retrieval (`zoo/objectives/momentum_contrast.py`): the copies become its follower. They lack what only
-# matching needs.
+# Training of retrieval (`zoo/objectives/momentum_contrast.py`): the copies become its follower, without
+# what only matching needs.
 MOMENTUM_TABLE = KeyTable(
     "BLIP, with momentum",
     "image_queue",

@@ -1,4 +1,5 @@
-"""Sizes of the BLIP models. Start with `NlvrConfig` (image pairs) and `BlipConfig` (the other tasks).
+"""Sizes of the BLIP models. Start with :class:`NlvrConfig` (image pairs) and :class:`BlipConfig` (the other
+tasks).
 
 The constants at the end are the registered sizes.
 """
@@ -30,7 +31,8 @@ def _check_rate(owner: str, name: str, rate: float) -> None:
 class VisionConfig:
     """Sizes of the vision tower, a pre-norm ViT with class token.
 
-    `drop_path` is the stochastic depth rate of the last block, rising linearly from 0 (BLIP fine-tunes with 0.1).
+    ``drop_path`` is the stochastic depth rate of the last block; that of the others rises to it linearly from 0. BLIP
+    fine-tunes with 0.1.
     """
 
     image_size: int = 384
@@ -68,7 +70,7 @@ class VisionConfig:
 class TextConfig:
     """Sizes of a text encoder or decoder, a post-norm BERT with cross-attention.
 
-    With twin cross-attention (image pairs), layers from `merge_from_layer` on merge both outputs by a linear layer, earlier
+    With cross-attention to two images, layers from ``merge_from_layer`` on merge both outputs by a linear layer, earlier
     ones by their mean.
     """
 

@@ -1,6 +1,7 @@
-"""Text from BLIP's decoders: captions, answers, and answers of a list ranked. Start with `write_captions`, `rank_answers`.
+"""Text from BLIP's decoders: captions, answers, and answers of a list ranked. Start with :func:`write_captions` and
+:func:`rank_answers`.
 
-The models may be pruned ones: they encode by their own call, and the decoder then runs step by step on what it sees inside.
+Models may be dense or pruned. They encode by their own call; the decoder then runs step by step on the surviving tokens.
 Axes: B samples, K beams, T tokens, W words of the vocabulary, A answers of a list, L tokens of an answer.
 """
 
@@ -14,27 +15,27 @@ from torch import Tensor
 
 from madtp.errors import ConfigError
 from zoo.blip.caption import CaptionOutput
+from zoo.blip.decoder import DecoderState, TextDecoder
 from zoo.blip.losses import next_token_losses
-from zoo.blip.med import DecoderState, MedDecoder
-from zoo.blip.surviving_tokens import survivors
+from zoo.blip.surviving_tokens import surviving_tokens
 from zoo.blip.vqa import VqaOutput
 
 _NEVER = -1e9
 
 
 class Captioner(Protocol):
-    """A `BlipCaption`, dense or rewritten."""
+    """A :class:`~zoo.blip.caption.BlipCaption`, dense or rewritten."""
 
-    text_decoder: MedDecoder
+    text_decoder: TextDecoder
 
     def __call__(self, images: Tensor) -> CaptionOutput:
         """Encode images [B, 3, H, W]."""
 
 
 class Answerer(Protocol):
-    """A `BlipVqa`, dense or rewritten."""
+    """A :class:`~zoo.blip.vqa.BlipVqa`, dense or rewritten."""
 
-    text_decoder: MedDecoder
+    text_decoder: TextDecoder
 
     def __call__(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> VqaOutput:
         """Encode questions [B, T] (mask [B, T], 1: token) about images [B, 3, H, W]."""
@@ -45,11 +46,13 @@ class Beams:
     """How to search.
 
     Attributes:
-        count: K, hypotheses that are followed at once.
-        min_length, max_length: of the whole text, prompt and end included.
-        length_penalty: a hypothesis scores its log-probability over (new tokens, its end included, + `length_offset`) to
+        count: K, the number of hypotheses that are followed at once.
+        min_length: The shortest text, prompt and end included.
+        max_length: The longest text, prompt and end included.
+        length_penalty: A hypothesis scores its log-probability over ``(new tokens, its end included, + length_offset)`` to
             this power.
-        length_offset: counts the prompt, too; the published captions were made with its length less one.
+        length_offset: Added to the number of new tokens; the published captions were made with the length of the prompt
+            less one.
     """
 
     count: int = 3
@@ -84,7 +87,10 @@ class _Finished:
 class _Search:
     """The K best unfinished texts of each sample, and the best finished ones.
 
-    ids: [B * K, T]. scores: [B, K], log-probabilities. going: samples whose finished texts may still be beaten.
+    Attributes:
+        ids: [B * K, T].
+        scores: [B, K], log-probabilities.
+        going: Samples whose finished texts may still be beaten.
     """
 
     def __init__(self, beams: Beams, end_id: int, prompt: Tensor) -> None:
@@ -98,11 +104,11 @@ class _Search:
         self.done = False
 
     def advance(self, words: Tensor) -> Tensor:
-        """Add a word to every text, by log-probabilities [B * K, W]; returns which rows [B * K] the new texts come from."""
+        """Add a word to every text, by log-probabilities [B * K, W]; return which rows [B * K] the new texts come from."""
         count, length = self.beams.count, self.ids.shape[1] + 1
         if length <= self.beams.min_length:
             words = words.index_fill(1, torch.tensor([self.end_id], device=words.device), -torch.inf)
-        totals = (self.scores[:, :, None] + words.unflatten(0, (-1, count))).flatten(1)
+        totals = (self.scores[:, :, None] + torch.unflatten(words, 0, (-1, count))).flatten(1)
         best, place = totals.topk(2 * count, dim=1)  # so many that K of them go on
         beam, word = place // words.shape[1], place % words.shape[1]
         ends, last = word == self.end_id, length == self.beams.max_length
@@ -117,18 +123,20 @@ class _Search:
         self.going = {s for s in self.going if not self.finished[s].unbeaten_by(float(self.scores[s, 0]) / norm)}
         self.done = last or not self.going
         first = torch.arange(len(best), device=best.device)[:, None] * count
-        rows = (first + beam.gather(1, chosen)).flatten()
+        rows: Tensor = (first + beam.gather(1, chosen)).flatten()
         self.ids = torch.cat([self.ids[rows], word.gather(1, chosen).flatten()[:, None]], dim=1)
         return rows
 
 
 @torch.no_grad()
-def beam_search(decoder: MedDecoder, prompt: Tensor, state: DecoderState, beams: Beams) -> list[Tensor]:
-    """The most probable continuation of each prompt.
+def beam_search(decoder: TextDecoder, prompt: Tensor, state: DecoderState, beams: Beams) -> list[Tensor]:
+    """Return the most probable continuation of each prompt.
 
     Args:
-        decoder: writes, from `state` = decoder.start(...) for the B samples.
+        decoder: The decoder.
         prompt: [B, T] long, without padding.
+        state: ``decoder.start(...)`` for the B samples.
+        beams: How to search.
 
     Returns:
         B tensors of new ids, without prompt and end.
@@ -148,13 +156,13 @@ def beam_search(decoder: MedDecoder, prompt: Tensor, state: DecoderState, beams:
 
 @torch.no_grad()
 def write_captions(model: Captioner, images: Tensor, prompt: Tensor, beams: Beams | None = None) -> list[Tensor]:
-    """Captions of images [B, 3, H, W]: ids behind the prompt [T] ([DEC] first), without end.
+    """Return captions of images [B, 3, H, W]: ids behind the prompt [T] ([DEC] first), without end.
 
-    Default beams: as published, of 10 to 30 tokens.
+    The default beams are the published ones, of 10 to 30 tokens.
     """
     if beams is None:
         beams = Beams(min_length=10, max_length=30, length_offset=len(prompt) - 1)
-    tokens, mask = survivors(model, "visual_encoder", model(images).image_tokens)
+    tokens, mask = surviving_tokens(model, "visual_encoder", model(images).image_tokens)
     state = model.text_decoder.start(tokens, mask)
     return beam_search(model.text_decoder, prompt.expand(len(images), -1), state, beams)
 
@@ -163,7 +171,7 @@ def write_captions(model: Captioner, images: Tensor, prompt: Tensor, beams: Beam
 def write_answers(
     model: Answerer, images: Tensor, input_ids: Tensor, attention_mask: Tensor, beams: Beams | None = None
 ) -> list[Tensor]:
-    """Answers to questions [B, T] about images [B, 3, H, W]: ids without end."""
+    """Return answers to questions [B, T] about images [B, 3, H, W]: ids without end."""
     states = model(images, input_ids, attention_mask).question_states
     prompt = torch.full((len(images), 1), model.text_decoder.begin_id, device=images.device)
     state = model.text_decoder.start(states, attention_mask)
@@ -181,14 +189,16 @@ def rank_answers(
     *,
     candidates: int = 128,
 ) -> Tensor:
-    """Which answer of a list fits each question best.
+    """Return which answer of a list fits each question best.
 
     Args:
-        model: dense or rewritten.
+        model: Dense or rewritten.
         images: [B, 3, H, W].
-        input_ids: questions [B, T], with attention_mask [B, T].
-        answer_ids: the list [A, L], [DEC] first, with answer_mask [A, L] (1: token).
-        candidates: answers whose first word is most probable; only these are scored whole.
+        input_ids: Questions [B, T].
+        attention_mask: [B, T], 1 for a token.
+        answer_ids: The list [A, L], [DEC] first.
+        answer_mask: [A, L], 1 for a token.
+        candidates: How many answers, those with the most probable first words, are scored whole.
 
     Returns:
         [B] long, places in the list.

@@ -1,4 +1,4 @@
-"""Losses of the text decoders. Start with `caption_loss` and `answer_loss`.
+"""Losses of the text decoders. Start with :func:`caption_loss` and :func:`answer_loss`.
 
 Axes: B texts, T tokens of a text, W words of the vocabulary, A answers, L tokens of an answer.
 """
@@ -15,17 +15,17 @@ SMOOTHING = 0.1
 def next_token_losses(
     logits: Tensor, input_ids: Tensor, attention_mask: Tensor, *, prompt: int = 0, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each token given those before it.
+    """Return the cross-entropy of each token given those before it.
 
     Args:
         logits: [B, T, W] of the token after each.
         input_ids: [B, T].
         attention_mask: [B, T], 1 for a token, 0 for padding.
-        prompt: tokens at the start that are given, not predicted.
-        smoothing: share of the target that is spread over all words.
+        prompt: Number of tokens at the start that are given, not predicted.
+        smoothing: Share of the target that is spread over all words.
 
     Returns:
-        losses [B, T - 1], 0 for what is not predicted, and which are predicted, [B, T - 1] bool.
+        Losses [B, T - 1], 0 where no token is predicted, and where one is, [B, T - 1] bool.
     """
     targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
     targets[:, :prompt] = IGNORED
@@ -39,7 +39,7 @@ def next_token_losses(
 def caption_loss(
     logits: Tensor, input_ids: Tensor, attention_mask: Tensor, *, prompt: int, smoothing: float = SMOOTHING
 ) -> Tensor:
-    """Mean loss of the tokens behind the prompt, over all captions of the batch; a scalar."""
+    """Return the mean loss of the tokens behind the prompt, over all captions of the batch; a scalar."""
     losses, predicted = next_token_losses(logits, input_ids, attention_mask, prompt=prompt, smoothing=smoothing)
     return losses.sum() / predicted.sum()
 
@@ -53,9 +53,15 @@ def answer_loss(
     *,
     smoothing: float = SMOOTHING,
 ) -> Tensor:
-    """Summed loss of each answer, times its weight [A], per question; a scalar.
+    """Return the weighted sum of the answers' losses, divided by the number of questions; a scalar.
 
-    logits [A, L, W], answer_ids and answer_mask [A, L]; `questions` is how many they belong to.
+    Args:
+        logits: [A, L, W] of the token after each.
+        answer_ids: [A, L].
+        answer_mask: [A, L], 1 for a token, 0 for padding.
+        weights: [A].
+        questions: How many questions the answers belong to.
+        smoothing: Share of the target that is spread over all words.
     """
     losses, _ = next_token_losses(logits, answer_ids, answer_mask, smoothing=smoothing)
     return (losses.sum(dim=1) * weights).sum() / questions

@@ -1,4 +1,4 @@
-"""BLIP's matching head in training and evaluation. Start with `matching_loss` and `rerank`.
+"""BLIP's matching head in training and evaluation. Start with :func:`matching_loss` and :func:`rerank`.
 
 Axes: B pairs, T tokens of a text, N image tokens, V their width; I images and J texts of a data set.
 """
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from madtp.errors import DataError
 from madtp.training.kernels import without_gradients
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.surviving_tokens import aside, gathered, survivors
+from zoo.blip.surviving_tokens import aside, compacted, surviving_tokens
 
-# What pairs score that are not among the candidates; the published code has the same number.
+# The score of pairs that are not among the candidates, as in the published code.
 LEFT_OUT = -100.0
-# In training, encoded images are matched in lengths that are multiples of this, so that few calls are captured.
+# In training, the lengths of encoded images are rounded up to multiples of this, so that few calls are captured.
 LENGTHS = 16
 
 
 class Matcher(Protocol):
-    """A `BlipRetrieval`, dense or rewritten."""
+    """A :class:`~zoo.blip.retrieval.BlipRetrieval`, dense or rewritten."""
 
     def __call__(
         self, *, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor | None = None
@@ -34,17 +34,19 @@ class Matcher(Protocol):
 def matching_loss(
     model: Matcher, found: RetrievalOutput, input_ids: Tensor, attention_mask: Tensor, samples: Tensor
 ) -> Tensor:
-    """Cross-entropy of the batch's pairs and of as many wrong images and wrong texts, the likelier the more similar.
+    """Return the cross-entropy of matching the batch's pairs, and each image and text with a wrong one.
+
+    Wrong images and texts are drawn from the batch, the likelier the more similar they are.
 
     Args:
-        model: is trained.
-        found: what it returned for the pairs.
+        model: The model that is trained.
+        found: What it returned for the pairs.
         input_ids: [B, T].
         attention_mask: [B, T].
-        samples: [B] long, which image each pair is of; of one image, none is a wrong one.
+        samples: [B] long, the image of each pair. Other pairs of the same image are not drawn as wrong ones.
 
     Raises:
-        DataError: all pairs are of one image, or the model was not asked for pairs.
+        DataError: All pairs are of one image, or the model was not asked for pairs.
     """
     if found.match_logits is None or found.image_tokens is None:
         raise DataError("the matching loss needs a call of the model with images and texts.")
@@ -55,7 +57,7 @@ def matching_loss(
         raise DataError(f"all {len(samples)} pairs of the batch are of one image; matching needs at least two.")
     similar = _similar(found)
     wrong_texts, wrong_images = _draw(similar, same), _draw(similar.T, same)
-    tokens, left = survivors(model, "visual_encoder", found.image_tokens, LENGTHS)
+    tokens, left = surviving_tokens(model, "visual_encoder", found.image_tokens, LENGTHS)
     every = torch.arange(len(samples), device=samples.device)
     # A rewritten model sees merged tokens inside the call that made `found`, which would tell right pairs from wrong ones.
     right = every if left is not None else every[:0]
@@ -75,9 +77,9 @@ def match(
     attention_mask: Tensor,
     image_mask: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B, 2] of encoded images [B, N, V] with texts [B, T]; masks [B, N] (None: all are tokens) and [B, T].
+    """Return logits [B, 2] of encoded images [B, N, V] with texts [B, T]; masks [B, N] (None: all are tokens) and [B, T].
 
-    A rewritten model's record stays that of the forward before, see :meth:`madtp.PrunedModel.aside`.
+    What a rewritten model recorded of the call before stays; see :meth:`madtp.PrunedModel.aside`.
     """
     logits = _matched(model, image_tokens, input_ids, attention_mask, image_mask).match_logits
     if logits is None:
@@ -101,19 +103,20 @@ def matching_distance(
     input_ids: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """One less the cosine between what the matching heads of two models read: of the batch's pairs, and of each image with a
-    text that the dense model finds similar.
+    """Return 1 minus the cosine between what the matching heads of two models read.
+
+    It is the mean over the batch's pairs, and over each image with a text that the dense model finds similar.
 
     Args:
-        model: is trained to follow; its last call made `found`.
-        dense: is followed.
-        found: what the one returned for the pairs.
-        wanted: what the other did.
+        model: The student; its last call made ``found``.
+        dense: The teacher.
+        found: What the student returned for the pairs.
+        wanted: What the teacher returned for them.
         input_ids: [B, T].
         attention_mask: [B, T].
 
     Raises:
-        DataError: the models were not asked for pairs.
+        DataError: The models were not asked for pairs.
     """
     if found.image_tokens is None or wanted.image_tokens is None or wanted.match_features is None:
         raise DataError("the distance of matching needs calls of both models with images and texts.")
@@ -122,7 +125,7 @@ def matching_distance(
     with without_gradients():
         told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
     texts, images = torch.cat([every, wrong]), torch.cat([every, every])
-    tokens, left = survivors(model, "visual_encoder", found.image_tokens, LENGTHS)
+    tokens, left = surviving_tokens(model, "visual_encoder", found.image_tokens, LENGTHS)
     image_mask = None if left is None else left[images]
     followed = _matched(model, tokens[images], input_ids[texts], attention_mask[texts], image_mask)
     pairs = torch.cat([wanted.match_features, cast(Tensor, told.match_features)])
@@ -153,34 +156,34 @@ def rerank(
     candidates: int = 256,
     batch: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of texts for each image and of images for each text; the most similar are matched, the others left out.
+    """Return scores of texts for each image and of images for each text; the most similar pairs are matched.
 
     Args:
-        model: matches.
-        similar: products of features, [I, J].
+        model: The model that matches.
+        similar: Products of features, [I, J].
         image_tokens: [I, N, V], on any device.
         input_ids: [J, T].
         attention_mask: [J, T].
-        image_mask: what survives of `image_tokens` in a rewritten model, [I, N]
-            (:func:`zoo.blip.surviving_tokens.seen`); None: all. Texts attend to as many tokens as the fullest image has.
-        candidates: how many are matched for each image, and for each text.
-        batch: pairs that are matched at a time.
+        image_mask: The survivors among ``image_tokens`` of a rewritten model, [I, N], from
+            :func:`~zoo.blip.surviving_tokens.surviving_mask`; None if all survived. Texts attend to as many tokens as the
+            fullest image has.
+        candidates: How many are matched for each image, and for each text.
+        batch: Pairs that are matched at a time.
 
     Returns:
-        [I, J] and [J, I]: similarity plus the logit of a match.
+        [I, J] and [J, I]: the similarity plus the logit of a match; a constant for pairs that are not candidates.
     """
     device = input_ids.device
     if image_mask is not None:
-        image_tokens, image_mask = gathered(image_tokens, image_mask.to(image_tokens.device))
+        image_tokens, image_mask = compacted(image_tokens, image_mask.to(image_tokens.device))
 
     def scores(similar: Tensor, images_first: bool) -> Tensor:
         best, columns = similar.topk(min(candidates, similar.shape[1]), dim=1)
         rows = torch.arange(len(similar), device=device).repeat_interleave(columns.shape[1])
         images, texts = (rows, columns.flatten()) if images_first else (columns.flatten(), rows)
         result = torch.full_like(similar, LEFT_OUT)
-        for pairs, values in zip(
-            torch.arange(len(rows), device=device).split(batch), best.flatten().split(batch), strict=True
-        ):
+        every = torch.arange(len(rows), device=device)
+        for pairs, values in zip(torch.split(every, batch), torch.split(best.flatten(), batch), strict=True):
             places = images[pairs].to(image_tokens.device)
             tokens = image_tokens[places].to(device)
             left = None if image_mask is None else image_mask[places].to(device)

@@ -1,4 +1,4 @@
-"""BLIP for visual reasoning on image pairs (NLVR): is a statement about them true? Start with `BlipNlvr`.
+"""BLIP for visual reasoning on image pairs (NLVR): is a statement about them true? Start with ``BlipNlvr``.
 
 Parameter names equal those of the published BLIP-NLVR checkpoint (Li et al., "BLIP: Bootstrapping
 Language-Image Pre-training for Unified Vision-Language Understanding and Generation", 2022).
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from zoo.blip.checkpoint import NLVR_TABLES, PRUNING_ROWS
 from zoo.blip.config import NlvrConfig
-from zoo.blip.text import TextEncoder
+from zoo.blip.text import TextEncoder, key_mask
+from zoo.blip.twin import two_images
 from zoo.blip.vision import build_vision_tower
 from zoo.checkpoints.key_table import KeyTable, Row
 
@@ -33,7 +34,7 @@ class BlipNlvr(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = build_vision_tower(config.vision)
-        self.text_encoder = TextEncoder(config.text, config.vision.width)
+        self.text_encoder = TextEncoder(config.text, two_images(config.text, config.vision.width))
         width = config.text.width
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, ANSWERS))
 
@@ -47,8 +48,9 @@ class BlipNlvr(nn.Module):
 
     def classify(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Statements [B, T], mask [B, T] (1: token), encoded images [B, N, V] -> logits [B, 2] (index 1: true)."""
-        tokens = self.text_encoder(input_ids, attention_mask, first, second)
-        return self.cls_head(tokens[:, 0])
+        tokens = self.text_encoder(input_ids, key_mask(attention_mask), first, second)
+        logits: Tensor = self.cls_head(tokens[:, 0])
+        return logits
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Image pairs [B, 2, 3, H, W], statements [B, T], mask [B, T] (1: token) -> logits [B, 2] (index 1: true)."""

@@ -1,8 +1,8 @@
-"""BLIP for image-text retrieval: which text fits which image? Start with `BlipRetrieval`.
+"""BLIP for image-text retrieval: which text fits which image? Start with :class:`BlipRetrieval`.
 
-Contrastive features compare all images with all texts at the price of one pass each; matching then looks at one pair
-at a time, with the text attending to the image, and re-ranks the best. The momentum copies and queues that train it
-are no part of the model: see `zoo/objectives/momentum_contrast.py` for the contrastive and `matching.py` for the matching loss.
+Contrastive features compare all images with all texts at the price of one pass each. Matching then looks at one pair at a
+time, with the text attending to the image, and re-ranks the best. The momentum copies and queues that train the model are
+not part of it: ``zoo/objectives/momentum_contrast.py`` has the contrastive loss, ``matching.py`` the matching loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from madtp.errors import DataError
 from zoo.blip.checkpoint import MOMENTUM_TABLE, PRUNING_ROWS, RETRIEVAL_TABLES
 from zoo.blip.config import BlipConfig
-from zoo.blip.med import MedEncoder, keys
+from zoo.blip.text import TextEncoder, key_mask, one_source
 from zoo.blip.vision import build_vision_tower
 from zoo.checkpoints.key_table import KeyTable, Row
 
@@ -25,11 +25,15 @@ START_TEMPERATURE = 0.07
 
 
 class RetrievalOutput(NamedTuple):
-    """What `BlipRetrieval` returns; None where the arguments for it were left out.
+    """What :class:`BlipRetrieval` returns; None where the arguments for it were left out.
 
-    image_features, text_features: [B, E], of length 1. match_logits: [B, 2] (index 1: the text fits). scale: factor on the
-    products of features, a scalar. image_tokens: [B, N, V], for further calls. match_features: [B, C], what the matching head
-    reads.
+    Attributes:
+        image_features: [B, E], of length 1.
+        text_features: [B, E], of length 1.
+        match_logits: [B, 2]; index 1 says that the text fits the image.
+        scale: The factor on products of features, a scalar.
+        image_tokens: [B, N, V], for further calls.
+        match_features: [B, C], what the matching head reads.
     """
 
     image_features: Tensor | None
@@ -54,7 +58,7 @@ class BlipRetrieval(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = build_vision_tower(config.vision)
-        self.text_encoder = MedEncoder(config.text, config.vision.width)
+        self.text_encoder = TextEncoder(config.text, one_source(config.text, config.vision.width))
         self.vision_proj = nn.Linear(config.vision.width, config.embedding)
         self.text_proj = nn.Linear(config.text.width, config.embedding)
         self.itm_head = nn.Linear(config.text.width, MATCHES)
@@ -74,8 +78,8 @@ class BlipRetrieval(nn.Module):
             images: normalised, [B, 3, H, W].
             input_ids: [B, T] long, [CLS] first.
             attention_mask: [B, T], 1 for a token, 0 for padding.
-            image_tokens: [B, N, V] of an earlier call, instead of `images`: then only matching is computed.
-            image_mask: [B, N] of `image_tokens`, 1 for a token; None for all.
+            image_tokens: [B, N, V] of an earlier call, instead of ``images``: then only matching is computed.
+            image_mask: [B, N] of ``image_tokens``, 1 for a token; None for all.
         """
         if (images is None and input_ids is None) or (images is not None and image_tokens is not None):
             raise DataError("pass images, or input_ids, or input_ids with either images or image_tokens.")
@@ -84,12 +88,12 @@ class BlipRetrieval(nn.Module):
             image_tokens = self.visual_encoder(images)
             image_features = F.normalize(self.vision_proj(image_tokens[:, 0]), dim=-1)
         if input_ids is not None:
-            mask = keys(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+            mask = key_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
             if images is not None or image_tokens is None:
                 alone = self.text_encoder(input_ids, mask)
                 text_features = F.normalize(self.text_proj(alone[:, 0]), dim=-1)
             if image_tokens is not None:
-                seen = None if image_mask is None else keys(image_mask)
+                seen = None if image_mask is None else key_mask(image_mask)
                 match_features = self.text_encoder(self._marked(input_ids), mask, image_tokens, seen)[:, 0]
                 match_logits = self.itm_head(match_features)
         scale = 1 / self.temp

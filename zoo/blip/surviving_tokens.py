@@ -1,7 +1,8 @@
-"""What is left of a tower's tokens in a rewritten model, for those who read them outside: :func:`survivors`, :func:`seen`.
+"""Which tokens of a rewritten model's tower survived, for code that reads them outside the model. Start with
+:func:`surviving_tokens`.
 
-A rewritten model returns all tokens of a pruned tower; those that were dropped are as they were when they were. A decoder that
-runs by itself, or a later call that is given the tokens, has to see what it saw inside the model: the others.
+A rewritten model returns all tokens of a pruned tower; a dropped token keeps the last state it had. A decoder that runs by
+itself, or a later call that is given the tokens, must read what the model itself read: the survivors alone.
 """
 
 from __future__ import annotations
@@ -14,47 +15,53 @@ from torch import Tensor
 from madtp.pruned import PrunedModel
 
 
-def seen(model: object, tower: str) -> Tensor | None:
-    """Which tokens of a tower survived in the last call of a model, [B, N], 1 for a token; None: all did.
+def surviving_mask(model: object, tower: str) -> Tensor | None:
+    """Return which tokens of a tower survived in a model's last call.
 
     Args:
-        model: a dense one, and one that pruned nothing, keeps all.
-        tower: path of the module that the tokens come from.
+        model: Dense or rewritten. A dense model, and one that pruned nothing, keeps all tokens.
+        tower: The path of the module that the tokens come from.
+
+    Returns:
+        [B, N], 1 for a survivor; None if all tokens survived.
     """
-    left = model.surviving(tower) if isinstance(model, PrunedModel) else None
-    return None if left is None or bool(left.all()) else left.long()
+    mask = model.surviving(tower) if isinstance(model, PrunedModel) else None
+    return None if mask is None or bool(mask.all()) else mask.long()
 
 
 def aside(model: object) -> AbstractContextManager[None]:
-    """Calls of a model inside leave what :func:`seen` tells of the one before."""
+    """Return a context in which calls of a model do not change what :func:`surviving_mask` tells of the call before."""
     return model.aside() if isinstance(model, PrunedModel) else nullcontext()
 
 
-def survivors(model: object, tower: str, tokens: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
-    """The tokens that survived in the last call of a model, without the others between them.
+def surviving_tokens(model: object, tower: str, tokens: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Return the tokens that survived in a model's last call, without the dropped ones between them.
 
     Args:
-        model, tower: see :func:`seen`.
-        tokens: that it returned, [B, N, C], without padding.
-        multiple: see :func:`gathered`.
+        model: See :func:`surviving_mask`.
+        tower: See :func:`surviving_mask`.
+        tokens: What the call returned, [B, N, C], without padding.
+        multiple: See :func:`compacted`.
 
     Returns:
-        tokens [B, K, C] in their order, K as many as the fullest sample has, rounded up, and mask [B, K], 1 for a token (None:
-        all are).
+        The tokens [B, K, C] in their order, and their mask [B, K], 1 for a token; None if all are tokens. K is the count of
+        the fullest sample, rounded up.
     """
-    left = seen(model, tower)
-    return (tokens, None) if left is None else gathered(tokens, left, multiple)
+    mask = surviving_mask(model, tower)
+    return (tokens, None) if mask is None else compacted(tokens, mask, multiple)
 
 
-def gathered(tokens: Tensor, left: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Tokens [B, N, C] that `left` [B, N] has at 1, without the others between them, as :func:`survivors` returns them.
+def compacted(tokens: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the tokens under a mask without the others between them; see :func:`surviving_tokens`.
 
     Args:
-        tokens, left: all of them, and which survive.
-        multiple: K is one of it, or N: a rewritten model is captured for each number of tokens that it is given.
+        tokens: [B, N, C].
+        mask: [B, N], 1 for a survivor.
+        multiple: K is a multiple of it, or N. A rewritten model is captured once for each number of tokens it is given, so
+            few different numbers mean few captures.
     """
-    counts = left.sum(dim=1)
+    counts = mask.sum(dim=1)
     length = -(-int(counts.max()) // multiple) * multiple
-    places = left.argsort(dim=1, descending=True, stable=True)[:, :length]
+    places = mask.argsort(dim=1, descending=True, stable=True)[:, :length]
     found = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
     return found, (torch.arange(places.shape[1], device=counts.device) < counts[:, None]).long()

@@ -1,10 +1,15 @@
-"""Text encoder of BLIP-NLVR: a post-norm BERT whose layers attend to two images. Start with `TextEncoder`.
+"""BLIP's text encoder: a post-norm BERT whose layers may attend to a source. Start with :class:`TextEncoder`.
 
-Module names follow the published checkpoint, which is why they are not snake case everywhere. Axes: B samples,
-T text tokens, N vision tokens of one image, C width of the text encoder, V width of the vision tower.
+All tasks share it. What its cross-attentions read is up to them: :class:`CrossAttention` reads one source (an image, or an
+encoded question), ``twin.py`` has one that reads two images. ``decoder.py`` runs the encoder with a causal mask.
+
+Module names follow the published checkpoints, which is why they are not snake case everywhere. Axes: B samples, T text
+tokens, S source tokens, C width of the text, V width of the source, H heads, D width of a head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +20,9 @@ from zoo.blip.config import TextConfig
 
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
+
+MakeCrossAttention = Callable[[int], nn.Module]
+"""Makes the cross-attention sublayer of a layer, by the layer's number."""
 
 
 class TextEmbeddings(nn.Module):
@@ -31,18 +39,23 @@ class TextEmbeddings(nn.Module):
         self.register_buffer("position_ids", torch.arange(config.positions)[None], persistent=False)
 
     def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
-        """`start` is the position of the first id, for a text that is fed in pieces."""
+        """Embed ids of which the first stands at position ``start``.
+
+        Raises:
+            DataError: The text is longer than the model has positions.
+        """
         end, limit = start + input_ids.shape[1], self.position_ids.shape[1]
         if end > limit:
             raise DataError(f"The text is {end} tokens long and the model has {limit} positions; cut the text.")
         positions = self.position_embeddings(self.position_ids[:, start:end])
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
+        embedded: Tensor = self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + positions))
+        return embedded
 
 
 class AttentionHeads(nn.Module):
     """Multi-head attention without output projection.
 
-    Queries come from x [B, T, C], keys and values from source [B, S, source_width].
+    Queries come from x [B, T, C], keys and values from source [B, S, V].
     """
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
@@ -55,25 +68,25 @@ class AttentionHeads(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(x, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def queries(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, heads, T, head_dim]."""
+        """[B, T, C] -> [B, H, T, D]."""
         return self._split_heads(self.query(x))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, source_width] -> keys and values, each [B, heads, S, head_dim]."""
+        """[B, S, V] -> keys and values, each [B, H, S, D]."""
         return self._split_heads(self.key(source)), self._split_heads(self.value(source))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns [B, T, C]; `mask` (bool, broadcast to [B, heads, T, S]) is True where a key may be attended."""
+        """Return [B, T, C]; ``mask`` (bool, broadcast to [B, H, T, S]) is True where a key may be attended."""
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
         )
         return out.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns [B, T, C]; for `mask` see :meth:`attend`."""
+        """Return [B, T, C]; for ``mask`` see :meth:`attend`."""
         return self.attend(self.queries(x), *self.keys_values(source), mask)
 
 
@@ -87,36 +100,8 @@ class ResidualOutput(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-class TwinOutput(nn.Module):
-    """As `ResidualOutput` for the two cross-attentions; their projections are averaged."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.dense0 = nn.Linear(config.width, config.width)
-        self.dense1 = nn.Linear(config.width, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        return (first + second) / 2
-
-    def forward(self, first: Tensor, second: Tensor, residual: Tensor) -> Tensor:
-        merged = self.combine(self.dense0(first), self.dense1(second))
-        return self.LayerNorm(self.dropout(merged) + residual)
-
-
-class MergedTwinOutput(TwinOutput):
-    """As `TwinOutput`, merging by a linear layer on the concatenation [B, T, 2C]."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__(config)
-        self.merge_layer = nn.Linear(2 * config.width, config.width)
-
-    def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        return self.merge_layer(torch.cat([first, second], dim=-1))
+        normed: Tensor = self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return normed
 
 
 class SelfAttention(nn.Module):
@@ -128,20 +113,22 @@ class SelfAttention(nn.Module):
         self.output = ResidualOutput(config, config.width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.output(self.self(x, x, mask), x)
+        out: Tensor = self.output(self.self(x, x, mask), x)
+        return out
 
 
-class TwinCrossAttention(nn.Module):
-    """Cross-attention sublayer to both images, each with weights of its own; no vision token is masked."""
+class CrossAttention(nn.Module):
+    """Cross-attention sublayer, [B, T, C] with source [B, S, V] -> [B, T, C]."""
 
-    def __init__(self, config: TextConfig, vision_width: int, layer: int) -> None:
+    def __init__(self, config: TextConfig, source_width: int) -> None:
         super().__init__()
-        self.self0 = AttentionHeads(config, vision_width)
-        self.self1 = AttentionHeads(config, vision_width)
-        self.output = MergedTwinOutput(config) if layer >= config.merge_from_layer else TwinOutput(config)
+        self.self = AttentionHeads(config, source_width)
+        self.output = ResidualOutput(config, config.width)
 
-    def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return self.output(self.self0(x, first), self.self1(x, second), x)
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``mask`` (bool, broadcast to [B, H, T, S]) is True for a token; None if there is no padding."""
+        out: Tensor = self.output(self.self(x, source, mask), x)
+        return out
 
 
 class Intermediate(nn.Module):
@@ -153,68 +140,86 @@ class Intermediate(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.dense(x))
+        out: Tensor = self.act(self.dense(x))
+        return out
 
 
 class TextLayer(nn.Module):
-    """Self-attention, twin cross-attention and feed-forward, each post-norm."""
+    """Self-attention, cross-attention (skipped without a source) and feed-forward, each post-norm."""
 
-    def __init__(self, config: TextConfig, vision_width: int, layer: int) -> None:
+    def __init__(self, config: TextConfig, number: int, make_cross_attention: MakeCrossAttention) -> None:
         super().__init__()
         self.attention = SelfAttention(config)
-        self.crossattention = TwinCrossAttention(config, vision_width, layer)
+        self.crossattention = make_cross_attention(number)
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config, config.mlp_width)
 
-    def forward(self, x: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, *source: Tensor | None) -> Tensor:
         x = self.attention(x, mask)
-        x = self.crossattention(x, first, second)
-        return self.output(self.intermediate(x), x)
+        if source:
+            x = self.crossattention(x, *source)
+        out: Tensor = self.output(self.intermediate(x), x)
+        return out
 
 
 class TextLayers(nn.Module):
     """The layers in order; a module of its own only because the checkpoint names it."""
 
-    def __init__(self, config: TextConfig, vision_width: int) -> None:
+    def __init__(self, config: TextConfig, make_cross_attention: MakeCrossAttention) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(TextLayer(config, vision_width, layer) for layer in range(config.depth))
+        self.layer = nn.ModuleList(TextLayer(config, number, make_cross_attention) for number in range(config.depth))
 
-    def forward(self, x: Tensor, mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, *source: Tensor | None) -> Tensor:
         for layer in self.layer:
-            x = layer(x, mask, first, second)
+            x = layer(x, mask, *source)
         return x
 
 
 class TextEncoder(nn.Module):
-    """Encodes a statement while looking at two images."""
+    """Encodes text, by itself or while looking at a source.
 
-    def __init__(self, config: TextConfig, vision_width: int) -> None:
+    Args:
+        config: Sizes.
+        make_cross_attention: Makes the sublayer that reads the source; see :func:`one_source`.
+    """
+
+    def __init__(self, config: TextConfig, make_cross_attention: MakeCrossAttention) -> None:
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        self.encoder = TextLayers(config, vision_width)
+        self.encoder = TextLayers(config, make_cross_attention)
         self.apply(init_weights)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Encode statements.
+    def forward(self, input_ids: Tensor, mask: Tensor, *source: Tensor | None) -> Tensor:
+        """Encode texts.
 
         Args:
-            input_ids: [B, T] long, T at most `config.positions`.
-            attention_mask: [B, T], 1 for a token, 0 for padding.
-            first: vision tokens of the first image, [B, N, V].
-            second: vision tokens of the second image, [B, N, V].
+            input_ids: [B, T] long, T at most ``config.positions``.
+            mask: bool, broadcast to [B, H, T, T]: True where a token may be attended.
+            source: What the cross-attentions read: tokens [B, S, V] and their mask for :class:`CrossAttention`, two images
+                [B, S, V] for :class:`~zoo.blip.twin.TwinCrossAttention`. Nothing leaves the cross-attentions out.
 
         Returns:
-            [B, T, C]; position 0 is the class token.
+            [B, T, C].
 
         Raises:
-            DataError: T exceeds `config.positions`.
+            DataError: T exceeds ``config.positions``.
         """
-        mask = attention_mask.to(torch.bool)[:, None, None, :]
-        return self.encoder(self.embeddings(input_ids), mask, first, second)
+        encoded: Tensor = self.encoder(self.embeddings(input_ids), mask, *source)
+        return encoded
+
+
+def one_source(config: TextConfig, source_width: int) -> MakeCrossAttention:
+    """Layers that attend to one source [B, S, V], each alike."""
+    return lambda number: CrossAttention(config, source_width)
+
+
+def key_mask(attention_mask: Tensor) -> Tensor:
+    """[B, S] (1: token) -> [B, 1, 1, S] bool."""
+    return attention_mask.to(torch.bool)[:, None, None, :]
 
 
 def init_weights(module: nn.Module) -> None:
-    """Start values of one module, as BERT has them."""
+    """Initialise one module as BERT does."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear):

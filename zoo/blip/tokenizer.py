@@ -1,6 +1,6 @@
 """Word pieces for the published BLIP models: statements to ids. Start with :class:`StatementTokenizer`.
 
-The vocabulary is the `vocab.txt` of bert-base-uncased (30,522 lines), which the user supplies.
+The vocabulary is the ``vocab.txt`` of bert-base-uncased (30,522 lines), which the user supplies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StatementTokenizer:
         """Read a BERT vocabulary.
 
         Args:
-            vocabulary: a `vocab.txt`, one word piece a line.
+            vocabulary: a ``vocab.txt``, one word piece a line.
             positions: longest id sequence; longer statements are cut before [SEP].
 
         Raises:

@@ -1,6 +1,6 @@
-"""BLIP for questions about images: an encoder reads the question, a decoder writes the answer. Start with `BlipVqa`.
+"""BLIP for questions about images: an encoder reads the question, a decoder writes the answer. Start with :class:`BlipVqa`.
 
-`decoding.py` writes answers, or ranks those of a list.
+``decoding.py`` writes answers, or ranks those of a list.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from torch import Tensor, nn
 
 from zoo.blip.checkpoint import PRUNING_ROWS, VQA_TABLES
 from zoo.blip.config import BlipConfig
-from zoo.blip.med import MedDecoder, MedEncoder, keys
+from zoo.blip.decoder import TextDecoder
+from zoo.blip.text import TextEncoder, key_mask, one_source
 from zoo.blip.vision import build_vision_tower
 from zoo.checkpoints.key_table import KeyTable, Row
 
 
 class VqaOutput(NamedTuple):
-    """logits: [A, L, vocabulary] of the token after each of an answer's, None without answers. question_states: [B, T, C]."""
+    """What :class:`BlipVqa` returns.
+
+    Attributes:
+        logits: [A, L, vocabulary] of the token after each token of an answer; None without answers.
+        question_states: [B, T, C].
+    """
 
     logits: Tensor | None
     question_states: Tensor
@@ -37,8 +43,8 @@ class BlipVqa(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = build_vision_tower(config.vision)
-        self.text_encoder = MedEncoder(config.text, config.vision.width)
-        self.text_decoder = MedDecoder(config.text, config.text.width, begin_id=config.decode_id, end_id=config.end_id)
+        self.text_encoder = TextEncoder(config.text, one_source(config.text, config.vision.width))
+        self.text_decoder = TextDecoder(config.text, config.text.width, begin_id=config.decode_id, end_id=config.end_id)
 
     def forward(
         self,
@@ -60,7 +66,7 @@ class BlipVqa(nn.Module):
             owners: [A], the question that each answer belongs to; None means one answer a question, in order.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        states = self.text_encoder(input_ids, keys(mask), self.visual_encoder(images))
+        states = self.text_encoder(input_ids, key_mask(mask), self.visual_encoder(images))
         if answer_ids is None:
             return VqaOutput(None, states)
         answer_mask = torch.ones_like(answer_ids) if answer_mask is None else answer_mask

@@ -1,6 +1,6 @@
-"""Checkpoint files of every kind as named tensors. Start with :func:`read_checkpoint`.
+"""Reads checkpoint files of every kind as named tensors. Start with :func:`read_checkpoint`.
 
-safetensors (whole, or sharded with an index), PyTorch's `.pth`, and TorchScript archives. Nothing in a file is executed.
+safetensors (whole, or sharded with an index), PyTorch's ``.pth``, and TorchScript archives. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from madtp.errors import CheckpointError
+from madtp.saving.eight_bit import unpack
 from zoo.checkpoints.torchscript import is_torchscript, read_torchscript
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -27,23 +28,30 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Training scripts save the weights under one of these, beside optimiser state, epoch and the like.
+# Training scripts save the weights under one of these, next to optimiser state, epoch and the like.
 WRAPPER_KEYS = ("model", "state_dict")
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds: tensors by name, on the CPU, and the numbers that a training script put beside them."""
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: By name, on the CPU.
+        settings: Numbers that a training script stored next to the tensors, by name.
+    """
 
     tensors: dict[str, Tensor]
     settings: dict[str, float] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Content:
-    """The content of a checkpoint file, of a sharded one (by its index), or of a folder that holds one.
+    """Return the content of a checkpoint file, of a sharded one (by its index), or of a folder that holds one.
+
+    Matrices that are stored in eight bits (:mod:`madtp.saving.eight_bit`) come as float32.
 
     Raises:
-        CheckpointError: it is missing, of unknown kind, truncated, unsafe, or holds no named tensors.
+        CheckpointError: It is missing, of unknown kind, truncated, unsafe, or holds no named tensors.
     """
     if path.is_dir():
         path = _in_folder(path)
@@ -72,12 +80,12 @@ def _read_sharded(index: Path) -> Content:
         wanted = {str(key): str(shard) for key, shard in places.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is no index of a sharded checkpoint ({type(error).__name__}: {error})."
+            f"{index} is not the index of a sharded checkpoint ({type(error).__name__}: {error})."
         ) from error
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(wanted.values())):
         if Path(shard).name != shard or shard.endswith(INDEX_SUFFIX):
-            raise CheckpointError(f"{index} names {shard!r}, which is no file beside it.")
+            raise CheckpointError(f"{index} names {shard!r}, which is not a file in its folder.")
         found = read_checkpoint(index.parent / shard).tensors
         keys = {key for key, place in wanted.items() if place == shard}
         if keys != found.keys():
@@ -95,9 +103,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return unpack(load_file(path))
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); fetch it again.") from error
 
 
 def _read_pickle(path: Path) -> object:
@@ -110,7 +118,7 @@ def _read_pickle(path: Path) -> object:
         ) from error
     except Exception as error:  # torch.load raises whatever a broken archive or pickle stream trips over
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason}); fetch it again.") from error
+        raise CheckpointError(f"{path} is truncated or not a PyTorch file ({reason}); fetch it again.") from error
 
 
 def _unwrap(path: Path, content: object) -> Content:

@@ -1,6 +1,6 @@
-"""Declarative tables from the keys of a checkpoint file to those of a model. Start with :class:`KeyTable`.
+"""Declarative tables that map the keys of a checkpoint file to those of a model. Start with :class:`KeyTable`.
 
-A model class lists the formats that it reads as `checkpoint_tables`; the first whose `mark` a file holds is taken.
+A model class lists the formats that it reads as ``checkpoint_tables``; the first whose ``mark`` a file holds is taken.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from madtp.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Row:
-    """Keys of a file and what becomes of them. A `*` stands for any text, and keeps it.
+    """A key of a file and the key of the model that it becomes. A ``*`` stands for any text, which is kept.
 
-    theirs: the key in the file; several are concatenated along the first dimension. ours: the key of the model.
-    transpose: swap the two dimensions of a matrix.
+    Attributes:
+        theirs: The key in the file; several are concatenated along the first dimension.
+        ours: The key of the model.
+        transpose: Whether to swap the two dimensions of a matrix.
     """
 
     theirs: str | tuple[str, ...]
@@ -30,7 +32,7 @@ class Row:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """`theirs` as a tuple."""
+        """``theirs`` as a tuple."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
@@ -39,12 +41,12 @@ class KeyTable:
     """How the keys of one format map to a model. Patterns are shell-style.
 
     Attributes:
-        name: of the format, for reports.
-        mark: a key that files of this format hold and those of later tables do not; "*" takes every file.
-        rows: the first that matches a key is applied; keys that none matches keep their name.
-        ignored: keys that a file may hold and the model does not want.
-        optional: keys of the model that a file may lack.
-        position_grids: position embeddings [1, 1 + side * side, C] or [1 + side * side, C] (class token first), by the
+        name: The format, for reports.
+        mark: A key that files of this format hold and those of later tables do not; "*" takes every file.
+        rows: The first that matches a key is applied; keys that match none keep their name.
+        ignored: Keys that a file may hold and the model does not use.
+        optional: Keys of the model that a file may lack.
+        position_grids: Position embeddings [1, 1 + side * side, C] or [1 + side * side, C] (class token first), by the
             model's names, that are resized when the side differs.
     """
 
@@ -62,16 +64,16 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
 
 
 def choose(tables: Iterable[KeyTable], found: Iterable[str]) -> KeyTable:
-    """The table of the format that a file with these keys has; the plain one where none fits."""
+    """Return the table of the format that a file with these keys has, or an empty table where none fits."""
     keys = list(found)
     return next((table for table in tables if any(fnmatchcase(key, table.mark) for key in keys)), KeyTable())
 
 
 def translate(found: Mapping[str, Tensor], table: KeyTable) -> dict[str, Tensor]:
-    """The tensors of a file under the model's names, without those that the table ignores.
+    """Return the tensors of a file under the model's names, without those that the table ignores.
 
     Raises:
-        CheckpointError: two keys want the same name, or parts of a concatenation are missing.
+        CheckpointError: Two keys want the same name, or parts of a concatenation are missing.
     """
     parts: dict[str, dict[int, tuple[str, Tensor]]] = {}
     rows: dict[str, Row | None] = {}

@@ -1,6 +1,6 @@
 """Read checkpoint files of other projects into zoo models, strictly. Start with :func:`load_checkpoint`.
 
-`files.py` reads files, `key_table.py` says how keys map. Nothing in a file is executed, and a model is changed only
+``files.py`` reads files, ``key_table.py`` says how keys map. Nothing in a file is executed, and a model is changed only
 after every key, shape and value has been checked.
 """
 
@@ -25,15 +25,15 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint's keys; `str()` is a line for people.
+    """What became of a checkpoint's keys; ``str()`` is a line for people.
 
     Attributes:
-        path: of the file.
-        format: name of its :class:`~zoo.checkpoints.key_table.KeyTable`.
-        loaded: how many tensors of the model got values.
-        unused: keys of the file that the model does not want.
-        absent: keys of the model that the file lacks and may lack.
-        resized: position embeddings that were resized, by the model's names.
+        path: The file.
+        format: The name of its :class:`~zoo.checkpoints.key_table.KeyTable`.
+        loaded: How many tensors of the model got values.
+        unused: Keys of the file that the model does not use.
+        absent: Optional keys of the model that the file lacks.
+        resized: Position embeddings that were resized, by the model's names.
     """
 
     path: Path
@@ -56,25 +56,25 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
     """Copy the weights of a checkpoint into a model, all or nothing.
 
     Args:
-        model: its class may list the formats that it reads as `checkpoint_tables`.
-        path: a `.pth` or `.safetensors` file, the index of a sharded checkpoint, a folder that holds one of these, or a
+        model: Its class may list the formats that it reads as ``checkpoint_tables``.
+        path: A ``.pth`` or ``.safetensors`` file, the index of a sharded checkpoint, a folder that holds one of these, or a
             TorchScript archive.
 
     Raises:
-        CheckpointError: the file is missing, truncated, unsafe, of another model or size, or holds NaN.
+        CheckpointError: The file is missing, truncated, unsafe, of another model or size, or holds NaN.
     """
     path = Path(path)
     return load_tensors(model, read_checkpoint(path).tensors, path)
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> LoadReport:
-    """As :func:`load_checkpoint`, with tensors that were read already; `path` says where from, for messages."""
+    """Do as :func:`load_checkpoint` with tensors that were read already; messages name ``path`` as their source."""
     table = choose(getattr(model, "checkpoint_tables", ()), tensors)
     own = model.state_dict()
     try:
         found = translate(tensors, table)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is no checkpoint of this {type(model).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is not a checkpoint of this {type(model).__name__}: {error}") from error
     tied = _tied(own)
     _check_keys(path, model, own, found, table, tied)
     resized = [key for key in table.position_grids if found[key].shape != own[key].shape]
@@ -96,10 +96,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Write the weights of a model to a new `.safetensors` file; tied ones once, as :func:`load_checkpoint` takes them.
+    """Write the weights of a model to a new ``.safetensors`` file, tied ones once, as :func:`load_checkpoint` takes them.
 
     Raises:
-        CheckpointError: the file exists, or cannot be written.
+        CheckpointError: The file exists, or cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -117,11 +117,10 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
-    """Resize [1, 1 + m * m, C] to `shape` [1, 1 + n * n, C] by bicubic interpolation; the class token stays as it is.
+    """Resize [1, 1 + m * m, C] to ``shape`` [1, 1 + n * n, C] by bicubic interpolation; the class token stays as it is.
 
-    Both may lack the first dimension.
-
-    A tensor that is no such grid, or whose width differs, is returned unchanged, for the shape check to name.
+    Both may lack the first dimension. A tensor that is not such a grid, or whose width differs, is returned unchanged, for the
+    shape check to name.
     """
     if embedding.dim() == 2 and len(shape) == 2:
         return resize_position_grid(embedding[None], torch.Size((1, *shape)))[0]
@@ -130,7 +129,7 @@ def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
     old, new = math.isqrt(embedding.shape[1] - 1), math.isqrt(shape[1] - 1)
     if old * old != embedding.shape[1] - 1:
         return embedding
-    grid = embedding[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = torch.unflatten(embedding[:, 1:].float(), 1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([embedding[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
 
@@ -178,7 +177,7 @@ def _check_keys(
         if any(key.startswith("madtp.") for key in unexpected):
             advice = "Its keys of madtp.* belong to a pruned model: use madtp.load for the folder."
         raise CheckpointError(
-            f"{path} is no checkpoint of this {type(model).__name__}: of {len(own)} keys {' and '.join(faults)}. {advice}"
+            f"{path} is not a checkpoint of this {type(model).__name__}: of {len(own)} keys {' and '.join(faults)}. {advice}"
         )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of the MADTP authors' code as pruned models. Start with :func:`load_official`.
 
-Such a file holds the model under its published names, the alignment tokens (their code book), for CLIP a linear layer in
-front of them at every block, and beside the weights the temperature that training ended with.
+Such a file holds the model under its published names and the alignment tokens (their code book), for CLIP also a linear layer
+in front of these at every block. The temperature that training ended with is stored next to the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ TEMPERATURE = "temperature"
 
 @dataclasses.dataclass(frozen=True)
 class Official:
-    """A pruned model that behaves as the authors' code does, and what became of the file's keys."""
+    """A pruned model that behaves as the authors' code does.
+
+    Attributes:
+        pruned: The model.
+        report: What became of the keys of the file.
+    """
 
     pruned: madtp.PrunedModel
     report: LoadReport
@@ -35,12 +40,12 @@ def load_official(model: nn.Module, path: str | Path) -> Official:
     """Load a checkpoint of the authors' code into a model of the zoo, and rewrite it as their code prunes.
 
     Args:
-        model: dense; its weights are replaced, and the result shares them. Its class says by `pruning_rows` where what the
-            authors add belongs.
-        path: the file.
+        model: A dense model; its weights are replaced, and the result shares them. The ``pruning_rows`` of its class say
+            where the authors' additions belong.
+        path: The file.
 
     Raises:
-        CheckpointError: the file is no whole checkpoint of the authors' code for this model.
+        CheckpointError: The file is not a complete checkpoint of the authors' code for this model.
     """
     path = Path(path)
     content = read_checkpoint(path)
@@ -53,7 +58,7 @@ def load_official(model: nn.Module, path: str | Path) -> Official:
     if ALIGNMENT not in added or temperature is None:
         absent = "no alignment tokens" if ALIGNMENT not in added else "no temperature beside the weights"
         raise CheckpointError(
-            f"{path} holds {absent}, so it is no checkpoint of the MADTP authors' code for {type(model).__name__}. For a "
+            f"{path} holds {absent}, so it is not a checkpoint of the MADTP authors' code for {type(model).__name__}. For a "
             "dense model use zoo.load_checkpoint."
         )
     if added[ALIGNMENT].dim() != 2:

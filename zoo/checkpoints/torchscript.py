@@ -1,4 +1,4 @@
-"""Tensors of a TorchScript archive, without running what is in it. Start with :func:`read_torchscript`.
+"""Reads the tensors of a TorchScript archive without running its code. Start with :func:`read_torchscript`.
 
 Such an archive (the form in which OpenAI publishes CLIP) is a zip of a pickle of the module tree, one file for each
 storage, and code, which is left alone. The pickle is read by an unpickler that knows four things: modules, as bags of
@@ -34,7 +34,7 @@ _STORAGES = {
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive; False for other archives and for what is no archive."""
+    """Whether a file is a TorchScript archive; False for other files, archives or not."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.count("/") == 1 and name.endswith(f"/{_CODE}") for name in archive.namelist())
@@ -43,10 +43,10 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors of the module tree by their path in it, as its `state_dict()` names them.
+    """Return the tensors of the module tree by their path in it, as its ``state_dict()`` names them.
 
     Raises:
-        CheckpointError: the archive is damaged, or its pickle asks for anything but modules and tensors.
+        CheckpointError: The archive is damaged, or its pickle asks for anything but modules and tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -66,7 +66,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 class _Refused(Exception):
-    """The pickle asks for something that is no tensor and no module."""
+    """The pickle asks for something that is neither a tensor nor a module."""
 
 
 class _Bag:

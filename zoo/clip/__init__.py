@@ -1,4 +1,4 @@
-"""The CLIP family. `config.py` holds sizes, `model.py` the model, `checkpoint.py` key names.
+"""The CLIP family. ``config.py`` holds sizes, ``model.py`` the model, ``checkpoint.py`` key names.
 
 Importing this package registers the models.
 """
@@ -56,7 +56,6 @@ def clip_vit_l14_336() -> nn.Module:
     std=(0.5, 0.5, 0.5),
     licence="Apache-2.0",
     paper=_PAPER,
-    checkpoints=("dense",),
 )
 def clip_mini() -> nn.Module:
     """144 patches an image, width 128, 6 vision and 4 text layers."""

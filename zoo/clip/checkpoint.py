@@ -25,7 +25,7 @@ _TRAINING = (*_COPIED, *_QUEUES)
 
 
 def _tower_rows(theirs: str, ours: str) -> tuple[Row, ...]:
-    """transformers' encoder layers `theirs` as the blocks `ours`."""
+    """transformers' encoder layers ``theirs`` as the blocks ``ours``."""
     attention = tuple(f"{theirs}.*.self_attn.{part}_proj" for part in "qkv")
     return (
         Row(tuple(f"{key}.weight" for key in attention), f"{ours}.*.attn.in_proj_weight"),

@@ -1,4 +1,4 @@
-"""Sizes of the CLIP models. Start with `ClipConfig`; the constants at the end are the registered sizes."""
+"""Sizes of the CLIP models. Start with :class:`ClipConfig`; the constants at the end are the registered sizes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ class ClipConfig:
     """A whole CLIP model.
 
     Attributes:
-        embedding: width in which images and texts are compared.
-        vocabulary: the highest id ends a text.
-        positions: longest text.
+        embedding: The width in which images and texts are compared.
+        image_size: Height and width of an image, in pixels.
+        patch_size: Height and width of a patch, in pixels.
+        vision: Sizes of the vision tower.
+        text: Sizes of the text tower.
+        vocabulary: The number of ids; the highest ends a text.
+        positions: The length of the longest text.
     """
 
     embedding: int

@@ -1,4 +1,4 @@
-"""CLIP: images and texts, encoded apart and compared (Radford et al., 2021). Start with `Clip`.
+"""CLIP: images and texts, encoded separately and compared (Radford et al., 2021). Start with :class:`Clip`.
 
 Parameter names are OpenAI's. Axes: B samples, N vision tokens (class token first), T text tokens, C width of a tower, E width
 of the features.
@@ -22,7 +22,13 @@ START_TEMPERATURE = 0.07
 
 
 class ClipOutput(NamedTuple):
-    """image_features, text_features: [B, E], of length 1, None where not asked for. scale: factor on their products."""
+    """What :class:`Clip` returns.
+
+    Attributes:
+        image_features: [B, E], of length 1; None without images.
+        text_features: [B, E], of length 1; None without texts.
+        scale: The factor on products of features, a scalar.
+    """
 
     image_features: Tensor | None
     text_features: Tensor | None
@@ -30,7 +36,7 @@ class ClipOutput(NamedTuple):
 
 
 class QuickGelu(nn.Module):
-    """x sigmoid(1.702 x), OpenAI's stand-in for GELU."""
+    """``x * sigmoid(1.702 * x)``, OpenAI's approximation of GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -46,7 +52,8 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(self.gelu(self.c_fc(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -61,7 +68,7 @@ class Block(nn.Module):
         self._init_weights(config)
 
     def _init_weights(self, config: TowerConfig) -> None:
-        """As OpenAI has them: narrower where they add to the residual stream."""
+        """Initialise as OpenAI does: with smaller values where a layer adds to the residual stream."""
         inner, adding = config.width**-0.5, config.width**-0.5 * (2 * config.depth) ** -0.5
         nn.init.normal_(self.attn.in_proj_weight, std=inner)
         nn.init.normal_(self.attn.out_proj.weight, std=adding)
@@ -69,10 +76,11 @@ class Block(nn.Module):
         nn.init.normal_(self.mlp.c_proj.weight, std=adding)
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
-        """`hidden` [N, N] bool is True where a token may not be attended."""
+        """``hidden`` [N, N] bool is True where a token may not be attended."""
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=hidden)[0]
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class Tower(nn.Module):
@@ -106,11 +114,12 @@ class VisionTower(nn.Module):
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
-        return self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+        features: Tensor = self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+        return features
 
 
 class Clip(nn.Module):
-    """Vision and text tower. The text tower's parts lie at the top, as OpenAI names them."""
+    """Vision and text tower. As in OpenAI's files, the parts of the text tower are not a module of their own."""
 
     checkpoint_tables: ClassVar[tuple[KeyTable, ...]] = TABLES
     pruning_rows: ClassVar[tuple[Row, ...]] = PRUNING_ROWS
@@ -132,7 +141,7 @@ class Clip(nn.Module):
     def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None) -> ClipOutput:
         """Encode images [B, 3, H, W], texts [B, T], or both.
 
-        A text ends with the highest id of the vocabulary, at which it is read; what follows does not matter.
+        A text ends with the highest id of the vocabulary. Its feature is read there, and what follows does not matter.
         """
         if images is None and input_ids is None:
             raise DataError("pass images, input_ids or both.")
@@ -148,4 +157,5 @@ class Clip(nn.Module):
         later = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)
         x = self.ln_final(self.transformer(x, later))
         ends = input_ids.argmax(dim=-1)
-        return x[torch.arange(x.shape[0], device=x.device), ends] @ self.text_projection
+        features: Tensor = x[torch.arange(x.shape[0], device=x.device), ends] @ self.text_projection
+        return features

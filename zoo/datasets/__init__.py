@@ -1,7 +1,7 @@
 """Data sets under one interface. Start with :func:`data` and :func:`list_data`.
 
-`records.py` says what a sample is, `registry.py` holds the names; `nlvr.py`, `captions.py` and `questions.py` read the files
-that the field uses, `files.py` helps them to refuse what is damaged, and `scenes.py` draws by rule.
+``records.py`` says what a sample is, ``registry.py`` holds the names. ``nlvr.py``, ``captions.py`` and ``questions.py`` read
+the files that the field uses, and ``files.py`` refuses those that are damaged. ``scenes.py`` draws pictures by rule.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """COCO and Flickr30k with Karpathy's splits, for captions and retrieval, in either of two annotation formats.
 
-Karpathy's file (`dataset_coco.json`, `dataset_flickr30k.json`) holds all splits; BLIP has a file of each, where training
-has an entry a caption (`coco_karpathy_train.json`) and the others an entry an image.
+Karpathy's file (``dataset_coco.json``, ``dataset_flickr30k.json``) holds all splits; BLIP has a file for each, with an
+entry for each caption in training (``coco_karpathy_train.json``) and for each image in the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading annotation files and images, with an error for everything that is not as it should be.
+"""Reads annotation files and images, with an error for everything that is damaged or of another format.
 
 :func:`read_json` and :class:`Entry` are for annotations, :class:`ImageFolder` opens images.
 """
@@ -78,7 +78,7 @@ def entries(value: Any, place: str) -> list[Entry]:
     """The objects of a JSON list.
 
     Raises:
-        DataError: it is no list, or holds something else.
+        DataError: It is not a list, or holds something other than objects.
     """
     if not isinstance(value, list):
         raise DataError(f"{place} holds {type(value).__name__}, not a list.")
@@ -89,10 +89,10 @@ def entries(value: Any, place: str) -> list[Entry]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; of a file with one JSON value a line, the list of them.
+    """Return the content of a JSON file, or the list of values of a file with one JSON value on each line.
 
     Raises:
-        DataError: the file is missing, empty, or no JSON.
+        DataError: The file is missing, empty, or not JSON.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
             lines = list(_json_lines(text))
         except ValueError as error:
             raise DataError(
-                f"{path} is no JSON ({whole}), nor one JSON value a line ({error}); copy it again."
+                f"{path} is neither JSON ({whole}) nor a file with one JSON value on each line ({error}); copy it again."
             ) from error
         if not lines:
             raise DataError(f"{path} is empty; copy it again.") from whole
@@ -123,13 +123,13 @@ def _json_lines(text: str) -> Iterator[Any]:
 
 
 def find_annotations(owner: str, root: Path, names: Sequence[str]) -> Path:
-    """The first of the files that lies in the root, or in a folder of annotations below it.
+    """Return the first of the files that lies in the root, or in a folder of annotations below it.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     if not root.is_dir():
-        raise DataError(f"{owner}: {root} is no folder; give the folder that holds annotations and images.")
+        raise DataError(f"{owner}: {root} is not a folder; give the folder that holds annotations and images.")
     for name in names:
         for folder in ANNOTATION_FOLDERS:
             path = root / folder / name
@@ -152,7 +152,7 @@ class ImageFolder:
         """The image in RGB.
 
         Raises:
-            DataError: there is no such file, it lies outside, or it is no whole image.
+            DataError: There is no such file, it lies outside the folder, or it is damaged.
         """
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"the image {name!r} lies outside {self.root}; names of images are relative to it.")
@@ -166,4 +166,4 @@ class ImageFolder:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} is no whole image ({error}); copy it again.") from error
+            raise DataError(f"{path} is damaged or not an image ({error}); copy it again.") from error

@@ -1,7 +1,7 @@
 """NLVR2 (Suhr et al. 2019), statements about pairs of photographs, in either of its annotation formats.
 
-The corpus itself has a JSON object a line (`train.json`, `dev.json`, `test1.json`), from whose identifier the names of the
-images follow; BLIP has a list (`nlvr_train.json`, `nlvr_dev.json`, `nlvr_test.json`) that names them.
+The corpus itself has a JSON object on each line (``train.json``, ``dev.json``, ``test1.json``), whose identifier gives the
+names of the images; BLIP has a list (``nlvr_train.json``, ``nlvr_dev.json``, ``nlvr_test.json``) that names them.
 """
 
 from __future__ import annotations

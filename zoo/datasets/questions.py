@@ -1,7 +1,8 @@
 """VQAv2 and Visual Genome, questions about photographs, in the official format (VQAv2) or in BLIP's.
 
-The official format keeps questions and annotations apart (`v2_OpenEnded_mscoco_val2014_questions.json`,
-`v2_mscoco_val2014_annotations.json`); BLIP has one list (`vqa_val.json`, `vg_qa.json`). Answers of the test sets are secret.
+The official format has one file for questions (``v2_OpenEnded_mscoco_val2014_questions.json``) and one for annotations
+(``v2_mscoco_val2014_annotations.json``); BLIP has one list (``vqa_val.json``, ``vg_qa.json``). Answers of the test sets are
+secret.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _ANNOTATIONS = "v2_mscoco_{part}_annotations.json"
 _SECRET = ("test", "test_dev")
 
 VISUAL_GENOME_WEIGHT = 0.2
-"""What BLIP's training counts an answer of Visual Genome, which only one person gave."""
+"""The weight of an answer of Visual Genome in BLIP's training; only one person gave each."""
 
 
 def open_vqav2(request: Request) -> tuple[list[Any], ImageSource]:
-    """Records of a split, and the folder of their images."""
+    """Return the records of a split and the folder of their images."""
     root, part = request.folder(), _OFFICIAL[request.split]
     names = (f"vqa_{request.split}.json", _QUESTIONS.format(part=part))
     path = request.annotations or find_annotations(request.name, root, names)
@@ -35,7 +36,7 @@ def open_vqav2(request: Request) -> tuple[list[Any], ImageSource]:
 
 
 def open_visual_genome(request: Request) -> tuple[list[Any], ImageSource]:
-    """Records, and the folder of their images."""
+    """Return the records and the folder of their images."""
     root = request.folder()
     path = request.annotations or find_annotations(request.name, root, ("vg_qa.json",))
     listed = entries(read_json(path), str(path))
@@ -53,14 +54,14 @@ def open_visual_genome(request: Request) -> tuple[list[Any], ImageSource]:
 
 
 def answer_list(path: str | Path) -> tuple[str, ...]:
-    """The answers that a model chooses from: a JSON list of texts, as BLIP's `answer_list.json`.
+    """Read the answers that a model chooses from: a JSON list of texts, such as BLIP's ``answer_list.json``.
 
     Raises:
-        DataError: the file is missing or something else.
+        DataError: The file is missing or something else.
     """
     content = read_json(Path(path))
     if not isinstance(content, list) or not content or not all(isinstance(text, str) and text for text in content):
-        raise DataError(f"{path} is no list of answers; it has to be a JSON list of texts.")
+        raise DataError(f"{path} is not a list of answers; it has to be a JSON list of texts.")
     if len(set(content)) != len(content):
         raise DataError(f"{path} lists an answer twice.")
     return tuple(content)

@@ -1,6 +1,7 @@
-"""What data sets hold: one record a sample, plain text and names of images. Start with the three records.
+"""What data sets hold: a record for each sample, with plain text and names of images. Start with the three records.
 
-A :class:`DataSet` joins records with what opens their images and with a transform; its items are :class:`Sample`.
+A :class:`DataSet` joins records with a function that opens their images and a transform; its items are of class
+:class:`Sample`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from madtp.errors import DataError
 
 
 class Record(Protocol):
-    """What all records have: a name that no other of the data set bears, and names of images."""
+    """What all records have: a name that is unique in the data set, and names of images."""
 
     @property
     def id(self) -> str: ...
@@ -33,12 +34,20 @@ ImageSource = Callable[[str], Image.Image]
 """Opens an image of a data set by its name, in RGB."""
 
 Transform = Callable[[Image.Image], Tensor]
-"""Makes of an image what models take, [3, H, W]."""
+"""Makes the tensor [3, H, W] that models take from an image."""
 
 
 @dataclass(frozen=True)
 class PairStatement:
-    """A statement about a left and a right image; `label` 1 is true. `kind` groups statements, "" where none is known."""
+    """A statement about a left and a right image.
+
+    Attributes:
+        id: Its name.
+        images: Names of the left and the right image.
+        statement: The text.
+        label: 1 if the statement is true, else 0.
+        kind: Groups statements; "" where no groups are known.
+    """
 
     id: str
     images: tuple[str, str]
@@ -58,9 +67,15 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image with the answers of everyone asked, none where they are kept secret.
+    """A question about an image.
 
-    `weight` is what all answers together count in training.
+    Attributes:
+        id: Its name.
+        images: The name of the image.
+        question: The text.
+        answers: The answers of everyone who was asked; none where they are secret.
+        kind: Groups questions.
+        weight: What all answers together count in training.
     """
 
     id: str
@@ -87,9 +102,10 @@ class DataSet(Dataset[Sample[R]], Generic[R]):
     """Records of one split with their images, opened when asked for.
 
     Attributes:
-        name, split: as asked for.
-        records: of all samples, in the order of the file.
-        transform: None gives back pixels as they are, uint8.
+        name: Of the data set.
+        split: Of the data set.
+        records: Of all samples, in the order of the file.
+        transform: Applied to each image; None gives pixels, uint8.
     """
 
     def __init__(
@@ -122,7 +138,7 @@ class DataSet(Dataset[Sample[R]], Generic[R]):
 
 
 def one_caption_each(data: DataSet[CaptionedImage]) -> DataSet[CaptionedImage]:
-    """A data set in which every caption is a sample of its own, as training takes them."""
+    """Return a data set in which every caption is a sample of its own, as training needs it."""
     return data.with_records(
         [
             replace(record, id=f"{record.id}#{number}", captions=(caption,))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from madtp.errors import ConfigError, DataError
 from zoo.datasets.records import DataSet, ImageSource, Record, Transform
-from zoo.suggestions import did_you_mean
+from zoo.named import SNAKE_CASE, Registry
 
 TASKS = ("reasoning", "captioning", "retrieval", "questions")
 
@@ -20,11 +19,12 @@ class Request:
     """What is asked of a data set.
 
     Attributes:
-        name, split: of the data set.
-        root: folder that holds it, None where it is made by rule.
-        annotations: file to read in place of the one that lies in `root`.
-        limit: number of samples at most; what is made by rule has as many.
-        seed: which edition, of data made by rule.
+        name: Of the data set.
+        split: Of the data set.
+        root: The folder that holds it; None for data made by rule.
+        annotations: A file to read instead of the one in ``root``.
+        limit: The largest number of samples; data made by rule has as many.
+        seed: The edition of data made by rule.
     """
 
     name: str
@@ -35,19 +35,32 @@ class Request:
     seed: int
 
     def folder(self) -> Path:
-        """`root`, which has to be given."""
+        """Return ``root``.
+
+        Raises:
+            DataError: It was not given.
+        """
         if self.root is None:
             raise DataError(f"{self.name} lies in files; give the folder that holds annotations and images as `root`.")
         return self.root
 
 
 Opener = Callable[[Request], tuple[list[Any], ImageSource]]
-"""Reads the records of a split, and says what opens their images."""
+"""Reads the records of a split; returns them, and a function that opens their images."""
 
 
 @dataclass(frozen=True)
 class DataEntry:
-    """What the zoo knows of one data set; `tasks` are those of :data:`TASKS` that it serves."""
+    """What the zoo knows of one data set.
+
+    Attributes:
+        name: What :func:`data` calls it.
+        opener: Reads a split.
+        description: A line for people.
+        tasks: Those of :data:`TASKS` that it serves.
+        splits: Names of its splits.
+        made_by_rule: Whether samples are drawn rather than read from files.
+    """
 
     name: str
     opener: Opener
@@ -57,37 +70,34 @@ class DataEntry:
     made_by_rule: bool = False
 
 
-_entries: dict[str, DataEntry] = {}
+DATA: Registry[DataEntry] = Registry(
+    "data set", names=SNAKE_CASE, advice="use lower-case words and digits joined by '_'", unknown=DataError
+)
 
 
 def register_data(entry: DataEntry) -> None:
     """Put a data set into the zoo.
 
     Raises:
-        ConfigError: the name is taken, or a task is not known.
+        ConfigError: The name is taken or malformed, or a task is not known.
     """
-    if entry.name in _entries:
-        raise ConfigError(f"Data set '{entry.name}' is registered already; choose another name.")
     if not entry.tasks or any(task not in TASKS for task in entry.tasks):
-        raise ConfigError(f"Data set '{entry.name}' is for {entry.tasks}; tasks are {', '.join(TASKS)}.")
-    _entries[entry.name] = entry
+        raise ConfigError(f"The data set '{entry.name}' is for {entry.tasks}; tasks are {', '.join(TASKS)}.")
+    DATA.add(entry.name, entry)
 
 
 def list_data(pattern: str = "") -> list[str]:
-    """Names that match the shell-style `pattern` (all when empty), sorted."""
-    return sorted(name for name in _entries if not pattern or fnmatchcase(name, pattern))
+    """Return the names that match a shell-style pattern, sorted; all of them for an empty pattern."""
+    return DATA.matching(pattern)
 
 
 def describe_data(name: str) -> DataEntry:
-    """The entry of a data set.
+    """Return the entry of a data set.
 
     Raises:
-        DataError: no such name; the message lists near matches.
+        DataError: No such name; the message lists near matches.
     """
-    if name in _entries:
-        return _entries[name]
-    advice = did_you_mean(name, _entries, otherwise=f"Known: {', '.join(list_data())}.")
-    raise DataError(f"The zoo has no data set {name!r}. {advice}")
+    return DATA.find(name)
 
 
 def data(
@@ -103,16 +113,16 @@ def data(
     """Open one split of a data set.
 
     Args:
-        name: a name from :func:`list_data`.
-        root: the folder with annotations and images; left out for data made by rule.
-        split: one that the data set has.
-        transform: makes of an RGB image what the model takes (see :mod:`zoo.transforms`); None keeps pixels, uint8.
-        annotations: file to read in place of the usual one in `root`.
-        limit: how many samples at most, from the start.
-        seed: edition, of data made by rule.
+        name: A name from :func:`list_data`.
+        root: The folder with annotations and images; left out for data made by rule.
+        split: A split of the data set.
+        transform: Makes the model's input from an RGB image (see :mod:`zoo.transforms`); None gives pixels, uint8.
+        annotations: A file to read instead of the usual one in ``root``.
+        limit: The largest number of samples, taken from the start.
+        seed: The edition of data made by rule.
 
     Raises:
-        DataError: the name or split is not known, or a file is missing, damaged or of another format. A damaged image
+        DataError: The name or split is not known, or a file is missing, damaged or of another format. A damaged image
             raises it when it is opened; nothing is ever skipped.
     """
     entry = describe_data(name)

@@ -1,6 +1,7 @@
 """Scenes, drawn by rule, in the interface of the data sets that lie in files.
 
-`scenes` has statements about pairs of pictures; `scenes_captions` and `scenes_questions` are about the fuller picture of each.
+``scenes`` has statements about pairs of pictures; ``scenes_captions`` and ``scenes_questions`` are about the fuller picture of
+each pair.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from zoo.scenes.phrases import Census
 from zoo.scenes.single import captions, draw_question, fuller_side
 
 SIZE = 2048
-"""Samples of a split where no limit says otherwise."""
+"""Samples of a split without a limit."""
 
 SIDES = ("left", "right")
 PEOPLE = 10
-"""So many are taken to have given the one answer, as in the data sets of the field; there, fewer than 4 count less."""
+"""How many people count as having given the one answer, as in the data sets of the field, where fewer than 4 count less."""
 
 _QUESTIONS = 1  # random stream
 

@@ -1,7 +1,7 @@
 """Makers of single arguments, by the argument's name: pixel_values, input_ids, bbox, visual_embeds ...
 
-Start at :func:`make_inputs`. A maker gets the :class:`~zoo.inputs.draft.Draft` and returns the argument, or None to leave
-it out. Families replace makers of their own (`families.py`).
+Start with :func:`make_inputs`. A maker takes the :class:`~zoo.inputs.draft.InputsDraft` and returns the argument, or None to
+leave it out. Families replace some makers by their own (``families.py``).
 """
 
 from __future__ import annotations
@@ -14,20 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from madtp.errors import ExampleInputsError
-from zoo.inputs.draft import PADDED, Draft, first, pair
+from zoo.inputs.draft import PADDED, InputsDraft, first, pair
 
-Maker = Callable[[Draft], Any]
+Maker = Callable[[InputsDraft], Any]
 
 
 def make_inputs(
     model: nn.Module, batch: int, generator: torch.Generator, makers: Mapping[str, Maker | None] | None = None
 ) -> dict[str, Any]:
-    """A valid batch of keyword arguments for a model with a configuration; `makers` go before the common ones.
+    """Make a valid batch of keyword arguments for a model with a configuration.
+
+    Args:
+        model: A model with an attribute ``config``.
+        batch: The number of samples.
+        generator: The source of random numbers.
+        makers: By argument; they take the place of the common ones, and None leaves an argument out.
 
     Raises:
-        ExampleInputsError: an argument without a default has no maker.
+        ExampleInputsError: An argument without a default has no maker.
     """
-    draft = Draft(model, batch, generator)
+    draft = InputsDraft(model, batch, generator)
     table: dict[str, Maker | None] = {**COMMON, **(makers or {})}
     for name, maker in table.items():
         if maker is None or name not in draft.arguments:
@@ -39,7 +45,7 @@ def make_inputs(
     return draft.made
 
 
-def _check(draft: Draft) -> None:
+def _check(draft: InputsDraft) -> None:
     skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     missing = [
         name
@@ -53,7 +59,7 @@ def _check(draft: Draft) -> None:
         )
 
 
-def pixel_values(draft: Draft) -> Tensor:
+def pixel_values(draft: InputsDraft) -> Tensor:
     """Images [B, C, H, W]; flattened patches where the model wants them with their grid, or with their shapes; clips
     [B, frames, C, H, W] where it counts frames."""
     if "image_grid_thw" in draft.arguments:
@@ -65,48 +71,48 @@ def pixel_values(draft: Draft) -> Tensor:
     return draft.images(*([int(frames)] if isinstance(frames, int) and "Video" in type(draft.model).__name__ else []))
 
 
-def _patches_of_all(draft: Draft) -> Tensor:
+def _patches_of_all(draft: InputsDraft) -> Tensor:
     """Patches of all images in one sequence: [B * N, C * frames * P * P]."""
     height, width = draft.patch_size
     frames = int(first(draft.vision, "temporal_patch_size", "patch_temporal", default=1))
     return draft.normal(draft.patches, draft.channels * frames * height * width).flatten(0, 1)
 
 
-def grid(draft: Draft) -> Tensor:
+def grid(draft: InputsDraft) -> Tensor:
     """Frames, rows and columns of each image's patches: [B, 3]."""
     return torch.tensor([[1, *draft.grid]]).repeat(draft.batch, 1)
 
 
-def sizes(draft: Draft) -> Tensor | None:
+def sizes(draft: InputsDraft) -> Tensor | None:
     """Height and width of each image: [B, 2]."""
     return torch.tensor([draft.image_size]).repeat(draft.batch, 1) if "pixel_values" in draft.made else None
 
 
-def shapes(draft: Draft) -> Tensor:
+def shapes(draft: InputsDraft) -> Tensor:
     """Rows and columns of each image's patches: [B, 2]."""
     return torch.tensor([draft.grid]).repeat(draft.batch, 1)
 
 
-def every_patch(draft: Draft) -> Tensor | None:
+def every_patch(draft: InputsDraft) -> Tensor | None:
     """Every patch is part of the image: [B, N]."""
     return torch.ones(draft.batch, draft.patches, dtype=torch.long) if "spatial_shapes" in draft.arguments else None
 
 
-def second_view(draft: Draft) -> Tensor | None:
+def second_view(draft: InputsDraft) -> Tensor | None:
     """The image once more, larger: [B, C, H, W]."""
     config = first(draft.config, "high_res_vision_config")
     return None if config is None else draft.normal(draft.channels, *pair(config.image_size))
 
 
-def videos(draft: Draft) -> Tensor | None:
+def videos(draft: InputsDraft) -> Tensor | None:
     """Clips [B, frames, C, H, W] for a model that takes nothing else."""
     if draft.arguments["pixel_values_videos"].default is not inspect.Parameter.empty:
         return None
     return draft.images(int(first(draft.vision, "num_frames", "frames_per_clip", default=4)))
 
 
-def count_image_tokens(draft: Draft) -> int:
-    """How many places of the text one sample's images take: as many as features come out of them."""
+def count_image_tokens(draft: InputsDraft) -> int:
+    """Return how many positions of the text one sample's images take: the number of their features."""
     owners = [part for part in draft.model.modules() if hasattr(part, "get_image_features")]
     if draft.image_token is None or not owners:
         return 0
@@ -117,10 +123,11 @@ def count_image_tokens(draft: Draft) -> int:
     deep = first(found, "deepstack_features")
     found = first(found, "pooler_output", "last_hidden_state", default=deep[0][1] if deep else found)
     parts = found if isinstance(found, list | tuple) else [found]
-    return sum(part.numel() // part.shape[-1] for part in parts) // draft.batch
+    count: int = sum(part.numel() // part.shape[-1] for part in parts)
+    return count // draft.batch
 
 
-def input_ids(draft: Draft) -> Tensor | None:
+def input_ids(draft: InputsDraft) -> Tensor | None:
     """Image placeholders, then random ordinary ids ended by the end-of-text id: [B, T]. The last sample ends early."""
     if not getattr(draft.text, "vocab_size", None):
         return None
@@ -139,12 +146,12 @@ def input_ids(draft: Draft) -> Tensor | None:
     return torch.cat([places, ids], dim=1)
 
 
-def padded(draft: Draft) -> bool:
+def padded(draft: InputsDraft) -> bool:
     """Whether the text of the last sample is shorter than the others'."""
     return "attention_mask" in draft.arguments and draft.length > 2 * PADDED
 
 
-def attention_mask(draft: Draft) -> Tensor | None:
+def attention_mask(draft: InputsDraft) -> Tensor | None:
     """Ones [B, T], zeros behind the last sample's text."""
     ids = draft.made.get("input_ids")
     if ids is None:
@@ -155,12 +162,12 @@ def attention_mask(draft: Draft) -> Tensor | None:
     return mask
 
 
-def decoder_input_ids(draft: Draft) -> Tensor | None:
+def decoder_input_ids(draft: InputsDraft) -> Tensor | None:
     """Ordinary ids [B, T / 2] for the decoder of an encoder-decoder."""
     return draft.words(max(2, draft.length // 2))
 
 
-def bbox(draft: Draft) -> Tensor | None:
+def bbox(draft: InputsDraft) -> Tensor | None:
     """A box (left, top, right, bottom) for each token [B, T, 4], on a grid of a thousand."""
     ids = draft.made.get("input_ids")
     if ids is None:
@@ -170,17 +177,17 @@ def bbox(draft: Draft) -> Tensor | None:
     return torch.cat([corners, corners + draft.integers(0, limit // 2, ids.shape[1], 2)], dim=-1)
 
 
-def ones_like_image(draft: Draft) -> Tensor | None:
+def ones_like_image(draft: InputsDraft) -> Tensor | None:
     """Every pixel is part of the image: [B, H, W]."""
     images = draft.made.get("pixel_values")
     return None if images is None else torch.ones(draft.batch, *images.shape[-2:], dtype=torch.long)
 
 
-def _regions(draft: Draft, field: str) -> Tensor:
+def _regions(draft: InputsDraft, field: str) -> Tensor:
     return draft.normal(36, int(getattr(draft.config, field)))
 
 
-def image_token_types(draft: Draft) -> Tensor | None:
+def image_token_types(draft: InputsDraft) -> Tensor | None:
     """1 where a token stands for a piece of an image, else 0: [B, T]."""
     ids = draft.made.get("input_ids")
     return None if ids is None or draft.image_token is None else (ids == draft.image_token).long()

@@ -1,6 +1,6 @@
-"""A batch in the making: the model, its configuration, and the arguments made so far.
+"""A batch of example inputs in the making: the model, its configuration, and the arguments made so far.
 
-Start at :class:`Draft`. Configurations name the same thing in several ways; the properties here read all of them.
+Start with :class:`InputsDraft`. Configurations have several names for the same thing; its properties know all of them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ _SPECIAL = (
 
 
 @dataclass
-class Draft:
+class InputsDraft:
     """What makers of arguments read and write.
 
     Attributes:
-        made: arguments so far. image_tokens: places that one sample's images take in its text, 0 where they take none.
+        model: The model that the inputs are for.
+        batch: The number of samples.
+        generator: The source of random numbers.
+        made: The arguments so far.
+        image_tokens: Positions that one sample's images take in its text; 0 where they take none.
     """
 
     model: nn.Module
@@ -87,7 +91,7 @@ class Draft:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches that are made where a model takes patches: as many as it can merge."""
+        """Rows and columns of patches, where a model takes patches; a multiple of what it merges."""
         names = "spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size"
         merge = pair(first(self.vision, *names, default=1))
         height, width = (max(side, GRID // side * side) for side in merge)
@@ -95,7 +99,7 @@ class Draft:
 
     @property
     def patches(self) -> int:
-        """How many patches that grid holds."""
+        """The number of patches of :attr:`grid`."""
         height, width = self.grid
         return height * width
 
@@ -111,19 +115,19 @@ class Draft:
         return min(TEXT_LENGTH, limit) if limit > 0 else TEXT_LENGTH  # -1: any length
 
     def images(self, *leading: int) -> Tensor:
-        """Standard normal images `[batch, *leading, C, H, W]`."""
+        """Standard normal images ``[batch, *leading, C, H, W]``."""
         return self.normal(*leading, self.channels, *self.image_size)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal `[batch, *shape]`."""
+        """Standard normal ``[batch, *shape]``."""
         return torch.randn(self.batch, *shape, generator=self.generator)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Whole numbers from `low` to below `high`, `[batch, *shape]`."""
+        """Whole numbers from ``low`` to below ``high``, ``[batch, *shape]``."""
         return torch.randint(low, high, (self.batch, *shape), generator=self.generator)
 
     def words(self, length: int) -> Tensor:
-        """Ids of ordinary tokens `[batch, length]`."""
+        """Ids of ordinary tokens ``[batch, length]``."""
         special = set(self._special_ids())
         limit = min(int(self.text.vocab_size), 1000)
         ordinary = torch.tensor([i for i in range(limit) if i not in special])
@@ -148,7 +152,7 @@ class Draft:
 
 
 def first(owner: Any, *names: str, default: Any = None) -> Any:
-    """The first attribute of `owner` among `names` that is not None."""
+    """The first attribute of ``owner`` among ``names`` that is not None."""
     for name in names:
         value = getattr(owner, name, None)
         if value is not None:

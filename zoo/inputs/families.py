@@ -1,6 +1,6 @@
-"""The adapters that come with the zoo. Importing this module registers them; no library is imported.
+"""The adapters that come with the zoo. Importing this module registers them and imports no library.
 
-Start at :data:`TRANSFORMERS`: families whose arguments the common makers (`arguments.py`) do not cover.
+Start with :data:`TRANSFORMERS`: families with arguments that the common makers (``arguments.py``) do not cover.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from madtp.errors import ExampleInputsError
 from zoo.adapters import ExampleInputs, register_adapter
 from zoo.inputs.arguments import Maker, attention_mask, decoder_input_ids, input_ids, make_inputs, shapes, sizes
-from zoo.inputs.draft import Draft
+from zoo.inputs.draft import InputsDraft
 from zoo.inputs.patches import (
     blocks,
     frames,
@@ -35,70 +35,70 @@ from zoo.inputs.patches import (
 
 
 def configured(makers: Mapping[str, Maker | None]) -> ExampleInputs:
-    """Example inputs of a model with a configuration, with makers of its own."""
+    """Return a function that makes example inputs of a model with a configuration, with makers of its own."""
     return partial(make_inputs, makers=makers)
 
 
-def _one_image(draft: Draft) -> Tensor:
+def _one_image(draft: InputsDraft) -> Tensor:
     """One image a sample, counted: [B, 1, C, H, W]."""
     return draft.images(1)
 
 
-def _two_images(draft: Draft) -> Tensor:
+def _two_images(draft: InputsDraft) -> Tensor:
     """Two images a sample: [B, 2, C, H, W]."""
     return draft.images(2)
 
 
-def _half(draft: Draft) -> Tensor:
+def _half(draft: InputsDraft) -> Tensor:
     """The upper or the lower half of a picture: [B, C, H / 2, W]."""
     height, width = draft.image_size
     return draft.normal(draft.channels, height // 2, width)
 
 
-def _flat_patches(draft: Draft) -> Tensor:
+def _flat_patches(draft: InputsDraft) -> Tensor:
     """Flattened patches [B, N, P * P * C]."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
     return draft.normal((height // rows) * (width // columns), rows * columns * draft.channels)
 
 
-def _ranks(draft: Draft) -> Tensor:
+def _ranks(draft: InputsDraft) -> Tensor:
     """The order in which patches are hidden, so that every call hides the same: [B, N]."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
     return torch.rand(draft.batch, (height // rows) * (width // columns), generator=draft.generator)
 
 
-def _query_places(draft: Draft) -> Tensor | None:
+def _query_places(draft: InputsDraft) -> Tensor | None:
     """Ids behind one place for each query token: [B, T]."""
     return ids_behind(draft, int(draft.config.num_query_tokens))
 
 
-def _query_places_of_clips(draft: Draft) -> Tensor | None:
+def _query_places_of_clips(draft: InputsDraft) -> Tensor | None:
     """Ids behind one place for each query token of each frame: [B, T]."""
     token = int(draft.config.video_token_index)
     return ids_behind(draft, int(draft.config.num_query_tokens) * draft.made["pixel_values"].shape[1], token)
 
 
-def _ids_to_write(draft: Draft) -> Tensor | None:
+def _ids_to_write(draft: InputsDraft) -> Tensor | None:
     """Ids for the decoder where the language model has one."""
     return None if draft.config.use_decoder_only_language_model else decoder_input_ids(draft)
 
 
-def _choices(draft: Draft) -> Tensor | None:
+def _choices(draft: InputsDraft) -> Tensor | None:
     """Two texts a sample: [B, 2, T]."""
     ids = input_ids(draft)
     return None if ids is None else torch.stack([ids, ids.flip(0)], dim=1)
 
 
-def _choices_mask(draft: Draft) -> Tensor:
+def _choices_mask(draft: InputsDraft) -> Tensor:
     mask = torch.ones_like(draft.made["input_ids"])
     mask[-1, 0, -4:] = mask[0, 1, -4:] = 0
     return mask
 
 
 def _two(maker_shape: tuple[int, ...], field: str | None = None) -> Maker:
-    """One thing for each of two choices, of the width that the configuration calls `field`."""
+    """One thing for each of two choices, of the width that the configuration calls ``field``."""
 
-    def make(draft: Draft) -> Tensor:
+    def make(draft: InputsDraft) -> Tensor:
         if field is None:
             return torch.ones(draft.batch, 2, *maker_shape, dtype=torch.long)
         return draft.normal(2, *maker_shape, int(getattr(draft.config, field)))
@@ -106,73 +106,73 @@ def _two(maker_shape: tuple[int, ...], field: str | None = None) -> Maker:
     return make
 
 
-def _kosmos_ids(draft: Draft) -> Tensor | None:
+def _kosmos_ids(draft: InputsDraft) -> Tensor | None:
     draft.image_tokens = int(draft.config.latent_query_num)
     places = draft.words(draft.image_tokens)
     ids = input_ids(draft)
     return None if ids is None else torch.cat([places, ids], dim=1)
 
 
-def _kosmos_places(draft: Draft) -> Tensor:
+def _kosmos_places(draft: InputsDraft) -> Tensor:
     places = torch.zeros_like(draft.made["input_ids"], dtype=torch.bool)
     places[:, : draft.image_tokens] = True
     return places
 
 
-def _pix2struct_patches(draft: Draft) -> Tensor:
+def _pix2struct_patches(draft: InputsDraft) -> Tensor:
     """Patches behind their row and column: [B, 16, 2 + what a patch holds]."""
     rows = torch.arange(1, 5).repeat_interleave(4)
     places = torch.stack([rows, torch.arange(1, 5).repeat(4)], dim=-1).expand(draft.batch, -1, -1).float()
     return torch.cat([places, draft.normal(16, int(draft.vision.patch_embed_hidden_size))], dim=-1)
 
 
-def _all_prefix(draft: Draft) -> Tensor:
+def _all_prefix(draft: InputsDraft) -> Tensor:
     """No token is of the part that is predicted: [B, T]."""
     return torch.zeros_like(draft.made["input_ids"])
 
 
-def _over_patches(draft: Draft) -> Tensor:
+def _over_patches(draft: InputsDraft) -> Tensor:
     return torch.ones(draft.batch, 16, dtype=torch.long)
 
 
-def _one_tile(draft: Draft) -> Tensor:
+def _one_tile(draft: InputsDraft) -> Tensor:
     """One image of the most tiles a sample: [B, 1, tiles, C, H, W]."""
     return draft.images(1, int(draft.vision.max_num_tiles))
 
 
-def _tile_mask(draft: Draft) -> Tensor:
+def _tile_mask(draft: InputsDraft) -> Tensor:
     return torch.ones(draft.batch, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
 
 
-def _tile_attention(draft: Draft) -> Tensor | None:
+def _tile_attention(draft: InputsDraft) -> Tensor | None:
     if "pixel_values" not in draft.made:
         return None
     length = draft.made["input_ids"].shape[1]
     return torch.ones(draft.batch, length, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
 
 
-def _places_of_patches(draft: Draft) -> Tensor | None:
+def _places_of_patches(draft: InputsDraft) -> Tensor | None:
     """Ids behind one place for each patch, for models that take patches by another name: [B, T]."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
     return ids_behind(draft, (height // rows) * (width // columns))
 
 
-def _every_tile(draft: Draft) -> Tensor:
+def _every_tile(draft: InputsDraft) -> Tensor:
     """Every tile is part of the image: [B, tiles]."""
     return torch.ones(draft.made["pixel_values"].shape[:2], dtype=torch.bool)
 
 
-def _overview(draft: Draft) -> Tensor:
+def _overview(draft: InputsDraft) -> Tensor:
     """Images so large that the smallest copy of them is still one patch: [B, C, H, W]."""
     side = int(draft.config.patch_size / min(draft.config.scaled_images_ratios))
     return draft.normal(3, side, side)
 
 
-def _image_attention(draft: Draft) -> Tensor:
+def _image_attention(draft: InputsDraft) -> Tensor:
     return torch.ones(draft.batch, draft.made["input_ids"].shape[1], 1, dtype=torch.long)
 
 
-def _characters(draft: Draft) -> Tensor:
+def _characters(draft: InputsDraft) -> Tensor:
     return draft.integers(1, 1000, 16)
 
 

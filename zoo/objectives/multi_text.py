@@ -11,8 +11,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from zoo.blip.caption import BlipCaption
-from zoo.blip.med import keys
 from zoo.blip.nlvr import BlipNlvr
+from zoo.blip.text import key_mask
 from zoo.blip.vqa import BlipVqa
 
 
@@ -37,7 +37,7 @@ class ManyStatements(nn.Module):
         first, second = self.model.encode_images(images)
         tokens = self.model.text_encoder(
             input_ids.flatten(0, 1),
-            attention_mask.flatten(0, 1),
+            key_mask(attention_mask.flatten(0, 1)),
             first.repeat_interleave(statements, 0),
             second.repeat_interleave(statements, 0),
         )[:, 0]
@@ -58,7 +58,7 @@ class ManyQuestions(nn.Module):
         tokens = self.model.visual_encoder(images)
         mask = attention_mask.flatten(0, 1)
         seen = tokens.repeat_interleave(input_ids.shape[1], 0)
-        states = self.model.text_encoder(input_ids.flatten(0, 1), keys(mask), seen)
+        states = self.model.text_encoder(input_ids.flatten(0, 1), key_mask(mask), seen)
         logits = self.model.text_decoder(answer_ids.flatten(0, 1), answer_mask.flatten(0, 1), states, mask)
         return Written(logits, tokens)
 

@@ -24,7 +24,7 @@ from zoo.blip.losses import next_token_losses
 from zoo.blip.matching import matching_distance, matching_loss
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.retrieval import BlipRetrieval
-from zoo.blip.surviving_tokens import seen
+from zoo.blip.surviving_tokens import surviving_mask
 from zoo.blip.vqa import BlipVqa
 from zoo.clip.model import Clip
 from zoo.objectives.auxiliary_heads import ContentHeads, StatementHeads, faded, statement_losses
@@ -152,7 +152,7 @@ class _Seen(PictureLesson):
         distance = super().followed(module, dense, batch, output, wanted)
         if not isinstance(module, PrunedModel):
             return distance  # tokens of a smaller image, or merged ones, have no counterpart
-        left = seen(module, next(path for path, inner in self.module.named_modules() if inner is self.tower))
+        left = surviving_mask(module, next(path for path, inner in self.module.named_modules() if inner is self.tower))
         return distance + FEATURES * tokens_apart(output.image_tokens, wanted.image_tokens, left)
 
 

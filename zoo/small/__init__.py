@@ -1,12 +1,12 @@
-"""Small random models of real classes, for surveys and tests: `build("hf:CLIPModel")` makes a model and inputs offline.
+"""Small random models of real classes, for surveys and tests: ``build("hf:CLIPModel")`` makes a model and inputs offline.
 
-Start at :func:`names` and :func:`build`. `catalogue.py` lists the architectures, `shrink.py` makes configurations small,
-`overrides.py` holds what the names of their fields cannot tell.
+Start with :func:`names` and :func:`build`. ``catalogue.py`` lists the architectures; ``hf.py``, ``timm.py`` and
+``open_clip.py`` build them. ``shrink.py`` makes configurations small by the names of their fields, ``overrides.py`` holds what
+these cannot tell.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -18,26 +18,26 @@ from torch import nn
 
 from madtp.errors import UnknownModelError
 from zoo.small.catalogue import CATALOGUE
+from zoo.suggestions import did_you_mean
 
-# What a process that builds many of them should import once.
+# Modules that a process that builds many models should import once.
 PRELOAD = ("zoo.small.libraries",)
 _SEED = 0
 
 
 def names(patterns: Sequence[str] = ()) -> list[str]:
-    """Names that match any of the shell-style `patterns` (all when there are none), in the order of the catalogue.
+    """Return the names that match any of the shell-style ``patterns`` (all when there are none), in the catalogue's order.
 
-    A whole name that the catalogue lacks, such as `hf:CLIPVisionModel`, comes last if its library is installed and has it.
+    A whole name that the catalogue lacks, such as ``hf:CLIPVisionModel``, comes last if its library is installed and has it.
 
     Raises:
-        UnknownModelError: a pattern matches nothing; the message lists near names.
+        UnknownModelError: A pattern matches nothing; the message lists near names.
     """
     known = [f"{library}:{name}" for library, listed in CATALOGUE.items() for name in listed]
     known += dict.fromkeys(pattern for pattern in patterns if pattern not in known and _is_installed(pattern))
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in known):
-            near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.5)
-            advice = f"Near: {', '.join(near)}." if near else f"Libraries: {', '.join(CATALOGUE)}."
+            advice = did_you_mean(pattern, known, otherwise=f"Libraries: {', '.join(CATALOGUE)}.")
             raise UnknownModelError(f"No small architecture matches {pattern!r}. {advice}")
     return [name for name in known if not patterns or any(_matches(name, p) for p in patterns)]
 
@@ -47,7 +47,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether `library:architecture` names something that the installed library can build."""
+    """Whether ``library:architecture`` names something that the installed library can build."""
     library, _, architecture = name.partition(":")
     if library not in CATALOGUE:
         return False
@@ -62,22 +62,22 @@ def _module_of(library: str) -> ModuleType:
 
 
 def build_model(name: str) -> nn.Module:
-    """The small model of that name in eval mode, with weights that let every token matter.
+    """Build the small model of that name in eval mode, with weights that let every token matter.
 
     Raises:
-        UnknownModelError: the name has no library in front.
+        UnknownModelError: The name has no library in front.
     """
     library, _, architecture = name.partition(":")
     if library not in CATALOGUE or not architecture:
-        raise UnknownModelError(f"{name!r} is no name of a small architecture, such as 'hf:CLIPModel'.")
+        raise UnknownModelError(f"{name!r} is not the name of a small architecture, such as 'hf:CLIPModel'.")
     torch.manual_seed(_SEED)
-    model = _module_of(library).build(architecture).eval()
+    model: nn.Module = _module_of(library).build(architecture).eval()
     _enliven(model)
     return model
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The small model of that name and example inputs for it."""
+    """Build the small model of that name and example inputs for it."""
     from zoo.examples import example_inputs
 
     model = build_model(name)
@@ -85,7 +85,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _enliven(model: nn.Module) -> None:
-    """Draw weights anew where initialisation would hide errors: tables of 0.02 and scales of zero make all tokens alike."""
+    """Draw weights anew: an initialisation with tables of 0.02 and scales of zero makes all tokens alike and hides errors."""
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for parameter in model.parameters():

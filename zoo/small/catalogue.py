@@ -1,12 +1,12 @@
 """The architectures that surveys look at, by library.
 
-Names of transformers are classes, those of timm architectures, those of open_clip configurations. A name that an installed
-release does not have counts as unbuildable.
+Names of transformers are classes, those of timm are architectures, those of open_clip are configurations. A name that an
+installed release lacks counts as unbuildable.
 """
 
 from __future__ import annotations
 
-# Vision-language models first, then image models, then text models; what is convolutional stands with the image models.
+# Vision-language models first, then image models, convolutional ones included, then text models.
 _HF = """
 CLIPModel CLIPTextModelWithProjection CLIPVisionModelWithProjection CLIPVisionModel CLIPTextModel
 CLIPForImageClassification AltCLIPModel ChineseCLIPModel MetaClip2Model MetaClip2ForImageClassification

@@ -1,6 +1,6 @@
 """Small models of transformers' classes: the default configuration of the class, shrunk, with random weights.
 
-Start at :func:`build`. What field names cannot tell stands in `overrides.py`.
+Start with :func:`build`. ``overrides.py`` holds what the names of fields cannot tell.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from zoo.small.overrides import BUILDERS, FIELDS
 from zoo.small.shrink import sections, shrink
 
-# Fields that are no field of the class and yet are given to it; it works out all others for itself.
+# Fields that are given to a class although it does not declare them; it derives all others itself.
 _GIVEN = frozenset({"model_type", "out_features", "out_indices", "return_class_token"})
 
 
@@ -25,21 +25,22 @@ def has(name: str) -> bool:
 
 
 def build(name: str) -> nn.Module:
-    """The class of that name with a small configuration.
+    """Build the class of that name with a small configuration.
 
     Raises:
-        LookupError: this release of transformers has no such class.
+        LookupError: This release of transformers has no such class.
     """
     import transformers
 
     kind = getattr(transformers, name, None)
     if kind is None:
         raise LookupError(f"transformers {transformers.__version__} has no {name}.")
-    return kind(small_config(kind))
+    model: nn.Module = kind(small_config(kind))
+    return model
 
 
 def small_config(kind: Any) -> Any:
-    """The configuration that a class of transformers takes, made small."""
+    """Return the configuration that a class of transformers takes, made small."""
     config_class = kind.config_class
     builder = BUILDERS.get(config_class.__name__)
     if builder is not None:
@@ -48,7 +49,7 @@ def small_config(kind: Any) -> Any:
 
 
 def small_fields(config_class: Any) -> dict[str, Any]:
-    """The fields of the default configuration, made small."""
+    """Return the fields of the default configuration, made small."""
     return _linked(config_class, shrink(config_class().to_dict()))
 
 
@@ -76,7 +77,7 @@ def _class_of(fields: Mapping[str, Any], general: Any) -> Any:
 
 
 def _merge(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` with `changes` put in, nested dictionaries merged."""
+    """``fields`` with ``changes`` put in, nested dictionaries merged."""
     merged = dict(fields)
     for name, value in changes.items():
         known = merged.get(name)

@@ -1,6 +1,6 @@
 """What the names of fields cannot tell about small configurations, by configuration class or model class.
 
-`FIELDS` holds values to set after shrinking, `BUILDERS` functions for configurations made of others.
+:data:`FIELDS` holds values to set after shrinking, :data:`BUILDERS` functions that make configurations of several parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From a configuration of the published size to one of a few thousand parameters, by the names of its fields.
+"""Turns a configuration of the published size into one of a few thousand parameters, by the names of its fields.
 
-Start at :func:`shrink`. It knows how fields are called ("hidden_size", "num_attention_heads", ...), not whose they are; what
-names cannot tell stands in `overrides.py`.
+Start with :func:`shrink`. It knows names of fields ("hidden_size", "num_attention_heads", ...), not the models they belong to;
+``overrides.py`` holds what names cannot tell.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ POSITIONS = 192
 QUERIES = 16
 CODES = 32
 
-# The last ids of the vocabulary stand for the special tokens that lay outside it.
+# Special tokens from this id on move to the end of the smaller vocabulary.
 SPECIAL_FROM = 96
 
 
 @dataclass
 class _Context:
-    """What a rule may look at: the fields beside the one it shrinks, and the special ids given out so far."""
+    """What a rule may look at: the other fields of the configuration, and the special ids assigned so far."""
 
     fields: Mapping[str, Any]
     special: dict[int, int] = field(default_factory=dict)
 
     @property
     def last(self) -> int:
-        """Which layer is kept behind the first: the last of another type than that, if there are types."""
+        """The layer that is kept with the first: the last of another type, where layers have types."""
         for name in ("layer_types", "mlp_layer_types"):
             types = self.fields.get(name) or []
             others = [number for number, kind in enumerate(types) if kind != types[0]]
@@ -48,7 +48,7 @@ Rule = Callable[[int, _Context], int]
 
 
 def _constant(size: int) -> Rule:
-    """At most `size`."""
+    """At most ``size``."""
     return lambda value, _: min(value, size)
 
 
@@ -94,7 +94,7 @@ _NUMBERS: tuple[tuple[str, Rule], ...] = (
     ),
 )
 
-# Fields that follow from others and would contradict the smaller ones.
+# Fields that are derived from others and would contradict the smaller ones.
 _DERIVED = frozenset({"stage_names", "per_layer_config", "image_embedding_size"})
 
 # Field name -> how a list of one number a stage shrinks: stages double in width and in heads.
@@ -108,7 +108,7 @@ _STAGES: tuple[tuple[str, Callable[[int], int]], ...] = (
 
 
 def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as a dictionary, nested ones included, with every size made small.
+    """Return a configuration, nested ones included, with every size made small.
 
     Lists with an entry for each layer keep the first and the last. Special token ids that the smaller vocabulary does not
     hold move to its end, equal ones to equal ones.
@@ -117,7 +117,7 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections(small: Mapping[str, Any]) -> list[int]:
-    """How many frequencies of a head turn with time, row and column: all that its rotary part has."""
+    """Return how many rotary frequencies of a head encode time, row and column; together, all of them."""
     rotary = (small.get("head_dim") or HEAD_WIDTH) * (small.get("rope_parameters") or {}).get(
         "partial_rotary_factor", 1.0
     )
@@ -135,7 +135,7 @@ def _shrink(config: Mapping[str, Any], special: dict[int, int]) -> dict[str, Any
 
 
 def _stages_read(small: Mapping[str, Any]) -> dict[str, Any]:
-    """A backbone that is read after several layers has as many layers, and is read after each of them."""
+    """Give a backbone that is read after several layers as many layers, and read it after each of them."""
     read = small.get("out_features") or small.get("out_indices")
     layers = small.get("num_hidden_layers")
     if not isinstance(read, list) or not isinstance(layers, int):

@@ -1,4 +1,4 @@
-"""Small models of timm's architectures: the same code with few layers and narrow widths."""
+"""Small models of timm's architectures: the same code with few layers and narrow widths. Start with :func:`build`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def has(name: str) -> bool:
 
 
 def build(name: str) -> nn.Module:
-    """The architecture of that name, small where its arguments allow it."""
+    """Build the architecture of that name, small where its arguments allow it."""
     import timm
 
     given = arguments(name)
@@ -65,7 +65,7 @@ def build(name: str) -> nn.Module:
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """What makes the architecture small; nothing where it has no such arguments."""
+    """Return the arguments that make an architecture small; none where it has no such arguments."""
     if any(fnmatchcase(name, pattern) for pattern in _OWN):
         return {}
     for patterns, found in _ARGUMENTS:

@@ -20,7 +20,7 @@ from madtp.evaluation.task import Result
 from madtp.pruned import PrunedModel
 from zoo.blip.matching import LEFT_OUT, Matcher, match
 from zoo.blip.retrieval import BlipRetrieval
-from zoo.blip.surviving_tokens import seen, survivors
+from zoo.blip.surviving_tokens import surviving_mask, surviving_tokens
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.recall import recalls
 from zoo.tasks.encode_text import RETRIEVAL_TOKENS, spell
@@ -147,7 +147,7 @@ class Features:
         del earlier
         captions = self.task.captions_of(samples)
         images = model(images=self.task.images(samples)).image_features.tolist()
-        left = seen(model, TOWER)
+        left = surviving_mask(model, TOWER)
         counts = [{}] * len(images) if left is None else [{"left": count} for count in left.sum(dim=1).tolist()]
         texts = model(**self.task.texts([self.task.captions[place] for place in captions])).text_features.tolist()
         owned = [[t for t, place in zip(texts, captions, strict=True) if self.task.owners[place] == i] for i in samples]
@@ -208,7 +208,7 @@ class Matching:
             part = new[start : start + 32]
             whole = model(images=self.task.images(part)).image_tokens
             self.whole = whole[:1]
-            tokens, mask = survivors(model, TOWER, whole)
+            tokens, mask = surviving_tokens(model, TOWER, whole)
             counts = [tokens.shape[1]] * len(part) if mask is None else mask.sum(dim=1).tolist()
             self.encoded |= {image: own[:count].cpu() for image, own, count in zip(part, tokens, counts, strict=True)}
 

@@ -102,7 +102,7 @@ def test_authors_checkpoints_of_other_tasks(tmp_path: Path, name: str) -> None:
         (lambda content: content.pop("temperature"), "holds no temperature beside the weights"),
         (
             lambda content: content["model"].pop("space_dict"),
-            "holds no alignment tokens, so it is no checkpoint of the MADTP",
+            "holds no alignment tokens, so it is not a checkpoint of the MADTP",
         ),
         (lambda content: content["model"].update(space_dict=torch.zeros(3)), r"have the shape \[3\], not \[K, d_e\]"),
         (
@@ -149,7 +149,7 @@ def test_dense_weights(tmp_path: Path, name: str) -> None:
 def test_wrong_sources_are_messages(tmp_path: Path) -> None:
     official("caption", tmp_path / "caption.pth")
     for arguments, message in (
-        (["caption.pth", "dense.safetensors", "--model", "clip"], "is no checkpoint of this Clip"),
+        (["caption.pth", "dense.safetensors", "--model", "clip"], "is not a checkpoint of this Clip"),
         (["absent.pth", "dense.safetensors", "--model", "clip"], "There is no checkpoint file"),
         (["caption.pth", "pruned", "--model", "clap"], "has no model 'clap'"),
     ):

@@ -181,7 +181,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("-d", "nlvr2"), "lies in files"),
-        (("-d", "nlvr2", "--root", "/none"), "/none is no folder"),
+        (("-d", "nlvr2", "--root", "/none"), "/none is not a folder"),
         (("--split", "dev"), "scenes has no split 'dev'"),
         (("-k", "best"), "'best' is neither a file nor an embedded checkpoint"),
         (("--vocabulary", "/none.txt"), "no vocabulary file /none.txt"),

@@ -83,7 +83,7 @@ def test_unknown_names_list_near_matches_of_zoo_and_timm() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "no JSON"), ("[]", "model_type"), ('{"a": 1}', "model_type"), ('{"model_type": "clippp"}', "clippp")],
+    [("{", "not JSON"), ("[]", "model_type"), ('{"a": 1}', "model_type"), ('{"model_type": "clippp"}', "clippp")],
 )
 def test_a_file_that_is_no_configuration_is_refused(content: str, message: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")

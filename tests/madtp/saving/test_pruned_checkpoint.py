@@ -59,7 +59,7 @@ def zoo_entry() -> Iterator[None]:
         paper="none",
     )(lambda: vit(2))
     yield
-    del zoo.registry._entries[NAME]
+    zoo.registry.MODELS.remove(NAME)
 
 
 def outputs(model: PrunedModel) -> Tensor:
@@ -132,14 +132,15 @@ def test_zoo_models_are_rebuilt(zoo_entry: None, tmp_path: Path) -> None:
         model.get_parameter("cls_token").add_(1.0)
     folder = madtp.save(first, tmp_path / "zoo")
     assert torch.equal(outputs(madtp.load(folder)), outputs(first))
-    del zoo.registry._entries[NAME]
+    zoo.registry.MODELS.remove(NAME)
     try:
         with pytest.raises(CheckpointError, match="not registered here"):
             madtp.load(folder)
     finally:
-        zoo.registry._entries[NAME] = zoo.registry.ModelEntry(
+        entry = zoo.ModelEntry(
             NAME, lambda: vit(2), "a small ViT", (3, 64, 64), (0.0,) * 3, (1.0,) * 3, LICENCE, "none"
         )
+        zoo.registry.MODELS.add(NAME, entry)
 
 
 def test_other_models_have_to_be_passed(folder: Path) -> None:

@@ -17,7 +17,8 @@ import zoo
 from madtp.errors import ConfigError, DataError
 from zoo.blip.config import BASE, MINI, NlvrConfig, TextConfig, VisionConfig
 from zoo.blip.nlvr import BlipNlvr
-from zoo.blip.text import MergedTwinOutput
+from zoo.blip.text import key_mask
+from zoo.blip.twin import MergedTwinOutput
 
 GOLDEN = DATA / "golden"
 GOLDEN_CONFIG = NlvrConfig(
@@ -59,7 +60,8 @@ def test_outputs_equal_the_official_code(golden_model: BlipNlvr, cases: dict[str
     images = cases["in/images"].unflatten(0, (2, 4)).transpose(0, 1)[:batch]
     first, second = golden_model.encode_images(images)
     vision = torch.cat([first, second])
-    text = golden_model.text_encoder(cases["in/ids"][:batch].long(), cases["in/attention_mask"][:batch], first, second)
+    mask = key_mask(cases["in/attention_mask"][:batch])
+    text = golden_model.text_encoder(cases["in/ids"][:batch].long(), mask, first, second)
     ours = {"out_vit": vision, "out_cls_vit": vision[:, 0], "out_text": text, "out_cls_text": text[:, 0]}
     compared = {name for name in ours if f"nlvr/B{batch}/T0/{name}" in cases}
     assert {"out_cls_vit", "out_cls_text"} <= compared

@@ -12,7 +12,7 @@ from torch import Tensor
 import madtp
 from madtp.errors import DataError
 from zoo.blip.matching import match, matching_distance, matching_loss, rerank
-from zoo.blip.surviving_tokens import gathered, seen, survivors
+from zoo.blip.surviving_tokens import compacted, surviving_mask, surviving_tokens
 
 
 def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
@@ -27,7 +27,7 @@ def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tenso
 def test_a_decoder_by_itself_sees_what_it_sees_inside() -> None:
     model, given = pruned("caption")
     whole = model(**given)
-    tokens, mask = survivors(model, "visual_encoder", whole.image_tokens)
+    tokens, mask = surviving_tokens(model, "visual_encoder", whole.image_tokens)
     assert mask is not None
     assert 0 < int(mask.sum()) < whole.image_tokens.shape[:2].numel()
     ids, padding = given["input_ids"], given["attention_mask"]
@@ -40,7 +40,7 @@ def test_a_decoder_by_itself_sees_what_it_sees_inside() -> None:
 def test_survivors_stand_first_and_in_order(multiple: int, length: int) -> None:
     tokens = torch.arange(12.0).reshape(2, 6, 1)
     left = torch.tensor([[0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 1, 0]])
-    found, mask = gathered(tokens, left, multiple)
+    found, mask = compacted(tokens, left, multiple)
     assert found.shape == (2, length, 1)
     assert mask.sum(dim=1).tolist() == [3, 2]
     assert found[mask.bool()].flatten().tolist() == [1, 3, 5, 6, 10]
@@ -62,8 +62,8 @@ def test_matching_encoded_images_equals_matching_images() -> None:
     model, given = pruned("retrieval", towers=("image",))
     whole = model(**given)
     for tokens, mask in (
-        survivors(model, "visual_encoder", whole.image_tokens),
-        (whole.image_tokens, seen(model, "visual_encoder")),
+        surviving_tokens(model, "visual_encoder", whole.image_tokens),
+        (whole.image_tokens, surviving_mask(model, "visual_encoder")),
     ):
         again = match(model, tokens, given["input_ids"], given["attention_mask"], mask)
         torch.testing.assert_close(again, whole.match_logits)
@@ -95,14 +95,14 @@ def test_matching_follows_the_dense_model() -> None:
     torch.manual_seed(0)
     assert float(matching_distance(dense, dense, wanted, wanted, *texts).detach()) == pytest.approx(0.0, abs=1e-5)
     found = model(**given)
-    left = seen(model, "visual_encoder")
+    left = surviving_mask(model, "visual_encoder")
     torch.manual_seed(0)
     distance = matching_distance(model, dense, found, wanted, *texts)
     assert float(distance.detach()) > 1e-3
     distance.backward()
     assert all(p.grad is not None for p in model.text_encoder.parameters())
     assert all(p.grad is None for p in dense.parameters())
-    again = seen(model, "visual_encoder")
+    again = surviving_mask(model, "visual_encoder")
     assert left is not None
     assert again is not None
     assert torch.equal(left, again)
@@ -128,7 +128,7 @@ def test_a_call_of_a_part_does_not_complain_of_blocks_that_it_does_not_run(caplo
 def test_reranking_sees_what_survives() -> None:
     model, given = pruned("retrieval", towers=("image",))
     whole = model(**given)
-    left, texts = seen(model, "visual_encoder"), (given["input_ids"], given["attention_mask"])
+    left, texts = surviving_mask(model, "visual_encoder"), (given["input_ids"], given["attention_mask"])
     scores, _ = rerank(model, torch.zeros(4, 4), whole.image_tokens, *texts, image_mask=left)
     torch.testing.assert_close(scores.diagonal(), whole.match_logits[:, 1])
 
@@ -137,8 +137,8 @@ def test_reranking_sees_what_survives() -> None:
 def test_a_model_that_prunes_nothing_keeps_all() -> None:
     model, given = pruned("caption")
     tokens = model(**given).image_tokens
-    assert survivors(small("caption"), "visual_encoder", tokens) == (tokens, None)
-    assert survivors(model, "text_decoder", tokens) == (tokens, None)
+    assert surviving_tokens(small("caption"), "visual_encoder", tokens) == (tokens, None)
+    assert surviving_tokens(model, "text_decoder", tokens) == (tokens, None)
     model.temperature = 0.0
     tokens = model(**given).image_tokens
-    assert survivors(model, "visual_encoder", tokens) == (tokens, None)
+    assert surviving_tokens(model, "visual_encoder", tokens) == (tokens, None)

@@ -125,7 +125,7 @@ def test_faults_are_named(tmp_path: Path, change: Any, message: str) -> None:
 
 def test_file_of_another_task(tmp_path: Path) -> None:
     torch.save({"model": published("vqa")[0]}, tmp_path / "vqa.pth")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of this BlipRetrieval: .* missing .* unexpected"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this BlipRetrieval: .* missing .* unexpected"):
         zoo.load_checkpoint(tasks.small("retrieval"), tmp_path / "vqa.pth")
 
 
@@ -166,9 +166,9 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     [
         ("shard", r"There is no checkpoint file .*model-00002-of-00002\.safetensors"),
         ("key", r"does not hold what model\.safetensors\.index\.json says: 1 keys differ \(temp\)"),
-        ("outside", r"names '\.\./model\.safetensors', which is no file beside it"),
-        ("json", "is no index of a sharded checkpoint"),
-        ("map", "is no index of a sharded checkpoint"),
+        ("outside", r"names '\.\./model\.safetensors', which is not a file in its folder"),
+        ("json", "is not the index of a sharded checkpoint"),
+        ("map", "is not the index of a sharded checkpoint"),
     ],
 )
 def test_faulty_sharded_checkpoint(tmp_path: Path, fault: str, message: str) -> None:

@@ -92,7 +92,7 @@ def test_truncated_file(tmp_path: Path, suffix: str, share: float) -> None:
     content = whole.read_bytes()
     cut = tmp_path / f"cut{suffix}"
     cut.write_bytes(content[: int(share * len(content))])
-    assert_refused(cut, "truncated|no whole safetensors|damaged")
+    assert_refused(cut, "truncated|not a complete safetensors|damaged")
 
 
 class Hostile:

@@ -130,7 +130,7 @@ def test_images_of_another_size(tmp_path: Path) -> None:
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     own = weights(small())
     torch.save(own | {"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of this Clip: .*1 unexpected \(visual\.layer1"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this Clip: .*1 unexpected \(visual\.layer1"):
         zoo.load_checkpoint(small(), tmp_path / "resnet.pt")
     torch.save(weights(small(config=replace(SMALL, positions=11))), tmp_path / "short.pt")
     with pytest.raises(CheckpointError, match=r"positional_embedding is \[11, 16\] in the file and \[12, 16\]"):

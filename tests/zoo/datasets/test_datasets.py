@@ -118,7 +118,11 @@ def test_visual_genome_counts_a_fifth(tmp_path: Path) -> None:
 
 def test_a_list_of_answers(tmp_path: Path) -> None:
     assert answer_list(dataset_files.write_json(tmp_path / "answer_list.json", ["yes", "no"])) == ("yes", "no")
-    for content, message in ((["yes", "yes"], "twice"), ({"yes": 1}, "no list of answers"), ([], "no list of answers")):
+    for content, message in (
+        (["yes", "yes"], "twice"),
+        ({"yes": 1}, "not a list of answers"),
+        ([], "not a list of answers"),
+    ):
         with pytest.raises(DataError, match=message):
             answer_list(dataset_files.write_json(tmp_path / "odd.json", content))
 
@@ -173,7 +177,7 @@ def test_a_file_of_another_split_is_refused(tmp_path: Path) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds none of nlvr_train\.json, train\.json"):
         zoo.data("nlvr2", tmp_path, "train")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         zoo.data("nlvr2", tmp_path / "none", "train")
     with pytest.raises(DataError, match="lies in files"):
         zoo.data("nlvr2")
@@ -197,7 +201,7 @@ def test_missing_and_damaged_images_are_errors_not_gaps(tmp_path: Path) -> None:
     data = zoo.data("nlvr2", tmp_path, "val")
     image = tmp_path / "dev" / "dev-0-0-img1.png"
     image.write_bytes(image.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"dev-0-0-img1\.png is no whole image"):
+    with pytest.raises(DataError, match=r"dev-0-0-img1\.png is damaged or not an image"):
         data[0]
     image.unlink()
     with pytest.raises(DataError, match=r"there is no image .*dev-0-0-img1\.png"):

@@ -120,7 +120,7 @@ def test_what_an_installed_library_has_needs_no_entry_in_the_catalogue() -> None
 def test_unknown_names_list_near_ones() -> None:
     with pytest.raises(UnknownModelError, match="hf:CLIPModel"):
         zoo.small.names(["hf:CLIPModell"])
-    with pytest.raises(UnknownModelError, match="no name of a small architecture"):
+    with pytest.raises(UnknownModelError, match="not the name of a small architecture"):
         zoo.small.build_model("CLIPModel")
 
 

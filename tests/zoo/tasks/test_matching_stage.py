@@ -13,7 +13,7 @@ from torch import Tensor
 import madtp
 from madtp.evaluation.meter import Meter, compared_with
 from zoo.blip.matching import match, rerank
-from zoo.blip.surviving_tokens import seen
+from zoo.blip.surviving_tokens import surviving_mask
 from zoo.tasks.retrieval import Features, Matching
 
 COUNT = 5
@@ -61,7 +61,7 @@ def found(model: Any, task: Any, size: int) -> tuple[list[dict[str, Any]], Meter
 def test_pairs_score_as_with_dropped_tokens_hidden(pruned: madtp.PrunedModel) -> None:
     task: Any = Task()
     whole = pruned(images=task.images(range(COUNT)))
-    left, texts = seen(pruned, "visual_encoder"), task.texts(task.captions)
+    left, texts = surviving_mask(pruned, "visual_encoder"), task.texts(task.captions)
     assert left is not None
     assert int(left.sum(dim=1).max()) < left.shape[1]
     assert len(set(left.sum(dim=1).tolist())) > 1

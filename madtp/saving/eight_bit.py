@@ -1,0 +1,60 @@
+"""Matrices in eight bits a value, with a scale for each row: :func:`pack` and :func:`unpack`.
+
+A row ``w`` of a matrix (all weights of one output) is stored as the whole numbers ``round(w / s)`` from -127 to 127, where
+``s = max |w| / 127``. Packed tensors keep their names; the scales of ``NAME`` are stored as ``NAME::scale``,
+float32 ``[rows]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+SCALE = "::scale"
+LARGEST = 127
+
+
+def pack(tensors: Mapping[str, Tensor], chosen: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
+    """Store the chosen tensors in eight bits and leave the others as they are.
+
+    Args:
+        tensors: By name. Names that share a tensor share the packed one.
+        chosen: Which of them to pack, from name and value: floating-point tensors ``[rows, ...]``.
+    """
+    packed: dict[str, Tensor] = {}
+    done: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+    for name, value in tensors.items():
+        if not chosen(name, value):
+            packed[name] = value
+            continue
+        key = value.data_ptr(), value.shape, value.stride()
+        if key not in done:
+            done[key] = _packed(value)
+        packed[name], packed[name + SCALE] = done[key]
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what :func:`pack` was given, the packed tensors rounded and in float32."""
+    unpacked: dict[str, Tensor] = {}
+    done: dict[int, Tensor] = {}
+    for name, value in tensors.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
+            continue
+        if name + SCALE not in tensors:
+            unpacked[name] = value
+            continue
+        if value.data_ptr() not in done:
+            rows = value.float().flatten(1) * tensors[name + SCALE][:, None]
+            done[value.data_ptr()] = rows.view(value.shape)
+        unpacked[name] = done[value.data_ptr()]
+    return unpacked
+
+
+def _packed(value: Tensor) -> tuple[Tensor, Tensor]:
+    rows = value.detach().float().flatten(1)
+    scale = rows.abs().amax(dim=1) / LARGEST
+    whole = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
+    return whole.to(torch.int8).view(value.shape), scale
