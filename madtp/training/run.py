@@ -4,15 +4,16 @@
 
 A config file (TOML or JSON) names a recipe module and holds a table of settings for the engine and one for the recipe:
 
-    recipe = "zoo.recipes.nlvr_scenes"
+    recipe = "zoo.recipes.scenes_dense"
     [training]
     steps = 5000
     [settings]
-    pairs_per_step = 64
+    pictures_per_step = 64
 
-The recipe module has `build(settings: dict, training: TrainingConfig) -> Learner` and
-`finish(learner: Learner, result: TrainingResult, output: Path) -> None`, which writes what the run is for, in one process
-alone.
+The recipe module has ``build(settings: dict, training: TrainingConfig) -> Learner`` and
+``finish(learner: Learner, result: TrainingResult, output: Path) -> None``, which writes what the run is for, in one process
+alone. ``finish`` receives the very object that ``build`` returned: a recipe that needs more there returns a subclass of
+:class:`~madtp.training.engine.Learner` with fields of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from madtp.errors import ConfigError
 from madtp.processes import joined
@@ -37,13 +38,15 @@ else:
 
 _TABLES = ("recipe", "training", "settings")
 
+LearnerT = TypeVar("LearnerT", bound=Learner)
 
-class Recipe(Protocol):
-    """What a recipe module offers."""
 
-    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> Learner: ...
+class Recipe(Protocol[LearnerT]):
+    """What a recipe module offers; ``LearnerT`` is its kind of learner."""
 
-    def finish(self, learner: Learner, result: TrainingResult, output: Path) -> None: ...
+    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> LearnerT: ...
+
+    def finish(self, learner: LearnerT, result: TrainingResult, output: Path) -> None: ...
 
 
 def train(
@@ -96,7 +99,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):
-        raise ConfigError(f'{where} names no recipe; write recipe = "zoo.recipes.nlvr_scenes", say')
+        raise ConfigError(f'{where} names no recipe; write recipe = "zoo.recipes.scenes_dense", say')
     return content
 
 
@@ -111,7 +114,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str) -> Recipe[Learner]:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -120,4 +123,4 @@ def _recipe(name: str) -> Recipe:
         raise ConfigError(f"there is no recipe module {name!r}") from error
     if missing := [part for part in ("build", "finish") if not hasattr(module, part)]:
         raise ConfigError(f"the module {name!r} is no recipe: it has no {' and no '.join(missing)}")
-    return cast(Recipe, module)
+    return cast(Recipe[Learner], module)

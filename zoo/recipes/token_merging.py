@@ -61,7 +61,7 @@ class _TimmBlock(MergingBlock):
             added = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
         finally:
             handle.remove()
-        return added, heard[0].unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(2)
+        return added, _by_head(heard[0], block.attn.num_heads)[:, :, 1].mean(2)
 
     def _feed(self, x: Tensor) -> Tensor:
         block = self.block
@@ -73,12 +73,17 @@ class _ClipBlock(MergingBlock):
         block = self.block
         attn = block.attn
         projected = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        queries, keys, values = projected.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = _by_head(projected, attn.num_heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return attn.out_proj(mixed.transpose(1, 2).flatten(2)), keys.mean(1)
 
     def _feed(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.block.mlp(self.block.ln_2(x)))
+
+
+def _by_head(projected: Tensor, heads: int) -> Tensor:
+    """Return queries, keys and values ``[B, N, 3 * C]`` as ``[B, N, 3, H, C / H]``."""
+    return projected.reshape(*projected.shape[:2], 3, heads, -1)
 
 
 def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ def resize(images: Tensor, image_size: int) -> Tensor:
         return images
     flat = images.flatten(0, -4).float()
     small = F.interpolate(flat, size=(image_size, image_size), mode="bilinear", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8).unflatten(0, images.shape[:-3])
+    return small.round().clamp(0, 255).to(torch.uint8).reshape(*images.shape[:-2], image_size, image_size)
 
 
 def normalise(images: Tensor) -> Tensor:

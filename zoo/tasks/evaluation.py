@@ -149,7 +149,7 @@ def _task(
         limit=limit,
         seed=settings.seed,
     )
-    return build_task(settings.model, model, data, device, settings.vocabulary, settings.answers)
+    return build_task(settings.model, model, data, device, vocabulary=settings.vocabulary, answers=settings.answers)
 
 
 def _load(settings: EvaluationSettings) -> nn.Module:

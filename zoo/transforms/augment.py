@@ -67,14 +67,16 @@ def _auto_contrast(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
     del strength
-    return functional.autocontrast(image)
+    changed: Image.Image = functional.autocontrast(image)
+    return changed
 
 
 def _equalize(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
     del strength
-    return functional.equalize(image)
+    changed: Image.Image = functional.equalize(image)
+    return changed
 
 
 def _factor(strength: float) -> float:
@@ -85,13 +87,15 @@ def _factor(strength: float) -> float:
 def _brightness(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
-    return functional.adjust_brightness(image, _factor(strength))
+    changed: Image.Image = functional.adjust_brightness(image, _factor(strength))
+    return changed
 
 
 def _sharpness(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
-    return functional.adjust_sharpness(image, _factor(strength))
+    changed: Image.Image = functional.adjust_sharpness(image, _factor(strength))
+    return changed
 
 
 def _rotate(image: Image.Image, strength: float) -> Image.Image:

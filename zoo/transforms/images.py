@@ -20,7 +20,8 @@ def evaluation(size: int, mean: Sequence[float], std: Sequence[float]) -> Transf
 
     _check(size)
     resize = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, *_finish(mean, std)])
+    composed: Transform = transforms.Compose([resize, *_finish(mean, std)])
+    return composed
 
 
 def training(size: int, mean: Sequence[float], std: Sequence[float], smallest_crop: float = SMALLEST_CROP) -> Transform:
@@ -36,7 +37,10 @@ def training(size: int, mean: Sequence[float], std: Sequence[float], smallest_cr
     crop = transforms.RandomResizedCrop(
         size, scale=(smallest_crop, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
     )
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), RandomAugment(), *_finish(mean, std)])
+    composed: Transform = transforms.Compose(
+        [crop, transforms.RandomHorizontalFlip(), RandomAugment(), *_finish(mean, std)]
+    )
+    return composed
 
 
 def for_model(name: str) -> Transform:
