@@ -4,16 +4,15 @@
 
 A config file (TOML or JSON) names a recipe module and holds a table of settings for the engine and one for the recipe:
 
-    recipe = "zoo.recipes.scenes_dense"
+    recipe = "zoo.recipes.nlvr_scenes"
     [training]
     steps = 5000
     [settings]
-    pictures_per_step = 64
+    pairs_per_step = 64
 
-The recipe module has ``build(settings: dict, training: TrainingConfig) -> Learner`` and
-``finish(learner: Learner, result: TrainingResult, output: Path) -> None``, which writes what the run is for, in one process
-alone. ``finish`` receives the very object that ``build`` returned: a recipe that needs more there returns a subclass of
-:class:`~madtp.training.engine.Learner` with fields of its own.
+The recipe module has `build(settings: dict, training: TrainingConfig) -> Learner` and
+`finish(learner: Learner, result: TrainingResult, output: Path) -> None`, which writes what the run is for, in one process
+alone.
 """
 
 from __future__ import annotations
@@ -38,11 +37,13 @@ else:
 
 _TABLES = ("recipe", "training", "settings")
 
+
 LearnerT = TypeVar("LearnerT", bound=Learner)
 
 
 class Recipe(Protocol[LearnerT]):
-    """What a recipe module offers; ``LearnerT`` is its kind of learner."""
+    """What a recipe module offers. ``finish`` gets the very object that ``build`` returned: a recipe that needs more there
+    returns a subclass of :class:`~madtp.training.engine.Learner` with fields of its own."""
 
     def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> LearnerT: ...
 
@@ -99,7 +100,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):
-        raise ConfigError(f'{where} names no recipe; write recipe = "zoo.recipes.scenes_dense", say')
+        raise ConfigError(f'{where} names no recipe; write recipe = "zoo.recipes.nlvr_scenes", say')
     return content
 
 
