@@ -110,6 +110,11 @@ def describe(name: str) -> ModelEntry:
     raise UnknownModelError(f"The zoo has no model {name!r}. {advice}")
 
 
+def weights_folder(model: str) -> Path:
+    """Return the folder of the package with the weights of a model: dense ones as a file, pruned ones as folders."""
+    return Path(str(resources.files("zoo"))) / "weights" / model
+
+
 def checkpoint_path(entry: ModelEntry, checkpoint: str | Path) -> Path:
     """The file behind the name of an embedded checkpoint, or behind a path.
 
@@ -117,7 +122,7 @@ def checkpoint_path(entry: ModelEntry, checkpoint: str | Path) -> Path:
         CheckpointError: neither an embedded name nor an existing file.
     """
     if checkpoint in entry.checkpoints:
-        path = Path(str(resources.files("zoo"))) / "weights" / entry.name / f"{checkpoint}.safetensors"
+        path = weights_folder(entry.name) / f"{checkpoint}.safetensors"
         if not path.is_file():
             raise CheckpointError(f"The embedded checkpoint {path} is not there; install the package again.")
         return path
