@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
 from madtp.saving.model_folder import CONFIG
 from madtp.tuning.search import KNOBS
+from zoo.registry import weights_folder
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
 
@@ -158,7 +158,7 @@ def _load(settings: EvaluationSettings) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             return zoo.create(settings.model)
-    shipped = Path(str(resources.files("zoo"))) / "weights" / settings.model / settings.checkpoint
+    shipped = weights_folder(settings.model) / settings.checkpoint
     for folder in (Path(settings.checkpoint), shipped):
         if folder.is_dir():
             return madtp.load(folder, zoo.create(settings.model)).eval()

@@ -9,12 +9,12 @@ from typing import Any
 import dataset_files
 import pytest
 import torch
+from reranking import rerank
 from typer.testing import CliRunner
 
 import madtp
 import zoo
 from madtp.cli.app import app
-from zoo.blip.matching import rerank
 from zoo.datasets.records import CaptionedImage
 from zoo.tasks import build_task
 from zoo.tasks.encode_text import spell
