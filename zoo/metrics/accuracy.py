@@ -1,4 +1,4 @@
-"""Shares of right answers: :func:`accuracy`, :func:`accuracy_by_kind`."""
+"""Fractions of right answers: :func:`accuracy`, :func:`accuracy_by_kind`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from madtp.errors import DataError
 
 
 def accuracy(answers: Sequence[object], truths: Sequence[object]) -> float:
-    """Return the share of answers that equal the truth, 0 to 1.
+    """Return the fraction of answers that equal the truth.
 
     Raises:
         DataError: There are no answers, or there is not one for each truth.

@@ -34,7 +34,7 @@ from zoo.tasks.captioning import Captioning
 from zoo.tasks.reasoning import Reasoning
 from zoo.tasks.registry import task_of
 from zoo.tasks.retrieval import CaptionedImages
-from zoo.transforms import turned_round
+from zoo.transforms import swap_sides
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class ReasoningObjective(PaperObjective[BlipNlvr, Tensor, Reasoning, PairStateme
     """True or false: cross-entropy. Left and right are exchanged in half of the samples."""
 
     def vary(self, sample: Sample[PairStatement], draw: float) -> Sample[PairStatement]:
-        return turned_round(sample) if draw < 0.5 else sample
+        return swap_sides(sample) if draw < 0.5 else sample
 
     def targets(self, records: Sequence[PairStatement], arguments: Batch) -> dict[str, Tensor]:
         return {"labels": torch.tensor([record.label for record in records])}

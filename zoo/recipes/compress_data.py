@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import zoo
 from madtp.errors import ConfigError
@@ -86,7 +86,7 @@ class CompressDataSettings(CompressionSettings):
 DataLearner: TypeAlias = CompressionLearner[AnyPaperObjective, CompressDataSettings]
 
 
-def build(settings: Mapping[str, Any], training: TrainingConfig) -> DataLearner:
+def build(settings: Mapping[str, object], training: TrainingConfig) -> DataLearner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = from_plain(CompressDataSettings, settings, "settings")
     torch.manual_seed(training.seed)
@@ -132,12 +132,12 @@ def finish(learner: DataLearner, result: TrainingResult, output: Path) -> None:
         data = zoo.data(chosen.data, chosen.root or None, split, transform=for_model(chosen.model), limit=items or None)
         return _task(chosen, model, data)
 
-    def calls() -> Sequence[Mapping[str, Any]]:
+    def calls() -> Sequence[Mapping[str, Tensor]]:
         held_out, size = task(chosen.calibration_split, chosen.calibration_items), chosen.evaluation_batch
         count = len(held_out.ids)
         return [held_out.inputs(range(start, min(start + size, count))) for start in range(0, count, size)]
 
-    def test(model: nn.Module) -> dict[str, Any]:
+    def test(model: nn.Module) -> dict[str, object]:
         found = evaluate(model, task(chosen.test_split, chosen.test_items), batch_size=chosen.evaluation_batch)
         return {"split": chosen.test_split, "items": len(found.samples), "metrics": found.metrics}
 

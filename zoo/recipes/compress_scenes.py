@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class CompressSceneSettings(CompressionSettings):
 SceneLearner: TypeAlias = CompressionLearner[AnySceneObjective, CompressSceneSettings]
 
 
-def build(settings: Mapping[str, Any], training: TrainingConfig) -> SceneLearner:
+def build(settings: Mapping[str, object], training: TrainingConfig) -> SceneLearner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = from_plain(CompressSceneSettings, settings, "settings")
     torch.manual_seed(training.seed)
@@ -101,7 +101,7 @@ def write_pruned(learner: SceneLearner, output: Path) -> None:
     chosen, data = learner.settings, learner.objective.data
     calls = held_out_calls(chosen.model, data, split="val", items=chosen.calibration_items, seed=chosen.data_seed)
 
-    def test(model: nn.Module) -> dict[str, Any]:
+    def test(model: nn.Module) -> dict[str, object]:
         return test_task(model, chosen.model, data, items=chosen.test_items, seed=chosen.data_seed)
 
     finish_compression(learner, calls, test, output)

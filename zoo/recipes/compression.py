@@ -82,7 +82,7 @@ def compression_learner(
     example = source.batch(0, range(min(4, source.samples_per_step)))
     pruned = madtp.rewrite(objective.module, objective.inputs(example), config=settings.config(training.seed))
     objective.attach(pruned)
-    state: dict[str, Any] = {}
+    state: dict[str, object] = {}
     steering = Steering(pruned, settings.budget, training.steps, state)
 
     def before_step(step: int, module: nn.Module) -> None:
@@ -192,8 +192,8 @@ def _aligns(pruned: PrunedModel) -> bool:
 
 def finish_compression(
     learner: CompressionLearner[ObjectiveT, SettingsT],
-    calls: Sequence[Mapping[str, Any]],
-    test: Callable[[nn.Module], dict[str, Any]],
+    calls: Sequence[Mapping[str, Tensor]],
+    test: Callable[[nn.Module], dict[str, object]],
     output: Path,
 ) -> None:
     """Calibrate, and write the folder ``pruned`` with ``card.json`` in it.
@@ -225,7 +225,7 @@ def finish_compression(
     (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1, default=str) + "\n")
 
 
-def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, Any]) -> PrunedModel:
+def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, object]) -> PrunedModel:
     """Return the trained model rewritten for calls with one text an image, with what was trained.
 
     Args:
@@ -251,7 +251,9 @@ def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, An
     return fresh.eval()
 
 
-def calibrate_closely(pruned: PrunedModel, calls: Sequence[Mapping[str, Any]], reduction: float) -> CalibrationResult:
+def calibrate_closely(
+    pruned: PrunedModel, calls: Sequence[Mapping[str, Tensor]], reduction: float
+) -> CalibrationResult:
     """Calibrate (:func:`madtp.calibrate`), the nearer to ``reduction`` the more samples there are.
 
     Scores fall steeply with MACs, so models that are compared have to cost the same.

@@ -1,9 +1,9 @@
-"""What a compressed mini model is compared with, at equal MACs: controls without pruning nodes, and without training.
+"""Controls: what a compressed mini model is compared with at equal MACs.
 
-:func:`fine_tune_smaller` (images of fewer pixels) and :func:`fine_tune_merging` (tokens that merge with their likes) train a
-dense model by the losses of the recipe; :func:`training_free` calibrates and does not train; :func:`frozen` fixes the counts of
-a trained model. Controls that only change the recipe's settings need nothing from here. `benchmarks/controls.py` runs all;
-:func:`reopen` has the model of a finished one.
+:func:`fine_tune_smaller` (images of fewer pixels) and :func:`fine_tune_merging` (similar tokens merge) train a dense model by
+the losses of the recipe. :func:`training_free` calibrates without training. :func:`frozen` fixes the token counts of a trained
+model. Controls that only change the recipe's settings need nothing from here. ``benchmarks/controls.py`` runs them all, and
+:func:`reopen` loads the model of a finished one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from zoo.recipes.compress_scenes import CompressSceneSettings, objective_of, sce
 from zoo.recipes.model_card import held_out_calls, test_task
 from zoo.recipes.token_merging import merge_tokens, plain_weights
 
-Inputs = Mapping[str, Any]
 WEIGHTS = "model.safetensors"
-"""Beside the card of a dense control."""
+"""File with the weights of a dense control, beside its card."""
 
 _COUNTED = 16
+"""Samples on which MACs are counted."""
 
 
 def fine_tune_smaller(
-    settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
+    settings: Mapping[str, object], training: TrainingConfig, output: Path, progress: Progress | None = None
 ) -> None:
-    """The dense model on images of so few pixels that its MACs are nearest to the asked reduction."""
-    name = settings["model"]
+    """Train the dense model on smaller images, of the size whose MACs are nearest to the asked reduction."""
+    name = from_plain(CompressSceneSettings, settings, "settings").model
     config: Any = zoo.create(name).config
     patch = getattr(config, "patch_size", None) or config.vision.patch_size
     sides = range(2 * patch, zoo.describe(name).input_size[1], patch)
@@ -49,14 +49,14 @@ def fine_tune_smaller(
 
 
 def fine_tune_merging(
-    settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
+    settings: Mapping[str, object], training: TrainingConfig, output: Path, progress: Progress | None = None
 ) -> None:
-    """The dense model whose vision tower merges so many tokens in each block that its MACs are nearest."""
+    """Train the dense model with tokens merging in its vision tower, as many a block as bring its MACs nearest."""
     _fine_tune(settings, training, output, cheaper=_MERGING, sizes=range(1, 73), progress=progress)
 
 
-def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> None:
-    """The dense model rewritten, its alignment tokens taught, and calibrated; no weight of it is trained."""
+def training_free(settings: Mapping[str, object], training: TrainingConfig, output: Path) -> None:
+    """Rewrite the dense model, teach its alignment tokens and calibrate it, without training its weights."""
     learner = compress_scenes.build(settings, training)
     torch.manual_seed(training.seed)
     if learner.before_step:
@@ -68,8 +68,8 @@ def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> N
     path.write_text(json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
 
 
-def frozen(settings: Inputs, trained: Path, output: Path) -> None:
-    """What a recipe left in the folder `trained`, with as many tokens at each site for every sample."""
+def frozen(settings: Mapping[str, object], trained: Path, output: Path) -> None:
+    """Fix the token counts of a model that a recipe left in the folder ``trained``: the same for every sample."""
     chosen = from_plain(CompressSceneSettings, settings, "settings")
     model = zoo.create(chosen.model, chosen.checkpoint)
     data = objective_of(chosen, model).data
@@ -83,16 +83,18 @@ def frozen(settings: Inputs, trained: Path, output: Path) -> None:
     _write_card(output, chosen, data, pruned, cost=cost, training=card["training"], more={})
 
 
-def _macs_after(pruned: madtp.PrunedModel, call: Inputs) -> float:
+def _macs_after(pruned: madtp.PrunedModel, call: Mapping[str, object]) -> float:
     pruned(**call)
     return pruned.macs()
 
 
 def reopen(folder: Path) -> nn.Module:
-    """The model of a finished control, in eval mode; of one with fixed counts, the model whose counts were fixed.
+    """Return the model of a finished control, in eval mode.
+
+    For a control with fixed counts, this is the model whose counts were fixed.
 
     Args:
-        folder: with `card.json`, as a recipe or a control wrote it.
+        folder: Folder with ``card.json``, as a recipe or a control wrote it.
     """
     card = json.loads((folder / "card.json").read_text())
     for cheaper in (_SMALLER, _MERGING):
@@ -102,7 +104,7 @@ def reopen(folder: Path) -> nn.Module:
 
 
 def _of_size(name: str, checkpoint: str | Path | None, side: int) -> nn.Module:
-    """The model for images of `side` pixels, behind a downscaling of larger ones."""
+    """Return the model for images of ``side`` pixels, which scales larger images down."""
     model: Any = zoo.create(name)
     config = model.config
     if hasattr(config, "image_size"):
@@ -121,7 +123,7 @@ def _of_size(name: str, checkpoint: str | Path | None, side: int) -> nn.Module:
 
 
 def _with_merging(name: str, checkpoint: str | Path | None, merged: int) -> nn.Module:
-    """The model, merging so many tokens in each block."""
+    """Return the model with ``merged`` tokens merging in each block of its vision tower."""
     model = zoo.create(name, checkpoint)
     merge_tokens(model, merged)
     return model
@@ -145,7 +147,7 @@ _MERGING = _Cheaper("merged_in_each_block", _with_merging)
 
 
 def _fine_tune(
-    settings: Inputs,
+    settings: Mapping[str, object],
     training: TrainingConfig,
     output: Path,
     *,
@@ -194,7 +196,7 @@ def _fine_tune(
 
 
 def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) -> int:
-    """The size whose MACs, which rise or fall with it, are nearest to those wanted."""
+    """Return the size whose MACs are nearest to those wanted; MACs rise or fall with the size."""
     first, last = 0, len(sizes) - 1
     rising = macs(sizes[last]) > macs(sizes[first])
     while last - first > 1:
@@ -221,8 +223,8 @@ def _write_card(
     model: nn.Module,
     *,
     cost: Cost,
-    training: Mapping[str, Any],
-    more: Mapping[str, Any],
+    training: Mapping[str, object],
+    more: Mapping[str, object],
 ) -> None:
     card = {
         "model": settings.model,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import zoo
 from madtp.evaluation import Task, evaluate
@@ -19,7 +18,7 @@ from zoo.transforms import for_model
 _BATCH = 128
 
 
-def measure_task(name: str, data: str, *, items: int, seed: int) -> Callable[[Path], dict[str, Any]]:
+def measure_task(name: str, data: str, *, items: int, seed: int) -> Callable[[Path], dict[str, object]]:
     """Return a function that loads a weights file into a model of the zoo and tests it as ``madtp eval`` does, in float32.
 
     Args:
@@ -29,7 +28,7 @@ def measure_task(name: str, data: str, *, items: int, seed: int) -> Callable[[Pa
         seed: Edition of the data.
     """
 
-    def run(path: Path) -> dict[str, Any]:
+    def run(path: Path) -> dict[str, object]:
         return {**test_task(zoo.create(name, path), name, data, items=items, seed=seed), "precision": "float32"}
 
     return run
@@ -37,13 +36,13 @@ def measure_task(name: str, data: str, *, items: int, seed: int) -> Callable[[Pa
 
 def held_out_calls(
     name: str, data: str, *, split: str, items: int, seed: int, batch_size: int = 64
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Tensor]]:
     """Return arguments of a model of the zoo on held-out samples, ``batch_size`` to a call; see :func:`measure_task`."""
     task = _held_out_task(name, data, split=split, items=items, seed=seed)
     return [task.inputs(range(start, min(start + batch_size, items))) for start in range(0, items, batch_size)]
 
 
-def test_task(model: nn.Module, name: str, data: str, *, items: int, seed: int) -> dict[str, Any]:
+def test_task(model: nn.Module, name: str, data: str, *, items: int, seed: int) -> dict[str, object]:
     """Return the metrics of a model on held-out scenes, for a card.
 
     Args:
@@ -63,7 +62,7 @@ def _held_out_task(name: str, data: str, *, split: str, items: int, seed: int) -
 
 
 def write_release(
-    model: nn.Module, path: Path, card: Mapping[str, Any], test: Callable[[Path], dict[str, Any]]
+    model: nn.Module, path: Path, card: Mapping[str, object], test: Callable[[Path], dict[str, object]]
 ) -> None:
     """Write a model's weights in float16 and, beside them, a JSON card with what the file scores when loaded again.
 

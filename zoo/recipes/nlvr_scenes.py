@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from madtp.training.config import TrainingConfig
 from zoo.recipes import scenes_dense
@@ -17,7 +16,7 @@ _NEW_NAMES = {
     "evaluation_pairs": "evaluation_pictures",
 }
 
-_DEFAULTS: Mapping[str, Any] = {
+_DEFAULTS: Mapping[str, object] = {
     "model": "blip_nlvr_mini",
     "start_from": "",
     "pictures_per_step": 32,
@@ -29,7 +28,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def build(settings: Mapping[str, Any], training: TrainingConfig) -> DenseLearner:
+def build(settings: Mapping[str, object], training: TrainingConfig) -> DenseLearner:
     """Return the learner of :func:`zoo.recipes.scenes_dense.build`."""
     renamed = {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
     return scenes_dense.build({**_DEFAULTS, **renamed}, training)

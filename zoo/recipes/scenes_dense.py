@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ class DenseLearner(Learner):
     settings: DenseSceneSettings
 
 
-def build(settings: Mapping[str, Any], training: TrainingConfig) -> DenseLearner:
+def build(settings: Mapping[str, object], training: TrainingConfig) -> DenseLearner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = from_plain(DenseSceneSettings, settings, "settings")
     torch.manual_seed(training.seed)
