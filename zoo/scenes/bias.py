@@ -34,7 +34,7 @@ Features = Callable[[Sample, Statement], Tensor]
 
 @dataclass(frozen=True)
 class Guess:
-    """Accuracy of one guesser on `items` held-out statements."""
+    """Accuracy of one guesser on ``items`` held-out statements."""
 
     name: str
     accuracy: float

@@ -108,12 +108,21 @@ def evaluate_settings(
     if output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file for the result.")
     with joined(settings.device) as (processes, device):
-        return _evaluate(settings, output, per_sample, begin, advance, processes, torch.device(device))
+        return _evaluate(
+            settings,
+            output,
+            per_sample=per_sample,
+            begin=begin,
+            advance=advance,
+            processes=processes,
+            device=torch.device(device),
+        )
 
 
 def _evaluate(
     settings: EvaluationSettings,
     output: Path,
+    *,
     per_sample: bool,
     begin: Callable[[int], None],
     advance: Callable[[int], None],
@@ -121,13 +130,14 @@ def _evaluate(
     device: torch.device,
 ) -> dict[str, object]:
     dense = zoo.create(settings.model)
-    task = _task(settings, dense, settings.split, settings.limit, settings.annotations, device)
+    annotations = settings.annotations
+    task = _task(settings, dense, settings.split, limit=settings.limit, annotations=annotations, device=device)
     setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
     parts = Parts(output.with_name(output.name + PARTS), setup)
     processes.wait()  # a folder that another process begins to fill would not look like that of an evaluation
     model = _load(settings).to(device)
     if settings.reduction is not None:
-        model = _prune(settings, dense, model, parts, processes, device)
+        model = _prune(settings, dense, model, parts=parts, processes=processes, device=device)
     begin(len(task.stages) * sum(map(len, processes.share(batches(task, settings.batch_size)))))
     size = settings.batch_size
     found = evaluate(model, task, batch_size=size, parts=parts, advance=advance, processes=processes)
@@ -144,6 +154,7 @@ def _task(
     settings: EvaluationSettings,
     model: nn.Module,
     split: str,
+    *,
     limit: int | None,
     annotations: Path | None,
     device: torch.device,
@@ -177,6 +188,7 @@ def _prune(
     settings: EvaluationSettings,
     dense: nn.Module,
     model: nn.Module,
+    *,
     parts: Parts,
     processes: Processes,
     device: torch.device,
@@ -185,7 +197,8 @@ def _prune(
 
     If the evaluation was interrupted, its results were made with a calibrated strength: the same one is set again.
     """
-    task = _task(settings, dense, settings.calibration_split, settings.calibration_samples, None, device)
+    split, limit = settings.calibration_split, settings.calibration_samples
+    task = _task(settings, dense, split, limit=limit, annotations=None, device=device)
     first = task.inputs(batches(task, settings.batch_size)[0])
     pruned = model if isinstance(model, PrunedModel) else madtp.rewrite(model, first).eval()
     known = parts.get(CALIBRATION) if processes.main else None

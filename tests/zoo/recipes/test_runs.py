@@ -1,4 +1,4 @@
-"""The recipes on runs of two or three steps, and the dense one's short cut for many statements about one pair."""
+"""The recipes for statements about pairs, on runs of two or three steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from madtp.errors import ConfigError
 from madtp.training import TrainingConfig, fit, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
-from zoo.blip.nlvr import BlipNlvr
-from zoo.objectives.multi_text import JointStatements
-from zoo.objectives.scene_batches import make_batch
 from zoo.recipes import compress_scenes
 from zoo.recipes.nlvr_scenes import build
 
@@ -29,21 +26,6 @@ SETTINGS: dict[str, Any] = {
     "evaluation_pairs": 2,
     "test_items": 6,
 }
-
-
-def test_reading_many_statements_at_once_equals_classifying_each() -> None:
-    torch.manual_seed(0)
-    model = zoo.create("blip_nlvr_mini")
-    assert isinstance(model, BlipNlvr)
-    batch = make_batch("val", 0, 0, pairs=2, statements=5)
-    with torch.no_grad():
-        together = JointStatements(model)(batch["images"], batch["input_ids"], batch["attention_mask"]).logits
-        apart = model(
-            batch["images"].repeat_interleave(5, 0),
-            batch["input_ids"].flatten(0, 1),
-            batch["attention_mask"].flatten(0, 1),
-        )
-    torch.testing.assert_close(together, apart)
 
 
 def test_a_run_leaves_weights_that_the_zoo_loads_and_a_card(tmp_path: Path) -> None:
