@@ -144,7 +144,7 @@ def collect(runs: Path, known: Sequence[Result]) -> list[Result]:
         )
     for task in sorted({r.task for r in found} - {r.task for r in found if r.control == DENSE}):
         items = next(r.items for r in found if r.task == task)
-        metric, score = shown(test_task(zoo.create(TASKS[task], DENSE), TASKS[task], DATA[task], items, 0))
+        metric, score = shown(test_task(zoo.create(TASKS[task], DENSE), TASKS[task], DATA[task], items=items, seed=0))
         found.append(Result(task, DENSE, 0.0, 0, 0.0, metric, score, items, 0))
     return found
 
@@ -159,7 +159,7 @@ def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, 
             continue
         dense = next(r for r in results if r.task == task and r.control == DENSE)
         models = {result: reopen(folder) for result, folder in there.items()} | {dense: zoo.create(TASKS[task], DENSE)}
-        (given,) = held_out_calls(TASKS[task], DATA[task], "test", batch, 0, batch)
+        (given,) = held_out_calls(TASKS[task], DATA[task], split="test", items=batch, seed=0, batch_size=batch)
         runs_of = {str(result.key): partial(_run, model, given) for result, model in models.items()}
         ms = {key: round(seconds / batch * 1e3, 3) for key, seconds in median_times(runs_of, rounds).items()}
         about = f"batch {batch}, {threads} CPU thread{'s' * (threads > 1)}, {rounds} rounds"

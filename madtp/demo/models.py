@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from torch import nn
@@ -26,7 +25,9 @@ class Contender:
 
 def shipped_weights() -> Path:
     """The folder with the weights of the demonstration's model."""
-    return Path(str(resources.files("zoo"))) / "weights" / MODEL
+    from zoo.registry import weights_folder
+
+    return weights_folder(MODEL)
 
 
 def load_contenders(folder: Path | None = None) -> list[Contender]:

@@ -22,7 +22,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from madtp.errors import ConfigError
 from madtp.processes import joined
@@ -38,12 +38,16 @@ else:
 _TABLES = ("recipe", "training", "settings")
 
 
-class Recipe(Protocol):
-    """What a recipe module offers."""
+LearnerT = TypeVar("LearnerT", bound=Learner)
 
-    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> Learner: ...
 
-    def finish(self, learner: Learner, result: TrainingResult, output: Path) -> None: ...
+class Recipe(Protocol[LearnerT]):
+    """What a recipe module offers. ``finish`` gets the very object that ``build`` returned: a recipe that needs more there
+    returns a subclass of :class:`~madtp.training.engine.Learner` with fields of its own."""
+
+    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> LearnerT: ...
+
+    def finish(self, learner: LearnerT, result: TrainingResult, output: Path) -> None: ...
 
 
 def train(
@@ -111,7 +115,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str) -> Recipe[Learner]:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -120,4 +124,4 @@ def _recipe(name: str) -> Recipe:
         raise ConfigError(f"there is no recipe module {name!r}") from error
     if missing := [part for part in ("build", "finish") if not hasattr(module, part)]:
         raise ConfigError(f"the module {name!r} is no recipe: it has no {' and no '.join(missing)}")
-    return cast(Recipe, module)
+    return cast(Recipe[Learner], module)

@@ -1,4 +1,4 @@
-"""Losses of the text decoders. Start with :func:`caption_loss` and :func:`answer_loss`.
+"""Losses of the text decoders. Start with :func:`next_token_losses`.
 
 Axes: B texts, T tokens of a text, W words of the vocabulary, A answers, L tokens of an answer.
 """
@@ -34,14 +34,6 @@ def next_token_losses(
         logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
     )
     return losses, targets != IGNORED
-
-
-def caption_loss(
-    logits: Tensor, input_ids: Tensor, attention_mask: Tensor, *, prompt: int, smoothing: float = SMOOTHING
-) -> Tensor:
-    """Return the mean loss of the tokens behind the prompt, over all captions of the batch; a scalar."""
-    losses, predicted = next_token_losses(logits, input_ids, attention_mask, prompt=prompt, smoothing=smoothing)
-    return losses.sum() / predicted.sum()
 
 
 def answer_loss(

@@ -1,6 +1,6 @@
-"""BLIP's matching head in training and evaluation. Start with :func:`matching_loss` and :func:`rerank`.
+"""BLIP's matching head in training and evaluation. Start with :func:`matching_loss`.
 
-Axes: B pairs, T tokens of a text, N image tokens, V their width; I images and J texts of a data set.
+Axes: B pairs, T tokens of a text, N image tokens, V their width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from madtp.errors import DataError
 from madtp.training.kernels import without_gradients
 from zoo.blip.retrieval import RetrievalOutput
-from zoo.blip.surviving_tokens import aside, compacted, surviving_tokens
+from zoo.blip.surviving_tokens import aside, surviving_tokens
 
 # The score of pairs that are not among the candidates, as in the published code.
 LEFT_OUT = -100.0
@@ -142,53 +142,3 @@ def _draw(similar: Tensor, forbidden: Tensor) -> Tensor:
     """For each row one column [B] that is not forbidden, by the softmax of the similarities [B, B]."""
     likely = similar.float().masked_fill(forbidden, -torch.inf).softmax(dim=1)
     return torch.multinomial(likely, 1)[:, 0]
-
-
-@torch.no_grad()
-def rerank(
-    model: Matcher,
-    similar: Tensor,
-    image_tokens: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    image_mask: Tensor | None = None,
-    candidates: int = 256,
-    batch: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """Return scores of texts for each image and of images for each text; the most similar pairs are matched.
-
-    Args:
-        model: The model that matches.
-        similar: Products of features, [I, J].
-        image_tokens: [I, N, V], on any device.
-        input_ids: [J, T].
-        attention_mask: [J, T].
-        image_mask: The survivors among ``image_tokens`` of a rewritten model, [I, N], from
-            :func:`~zoo.blip.surviving_tokens.surviving_mask`; None if all survived. Texts attend to as many tokens as the
-            fullest image has.
-        candidates: How many are matched for each image, and for each text.
-        batch: Pairs that are matched at a time.
-
-    Returns:
-        [I, J] and [J, I]: the similarity plus the logit of a match; a constant for pairs that are not candidates.
-    """
-    device = input_ids.device
-    if image_mask is not None:
-        image_tokens, image_mask = compacted(image_tokens, image_mask.to(image_tokens.device))
-
-    def scores(similar: Tensor, images_first: bool) -> Tensor:
-        best, columns = similar.topk(min(candidates, similar.shape[1]), dim=1)
-        rows = torch.arange(len(similar), device=device).repeat_interleave(columns.shape[1])
-        images, texts = (rows, columns.flatten()) if images_first else (columns.flatten(), rows)
-        result = torch.full_like(similar, LEFT_OUT)
-        every = torch.arange(len(rows), device=device)
-        for pairs, values in zip(torch.split(every, batch), torch.split(best.flatten(), batch), strict=True):
-            places = images[pairs].to(image_tokens.device)
-            tokens = image_tokens[places].to(device)
-            left = None if image_mask is None else image_mask[places].to(device)
-            ids, mask = input_ids[texts[pairs]], attention_mask[texts[pairs]]
-            result[rows[pairs], columns.flatten()[pairs]] = values + match(model, tokens, ids, mask, left)[:, 1]
-        return result
-
-    return scores(similar, True), scores(similar.T, False)

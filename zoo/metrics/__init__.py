@@ -1,7 +1,7 @@
-"""Metrics of the field, as functions of plain answers and truths.
+"""Metrics of the field: functions of a model's answers and the truth, without models or tensors of inputs.
 
-`accuracy.py` counts right answers, `recall.py` is for retrieval, `captions.py` has BLEU and CIDEr (over the tokens of
-`tokens.py`), `answers.py` VQA's accuracy with its normalisation of answers.
+Each file has one: ``accuracy.py`` for right or wrong, ``recall.py`` for retrieval, ``captions.py`` for BLEU and CIDEr (over the
+tokens of ``tokens.py``), ``answers.py`` for VQA's accuracy with its normalisation of answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Accuracy of answers to questions about images, as VQA's evaluation defines it (Antol et al. 2015): :func:`vqa_accuracy`.
 
-An answer is right as far as people gave it: by three of ten or more it is wholly right. Before they are compared, answers are
-normalised by rules which are reproduced here with their oddities, as figures of the field depend on them.
+The more people gave an answer, the more it is right: an answer of three people in ten, or more, is wholly right. Before they
+are compared, answers are normalised. The rules are reproduced with their oddities, as the field's figures depend on them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from madtp.errors import DataError
 
 AGREEING = 3
-"""So many other people have to give an answer for it to be wholly right."""
+"""Number of other people who have to give an answer for it to be wholly right."""
 
 _MARKS = ";:/'[]\"()=+\\_><@`,?"
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -43,19 +43,19 @@ _MENDED = {
 
 
 def normalise_answer(text: str) -> str:
-    """An answer without marks, articles and capitals, numbers to ten in digits."""
+    """Return an answer without marks, articles and capitals, with numbers up to ten in digits."""
     words = [_NUMBERS.get(word, word) for word in _without_marks(text).lower().split()]
     return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def answer_score(answer: str, given: Sequence[str]) -> float:
-    """How right an answer is, 0 to 1, by what people answered.
+    """Return how right an answer is, 0 to 1, by what people answered.
 
-    For each of them, the answer scores a third for every other one who gave it, up to 1; the result is the mean. Where all
-    people agree, answers are compared as they are, as in the official evaluation.
+    For each of these people, the answer scores a third for every other one who gave it, up to 1; the result is the mean. Where
+    all people agree, answers are compared without normalisation, as in the official evaluation.
 
     Raises:
-        DataError: nobody answered.
+        DataError: Nobody answered.
     """
     if not given:
         raise DataError("nobody's answers are known; the answers of test sets are secret, use a split that has them.")
@@ -69,10 +69,10 @@ def answer_score(answer: str, given: Sequence[str]) -> float:
 
 
 def vqa_accuracy(answers: Sequence[str], given: Sequence[Sequence[str]]) -> float:
-    """Mean :func:`answer_score`, 0 to 1.
+    """Return the mean :func:`answer_score`, 0 to 1.
 
     Raises:
-        DataError: there are no answers, or not one for each question, or nobody answered one of them.
+        DataError: There are no answers, or not one for each question, or a question that nobody answered.
     """
     if not answers or len(answers) != len(given):
         raise DataError(f"{len(answers)} answers to {len(given)} questions; as many are needed, and at least one.")
@@ -80,7 +80,7 @@ def vqa_accuracy(answers: Sequence[str], given: Sequence[Sequence[str]]) -> floa
 
 
 def _without_marks(text: str) -> str:
-    """Marks become nothing where they touch a space (and everywhere in a text with a number like 1,000), else a space."""
+    """Remove marks that touch a space, or all marks in a text with a number like 1,000; replace others by a space."""
     number = _COMMA_IN_NUMBER.search(text) is not None
     result = text
     for mark in _MARKS:

@@ -1,4 +1,4 @@
-"""BLEU (Papineni et al. 2002) and CIDEr-D (Vedantam et al. 2015) of captions, as COCO's evaluation has them.
+"""BLEU (Papineni et al. 2002) and CIDEr-D (Vedantam et al. 2015) of captions, as COCO's evaluation computes them.
 
 :func:`caption_metrics` takes plain texts; :func:`bleu` and :func:`cider` take tokens, which :mod:`zoo.metrics.tokens` makes.
 """
@@ -24,12 +24,14 @@ NGrams = list[Counter[tuple[str, ...]]]
 
 
 def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`bleu1` to `bleu4` in [0, 1] and `cider` in [0, 10], of a caption each and what people wrote.
+    """Return ``bleu1`` to ``bleu4``, in [0, 1], and ``cider``, in [0, 10]. Papers print both times 100.
 
-    Papers print both times 100.
+    Args:
+        candidates: One caption for each image.
+        references: The captions that people wrote about each image.
 
     Raises:
-        DataError: see :func:`cider`.
+        DataError: See :func:`cider`.
     """
     tokens = [caption_tokens(text) for text in candidates]
     known = [[caption_tokens(text) for text in texts] for texts in references]
@@ -38,10 +40,10 @@ def caption_metrics(candidates: Sequence[str], references: Sequence[Sequence[str
 
 
 def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, ...]:
-    """BLEU-1 to BLEU-4 of the whole corpus.
+    """Return BLEU-1 to BLEU-4 of the whole corpus.
 
-    Clipped precisions p_n are over all captions; the brevity penalty compares their total length c with r, the sum of those
-    reference lengths that are closest (the shorter of two): BLEU-n = min(1, exp(1 - r / c)) (p_1 ... p_n)^(1/n).
+    BLEU-n = min(1, exp(1 - r / c)) (p_1 ... p_n)^(1/n). The clipped precisions p_n are over all captions. The brevity penalty
+    compares their total length c with r, the sum of the reference lengths that are closest (the shorter of two).
     """
     _check(candidates, references)
     right, possible = [0] * ORDERS, [0] * ORDERS
@@ -65,14 +67,14 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
 
 def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """CIDEr-D of each caption, 0 to 10.
+    """Return CIDEr-D of each caption, 0 to 10.
 
-    n-grams are weighed by how few images have them in a reference (tf-idf); a caption scores the cosine to each reference,
+    n-grams are weighted by how few images have them in a reference (tf-idf). A caption scores the cosine to each reference,
     with weights clipped to the reference's, times exp(-(difference of lengths)^2 / 72), averaged over references and orders.
     Lengths are counted in pairs of words, as in COCO's code.
 
     Raises:
-        DataError: no captions, not one for each image, or an image without references.
+        DataError: There are no captions, not one for each image, or an image without references.
     """
     _check(candidates, references)
     counted = [[_ngrams(text) for text in known] for known in references]
@@ -102,7 +104,7 @@ def _clipped_cosine(own: dict[tuple[str, ...], float], other: dict[tuple[str, ..
 
 
 def _ngrams(tokens: Tokens) -> NGrams:
-    """Counts of n-grams, a counter an order."""
+    """Return counts of n-grams, one counter for each order."""
     return [
         Counter(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)) for n in range(1, ORDERS + 1)
     ]

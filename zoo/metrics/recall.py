@@ -1,4 +1,4 @@
-"""Recall of retrieval: :func:`recalls`."""
+"""Recall in retrieval: :func:`recalls`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ DEPTHS = (1, 5, 10)
 
 
 def recalls(image_to_text: Tensor, text_to_image: Tensor, owners: Sequence[int]) -> dict[str, float]:
-    """How often the right text is among the best 1, 5 and 10 for an image, and the right image for a text.
+    """Return how often a right text is among the best 1, 5 and 10 for an image, and the right image for a text.
 
-    An image with several captions is found right where any of them is. What scores as high as the best right one counts as
-    before it, so that a model that tells nothing apart gets nothing for it.
+    For an image with several captions, any of them is right. Wrong ones that score as high as the best right one are ranked
+    before it: a model that gives everything the same score recalls nothing.
 
     Args:
-        image_to_text: scores [I, J] of the texts for each image, higher is better.
-        text_to_image: scores [J, I] of the images for each text.
-        owners: the image that each text belongs to; every image has one text at least.
+        image_to_text: Scores of the J texts for each of I images, ``[I, J]``; higher is better.
+        text_to_image: Scores of the images for each text, ``[J, I]``.
+        owners: The image that each text belongs to. Every image has at least one text.
 
     Returns:
-        `text_r1`, `text_r5`, `text_r10` (a text was looked for), `image_r1` ... (an image was), and `mean_recall` of the
-        six, in [0, 1].
+        Fractions: ``text_r1``, ``text_r5`` and ``text_r10`` of images for which a text is sought, ``image_r1`` and so on of
+        texts for which an image is sought, and ``mean_recall``, the mean of the six.
 
     Raises:
-        DataError: shapes do not fit, a score is NaN, or an image has no text.
+        DataError: Shapes do not fit, a score is NaN, or an image has no text.
     """
     images, texts = image_to_text.shape
     if text_to_image.shape != (texts, images) or len(owners) != texts:
@@ -54,6 +54,6 @@ def recalls(image_to_text: Tensor, text_to_image: Tensor, owners: Sequence[int])
 
 
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """How many wrong ones stand before the best right one, of each row."""
+    """Return for each row how many wrong ones are ranked before the best right one."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     return ((scores >= best) & ~right).sum(1)

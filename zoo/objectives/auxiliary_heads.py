@@ -1,8 +1,8 @@
-"""Auxiliary heads: what pictures of scenes show and statements speak of, read off while training.
+"""Heads that read annotations of scenes off tokens during training, and are discarded afterwards.
 
-True or false is one bit a statement; how often either picture shows the thing and where it is tells the model far more
-(:class:`StatementHeads`, over the text's class token). :class:`PatchHeads` read off each vision token what its patch shows,
-:class:`ContentHeads` off a feature what a picture or its caption holds. The heads are thrown away afterwards.
+Whether a statement is true is one bit. How often either picture shows the thing, and where it is, tells the model far more:
+:class:`StatementHeads` read both off the text's class token. :class:`PatchHeads` read off each vision token what its patch
+shows, :class:`ContentHeads` off a feature what a picture or its caption holds.
 """
 
 from __future__ import annotations
@@ -34,23 +34,39 @@ class StatementHeads(nn.Module):
         self.places = nn.Linear(width, 4)
 
     def count_loss(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Class tokens of statements [M, C], counts [M, 2] -> loss of reading off how often either picture shows what
-        the statement's first phrase names."""
+        """Return the loss of reading off how often either picture shows what the statement's first phrase names.
+
+        Args:
+            tokens: Class tokens of M statements, ``[M, C]``.
+            counts: ``[M, 2]``.
+        """
         logits = self.counter(tokens).float().unflatten(-1, (2, COUNT_CLASSES))
         return F.cross_entropy(logits.flatten(0, 1), counts.flatten().clamp_max(COUNT_CLASSES - 1))
 
     def place_loss(self, tokens: Tensor, places: Tensor, spatial: Tensor) -> Tensor:
-        """Class tokens [M, C], places [M, 4] with NaN where a statement is not spatial, how many are (a batch's `spatial`)
-        -> loss of pointing at the two things that decide a spatial relation."""
+        """Return the loss of pointing at the two things that decide a spatial relation.
+
+        Args:
+            tokens: Class tokens of M statements, ``[M, C]``.
+            places: ``[M, 4]``, NaN where a statement is not spatial.
+            spatial: How many are spatial, a scalar: the batch's ``spatial``.
+        """
         known = ~places[:, 0].isnan()
-        found = self.places(tokens[known]).float()
+        found: Tensor = self.places(tokens[known]).float()
         return F.smooth_l1_loss(found, places[known], beta=0.1, reduction="sum") / spatial.clamp_min(1e-9)
 
 
 def statement_losses(
     heads: StatementHeads, logits: Tensor, tokens: Tensor, batch: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses of statements about pairs, `task`, `count` and `place`, and the accuracy; logits [M, 2], class tokens [M, C]."""
+    """Return the losses of M statements, ``task``, ``count`` and ``place``, and the accuracy.
+
+    Args:
+        heads: Heads on the class tokens.
+        logits: ``[M, 2]``.
+        tokens: Class tokens, ``[M, C]``.
+        batch: A batch of :func:`zoo.objectives.scene_batches.make_batch` with statements.
+    """
     labels = batch["labels"].flatten()
     losses = {
         "task": F.cross_entropy(logits, labels),
@@ -68,12 +84,16 @@ class PatchHeads(nn.Module):
         self.heads = nn.Linear(width, sum(PATCH_CLASSES) + PATCH * PATCH + 2)
 
     def forward(self, tokens: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Vision tokens [B, N, C] (class token first) and the annotation of B pictures -> loss, accuracy on objects' shapes.
+        """Return the loss, and the accuracy on the shapes of objects.
 
-        The annotation is labels_of_patches [B, 4, P], outline [B, P, PATCH * PATCH] and centre [B, P, 2]. The outline of the
-        object inside a patch and where the object's centre lies in the picture are asked for too. Shape shows only across
-        patches and is learned several times faster once tokens know where edges run; and without a reason to carry their
-        position tokens lose it, and spatial relations are never learned.
+        The heads also read off the outline of the object inside a patch, and where in the picture the object's centre lies.
+        Shape shows only across patches, and is learned several times faster once tokens know where edges run. Without a reason
+        to carry their position tokens lose it, and spatial relations are never learned.
+
+        Args:
+            tokens: Vision tokens, ``[B, N, C]``, class token first.
+            batch: The annotation of B pictures: ``labels_of_patches`` ``[B, 4, P]``, ``outline`` ``[B, P, PATCH * PATCH]`` and
+                ``centre`` ``[B, P, 2]``.
         """
         *parts, outline, centre = self.heads(tokens[:, 1:]).float().split((*PATCH_CLASSES, PATCH * PATCH, 2), dim=-1)
         targets = batch["labels_of_patches"].unbind(1)
@@ -88,19 +108,24 @@ class PatchHeads(nn.Module):
 
 
 class ContentHeads(nn.Module):
-    """Reads off a feature which kinds of things (size, colour and shape) a picture holds, and of which there are two."""
+    """A linear head that reads off a feature which kinds of things (size, colour, shape) there are, and of which two."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.contents = nn.Linear(width, 2 * KINDS_OF_THINGS)
 
     def forward(self, features: Tensor, things: Tensor) -> Tensor:
-        """Features [B, E] of length 1, number of things of each kind [B, KINDS_OF_THINGS] -> loss."""
+        """Return the loss.
+
+        Args:
+            features: ``[B, E]``, of length 1.
+            things: Number of things of each kind, ``[B, KINDS_OF_THINGS]``.
+        """
         wanted = torch.cat([things >= 1, things >= 2], dim=1).float()
         found = self.contents(features * features.shape[1] ** 0.5).float()
         return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum") / len(features)
 
 
-def faded(part: float, to: float) -> float:
-    """By what factor auxiliary losses count after `part` (0 to 1) of a run: from 1 by a cosine to `to`."""
-    return to + (1 - to) * 0.5 * (1 + math.cos(math.pi * part))
+def faded(progress: float, to: float) -> float:
+    """Return the factor of auxiliary losses after this fraction of a run: it falls from 1 to ``to`` along a cosine."""
+    return to + (1 - to) * 0.5 * (1 + math.cos(math.pi * progress))

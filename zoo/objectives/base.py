@@ -1,231 +1,173 @@
-"""What can be compressed: :class:`Subject`, a model with a task to learn; and what all such recipes have in common.
+"""What a model learns: :class:`Objective`, the interface between recipes and tasks.
 
-`scenes.py` has subjects that learn from scenes, `paper.py` those that learn from data sets in files.
+``scenes.py`` has objectives on scenes, ``paper.py`` those on data sets in files.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-import madtp
-from madtp.config import PruningConfig
-from madtp.errors import ConfigError
+from madtp.errors import DataError
 from madtp.pruned import PrunedModel
-from madtp.training.compression import Budget, divergence, strength
+from madtp.training.compression import divergence
 from madtp.training.kernels import without_gradients
 from madtp.training.parts import Batch
 
 Metrics = dict[str, float | Tensor]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+OutputT = TypeVar("OutputT")
+
+FEATURE_WEIGHT = 10.0
+"""Weight of the distance between features and those of the teacher, relative to the contrastive loss."""
 
 
-class Subject(ABC):
-    """A model with a task.
+class Objective(ABC, Generic[ModelT, OutputT]):
+    """A model with a task to learn; ``OutputT`` is what :attr:`module` returns.
 
     Attributes:
-        model: of the zoo.
-        module: what is trained or rewritten, called with :meth:`inputs`; the model, or one around it whose parameters are
-            `model.*`.
-        texts: how many texts a call has for each image, or pair; one text is what MACs are told of.
-        heads: what else is trained, and thrown away afterwards.
+        model: The model, from the zoo.
+        module: What is trained or rewritten, called with :meth:`inputs`. It is the model, or a wrapper whose parameters are
+            ``model.*``.
+        texts: How many texts a call has for each image or pair. MACs are reported for one text.
+        heads: Further modules that are trained and discarded afterwards.
     """
 
-    def __init__(self, model: Any, texts: int = 1) -> None:
+    module: nn.Module
+
+    def __init__(self, model: ModelT, texts: int = 1) -> None:
         self.model = model
-        self.module: nn.Module = model
+        self.module = model
         self.texts = texts
         self.heads = nn.ModuleDict()
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Of a batch, the arguments of :attr:`module`."""
+        """Return the arguments of :attr:`module` for a batch."""
 
     @abstractmethod
-    def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
-        """The loss and metrics.
+    def losses(self, module: nn.Module, batch: Batch, output: OutputT, progress: float) -> tuple[Tensor, Metrics]:
+        """Return the loss, a scalar, and metrics.
 
         Args:
-            module: :attr:`module`, dense or pruned; it may be called again.
-            batch: the whole one.
-            output: what `module` returned for its :meth:`inputs`.
-            part: how much of the run is done, 0 to 1.
+            module: :attr:`module`, dense or pruned. It may be called again.
+            batch: The whole batch.
+            output: What ``module`` returned for the batch's :meth:`inputs`.
+            progress: Fraction of the run that is done, 0 to 1.
         """
+
+    @abstractmethod
+    def logits(self, output: OutputT) -> Tensor:
+        """Return the logits ``[..., W]`` in which a student follows its teacher."""
 
     def attach(self, pruned: PrunedModel) -> None:
-        """Told of the rewritten :attr:`module` before training starts; here nothing follows from it."""
+        """Prepare for training the rewritten :attr:`module`. Called once, before training starts."""
         del pruned
 
-    def soft_answers(self, output: Any) -> Tensor:
-        """Logits [..., W] in which a pruned model is to follow the dense one."""
-        return cast(Tensor, output)
-
-    def certainty(self, output: Any) -> Tensor:
-        """How sure the model is of its answers, a scalar: what alignment tokens are taught by."""
-        best = self.soft_answers(output).float().topk(2, dim=-1).values
+    def certainty(self, output: OutputT) -> Tensor:
+        """Return how sure the model is of its answers, a scalar: the gradient of it teaches the alignment tokens."""
+        best = self.logits(output).float().topk(2, dim=-1).values
         return (best[..., 0] - best[..., 1]).sum()
 
-    def distillation(self, module: Any, dense: nn.Module, batch: Batch, output: Any) -> Tensor:
-        """How far a module is from the dense one on a batch, a scalar.
+    def distillation(self, student: nn.Module, teacher: nn.Module, batch: Batch, output: OutputT) -> Tensor:
+        """Return how far the student is from the teacher on a batch, a scalar.
 
         Args:
-            module: follows, and may be called again.
-            dense: is followed.
-            batch: the whole one.
-            output: what `module` returned for its inputs, in its last call.
+            student: The module that is trained. It may be called again.
+            teacher: The dense module.
+            batch: The whole batch.
+            output: What the student returned in its last call, for the batch's :meth:`inputs`.
         """
         with without_gradients():
-            wanted = dense(**self.inputs(batch))
-        return self.followed(module, dense, batch, output, wanted)
+            target: OutputT = teacher(**self.inputs(batch))
+        return self.distance_to_teacher(student, teacher, batch, output=output, target=target)
 
-    def followed(self, module: Any, dense: Any, batch: Batch, output: Any, wanted: Any) -> Tensor:
-        """As :meth:`distillation`, where the dense module returned `wanted`; here the distance of outputs is all."""
-        del module, dense, batch
-        return self.distance(output, wanted)
+    def distance_to_teacher(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, *, output: OutputT, target: OutputT
+    ) -> Tensor:
+        """Return the result of :meth:`distillation` where the teacher returned ``target``: the distance of outputs."""
+        del student, teacher, batch
+        return self.distance(output, target)
 
-    def distance(self, output: Any, wanted: Any) -> Tensor:
-        """How far outputs are from those of the dense model, a scalar."""
-        return divergence(self.soft_answers(output).flatten(0, -2), self.soft_answers(wanted).flatten(0, -2))
+    def distance(self, output: OutputT, target: OutputT) -> Tensor:
+        """Return how far outputs are from those of the teacher, a scalar: the divergence of their logits."""
+        return divergence(self.logits(output).flatten(0, -2), self.logits(target).flatten(0, -2))
 
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
-        """MACs of the last forward as one text about one image costs them: pruned, dense."""
-        found = []
-        for by_path in (pruned.macs_by_module(), pruned.macs_by_module("all")):
-            vision = sum(n for path, n in by_path.items() if "visual" in path)  # sites of these towers, too
-            found.append(vision + (sum(by_path.values()) - vision) / self.texts)
-        return found[0], found[1]
+        """Return the MACs of the last forward, pruned and dense, for one text about one image."""
+        return self._macs_of_one_text(pruned.macs_by_module()), self._macs_of_one_text(pruned.macs_by_module("all"))
+
+    def _macs_of_one_text(self, by_path: dict[str, float]) -> float:
+        # Paths of the vision tower's sites hold "visual", too; all else runs once for each text.
+        vision = sum(macs for path, macs in by_path.items() if "visual" in path)
+        return vision + (sum(by_path.values()) - vision) / self.texts
 
 
-FEATURES = 10.0
-"""Weight of features that point elsewhere than the dense model's, beside the contrastive loss."""
+AnyObjective: TypeAlias = Objective[Any, Any]
+"""An objective of whatever model and output."""
 
 
-class PairSubject(Subject):
+class PairOutput(Protocol):
+    """What models of image-text pairs return; features are None where the arguments for them were left out."""
+
+    @property
+    def image_features(self) -> Tensor | None: ...
+
+    @property
+    def text_features(self) -> Tensor | None: ...
+
+    @property
+    def scale(self) -> Tensor: ...
+
+
+class PairFeatures(NamedTuple):
+    """Features of images and of texts ``[B, E]``, of length 1, and the factor on their products, a scalar."""
+
+    image_features: Tensor
+    text_features: Tensor
+    scale: Tensor
+
+    def similarities(self) -> Tensor:
+        """Return the similarity of each image to each text, ``[B, B]``, as logits."""
+        return self.scale * self.image_features @ self.text_features.T
+
+
+def pair_features(output: PairOutput) -> PairFeatures:
+    """Return the features of a call with images and texts.
+
+    Raises:
+        DataError: The model was called without images or without texts.
+    """
+    if output.image_features is None or output.text_features is None:
+        raise DataError(
+            f"{type(output).__name__} lacks features of images or of texts; call the model with images and texts."
+        )
+    return PairFeatures(output.image_features, output.text_features, output.scale)
+
+
+PairOutputT = TypeVar("PairOutputT", bound=PairOutput)
+
+
+class PairObjective(Objective[ModelT, PairOutputT]):
     """Images and texts that belong together, told by features of length 1."""
 
-    def soft_answers(self, output: Any) -> Tensor:
-        return cast(Tensor, output.scale * output.image_features @ output.text_features.T)
+    def logits(self, output: PairOutputT) -> Tensor:
+        """Return the similarity of each image to each text, ``[B, B]``."""
+        return pair_features(output).similarities()
 
-    def certainty(self, output: Any) -> Tensor:
-        """How alike images and their texts are."""
-        return cast(Tensor, (output.image_features * output.text_features).sum())
+    def certainty(self, output: PairOutputT) -> Tensor:
+        """Return how similar images are to their texts, summed over the batch."""
+        found = pair_features(output)
+        return (found.image_features * found.text_features).sum()
 
-    def distance(self, output: Any, wanted: Any) -> Tensor:
-        """One less the cosine between features and those of the dense model: similarities within a batch say far less."""
-        pairs = ((output.image_features, wanted.image_features), (output.text_features, wanted.text_features))
-        return FEATURES * torch.stack([(1 - (own * other).sum(-1)).mean() for own, other in pairs]).sum()
+    def distance(self, output: PairOutputT, target: PairOutputT) -> Tensor:
+        """Return one minus the cosine between features and the teacher's, weighted by :data:`FEATURE_WEIGHT`.
 
-
-@dataclass(frozen=True)
-class CompressionSettings:
-    """Settings of every recipe that compresses.
-
-    Attributes:
-        reduction: fraction of the dense MACs to save.
-        model, checkpoint: zoo name and weights to start from (a path or a shipped name).
-        start_reduction, ramp, rate: see :class:`madtp.training.compression.Budget`.
-        alignment_weight: of the alignment loss, where both towers are pruned.
-        distillation: weight of the divergence from the dense model's answers; 0 leaves the dense model out.
-        teaching_samples, teaching_steps: before the first step the alignment tokens are taught (`madtp.teach`) on so many
-            training samples; 0 steps leave that out.
-        teach_every: they are taught anew after so many steps each, as the streams that they score move; 0 for never.
-        pruning: fields of `PruningConfig`.
-    """
-
-    reduction: float = 0.8
-    model: str = ""
-    checkpoint: str | None = None
-    start_reduction: float = 0.3
-    ramp: float = 0.4
-    rate: float = 0.03
-    alignment_weight: float = 0.1
-    distillation: float = 0.0
-    teaching_samples: int = 256
-    teaching_steps: int = 200
-    teach_every: int = 200
-    pruning: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def budget(self) -> Budget:
-        """How far to prune, and how fast to get there."""
-        return Budget(self.reduction, self.start_reduction, self.ramp, self.rate)
-
-    @property
-    def taught(self) -> bool:
-        """Whether alignment tokens are taught at all."""
-        return self.teaching_steps > 0 and PruningConfig.from_dict(dict(self.pruning)).alignment
-
-    def teaches_at(self, step: int) -> bool:
-        """Whether they are taught before this step."""
-        return self.taught and (step % self.teach_every == 0 if self.teach_every else step == 0)
-
-    def config(self, seed: int) -> PruningConfig:
-        """How to rewrite."""
-        return PruningConfig.from_dict({"seed": seed, **self.pruning})
-
-
-def compression_loss(
-    subject: Subject,
-    pruned: PrunedModel,
-    dense: nn.Module | None,
-    batch: Batch,
-    settings: CompressionSettings,
-    part: float,
-) -> tuple[Tensor, Metrics]:
-    """Task loss, alignment loss and distillation of a batch, and what steering needs.
-
-    Args:
-        subject: says what the task is.
-        pruned: learns it.
-        dense: is followed; None for no distillation.
-        batch: of the subject.
-        settings: weights.
-        part: how much of the run is done, 0 to 1.
-    """
-    inputs = subject.inputs(batch)
-    output = pruned(**inputs)
-    # A subject may call the model again; this is the call whose MACs and alignment count.
-    metrics: Metrics = dict(strength(pruned, subject.macs(pruned)))
-    alignment = pruned.alignment_loss() if settings.alignment_weight and _aligned(pruned) else None
-    distance = None if dense is None else subject.distillation(pruned, dense, batch, output)
-    total, found = subject.losses(pruned, batch, output, part)
-    metrics = found | metrics
-    if alignment is not None:
-        total = total + settings.alignment_weight * alignment
-        metrics["align"] = alignment.detach()
-    if distance is not None:
-        total = total + settings.distillation * distance
-        metrics["distil"] = distance.detach()
-    return total, metrics
-
-
-def _aligned(pruned: PrunedModel) -> bool:
-    """Whether both towers are pruned by guidance, so that there is something to align."""
-    return pruned.config.alignment and len({site.modality for site in pruned.report.sites}) > 1
-
-
-def deploy(subject: Subject, pruned: PrunedModel, inputs: Mapping[str, Any]) -> PrunedModel:
-    """The trained model rewritten for calls of one text an image, with the trained additions.
-
-    Args:
-        subject: its model is rewritten.
-        pruned: the trained module.
-        inputs: example arguments of the model.
-    """
-    if subject.module is subject.model:
-        return pruned.eval()
-    fresh = madtp.rewrite(subject.model.eval(), dict(inputs), config=pruned.config)
-    trained = {
-        name.replace("sites.model_", "sites.", 1): value
-        for name, value in pruned.state_dict().items()
-        if name.startswith("madtp.")
-    }
-    missing, unexpected = fresh.load_state_dict(trained, strict=False)
-    if unexpected or any(name.startswith("madtp.") for name in missing):
-        raise ConfigError(f"the sites of the trained and the deployed model differ: {unexpected[:3]}")
-    fresh.gain, fresh.temperature = pruned.gain, pruned.temperature
-    return fresh.eval()
+        Similarities within a batch would say far less.
+        """
+        found, wanted = pair_features(output), pair_features(target)
+        pairs = ((found.image_features, wanted.image_features), (found.text_features, wanted.text_features))
+        return FEATURE_WEIGHT * torch.stack([(1 - (own * other).sum(-1)).mean() for own, other in pairs]).sum()

@@ -1,16 +1,17 @@
-"""Contrastive training of retrieval models with momentum copies and queues (as in MoCo, ALBEF and BLIP).
+"""Contrastive training of retrieval models with a momentum copy and queues, as in MoCo, ALBEF and BLIP.
 
-Start with :class:`MomentumContrast`. Images and texts are compared not only within a batch but with the features of
-the batches before, which a slowly following copy of the model computes; the copy's own similarities soften the targets.
-Several processes compare with the batches of all of them, as one process would with the whole batch.
-Axes: B samples, Q places of the queues, E width of the features.
+Start with :class:`MomentumContrast`. Images and texts are compared within a batch, and with the features of earlier batches,
+which a copy of the model computes that slowly follows it. The copy's own similarities soften the targets. Several processes
+compare with the batches of all of them, as one process would with the whole batch. Axes: A samples of all processes, B of this
+one, Q places of the queues, E width of the features.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,47 @@ EMPTY = -100
 
 
 class Features(Protocol):
-    """What a retrieval model returns: features [B, E] of length 1, and the factor on their products."""
+    """What a retrieval model returns: features ``[B, E]`` of length 1, and the factor on their products."""
 
-    image_features: Tensor
-    text_features: Tensor
-    scale: Tensor
+    @property
+    def image_features(self) -> Tensor: ...
+
+    @property
+    def text_features(self) -> Tensor: ...
+
+    @property
+    def scale(self) -> Tensor: ...
 
 
-class Compared(NamedTuple):
-    """Targets and what they are compared with: features of the copy for all processes' batches (A samples), its queues behind
-    them [E, A + Q]; targets [B, A + Q]."""
+@dataclass(frozen=True)
+class SampleFeatures:
+    """SampleFeatures with the features that the copy gives them.
+
+    Attributes:
+        image: Features of images, ``[B, E]``.
+        text: Features of texts, ``[B, E]``.
+        ids: Which image each pair is of, ``[B]``.
+    """
+
+    image: Tensor
+    text: Tensor
+    ids: Tensor
+
+    def of_all_processes(self) -> SampleFeatures:
+        """Return the samples of all processes, ``[A]``, one process after the other; without gradient."""
+        return SampleFeatures(all_gather(self.image), all_gather(self.text), all_gather(self.ids))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a batch is compared with, and the targets.
+
+    Attributes:
+        images: Features of images of all processes, then of the queue, ``[E, A + Q]``.
+        texts: Features of texts, likewise.
+        to_texts: Targets for each image, ``[B, A + Q]``.
+        to_images: Targets for each text, ``[B, A + Q]``.
+    """
 
     images: Tensor
     texts: Tensor
@@ -41,15 +73,11 @@ class Compared(NamedTuple):
     to_images: Tensor
 
 
-Gathered = tuple[Tensor, Tensor, Tensor]
-"""Features of images and texts [A, E], and which image each pair is of [A]."""
-
-
 class MomentumContrast(nn.Module):
-    """A model, its slowly following copy, and queues of the copy's features.
+    """A model, the copy that slowly follows it, and queues of the copy's features.
 
-    The model is called with `images` or with the arguments of a text, and returns :class:`Features`; it may be a pruned
-    one, and the copy then is, too.
+    The model is called with ``images`` or with the arguments of a text, and returns :class:`Features`. If it is pruned, so is
+    the copy.
     """
 
     image_queue: Tensor
@@ -69,14 +97,14 @@ class MomentumContrast(nn.Module):
         """Start with equal weights and random queues.
 
         Args:
-            model: is trained.
+            model: The model that is trained.
             embedding: E.
-            follower: another model of the same kind, which becomes the copy; None copies the model.
+            follower: Another model of the same kind, which becomes the copy. None copies the model.
             queue: Q.
-            decay: share of its own weights that the copy keeps in a step.
+            decay: Share of its own weights that the copy keeps in a step.
 
         Raises:
-            ConfigError: a size is out of range, or the follower is of another kind.
+            ConfigError: A size is out of range, or the follower is of another kind.
         """
         super().__init__()
         if embedding < 1 or queue < 1 or not 0 <= decay < 1:
@@ -98,26 +126,29 @@ class MomentumContrast(nn.Module):
 
     @property
     def checkpoint_tables(self) -> tuple[KeyTable, ...]:
-        """How files of training map to the model, its copy and the queues: what the model's class says."""
-        return (self.model.momentum_table,) if hasattr(self.model, "momentum_table") else ()  # type: ignore[return-value]
+        """How training checkpoints map to the model, its copy and the queues; the model's class says so."""
+        table: KeyTable | None = getattr(self.model, "momentum_table", None)
+        return () if table is None else (table,)
 
     def forward(
         self, found: Features, images: Tensor, texts: Mapping[str, Tensor], samples: Tensor, alpha: float
     ) -> Tensor:
-        """The contrastive loss of a batch, a scalar; moves the copy and the queues one step on.
+        """Return the contrastive loss of a batch, a scalar; move the copy and the queues one step on.
 
         Args:
-            found: what the model returned for the batch.
-            images: normalised, [B, 3, H, W].
-            texts: arguments of the texts.
-            samples: [B] long, which image each pair is of; pairs of one image count as matches.
-            alpha: weight of the copy's similarities in the targets; the rest falls on the matches.
+            found: What the model returned for the batch.
+            images: Normalised images, ``[B, 3, H, W]``.
+            texts: Arguments of the texts.
+            samples: Which image each pair is of, ``[B]`` long. Pairs of one image count as matches.
+            alpha: Weight of the copy's similarities in the targets; the rest falls on the matches.
         """
         with torch.no_grad():
             self._follow(self.decay)
-            image, text = self.follower(images=images).image_features, self.follower(**texts).text_features
-            everywhere = gathered(image), gathered(text), gathered(samples)
-            compared = self._compare(image, text, samples, everywhere, found.scale.detach(), alpha)
+            own = SampleFeatures(
+                self.follower(images=images).image_features, self.follower(**texts).text_features, samples
+            )
+            everywhere = own.of_all_processes()
+            compared = self._compare(own, everywhere, found.scale.detach(), alpha)
         to_texts = found.scale * found.image_features @ compared.texts
         to_images = found.scale * found.text_features @ compared.images
         losses = [
@@ -125,19 +156,18 @@ class MomentumContrast(nn.Module):
             for similarities, targets in ((to_texts, compared.to_texts), (to_images, compared.to_images))
         ]
         with torch.no_grad():
-            self._enqueue(*everywhere)
+            self._enqueue(everywhere)
         return (losses[0] + losses[1]) / 2
 
-    def _compare(
-        self, image: Tensor, text: Tensor, samples: Tensor, everywhere: Gathered, scale: Tensor, alpha: float
-    ) -> Compared:
-        images = torch.cat([everywhere[0].T, self.image_queue], dim=1)
-        texts = torch.cat([everywhere[1].T, self.text_queue], dim=1)
-        matches = (samples[:, None] == torch.cat([everywhere[2][None], self.idx_queue], dim=1)).to(image.dtype)
+    def _compare(self, own: SampleFeatures, everywhere: SampleFeatures, scale: Tensor, alpha: float) -> Comparison:
+        images = torch.cat([everywhere.image.T, self.image_queue], dim=1)
+        texts = torch.cat([everywhere.text.T, self.text_queue], dim=1)
+        ids = torch.cat([everywhere.ids[None], self.idx_queue], dim=1)
+        matches = (own.ids[:, None] == ids).to(own.image.dtype)
         matches = (1 - alpha) * matches / matches.sum(dim=1, keepdim=True)
-        to_texts = alpha * (scale * image @ texts).softmax(dim=1) + matches
-        to_images = alpha * (scale * text @ images).softmax(dim=1) + matches
-        return Compared(images, texts, to_texts, to_images)
+        to_texts = alpha * (scale * own.image @ texts).softmax(dim=1) + matches
+        to_images = alpha * (scale * own.text @ images).softmax(dim=1) + matches
+        return Comparison(images, texts, to_texts, to_images)
 
     def _follow(self, decay: float) -> None:
         with torch.no_grad():
@@ -146,19 +176,19 @@ class MomentumContrast(nn.Module):
             for buffer, copied in zip(self.model.buffers(), self.follower.buffers(), strict=True):
                 copied.copy_(buffer)
 
-    def _enqueue(self, image: Tensor, text: Tensor, samples: Tensor) -> None:
-        """Replace the oldest features by those of a batch; it may wrap around the queue's end."""
+    def _enqueue(self, batch: SampleFeatures) -> None:
+        """Replace the oldest features by those of a batch, which may wrap around the queue's end."""
         size = self.idx_queue.shape[1]
-        image, text, samples = image[-size:], text[-size:], samples[-size:]
-        places = (self.ptr_queue + torch.arange(len(samples), device=samples.device)) % size
+        image, text, ids = batch.image[-size:], batch.text[-size:], batch.ids[-size:]
+        places = (self.ptr_queue + torch.arange(len(ids), device=ids.device)) % size
         self.image_queue[:, places] = image.T.to(self.image_queue.dtype)
         self.text_queue[:, places] = text.T.to(self.text_queue.dtype)
-        self.idx_queue[0, places] = samples
-        self.ptr_queue.copy_((self.ptr_queue + len(samples)) % size)
+        self.idx_queue[0, places] = ids
+        self.ptr_queue.copy_((self.ptr_queue + len(ids)) % size)
 
 
-def gathered(values: Tensor) -> Tensor:
-    """The values [B, ...] of all processes, one after the other; without gradient. Alone: the values."""
+def all_gather(values: Tensor) -> Tensor:
+    """Return the values ``[B, ...]`` of all processes, one after the other, without gradient; in one process, the values."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]

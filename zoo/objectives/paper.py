@@ -1,17 +1,16 @@
-"""What models learn from data sets in files, and by which losses, as the paper has them: :func:`course_for`; one class a task.
+"""What models learn from data sets in files, by the losses of the paper: :func:`paper_objective`; one class a task.
 
-A course is a :class:`zoo.objectives.base.Subject`; its batches are made of samples that were opened elsewhere
-(`recipes/data_loader.py`), and spelled by the task that `madtp eval` runs. Axes: B samples, T tokens of a text, A
-answers, L of an answer.
+Samples are opened elsewhere (``recipes/data_loader.py``), and spelled by the task that ``madtp eval`` runs. Axes: B samples, T
+tokens of a text, A answers, L tokens of an answer, W words.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +19,33 @@ from torch.nn import functional as F
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.parts import Batch
+from zoo.blip.caption import BlipCaption, CaptionOutput
 from zoo.blip.losses import SMOOTHING, answer_loss, next_token_losses
-from zoo.blip.matching import matching_loss
-from zoo.datasets.records import DataSet, Sample, one_caption_each
-from zoo.objectives.base import Metrics, PairSubject, Subject
+from zoo.blip.matching import Matcher, matching_loss
+from zoo.blip.nlvr import BlipNlvr
+from zoo.blip.retrieval import BlipRetrieval, RetrievalOutput
+from zoo.blip.vqa import BlipVqa, VqaOutput
+from zoo.clip.model import Clip, ClipOutput
+from zoo.datasets.records import CaptionedImage, DataSet, PairStatement, Question, R, Sample, one_caption_each
+from zoo.objectives.base import Metrics, ModelT, Objective, OutputT, PairObjective, pair_features
 from zoo.objectives.momentum_contrast import DECAY, QUEUE, MomentumContrast
+from zoo.tasks.answering import Answering
+from zoo.tasks.captioning import Captioning
+from zoo.tasks.reasoning import Reasoning
 from zoo.tasks.registry import task_of
-from zoo.transforms import turned_round
+from zoo.tasks.retrieval import CaptionedImages
+from zoo.transforms import swap_sides
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """How retrieval is trained: see :class:`zoo.objectives.momentum_contrast.MomentumContrast`.
+class ContrastSettings:
+    """How retrieval is trained; see :class:`zoo.objectives.momentum_contrast.MomentumContrast`.
 
-    `alpha`, the weight of the copy's similarities in the targets, is reached after `alpha_ramp` of the run, linearly.
+    Attributes:
+        queue: Features of earlier batches to compare with.
+        decay: Share of its own weights that the momentum copy keeps in a step.
+        alpha: Weight of the copy's similarities in the targets.
+        alpha_ramp: Fraction of the run after which ``alpha`` is reached, linearly.
     """
 
     queue: int = QUEUE
@@ -43,133 +55,154 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """Samples that are open, as a task reads a data set."""
+class OpenedSamples(Generic[R]):
+    """Samples that are open, in the form in which a task reads a data set."""
 
     name: str
     split: str
-    samples: Sequence[Sample[Any]]
+    samples: Sequence[Sample[R]]
 
     @property
-    def records(self) -> list[Any]:
-        """Of all samples."""
+    def records(self) -> list[R]:
+        """The records of all samples."""
         return [sample.record for sample in self.samples]
 
-    def __getitem__(self, place: int) -> Sample[Any]:
+    def __getitem__(self, place: int) -> Sample[R]:
         return self.samples[place]
 
 
-class Course(Subject):
+class SpellingTask(Protocol):
+    """A task that turns samples of its data into arguments of the model."""
+
+    data: Any
+
+    def inputs(self, samples: range) -> Mapping[str, Any]: ...
+
+
+TaskT = TypeVar("TaskT", bound=SpellingTask)
+
+
+class PaperObjective(Objective[ModelT, OutputT], Generic[ModelT, OutputT, TaskT, R]):
     """A task and its losses.
 
     Attributes:
-        task: of the model, as evaluation has it; spells texts.
-        arguments: names of the arguments of the model.
+        task: The task as evaluation has it, on the training data; it spells texts.
+        arguments: Names of the arguments of the model.
     """
 
     arguments: ClassVar[tuple[str, ...]] = ("images", "input_ids", "attention_mask")
 
-    def __init__(self, model: Any, task: Any) -> None:
+    def __init__(self, model: ModelT, task: TaskT) -> None:
         super().__init__(model)
         self.task = task
 
-    @staticmethod
-    def samples(data: DataSet[Any]) -> DataSet[Any]:
-        """The data set as training takes it."""
+    def training_samples(self, data: DataSet[R]) -> DataSet[R]:
+        """Return the data set with one record for each training sample."""
         return data
 
-    def vary(self, sample: Sample[Any], chance: float) -> Sample[Any]:
-        """A sample as it is learned this time; `chance` lies in [0, 1)."""
-        del chance
+    def vary(self, sample: Sample[R], draw: float) -> Sample[R]:
+        """Return the sample as it is learned this time; ``draw`` is uniform in [0, 1)."""
+        del draw
         return sample
 
-    def batch(self, samples: Sequence[Sample[Any]]) -> Batch:
-        """Samples as arguments of the model, and what the loss wants besides."""
-        opened = Opened(self.task.data.name, self.task.data.split, samples)
+    def batch(self, samples: Sequence[Sample[R]]) -> Batch:
+        """Return samples as arguments of the model, with the further tensors that the loss needs."""
+        opened = OpenedSamples(self.task.data.name, self.task.data.split, samples)
         task = copy.copy(self.task)
         task.data = opened
-        arguments = self.arguments_of(task, len(samples))
+        arguments = self.encode(task, len(samples))
         return {**arguments, **self.targets(opened.records, arguments)}
 
-    def arguments_of(self, task: Any, count: int) -> dict[str, Tensor]:
-        """Arguments of the model."""
-        return cast("dict[str, Tensor]", task.inputs(range(count)))
+    def encode(self, task: TaskT, count: int) -> dict[str, Tensor]:
+        """Return the arguments of the model for the first ``count`` samples of a task."""
+        return dict(task.inputs(range(count)))
 
     @abstractmethod
-    def targets(self, records: Sequence[Any], arguments: Batch) -> dict[str, Tensor]:
-        """What the loss wants besides the arguments of the model."""
+    def targets(self, records: Sequence[R], arguments: Batch) -> dict[str, Tensor]:
+        """Return what the loss needs besides the arguments of the model."""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.arguments}
 
 
-class ReasoningCourse(Course):
-    """True or false: cross-entropy. Half of the statements are turned round."""
+AnyPaperObjective: TypeAlias = PaperObjective[Any, Any, Any, Any]
 
-    def vary(self, sample: Sample[Any], chance: float) -> Sample[Any]:
-        return turned_round(sample) if chance < 0.5 else sample
 
-    def targets(self, records: Sequence[Any], arguments: Batch) -> dict[str, Tensor]:
+class ReasoningObjective(PaperObjective[BlipNlvr, Tensor, Reasoning, PairStatement]):
+    """True or false: cross-entropy. Left and right are exchanged in half of the samples."""
+
+    def vary(self, sample: Sample[PairStatement], draw: float) -> Sample[PairStatement]:
+        return swap_sides(sample) if draw < 0.5 else sample
+
+    def targets(self, records: Sequence[PairStatement], arguments: Batch) -> dict[str, Tensor]:
         return {"labels": torch.tensor([record.label for record in records])}
 
-    def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
+    def logits(self, output: Tensor) -> Tensor:
+        return output
+
+    def losses(self, module: nn.Module, batch: Batch, output: Tensor, progress: float) -> tuple[Tensor, Metrics]:
         loss = F.cross_entropy(output.float(), batch["labels"])
         return loss, {"task": loss.detach(), "accuracy": (output.argmax(-1) == batch["labels"]).float().mean()}
 
 
-class _Written(Course):
-    """Texts that a decoder writes; the module returns its logits."""
+def _decoder_logits(output: CaptionOutput | VqaOutput) -> Tensor:
+    if output.logits is None:
+        raise ConfigError("the model returned no logits; call it with the texts that its decoder is to predict.")
+    return output.logits
 
-    def soft_answers(self, output: Any) -> Tensor:
-        return cast(Tensor, output.logits)
 
+class CaptionObjective(PaperObjective[BlipCaption, CaptionOutput, Captioning, CaptionedImage]):
+    """Each word after the prompt given those before it, with smoothed targets."""
 
-class CaptionCourse(_Written):
-    """Each word given those before it, smoothed, behind the prompt."""
-
-    @staticmethod
-    def samples(data: DataSet[Any]) -> DataSet[Any]:
+    def training_samples(self, data: DataSet[CaptionedImage]) -> DataSet[CaptionedImage]:
         return one_caption_each(data)
 
-    def targets(self, records: Sequence[Any], arguments: Batch) -> dict[str, Tensor]:
+    def targets(self, records: Sequence[CaptionedImage], arguments: Batch) -> dict[str, Tensor]:
         return {"words": (arguments["attention_mask"].sum() - len(records) * self.task.prompt_tokens).float()}
 
-    def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
+    def logits(self, output: CaptionOutput) -> Tensor:
+        return _decoder_logits(output)
+
+    def losses(self, module: nn.Module, batch: Batch, output: CaptionOutput, progress: float) -> tuple[Tensor, Metrics]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         prompt = self.task.prompt_tokens
-        losses, _ = next_token_losses(output.logits.float(), ids, mask, prompt=prompt, smoothing=SMOOTHING)
+        losses, _ = next_token_losses(self.logits(output).float(), ids, mask, prompt=prompt, smoothing=SMOOTHING)
         loss = losses.sum() / batch["words"]
         return loss, {"task": loss.detach()}
 
 
-class QuestionCourse(_Written):
-    """All answers to each question, weighed by how many people gave them."""
+class QuestionObjective(PaperObjective[BlipVqa, VqaOutput, Answering, Question]):
+    """All answers to each question, weighted by how many people gave them."""
 
     arguments = ("images", "input_ids", "attention_mask", "answer_ids", "answer_mask", "owners")
 
-    def arguments_of(self, task: Any, count: int) -> dict[str, Tensor]:
-        return cast("dict[str, Tensor]", task.all_answers(range(count)))
+    def encode(self, task: Answering, count: int) -> dict[str, Tensor]:
+        return dict(task.all_answers(range(count)))
 
-    def targets(self, records: Sequence[Any], arguments: Batch) -> dict[str, Tensor]:
+    def targets(self, records: Sequence[Question], arguments: Batch) -> dict[str, Tensor]:
         return {"weights": torch.tensor([w for record in records for w in record.weighted_answers().values()])}
 
-    def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
+    def logits(self, output: VqaOutput) -> Tensor:
+        return _decoder_logits(output)
+
+    def losses(self, module: nn.Module, batch: Batch, output: VqaOutput, progress: float) -> tuple[Tensor, Metrics]:
         ids, mask, weights = batch["answer_ids"], batch["answer_mask"], batch["weights"]
-        loss = answer_loss(output.logits.float(), ids, mask, weights, len(batch["images"]))
+        loss = answer_loss(self.logits(output).float(), ids, mask, weights, len(batch["images"]))
         return loss, {"task": loss.detach()}
 
 
-class RetrievalCourse(PairSubject, Course):
+class RetrievalObjective(
+    PairObjective[BlipRetrieval | Clip, RetrievalOutput | ClipOutput],
+    PaperObjective[BlipRetrieval | Clip, RetrievalOutput | ClipOutput, CaptionedImages, CaptionedImage],
+):
     """Images and captions, compared with the momentum copy's features of earlier batches, and matched where the model can."""
 
-    def __init__(self, model: Any, task: Any, contrast: Contrast) -> None:
+    def __init__(self, model: BlipRetrieval | Clip, task: CaptionedImages, contrast: ContrastSettings) -> None:
         super().__init__(model, task)
         self.contrast = contrast
         self.numbers = {record.images[0]: number for number, record in enumerate(task.data.records)}
-        self.matches = hasattr(model, "itm_head")
 
-    @staticmethod
-    def samples(data: DataSet[Any]) -> DataSet[Any]:
+    def training_samples(self, data: DataSet[CaptionedImage]) -> DataSet[CaptionedImage]:
         return one_caption_each(data)
 
     def attach(self, pruned: PrunedModel) -> None:
@@ -177,45 +210,53 @@ class RetrievalCourse(PairSubject, Course):
             pruned, self.model.config.embedding, queue=self.contrast.queue, decay=self.contrast.decay
         )
 
-    def targets(self, records: Sequence[Any], arguments: Batch) -> dict[str, Tensor]:
+    def targets(self, records: Sequence[CaptionedImage], arguments: Batch) -> dict[str, Tensor]:
         return {"samples": torch.tensor([self.numbers[record.images[0]] for record in records])}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.arguments if name in batch}
 
-    def losses(self, module: nn.Module, batch: Batch, output: Any, part: float) -> tuple[Tensor, Metrics]:
+    def losses(
+        self, module: nn.Module, batch: Batch, output: RetrievalOutput | ClipOutput, progress: float
+    ) -> tuple[Tensor, Metrics]:
         contrast = cast(MomentumContrast, self.heads["contrast"])
         follower = cast(PrunedModel, contrast.follower)
         follower.gain = cast(PrunedModel, module).gain
         texts = {name: value for name, value in self.inputs(batch).items() if name != "images"}
-        alpha = self.contrast.alpha * min(1.0, part / self.contrast.alpha_ramp)
-        loss = contrast(output, batch["images"], texts, batch["samples"], alpha)
+        alpha = self.contrast.alpha * min(1.0, progress / self.contrast.alpha_ramp)
+        loss: Tensor = contrast(
+            pair_features(output), batch["images"], texts=texts, samples=batch["samples"], alpha=alpha
+        )
         metrics: Metrics = {"contrast": loss.detach()}
-        if self.matches:
-            matching = matching_loss(
-                cast(Any, module), output, batch["input_ids"], batch["attention_mask"], batch["samples"]
-            )
+        if isinstance(output, RetrievalOutput):
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            matching = matching_loss(cast(Matcher, module), output, ids, mask, batch["samples"])
             loss, metrics["matching"] = loss + matching, matching.detach()
         return loss, metrics
 
 
-def course_for(name: str, model: Any, task: Any, contrast: Contrast) -> Course:
-    """The course of a model of the zoo.
+_TRAINABLE: Mapping[str, type[AnyPaperObjective]] = {
+    "reasoning": ReasoningObjective,
+    "captioning": CaptionObjective,
+    "questions": QuestionObjective,
+}
+
+
+def paper_objective(name: str, model: nn.Module, task: Any, contrast: ContrastSettings) -> AnyPaperObjective:
+    """Return the objective of a model of the zoo.
 
     Args:
-        name: in the zoo.
-        model: dense.
-        task: of the model on the training data, see :func:`zoo.tasks.build_task`.
-        contrast: for retrieval.
+        name: Name of the model in the zoo.
+        model: The dense model.
+        task: The task of the model on the training data, see :func:`zoo.tasks.build_task`.
+        contrast: How retrieval is trained.
+
+    Raises:
+        ConfigError: There is no objective for the model's task.
     """
     kind = task_of(name)
-    courses: dict[str, type[Any]] = {
-        "reasoning": ReasoningCourse,
-        "captioning": CaptionCourse,
-        "questions": QuestionCourse,
-    }
     if kind == "retrieval":
-        return RetrievalCourse(model, task, contrast)
-    if kind not in courses:
-        raise ConfigError(f"there is no course for {name}, which is for {kind}.")
-    return cast(Course, courses[kind](model, task))
+        return RetrievalObjective(cast("BlipRetrieval | Clip", model), task, contrast)
+    if kind not in _TRAINABLE:
+        raise ConfigError(f"there is no objective for {name}, which is for {kind}.")
+    return _TRAINABLE[kind](model, task)

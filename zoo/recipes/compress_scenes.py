@@ -1,7 +1,7 @@
-"""Compression of a model on scenes: `madtp compress -r 0.8 -c zoo/recipes/blip_vqa_mini_compress.toml`.
+"""Compression of a model on scenes: ``madtp compress -r 0.8 -c zoo/recipes/blip_vqa_mini_compress.toml``.
 
-All tasks alike: `objectives/scenes.py` says what each learns, `compression.py` prunes and steers. The same recipe
-trains the controls: `pruning` holds fields of `madtp.PruningConfig`, such as `selection = "random"`.
+All tasks alike: ``objectives/scenes.py`` says what each learns, ``compression.py`` prunes and steers. The same recipe trains
+the controls: ``pruning`` holds fields of :class:`madtp.PruningConfig`, such as ``selection = "random"``.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
@@ -11,31 +11,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeAlias
 
 import torch
+from torch import nn
 
 import zoo
 from madtp.training.config import TrainingConfig, from_plain
-from madtp.training.engine import Learner, TrainingResult
+from madtp.training.engine import TrainingResult
 from madtp.training.parts import Batch
-from zoo.objectives.base import CompressionSettings
-from zoo.objectives.scenes import PADDING, Lesson, lesson_about
-from zoo.recipes.compression import Source, compression_learner, finish_compression
+from zoo.objectives.scenes import PADDING, AnySceneObjective, scene_objective
+from zoo.recipes.compression import CompressionLearner, SampleSource, compression_learner, finish_compression
+from zoo.recipes.compression_settings import CompressionSettings
 from zoo.recipes.model_card import held_out_calls, test_task
 
-_AT_ONCE = 64
+_EVALUATION_SAMPLES = 256
 
 
 @dataclass(frozen=True)
-class Settings(CompressionSettings):
-    """What the recipe can be told, beside what all that compress can.
+class CompressSceneSettings(CompressionSettings):
+    """Settings of this recipe, besides those of every compression.
 
     Attributes:
-        pictures_per_step, texts_per_picture: batch; each picture (of statements, each pair) is encoded once.
-        auxiliary_weight: of the auxiliary losses, which dense training uses, too; it fades to `fade_to`.
-        data_seed: edition of the data; training takes pairs from `first_pair` on.
-        calibration_items, test_items: held-out samples for calibration and test.
+        pictures_per_step: Pictures in a batch, or pairs of pictures for statements; each is encoded once.
+        texts_per_picture: Texts about each.
+        auxiliary_weight: Weight of the auxiliary losses, which dense training has, too.
+        fade_to: Fraction of that weight that is left at the end.
+        data_seed: Edition of the data.
+        first_pair: First pair of pictures that training takes.
+        calibration_items: Held-out samples to calibrate on.
+        test_items: Held-out samples to test on.
     """
 
     model: str = "blip_vqa_mini"
@@ -50,43 +55,53 @@ class Settings(CompressionSettings):
     test_items: int = 1024
 
 
-def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
+SceneLearner: TypeAlias = CompressionLearner[AnySceneObjective, CompressSceneSettings]
+
+
+def build(settings: Mapping[str, object], training: TrainingConfig) -> SceneLearner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
-    chosen = from_plain(Settings, settings, "settings")
+    chosen = from_plain(CompressSceneSettings, settings, "settings")
     torch.manual_seed(training.seed)
-    lesson = lesson_of(chosen)
-    learner = compression_learner(lesson, lesson_source(lesson, chosen), chosen, training)
-    object.__setattr__(learner.module, "lesson", lesson)
-    return learner
+    objective = objective_of(chosen, zoo.create(chosen.model, chosen.checkpoint))
+    return compression_learner(objective, scene_source(objective, chosen), chosen, training)
 
 
-def lesson_of(settings: Settings, model: torch.nn.Module | None = None) -> Lesson:
-    """What these settings teach, and to what: a model of their kind, or the one that they start from."""
-    model = model or zoo.create(settings.model, settings.checkpoint)
-    lesson = lesson_about(model, settings.texts_per_picture)
-    lesson.auxiliary_weight, lesson.fade_to = settings.auxiliary_weight, settings.fade_to
-    return lesson
+def objective_of(settings: CompressSceneSettings, model: nn.Module) -> AnySceneObjective:
+    """Return what these settings let a model of their kind learn."""
+    objective = scene_objective(model, settings.texts_per_picture)
+    objective.auxiliary_weight, objective.fade_to = settings.auxiliary_weight, settings.fade_to
+    return objective
 
 
-def lesson_source(lesson: Lesson, settings: Settings) -> Source:
-    """Scenes as a recipe's settings ask for them."""
+def scene_source(objective: AnySceneObjective, settings: CompressSceneSettings) -> SampleSource:
+    """Return the source of the scenes that the settings ask for."""
 
     def batch(step: int, rows: range) -> Batch:
-        return lesson.batch(settings.data_seed, "train", settings.first_pair, step * settings.pictures_per_step, rows)
+        start = step * settings.pictures_per_step
+        return objective.batch(settings.data_seed, "train", settings.first_pair, start, rows)
 
-    def held_out() -> list[Batch]:
-        return [lesson.batch(settings.data_seed, "val", 0, start, range(_AT_ONCE)) for start in range(0, 256, _AT_ONCE)]
+    return SampleSource(
+        batch=batch,
+        samples_per_step=settings.pictures_per_step,
+        sample_name=objective.samples,
+        held_out=lambda: objective.held_out(settings.data_seed, _EVALUATION_SAMPLES),
+        scores=objective.scores,
+        padding=PADDING,
+    )
 
-    return Source(batch, settings.pictures_per_step, lesson.samples, held_out, lesson.scores, PADDING)
+
+def finish(learner: SceneLearner, result: TrainingResult, output: Path) -> None:
+    """Calibrate on held-out samples, and write the folder ``pruned`` with its card ``card.json``."""
+    del result
+    write_pruned(learner, output)
 
 
-def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
-    """Calibrate on held-out samples, write the folder `pruned` and its card `card.json`."""
-    chosen = from_plain(Settings, learner.card["settings"], "settings")
-    lesson = cast(Lesson, learner.module.lesson)
-    calls = held_out_calls(chosen.model, lesson.data, "val", chosen.calibration_items, chosen.data_seed)
+def write_pruned(learner: SceneLearner, output: Path) -> None:
+    """Do as :func:`finish`, whether or not the model was fine-tuned."""
+    chosen, data = learner.settings, learner.objective.data
+    calls = held_out_calls(chosen.model, data, split="val", items=chosen.calibration_items, seed=chosen.data_seed)
 
-    def test(model: torch.nn.Module) -> dict[str, Any]:
-        return test_task(model, chosen.model, lesson.data, chosen.test_items, chosen.data_seed)
+    def test(model: nn.Module) -> dict[str, object]:
+        return test_task(model, chosen.model, data, items=chosen.test_items, seed=chosen.data_seed)
 
-    finish_compression(lesson, learner, chosen, calls, test, output)
+    finish_compression(learner, calls, test, output)

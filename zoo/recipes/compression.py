@@ -1,7 +1,8 @@
-"""Compression of any subject: :func:`compression_learner` makes the learner, :func:`finish_compression` writes what it is for.
+"""Compression by any objective: :func:`compression_learner` makes the learner, :func:`finish_compression` writes the result.
 
-The dense model is rewritten, its alignment tokens are taught (`madtp.teach`), and it is fine-tuned with pruning active while
-its strength is steered to the asked reduction (madtp/training/compression.py). At the end it is calibrated on held-out samples.
+The dense model is rewritten, its alignment tokens are taught (:func:`madtp.teach`), and it is fine-tuned with pruning active
+while the strength is steered to the asked reduction (``madtp/training/compression.py``). At the end it is calibrated on
+held-out samples.
 """
 
 from __future__ import annotations
@@ -11,38 +12,43 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import madtp
 import zoo
+from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.training.compression import Steering, teach_alike
+from madtp.training.compression import Steering, strength, teach_alike
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner
 from madtp.training.parts import Batch
 from madtp.tuning.calibration import CalibrationResult
-from zoo.objectives.base import CompressionSettings, Metrics, Subject, compression_loss, deploy
+from zoo.objectives.base import AnyObjective, Metrics
+from zoo.recipes.compression_settings import CompressionSettings
 
 TEACHING = "teaching"
-_TAUGHT_AT_ONCE = 16
+_TEACHING_BATCH = 16
 # How far calibration may miss the asked reduction in any case, and times the number of samples.
 _TOLERANCE, _RESOLVED = 0.01, 0.5
 
+ObjectiveT = TypeVar("ObjectiveT", bound=AnyObjective)
+SettingsT = TypeVar("SettingsT", bound=CompressionSettings)
+
 
 @dataclass(frozen=True)
-class Source:
-    """Where batches come from.
+class SampleSource:
+    """Where the samples of a run come from.
 
     Attributes:
-        batch: (step, rows) -> the samples at these places of the batch of a step; pure.
-        samples_per_step: size of the whole batch.
-        sample_name: plural noun for samples.
-        held_out: makes batches for evaluation during training; none for no evaluation.
-        scores: outputs on them and they themselves -> metrics.
-        padding: see :class:`madtp.training.engine.Learner`.
+        batch: Takes a step and rows; returns the samples at these places of the step's batch. A pure function.
+        samples_per_step: Size of the whole batch.
+        sample_name: Plural noun for samples.
+        held_out: Makes batches for evaluation during training; none for no evaluation.
+        scores: Takes outputs on these and the batches; returns metrics.
+        padding: See :class:`madtp.training.engine.Learner`.
     """
 
     batch: Callable[[int, range], Batch]
@@ -53,38 +59,49 @@ class Source:
     padding: Mapping[str, float]
 
 
-class Pupil(nn.Module):
-    """The pruned module of a subject, and its heads."""
+@dataclass(kw_only=True)
+class CompressionLearner(Learner, Generic[ObjectiveT, SettingsT]):
+    """The learner of a compression, with what its result is made of.
 
-    def __init__(self, subject: Subject, pruned: PrunedModel) -> None:
-        super().__init__()
-        self.pruned = pruned
-        self.heads = subject.heads
+    Attributes:
+        objective: What is learned.
+        pruned: The rewritten module of the objective.
+        settings: Settings of the recipe.
+    """
+
+    objective: ObjectiveT
+    pruned: PrunedModel
+    settings: SettingsT
 
 
 def compression_learner(
-    subject: Subject, source: Source, settings: CompressionSettings, training: TrainingConfig
-) -> Learner:
-    """Return the learner that :func:`madtp.training.engine.fit` trains; `learner.module` is a :class:`Pupil`."""
-    dense = _dense(subject) if settings.distillation else None
+    objective: ObjectiveT, source: SampleSource, settings: SettingsT, training: TrainingConfig
+) -> CompressionLearner[ObjectiveT, SettingsT]:
+    """Return the learner that :func:`madtp.training.engine.fit` trains."""
+    teacher = _teacher(objective) if settings.distillation else None
     example = source.batch(0, range(min(4, source.samples_per_step)))
-    pruned = madtp.rewrite(subject.module, subject.inputs(example), config=settings.config(training.seed))
-    subject.attach(pruned)
-    pupil = Pupil(subject, pruned)
-    state: dict[str, Any] = {}
+    pruned = madtp.rewrite(objective.module, objective.inputs(example), config=settings.config(training.seed))
+    objective.attach(pruned)
+    state: dict[str, object] = {}
     steering = Steering(pruned, settings.budget, training.steps, state)
 
     def before_step(step: int, module: nn.Module) -> None:
         steering.before_step(step)
         if settings.teaches_at(step):
-            batches = _lesson_plan(subject, source, settings.teaching_samples, step, pruned)
-            device = next(pruned.parameters()).device.type
-            with torch.autocast(device, enabled=False):
-                taught = teach_alike(pruned, batches, objective=subject.certainty, steps=settings.teaching_steps)
+            device = next(pruned.parameters()).device
+
+            def calls() -> Iterator[dict[str, Tensor]]:
+                for inputs in _teaching_inputs(objective, source, settings.teaching_samples, step):
+                    yield {name: value.to(device) for name, value in inputs.items()}
+
+            with torch.autocast(device.type, enabled=False):
+                taught = teach_alike(pruned, calls, objective=objective.certainty, steps=settings.teaching_steps)
             state.setdefault(TEACHING, asdict(taught))
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        return compression_loss(subject, pruned, dense, batch, settings, step / training.steps)
+        return compression_loss(
+            objective, pruned, batch, teacher=teacher, settings=settings, progress=step / training.steps
+        )
 
     held_out: list[Batch] = []
 
@@ -92,14 +109,14 @@ def compression_learner(
         if not held_out:
             held_out.extend(source.held_out())
         outputs, saved = [], 0.0
-        for group in held_out:
-            outputs.append(pruned(**subject.inputs(group)))
-            kept, whole = subject.macs(pruned)
-            saved += (1 - kept / whole) / len(held_out)
+        for batch in held_out:
+            outputs.append(pruned(**objective.inputs(batch)))
+            kept, dense = objective.macs(pruned)
+            saved += (1 - kept / dense) / len(held_out)
         return {**source.scores(outputs, held_out), "reduction": saved}
 
-    return Learner(
-        module=pupil,
+    return CompressionLearner(
+        module=nn.ModuleDict({"pruned": pruned, "heads": objective.heads}),
         batch=source.batch,
         loss=loss,
         evaluate=evaluate,
@@ -110,55 +127,85 @@ def compression_learner(
         sample_name=source.sample_name,
         padding=source.padding,
         card={"settings": asdict(settings), "training": training.to_dict()},
+        objective=objective,
+        pruned=pruned,
+        settings=settings,
     )
 
 
-def _dense(subject: Subject) -> nn.Module:
-    """A frozen copy of what the subject is before it is trained."""
-    return copy.deepcopy(subject.module).eval().requires_grad_(False)
+def _teacher(objective: AnyObjective) -> nn.Module:
+    """Return a frozen copy of what is trained, as it is before training."""
+    return copy.deepcopy(objective.module).eval().requires_grad_(False)
 
 
-def _lesson_plan(
-    subject: Subject, source: Source, samples: int, step: int, pruned: PrunedModel
-) -> Callable[[], Iterator[dict[str, Tensor]]]:
-    """Makes inputs to teach on: the samples that training sees from `step` on."""
-    device = next(pruned.parameters()).device
-
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for number in range(0, samples, _TAUGHT_AT_ONCE):
-            later, first = divmod(number, source.samples_per_step)
-            last = min(first + _TAUGHT_AT_ONCE, source.samples_per_step)
-            inputs = subject.inputs(source.batch(step + later, range(first, last)))
-            yield {name: value.to(device) for name, value in inputs.items()}
-
-    return batches
+def _teaching_inputs(
+    objective: AnyObjective, source: SampleSource, samples: int, step: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield inputs to teach on: the samples that training sees from ``step`` on."""
+    for number in range(0, samples, _TEACHING_BATCH):
+        later, first = divmod(number, source.samples_per_step)
+        last = min(first + _TEACHING_BATCH, source.samples_per_step)
+        yield objective.inputs(source.batch(step + later, range(first, last)))
 
 
-def calibrate_closely(pruned: PrunedModel, calls: Sequence[Mapping[str, Any]], reduction: float) -> CalibrationResult:
-    """:func:`madtp.calibrate`, the nearer to `reduction` the more samples there are: scores fall steeply with MACs."""
-    samples = sum(len(next(iter(call.values()))) for call in calls)
-    return madtp.calibrate(pruned, calls, reduction=reduction, tolerance=min(_TOLERANCE, _RESOLVED / samples))
+def compression_loss(
+    objective: AnyObjective,
+    pruned: PrunedModel,
+    batch: Batch,
+    *,
+    teacher: nn.Module | None,
+    settings: CompressionSettings,
+    progress: float,
+) -> tuple[Tensor, Metrics]:
+    """Return the loss of a batch, a scalar, and metrics, among them those that steering needs.
+
+    The loss is that of the task, the alignment loss and the distance to the teacher.
+
+    Args:
+        objective: What is learned.
+        pruned: The rewritten module that learns it.
+        batch: A batch of the objective.
+        teacher: The dense module that is followed; None for no distillation.
+        settings: Weights of the losses.
+        progress: Fraction of the run that is done, 0 to 1.
+    """
+    output: object = pruned(**objective.inputs(batch))
+    # An objective may call the model again; this is the call whose MACs and alignment count.
+    measured = strength(pruned, objective.macs(pruned))
+    alignment = pruned.alignment_loss() if settings.alignment_weight and _aligns(pruned) else None
+    distance = None if teacher is None else objective.distillation(pruned, teacher, batch, output)
+    total, metrics = objective.losses(pruned, batch, output, progress)
+    metrics = metrics | measured
+    if alignment is not None:
+        total = total + settings.alignment_weight * alignment
+        metrics["align"] = alignment.detach()
+    if distance is not None:
+        total = total + settings.distillation * distance
+        metrics["distil"] = distance.detach()
+    return total, metrics
+
+
+def _aligns(pruned: PrunedModel) -> bool:
+    """Return whether guidance prunes both towers, so that there is something to align."""
+    return pruned.config.alignment and len({site.modality for site in pruned.report.sites}) > 1
 
 
 def finish_compression(
-    subject: Subject,
-    learner: Learner,
-    settings: CompressionSettings,
-    calls: Sequence[Mapping[str, Any]],
-    test: Callable[[nn.Module], dict[str, Any]],
+    learner: CompressionLearner[ObjectiveT, SettingsT],
+    calls: Sequence[Mapping[str, Tensor]],
+    test: Callable[[nn.Module], dict[str, object]],
     output: Path,
 ) -> None:
-    """Calibrate, write the folder `pruned` and, in it, `card.json`.
+    """Calibrate, and write the folder ``pruned`` with ``card.json`` in it.
 
     Args:
-        subject: that was trained.
-        learner: that trained it.
-        settings: of the recipe.
-        calls: arguments of the model on held-out samples, to calibrate on.
-        test: what the saved model, loaded again, scores; for the card.
-        output: folder.
+        learner: The learner that was trained.
+        calls: Arguments of the model on held-out samples, to calibrate on.
+        test: Returns what the saved model, loaded again, scores; for the card.
+        output: Folder of the run.
     """
-    pruned = deploy(subject, cast(Pupil, learner.module).pruned, calls[0])
+    settings = learner.settings
+    pruned = deploy(learner.objective, learner.pruned, calls[0])
     calibration = calibrate_closely(pruned, calls, settings.reduction)
     madtp.save(pruned, output / "pruned", dtype=torch.float16)
     shipped = madtp.load(output / "pruned", zoo.create(settings.model)).eval()
@@ -176,3 +223,40 @@ def finish_compression(
         "test": test(shipped),
     }
     (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1, default=str) + "\n")
+
+
+def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, object]) -> PrunedModel:
+    """Return the trained model rewritten for calls with one text an image, with what was trained.
+
+    Args:
+        objective: Its model is rewritten.
+        pruned: The trained module.
+        inputs: Example arguments of the model.
+
+    Raises:
+        ConfigError: The two rewritten models have different sites.
+    """
+    if objective.module is objective.model:
+        return pruned.eval()
+    fresh = madtp.rewrite(objective.model.eval(), dict(inputs), config=pruned.config)
+    trained = {
+        name.replace("sites.model_", "sites.", 1): value
+        for name, value in pruned.state_dict().items()
+        if name.startswith("madtp.")
+    }
+    missing, unexpected = fresh.load_state_dict(trained, strict=False)
+    if unexpected or any(name.startswith("madtp.") for name in missing):
+        raise ConfigError(f"the sites of the trained and the deployed model differ: {unexpected[:3]}")
+    fresh.gain, fresh.temperature = pruned.gain, pruned.temperature
+    return fresh.eval()
+
+
+def calibrate_closely(
+    pruned: PrunedModel, calls: Sequence[Mapping[str, Tensor]], reduction: float
+) -> CalibrationResult:
+    """Calibrate (:func:`madtp.calibrate`), the nearer to ``reduction`` the more samples there are.
+
+    Scores fall steeply with MACs, so models that are compared have to cost the same.
+    """
+    samples = sum(len(next(iter(call.values()))) for call in calls)
+    return madtp.calibrate(pruned, calls, reduction=reduction, tolerance=min(_TOLERANCE, _RESOLVED / samples))

@@ -1,9 +1,9 @@
-"""What a compressed mini model is compared with, at equal MACs: controls without pruning nodes, and without training.
+"""Controls: what a compressed mini model is compared with at equal MACs.
 
-:func:`fine_tune_smaller` (images of fewer pixels) and :func:`fine_tune_merging` (tokens that merge with their likes) train a
-dense model by the losses of the recipe; :func:`training_free` calibrates and does not train; :func:`frozen` fixes the counts of
-a trained model. Controls that only change the recipe's settings need nothing from here. `benchmarks/controls.py` runs all;
-:func:`reopen` has the model of a finished one.
+:func:`fine_tune_smaller` (images of fewer pixels) and :func:`fine_tune_merging` (similar tokens merge) train a dense model by
+the losses of the recipe. :func:`training_free` calibrates without training. :func:`frozen` fixes the token counts of a trained
+model. Controls that only change the recipe's settings need nothing from here. ``benchmarks/controls.py`` runs them all, and
+:func:`reopen` loads the model of a finished one.
 """
 
 from __future__ import annotations
@@ -25,84 +25,86 @@ from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, fit
 from madtp.training.parts import Batch, Metrics
 from madtp.training.progress import Progress
-from zoo.objectives.scenes import Lesson
 from zoo.recipes import compress_scenes
-from zoo.recipes.compress_scenes import Settings, lesson_of, lesson_source
+from zoo.recipes.compress_scenes import CompressSceneSettings, objective_of, scene_source, write_pruned
 from zoo.recipes.model_card import held_out_calls, test_task
 from zoo.recipes.token_merging import merge_tokens, plain_weights
 
-Inputs = Mapping[str, Any]
 WEIGHTS = "model.safetensors"
-"""Beside the card of a dense control."""
+"""File with the weights of a dense control, beside its card."""
 
 _COUNTED = 16
+"""Samples on which MACs are counted."""
 
 
 def fine_tune_smaller(
-    settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
+    settings: Mapping[str, object], training: TrainingConfig, output: Path, progress: Progress | None = None
 ) -> None:
-    """The dense model on images of so few pixels that its MACs are nearest to the asked reduction."""
-    name = settings["model"]
+    """Train the dense model on smaller images, of the size whose MACs are nearest to the asked reduction."""
+    name = from_plain(CompressSceneSettings, settings, "settings").model
     config: Any = zoo.create(name).config
     patch = getattr(config, "patch_size", None) or config.vision.patch_size
     sides = range(2 * patch, zoo.describe(name).input_size[1], patch)
-    _fine_tune(settings, training, output, _SIZED, sides, progress)
+    _fine_tune(settings, training, output, cheaper=_SMALLER, sizes=sides, progress=progress)
 
 
 def fine_tune_merging(
-    settings: Inputs, training: TrainingConfig, output: Path, progress: Progress | None = None
+    settings: Mapping[str, object], training: TrainingConfig, output: Path, progress: Progress | None = None
 ) -> None:
-    """The dense model whose vision tower merges so many tokens in each block that its MACs are nearest."""
-    _fine_tune(settings, training, output, _MERGING, range(1, 73), progress)
+    """Train the dense model with tokens merging in its vision tower, as many a block as bring its MACs nearest."""
+    _fine_tune(settings, training, output, cheaper=_MERGING, sizes=range(1, 73), progress=progress)
 
 
-def training_free(settings: Inputs, training: TrainingConfig, output: Path) -> None:
-    """The dense model rewritten, its alignment tokens taught, and calibrated; no weight of it is trained."""
+def training_free(settings: Mapping[str, object], training: TrainingConfig, output: Path) -> None:
+    """Rewrite the dense model, teach its alignment tokens and calibrate it, without training its weights."""
     learner = compress_scenes.build(settings, training)
     torch.manual_seed(training.seed)
     if learner.before_step:
         learner.before_step(0, learner.module)
     output.mkdir(parents=True, exist_ok=True)
-    compress_scenes.finish(learner, None, output)  # type: ignore[arg-type]  # nothing of a run is asked for
+    write_pruned(learner, output)
     path = output / "pruned" / "card.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
 
 
-def frozen(settings: Inputs, trained: Path, output: Path) -> None:
-    """What a recipe left in the folder `trained`, with as many tokens at each site for every sample."""
-    chosen = from_plain(Settings, settings, "settings")
-    lesson = lesson_of(chosen)
+def frozen(settings: Mapping[str, object], trained: Path, output: Path) -> None:
+    """Fix the token counts of a model that a recipe left in the folder ``trained``: the same for every sample."""
+    chosen = from_plain(CompressSceneSettings, settings, "settings")
+    model = zoo.create(chosen.model, chosen.checkpoint)
+    data = objective_of(chosen, model).data
     card = json.loads((trained / "card.json").read_text())
     pruned = madtp.load(trained, zoo.create(chosen.model)).eval()
-    calls = held_out_calls(chosen.model, lesson.data, "val", chosen.calibration_items, chosen.data_seed)
+    calls = held_out_calls(chosen.model, data, split="val", items=chosen.calibration_items, seed=chosen.data_seed)
     madtp.freeze(pruned, calls)
     with torch.no_grad():
         macs = [_macs_after(pruned, call) for call in calls]
-    dense = card["calibration"]["dense_macs"]
-    _write_card(output, card["training"], sum(macs) / len(macs), dense, lesson, chosen, pruned, {})
+    cost = Cost(sum(macs) / len(macs), card["calibration"]["dense_macs"])
+    _write_card(output, chosen, data, pruned, cost=cost, training=card["training"], more={})
 
 
-def _macs_after(pruned: madtp.PrunedModel, call: Inputs) -> float:
+def _macs_after(pruned: madtp.PrunedModel, call: Mapping[str, object]) -> float:
     pruned(**call)
     return pruned.macs()
 
 
 def reopen(folder: Path) -> nn.Module:
-    """The model of a finished control, in eval mode; of one with fixed counts, the model whose counts were fixed.
+    """Return the model of a finished control, in eval mode.
+
+    For a control with fixed counts, this is the model whose counts were fixed.
 
     Args:
-        folder: with `card.json`, as a recipe or a control wrote it.
+        folder: Folder with ``card.json``, as a recipe or a control wrote it.
     """
     card = json.loads((folder / "card.json").read_text())
-    for cheaper in (_SIZED, _MERGING):
-        if cheaper.what in card:
-            return cheaper.build(card["model"], folder / WEIGHTS, card[cheaper.what]).eval()
+    for cheaper in (_SMALLER, _MERGING):
+        if cheaper.size_name in card:
+            return cheaper.build(card["model"], folder / WEIGHTS, card[cheaper.size_name]).eval()
     return madtp.load(folder, zoo.create(card["model"])).eval()
 
 
 def _of_size(name: str, checkpoint: str | Path | None, side: int) -> nn.Module:
-    """The model for images of `side` pixels, behind a downscaling of larger ones."""
+    """Return the model for images of ``side`` pixels, which scales larger images down."""
     model: Any = zoo.create(name)
     config = model.config
     if hasattr(config, "image_size"):
@@ -121,7 +123,7 @@ def _of_size(name: str, checkpoint: str | Path | None, side: int) -> nn.Module:
 
 
 def _with_merging(name: str, checkpoint: str | Path | None, merged: int) -> nn.Module:
-    """The model, merging so many tokens in each block."""
+    """Return the model with ``merged`` tokens merging in each block of its vision tower."""
     model = zoo.create(name, checkpoint)
     merge_tokens(model, merged)
     return model
@@ -129,50 +131,55 @@ def _with_merging(name: str, checkpoint: str | Path | None, merged: int) -> nn.M
 
 @dataclass(frozen=True)
 class _Cheaper:
-    """A way to make a dense model cheaper: `build` is (name, checkpoint, size) -> model, `what` what cards call the size."""
+    """A way to make a dense model cheaper.
 
-    what: str
+    Attributes:
+        size_name: What cards call the size.
+        build: Takes the name of a model, a checkpoint and a size; returns the model.
+    """
+
+    size_name: str
     build: Callable[[str, str | Path | None, int], nn.Module]
 
 
-_SIZED = _Cheaper("image_size", _of_size)
+_SMALLER = _Cheaper("image_size", _of_size)
 _MERGING = _Cheaper("merged_in_each_block", _with_merging)
 
 
 def _fine_tune(
-    settings: Inputs,
+    settings: Mapping[str, object],
     training: TrainingConfig,
     output: Path,
+    *,
     cheaper: _Cheaper,
     sizes: Sequence[int],
     progress: Progress | None,
 ) -> None:
-    """Find the size whose MACs are nearest to what pruning would leave, fine-tune what `build` makes of it, and test."""
-    chosen = from_plain(Settings, settings, "settings")
-    dense_lesson = lesson_of(chosen)
-    (call,) = held_out_calls(chosen.model, dense_lesson.data, "val", _COUNTED, chosen.data_seed)
-    dense = madtp.count_macs(dense_lesson.model, call)
+    """Find the size whose MACs are nearest to what pruning would leave, fine-tune the model of that size, and test it."""
+    chosen = from_plain(CompressSceneSettings, settings, "settings")
+    dense = objective_of(chosen, zoo.create(chosen.model, chosen.checkpoint))
+    (call,) = held_out_calls(chosen.model, dense.data, split="val", items=_COUNTED, seed=chosen.data_seed)
+    dense_macs = madtp.count_macs(dense.model, call)
 
     def build(size: int) -> nn.Module:
         return cheaper.build(chosen.model, chosen.checkpoint, size)
 
-    size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - chosen.reduction) * dense)
+    size = _nearest(sizes, lambda size: madtp.count_macs(build(size), call), (1 - chosen.reduction) * dense_macs)
     torch.manual_seed(training.seed)
-    lesson = lesson_of(chosen, build(size))
-    source = lesson_source(lesson, chosen)
-    followed = dense_lesson.module.eval().requires_grad_(False)
-    module = nn.ModuleDict({"module": lesson.module, "heads": lesson.heads})
+    objective = objective_of(chosen, build(size))
+    source = scene_source(objective, chosen)
+    teacher = dense.module.eval().requires_grad_(False)
 
-    def loss(learned: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        output = lesson.module(**lesson.inputs(batch))
-        total, metrics = lesson.losses(lesson.module, batch, output, step / training.steps)
+    def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        output: object = objective.module(**objective.inputs(batch))
+        total, metrics = objective.losses(objective.module, batch, output, step / training.steps)
         if chosen.distillation:
-            distance = lesson.distillation(lesson.module, followed, batch, output)
+            distance = objective.distillation(objective.module, teacher, batch, output)
             total, metrics = total + chosen.distillation * distance, {**metrics, "distil": distance.detach()}
         return total, metrics
 
     learner = Learner(
-        module,
+        nn.ModuleDict({"module": objective.module, "heads": objective.heads}),
         source.batch,
         loss,
         samples_per_step=source.samples_per_step,
@@ -180,15 +187,16 @@ def _fine_tune(
         padding=source.padding,
     )
     fit(learner, training, output, resume=True, progress=progress)
-    model = lesson.model.eval()
-    macs = madtp.count_macs(model, call)
-    _write_card(output, training.to_dict(), macs, dense, lesson, chosen, model, {cheaper.what: size})
+    model: nn.Module = objective.model.eval()
+    cost = Cost(madtp.count_macs(model, call), dense_macs)
+    more = {cheaper.size_name: size}
+    _write_card(output, chosen, objective.data, model, cost=cost, training=training.to_dict(), more=more)
     weights = {name: value.contiguous().clone() for name, value in plain_weights(model).items()}  # some are tied
     save_file(weights, output / "pruned" / WEIGHTS)
 
 
 def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) -> int:
-    """The size whose MACs, which rise or fall with it, are nearest to those wanted."""
+    """Return the size whose MACs are nearest to those wanted; MACs rise or fall with the size."""
     first, last = 0, len(sizes) - 1
     rising = macs(sizes[last]) > macs(sizes[first])
     while last - first > 1:
@@ -200,22 +208,34 @@ def _nearest(sizes: Sequence[int], macs: Callable[[int], float], wanted: float) 
     return min(sizes[first], sizes[last], key=lambda size: abs(macs(size) - wanted))
 
 
+@dataclass(frozen=True)
+class Cost:
+    """MACs of a sample, of a control and of the dense model."""
+
+    macs: float
+    dense_macs: float
+
+
 def _write_card(
     output: Path,
-    training: Mapping[str, Any],
-    macs: float,
-    dense: float,
-    lesson: Lesson,
-    settings: Settings,
+    settings: CompressSceneSettings,
+    data: str,
     model: nn.Module,
-    more: Mapping[str, Any],
+    *,
+    cost: Cost,
+    training: Mapping[str, object],
+    more: Mapping[str, object],
 ) -> None:
     card = {
         "model": settings.model,
         "training": training,
-        "calibration": {"reduction": 1 - macs / dense, "macs": macs, "dense_macs": dense},
+        "calibration": {
+            "reduction": 1 - cost.macs / cost.dense_macs,
+            "macs": cost.macs,
+            "dense_macs": cost.dense_macs,
+        },
         **more,
-        "test": test_task(model, settings.model, lesson.data, settings.test_items, settings.data_seed),
+        "test": test_task(model, settings.model, data, items=settings.test_items, seed=settings.data_seed),
     }
     (output / "pruned").mkdir(parents=True, exist_ok=True)
     (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Open samples in random order, augmented, in other processes: :class:`Loader`.
 
-Which samples a step has, and how they are augmented, follows from the seed and the step alone. Chance in transforms is torch's,
-which a process has once: so samples are opened in processes of their own, each seeded anew for every sample.
+Which samples a step has, and how they are augmented, follows from the seed and the step alone. Transforms draw from torch's
+global generator, of which a process has one: so samples are opened in processes of their own, seeded anew for every sample.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ class Loader:
     """Samples of the steps of a run.
 
     Args:
-        data: with the transform of training.
-        samples_per_step: so many a step; what is left of an epoch is left out.
-        seed: of order and augmentation.
-        workers: processes that open samples; 0 opens them here, where augmentation shares torch's chance with training.
+        data: The data set, with the transform of training.
+        samples_per_step: Samples of a step. The rest of an epoch that fills no step is left out.
+        seed: Seed of order and augmentation.
+        workers: Processes that open samples. 0 opens them in this process, where augmentation draws from the same generator as
+            training.
+
+    Raises:
+        ConfigError: The data set has fewer samples than a step.
     """
 
     def __init__(self, data: DataSet[Any], samples_per_step: int, seed: int, workers: int) -> None:
@@ -40,17 +44,17 @@ class Loader:
         self._pool: ProcessPoolExecutor | None = None
 
     def open(self, step: int, rows: range) -> list[tuple[Sample[Any], float]]:
-        """Samples at these places of a step's batch, and a number in [0, 1) of each that is as random as its augmentation."""
+        """Return the samples at these places of a step's batch, each with a draw that is uniform in [0, 1)."""
         places = self.places(step)[rows.start : rows.stop]
         seeds = [(self.seed * 1_000_003 + step) * self.samples_per_step + row for row in rows]
         if not self.workers:
             samples: Sequence[Sample[Any]] = [self.data[place] for place in places]
         else:
             samples = list(self._processes().map(_open, places, seeds))
-        return [(sample, _chance(seed)) for sample, seed in zip(samples, seeds, strict=True)]
+        return [(sample, _draw(seed)) for sample, seed in zip(samples, seeds, strict=True)]
 
     def places(self, step: int) -> list[int]:
-        """Of a step's samples in the data set."""
+        """Return the places of a step's samples in the data set."""
         epoch, place = divmod(step, len(self.data) // self.samples_per_step)
         first = place * self.samples_per_step
         return _order(len(self.data), self.seed, epoch)[first : first + self.samples_per_step]
@@ -67,7 +71,7 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def _chance(seed: int) -> float:
+def _draw(seed: int) -> float:
     return float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
 
 

@@ -1,46 +1,52 @@
-"""Dense training of a model of one picture on scenes: `madtp train --config zoo/recipes/blip_vqa_mini.toml`.
+"""Dense training of a mini model on scenes: ``madtp train --config zoo/recipes/blip_vqa_mini.toml``.
 
-Captions, questions and retrieval are learned alike: `objectives/scenes.py` says what each task asks for. Vision tokens
-also predict what their patch shows (zoo/objectives/auxiliary_heads.py), which for the first `patch_steps` steps is the
-whole loss; and the model may start from the weights of another one.
+All tasks alike: ``objectives/scenes.py`` says what each learns. Vision tokens also predict what their patch shows
+(``objectives/auxiliary_heads.py``), which for the first ``patch_steps`` steps is the whole loss. The model may start from the
+weights of another one.
 
 :func:`build` and :func:`finish` are what :mod:`madtp.training.run` calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+import zoo
 from madtp.errors import ConfigError
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
 from madtp.training.parts import Batch, Metrics
-from zoo.objectives.auxiliary_heads import PatchHeads, faded
-from zoo.objectives.scenes import PADDING, Lesson, PictureLesson, lesson_for
+from zoo.objectives.scene_statements import StatementObjective
+from zoo.objectives.scenes import PADDING, AnyDenseObjective, dense_scene_objective
 from zoo.recipes.model_card import measure_task, write_release
 from zoo.recipes.warm_start import start_from
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the recipe can be told.
+class DenseSceneSettings:
+    """Settings of this recipe.
 
     Attributes:
-        model: zoo name.
-        start_from: "MODEL:CHECKPOINT" of the zoo to take weights from, see :mod:`zoo.recipes.warm_start`; "" for none.
-        pictures_per_step, texts_per_picture: batch.
-        patch_steps: steps at the start in which only patch labels are learned.
-        patch_weight, auxiliary_weight: of the auxiliary losses; they fade by a cosine to `fade_to` at the end.
-        data_seed: edition of the data; training takes pairs from `first_pair` on.
-        evaluation_pictures: held-out pictures of each evaluation during training.
-        test_items: held-out samples that the model card reports on.
+        model: Name in the zoo.
+        start_from: Weights of the zoo to start from, "MODEL:CHECKPOINT", see :mod:`zoo.recipes.warm_start`; "" for none.
+        pictures_per_step: Pictures in a batch, or pairs of pictures for statements; each is encoded once.
+        texts_per_picture: Texts about each.
+        patch_steps: Steps at the start in which only patch labels are learned.
+        patch_weight: Weight of patch labels afterwards.
+        auxiliary_weight: Weight of the other auxiliary losses.
+        fade_to: Fraction of both weights that is left at the end; they fall along a cosine.
+        count_weight: Weight of reading counts off statements, within the auxiliary losses.
+        place_weight: Weight of reading places off statements, within the auxiliary losses.
+        kinds: Kinds of statement to train on; one that is listed twice is drawn twice as often. Empty for all kinds.
+        data_seed: Edition of the data.
+        first_pair: First pair of pictures that training takes.
+        evaluation_pictures: Held-out pictures (or pairs) of each evaluation during training.
+        test_items: Held-out samples that the model card reports on.
     """
 
     model: str = "blip_vqa_mini"
@@ -51,92 +57,88 @@ class Settings:
     patch_weight: float = 1.0
     auxiliary_weight: float = 1.0
     fade_to: float = 0.1
+    count_weight: float = StatementObjective.count_weight
+    place_weight: float = StatementObjective.place_weight
+    kinds: tuple[str, ...] = ()
     data_seed: int = 0
     first_pair: int = 2_000_000
     evaluation_pictures: int = 256
     test_items: int = 1024
 
 
-class Pupil(nn.Module):
-    """The module of a lesson, with what reads auxiliary answers off its tokens and outputs."""
+@dataclass(kw_only=True)
+class DenseLearner(Learner):
+    """The learner of this recipe, with what its result is made of.
 
-    def __init__(self, lesson: PictureLesson) -> None:
-        super().__init__()
-        self.module = lesson.module
-        self.heads = lesson.heads
-        self.patches = PatchHeads(lesson.model.config.vision.width)
+    Attributes:
+        objective: What is learned.
+        settings: Settings of the recipe.
+    """
 
-
-@contextmanager
-def heard(tower: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module returns while the block lasts."""
-    found: list[Tensor] = []
-    handle = tower.register_forward_hook(lambda module, arguments, output: found.append(output))
-    try:
-        yield found
-    finally:
-        handle.remove()
+    objective: AnyDenseObjective
+    settings: DenseSceneSettings
 
 
-def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
+def build(settings: Mapping[str, object], training: TrainingConfig) -> DenseLearner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
-    chosen = from_plain(Settings, settings, "settings")
+    chosen = from_plain(DenseSceneSettings, settings, "settings")
     torch.manual_seed(training.seed)
-    lesson = lesson_for(chosen.model, None, chosen.texts_per_picture)
-    if not isinstance(lesson, PictureLesson):
-        raise ConfigError(f"{chosen.model} learns from {lesson.samples}: its recipe is zoo.recipes.nlvr_scenes")
-    lesson.auxiliary_weight, lesson.fade_to = chosen.auxiliary_weight, chosen.fade_to
-    if chosen.start_from:
-        start_from(lesson.model, *chosen.start_from.split(":"))
-    pupil = Pupil(lesson)
+    objective = _objective(chosen)
 
     def batch(step: int, rows: range) -> Batch:
-        return lesson.batch(chosen.data_seed, "train", chosen.first_pair, step * chosen.pictures_per_step, rows)
+        draw = objective.patch_batch if step < chosen.patch_steps else objective.batch
+        return draw(chosen.data_seed, "train", chosen.first_pair, start=step * chosen.pictures_per_step, rows=rows)
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        part = max(0, step - chosen.patch_steps) / max(1, training.steps - chosen.patch_steps)
         if step < chosen.patch_steps:
-            with heard(lesson.tower) as tokens:
-                lesson.see(batch["images"])
-            patch, shape = pupil.patches(tokens[0], batch)
-            return patch, {"patch": patch.detach(), "shape": shape}
-        with heard(lesson.tower) as tokens:
-            output = lesson.module(**lesson.inputs(batch))
-        total, metrics = lesson.losses(lesson.module, batch, output, part)
-        patch, shape = pupil.patches(tokens[0], batch)
-        weight = chosen.patch_weight * faded(part, chosen.fade_to)
-        return total + weight * patch, {**metrics, "patch": patch.detach(), "shape": shape}
+            return objective.patch_losses(batch)
+        progress = (step - chosen.patch_steps) / max(1, training.steps - chosen.patch_steps)
+        return objective.dense_losses(batch, progress, chosen.patch_weight)
 
     held_out: list[Batch] = []
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         if not held_out:
-            starts = range(0, chosen.evaluation_pictures, 64)
-            held_out.extend(lesson.batch(chosen.data_seed, "val", 0, start, range(64)) for start in starts)
-        return lesson.scores([lesson.module(**lesson.inputs(group)) for group in held_out], held_out)
+            held_out.extend(objective.held_out(chosen.data_seed, chosen.evaluation_pictures))
+        return objective.scores([objective.module(**objective.inputs(batch)) for batch in held_out], held_out)
 
-    learner = Learner(
-        module=pupil,
+    return DenseLearner(
+        module=objective.trained(),
         batch=batch,
         loss=loss,
         evaluate=evaluate,
         card={
             "model": chosen.model,
-            "data": lesson.data,
+            "data": objective.data,
             "settings": asdict(chosen),
             "training": training.to_dict(),
         },
         samples_per_step=chosen.pictures_per_step,
-        sample_name=lesson.samples,
+        sample_name=objective.samples,
         padding=PADDING,
+        objective=objective,
+        settings=chosen,
     )
-    object.__setattr__(pupil, "lesson", lesson)
-    return learner
 
 
-def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
-    """Write `dense.safetensors` and its model card `dense.json` into the output folder."""
-    chosen = from_plain(Settings, learner.card["settings"], "settings")
-    lesson = cast(Lesson, learner.module.lesson)
-    test = measure_task(chosen.model, lesson.data, chosen.test_items, chosen.data_seed)
-    write_release(lesson.model, output / "dense.safetensors", learner.card, test)
+def _objective(settings: DenseSceneSettings) -> AnyDenseObjective:
+    """Return what the settings let a new model learn."""
+    objective = dense_scene_objective(zoo.create(settings.model), settings.texts_per_picture)
+    objective.auxiliary_weight, objective.fade_to = settings.auxiliary_weight, settings.fade_to
+    if isinstance(objective, StatementObjective):
+        objective.kinds = settings.kinds
+        objective.count_weight, objective.place_weight = settings.count_weight, settings.place_weight
+    elif settings.kinds:
+        raise ConfigError(f"settings.kinds are kinds of statement, and {settings.model} learns none; leave kinds out")
+    if settings.start_from:
+        start_from(objective.model, *settings.start_from.split(":"))
+    objective.add_patch_heads()
+    return objective
+
+
+def finish(learner: DenseLearner, result: TrainingResult, output: Path) -> None:
+    """Write ``dense.safetensors`` and its model card ``dense.json`` into the output folder."""
+    del result
+    chosen, objective = learner.settings, learner.objective
+    test = measure_task(chosen.model, objective.data, items=chosen.test_items, seed=chosen.data_seed)
+    write_release(objective.model, output / "dense.safetensors", learner.card, test)

@@ -1,8 +1,8 @@
-"""A control: tokens of a vision tower merge with their likes, as in "Token Merging" (Bolya et al., 2023): :func:`merge_tokens`.
+"""A control: similar tokens of a vision tower merge, as in "Token Merging" (Bolya et al., 2023): :func:`merge_tokens`.
 
-After each self-attention a fixed number of tokens of every sample, those with the most similar keys, merge with the token that
-they resemble; later attention counts a merged token as often as it has parts. Axes: B samples, N tokens (class token first), C
-width.
+After each self-attention, a fixed number of tokens of every sample merge with the token whose key is most similar. Later
+attention counts a merged token as often as it has parts. Axes: B samples, N tokens (class token first), C width, H heads, D
+width of a head.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from zoo.clip.model import Clip
 
 
 class MergingBlock(nn.Module):
-    """A block of a vision tower that merges tokens between attention and feed-forward; one class a kind of block.
+    """A block of a vision tower that merges tokens between attention and feed-forward; one subclass for each kind of block.
 
     Args:
-        block: whose parameters are used.
-        merged: tokens to merge.
-        first: whether it is the first of the tower.
-        parts: shared by all blocks of the tower: how many parts each token has after the block before.
+        block: The block whose parameters are used.
+        merged: Number of tokens to merge.
+        first: Whether it is the first block of the tower.
+        parts: Number of parts of each token after the block before, a list of one tensor that all blocks of the tower share.
     """
 
     def __init__(self, block: Any, merged: int, first: bool, parts: list[Tensor]) -> None:
@@ -35,8 +35,8 @@ class MergingBlock(nn.Module):
         self.first = first
         self._parts = parts
 
-    def forward(self, x: Tensor, *unused: Any, **options: Any) -> Tensor:
-        """[B, N, C] -> [B, N - merged, C]."""
+    def forward(self, x: Tensor, *unused: object, **options: object) -> Tensor:
+        """Take ``[B, N, C]``, return ``[B, N - merged, C]``."""
         parts = x.new_ones(x.shape[:2]) if self.first else self._parts.pop().to(x.dtype)
         mask = None if self.first else parts.log()[:, None, None].expand(-1, 1, x.shape[1], -1)
         attended, keys = self._attend(x, mask)
@@ -46,11 +46,11 @@ class MergingBlock(nn.Module):
 
     @abstractmethod
     def _attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What attention adds to x [B, N, C], with `mask` [B, 1, N, N] added to the scores; and keys [B, N, D]."""
+        """Return what attention adds to ``x``, and keys ``[B, N, D]``; ``mask`` ``[B, 1, N, N]`` is added to the scores."""
 
     @abstractmethod
     def _feed(self, x: Tensor) -> Tensor:
-        """What feed-forward adds to x."""
+        """Return what feed-forward adds to ``x``."""
 
 
 class _TimmBlock(MergingBlock):
@@ -61,7 +61,7 @@ class _TimmBlock(MergingBlock):
             added = block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
         finally:
             handle.remove()
-        return added, heard[0].unflatten(-1, (3, block.attn.num_heads, -1))[:, :, 1].mean(2)
+        return added, _by_head(heard[0], block.attn.num_heads)[:, :, 1].mean(2)
 
     def _feed(self, x: Tensor) -> Tensor:
         block = self.block
@@ -73,7 +73,7 @@ class _ClipBlock(MergingBlock):
         block = self.block
         attn = block.attn
         projected = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        queries, keys, values = projected.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = _by_head(projected, attn.num_heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return attn.out_proj(mixed.transpose(1, 2).flatten(2)), keys.mean(1)
 
@@ -81,17 +81,22 @@ class _ClipBlock(MergingBlock):
         return cast(Tensor, self.block.mlp(self.block.ln_2(x)))
 
 
+def _by_head(projected: Tensor, heads: int) -> Tensor:
+    """Return queries, keys and values ``[B, N, 3 * C]`` as ``[B, N, 3, H, C / H]``."""
+    return projected.reshape(*projected.shape[:2], 3, heads, -1)
+
+
 def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:
-    """Merge the most similar of every other token into those between them.
+    """Merge tokens at even places into the most similar tokens at odd places.
 
     Args:
-        x: [B, N, C]; its first token is never merged away.
-        parts: of each token, [B, N].
-        keys: [B, N, D], by whose angles tokens are alike.
-        merged: how many; at most every other one.
+        x: Tokens, ``[B, N, C]``. The first one is never merged away.
+        parts: Number of parts of each token, ``[B, N]``.
+        keys: ``[B, N, D]``; similarity is the cosine of keys.
+        merged: Number of tokens to merge; at most every other one.
 
     Returns:
-        tokens [B, N - merged, C], means of their parts, and the number of these.
+        Tokens ``[B, N - merged, C]``, means of their parts, and their numbers of parts.
     """
     merged = min(merged, (x.shape[1] - 1) // 2)
     if merged < 1:
@@ -116,10 +121,12 @@ def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, 
 
 
 def merge_tokens(model: nn.Module, merged: int) -> None:
-    """Let the vision tower of BLIP or CLIP merge so many tokens in each block; changed in place, parameters kept.
+    """Let the vision tower of BLIP or CLIP merge ``merged`` tokens in each block.
+
+    The model is changed in place and keeps its parameters.
 
     Raises:
-        ConfigError: the model has no such tower.
+        ConfigError: The model has no such tower.
     """
     blocks, kind = _blocks_of(model)
     parts: list[Tensor] = []
@@ -129,7 +136,7 @@ def merge_tokens(model: nn.Module, merged: int) -> None:
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model, merging or not, by the names that they have without merging."""
+    """Return the weights of a model, merging or not, by the names that they have without merging."""
     inside = [name for name, module in model.named_modules() if isinstance(module, MergingBlock)]
     weights = {}
     for name, value in model.state_dict().items():

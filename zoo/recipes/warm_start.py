@@ -1,7 +1,8 @@
-"""Start a model from the trained weights of another one that has the same towers: :func:`start_from`.
+"""Start a model from the trained weights of another one with the same towers: :func:`start_from`.
 
-The published models of all tasks come from one pre-trained model. The minis come from the one that reasons about pairs: its
-vision tower, and its text encoder with the attention to the first image, which text decoders start from, too.
+The published models of all tasks come from one pre-trained model. The minis start from the one that reasons about pairs of
+pictures: from its vision tower, and from its text encoder with the attention to the first image. Text decoders start from that
+encoder, too.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ def start_from(model: nn.Module, name: str, checkpoint: str) -> int:
     """Copy every weight that has a counterpart of the same shape.
 
     Args:
-        model: is changed.
-        name, checkpoint: of a BLIP model in the zoo.
+        model: The model that is changed.
+        name: Name of a BLIP model in the zoo.
+        checkpoint: Its weights: a file, or the name of shipped weights.
 
     Returns:
-        how many tensors were copied.
+        The number of tensors that were copied.
 
     Raises:
-        CheckpointError: none has a counterpart.
+        CheckpointError: No weight has a counterpart.
     """
     offered = _offered(zoo.create(name, checkpoint).state_dict())
     own = model.state_dict()
@@ -55,7 +57,7 @@ def start_from(model: nn.Module, name: str, checkpoint: str) -> int:
 
 
 def _offered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that they have in other models."""
+    """Return weights by the names that they have in other models."""
     offered = {}
     for key, value in weights.items():
         for old, new in _RENAMED:
@@ -69,7 +71,7 @@ def _offered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _block(key: str) -> str:
-    """The name that OpenAI gives to a weight of a vision block."""
+    """Return the name that OpenAI gives to a weight of a vision block."""
     key = key.replace("visual_encoder.blocks.", "visual.transformer.resblocks.")
     for old, new in _BLOCK:
         key = key.replace(old, new)

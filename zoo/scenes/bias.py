@@ -34,7 +34,7 @@ Features = Callable[[Sample, Statement], Tensor]
 
 @dataclass(frozen=True)
 class Guess:
-    """Accuracy of one guesser on `items` held-out statements."""
+    """Accuracy of one guesser on ``items`` held-out statements."""
 
     name: str
     accuracy: float
@@ -133,16 +133,16 @@ def _by_line(name: str, seen: Sequence[Sample], unseen: Sequence[Sample], featur
     inputs, labels = _matrix(seen, features)
     mean, scale = inputs.mean(0), inputs.std(0).clamp_min(1e-3)
     weight = torch.zeros(inputs.shape[1] + 1, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+    optimiser: torch.optim.Optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
 
     def logits(x: Tensor) -> Tensor:
         return (x - mean) / scale @ weight[:-1] + weight[-1]
 
-    def loss() -> Tensor:
+    def loss() -> float:
         optimiser.zero_grad()
         value = F.binary_cross_entropy_with_logits(logits(inputs), labels) + 1e-4 * weight.square().sum()
-        value.backward()
-        return value
+        torch.autograd.backward(value)
+        return float(value)
 
     optimiser.step(loss)
     test_inputs, test_labels = _matrix(unseen, features)

@@ -38,7 +38,7 @@ class Item(TypedDict):
 
 
 class Batch(TypedDict):
-    """images [B, 2, 3, H, W] float, input_ids and attention_mask [B, T], labels [B]."""
+    """Tensors ``images`` ``[B, 2, 3, H, W]``, ``input_ids`` and ``attention_mask`` ``[B, T]``, ``labels`` ``[B]``."""
 
     images: Tensor
     input_ids: Tensor
@@ -48,7 +48,14 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Sample:
-    """A pair, its pictures uint8 [2, 3, CANVAS, CANVAS], what its patches show, and statements."""
+    """A pair with its pictures.
+
+    Attributes:
+        pair: What the pictures hold.
+        images: The pictures, uint8 ``[2, 3, CANVAS, CANVAS]``.
+        annotation: What their patches show.
+        statements: Statements about the pair.
+    """
 
     pair: Pair
     images: Tensor
@@ -59,11 +66,18 @@ class Sample:
 def draw_sample(seed: int, split: str, index: int, statements: int = 1, kinds: Sequence[str] = ()) -> Sample:
     """Draw a pair and statements about it; the same arguments always give the same sample.
 
-    Pictures and first statements do not depend on how many statements are asked for. `kinds` are the kinds of statement
-    to choose from, all equally likely (one listed twice is twice as likely); none stands for all.
+    Pictures and first statements do not depend on how many statements are asked for.
+
+    Args:
+        seed: Edition of the data set.
+        split: "train", "val" or "test".
+        index: Number of the item.
+        statements: Number of statements.
+        kinds: Kinds of statement to choose from, all equally likely; one that is listed twice is twice as likely. Empty for
+            all kinds.
 
     Raises:
-        DataError: the split or a kind is not known, or seed or index is negative.
+        DataError: The split or a kind is unknown, or seed or index is negative.
     """
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise DataError(f"scenes have no statements of kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}")
@@ -79,13 +93,13 @@ class SceneDataset(Dataset[Item]):
     """Held-out or training items of the scenes data, drawn when asked for.
 
     Args:
-        split: "train", "val" or "test"; no two share an item.
-        size: number of items.
-        seed: which of the endless editions of the data set.
-        image_size: side of the pictures in pixels; other than 96 is resampled from 96.
+        split: "train", "val" or "test"; no two splits share an item.
+        size: Number of items.
+        seed: Edition of the data set; there is no end of them.
+        image_size: Side of the pictures in pixels. Pictures are drawn at 96 pixels and resampled to other sizes.
 
     Raises:
-        DataError: the split is unknown, or a number is out of range.
+        DataError: The split is unknown, or a number is out of range.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, image_size: int = CANVAS) -> None:
@@ -116,12 +130,12 @@ class SceneDataset(Dataset[Item]):
 
 
 def resize(images: Tensor, image_size: int) -> Tensor:
-    """Resample pictures uint8 [..., 3, H, W] to a square size with anti-aliasing; the same size changes nothing."""
+    """Resample pictures, uint8 ``[..., 3, H, W]``, to a square size with anti-aliasing; the same size changes nothing."""
     if images.shape[-1] == image_size:
         return images
     flat = images.flatten(0, -4).float()
     small = F.interpolate(flat, size=(image_size, image_size), mode="bilinear", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8).unflatten(0, images.shape[:-3])
+    return small.round().clamp(0, 255).to(torch.uint8).reshape(*images.shape[:-2], image_size, image_size)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -130,7 +144,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Return a list of items as one batch, statements padded to the longest."""
+    """Return items as one batch, with statements padded to the longest."""
     ids, mask = encode([item["statement"] for item in items])
     return Batch(
         images=normalise(torch.stack([item["images"] for item in items])),

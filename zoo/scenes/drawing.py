@@ -70,7 +70,7 @@ def _background(canvas: Plane, draws: Draws) -> None:
     np.multiply(plane[None, y : y + CANVAS, x : x + CANVAS], np.float32(contrast), out=canvas)
     canvas += tint[:, None, None]
     for _ in range(draws.below(9)):
-        # Grey specks: clutter that is no coloured shape.
+        # Grey specks: clutter that is not a coloured shape.
         u, v = draws.below(CANVAS - 3), draws.below(CANVAS - 3)
         canvas[:, v : v + 2 + draws.below(2), u : u + 2 + draws.below(2)] = draws.between(30, 235)
 

@@ -34,7 +34,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One coloured shape: indices into COLOURS, SHAPES and SIZES, and where it stands (centre, pixels)."""
+    """One coloured shape.
+
+    Attributes:
+        colour: Index into :data:`COLOURS`.
+        shape: Index into :data:`SHAPES`.
+        size: Index into :data:`SIZES`.
+        x: Column of the centre, in pixels.
+        y: Row of the centre, in pixels.
+        radius: Half of its extent in pixels.
+        angle: Which of the :data:`ANGLES` rotations its sprite has.
+    """
 
     colour: int
     shape: int
@@ -105,7 +115,7 @@ def draws_for(seed: int, split: str, index: int, stream: int = 0) -> Draws:
     """Return a random stream of one item: pictures and statements follow from the first. Different splits share none.
 
     Raises:
-        DataError: the split is not known, or seed or index is negative.
+        DataError: The split is unknown, or seed or index is negative.
     """
     if split not in SPLITS:
         raise DataError(f"scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")

@@ -39,12 +39,12 @@ class Asked:
 
 
 def fuller_side(pair: Pair) -> int:
-    """The picture with more things in it, 0 left or 1 right; it has more to tell."""
+    """Return the side of the picture with more things in it, 0 for left or 1 for right."""
     return int(len(pair.right) > len(pair.left))
 
 
 def captions(things: Sequence[Thing]) -> tuple[str, ...]:
-    """All captions of a picture: "from left to right a small red circle a large blue cross"."""
+    """Return all captions of a picture, such as "from left to right a small red circle a large blue cross"."""
     return tuple(
         " ".join([order, *(f"a {_name(thing).words()}" for thing in sorted(things, key=key))])
         for order, key in _ORDERS.items()
@@ -62,7 +62,7 @@ def draw_question(census: Census, side: int, draws: Draws) -> Asked:
 
 
 _Ask = Callable[[Census, int, Draws], "tuple[str, str] | None"]
-"""Question and answer, or None where the picture allows no such question."""
+"""Returns question and answer, or None where the picture allows no such question."""
 
 
 def _colour(census: Census, side: int, draws: Draws) -> tuple[str, str] | None:
@@ -76,7 +76,7 @@ def _shape(census: Census, side: int, draws: Draws) -> tuple[str, str] | None:
 
 
 def _only(census: Census, side: int, draws: Draws, forms: Sequence[Form]) -> tuple[Phrase, Thing] | None:
-    """A phrase that names exactly one thing, and that thing."""
+    """Return a phrase that names exactly one thing, and that thing."""
     named = [phrase for phrase in phrases_of(draws.choice(forms)) if census.count(side, phrase) == 1]
     if not named:
         return None
@@ -93,7 +93,7 @@ def _number(census: Census, side: int, draws: Draws) -> tuple[str, str] | None:
 
 def _existence(census: Census, side: int, draws: Draws) -> tuple[str, str] | None:
     phrases, wanted = phrases_of(COLOUR_SHAPE), draws.flip()
-    # What is not there is asked for the likelier the nearer it is to something that is.
+    # An absent thing is more likely to be asked for the more it resembles one that is there.
     weights = [
         float(wanted) if census.count(side, phrase) else (not wanted) * census.nearness(side, phrase)
         for phrase in phrases

@@ -30,8 +30,8 @@ def sprite(shape: int, radius: int, angle: int) -> Plane:
     tilt = _TILT * (2 * angle / (ANGLES - 1) - 1)
     x, y = np.cos(tilt) * x + np.sin(tilt) * y, np.cos(tilt) * y - np.sin(tilt) * x
     inside = _inside(SHAPES[shape], x, y)
-    mask = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean((1, 3))
-    return mask.astype(np.float32)
+    mask: Plane = inside.reshape(side, _SUPERSAMPLING, side, _SUPERSAMPLING).mean((1, 3)).astype(np.float32)
+    return mask
 
 
 def _inside(shape: str, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -83,7 +83,8 @@ def _clouds(generator: np.random.Generator) -> npt.NDArray[np.float64]:
     part = place - cell
     part = part * part * (3 - 2 * part)
     rows = grid[cell] * (1 - part)[:, None] + grid[cell + 1] * part[:, None]
-    return rows[:, cell] * (1 - part) + rows[:, cell + 1] * part
+    clouds: npt.NDArray[np.float64] = rows[:, cell] * (1 - part) + rows[:, cell + 1] * part
+    return clouds
 
 
 @lru_cache(maxsize=1)

@@ -28,11 +28,11 @@ class Statement:
     """An English statement with what is known about it.
 
     Attributes:
-        text: the statement.
-        label: whether it is true.
-        kind: one of KINDS.
-        counts: how many things of the left and of the right picture its first noun phrase names.
-        places: for a spatial relation, where the two things are that decide it; see :mod:`zoo.scenes.spatial`.
+        text: The statement.
+        label: Whether it is true.
+        kind: One of :data:`KINDS`.
+        counts: How many things of the left and of the right picture its first noun phrase names.
+        places: For a spatial relation, where the two things are that decide it; see :mod:`zoo.scenes.spatial`.
     """
 
     text: str
@@ -44,7 +44,14 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """A text that fills a frame, the (first) phrase put in, how much it is preferred, and the places it speaks of."""
+    """A way to fill a frame.
+
+    Attributes:
+        text: The statement.
+        phrase: The phrase that was put in, the first of two.
+        weight: How much the filling is preferred.
+        places: For a spatial relation, where the two things are that decide it.
+    """
 
     text: str
     phrase: Phrase
@@ -54,7 +61,7 @@ class Filling:
 
 @dataclass(slots=True)
 class Fillings:
-    """The fillings of one frame, apart by truth."""
+    """The fillings of one frame, those that make it true and those that make it false."""
 
     true: list[Filling]
     false: list[Filling]
@@ -74,7 +81,7 @@ def _countable(draws: Draws) -> Form:
 def _sort(
     phrases: Sequence[Phrase], say: Callable[[Phrase], str], holds: Callable[[Phrase], tuple[bool, float]]
 ) -> Fillings:
-    """Part the phrases by truth; `holds` returns truth and weight, and weight 0 leaves a phrase out."""
+    """Sort phrases by truth; ``holds`` returns truth and weight, and weight 0 leaves a phrase out."""
     fillings = Fillings([], [])
     for phrase in phrases:
         truth, weight = holds(phrase)

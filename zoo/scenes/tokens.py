@@ -26,7 +26,7 @@ _FRAME_WORDS = (
     "no not number of one right same than the there three two"
 ).split()
 
-# Of captions and questions about one picture. They follow the others, whose ids trained weights depend on.
+# Words of captions and questions about one picture. They come last, as trained weights depend on the ids of the others.
 _MORE_WORDS = "bottom colour five from how many to top what yes zero".split()
 
 VOCABULARY: tuple[str, ...] = (
@@ -40,7 +40,7 @@ VOCABULARY: tuple[str, ...] = (
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
-    """Return the tokenizer: words apart by white space, [ENC] in front, [PAD] is id 0."""
+    """Return the tokenizer: it splits at white space and puts [ENC] in front; [PAD] is id 0."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -55,10 +55,10 @@ def tokenizer() -> Tokenizer:
 
 
 def encode(statements: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return ids [B, T] and mask [B, T] (1 = token) of statements, T the longest of them.
+    """Return ids ``[B, T]`` and mask ``[B, T]``, 1 for a token, of statements; T is the longest of them.
 
     Raises:
-        DataError: a statement holds a word that the grammar of scenes does not know.
+        DataError: A statement holds a word that the grammar of scenes does not know.
     """
     encodings = tokenizer().encode_batch(list(statements))
     ids = torch.tensor([encoding.ids for encoding in encodings])

@@ -1,6 +1,8 @@
-"""What the models of the zoo are evaluated on. Start with :func:`build_task`; `evaluation.py` does all that `madtp eval` does.
+"""What the models of the zoo are evaluated on: tasks take a model and a data set, and give metrics.
 
-A file of each task holds its class, `vocabulary.py` turns texts into ids, `registry.py` says which model is for which task.
+Start with :func:`build_task`. ``registry.py`` says which model is for which task; ``reasoning.py``, ``retrieval.py``,
+``captioning.py`` and ``answering.py`` hold one task each. ``vocabulary.py`` and ``encode_text.py`` turn texts into ids.
+``evaluation.py`` does all that ``madtp eval`` does.
 """
 
 from __future__ import annotations

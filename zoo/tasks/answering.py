@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,18 @@ from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_question
 
 CANDIDATES = 128
-"""Answers of the list that are scored whole, as published."""
+"""Answers of the list that are scored in full, as published; the others only by their first token."""
 
 
 class Answering:
-    """The task, which is its own only stage. `model` is dense; its special tokens are read.
+    """The task, in one stage: itself.
 
-    With a list of answers the model chooses among these, as published; without one it writes answers.
+    Args:
+        data: Questions about images.
+        words: Spells questions and answers.
+        device: Device of the model.
+        model: The dense model; its special tokens are read.
+        answers: Answers that the model chooses from, as published. None lets it write answers.
     """
 
     name = "questions"
@@ -52,21 +57,24 @@ class Answering:
     def ids(self) -> Sequence[str]:
         return [record.id for record in self.data.records]
 
-    def inputs(self, samples: range) -> dict[str, Any]:
-        """Images [B, 3, H, W], questions [B, T], one answer each [B, L], and masks."""
+    def inputs(self, samples: range) -> dict[str, Tensor]:
+        """Return images ``[B, 3, H, W]``, questions ``[B, T]``, one answer to each ``[B, L]``, and masks."""
         ids, mask = self._spell([record.answers[0] for record in self._answered(samples)], self.config.decode_id)
         return {**self._questions(samples), "answer_ids": ids, "answer_mask": mask}
 
-    def all_answers(self, samples: range) -> dict[str, Any]:
-        """As :meth:`inputs` with every different answer [A, L], in the order of `weighted_answers` of the questions, and
-        `owners` [A], the question of each."""
+    def all_answers(self, samples: range) -> dict[str, Tensor]:
+        """Return what :meth:`inputs` does, with every different answer to each question.
+
+        Answers ``[A, L]`` are in the order of the questions' ``weighted_answers``; ``owners`` ``[A]`` says which question each
+        belongs to.
+        """
         given = [list(record.weighted_answers()) for record in self._answered(samples)]
         ids, mask = self._spell([answer for answers in given for answer in answers], self.config.decode_id)
-        owners = torch.tensor([place for place, answers in enumerate(given) for _ in answers], device=self.device)
+        owners = torch.tensor([index for index, answers in enumerate(given) for _ in answers], device=self.device)
         return {**self._questions(samples), "answer_ids": ids, "answer_mask": mask, "owners": owners}
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """The `answer` to each question."""
+        """Return the ``answer`` to each question."""
         del earlier
         question, answerer = self._questions(samples), cast(Answerer, model)
         if self.answers is None:
@@ -74,25 +82,25 @@ class Answering:
             return [{"answer": self.words.decode(ids.tolist())} for ids in written]
         ids, mask = self._spell(self.answers, self.config.decode_id)
         best = rank_answers(answerer, **question, answer_ids=ids, answer_mask=mask, candidates=CANDIDATES)
-        return [{"answer": self.answers[place]} for place in best.tolist()]
+        return [{"answer": self.answers[index]} for index in best.tolist()]
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-        """`vqa_accuracy`; nothing where the answers are secret."""
+        """Return ``vqa_accuracy``, or nothing where the answers are secret."""
         given = [record.answers for record in self.data.records]
         if not all(given):
             return {}
         return {"vqa_accuracy": vqa_accuracy([result["answer"] for result in results[self.name]], given)}
 
     def _answered(self, samples: range) -> list[Question]:
-        """The records of these questions, all with answers."""
-        records = [self.data.records[place] for place in samples]
+        """Return the records of these questions, all of which have answers."""
+        records = [self.data.records[index] for index in samples]
         unknown = [record.id for record in records if not record.answers]
         if unknown:
             raise DataError(f"{self.data.name}, split {self.data.split!r}, keeps the answer to {unknown[0]} secret.")
         return records
 
     def _questions(self, samples: range) -> dict[str, Tensor]:
-        items = [self.data[place] for place in samples]
+        items = [self.data[index] for index in samples]
         texts = [item.record.question for item in items]
         if self.words.cleaned:
             texts = [clean_question(text) for text in texts]

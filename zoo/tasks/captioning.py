@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,18 @@ from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_caption
 
 PROMPT = "a picture of"
-"""What the published model begins every caption with."""
+"""The words with which the published model begins every caption."""
 
 
 class Captioning:
-    """The task, which is its own only stage. `model` is dense; its special tokens are read."""
+    """The task, in one stage: itself.
+
+    Args:
+        data: Images with captions.
+        words: Spells captions.
+        device: Device of the model.
+        model: The dense model; its special tokens are read.
+    """
 
     name = "captioning"
 
@@ -31,7 +38,7 @@ class Captioning:
         self.words = words
         self.device = device
         self.config = model.config
-        # The words of scenes have no prompt, and its captions may be short.
+        # The vocabulary of scenes has no words for the prompt, and captions of scenes may be short.
         self.prompt = PROMPT if words.cleaned else ""
         self.beams = None if words.cleaned else Beams(max_length=min(30, model.config.text.positions))
 
@@ -45,31 +52,31 @@ class Captioning:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens in front of a caption that are given, [DEC] included."""
+        """Number of tokens in front of a caption that are given, [DEC] included."""
         return self._spell([self.prompt])[0].shape[1] - 1
 
-    def inputs(self, samples: range) -> dict[str, Any]:
-        """Images [B, 3, H, W] with the first caption of each, ids and mask [B, T]."""
-        captions = [self.data.records[place].captions[0] for place in samples]
+    def inputs(self, samples: range) -> dict[str, Tensor]:
+        """Return images ``[B, 3, H, W]`` with the first caption of each, ids and mask ``[B, T]``."""
+        captions = [self.data.records[index].captions[0] for index in samples]
         if self.words.cleaned:
             captions = [clean_caption(caption) for caption in captions]
         ids, mask = self._spell([f"{self.prompt} {caption}".strip() for caption in captions])
         return {"images": self._images(samples), "input_ids": ids, "attention_mask": mask}
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """The `caption` that the model writes about each image."""
+        """Return the ``caption`` that the model writes about each image."""
         del earlier
         prompt = self._spell([self.prompt])[0][0, :-1]
         written = write_captions(cast(Captioner, model), self._images(samples), prompt, self.beams)
         return [{"caption": self.words.decode(ids.tolist())} for ids in written]
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-        """BLEU and CIDEr, see :func:`zoo.metrics.captions.caption_metrics`."""
+        """Return BLEU and CIDEr, see :func:`zoo.metrics.captions.caption_metrics`."""
         written = [result["caption"] for result in results[self.name]]
         return caption_metrics(written, [record.captions for record in self.data.records])
 
     def _images(self, samples: range) -> Tensor:
-        return torch.cat([self.data[place].images for place in samples]).to(self.device)
+        return torch.cat([self.data[index].images for index in samples]).to(self.device)
 
     def _spell(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         limit = min(CAPTION_TOKENS, self.config.text.positions)

@@ -1,4 +1,4 @@
-"""Texts as models take them: :func:`spell` for BLIP's retrieval, captioning and answering, :func:`clip_texts` for CLIP."""
+"""Turn texts into ids: :func:`spell` for BLIP's retrieval, captioning and answering, :func:`clip_texts` for CLIP."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ CAPTION_TOKENS, QUESTION_TOKENS, RETRIEVAL_TOKENS = 40, 35, 35
 """The longest texts that the published models take, special tokens included."""
 
 FIRST = 1
-"""What the texts of a mini CLIP begin with, [ENC] of scenes."""
+"""Id of the token with which texts of a mini CLIP begin: [ENC] of scenes."""
 
 
 def spell(
     words: Words, texts: Sequence[str], *, first: int, end: int, limit: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Texts between two special tokens.
+    """Spell texts between two special tokens.
 
     Args:
-        words: spells.
-        texts: B of them.
-        first: id in front.
-        end: id behind.
-        limit: longer texts are cut, in front of the end; None leaves them.
+        words: Spells single texts.
+        texts: B texts.
+        first: Id in front of each.
+        end: Id behind each.
+        limit: Number of tokens to which longer texts are cut, special tokens included. None cuts nothing.
 
     Returns:
-        ids [B, T], padded with 0, and mask [B, T] (1: token).
+        Ids ``[B, T]``, padded with 0, and mask ``[B, T]``, 1 for a token.
     """
     rows = []
     for ids, mask in zip(*words.encode(texts), strict=True):
@@ -47,12 +47,16 @@ def spell(
 
 
 def clip_texts(config: ClipConfig, vocabulary: Path | None) -> Callable[[Sequence[str]], Tensor]:
-    """What turns texts into the ids [B, T] of a CLIP model.
+    """Return a function from texts to the ids ``[B, T]`` of a CLIP model.
 
-    A mini model reads the words of scenes, others the word pieces of OpenAI, which open_clip brings along.
+    A mini model reads the words of scenes; others read the word pieces of OpenAI, which come with open_clip.
+
+    Args:
+        config: Configuration of the model.
+        vocabulary: Has to be None.
 
     Raises:
-        DataError: a vocabulary was given, which CLIP does not take, or open_clip is not installed.
+        DataError: A vocabulary is given, which CLIP does not take, or open_clip is not installed.
     """
     if vocabulary is not None:
         raise DataError("CLIP brings its own word pieces; leave the vocabulary out.")

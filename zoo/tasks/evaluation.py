@@ -1,13 +1,11 @@
-"""From settings to a result file: :func:`evaluate_settings` loads, prunes, evaluates and writes; `madtp eval` calls it."""
+"""From settings to a result file: :func:`evaluate_settings`, which ``madtp eval`` calls."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +20,7 @@ from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
 from madtp.saving.model_folder import CONFIG
 from madtp.tuning.search import KNOBS
+from zoo.registry import weights_folder
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
 
@@ -34,17 +33,22 @@ class EvaluationSettings:
     """What is evaluated on what.
 
     Attributes:
-        model: name in the zoo.
-        checkpoint: name of embedded weights, a file, or a folder that `madtp.save` wrote; None for random weights, drawn by
-            `seed`.
-        data, root, split, annotations, limit, seed: see :func:`zoo.data`.
-        reduction: share of the dense MACs to save by calibration; None leaves the model as it is.
-        calibration_split: samples that it is calibrated on.
-        calibration_samples: how many of them, from the start.
-        batch_size: samples of a call.
-        vocabulary: a BERT `vocab.txt`, for models of full size.
-        answers: a JSON list of answers to choose from, for models that answer questions; None lets them write answers.
-        device: "cpu", "cuda" ...
+        model: Name in the zoo.
+        checkpoint: Name of shipped weights, a file, or a folder that :func:`madtp.save` wrote. None for random weights, drawn
+            by ``seed``.
+        data: See :func:`zoo.data`.
+        root: See :func:`zoo.data`.
+        split: See :func:`zoo.data`.
+        annotations: See :func:`zoo.data`.
+        limit: See :func:`zoo.data`.
+        seed: See :func:`zoo.data`.
+        reduction: Fraction of the dense MACs to save by calibration. None leaves the model as it is.
+        calibration_split: Split to calibrate on.
+        calibration_samples: Samples of that split to calibrate on, from its start.
+        batch_size: Samples of a call.
+        vocabulary: A BERT ``vocab.txt``, for models of full size.
+        answers: A JSON list of answers to choose from, for models that answer questions. None lets them write answers.
+        device: "cpu", "cuda" and so on.
     """
 
     model: str
@@ -72,8 +76,8 @@ class EvaluationSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings as JSON values."""
         return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
 
 
@@ -84,42 +88,56 @@ def evaluate_settings(
     per_sample: bool = False,
     begin: Callable[[int], None] = lambda samples: None,
     advance: Callable[[int], None] = lambda samples: None,
-) -> dict[str, Any]:
-    """Evaluate and write `output`, a JSON file; return its content.
+) -> dict[str, object]:
+    """Evaluate and write ``output``, a JSON file; return its content.
 
-    While it runs, finished batches lie in a folder beside the file, from which the same evaluation goes on when it was
-    interrupted. Started by torchrun or accelerate in several processes, they share the batches out, and the first one writes.
+    While the evaluation runs, results of finished batches are kept in a folder beside the file. If it is interrupted, the same
+    evaluation goes on from there. Several processes, started by torchrun or accelerate, share the batches, and the first one
+    writes.
 
     Args:
-        settings: what to evaluate.
-        output: file to write, replaced if it is there.
-        per_sample: also write what was found for each sample: answers, and tokens kept at each site.
-        begin, advance: told how many samples this process has over all stages, and how many are done each time; for a
-            progress bar.
+        settings: What to evaluate.
+        output: File to write; it is replaced if it exists.
+        per_sample: Also write the results of each sample: answers, and tokens kept at each site.
+        begin: Called once with the number of samples that this process has, over all stages; for a progress bar.
+        advance: Called with the number of samples that were done since the last call.
+
+    Raises:
+        ConfigError: ``output`` is a folder.
     """
     if output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file for the result.")
     with joined(settings.device) as (processes, device):
-        return _evaluate(settings, output, per_sample, begin, advance, processes, torch.device(device))
+        return _evaluate(
+            settings,
+            output,
+            per_sample=per_sample,
+            begin=begin,
+            advance=advance,
+            processes=processes,
+            device=torch.device(device),
+        )
 
 
 def _evaluate(
     settings: EvaluationSettings,
     output: Path,
+    *,
     per_sample: bool,
     begin: Callable[[int], None],
     advance: Callable[[int], None],
     processes: Processes,
     device: torch.device,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     dense = zoo.create(settings.model)
-    task = _task(settings, dense, settings.split, settings.limit, settings.annotations, device)
+    annotations = settings.annotations
+    task = _task(settings, dense, settings.split, limit=settings.limit, annotations=annotations, device=device)
     setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
     parts = Parts(output.with_name(output.name + PARTS), setup)
     processes.wait()  # a folder that another process begins to fill would not look like that of an evaluation
     model = _load(settings).to(device)
     if settings.reduction is not None:
-        model = _prune(settings, dense, model, parts, processes, device)
+        model = _prune(settings, dense, model, parts=parts, processes=processes, device=device)
     begin(len(task.stages) * sum(map(len, processes.share(batches(task, settings.batch_size)))))
     size = settings.batch_size
     found = evaluate(model, task, batch_size=size, parts=parts, advance=advance, processes=processes)
@@ -136,6 +154,7 @@ def _task(
     settings: EvaluationSettings,
     model: nn.Module,
     split: str,
+    *,
     limit: int | None,
     annotations: Path | None,
     device: torch.device,
@@ -149,16 +168,16 @@ def _task(
         limit=limit,
         seed=settings.seed,
     )
-    return build_task(settings.model, model, data, device, settings.vocabulary, settings.answers)
+    return build_task(settings.model, model, data, device, vocabulary=settings.vocabulary, answers=settings.answers)
 
 
 def _load(settings: EvaluationSettings) -> nn.Module:
-    """The model with its weights, pruned if they are those of a pruned one."""
+    """Return the model with its weights, pruned if the weights are those of a pruned model."""
     if settings.checkpoint is None:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             return zoo.create(settings.model)
-    shipped = Path(str(resources.files("zoo"))) / "weights" / settings.model / settings.checkpoint
+    shipped = weights_folder(settings.model) / settings.checkpoint
     for folder in (Path(settings.checkpoint), shipped):
         if folder.is_dir():
             return madtp.load(folder, zoo.create(settings.model)).eval()
@@ -169,12 +188,17 @@ def _prune(
     settings: EvaluationSettings,
     dense: nn.Module,
     model: nn.Module,
+    *,
     parts: Parts,
     processes: Processes,
     device: torch.device,
 ) -> PrunedModel:
-    """Rewrite if need be, and calibrate, in one process; where parts are there, with the setting that they were made with."""
-    task = _task(settings, dense, settings.calibration_split, settings.calibration_samples, None, device)
+    """Rewrite the model unless it is pruned, and calibrate it in one process.
+
+    If the evaluation was interrupted, its results were made with a calibrated strength: the same one is set again.
+    """
+    split, limit = settings.calibration_split, settings.calibration_samples
+    task = _task(settings, dense, split, limit=limit, annotations=None, device=device)
     first = task.inputs(batches(task, settings.batch_size)[0])
     pruned = model if isinstance(model, PrunedModel) else madtp.rewrite(model, first).eval()
     known = parts.get(CALIBRATION) if processes.main else None
@@ -187,7 +211,7 @@ def _prune(
     return pruned
 
 
-def _calibrated(pruned: PrunedModel, task: Task, settings: EvaluationSettings) -> dict[str, Any]:
+def _calibrated(pruned: PrunedModel, task: Task, settings: EvaluationSettings) -> dict[str, object]:
     assert settings.reduction is not None
     calls = [task.inputs(places) for places in batches(task, settings.batch_size)]
     steer = madtp.calibrate(pruned, calls, reduction=settings.reduction).steer
@@ -195,7 +219,7 @@ def _calibrated(pruned: PrunedModel, task: Task, settings: EvaluationSettings) -
 
 
 def _fingerprints(settings: EvaluationSettings) -> dict[str, list[int]]:
-    """Size and time of change of the files that were named, as a path may hold something else when a run goes on."""
+    """Return size and time of change of the files that were named: a path may hold another file when a run is resumed."""
     named = [Path(settings.checkpoint or ""), settings.annotations, settings.vocabulary, settings.answers]
     files = [path / CONFIG if path.is_dir() else path for path in named if path is not None]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
@@ -205,7 +229,7 @@ def _versions() -> dict[str, str]:
     return {"madtp_version": madtp.__version__, "torch_version": str(torch.__version__)}
 
 
-def _content(settings: EvaluationSettings, task: Task, model: nn.Module, found: Evaluation) -> dict[str, Any]:
+def _content(settings: EvaluationSettings, task: Task, model: nn.Module, found: Evaluation) -> dict[str, object]:
     pruning = None
     if isinstance(model, PrunedModel):
         pruning = {**model.config.to_dict(), "gain": model.gain, "temperature": model.temperature}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from madtp.evaluation.task import Result
 from zoo.datasets.records import DataSet, PairStatement
@@ -16,7 +15,7 @@ from zoo.transforms.texts import STATEMENT_WORDS, clean_caption
 
 
 class Reasoning:
-    """The task, which is its own only stage."""
+    """The task, in one stage: itself."""
 
     name = "reasoning"
 
@@ -33,9 +32,9 @@ class Reasoning:
     def ids(self) -> Sequence[str]:
         return [record.id for record in self.data.records]
 
-    def inputs(self, samples: range) -> dict[str, Any]:
-        """Image pairs [B, 2, 3, H, W], statements [B, T] and their mask."""
-        items = [self.data[place] for place in samples]
+    def inputs(self, samples: range) -> dict[str, Tensor]:
+        """Return image pairs ``[B, 2, 3, H, W]``, statements ``[B, T]`` and their mask."""
+        items = [self.data[index] for index in samples]
         texts = [item.record.statement for item in items]
         ids, mask = self.words.encode(
             [clean_caption(t, STATEMENT_WORDS) for t in texts] if self.words.cleaned else texts
@@ -47,12 +46,13 @@ class Reasoning:
         }
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """The answer, 1 for true, of each sample."""
+        """Return the ``answer``, 1 for true, to each sample."""
         del earlier
-        return [{"answer": answer} for answer in model(**self.inputs(samples)).argmax(-1).tolist()]
+        logits: Tensor = model(**self.inputs(samples))
+        return [{"answer": answer} for answer in logits.argmax(-1).tolist()]
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-        """`accuracy`, and `accuracy/KIND` of each kind of statement where kinds are known."""
+        """Return ``accuracy`` and, where kinds of statement are known, ``accuracy/KIND`` of each."""
         answers = [result["answer"] for result in results[self.name]]
         labels = [record.label for record in self.data.records]
         kinds = [record.kind for record in self.data.records]

@@ -26,7 +26,15 @@ from zoo.tasks.vocabulary import Words, words_for
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What a task is built of: the unpruned model, its data, the device of both, its vocabulary, and a list of answers."""
+    """What a task is built of.
+
+    Attributes:
+        model: The dense model.
+        data: The data set.
+        device: Device of the model.
+        vocabulary: See :func:`zoo.tasks.vocabulary.words_for`.
+        answers: Answers that a model for questions chooses from; None lets it write them.
+    """
 
     model: Any
     data: DataSet[Any]
@@ -49,14 +57,14 @@ _TASKS: dict[str, tuple[str, Builder]] = {
     "blip_caption*": ("captioning", lambda r: Captioning(r.data, r.words, r.device, r.model)),
     "blip_vqa*": ("questions", lambda r: Answering(r.data, r.words, r.device, r.model, r.answers)),
 }
-"""By pattern of a model's name: its task, one of `zoo.datasets.registry.TASKS`, and what builds it."""
+"""Task (one of :data:`zoo.datasets.registry.TASKS`) and its builder, by pattern of a model's name."""
 
 
 def task_of(model: str) -> str:
-    """The task that a model of the zoo is for.
+    """Return the name of the task that a model of the zoo is for.
 
     Raises:
-        UnknownModelError: it is for none that can be evaluated.
+        UnknownModelError: The model is for no task that can be evaluated.
     """
     return _find(model)[0]
 
@@ -66,22 +74,23 @@ def build_task(
     model: nn.Module,
     data: DataSet[Any],
     device: torch.device,
-    vocabulary: Path | None,
+    *,
+    vocabulary: Path | None = None,
     answers: Path | None = None,
 ) -> Task:
-    """The task of a model on a data set.
+    """Return the task of a model on a data set.
 
     Args:
-        name: of the model in the zoo.
-        model: not pruned; its configuration is read.
-        data: with the transform of the model.
-        device: of the model.
-        vocabulary: see :func:`zoo.tasks.vocabulary.words_for`.
-        answers: a JSON list of the answers that a model for questions chooses from; None lets it write them.
+        name: Name of the model in the zoo.
+        model: The dense model; its configuration is read.
+        data: The data set, with the transform of the model.
+        device: Device of the model.
+        vocabulary: See :func:`zoo.tasks.vocabulary.words_for`.
+        answers: A JSON list of the answers that a model for questions chooses from. None lets it write them.
 
     Raises:
-        DataError: the data set serves another task, or words do not fit the model.
-        UnknownModelError: the model is for no task that can be evaluated.
+        DataError: The data set serves another task, or the vocabulary does not fit the model.
+        UnknownModelError: The model is for no task that can be evaluated.
     """
     task, builder = _find(name)
     served = describe_data(data.name).tasks

@@ -1,14 +1,14 @@
-"""Which text fits which image? :class:`Retrieval`, for BLIP: features of all first, then matching of the most similar.
+"""Which text fits which image? :class:`Retrieval` for BLIP compares features, then matches the most similar pairs.
 
-:class:`ClipRetrieval`, for CLIP, has features alone.
+:class:`ClipRetrieval` for CLIP compares features alone.
 
-Axes: I images and J texts of the data set, B of a batch, T tokens, N image tokens, E width of the features.
+Axes: I images and J texts of the data set, B samples of a batch, T tokens of a text, N image tokens, E width of the features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,13 @@ from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_caption
 
 CANDIDATES = {"coco": 256, "flickr30k": 128, "scenes_captions": 16}
-"""Texts that are matched for each image, and images for each text, by data set; published for the first two."""
+"""By data set, how many texts are matched for each image, and images for each text. Those of COCO and Flickr are published."""
 FEATURES, MATCHING = "features", "matching"
 TOWER = "visual_encoder"
 
 
 class CaptionedImages:
-    """Images and captions of a data set, as the tasks of retrieval take them."""
+    """Images and captions of a data set; the base of both tasks."""
 
     name = "retrieval"
 
@@ -48,26 +48,34 @@ class CaptionedImages:
     def ids(self) -> Sequence[str]:
         return [record.id for record in self.data.records]
 
-    def inputs(self, samples: range) -> dict[str, Any]:
-        """Images [B, 3, H, W] with the first caption of each, ids and mask [B, T]."""
-        texts = [self.data.records[place].captions[0] for place in samples]
+    def inputs(self, samples: range) -> dict[str, Tensor]:
+        """Return images ``[B, 3, H, W]`` with the first caption of each, as :meth:`texts` has it."""
+        texts = [self.data.records[index].captions[0] for index in samples]
         return {"images": self.images(samples), **self.texts(texts)}
 
     def images(self, places: Sequence[int]) -> Tensor:
-        """The images at these places, [B, 3, H, W]."""
+        """Return the images at these places of the data set, ``[B, 3, H, W]``."""
         return torch.cat([self.data[place].images for place in places]).to(self.device)
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What the model takes of texts, [B, T]."""
+        """Return texts as arguments of the model, ``[B, T]``."""
         raise NotImplementedError
 
     def captions_of(self, samples: range) -> list[int]:
-        """Places of the captions of these images."""
+        """Return the places of these images' captions among all captions."""
         return [place for place, owner in enumerate(self.owners) if owner in samples]
 
 
 class Retrieval(CaptionedImages):
-    """The task of BLIP. `model` is dense; its special tokens are read."""
+    """The task of BLIP, in two stages.
+
+    Args:
+        data: Images with captions.
+        words: Spells captions.
+        device: Device of the model.
+        model: The dense model; its special tokens are read.
+        candidates: How many texts are matched for each image, and images for each text. None takes :data:`CANDIDATES`.
+    """
 
     def __init__(
         self,
@@ -88,7 +96,7 @@ class Retrieval(CaptionedImages):
         return self._stages
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Ids and mask of texts, [B, T]."""
+        """Return ids and mask of texts, ``[B, T]``."""
         if self.words.cleaned:
             texts = [clean_caption(text) for text in texts]
         limit = min(RETRIEVAL_TOKENS, self.config.text.positions)
@@ -96,7 +104,7 @@ class Retrieval(CaptionedImages):
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-        """Recalls, see :func:`zoo.metrics.recall.recalls`."""
+        """Return recalls, see :func:`zoo.metrics.recall.recalls`."""
         to_texts = torch.full((len(self.ids), len(self.captions)), LEFT_OUT)
         to_images = torch.full((len(self.captions), len(self.ids)), LEFT_OUT)
         for place, result in enumerate(results[MATCHING]):
@@ -109,7 +117,13 @@ class Retrieval(CaptionedImages):
 
 
 class ClipRetrieval(CaptionedImages):
-    """The task of CLIP: features decide. `encode` makes ids [B, T] of texts."""
+    """The task of CLIP, where features decide.
+
+    Args:
+        data: Images with captions.
+        device: Device of the model.
+        encode: Turns texts into ids ``[B, T]``.
+    """
 
     def __init__(
         self, data: DataSet[CaptionedImage], device: torch.device, encode: Callable[[Sequence[str]], Tensor]
@@ -122,11 +136,11 @@ class ClipRetrieval(CaptionedImages):
         return (Features(self),)
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Ids of texts, [B, T]."""
+        """Return ids of texts, ``[B, T]``."""
         return {"input_ids": self.encode(texts).to(self.device)}
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-        """Recalls, see :func:`zoo.metrics.recall.recalls`."""
+        """Return recalls, see :func:`zoo.metrics.recall.recalls`."""
         features = results[FEATURES]
         images = torch.tensor([result["image"] for result in features])
         texts = torch.tensor([feature for result in features for feature in result["texts"]])
@@ -135,7 +149,7 @@ class ClipRetrieval(CaptionedImages):
 
 
 class Features:
-    """The first stage: features of images and of their captions."""
+    """The first stage: features of images and of their captions, of length 1."""
 
     name = FEATURES
 
@@ -143,7 +157,10 @@ class Features:
         self.task = task
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """`image`: a feature, `texts`: one for each caption; `left`: image tokens that survive in a pruned model."""
+        """Return the features of each image, ``image``, and of its captions, ``texts``.
+
+        In a model that prunes, ``left`` is how many tokens of the image survive.
+        """
         del earlier
         captions = self.task.captions_of(samples)
         images = model(images=self.task.images(samples)).image_features.tolist()
@@ -159,8 +176,8 @@ class Features:
 class Matching:
     """The second stage: the most similar pairs are matched.
 
-    Encoded images are kept in memory (1.8 MB each of BLIP base), as the captions of any image may ask for them, without the
-    tokens that a pruned model dropped: texts attend to as many as the fullest image has left.
+    Encoded images are kept in memory, as the captions of any image may need them: 1.8 MB each of BLIP base, less in a pruned
+    model, whose dropped tokens are left out. Images of a call are padded to the length of the image with most tokens.
     """
 
     name = MATCHING
@@ -172,35 +189,42 @@ class Matching:
         self.dense_macs: dict[int, float] = {}
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """`texts`: [caption, score] of the candidates of each image; `images`: [image, score] of those of its captions."""
+        """Return the candidates of each image, ``texts``, as [caption, score].
+
+        ``images`` holds the candidates of each of its captions as [image, score].
+        """
         features = earlier[FEATURES]
         images = torch.tensor([result["image"] for result in features])
         texts = torch.tensor([feature for result in features for feature in result["texts"]])
         fullest = max(result.get("left", 0) for result in features)
         results = []
         for image in samples:
-            own = self.task.captions_of(range(image, image + 1))
-            found = self._score(model, images[image] @ texts.T, lambda text, image=image: (image, text), fullest)
-            of_captions = [
-                self._score(model, texts[text] @ images.T, lambda image, text=text: (image, text), fullest)
-                for text in own
-            ]
-            results.append({"texts": found, "images": of_captions})
+            best, captions = self._candidates(images[image] @ texts.T)
+            found = self._match(model, [(image, caption) for caption in captions], best, fullest)
+            of_captions = []
+            for caption in self.task.captions_of(range(image, image + 1)):
+                best, others = self._candidates(texts[caption] @ images.T)
+                scores = self._match(model, [(other, caption) for other in others], best, fullest)
+                of_captions.append([list(pair) for pair in zip(others, scores, strict=True)])
+            results.append({"texts": [list(pair) for pair in zip(captions, found, strict=True)], "images": of_captions})
         return results
 
-    def _score(self, model: nn.Module, similar: Tensor, pair: Any, fullest: int) -> list[list[float]]:
-        """Match the most similar of a row; `pair` says of a place in it which image and which caption are meant."""
+    def _candidates(self, similar: Tensor) -> tuple[Tensor, list[int]]:
+        """Return the highest similarities of a row ``[J]`` or ``[I]``, and their places in it."""
         best, places = similar.topk(min(self.task.candidates, len(similar)))
-        pairs = [pair(place) for place in places.tolist()]
+        return best, places.tolist()
+
+    def _match(self, model: nn.Module, pairs: Sequence[tuple[int, int]], similar: Tensor, fullest: int) -> list[float]:
+        """Return the scores of pairs of an image and a caption: similarity ``[B]`` plus the logit of a match."""
         self._encode(model, [image for image, _ in pairs])
         tokens, mask = _padded([self.encoded[image] for image, _ in pairs], fullest)
-        texts = self.task.texts([self.task.captions[text] for _, text in pairs])
+        texts = self.task.texts([self.task.captions[caption] for _, caption in pairs])
         with compared_with(self._dense_macs(model, texts)):
             logits = match(
                 cast(Matcher, model), tokens.to(self.task.device), **texts, image_mask=mask.to(self.task.device)
             )
-        scores = best + logits[:, 1].cpu()
-        return [list(found) for found in zip(places.tolist(), scores.tolist(), strict=True)]
+        scores: list[float] = (similar + logits[:, 1].cpu()).tolist()
+        return scores
 
     def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
         new = sorted(set(images) - self.encoded.keys())
@@ -213,7 +237,7 @@ class Matching:
             self.encoded |= {image: own[:count].cpu() for image, own, count in zip(part, tokens, counts, strict=True)}
 
     def _dense_macs(self, model: nn.Module, texts: Mapping[str, Tensor]) -> float | None:
-        """Of matching a text of this length with all tokens of an image; None of a model that is not pruned."""
+        """Return the MACs of matching a text of this length with all tokens of an image; None for a dense model."""
         if not isinstance(model, PrunedModel):
             return None
         length = texts["input_ids"].shape[1]
@@ -224,7 +248,7 @@ class Matching:
 
 
 def _padded(images: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Images [K, V] with zeros after them, [B, N, V], N at least `length`, and their mask [B, N], 1 for a token."""
+    """Return images ``[K, V]`` padded with zeros, ``[B, N, V]`` with N at least ``length``, and their mask ``[B, N]``."""
     tokens, mask = (
         pad_sequence(rows, batch_first=True)
         for rows in (images, [torch.ones(len(image), dtype=torch.long) for image in images])

@@ -1,6 +1,6 @@
-"""Texts to ids and back, for the models of the zoo: :func:`words_for`.
+"""Turn texts into ids and back: :func:`words_for`.
 
-Full-size models read a vocabulary that the user supplies, mini models the words of scenes.
+Models of full size read a vocabulary that the user supplies; mini models read the words of scenes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from madtp.errors import DataError
 from zoo.scenes.tokens import VOCABULARY, encode
 
 Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-"""Texts -> ids [B, T], with [ENC] first, and mask [B, T] (1: token)."""
+"""Takes texts; returns ids ``[B, T]``, [ENC] first, and mask ``[B, T]``, 1 for a token."""
+
+FEW = 1000
+"""Mini models have fewer ids than this."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class Words:
     """How a model's texts are spelled.
 
     Attributes:
-        encode: texts -> ids [B, T], [ENC] first, and mask [B, T] (1: token).
-        decode: ids -> text, without special tokens.
-        cleaned: whether texts have to be cleaned as BLIP does; the texts of scenes are as they should be.
+        encode: Takes texts; returns ids ``[B, T]``, [ENC] first, and mask ``[B, T]``, 1 for a token.
+        decode: Takes ids; returns the text without special tokens.
+        cleaned: Whether texts are cleaned as BLIP does. The texts of scenes need no cleaning.
     """
 
     encode: Encode
@@ -34,14 +37,14 @@ class Words:
 
 
 def words_for(vocabulary_size: int, vocabulary: Path | None) -> Words:
-    """The words of a model.
+    """Return how a model's texts are spelled.
 
     Args:
-        vocabulary_size: number of the model's ids.
-        vocabulary: a BERT `vocab.txt`; None stands for the words of scenes.
+        vocabulary_size: Number of the model's ids.
+        vocabulary: A BERT ``vocab.txt``. None stands for the words of scenes.
 
     Raises:
-        DataError: the model has a full vocabulary and none is given, or another one.
+        DataError: The model has a vocabulary of full size, and none or another one is given.
     """
     if vocabulary is None:
         if vocabulary_size > FEW:
@@ -58,10 +61,6 @@ def words_for(vocabulary_size: int, vocabulary: Path | None) -> Words:
             f"{vocabulary_size}; give the vocabulary that the model was trained with."
         )
     return Words(tokenizer, tokenizer.decode, cleaned=True)
-
-
-FEW = 1000
-"""Ids of a mini model are fewer."""
 
 
 def _words_of_scenes(ids: Sequence[int]) -> str:

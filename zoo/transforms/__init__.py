@@ -1,14 +1,14 @@
-"""Images and texts as models take them. Start with :func:`evaluation` and :func:`training`.
+"""Transforms: turn images and texts of data sets into what models take.
 
-`images.py` holds these two, `augment.py` the random augmentation of training, `texts.py` how captions and questions are
-cleaned, `pairs.py` how statements about two images are turned round.
+Start with :func:`evaluation` and :func:`training` in ``images.py``. ``augment.py`` has the random augmentation of training,
+``texts.py`` cleans captions and questions, ``pairs.py`` exchanges left and right in statements about two images.
 """
 
 from __future__ import annotations
 
 from zoo.transforms.augment import PUBLISHED_OPERATIONS, RandomAugment
 from zoo.transforms.images import evaluation, for_model, training
-from zoo.transforms.pairs import turned_round
+from zoo.transforms.pairs import swap_sides
 from zoo.transforms.texts import clean_caption, clean_question
 
 __all__ = [
@@ -19,5 +19,5 @@ __all__ = [
     "PUBLISHED_OPERATIONS",
     "clean_caption",
     "clean_question",
-    "turned_round",
+    "swap_sides",
 ]

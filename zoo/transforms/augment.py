@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) in the variant that BLIP was trained with: :class:`RandomAugment`.
 
-It differs from the paper's: an operation that was drawn is applied in half of the cases, magnitudes reach to 10, and pixels
-from outside are grey. At BLIP's magnitude 5, brightness and sharpness have factor 1 and change nothing.
+It differs from the paper: an operation that was drawn is applied with probability one half, magnitudes go up to 10, and pixels
+from outside the image are grey. At BLIP's magnitude 5, brightness and sharpness have factor 1 and change nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,20 @@ GREY = (128, 128, 128)
 _SHEAR, _PIXELS, _DEGREES = 0.3, 10.0, 30.0
 
 Operation = Callable[[Image.Image, float], Image.Image]
-"""An RGB image and a strength, the magnitude as a share of LARGEST, negative in half of the cases."""
+"""Takes an RGB image and a strength: the magnitude as a fraction of :data:`LARGEST`, negative with probability one half."""
 
 
 class RandomAugment:
-    """Applies `count` operations, drawn with repetition, each with probability one half. Chance is torch's."""
+    """Draw operations with repetition, and apply each with probability one half. Randomness is torch's.
+
+    Args:
+        count: Number of operations to draw.
+        magnitude: Magnitude of all operations, 0 to :data:`LARGEST`.
+        operations: Names of operations to draw from.
+
+    Raises:
+        ConfigError: A number is out of range, or an operation is unknown.
+    """
 
     def __init__(self, count: int = 2, magnitude: int = 5, operations: Sequence[str] = PUBLISHED_OPERATIONS) -> None:
         if count < 0 or not 0 <= magnitude <= LARGEST:
@@ -48,7 +57,7 @@ class RandomAugment:
         self.operations = tuple(operations)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An RGB image -> an RGB image of the same size."""
+        """Return the augmented RGB image, of the same size."""
         for _ in range(self.count):
             name = self.operations[int(torch.randint(len(self.operations), ()))]
             apply, negative = (torch.rand(2) < 0.5).tolist()
@@ -67,31 +76,35 @@ def _auto_contrast(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
     del strength
-    return functional.autocontrast(image)
+    changed: Image.Image = functional.autocontrast(image)
+    return changed
 
 
 def _equalize(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
     del strength
-    return functional.equalize(image)
+    changed: Image.Image = functional.equalize(image)
+    return changed
 
 
 def _factor(strength: float) -> float:
-    """From 0.1 to 1.9; the sign has no say."""
+    """Return a factor from 0.1 to 1.9; the sign of the strength does not matter."""
     return 0.1 + 1.8 * abs(strength)
 
 
 def _brightness(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
-    return functional.adjust_brightness(image, _factor(strength))
+    changed: Image.Image = functional.adjust_brightness(image, _factor(strength))
+    return changed
 
 
 def _sharpness(image: Image.Image, strength: float) -> Image.Image:
     from torchvision.transforms import functional
 
-    return functional.adjust_sharpness(image, _factor(strength))
+    changed: Image.Image = functional.adjust_sharpness(image, _factor(strength))
+    return changed
 
 
 def _rotate(image: Image.Image, strength: float) -> Image.Image:
@@ -99,7 +112,7 @@ def _rotate(image: Image.Image, strength: float) -> Image.Image:
 
 
 def _affine(matrix: Callable[[float], tuple[float, ...]]) -> Operation:
-    """By the matrix that says for each pixel of the result where it comes from, in rows."""
+    """Return the operation whose matrix, given in rows, maps each pixel of the result to where it comes from."""
 
     def apply(image: Image.Image, strength: float) -> Image.Image:
         return image.transform(

@@ -1,9 +1,8 @@
-"""From an RGB image to the tensor that a model takes: :func:`evaluation`, :func:`training`, as BLIP was trained."""
+"""Turn RGB images into the tensors that models take, as BLIP does: :func:`evaluation` and :func:`training`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from madtp.errors import ConfigError
 from zoo.datasets.records import Transform
@@ -15,18 +14,22 @@ SMALLEST_CROP = 0.5
 
 
 def evaluation(size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Squeeze an image to size by size pixels (bicubic), scale to [0, 1] and normalise: [3, size, size]."""
+    """Return a transform to ``[3, size, size]``, which scales pixels to [0, 1] and normalises.
+
+    Images are resized (bicubic) whatever their aspect ratio.
+    """
     from torchvision import transforms
 
     _check(size)
     resize = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, *_finish(mean, std)])
+    composed: Transform = transforms.Compose([resize, *_finish(mean, std)])
+    return composed
 
 
 def training(size: int, mean: Sequence[float], std: Sequence[float], smallest_crop: float = SMALLEST_CROP) -> Transform:
-    """A random crop, squeezed as in :func:`evaluation`, mirrored by chance and augmented: [3, size, size].
+    """Return a transform as :func:`evaluation` does, of a random crop that is flipped at random and augmented.
 
-    Chance is torch's. Of a pair, each image is cropped and mirrored for itself, as BLIP does.
+    Randomness is torch's. Each image of a pair is cropped and flipped by itself, as BLIP does.
     """
     from torchvision import transforms
 
@@ -36,16 +39,19 @@ def training(size: int, mean: Sequence[float], std: Sequence[float], smallest_cr
     crop = transforms.RandomResizedCrop(
         size, scale=(smallest_crop, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
     )
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), RandomAugment(), *_finish(mean, std)])
+    composed: Transform = transforms.Compose(
+        [crop, transforms.RandomHorizontalFlip(), RandomAugment(), *_finish(mean, std)]
+    )
+    return composed
 
 
 def for_model(name: str) -> Transform:
-    """The evaluation transform with the size and normalisation of a model of the zoo."""
+    """Return the evaluation transform with the image size and normalisation of a model of the zoo."""
     entry = describe(name)
     return evaluation(entry.input_size[1], entry.mean, entry.std)
 
 
-def _finish(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+def _finish(mean: Sequence[float], std: Sequence[float]) -> list[object]:
     from torchvision import transforms
 
     return [transforms.ToTensor(), transforms.Normalize(tuple(mean), tuple(std))]

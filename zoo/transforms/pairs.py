@@ -1,4 +1,4 @@
-"""A statement about two images, turned round: :func:`turned_round`."""
+"""Exchange left and right in a statement about two images: :func:`swap_sides`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from zoo.datasets.records import PairStatement, Sample
 _OTHER = {"left": "right", "right": "left"}
 
 
-def turned_round(sample: Sample[PairStatement]) -> Sample[PairStatement]:
-    """Left and right exchanged, in the images and in the words, so that the label still holds.
+def swap_sides(sample: Sample[PairStatement]) -> Sample[PairStatement]:
+    """Exchange left and right, in the images and in the words, so that the label still holds.
 
     BLIP trains on half of the samples in this form.
     """

@@ -1,4 +1,4 @@
-"""How BLIP cleans texts before they are tokenised: :func:`clean_caption`, :func:`clean_question`."""
+"""Clean texts as BLIP does before they are tokenised: :func:`clean_caption`, :func:`clean_question`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ CAPTION_WORDS, STATEMENT_WORDS, QUESTION_WORDS = 30, 40, 50
 
 
 def clean_caption(text: str, words: int = CAPTION_WORDS) -> str:
-    """A caption or statement in lower case, marks as gaps, with at most so many words (BLIP: 30 of a caption, 40 of a
-    statement)."""
+    """Return a caption or statement in lower case, with marks replaced by spaces, cut to ``words`` words.
+
+    BLIP keeps 30 words of a caption and 40 of a statement.
+    """
     spaced = _GAPS.sub(" ", _MARKS.sub(" ", text.lower()))
     return _first(spaced.rstrip("\n").strip(" "), words)
 
 
 def clean_question(text: str, words: int = QUESTION_WORDS) -> str:
-    """A question in lower case without marks (the question mark stays), with at most so many words."""
+    """Return a question in lower case without marks, cut to ``words`` words. The question mark stays."""
     return _first(_MARKS.sub("", text.lower()).rstrip(" "), words)
 
 

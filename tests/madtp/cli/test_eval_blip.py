@@ -9,12 +9,12 @@ from typing import Any
 import dataset_files
 import pytest
 import torch
+from reranking import rerank
 from typer.testing import CliRunner
 
 import madtp
 import zoo
 from madtp.cli.app import app
-from zoo.blip.matching import rerank
 from zoo.datasets.records import CaptionedImage
 from zoo.tasks import build_task
 from zoo.tasks.encode_text import spell
@@ -77,7 +77,7 @@ def test_retrieval_by_published_files(tmp_path: Path) -> None:
         "mean_recall"
     }
     data = zoo.data("coco", tmp_path, "test", transform=zoo.transforms.for_model("blip_retrieval_mini"))
-    task: Any = build_task("blip_retrieval_mini", model, data, torch.device("cpu"), None)
+    task: Any = build_task("blip_retrieval_mini", model, data, torch.device("cpu"))
     with torch.no_grad():
         images, texts = model(images=task.images(range(3))), model(**task.texts(task.captions))
         similar = images.image_features @ texts.text_features.T
@@ -140,5 +140,5 @@ def test_inputs_of_a_task_are_a_call_of_its_model(tmp_path: Path) -> None:
         model = zoo.create(name)
         data = zoo.data("coco", tmp_path, "test", transform=zoo.transforms.for_model(name))
         assert isinstance(data.records[0], CaptionedImage)
-        task = build_task(name, model, data, torch.device("cpu"), None)
+        task = build_task(name, model, data, torch.device("cpu"))
         assert madtp.count_macs(model, task.inputs(range(2))) > 0

@@ -33,7 +33,7 @@ def test_clip_retrieves_scenes_by_features(tmp_path: Path) -> None:
         tmp_path / "e.json", "-m", "clip_mini", "-k", str(tmp_path / "w.pth"), "-d", "scenes_captions", "--per-sample"
     )
     data = zoo.data("scenes_captions", limit=5, transform=zoo.transforms.for_model("clip_mini"))
-    task: Any = build_task("clip_mini", model, data, torch.device("cpu"), None)
+    task: Any = build_task("clip_mini", model, data, torch.device("cpu"))
     with torch.no_grad():
         similar = (
             model(images=task.images(range(5))).image_features @ model(**task.texts(task.captions)).text_features.T

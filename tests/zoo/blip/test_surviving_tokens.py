@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from reranking import rerank
 from small_blip import inputs, small
 from torch import Tensor
 
 import madtp
 from madtp.errors import DataError
-from zoo.blip.matching import match, matching_distance, matching_loss, rerank
+from zoo.blip.matching import match, matching_distance, matching_loss
 from zoo.blip.surviving_tokens import compacted, surviving_mask, surviving_tokens
 
 

@@ -16,7 +16,7 @@ import madtp
 import zoo
 from madtp.errors import ConfigError, DataError
 from zoo.blip.config import BLIP_BASE, VQA_BASE, BlipConfig, TextConfig
-from zoo.blip.losses import answer_loss, caption_loss
+from zoo.blip.losses import answer_loss, next_token_losses
 
 TASKS = sorted(tasks.TASKS)
 
@@ -247,7 +247,7 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
         BlipConfig(text=TextConfig(vocabulary=10))
 
 
-def test_caption_loss_is_the_mean_over_what_is_predicted() -> None:
+def test_losses_of_captions_are_those_of_what_is_predicted() -> None:
     torch.manual_seed(0)
     ids, mask = tasks.texts(2, 6, tasks.BEGIN)
     logits = torch.randn(2, 6, tasks.SMALL.text.vocabulary)
@@ -255,7 +255,8 @@ def test_caption_loss_is_the_mean_over_what_is_predicted() -> None:
     targets[mask == 0] = -100
     targets[:, :2] = -100
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), label_smoothing=0.1)
-    torch.testing.assert_close(caption_loss(logits, ids, mask, prompt=2), expected)
+    losses, predicted = next_token_losses(logits, ids, mask, prompt=2, smoothing=0.1)
+    torch.testing.assert_close(losses.sum() / predicted.sum(), expected)
 
 
 def test_answer_loss_weighs_answers() -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from process_group import run_workers
+from reranking import rerank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ import madtp
 from madtp.errors import ConfigError, DataError
 from madtp.processes import current
 from zoo import load_checkpoint
-from zoo.blip.matching import LEFT_OUT, matching_loss, rerank
+from zoo.blip.matching import LEFT_OUT, matching_loss
 from zoo.objectives.momentum_contrast import MomentumContrast
 
 WIDTH = tasks.SMALL.embedding

@@ -164,7 +164,7 @@ def card(output: Path) -> dict[str, Any]:
 
 def retested(model: torch.nn.Module, name: str) -> dict[str, Any]:
     """What a model scores in the test of the cards."""
-    return cards.test_task(model, name, DATA[name], 4, 0)
+    return cards.test_task(model, name, DATA[name], items=4, seed=0)
 
 
 @pytest.mark.heavy

@@ -19,7 +19,7 @@ from madtp.training import TrainingConfig, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from madtp.training.run import read_config
-from zoo.recipes.compress_data import Settings, build
+from zoo.recipes.compress_data import CompressDataSettings, build
 from zoo.recipes.data_loader import Loader
 
 RECIPES = Path(zoo.__file__).parent / "recipes"
@@ -45,7 +45,7 @@ FIXTURES = {
 def test_a_recipe_holds_what_was_published(name: str) -> None:
     content = read_config(RECIPES / f"{name}.toml")
     settings, training = (
-        from_plain(Settings, content["settings"], "settings"),
+        from_plain(CompressDataSettings, content["settings"], "settings"),
         TrainingConfig.from_dict(content["training"]),
     )
     batch, rate, decay, epochs, samples = PUBLISHED[name]

@@ -1,4 +1,4 @@
-"""The recipes on scenes for captions, questions and retrieval: lessons, start weights, and runs of two steps."""
+"""The recipes on scenes: start weights, settings of configs and cards, and runs of two steps."""
 
 from __future__ import annotations
 
@@ -16,126 +16,35 @@ from madtp.training import TrainingConfig, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from madtp.training.run import read_config
-from zoo.objectives.scene_batches import draw_batch
-from zoo.objectives.scenes import lesson_about, lesson_for
-from zoo.recipes import compress_scenes, scenes_dense
+from zoo.objectives.scene_statements import StatementObjective
+from zoo.recipes import compress_scenes, nlvr_scenes, scenes_dense
 from zoo.recipes.warm_start import start_from
-from zoo.scenes import VOCABULARY
-from zoo.scenes.single import ANSWERS
 
 RECIPES = Path(zoo.__file__).parent / "recipes"
 WEIGHTS = RECIPES.parent / "weights"
-MODELS = ("blip_caption_mini", "blip_vqa_mini", "blip_retrieval_mini", "clip_mini")
-TEXTS = {"blip_caption_mini": 2, "blip_vqa_mini": 3, "blip_nlvr_mini": 3}
 
 
-def words(ids: torch.Tensor) -> str:
-    return " ".join(VOCABULARY[i] for i in ids.tolist() if i < len(VOCABULARY) and not VOCABULARY[i].startswith("["))
+def test_statements_are_trained_densely_by_the_recipe_of_all_tasks() -> None:
+    settings = {"model": "blip_nlvr_mini", "start_from": "", "kinds": ["spatial"], "place_weight": 3.0}
+    learner = scenes_dense.build({**settings, "pictures_per_step": 2, "texts_per_picture": 3}, TrainingConfig())
+    objective = learner.objective
+    assert isinstance(objective, StatementObjective)
+    assert (objective.kinds, objective.count_weight, objective.place_weight) == (("spatial",), 1.0, 3.0)
+    assert float(learner.batch(0, range(2))["spatial"]) > 0
+    assert learner.batch(0, range(2))["input_ids"].shape[:2] == (2, 3)
 
 
-def test_pictures_are_the_same_whichever_rows_are_asked_for() -> None:
-    listed, whole = draw_batch(0, "train", 6, 5)
-    later, part = draw_batch(0, "train", 9, 2)
-    assert [(p.index, p.side) for p in listed] == [(3, 0), (3, 1), (4, 0), (4, 1), (5, 0)]
-    assert [(p.index, p.side) for p in later] == [(4, 1), (5, 0)]
-    assert all(torch.equal(whole[name][3:5], part[name]) for name in whole)
-    assert whole["things"].sum(1).tolist() == [len(picture.things) for picture in listed]
+def test_kinds_of_statement_are_refused_for_a_model_that_learns_none() -> None:
+    with pytest.raises(ConfigError, match="blip_vqa_mini learns none; leave kinds out"):
+        scenes_dense.build({"model": "blip_vqa_mini", "kinds": ["spatial"]}, TrainingConfig())
 
 
-@pytest.mark.parametrize("name", ["blip_nlvr_mini", *MODELS])
-def test_a_lesson_follows_from_its_place(name: str) -> None:
-    lesson = lesson_for(name, None, TEXTS.get(name, 1))
-    whole = lesson.batch(0, "train", 100, 8, range(6))
-    part = lesson.batch(0, "train", 100, 8, range(2, 4))
-    ids = whole["input_ids"][2:4]
-    assert torch.equal(ids[..., : part["input_ids"].shape[-1]], part["input_ids"])
-    output = lesson.module(**lesson.inputs(whole))
-    loss, metrics = lesson.losses(lesson.module, whole, output, 0.5)
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert 0 <= float(metrics["accuracy"]) <= 1
-    silent = {key for key, value in lesson.model.named_parameters() if value.grad is None}
-    assert not silent
-    assert all(0 <= score <= 1 for score in lesson.scores([output], [whole]).values())
-
-
-def test_questions_come_with_their_answers() -> None:
-    batch = lesson_for("blip_vqa_mini", None, 3).batch(0, "val", 0, 0, range(4))
-    assert batch["input_ids"].shape[:2] == batch["answer_ids"].shape[:2] == (4, 3)
-    assert {words(ids) for ids in batch["answer_ids"].flatten(0, 1)} <= set(ANSWERS)
-    assert float(batch["words"]) == 4 * 3 * 2
-
-
-def test_captions_of_a_picture_differ() -> None:
-    batch = lesson_for("blip_caption_mini", None, 2).batch(0, "val", 0, 0, range(4))
-    for first, second in batch["input_ids"]:
-        assert words(first) != words(second)
-        assert sorted(words(first).split()[4:]) == sorted(words(second).split()[4:])
-
-
-@pytest.mark.parametrize("name", ["blip_retrieval_mini", "clip_mini"])
-def test_pairs_follow_the_features_of_the_dense_model(name: str) -> None:
-    lesson = lesson_for(name, None, 1)
-    batch = lesson.batch(0, "train", 0, 0, range(4))
-    output = lesson.module(**lesson.inputs(batch))
-    assert float(lesson.distance(output, output).detach()) == pytest.approx(0.0, abs=1e-4)
-    turned = output._replace(image_features=-output.image_features)
-    distance = lesson.distance(output, turned)
-    assert float(distance.detach()) == pytest.approx(20.0, abs=1e-3)
-    distance.backward()
-    assert all(float(value.grad.norm()) > 0 for key, value in lesson.model.named_parameters() if "proj.weight" in key)
-
-
-@pytest.mark.parametrize("name", sorted({*MODELS} - {"clip_mini"}))
-def test_survivors_follow_the_image_tokens_of_the_dense_model(name: str) -> None:
-    lesson, dense = (lesson_for(name, None, TEXTS.get(name, 1)) for _ in range(2))
-    dense.model.load_state_dict(lesson.model.state_dict())
-    batch = lesson.batch(0, "train", 0, 0, range(4))
-    torch.manual_seed(0)
-    alike = lesson.distillation(lesson.module, dense.module, batch, lesson.module(**lesson.inputs(batch)))
-    assert float(alike.detach()) == pytest.approx(0.0, abs=1e-3)
-    pruned = madtp.rewrite(
-        lesson.module, lesson.inputs(batch), config=madtp.PruningConfig(alignment_tokens=4, gain=2.0)
+def test_the_former_names_of_settings_give_the_same_run() -> None:
+    card = json.loads((WEIGHTS / "blip_nlvr_mini" / "dense.json").read_text())
+    of_config = from_plain(
+        scenes_dense.DenseSceneSettings, read_config(RECIPES / "blip_nlvr_mini.toml")["settings"], "settings"
     )
-    output = pruned(**lesson.inputs(batch))
-    left = pruned.surviving("visual_encoder" if name == "blip_retrieval_mini" else "model.visual_encoder")
-    assert left is not None
-    apart = {}
-    for part, mask in (("survivors", left), ("dropped", ~left)):
-        torch.manual_seed(0)
-        tokens = torch.where(mask[..., None], -output.image_tokens, output.image_tokens)
-        apart[part] = float(
-            lesson.distillation(pruned, dense.module, batch, output._replace(image_tokens=tokens)).detach()
-        )
-    torch.manual_seed(0)
-    as_it_is = float(lesson.distillation(pruned, dense.module, batch, output).detach())
-    assert apart["dropped"] == pytest.approx(as_it_is, abs=1e-3)
-    assert abs(apart["survivors"] - as_it_is) > 1
-
-
-@pytest.mark.parametrize("name", ["blip_caption_mini", "blip_nlvr_mini"])
-def test_macs_are_those_of_one_text_however_many_are_asked(name: str) -> None:
-    once = lesson_for(name, None, 1)
-    asked = once.inputs(once.batch(0, "train", 0, 0, range(4)))
-    found = []
-    for texts in (1, 3):
-        torch.manual_seed(0)
-        lesson = lesson_for(name, None, texts)
-        inputs = {key: value if key == "images" else value.expand(-1, texts, -1) for key, value in asked.items()}
-        pruned = madtp.rewrite(lesson.module, inputs, config=madtp.PruningConfig(alignment_tokens=4, seed=0))
-        pruned(**inputs)
-        found.append(lesson.macs(pruned))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-
-
-def test_a_model_without_a_lesson_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no lesson for Linear"):
-        lesson_about(torch.nn.Linear(1, 1), 1)
-
-
-def test_statements_about_pairs_have_a_dense_recipe_of_their_own() -> None:
-    with pytest.raises(ConfigError, match=r"blip_nlvr_mini learns from pairs: its recipe is zoo\.recipes\.nlvr_scenes"):
-        scenes_dense.build({"model": "blip_nlvr_mini"}, TrainingConfig())
+    assert nlvr_scenes.build(card["settings"], TrainingConfig()).settings == of_config
 
 
 @pytest.mark.parametrize(("name", "share"), [("blip_retrieval_mini", 0.9), ("blip_vqa_mini", 0.9), ("clip_mini", 0.4)])
@@ -166,8 +75,8 @@ def test_config_files_are_valid(path: Path) -> None:
     content = read_config(path)
     TrainingConfig.from_dict(content["training"])
     settings = {
-        "zoo.recipes.scenes_dense": scenes_dense.Settings,
-        "zoo.recipes.compress_scenes": compress_scenes.Settings,
+        "zoo.recipes.scenes_dense": scenes_dense.DenseSceneSettings,
+        "zoo.recipes.compress_scenes": compress_scenes.CompressSceneSettings,
     }
     if content["recipe"] in settings:
         chosen: Any = from_plain(settings[content["recipe"]], content["settings"], "settings")
@@ -177,7 +86,7 @@ def test_config_files_are_valid(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(WEIGHTS.glob("*/*/card.json")), ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_settings_of_shipped_cards_can_be_used_again(path: Path) -> None:
     card = json.loads(path.read_text())
-    chosen = from_plain(compress_scenes.Settings, card["settings"], "settings")
+    chosen = from_plain(compress_scenes.CompressSceneSettings, card["settings"], "settings")
     assert chosen.model == path.parts[-3]
     assert card["calibration"]["reduction"] == pytest.approx(chosen.reduction, abs=0.01)
     assert TrainingConfig.from_dict(card["training"]).steps > 0

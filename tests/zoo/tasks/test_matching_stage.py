@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from reranking import rerank
 from small_blip import inputs, small
 from torch import Tensor
 
 import madtp
 from madtp.evaluation.meter import Meter, compared_with
-from zoo.blip.matching import match, rerank
+from zoo.blip.matching import match
 from zoo.blip.surviving_tokens import surviving_mask
 from zoo.tasks.retrieval import Features, Matching
 

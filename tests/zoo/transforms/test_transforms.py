@@ -114,11 +114,11 @@ def test_captions_and_questions_are_cleaned_as_published() -> None:
 def test_turning_a_pair_round_twice_changes_nothing() -> None:
     record = PairStatement("x", ("a", "b"), "the left image has more than the right one", 1)
     sample = Sample(record, torch.arange(6).view(2, 3, 1, 1))
-    turned = transforms.turned_round(sample)
+    turned = transforms.swap_sides(sample)
     assert turned.record.statement == "the right image has more than the left one"
     assert turned.record.images == ("b", "a")
     assert turned.images.flatten().tolist() == [3, 4, 5, 0, 1, 2]
-    again = transforms.turned_round(turned)
+    again = transforms.swap_sides(turned)
     assert again.record == record
     assert torch.equal(again.images, sample.images)
 
