@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from madtp.atomic_files import draft_of, publish, write_text
 from madtp.errors import CheckpointError
 
 FORMAT = "madtp-pruned-model"
 VERSION = 1
 CONFIG = "config.json"
-DRAFT = ".draft"
 SHOWN = 3
 
 
@@ -35,21 +34,15 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
     """
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
-    draft = folder / f"model.safetensors{DRAFT}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with draft_of(folder / "model.safetensors") as draft:
             save_file(stored, draft, metadata={"format": FORMAT})
             digest, size = _digest(draft), draft.stat().st_size
             name = f"model-{digest[:12]}.safetensors"
-            _publish(draft, folder / name)
-            file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
-            content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
-            config = folder / f"{CONFIG}{DRAFT}"
-            config.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            _publish(config, folder / CONFIG)
-        finally:
-            draft.unlink(missing_ok=True)
+            publish(draft, folder / name)
+        file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
+        content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
+        write_text(folder / CONFIG, json.dumps(content, indent=1, allow_nan=False) + "\n")
         for old in folder.glob("model-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -157,13 +150,6 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         )
         storages.add(memory)
     return stored, aliases
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Rename a complete file into place, once its content is on the disk."""
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def _digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ from small_vit import images, rewritten, vit
 from torch import Tensor, nn
 
 import madtp
-import madtp.saving.model_folder
 import zoo
 import zoo.registry
 from madtp import PrunedModel, PruningConfig
@@ -202,7 +202,16 @@ def test_overwriting_replaces_the_model_and_leaves_other_files(other: PrunedMode
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(other))
 
 
-@pytest.mark.parametrize("place", ["save_file", "_digest", "_publish", "json.dumps", "os.replace"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "saving.model_folder.save_file",
+        "saving.model_folder._digest",
+        "saving.model_folder.publish",
+        "saving.model_folder.json.dumps",
+        "atomic_files.os.replace",
+    ],
+)
 def test_a_save_that_dies_leaves_the_old_model(
     pruned: PrunedModel, other: PrunedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -210,7 +219,7 @@ def test_a_save_that_dies_leaves_the_old_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"madtp.saving.model_folder.{place}", die)
+        patch.setattr(f"madtp.{place}", die)
         with pytest.raises(KeyboardInterrupt):
             madtp.save(other, folder)
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(pruned))
@@ -221,7 +230,7 @@ def test_a_save_that_dies_leaves_the_old_model(
 def test_a_save_that_dies_at_the_last_rename_leaves_the_old_model(
     pruned: PrunedModel, other: PrunedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = madtp.saving.model_folder.os.replace
+    rename = os.replace
 
     def die_at_config(source: Path, target: Path) -> None:
         if target.name == "config.json":
@@ -229,7 +238,7 @@ def test_a_save_that_dies_at_the_last_rename_leaves_the_old_model(
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("madtp.saving.model_folder.os.replace", die_at_config)
+        patch.setattr("madtp.atomic_files.os.replace", die_at_config)
         with pytest.raises(CheckpointError, match="No space left"):
             madtp.save(other, folder)
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(pruned))
