@@ -23,10 +23,10 @@ from madtp.calls.record import record_call
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, MadtpError, NothingToPruneError, RewriteError
-from madtp.programs.cache import Builder
+from madtp.programs.cache import BuildProgram
+from madtp.programs.notes import of_calls
 from madtp.programs.program import Program
-from madtp.programs.region import of_calls
-from madtp.pruned import PrunedModel
+from madtp.pruned import AlignmentSpec, PrunedModel
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.plan.plan import _spec
 from rewriters.reporting import _report
@@ -130,28 +130,27 @@ def _assemble(model: nn.Module, found: Parts, config: PruningConfig, call: Call)
     complete = found.plan
     pruned = PrunedModel(
         share(model),
-        [_spec(s) for s in complete.sites],
-        [site_key(s.name) for s in complete.sites],
-        config,
-        _report(model, found),
-        complete.alignment_width,
-        complete.images,
-        complete.image_order,
+        sites={site_key(s.name): _spec(s) for s in complete.sites},
+        config=config,
+        report=_report(model, found),
+        alignment=AlignmentSpec(
+            width=complete.alignment_width, images=complete.images, image_order=complete.image_order
+        ),
     )
     for part in found.parts:
         region = part.region
-        own = pruned.stand_in(region.path, _builder(part, config), written=region.written, apart=region.apart)
-        own.adopt(part.rewritten.program, part.call)
+        own = pruned.replace_forward(region.path, _builder(part, config), embeddings=region.written, apart=region.apart)
+        own.add(part.rewritten.program, part.call)
         for inner in part.inner:
-            pruned.stand_in(inner.path, _builder(part, config, inner), inner=True, written=inner.written)
+            pruned.replace_forward(inner.path, _builder(part, config, inner), inner=True, embeddings=inner.written)
         if found.whole:
             for path in towers(pruned._host, complete):
-                pruned.stand_in(path, _of_tower(part, config, pruned, path), inner=True)
+                pruned.replace_forward(path, _of_tower(part, config, pruned, path), inner=True)
     pruned.example = record_call(call)
     return pruned
 
 
-def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> Builder:
+def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> BuildProgram:
     """What captures a part, or a region ``inner`` to it, for a further call signature, onto the sites that it has."""
     from rewriters.pipeline import build, build_continuation
 
@@ -180,7 +179,7 @@ def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> 
     return again
 
 
-def _of_tower(part: Part, config: PruningConfig, pruned: PrunedModel, path: str) -> Builder:
+def _of_tower(part: Part, config: PruningConfig, pruned: PrunedModel, path: str) -> BuildProgram:
     """What captures a tower of a model that is rewritten whole, for when a method of the model calls it."""
     from rewriters.regions import region_at
 

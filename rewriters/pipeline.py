@@ -187,16 +187,16 @@ def _compiled(done: Insertion, model: nn.Module, captured: Capture, region: Regi
     _name_from_root(done.graph, region)
     forward = compile_graph(done.graph, str(serial))
     return Program(
-        done.graph,
-        forward,
-        captured.out_spec,
-        captured.dynamic,
-        table,
-        constants,
-        captured.returned,
-        done.marked,
-        captured.limits,
-        captured.example.sizes(),
+        graph=done.graph,
+        forward=forward,
+        out_spec=captured.out_spec,
+        dynamic=captured.dynamic,
+        cost=table,
+        constants=constants,
+        returned=captured.returned,
+        marked=done.marked,
+        limits=captured.limits,
+        given=captured.example.sizes(),
     )
 
 

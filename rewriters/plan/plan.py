@@ -16,6 +16,7 @@ from torch import fx
 
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
+from madtp.method.guidance import ImageOrder
 from madtp.sites.scoring import Scores, SegmentSpec, SiteSpec
 from rewriters.capture.scope import Region
 from rewriters.detect.streams import Stream, Structure, Sublayer
@@ -100,7 +101,7 @@ class Plan:
     refusals: tuple[Refusal, ...]
     alignment_width: int
     images: int
-    image_order: str
+    image_order: ImageOrder
     version: int = PLAN_VERSION
 
     def to_dict(self) -> dict[str, Any]:
