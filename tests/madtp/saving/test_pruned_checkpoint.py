@@ -267,9 +267,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda f: tensor_file(f).unlink(), r"lacks model-\w+\.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), r"holds no config\.json"),
     "no folder": (shutil.rmtree, "there is no folder"),
-    "a file": (_as_file, "is no folder"),
-    "no json": (lambda f: (f / "config.json").write_text('{"format'), "is no JSON"),
-    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), "is no JSON"),
+    "a file": (_as_file, "is not a folder"),
+    "no json": (lambda f: (f / "config.json").write_text('{"format'), "is not JSON"),
+    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), "is not JSON"),
     "foreign": (
         lambda f: (f / "config.json").write_text('{"model_type": "clip"}'),
         "does not describe a model that madtp",
@@ -279,8 +279,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no version": (lambda f: change(f, lambda c: c.pop("version")), "its version is None"),
     "no pruning": (lambda f: change(f, lambda c: c.pop("pruning")), "damaged: KeyError"),
     "odd pruning": (lambda f: change(f, lambda c: c["pruning"].update(merg=1)), "did you mean 'merge'"),
-    "no tensor entry": (lambda f: change(f, lambda c: c["tensors"].pop("sha256")), "'tensors' is not whole"),
-    "a path": (lambda f: change(f, lambda c: c["tensors"].update(file="../x")), "is no name of a file"),
+    "no tensor entry": (lambda f: change(f, lambda c: c["tensors"].pop("sha256")), "'tensors' is incomplete"),
+    "a path": (lambda f: change(f, lambda c: c["tensors"].update(file="../x")), "does not name a file"),
     "odd gain": (lambda f: change(f, lambda c: c.update(gain="much")), "damaged: ValueError"),
 }
 
