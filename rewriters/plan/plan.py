@@ -15,6 +15,7 @@ from torch import nn
 
 from madtp.config import PruningConfig
 from madtp.errors import PlanError
+from madtp.method.guidance import ImageOrder
 from madtp.report import RefusalReport
 from madtp.sites.scoring import Scores, SegmentSpec, SiteSpec
 from rewriters.capture.scope import Region
@@ -157,7 +158,7 @@ class Plan:
     refusals: tuple[Refusal, ...]
     alignment_width: int
     images: int
-    image_order: str
+    image_order: ImageOrder
     version: int = PLAN_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -371,5 +372,3 @@ def _unfit(sublayer: Sublayer) -> Refusal | None:
             sublayer.path, sublayer.value.name, "it has fewer than 3 tokens", "example inputs with more tokens"
         )
     return None
-
-

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
+from madtp.atomic_files import replacing_file
 from madtp.evaluation import Task, evaluate
 from zoo.tasks import build_task
 from zoo.transforms import for_model
@@ -72,9 +73,9 @@ def write_release(
         card: Facts about the run.
         test: Takes the path of a weights file, and returns what the model scores with it.
     """
-    draft = path.with_suffix(".partial.safetensors")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    save_file({n: (v.half() if v.is_floating_point() else v).contiguous().clone() for n, v in weights.items()}, draft)
-    result = test(draft)
-    draft.replace(path)
+    stored = {n: (v.half() if v.is_floating_point() else v).contiguous().clone() for n, v in weights.items()}
+    with replacing_file(path) as draft:
+        save_file(stored, draft)
+        result = test(draft)
     path.with_suffix(".json").write_text(json.dumps({**card, "test": result}, indent=1) + "\n")
