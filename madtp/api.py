@@ -185,7 +185,7 @@ def _of_tower(part: Part, config: PruningConfig, pruned: PrunedModel, path: str)
     from rewriters.regions import region_at
 
     def again(module: nn.Module, further: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
-        with pruned._control.bypassing():
+        with pruned._control.running_original():
             region = region_at(pruned._host, part.call, path)
         return _builder(part, config, region)(module, further, serial, marked)
 
@@ -212,7 +212,7 @@ def _check(model: nn.Module, pruned: PrunedModel, found: Parts, call: Call) -> t
     if not found.whole:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
             pruned(*call.args, **call.kwargs)
-        pruned._control.begin()
+        pruned._control.clear_record()
         if len(pruned.report.notes) > known:
             note = pruned.report.notes[known]
             for part in found.parts:

@@ -163,14 +163,14 @@ class PrunedModel(nn.Module):
             return self._host(*args, **kwargs)
         for program in self._whole.candidates(call):
             with suppress(OtherBranch), self._control.call():
-                self._control.opened()
+                self._control.begin_program()
                 return self._whole.run(program, call)
         if self._whole.continues_pruned(call):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
             )
         Notes(self.report.notes).add(f"calls that run unpruned: {MANY_WAYS}")
-        self._control.begin()
+        self._control.clear_record()
         return self._host(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PrunedModel:
@@ -204,7 +204,7 @@ class PrunedModel(nn.Module):
     def aside(self) -> AbstractContextManager[None]:
         """Calls inside are not recorded: token counts, survivors, MACs and the alignment loss stay those of the forward
         before."""
-        return self._control.aside()
+        return self._control.unrecorded()
 
     def alignment_loss(self) -> Tensor:
         """L_align of the last forward (MAG): mean of 1 - cos between the modalities' pooled features; differentiable.
@@ -212,7 +212,7 @@ class PrunedModel(nn.Module):
         Raises:
             MadtpError: no forward with gradients enabled and pruning on has run, or only one modality is pruned.
         """
-        features = self._control.features
+        features = self._control.record.features
         sums: dict[str, Tensor] = {}
         for (_, modality), pooled in features.items():
             known = sums.get(modality)
@@ -241,13 +241,13 @@ class PrunedModel(nn.Module):
         """:meth:`macs`, by module path: as it was, or if all tokens, or none that may be pruned, had been kept."""
         self._recorded()
         control = self._control
-        total: dict[str, float] = {} if control.outside is None else {OUTSIDE: control.outside}
-        for run in control.runs:
+        total: dict[str, float] = {} if control.record.outside_macs is None else {OUTSIDE: control.record.outside_macs}
+        for run in control.record.runs:
             states = run.states if tokens == "kept" else {}
             counts = {} if tokens == "all" else {name: state.counts for name, state in run.states.items()}
             if tokens == "none":
                 counts = {name: torch.zeros_like(count) for name, count in counts.items()}
-            share = 1.0 if control.batch is None else run.batch() / control.batch
+            share = 1.0 if control.record.batch is None else run.batch() / control.record.batch
             active = control.active and tokens == "kept"
             for path, amount in run.program.cost.price(run.inputs, counts, active, states).items():
                 total[path] = total.get(path, 0.0) + amount * share
@@ -269,13 +269,13 @@ class PrunedModel(nn.Module):
     def code(self) -> str:
         """The rewritten forward of the last call as Python source; of several regions, one after the other."""
         self._recorded()
-        programs = {id(run.program): run.program for run in self._control.runs}
+        programs = {id(run.program): run.program for run in self._control.record.runs}
         return "\n".join(p.graph.python_code("self").src for p in programs.values())
 
     def _recorded(self) -> dict[str, Any]:
-        if not self._control.runs:
+        if not self._control.record.runs:
             raise MadtpError("no forward has run yet; call the model first.")
-        return self._control.states
+        return self._control.record.states
 
 
 def _as_one_call(
@@ -292,7 +292,7 @@ def _as_one_call(
                 if held_state((args, kwargs)) is not None:
                     raise
                 log.warning("%s runs once more, unpruned: %s", method.__name__, error)
-            with control.bypassing():
+            with control.running_original():
                 return method(*args, **kwargs)
 
     return called

@@ -26,7 +26,7 @@ from madtp.programs.checkpointing import in_pieces
 from madtp.programs.program import Program, Run
 from madtp.programs.single_sample import Pair, as_pair, doubled, doubled_dims, first_of_each, twice
 from madtp.sites.additions import PREFIX, Additions
-from madtp.tokens.cache_marks import MarkedAxes, any_dead, cleaned
+from madtp.tokens.cache_marks import MarkedAxes, any_marked, zero_marked
 
 log = logging.getLogger("madtp")
 CACHE = 16
@@ -89,7 +89,7 @@ class Programs:
         leaves = call.flat()[0]
         paths = [path for _, blueprint in call.form.held for path in blueprint.paths()]
         kept = zip(paths, (leaves[at] for at in sorted(call.held())), strict=True)
-        return any_dead((values, self.marked[path]) for path, values in kept if path in self.marked)
+        return any_marked((values, self.marked[path]) for path, values in kept if path in self.marked)
 
     def candidates(self, call: Call) -> Iterator[Program]:
         """The programs to try on ``call``: those for calls like it, then one that is captured for it."""
@@ -162,7 +162,7 @@ class Programs:
             return
         kept = call.held()
         leaves = [
-            cleaned(x) if at in kept and isinstance(x, Tensor) and x.is_floating_point() else x
+            zero_marked(x) if at in kept and isinstance(x, Tensor) and x.is_floating_point() else x
             for at, x in enumerate(call.flat()[0])
         ]
         visible = call.with_leaves(leaves)
@@ -205,11 +205,11 @@ class Programs:
             result = program.run_in_pieces(self.host, leaves)
         else:
             result = program.run(self.host, leaves)
-        states = {name: control.states[name] for name in program.sites if name in control.states}
+        states = {name: control.record.states[name] for name in program.sites if name in control.record.states}
         if isinstance(program, Pair):
             leaves = twice(leaves)
-            control.states.update(first_of_each(states))
-        control.runs.append(Run(program, [_meta(x) for x in leaves], states))
+            control.record.states.update(first_of_each(states))
+        control.record.runs.append(Run(program, [_meta(x) for x in leaves], states))
         if program.returned is None:
             return result
         plain, tensors = result

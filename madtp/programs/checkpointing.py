@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from madtp.programs.program import compile_graph
-from madtp.sites.site import PruningSite, ScoringAttention
+from madtp.sites.scoring import ScoringAttention
+from madtp.sites.site import PruningSite
 from madtp.tokens.attention import attention
 
 _STATEMENTS = ("call_module", "call_function", "call_method")

@@ -38,7 +38,7 @@ class RegionApart(StandIn):
         self.kinds: set[Any] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.control.bypassed:
+        if self.control.runs_original:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs)
@@ -77,7 +77,7 @@ class RegionApart(StandIn):
         together = self.apart.together(call, several)
         try:
             # A check is no part of the model's work: nobody counts it.
-            with torch.no_grad(), drawing_alike(), self.control.bypassing(), self.control.inside():
+            with torch.no_grad(), drawing_alike(), self.control.running_original(), self.control.in_program():
                 recipe = recipe_of(self.original, together, several, self.apart)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")
@@ -109,9 +109,9 @@ class _Records:
     def take(self, numbers: list[int]) -> None:
         """After a batch of the images ``numbers``."""
         control = self.control
-        states = dict(control.runs[-1].states) if control.runs else {}
-        features = {key: value for key, value in control.features.items() if key[0] in states}
-        counts = {name: value for name, value in control.kept_counts.items() if name.partition("[")[0] in states}
+        states = dict(control.record.runs[-1].states) if control.record.runs else {}
+        features = {key: value for key, value in control.record.features.items() if key[0] in states}
+        counts = {name: value for name, value in control.record.kept_counts.items() if name.partition("[")[0] in states}
         self.taken.append((numbers, states, features, counts))
 
     def give(self) -> None:
@@ -121,9 +121,9 @@ class _Records:
         order = torch.tensor([number for numbers, *_ in self.taken for number in numbers]).argsort()
         states = [states for _, states, _, _ in self.taken]
         for name in states[0]:
-            self.control.states[name] = _joined_states([own[name] for own in states if name in own], order)
-        _join_into(self.control.features, [features for _, _, features, _ in self.taken], order)
-        _join_into(self.control.kept_counts, [counts for *_, counts in self.taken], order)
+            self.control.record.states[name] = _joined_states([own[name] for own in states if name in own], order)
+        _join_into(self.control.record.features, [features for _, _, features, _ in self.taken], order)
+        _join_into(self.control.record.kept_counts, [counts for *_, counts in self.taken], order)
 
 
 def _join_into(record: dict[Key, Tensor], parts: Sequence[Mapping[Key, Tensor]], order: Tensor) -> None:
@@ -148,4 +148,12 @@ def _joined_states(states: Sequence[TokenState], order: Tensor) -> TokenState:
     fields = [torch.cat(same) for same in zip(*map(padded, states), strict=True)]
     index, valid, merged = (field[order.to(field.device)] for field in fields)
     full = max(state.full_length for state in states)
-    return TokenState(index, valid, merged, None, full, length, len(index), states[0].quirks)
+    return TokenState(
+        full_length=full,
+        length=length,
+        batch=len(index),
+        index=index,
+        valid=valid,
+        merged=merged,
+        quirks=states[0].quirks,
+    )

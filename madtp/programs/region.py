@@ -65,7 +65,7 @@ def watching(
     seen: list[str] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        if id(module) in watched and control.active and not (control.bypassed or control.depth_inside):
+        if id(module) in watched and control.active and not (control.runs_original or control.program_depth):
             seen.append(watched[id(module)])
 
     handle = register_module_forward_pre_hook(enter)
@@ -104,7 +104,7 @@ class Region(StandIn):
         self.keeps = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.control.bypassed and not self.programs.marked:
+        if self.control.runs_original and not self.programs.marked:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs)
@@ -112,15 +112,15 @@ class Region(StandIn):
             return self.original(*args, **kwargs)
         # What a pruned call has kept is read by programs alone: the original would attend to what was dropped.
         continues = self.programs.continues_pruned(call)
-        if self.control.bypassed and not continues:
+        if self.control.runs_original and not continues:
             return self.original(*args, **kwargs)
         if self.written and not continues:
             call, told = self._told(call)
             if not told:
                 return self.original(*args, **kwargs)
         for program in self._candidates(call, continues):
-            with suppress(OtherBranch), self.control.call(), self.control.inside():
-                self.control.opened()
+            with suppress(OtherBranch), self.control.call(), self.control.in_program():
+                self.control.begin_program()
                 result = self.programs.run(program, call)
                 if self.control.tracker is not None:
                     self.control.tracker.derived(call.flat()[0], result)
@@ -171,7 +171,7 @@ class Region(StandIn):
             return
         try:
             # What a capture computes is no part of the model's work: nobody counts it, least of all its symbols.
-            with self.control.inside():
+            with self.control.in_program():
                 further = self.programs.build(call)
         except MadtpError as error:
             self.failed.add(exact)
@@ -204,7 +204,7 @@ class HostForward(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         control = self.control
-        if control.bypassed:
+        if control.runs_original:
             return self.original(*args, **kwargs)
         call = normalise_call(self.module, args, kwargs)
         described = call
@@ -214,16 +214,16 @@ class HostForward(StandIn):
         if kind not in self.trusted:
             self.trusted[kind] = self._agrees(call)
         with control.call():
-            if control.depth > 1:
+            if control.call_depth > 1:
                 return self._run(kind, args, kwargs)
-            control.opened()
-            control.batch = call.samples()
+            control.begin_program()
+            control.record.batch = call.samples()
             return self._counted(described, kind, args, kwargs)
 
     def _run(self, kind: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.trusted[kind]:
             return self._followed(args, kwargs)
-        with self.control.bypassing():
+        with self.control.running_original():
             return self.original(*args, **kwargs)
 
     def _followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,13 +236,13 @@ class HostForward(StandIn):
         """Run, and count what the regions do not do where these sizes are new."""
         exact = signature(self.module, call, None)
         if exact in self.counted:
-            self.control.outside = self.counted[exact]
+            self.control.record.outside_macs = self.counted[exact]
             return self._run(kind, args, kwargs)
-        with Counter(lambda: self.control.depth_inside > 0) as counter:
+        with Counter(lambda: self.control.program_depth > 0) as counter:
             result = self._run(kind, args, kwargs)
         while len(self.counted) >= REMEMBERED:
             self.counted.pop(next(iter(self.counted)))
-        self.counted[exact] = self.control.outside = counter.total / (self.control.batch or 1)
+        self.counted[exact] = self.control.record.outside_macs = counter.total / (self.control.record.batch or 1)
         return result
 
     def _agrees(self, call: Call) -> bool:
@@ -268,7 +268,7 @@ class HostForward(StandIn):
     def _silently(self, call: Call, bypassed: bool) -> Any:
         if not bypassed:
             return self._followed(call.args, call.kwargs)
-        with self.control.bypassing():
+        with self.control.running_original():
             return self.original(*call.args, **call.kwargs)
 
 

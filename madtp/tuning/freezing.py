@@ -40,7 +40,7 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
         for batch in batches:
             call = normalise_call(pruned._host, *(((), batch) if isinstance(batch, Mapping) else (tuple(batch), {})))
             pruned(*call.args, **call.kwargs)
-            for name, counts in control.kept_counts.items():
+            for name, counts in control.record.kept_counts.items():
                 kept.setdefault(name, []).extend(counts.double().tolist())
     pruned.train(training)
     if not kept:

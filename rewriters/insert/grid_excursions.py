@@ -99,7 +99,7 @@ class Excursions:
             return None
         with self.done.graph.inserting_before(attention):
             arguments = (self.done.state(state, attention), base.shape, batch_dim, token_dim)
-            return self.carry(known.moves, self.done.graph.call_function(runtime.alive, arguments))
+            return self.carry(known.moves, self.done.graph.call_function(runtime.survivors_on_grid, arguments))
 
     def carry(self, moves: Moves, base: fx.Node) -> fx.Node:
         """A number for each token, ``base``, at the places where ``moves`` lead, at the graph's insertion point."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from madtp.tokens.cache_marks import MarkedAxes, placed
+from madtp.tokens.cache_marks import MarkedAxes, mark_dropped
 from rewriters.axes.grid import Moves
 from rewriters.axes.labels import Labels, any_tokens, seed, token_axis
 from rewriters.axes.outcome import batch_dim_of, labels_of
@@ -231,7 +231,7 @@ def _place(done: Insertion, value: fx.Node, labels: Labels, path: str, output: f
     axis = token_axis(labels[token_dim])
     assert axis is not None
     with done.graph.inserting_before(output):
-        new = done.graph.call_function(placed, (value, done.state(axis.source, output), token_dim, batch_dim))
+        new = done.graph.call_function(mark_dropped, (value, done.state(axis.source, output), token_dim, batch_dim))
     new.meta = dict(value.meta)
     done.marked[path] = MarkedAxes(batch_dim, token_dim, str(axis.source))
     return new

@@ -44,9 +44,9 @@ def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[s
     reads = [(node, _origins(node, flow, updated)) for node in graph.nodes if op_name(node) == "attention"]
     for path, value in updated.items():
         axes = marked[path]
-        state = _after(graph, value, runtime.alive_state, (axes.token_dim, axes.batch_dim))
+        state = _after(graph, value, runtime.cache_state, (axes.token_dim, axes.batch_dim))
         states[value] = state
-        clean = _after(graph, value, runtime.cleaned, ())
+        clean = _after(graph, value, runtime.zero_marked, ())
         clean.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
         for user in list(value.users):
             if user not in (output, clean, state):

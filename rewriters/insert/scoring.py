@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from madtp.sites.scoring import seen_on_grid
+from madtp.sites.scoring import grid_attention
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
 from rewriters.axes.grid import Moves
@@ -139,7 +139,7 @@ def seen_at(
     received = None
     if site.scores == "windows" and way is not None:
         received = excursions.carry(way, done.site_inputs[site.name])
-    return done.graph.call_function(seen_on_grid, (tokens, received, state, (site.batch_dim, site.token_dim)))
+    return done.graph.call_function(grid_attention, (tokens, received, state, (site.batch_dim, site.token_dim)))
 
 
 def _segments(done: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:
@@ -149,12 +149,12 @@ def _segments(done: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | Non
     nodes = {n.name: done.replaced.get(n, n) for n in (*done.replaced, *done.graph.nodes)}
     with done.graph.inserting_before(before):
         if site.mask is not None:
-            made = done.graph.call_function(segment_runtime.scattered, (nodes[site.mask],))
+            made = done.graph.call_function(segment_runtime.scattered_segments, (nodes[site.mask],))
         else:
             lengths = [_part_length(done, nodes[p.node], p.dim, before) for p in site.parts]
             numbers, special = [p.segment for p in site.parts], [p.special for p in site.parts]
             arguments = (lengths, numbers, special, before.args[0])
-            made = done.graph.call_function(segment_runtime.concatenated, arguments)
+            made = done.graph.call_function(segment_runtime.concatenated_segments, arguments)
     done.segment_maps[site.stream] = made
     return made
 

@@ -126,7 +126,7 @@ class Insertion:
             base = self.state(parent, before)
             with self.graph.inserting_before(before):
                 if kind == "rest":
-                    self.states[source] = self.graph.call_function(runtime.without_first, (base, source[2]))
+                    self.states[source] = self.graph.call_function(runtime.suffix_state, (base, source[2]))
                 elif kind == "range":
                     self.states[source] = self.graph.call_function(segment_runtime.range_state, (base, *source[2:]))
                 else:

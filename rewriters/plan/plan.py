@@ -287,12 +287,12 @@ def _unplaced(node: fx.Node, reason: str) -> Refusal:
 def _spec(site: SitePlan) -> SiteSpec:
     segments = tuple(SegmentSpec(s.modality, s.pruned, s.protected) for s in site.segments)
     return SiteSpec(
-        site.name,
-        site.modality,
-        site.width,
-        site.class_position,
-        site.protected,
-        site.causal,
-        segments,
-        site.keeps_last,
+        name=site.name,
+        modality=site.modality,
+        width=site.width,
+        class_position=site.class_position,
+        protected=site.protected,
+        causal=site.causal,
+        segments=segments,
+        keeps_last=site.keeps_last,
     )

@@ -67,8 +67,9 @@ def batch_mates_do_not_matter(program: Program, root: Any, control: PruningContr
     found = parted(alone, together)
     if not found:
         return
-    with _dense(control):
+    with control.unpruned():
         coupled = parted(_run(program, root, first_sample(call)), _run(program, root, call))
+    control.clear_record()
     for position, error in found.items():
         if position not in coupled:
             raise RewriteError(
@@ -106,18 +107,7 @@ def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
     finally:
         control.config, control.temperature, control.forced = before
         control.in_place = False
-        control.begin()
-
-
-@contextmanager
-def _dense(control: PruningControl) -> Iterator[None]:
-    temperature = control.temperature
-    control.temperature = 0.0
-    try:
-        yield
-    finally:
-        control.temperature = temperature
-        control.begin()
+        control.clear_record()
 
 
 def _run(program: Program, root: Any, call: Call) -> list[Any]:
@@ -126,7 +116,7 @@ def _run(program: Program, root: Any, call: Call) -> list[Any]:
 
 
 def _survivors(control: PruningControl) -> Forced:
-    return {name: kept_positions(state) for name, state in control.states.items()}
+    return {name: kept_positions(state) for name, state in control.record.states.items()}
 
 
 def _first_sample(kept: Tensor, batch: int, plan: Plan) -> Tensor | None:
