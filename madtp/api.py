@@ -117,7 +117,7 @@ def _note_what_cannot_pay(pruned: PrunedModel, found: Parts, config: PruningConf
     for part in found.parts:
         program, sites = part.rewritten.program, part.rewritten.plan.sites
         keys = {site.name: site_key(site.name) for site in sites}
-        names += unpaid(program, part.call.opened(program.given), sites, keys, config)
+        names += unpaid(program, part.call.flattened(program.given), sites, keys, config)
     if names:
         pruned.report.notes.append(UNPAID.format(", ".join(names), config.alignment_tokens))
 
@@ -160,7 +160,7 @@ def _builder(part: Part, config: PruningConfig, inner: Region | None = None) -> 
     names = frozenset(known)
 
     def again(module: nn.Module, further: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
-        if further.goes_on():
+        if further.continues():
             return build_continuation(module, further, marked, region=region, serial=serial)
         found = build(module, further, config, region=region, serial=serial, only=names)
         if inner is not None and any(_spec(s) != known[s.name] for s in found.plan.sites):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
-from madtp.calls.objects import held_state
-from madtp.calls.per_image import Apart
+from madtp.calls.objects import object_kind
+from madtp.calls.per_image import PerImageArguments
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
 from madtp.method.guidance import alignment_loss, mean_over_images
@@ -112,7 +112,13 @@ class PrunedModel(nn.Module):
         self._control.gradient_checkpointing = bool(value)
 
     def stand_in(
-        self, path: str, builder: Builder, *, inner: bool = False, written: str = "", apart: Apart | None = None
+        self,
+        path: str,
+        builder: Builder,
+        *,
+        inner: bool = False,
+        written: str = "",
+        apart: PerImageArguments | None = None,
     ) -> Programs:
         """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on.
 
@@ -289,7 +295,7 @@ def _as_one_call(
             try:
                 return method(*args, **kwargs)
             except ContinuationError as error:
-                if held_state((args, kwargs)) is not None:
+                if object_kind((args, kwargs)) is not None:
                     raise
                 log.warning("%s runs once more, unpruned: %s", method.__name__, error)
             with control.running_original():

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from madtp.calls.call import Call
-from madtp.calls.objects import CannotOpen, opened
-from madtp.calls.per_image import each_image
+from madtp.calls.objects import CannotFlatten, on_tensors
+from madtp.calls.per_image import per_image_module
 from madtp.config import PruningConfig
 from madtp.errors import CaptureError, MadtpError, NoSiteError, NothingToPruneError, PlanError, RewriteError
 from madtp.programs.program import Program, compile_graph
@@ -129,12 +129,12 @@ def open_all(
         CaptureError: an object cannot be opened.
     """
     try:
-        call = call.opened(sizes)
-    except CannotOpen as error:
+        call = call.flattened(sizes)
+    except CannotFlatten as error:
         raise CaptureError(
             f"{type(model).__name__} was called with an object that cannot be taken apart: {error}; leave it out of the call."
         ) from error
-    return each_image(opened(model, call.form, sizes), region.apart), call
+    return per_image_module(on_tensors(model, call.objects, sizes), region.apart), call
 
 
 @contextmanager

@@ -250,7 +250,7 @@ class _Walk:
             return Refusal(path, "", "others like it could not be captured", "rewrite it by itself")
         region, call = recorded.region(path), recorded.call
         if recorded.written is not None:
-            call = call.with_written(recorded.written[1])
+            call = call.with_image_positions(recorded.written[1])
         self.attempts += 1
         found = self._build(path, module, region, call)
         if isinstance(found, Part) or (found is not None and found.by_policy):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
-from madtp.calls.objects import CannotOpen, held_objects, held_state, opened
-from madtp.calls.per_image import Apart, each_image
+from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
+from madtp.calls.per_image import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.checkpointing import in_pieces
 from madtp.programs.program import Program, Run
@@ -68,7 +68,7 @@ class Programs:
         builder: Builder,
         *,
         inner: bool = False,
-        apart: Apart | None = None,
+        apart: PerImageArguments | None = None,
     ) -> None:
         self.path, self.module, self.host, self.builder, self.inner = path, module, host, builder, inner
         self.apart = apart
@@ -79,16 +79,15 @@ class Programs:
 
     def continues_pruned(self, call: Call) -> bool:
         """Whether ``call`` reads something from which an earlier, pruned call has dropped tokens."""
-        if not self.marked or held_state((call.args, call.kwargs)) is None:
+        if not self.marked or object_kind((call.args, call.kwargs)) is None:
             return False
         try:
-            call = call.opened(self.sizes)
-        except CannotOpen:
+            call = call.flattened(self.sizes)
+        except CannotFlatten:
             return False
-        assert call.form is not None
+        assert call.objects is not None
         leaves = call.flat()[0]
-        paths = [path for _, blueprint in call.form.held for path in blueprint.paths()]
-        kept = zip(paths, (leaves[at] for at in sorted(call.held())), strict=True)
+        kept = zip(call.objects.paths(), (leaves[at] for at in sorted(call.cache_leaves())), strict=True)
         return any_marked((values, self.marked[path]) for path, values in kept if path in self.marked)
 
     def candidates(self, call: Call) -> Iterator[Program]:
@@ -101,8 +100,8 @@ class Programs:
     def matching(self, call: Call) -> list[Program]:
         """The programs made for calls like ``call``, latest first; they differ in the way that the model's Python went."""
         try:
-            call = call.opened(self.sizes)
-        except CannotOpen:
+            call = call.flattened(self.sizes)
+        except CannotFlatten:
             return []
         leaves = call.flat()[0]
         return [
@@ -119,15 +118,15 @@ class Programs:
             MadtpError: from the rewrite, or because no program can serve a single sample.
         """
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
-        with suppress(CannotOpen):  # the builder says best what is wrong
-            call = call.opened(self.sizes)
+        with suppress(CannotFlatten):  # the builder says best what is wrong
+            call = call.flattened(self.sizes)
         captured, program = self._built(call)
         self._hold(program)
         if captured is not call:
             leaves = call.flat()[0]
             if not (are_free(doubled_dims(leaves), program.dynamic) and program.serves(leaves)):
                 program = self._serving_one(program, call)
-        if call.held() or self.inner or self.apart is not None:
+        if call.cache_leaves() or self.inner or self.apart is not None:
             self._check(program, call)
         self._remember(program, call)
         return program
@@ -160,7 +159,7 @@ class Programs:
         """
         if any(m.training for m in self.module.modules()):
             return
-        kept = call.held()
+        kept = call.cache_leaves()
         leaves = [
             zero_marked(x) if at in kept and isinstance(x, Tensor) and x.is_floating_point() else x
             for at, x in enumerate(call.flat()[0])
@@ -174,12 +173,12 @@ class Programs:
 
     def _opened(self, call: Call, program: Program) -> nn.Module:
         """The module as it takes ``call``."""
-        return each_image(opened(self.module, call.form, program.sizes()), self.apart)
+        return per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.apart)
 
     def adopt(self, program: Program, call: Call) -> None:
         """Take a program into the cache as the one for calls like ``call``."""
         self._hold(program)
-        self._remember(program, call.opened(self.sizes))
+        self._remember(program, call.flattened(self.sizes))
 
     def _hold(self, program: Program) -> None:
         """Give the program what it needs to run."""
@@ -198,7 +197,7 @@ class Programs:
     def run(self, program: Program, call: Call) -> Any:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
-        leaves = call.opened(program.given).flat()[0]
+        leaves = call.flattened(program.given).flat()[0]
         if control.gradient_checkpointing and torch.is_grad_enabled():
             if program.pieces is None:
                 program.pieces = in_pieces(program.graph, self.host, self.path or "whole")
@@ -213,7 +212,7 @@ class Programs:
         if program.returned is None:
             return result
         plain, tensors = result
-        return program.returned.close(plain, tensors, held_objects((call.args, call.kwargs)))
+        return program.returned.close(plain, tensors, objects_in((call.args, call.kwargs)))
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:

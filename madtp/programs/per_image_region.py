@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.compare import drawing_alike
-from madtp.calls.per_image import Apart, EachImage, Image, Recipe, by_kind, recipe_of
+from madtp.calls.per_image import Image, ImageResults, PerImageArguments, PerImageForward, by_kind, image_results
 from madtp.errors import ExampleInputsError, RewriteError
 from madtp.programs.cache import CACHE, Programs, StandIn
 from madtp.programs.region import Notes, Region
@@ -30,11 +30,11 @@ Key = TypeVar("Key")
 class RegionApart(StandIn):
     """The forward of a region that takes all images at once: its programs take a batch of images of one size."""
 
-    def __init__(self, programs: Programs, apart: Apart, control: PruningControl, notes: Notes) -> None:
+    def __init__(self, programs: Programs, apart: PerImageArguments, control: PruningControl, notes: Notes) -> None:
         super().__init__(programs.module)
         self.programs, self.apart, self.control, self.notes = programs, apart, control, notes
-        self.region = Region(programs, control, notes, original=EachImage(self.original, apart))
-        self.recipes: dict[Template, Recipe] = {}
+        self.region = Region(programs, control, notes, original=PerImageForward(self.original, apart))
+        self.recipes: dict[Template, ImageResults] = {}
         self.kinds: set[Any] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ class RegionApart(StandIn):
         with self.control.call():
             return self._run(call, images, recipe)
 
-    def _run(self, call: Call, images: Sequence[Image], recipe: Recipe) -> Any:
+    def _run(self, call: Call, images: Sequence[Image], recipe: ImageResults) -> Any:
         groups = by_kind(images)
         results: dict[int, list[Any]] = {}
         records = _Records(self.control, self.programs)
@@ -64,7 +64,7 @@ class RegionApart(StandIn):
         records.give()
         return recipe.join([results[number] for number in range(len(images))])
 
-    def _recipe(self, call: Call, images: Sequence[Image]) -> Recipe | None:
+    def _recipe(self, call: Call, images: Sequence[Image]) -> ImageResults | None:
         """How results are put together; images of a new size are checked once to come apart. None: they do not."""
         template = self._template(call)
         kinds = {image.kind for image in images}
@@ -74,11 +74,11 @@ class RegionApart(StandIn):
             self._note(MANY_SIZES)
             return None
         several = list(images) * 2 if len(images) == 1 else images
-        together = self.apart.together(call, several)
+        together = self.apart.join(call, several)
         try:
             # A check is no part of the model's work: nobody counts it.
             with torch.no_grad(), drawing_alike(), self.control.running_original(), self.control.in_program():
-                recipe = recipe_of(self.original, together, several, self.apart)
+                recipe = image_results(self.original, together, several, self.apart)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")
             return None

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.compare import compare, drawing_alike
-from madtp.calls.objects import CannotOpen, held_state
+from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.cost.counting import Counter
 from madtp.errors import ContinuationError, ExampleInputsError, MadtpError, NothingToPruneError
 from madtp.programs.cache import BRANCHES, MANY_WAYS, Programs, StandIn
@@ -123,7 +123,7 @@ class Region(StandIn):
                 self.control.begin_program()
                 result = self.programs.run(program, call)
                 if self.control.tracker is not None:
-                    self.control.tracker.derived(call.flat()[0], result)
+                    self.control.tracker.tag_result(call.flat()[0], result)
                 return result
         if continues:
             raise self._lost()
@@ -135,10 +135,10 @@ class Region(StandIn):
         if leaf is None or tracker is None:
             self._note("it was not called by the model's own forward, which shows where image features are written")
             return call, False
-        written = tracker.written(leaf)
+        written = tracker.image_positions(leaf)
         if written is None and "image" in (tracker.modalities(leaf) or ()):
             self._note("it cannot be followed where image features were written among its tokens")
-        return (call, False) if written is None else (call.with_written(written), True)
+        return (call, False) if written is None else (call.with_image_positions(written), True)
 
     def _lost(self) -> ContinuationError:
         self.keeps = False
@@ -150,11 +150,11 @@ class Region(StandIn):
 
     def _candidates(self, call: Call, continues: bool) -> Iterator[Program]:
         try:
-            call = call.opened(self.programs.sizes)
-        except CannotOpen as error:
+            call = call.flattened(self.programs.sizes)
+        except CannotFlatten as error:
             self._note(f"it was called with a {error}, which later calls may read again")
             return
-        if call.goes_on() and not continues:
+        if call.continues() and not continues:
             return
         for program in self._made(call):
             if program.marked and not self.keeps:
@@ -208,8 +208,8 @@ class HostForward(StandIn):
             return self.original(*args, **kwargs)
         call = normalise_call(self.module, args, kwargs)
         described = call
-        with suppress(CannotOpen):
-            described = call.opened(None)
+        with suppress(CannotFlatten):
+            described = call.flattened(None)
         kind = signature(self.module, described, _all_dims(described))
         if kind not in self.trusted:
             self.trusted[kind] = self._agrees(call)
@@ -251,7 +251,7 @@ class HostForward(StandIn):
         try:
             results = []
             for bypassed in (True, False):
-                own = call if held_state((call.args, call.kwargs)) is None else copy.deepcopy(call)
+                own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
                 with torch.no_grad(), drawing_alike(), self.control.unpruned():
                     results.append(self._silently(own, bypassed))
             compare(*results, values=not any(m.training for m in self.module.modules()))
@@ -274,7 +274,7 @@ class HostForward(StandIn):
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:
     leaves = call.flat()[0]
-    held = call.held()
+    held = call.cache_leaves()
     return tuple(
         tuple(range(x.dim())) if isinstance(x, Tensor) else (0,) if at in held else () for at, x in enumerate(leaves)
     )

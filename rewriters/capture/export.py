@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
-from madtp.calls.image_positions import WRITTEN
-from madtp.calls.objects import Returned, returned_by
-from madtp.calls.per_image import Apart, computing_one
+from madtp.calls.image_positions import IMAGE_POSITIONS
+from madtp.calls.objects import ResultSpec, result_spec_of
+from madtp.calls.per_image import PerImageArguments, taking_one_image
 from madtp.calls.size_limits import Limits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
@@ -43,7 +43,7 @@ from rewriters.graph.nodes import AxisError, attribute
 
 log = logging.getLogger("madtp")
 # A program, and how to close the objects that it returns opened.
-Exported = tuple[torch.export.ExportedProgram, Returned | None]
+Exported = tuple[torch.export.ExportedProgram, ResultSpec | None]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Capture:
     dynamic: tuple[tuple[int, ...], ...]
     example: Call
     placeholders: list[str] = field(default_factory=list)
-    returned: Returned | None = None
+    returned: ResultSpec | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -161,11 +161,11 @@ def _untraceable(model: nn.Module, failure: str) -> CaptureError:
     )
 
 
-def _capture_apart(model: nn.Module, call: Call, region: Region, apart: Apart) -> Capture:
+def _capture_apart(model: nn.Module, call: Call, region: Region, apart: PerImageArguments) -> Capture:
     """One image of a batch is traced, its size known; what that computes is then written for any number of them."""
     leaves = call.flat()[0]
     first = call.with_leaves([x[0] if isinstance(x, Tensor) else x for x in leaves])
-    with computing_one(model), Knowing():
+    with taking_one_image(model), Knowing():
         exported, failure = _export(model, first, tuple(() for _ in leaves), {})
     if exported is None:
         raise _untraceable(model, failure)
@@ -190,7 +190,7 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def _exported(model: nn.Module, call: Call, region: Region, answers: Answers) -> tuple[Exported | None, str]:
     """The model exported with as many free sizes as possible, or why it cannot be."""
-    first, *others, fixed = _dynamic_choices(call.flat()[0], call.held(), region)
+    first, *others, fixed = _dynamic_choices(call.flat()[0], call.cache_leaves(), region)
     program, failure = _export(model, call, first, answers)
     if program is not None:
         return program, ""
@@ -217,7 +217,7 @@ def _export(
     try:
         with _traceable(), Answering(answers), untouched(model):
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
-        return (program, returned_by(model)), ""
+        return (program, result_spec_of(model)), ""
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]
         return None, f"{type(error).__name__}: {lines[0]}"
@@ -260,7 +260,7 @@ def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
 
 
 def _to_capture(
-    program: torch.export.ExportedProgram, returned: Returned | None, call: Call, region: Region
+    program: torch.export.ExportedProgram, returned: ResultSpec | None, call: Call, region: Region
 ) -> Capture:
     limits = limits_of(_inputs(program))
     module = program.module(check_guards=False)
@@ -280,7 +280,7 @@ def _to_capture(
     inputs = placeholders(graph)
     dynamic: list[tuple[int, ...]] = []
     by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
-    if region.written and WRITTEN in call.kwargs:
+    if region.written and IMAGE_POSITIONS in call.kwargs:
         by_place[region.written].meta["written"] = inputs[-1]
     for (place, leaf), node in zip(leaves, inputs, strict=True):
         known = region.modalities.get(pytree.keystr(place))

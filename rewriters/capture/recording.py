@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.modality_tracking import Tracker
-from madtp.calls.objects import CannotOpen, cannot_open
+from madtp.calls.objects import CannotFlatten, flattening_error
 from madtp.errors import ExampleInputsError
 from rewriters.capture.export import blamed_on_the_inputs
 from rewriters.capture.scope import Region
@@ -96,8 +96,8 @@ def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
             return
         state = None
         try:
-            call = call.opened()
-        except CannotOpen as error:
+            call = call.flattened()
+        except CannotFlatten as error:
             state = str(error)
         leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
         modalities = {pytree.keystr(place): tracker.modalities(leaf) for place, leaf in leaves}
@@ -110,7 +110,7 @@ def _enter(path: str, recording: Recording, tracker: Tracker) -> Any:
 
 
 def _written(leaves: list[tuple[Any, Any]], tracker: Tracker) -> tuple[str, Tensor] | None:
-    found = [(pytree.keystr(place), tracker.written(leaf)) for place, leaf in leaves]
+    found = [(pytree.keystr(place), tracker.image_positions(leaf)) for place, leaf in leaves]
     known = [(place, written) for place, written in found if written is not None]
     return known[0] if len(known) == 1 else None
 
@@ -120,7 +120,7 @@ def _leave(path: str, recording: Recording, tracker: Tracker) -> Any:
         recording.active.pop()
         if path in recording.calls:
             recorded = recording.calls[path]
-            recorded.state = recorded.state or cannot_open(output)
-            tracker.follow(output, recorded.read)
+            recorded.state = recorded.state or flattening_error(output)
+            tracker.watch_reads(output, recorded.read)
 
     return hook

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from madtp.calls.per_image import Apart
+from madtp.calls.per_image import PerImageArguments
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Region:
     modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
     read: tuple[int, ...] = ()
     written: str = ""
-    apart: Apart | None = None
+    apart: PerImageArguments | None = None
 
     def inside(self, name: str) -> str:
         """The path in the whole model of what lies at ``name`` in the region."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from madtp.calls.call import Call
-from madtp.calls.objects import Returned
+from madtp.calls.objects import ResultSpec
 from madtp.tokens import cache_marks as runtime
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.axes.labels import Axis, Factor, any_tokens, plain
@@ -22,7 +22,7 @@ from rewriters.axes.propagate import Flow, propagate
 from rewriters.graph.nodes import AxisError, call_argument, example_shape, normal_dim, op_name
 
 
-def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[str, MarkedAxes]) -> None:
+def hide_dead(graph: fx.Graph, call: Call, returned: ResultSpec, marked: Mapping[str, MarkedAxes]) -> None:
     """Give every attention that reads kept tensors the slots it may see, in place.
 
     Args:
@@ -60,11 +60,11 @@ def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[s
     graph.lint()
 
 
-def _kept(graph: fx.Graph, call: Call, returned: Returned, output: fx.Node) -> dict[str, tuple[fx.Node, fx.Node]]:
+def _kept(graph: fx.Graph, call: Call, returned: ResultSpec, output: fx.Node) -> dict[str, tuple[fx.Node, fx.Node]]:
     """Kept tensors by path: as they come in, and as they go out."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    coming = [placeholders[leaf] for leaf in sorted(call.held())]
-    paths = [path for _, blueprint in (call.form.held if call.form else ()) for path in blueprint.paths()]
+    coming = [placeholders[leaf] for leaf in sorted(call.cache_leaves())]
+    paths = call.objects.paths() if call.objects else ()
     results: Any = output.args[0]
     going = dict(zip(returned.paths(), results[len(results) - len(returned.paths()) :], strict=True))
     if len(set(paths)) < len(paths) or len(going) < len(returned.paths()):
