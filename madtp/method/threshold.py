@@ -77,7 +77,7 @@ def keep_mask(
     kept = scores > gain * theta.unsqueeze(1)
     floor = min(min_tokens, scores.shape[1])
     if floor:
-        # The sort is stable because `topk` picks among equal tokens by the length, which the rest of the batch decides.
+        # The sort is stable because ``topk`` picks among equal tokens by the length, which the rest of the batch decides.
         ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
         kept = kept.scatter(1, ranked[:, :floor], True)
     return _all_if_too_few_dropped(kept & candidates, candidates, smallest_drop)

@@ -19,6 +19,8 @@ from torch import Tensor
 from madtp.tokens.attention import HIDDEN, join_masks
 from madtp.tokens.state import TokenState, kept_positions
 
+PADS = (torch.ops.aten.pad, torch.ops.aten.constant_pad_nd)
+
 
 def survivors_on_grid(state: TokenState, shape: Sequence[int], batch_dim: int, token_dim: int) -> Tensor | None:
     """Return which original tokens survive, in the layout of a tensor of all tokens.
@@ -58,7 +60,7 @@ def take(values: Tensor | None, operation: Callable[..., Tensor], arguments: Seq
     """Return ``values`` after an operation that moves entries (roll, flip, index, pad); what padding adds is 1, a survivor."""
     if values is None:
         return None
-    if "pad" in str(operation):
+    if getattr(operation, "overloadpacket", None) in PADS:
         return torch.nn.functional.pad(values, list(arguments[0]), value=1)
     return operation(values, *arguments)
 
