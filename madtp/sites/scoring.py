@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Scores = Literal["attention", "windows", "none"]
+"""What a block's attention tells of its tokens: of all of them, of those in windows of a grid, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class SiteSpec:
 
 
 Position = Tensor | int
+"""An original position: ``[B]``, or one for all samples."""
 
 
 class BlockAttention(NamedTuple):
