@@ -107,8 +107,10 @@ class FlattenedObjects:
 
 
 def object_kind(values: object) -> str | None:
-    """Return the class name of the first object in nested containers that is neither a tensor nor a constant, such as a cache;
-    None if there is none."""
+    """Return the class name of the first object in nested containers; None if there is none.
+
+    An object is what is neither a tensor nor a constant, such as a cache.
+    """
     return next((type(leaf).__name__ for leaf in _leaves(values)[0] if is_object(leaf)), None)
 
 

@@ -54,8 +54,13 @@ class CandidateGroup:
 
 @dataclass(frozen=True)
 class _Judgement:
-    """What a site thinks of one group: importance S ``[B, N]``, its survivors ``[B, N]``, and in training the gate ``[B, N]``
-    that carries gradients to the threshold."""
+    """What a site decides about one group.
+
+    Attributes:
+        scores: importance S ``[B, N]``.
+        kept: ``[B, N]`` bool, the survivors among its candidates.
+        gate: ``[B, N]``, the factor that carries gradients to the threshold; None outside of training.
+    """
 
     scores: Tensor
     kept: Tensor

@@ -120,8 +120,11 @@ def _merge(
 def _mask_index(
     state: TokenState, decision: Decision, config: PruningConfig, *, causal: bool, length: int
 ) -> Tensor | None:
-    """Where masks are read, if not at the positions of the tokens: the authors' code crops causal masks and reads others by
-    falling importance, although the tokens are not sorted (``docs/deviations.md``)."""
+    """Where masks are read, if not at the positions of the tokens.
+
+    The authors' code crops causal masks, and reads others by falling importance although the tokens are not sorted
+    (``docs/deviations.md``).
+    """
     survivors, candidates = decision.survivors, decision.candidates
     if causal and config.causal_mask == "cropped":
         return torch.arange(length, device=survivors.device).expand(state.batch, length)

@@ -318,8 +318,10 @@ def _each_head(operand: Tensor, heads: int) -> Tensor:
 
 
 def _queries_without_keys(inputs: AttentionInputs) -> Tensor | None:
-    """``[..., Q, 1]`` (or 1 in place of Q), which queries see no key at all, such as padding on the left. None if the form of
-    the mask rules that out."""
+    """Which queries see no key at all, such as padding on the left: ``[..., Q, 1]``, or 1 in place of Q.
+
+    None without a mask, as then every query sees a key.
+    """
     mask = inputs.mask
     if mask is None:
         return None
@@ -335,8 +337,10 @@ def _later_keys(start: int, stop: int, keys: int, device: torch.device) -> Tenso
 
 
 def _blocks(inputs: AttentionInputs, empty: Tensor | None, size: int) -> Iterator[_Block]:
-    """Probabilities of ``size`` queries at a time, in float32 at least; zeros for ``empty`` queries, which see no key, as in
-    torch's own attention."""
+    """Probabilities of ``size`` queries at a time, in float32 at least.
+
+    They are zeros for ``empty`` queries, which see no key, as in torch's own attention.
+    """
     query, key, mask, softcap = inputs.query, inputs.key, inputs.mask, inputs.softcap
     factor = query.size(-1) ** -0.5 if inputs.scale is None else inputs.scale
     transposed = key.transpose(-1, -2)

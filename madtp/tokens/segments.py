@@ -51,8 +51,10 @@ def concatenated_segments(
 
 
 def scattered_segments(mask: Tensor) -> SegmentMap:
-    """Return the map of a text sequence with image features at the positions where ``mask [B, N0, ...]`` is True: segment 0
-    is the text, segment 1 the image."""
+    """Return the map of a text sequence with image features where ``mask [B, N0, ...]`` is True.
+
+    Segment 0 is the text, segment 1 the image.
+    """
     return SegmentMap(mask.reshape(*mask.shape[:2], -1)[:, :, 0].long())
 
 

@@ -156,7 +156,10 @@ def realign(
         values: along ``before`` at ``dim``.
         before: an earlier state of the same stream.
         state: the present state.
-        dim: as in :func:`align`, and so are ``batch_dim``, ``rank`` and ``heads``.
+        dim: as in :func:`align`.
+        batch_dim: as in :func:`align`.
+        rank: as in :func:`align`.
+        heads: as in :func:`align`.
     """
     if state.index is None:
         return values
