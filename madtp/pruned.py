@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
-from madtp.calls.per_image import Apart
+from madtp.calls.per_image import PerImageArguments
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
 from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images
@@ -156,7 +156,7 @@ class PrunedModel(nn.Module):
         *,
         inner: bool = False,
         embeddings: str = "",
-        apart: Apart | None = None,
+        apart: PerImageArguments | None = None,
     ) -> ProgramCache:
         """Run a module of the host by programs from now on. :func:`madtp.rewrite` calls this.
 
@@ -219,14 +219,14 @@ class PrunedModel(nn.Module):
             return self._host(*args, **kwargs)
         for program in self._whole.candidates(call):
             with suppress(OtherBranch), self._control.call():
-                self._control.opened()
+                self._control.begin_program()
                 return self._whole.run(program, call)
         if self._whole.continues_pruned(call):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
             )
         Notes(self.report).add(f"calls that run unpruned: {MANY_WAYS}")
-        self._control.begin()
+        self._control.clear_record()
         return self._host(*args, **kwargs)
 
     def train(self, mode: bool = True) -> PrunedModel:
@@ -269,7 +269,7 @@ class PrunedModel(nn.Module):
     def aside(self) -> AbstractContextManager[None]:
         """Keep the record of the last forward: calls inside the block do not change token counts, survivors, MACs and the
         alignment loss."""
-        return self._control.aside()
+        return self._control.unrecorded()
 
     def alignment_loss(self) -> Tensor:
         """Alignment loss L_align of the last forward (MAG): the mean of 1 - cos between the modalities' pooled features.
@@ -280,7 +280,7 @@ class PrunedModel(nn.Module):
         Raises:
             MadtpError: no forward with gradients enabled and pruning on has run, or only one modality is pruned.
         """
-        features = self._control.features
+        features = self._control.record.features
         sums: dict[str, Tensor] = {}
         for (_, modality), pooled in features.items():
             known = sums.get(modality)
@@ -334,13 +334,13 @@ class PrunedModel(nn.Module):
     def code(self) -> str:
         """The rewritten forward of the last call as Python source; where regions are rewritten, of one after the other."""
         self._recorded()
-        programs = {id(run.program): run.program for run in self._control.runs}
+        programs = {id(run.program): run.program for run in self._control.record.runs}
         return "\n".join(p.graph.python_code("self").src for p in programs.values())
 
     def _recorded(self) -> dict[str, TokenState]:
-        if not self._control.runs:
+        if not self._control.record.runs:
             raise MadtpError("no forward has run yet; call the model first.")
-        return self._control.states
+        return self._control.record.states
 
 
 def _strength(name: str, value: float) -> float:

@@ -66,7 +66,7 @@ def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> BuildProgram:
 
     def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
         request = Request(module, call, config, region=rewritten.region, serial=serial, existing_sites=sites)
-        if call.goes_on():
+        if call.continues():
             return continue_region(request, marked)
         further = rewrite_region(request)
         if rewritten.inner and not further.plan.sites:
@@ -85,7 +85,7 @@ def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Reg
 
     def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
         request = Request(module, call, config, region=inner, serial=serial, existing_sites=sites)
-        if call.goes_on():
+        if call.continues():
             return continue_region(request, marked)
         further = rewrite_region(request)
         if any(site.spec() != specs[site.name] for site in further.plan.sites):
@@ -102,7 +102,7 @@ def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: Pr
     """What makes programs for a tower of a model that is rewritten whole, for when a method of the model calls it."""
 
     def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
-        with pruned._control.bypassing():
+        with pruned._control.running_original():
             tower = region_at(pruned._host, rewritten.call, path)
         return _inner_builder(rewritten, config, tower)(module, call, serial, marked)
 

@@ -244,7 +244,7 @@ class _Walk:
             return Refusal(path, "", "others like it could not be captured", "rewrite it by itself")
         region, call = recorded.region(path), recorded.call
         if recorded.image_positions is not None:
-            call = call.with_written(recorded.image_positions.positions)
+            call = call.with_image_positions(recorded.image_positions.positions)
         self.attempts += 1
         result = self._rewrite(module, region, call)
         if isinstance(result, RewrittenRegion) or (result is not None and result.policy is not None):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from madtp.calls.call import Call
-from madtp.calls.objects import CannotOpen, opened
-from madtp.calls.per_image import each_image
+from madtp.calls.objects import CannotFlatten, on_tensors
+from madtp.calls.per_image import per_image_module
 from madtp.config import PruningConfig
 from madtp.errors import CaptureError
 from rewriters.capture.scope import WHOLE, Region
@@ -49,11 +49,11 @@ class Request:
             CaptureError: An object in the call cannot be opened.
         """
         try:
-            call = self.call.opened(sizes)
-        except CannotOpen as error:
+            call = self.call.flattened(sizes)
+        except CannotFlatten as error:
             raise CaptureError(
                 f"{type(self.model).__name__} was called with an object that cannot be taken apart: {error}; leave it out "
                 "of the call."
             ) from error
-        model = each_image(opened(self.model, call.form, sizes), self.region.per_image)
+        model = per_image_module(on_tensors(self.model, call.objects, sizes), self.region.per_image)
         return replace(self, model=model, call=call)

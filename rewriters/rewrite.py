@@ -83,7 +83,7 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
         return None
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
         pruned(*call.args, **call.kwargs)
-    pruned._control.begin()
+    pruned._control.clear_record()
     unpruned = pruned.report.unpruned[known:]
     if not unpruned:
         return None
@@ -115,7 +115,7 @@ def _case_in_double_precision(model: nn.Module, pruned: PrunedModel, region: Rew
 def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, config: PruningConfig) -> None:
     names: list[str] = []
     for region in rewritten.regions:
-        call = region.call.opened(region.program.given)
+        call = region.call.flattened(region.program.given)
         names += sites_without_payoff(region.program, call, region.plan.sites, config)
     if names:
         pruned.report.notes.append(WITHOUT_PAYOFF.format(", ".join(names), config.alignment_tokens))

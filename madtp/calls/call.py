@@ -8,15 +8,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import batch_size
-from madtp.calls.image_positions import WRITTEN
-from madtp.calls.objects import Blueprint, Form, held_state, open_tree
+from madtp.calls.image_positions import IMAGE_POSITIONS
+from madtp.calls.objects import FlattenedObjects, ObjectSpec, flatten_objects, object_kind
 from madtp.errors import ExampleInputsError
 
 Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
@@ -25,95 +25,108 @@ Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model, brought into a normal form: everything that can be named is passed by name.
+    """One call of a model in a normal form: everything that can be named is passed by name.
 
-    form: where objects that later calls read again (a key/value cache) were opened as their tensors; None: nowhere.
+    Attributes:
+        args: positional arguments.
+        kwargs: arguments by name.
+        objects: where key/value caches and other objects were replaced by lists of their tensors. None if none was.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    form: Form | None = None
+    objects: FlattenedObjects | None = None
 
-    def opened(self, sizes: Collection[str] | None = ()) -> Call:
-        """The call with objects opened as their tensors, and numbers at the paths ``sizes`` in them (None: all).
+    def flattened(self, sizes: Collection[str] | None = ()) -> Call:
+        """Return the call with a list of its tensors and sizes in place of each object.
 
-        Raises :class:`madtp.calls.objects.CannotOpen`.
+        Args:
+            sizes: paths of numbers in objects that are sizes; None if all numbers are.
+
+        Raises:
+            CannotFlatten: an object cannot be taken apart.
         """
-        if self.form is not None or held_state((self.args, self.kwargs)) is None:
+        if self.objects is not None or object_kind((self.args, self.kwargs)) is None:
             return self
-        own, told = self._own()
-        (args, kwargs), form = open_tree((self.args, own), sizes)
-        return Call(args, {**kwargs, **told}, form)
+        further = {name: value for name, value in self.kwargs.items() if name == IMAGE_POSITIONS}
+        values, objects = flatten_objects((self.args, self._own_kwargs()), sizes)
+        assert isinstance(values, tuple)
+        args, kwargs = values
+        return Call(args, {**kwargs, **further}, objects)
 
-    def _own(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments by name that the module itself takes, and the one that its program is told beside them."""
-        told = {name: value for name, value in self.kwargs.items() if name == WRITTEN}
-        return {name: value for name, value in self.kwargs.items() if name != WRITTEN}, told
+    def _own_kwargs(self) -> dict[str, Any]:
+        """Arguments by name that the module itself takes, without those that only its program is told."""
+        return {name: value for name, value in self.kwargs.items() if name != IMAGE_POSITIONS}
 
     def with_leaves(self, leaves: list[Any]) -> Call:
-        """The call with other leaves in the same places."""
+        """Return the call with other leaves in the same structure."""
         args, kwargs = pytree.tree_unflatten(leaves, self.flat()[1])
         return replace(self, args=args, kwargs=kwargs)
 
-    def held(self) -> set[int]:
-        """Leaves that are tensors and sizes of opened objects."""
-        if self.form is None:
-            return set()
-        found: set[int] = set()
-        position = 0
-        places = dict(self.form.held)
-        for place, part in enumerate(self.form.spec.flatten_up_to((self.args, self._own()[0]))):
-            if place in places:
-                found.update(range(position, position + len(part)))
-            position += len(part) if place in places else 1
-        return found
-
-    def sizes(self) -> tuple[str, ...]:
-        """Numbers that were opened, by their path in an object."""
-        return () if self.form is None else tuple(path for _, one in self.form.held for path in one.sizes())
-
-    def goes_on(self) -> bool:
-        """Whether it reads tokens that an earlier call has kept in an object."""
-        leaves = self.flat()[0]
-        return any(isinstance(leaves[at], Tensor) and leaves[at].dim() > 0 for at in self.held())
+    def with_image_positions(self, positions: Tensor) -> Call:
+        """Return the call with a further argument, ``[B, N]`` bool: which positions of a text sequence hold image features."""
+        return replace(self, kwargs={**self.kwargs, IMAGE_POSITIONS: positions})
 
     def flat(self) -> tuple[list[Any], pytree.TreeSpec]:
-        """Leaves of ``(args, kwargs)`` in placeholder order, and their structure."""
+        """Return the leaves of ``(args, kwargs)``, in the order of a graph's placeholders, and their structure."""
         return pytree.tree_flatten((self.args, self.kwargs))
 
     def tensors(self) -> list[Tensor]:
-        """The tensors among the leaves."""
+        """Return the tensors among the leaves."""
         return [leaf for leaf in self.flat()[0] if isinstance(leaf, Tensor)]
 
     def samples(self) -> int:
-        """Samples in the batch."""
+        """Return the number of samples in the batch."""
         return batch_size(self.flat()[0])
 
-    def leaf_at(self, place: str) -> Any:
-        """The leaf at a place that is named as pytree does; None if there is none."""
+    def leaf_at(self, path: str) -> object:
+        """Return the leaf at a path in pytree's notation; None if there is none."""
         leaves, _ = pytree.tree_flatten_with_path((self.args, self.kwargs))
-        return next((leaf for path, leaf in leaves if pytree.keystr(path) == place), None)
+        return next((leaf for keys, leaf in leaves if pytree.keystr(keys) == path), None)
 
-    def with_written(self, written: Tensor) -> Call:
-        """The call with a further argument that says to which positions ``[B, N]`` another modality was written."""
-        return replace(self, kwargs={**self.kwargs, WRITTEN: written})
+    def cache_leaves(self) -> set[int]:
+        """Return the positions of those leaves that are tensors or sizes of flattened objects."""
+        return set() if self.objects is None else self.objects.leaves((self.args, self._own_kwargs()))
+
+    def sizes(self) -> tuple[str, ...]:
+        """Return the paths of the sizes in flattened objects."""
+        return () if self.objects is None else self.objects.sizes()
+
+    def continues(self) -> bool:
+        """Return whether the call reads tokens that an earlier call has put into an object."""
+        leaves = self.flat()[0]
+        return any(isinstance(leaves[at], Tensor) and leaves[at].dim() > 0 for at in self.cache_leaves())
+
+
+class LeafSignature(NamedTuple):
+    """What counts of a leaf of a call: its dtype and shape (-1 for a free size) or, if it is not a tensor, type and value."""
+
+    kind: str
+    value: tuple[int, ...] | str | None
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a capture depends on: structure, constants, frozen sizes, the training flags of the modules, and what the objects
-    of a call hold beside their tensors."""
+    """What a capture depends on.
+
+    Attributes:
+        structure: containers and names of the arguments.
+        leaves: constants, dtypes and sizes.
+        modes: training flags of the modules.
+        objects: what the objects of a call hold apart from tensors.
+    """
 
     structure: str
-    leaves: tuple[Any, ...]
+    leaves: tuple[LeafSignature, ...]
     modes: tuple[bool, ...]
-    held: tuple[Blueprint, ...] = ()
+    objects: tuple[ObjectSpec, ...] = ()
 
 
 def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
     """Bind ``args`` and ``kwargs`` to the parameter names of ``model.forward``.
 
-    Raises :class:`ExampleInputsError` if they do not fit the signature.
+    Raises:
+        ExampleInputsError: they do not fit the signature.
     """
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -141,11 +154,12 @@ def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def check_batch(model: nn.Module, call: Call) -> None:
-    """Refuse example inputs without tensors, of one sample, or that disagree on the batch size.
+    """Refuse example inputs that hold no tensor or only one sample, or whose batch sizes disagree.
 
-    Where first dimensions differ the model has the word: it may take patches of all images in one row.
+    Where first dimensions differ, the model is run to decide: it may take the patches of all images in one row.
 
-    Raises :class:`ExampleInputsError`.
+    Raises:
+        ExampleInputsError: the inputs are refused.
     """
     tensors = [t for t in call.tensors() if t.dim() > 0]
     if not tensors:
@@ -169,16 +183,22 @@ def check_batch(model: nn.Module, call: Call) -> None:
 
 
 def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...] | None) -> Signature:
-    """The signature of ``call``; sizes in ``dynamic`` (dimensions by leaf) are free, all others count. A size in an object is
-    its own dimension 0."""
+    """Return the signature of ``call``.
+
+    Args:
+        model: the module that is called.
+        call: the call.
+        dynamic: for each leaf its free dimensions, which do not count; a size in an object is its own dimension 0. None if
+            all sizes count.
+    """
     leaves, spec = call.flat()
-    described: list[Any] = []
+    described: list[LeafSignature] = []
     for position, leaf in enumerate(leaves):
         free = dynamic[position] if dynamic is not None and position < len(dynamic) else ()
         if not isinstance(leaf, Tensor):
-            described.append((type(leaf).__name__, None if free else repr(leaf)))
+            described.append(LeafSignature(type(leaf).__name__, None if free else repr(leaf)))
             continue
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
-        described.append((str(leaf.dtype), shape))
-    held = () if call.form is None else tuple(blueprint for _, blueprint in call.form.held)
-    return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()), held)
+        described.append(LeafSignature(str(leaf.dtype), shape))
+    objects = () if call.objects is None else tuple(object_spec for _, object_spec in call.objects.specs)
+    return Signature(str(spec), tuple(described), tuple(m.training for m in model.modules()), objects)

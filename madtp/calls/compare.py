@@ -1,13 +1,12 @@
 """Compare what two models return: :func:`compare` whole structures, :func:`relative_difference` two tensors.
 
-Runs that are to be compared go inside :func:`drawing_alike`.
+Runs that are to be compared go inside :func:`drawing_alike`, so that both draw the same random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +17,32 @@ from madtp.errors import RewriteError
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-8}
 COARSE = 5e-2
 NOISIER = 3.0
-"""A result may be so much farther from the exact one than another that differs from it by rounding alone."""
+"""How much farther a result may be from the exact one than another result that differs from it by rounding only."""
 LARGE = 1e30
-"""Numbers of this size and above stand for infinity (masked logits)."""
+"""Numbers of this absolute value and above stand for infinity, as in masked logits."""
 
 
 @contextmanager
 def drawing_alike() -> Iterator[None]:
-    """Inside the block random numbers are those of every such block (models may draw in eval mode, an order of patches, say);
-    afterwards they go on as if nothing had been drawn."""
+    """Draw the same random numbers in every such block; afterwards the generator is as if nothing had been drawn.
+
+    Models may draw in eval mode too, the order of patches, say.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
 def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> float:
-    """Largest difference of two floating tensors of one shape, relative to the largest finite value of ``want``.
+    """Return the largest difference of two floating tensors, relative to the largest finite absolute value of ``want``.
 
-    Infinite where one holds a number and the other infinity or NaN. ``floor``: the least scale.
+    Args:
+        want: the expected values.
+        have: the actual values, of the same shape.
+        floor: lower bound on the scale.
+
+    Returns:
+        Infinity if one tensor is finite where the other is infinite or NaN.
     """
     if want.is_complex():
         want, have = torch.view_as_real(want), torch.view_as_real(have)
@@ -49,8 +56,17 @@ def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> f
     return float((want - have)[finite].abs().amax() / scale)
 
 
-def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
-    """Raise :class:`RewriteError` unless two output structures agree: to float tolerance, or only in their shapes."""
+def compare(expected: object, actual: object, *, values: bool = True) -> None:
+    """Compare two output structures.
+
+    Args:
+        expected: what the original returns.
+        actual: what the rewritten model returns.
+        values: compare values, to float tolerance; False compares structures and shapes only.
+
+    Raises:
+        RewriteError: they differ.
+    """
     first, second = _by_path(expected), _by_path(actual)
     if first.keys() != second.keys() or type(expected) is not type(actual):
         raise RewriteError(
@@ -81,11 +97,16 @@ def compare(expected: Any, actual: Any, *, values: bool = True) -> None:
             )
 
 
-def rounds_alike(exact: Any, original: Any, own: Any) -> bool:
-    """Whether two results in single precision are about as near to the exact one, output by output.
+def rounds_alike(exact: object, original: object, own: object) -> bool:
+    """Return whether two results in single precision are about equally near to the exact one, output by output.
 
-    Deep convolutions and badly scaled weights make a model round by more than the tolerance; then no other order of summation
+    Deep convolutions and badly scaled weights make a model round by more than the tolerance. Then no other order of summation
     can agree with it any better.
+
+    Args:
+        exact: what the original returns in double precision.
+        original: what the original returns.
+        own: what the rewritten model returns.
     """
     truth, first, second = (_by_path(result) for result in (exact, original, own))
     if not truth.keys() == first.keys() == second.keys():
@@ -93,14 +114,17 @@ def rounds_alike(exact: Any, original: Any, own: Any) -> bool:
     for path, want in truth.items():
         if not isinstance(want, Tensor) or not want.dtype.is_floating_point or not want.numel():
             continue
-        noise, error = (relative_difference(want, found[path]) for found in (first, second))
+        theirs, ours = first[path], second[path]
+        if not isinstance(theirs, Tensor) or not isinstance(ours, Tensor):
+            return False
+        noise, error = relative_difference(want, theirs), relative_difference(want, ours)
         if not error <= NOISIER * noise:
             return False
     return True
 
 
-def _by_path(output: Any) -> dict[str, Any]:
-    """Leaves by their path: what is kept by name is compared by name, in whatever order it was written."""
+def _by_path(output: object) -> dict[str, object]:
+    """Leaves by their path, so that entries with names are compared by name, whatever their order."""
     try:
         return {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(output)[0]}
     except ValueError:  # a container that was registered without names

@@ -1,7 +1,7 @@
-"""Copies of module trees that share parameters.
+"""Copies of modules that share their parameters: :func:`share`.
 
-Start at :func:`share`. A rewritten model must not change the original, yet trains the same parameters: it gets module
-objects of its own around the original's tensors.
+A rewritten model must not change the original, yet it trains the same parameters. So it gets module objects of its own around
+the tensors of the original.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from torch import nn
 
 
 def share(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """A copy of a module tree: new module objects, the same parameters and buffers.
+    """Return a copy of a module and its submodules: new module objects with the same parameters and buffers.
 
-    Training flags, hooks and child lists of the copy are its own. Modules used twice stay one module.
+    Training flags, hooks and submodules can be changed in the copy alone. A module that is used twice stays one module.
+
+    Args:
+        module: to be copied.
+        memo: copies made so far, by ``id`` of the original.
     """
     memo = {} if memo is None else memo
     if id(module) in memo:

@@ -1,4 +1,4 @@
-"""Torch's fused encoder layer, which hides a model's arithmetic from whoever traces or counts it: :func:`spelled_out`."""
+"""Torch's fused encoder layer, which hides the operations of a model from tracing and counting: :func:`spelled_out`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def spelled_out() -> Iterator[None]:
-    """Inside the block ``nn.TransformerEncoderLayer`` runs the operations that it is made of."""
+    """Let ``nn.TransformerEncoderLayer`` run its single operations, not its fused kernel, inside the block."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

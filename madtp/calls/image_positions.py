@@ -1,9 +1,11 @@
-"""Which positions of a sequence another modality was written to, where a module is handed the finished sequence.
+"""Which positions of a text sequence hold image features, where a module is given the finished sequence.
 
-Start at :data:`WRITTEN`. A decoder that is called with embeddings does not see which of them are image features: its
-host wrote these among the words. So the host's own run is followed (``modality_tracking.py``), and the positions go
-into the module's program as one more input. They decide only what may be pruned: a program computes the same for the
-survivors whatever they say.
+Start at :data:`IMAGE_POSITIONS`. A decoder that is called with embeddings cannot see which of them are image features: its host
+put them among the words. So the host's own run is followed (``modality_tracking.py``), and the positions enter the module's
+program as one more input. They only decide what may be pruned: a program computes the same for the survivors, whatever the
+positions are.
+
+An *image mask* has the shape of a floating tensor and is True where a value is an image feature.
 
 Axis legend: B samples, N tokens, C width.
 """
@@ -12,78 +14,85 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-WRITTEN = "madtp_written"
-"""Name of the further argument: ``[B, N]`` bool, True where another modality was written."""
+IMAGE_POSITIONS = "madtp_image_positions"
+"""Name of the further argument: ``[B, N]`` bool, True at image features."""
 
-# Functions that move values, or choose among them; what they do to values they do to marks of the values.
+# Functions that move values or choose among them; they do to an image mask what they do to the values.
 MOVES = frozenset(
     "masked_scatter where index_put scatter index_copy masked_fill cat concat concatenate stack hstack vstack __getitem__ "
     "reshape reshape_as view view_as flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes t expand expand_as "
     "repeat repeat_interleave split chunk unbind select narrow index_select gather flip roll take_along_dim".split()
 )
-# Marks lie in memory in an order of their own, where a view of the values may be none of the marks.
-COPIES = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
+# Image masks have strides of their own, which may not allow the view that the values allow.
+COPIES: Mapping[str, Callable[..., object]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
 IN_PLACE = frozenset("__setitem__ masked_scatter_ index_put_ scatter_ index_copy_ masked_fill_ copy_".split())
-# Functions of each token by itself: a token stays in its place.
+# Functions of each token by itself: a token stays at its position.
 TOKENWISE = frozenset(
     "add sub mul div __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ neg to type type_as float half bfloat16 double cpu "
     "cuda contiguous clone detach dropout layer_norm rms_norm linear gelu relu silu tanh sigmoid".split()
 )
 
-MarksOf = Callable[[Tensor], Tensor | None]
-"""Marks of a floating tensor, of its shape: True where a value is of the other modality. None where that is unknown."""
+MaskOf = Callable[[Tensor], Tensor | None]
+"""Gives the image mask of a floating tensor; None where it is unknown."""
 
 
-def moved(func: Any, args: Any, kwargs: Any, marks_of: MarksOf) -> Any:
-    """Marks of what a function that moves values returns; None where they are unknown.
+def moved_mask(
+    func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], mask_of: MaskOf
+) -> object:
+    """Return the image masks of what a function returns that moves values, in the same structure; None if one is unknown.
 
-    A function that works in place returns those of its first operand.
+    For a function that works in place this is the mask of its first operand.
+
+    Args:
+        func: one of :data:`MOVES` or :data:`IN_PLACE`.
+        args: its positional arguments.
+        kwargs: its arguments by name.
+        mask_of: gives the image masks of its operands.
     """
     unknown = False
 
-    def mark(value: Any) -> Any:
+    def mask(value: object) -> object:
         nonlocal unknown
         if isinstance(value, float):
-            return False  # A number belongs to no other modality.
+            return False  # a number belongs to no modality
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
             return value
-        found = marks_of(value)
+        found = mask_of(value)
         unknown = unknown or found is None
         return found
 
-    args, kwargs = pytree.tree_map(mark, (args, kwargs))
+    operands, options = pytree.tree_map(mask, (args, kwargs))
     if unknown:
         return None
     if func.__name__ not in IN_PLACE:
-        return COPIES.get(func.__name__, func)(*args, **kwargs)
-    changed = args[0].clone()
-    func(changed, *args[1:], **kwargs)
+        return COPIES.get(func.__name__, func)(*operands, **options)
+    changed: Tensor = operands[0].clone()
+    func(changed, *operands[1:], **options)
     return changed
 
 
-def takes_written(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` with a further argument that says which positions were written, which it does not need."""
+def accepting_image_positions(forward: Callable[..., object]) -> Callable[..., object]:
+    """Return ``forward`` with the further argument :data:`IMAGE_POSITIONS`, which it ignores."""
 
     @functools.wraps(forward)
-    def taking(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop(WRITTEN, None)
+    def accepting(*args: object, **kwargs: object) -> object:
+        kwargs.pop(IMAGE_POSITIONS, None)
         return forward(*args, **kwargs)
 
     own = inspect.signature(forward)
-    further = inspect.Parameter(WRITTEN, inspect.Parameter.KEYWORD_ONLY, default=None)
+    further = inspect.Parameter(IMAGE_POSITIONS, inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(own.parameters.values())
     catch_all = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     named = [p for p in parameters if p not in catch_all]
-    taking.__dict__["__signature__"] = own.replace(parameters=[*named, further, *catch_all])
-    return taking
+    accepting.__dict__["__signature__"] = own.replace(parameters=[*named, further, *catch_all])
+    return accepting
 
 
-def positions(marks: Tensor) -> Tensor:
-    """``[B, N]`` which tokens ``[B, N, C]`` are of the other modality, every channel of them."""
-    return marks.all(-1)
+def token_positions(mask: Tensor) -> Tensor:
+    """Return which tokens are image features, ``[B, N]``: those whose image mask ``[B, N, C]`` is True in every channel."""
+    return mask.all(-1)

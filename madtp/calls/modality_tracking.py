@@ -1,14 +1,15 @@
-"""Follow tensors through one real run: which modality they carry, and where attention is computed.
+"""Follow tensors through one real run: which modalities they carry, and where attention is computed.
 
-Start at :class:`Tracker`. Integers that are inputs, or computed from them, are *ids*; what an embedding looks up for
-them is text; floating inputs are images; where tensors meet, their modalities add up. Numbers that are all 0 or 1 are
-masks or types and carry nothing. Where values of both modalities are put into one tensor, it is remembered which went where.
+Start at :class:`Tracker`. Integer inputs, and what is computed from them, are *ids*. What an embedding looks up for ids is
+text; floating inputs are images; where tensors meet, their modalities add up. Numbers that are all 0 or 1 are masks or types
+and carry nothing. Where values of both modalities are put into one tensor, an image mask (``image_positions.py``) says which
+are where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,133 +17,175 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from madtp.calls.image_positions import IN_PLACE, MOVES, TOKENWISE, moved, positions
+from madtp.calls.image_positions import IN_PLACE, MOVES, TOKENWISE, moved_mask, token_positions
 
 IDS = "ids"
 NOTHING: frozenset[str] = frozenset()
+BOTH = frozenset(("text", "image"))
 # Functions that stand for an attention, or for its normalisation, in every spelling.
 ATTENTIONS = frozenset(
     "scaled_dot_product_attention softmax _softmax multi_head_attention_forward _native_multi_head_attention".split()
 )
-# Functions that take the shape or the type of a tensor, not its values: of a further one, or of the only one.
+# Functions that take only the shape or the type of a tensor: of a second one, or of the only one.
 LIKE = frozenset("view_as reshape_as expand_as type_as".split())
 FRESH = frozenset("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
 
+Value = TypeVar("Value")
+
+
+class _ByTensor(Generic[Value]):
+    """Values by tensor, which are forgotten with the tensor: a typed view of torch's dictionary with weak keys."""
+
+    def __init__(self) -> None:
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def get(self, tensor: Tensor) -> Value | None:
+        if tensor not in self._values:
+            return None
+        found: Value = self._values[tensor]
+        return found
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor in self._values
+
+    def __setitem__(self, tensor: Tensor, value: Value) -> None:
+        self._values[tensor] = value
+
+    def discard(self, tensor: Tensor) -> None:
+        if tensor in self._values:
+            del self._values[tensor]
+
 
 class Tracker(TorchFunctionMode):
-    """Tags tensors while it is active. attended: called at every attention. paused: when this is true, nothing is followed."""
+    """Follows tensors while it is active.
+
+    Args:
+        inputs: the tensors that a model is called with.
+        on_attention: called at every attention.
+        paused: nothing is followed while this returns True.
+    """
 
     def __init__(
         self,
         inputs: Iterable[Tensor],
-        attended: Callable[[], None] = lambda: None,
+        on_attention: Callable[[], None] = lambda: None,
         paused: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
-        self.attended, self.paused = attended, paused
-        self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.followed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.on_attention, self.paused = on_attention, paused
+        self._tags: _ByTensor[frozenset[str]] = _ByTensor()
+        self._reads: _ByTensor[list[set[int]]] = _ByTensor()
+        self._masks: _ByTensor[Tensor] = _ByTensor()
         for tensor in inputs:
             if not _is_mask(tensor):
-                self.tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
+                self._tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
 
-    def modalities(self, leaf: Any) -> frozenset[str] | None:
-        """What a tensor carries; None for what is no floating tensor."""
+    def modalities(self, leaf: object) -> frozenset[str] | None:
+        """Return the modalities that a floating tensor carries; None for any other leaf."""
         if not isinstance(leaf, Tensor) or not leaf.dtype.is_floating_point:
             return None
-        return self.tags.get(leaf, NOTHING)
+        return self._tags_of(leaf)
 
-    def written(self, leaf: Any) -> Tensor | None:
-        """``[B, N]`` where image features were written among text ``[B, N, C]``; None where nothing is known to be."""
-        marks = self.marks.get(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
-        return None if marks is None else positions(marks)
+    def image_positions(self, leaf: object) -> Tensor | None:
+        """Return where image features stand among text ``[B, N, C]``, ``[B, N]`` bool; None if that is not known."""
+        mask = self._masks.get(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
+        return None if mask is None else token_positions(mask)
 
-    def derived(self, operands: Iterable[Any], result: Any) -> None:
-        """What was computed from ``operands`` without being followed carries the modalities of all of them."""
-        found = _union([x for x in operands if isinstance(x, Tensor)], self.tags)
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and found:
+    def tag_result(self, operands: Iterable[object], result: object) -> None:
+        """Give a result that was computed without being followed the modalities of all its operands."""
+        found = self._union(_tensors(operands))
+        for tensor in _tensors(pytree.tree_leaves(result)):
+            if found:
                 self._tag(tensor, found)
 
-    def follow(self, output: Any, read: set[int]) -> None:
-        """Note in ``read`` the positions at which tokens [B, N, C] in ``output`` are read from now on."""
-        for tensor in pytree.tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.dtype.is_floating_point:
-                self.followed[tensor] = [*self.followed.get(tensor, []), read]
+    def watch_reads(self, output: object, read: set[int]) -> None:
+        """Add to ``read`` the positions at which tokens ``[B, N, C]`` in ``output`` are read from now on."""
+        for tensor in _tensors(pytree.tree_leaves(output)):
+            if tensor.dim() == 3 and tensor.dtype.is_floating_point:
+                self._reads[tensor] = [*(self._reads.get(tensor) or ()), read]
 
-    def _follow_on(self, name: str, args: tuple[Any, ...], operands: list[Tensor], result: Any) -> None:
-        first = next((x for x in operands if x in self.followed), None)
-        if first is None:
+    def _note_reads(self, name: str, args: tuple[object, ...], operands: list[Tensor], result: object) -> None:
+        first = next((x for x in operands if x in self._reads), None)
+        reads = None if first is None else self._reads.get(first)
+        if first is None or reads is None:
             return
         if name == "__getitem__":
             index = args[1] if isinstance(args[1], tuple) else ()
             if len(index) > 1 and isinstance(index[0], slice) and isinstance(index[1], int):
-                for read in self.followed[first]:
+                for read in reads:
                     read.add(index[1])
         elif isinstance(result, Tensor) and result.dim() == 3 and result.shape[:2] == first.shape[:2]:
-            self.followed[result] = self.followed[first]
+            self._reads[result] = reads
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if self.paused():
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        marks = self._moved(func, name, args, kwargs or {})
+        masks = self._moved_masks(func, name, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if name in ATTENTIONS:
-            self.attended()
-        operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.on_attention()
+        operands = _tensors(pytree.tree_leaves((args, kwargs)))
         if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
-            operands = _answered(operands, self.tags)
+            # The result belongs to the stream of the queries, whatever they read.
+            operands = operands[:1] if operands and self._tags_of(operands[0]) else operands
         if name in LIKE or name in FRESH:
             operands = operands[:1] if name in LIKE else []
-        self._follow_on(name, args, operands, result)
-        found = _union(operands, self.tags)
+        self._note_reads(name, args, operands, result)
+        found = self._union(operands)
         if name == "embedding":
-            ids = any(IDS in self.tags.get(x, NOTHING) for x in operands if not x.dtype.is_floating_point)
+            ids = any(IDS in self._tags_of(x) for x in operands if not x.dtype.is_floating_point)
             found = frozenset(("text",)) if ids else NOTHING
+        leaves = pytree.tree_leaves(result)
         if found:
-            for tensor in pytree.tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._tag(tensor, found)
+            for tensor in _tensors(leaves):
+                self._tag(tensor, found)
             if operands and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))):
                 self._tag(operands[0], found)
-        self._mark(name, operands, operands[:1] if name in IN_PLACE else pytree.tree_leaves(result), marks)
+        self._note_masks(name, operands, operands[:1] if name in IN_PLACE else leaves, masks)
         return result
 
-    def _moved(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Marks of the results of a function that moves values of both modalities."""
+    def _moved_masks(
+        self, func: Callable[..., object], name: str, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Sequence[object]:
+        """Image masks of the results of a function that moves values of both modalities."""
         if name not in MOVES and name not in IN_PLACE:
             return []
-        operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        both = {"text", "image"} <= _union(operands, self.tags)
-        if not both:
+        if not self._union(_tensors(pytree.tree_leaves((args, kwargs)))) >= BOTH:
             return []
-        return pytree.tree_leaves(moved(func, args, kwargs, self._marks_of))
+        return pytree.tree_leaves(moved_mask(func, args, kwargs, self._mask_of))
 
-    def _marks_of(self, tensor: Tensor) -> Tensor | None:
-        if tensor in self.marks:
-            return self.marks[tensor]
-        carried = self.tags.get(tensor, NOTHING) - {IDS}
-        if {"text", "image"} <= carried:
+    def _mask_of(self, tensor: Tensor) -> Tensor | None:
+        known = self._masks.get(tensor)
+        if known is not None:
+            return known
+        carried = self._tags_of(tensor)
+        if carried >= BOTH:
             return None
         return torch.tensor("image" in carried, device=tensor.device).expand(tensor.shape)
 
-    def _mark(self, name: str, operands: list[Tensor], results: list[Any], marks: list[Any]) -> None:
+    def _note_masks(
+        self, name: str, operands: list[Tensor], results: Sequence[object], masks: Sequence[object]
+    ) -> None:
         """Remember which values of the results are of which modality."""
         if name in TOKENWISE:
-            source = next((x for x in operands if x in self.marks), None)
-            if source is not None:
-                marks = [self.marks[source].all(-1, keepdim=True)]
-                results = [x for x in results if isinstance(x, Tensor) and x.shape[:-1] == source.shape[:-1]]
-                marks = [marks[0].expand(x.shape) for x in results]
-        elif name in IN_PLACE and not marks:
-            self.marks.pop(results[0], None) if results else None
-        for tensor, own in zip(results, marks, strict=False):
+            source = next((x for x in operands if x in self._masks), None)
+            mask = None if source is None else self._masks.get(source)
+            if source is not None and mask is not None:
+                alike = [x for x in _tensors(results) if x.shape[:-1] == source.shape[:-1]]
+                results, masks = alike, [mask.all(-1, keepdim=True).expand(x.shape) for x in alike]
+        elif name in IN_PLACE and not masks:
+            for changed in _tensors(results):
+                self._masks.discard(changed)
+        for tensor, own in zip(results, masks, strict=False):
             if isinstance(tensor, Tensor) and isinstance(own, Tensor) and tensor.shape == own.shape:
-                self.marks[tensor] = own
+                self._masks[tensor] = own
 
     def _tag(self, tensor: Tensor, found: frozenset[str]) -> None:
         if tensor.dtype.is_floating_point:
@@ -150,16 +193,17 @@ class Tracker(TorchFunctionMode):
         else:
             carried = found & {IDS} if tensor.dtype != torch.bool else NOTHING
         if carried:
-            self.tags[tensor] = self.tags.get(tensor, NOTHING) | carried
+            self._tags[tensor] = self._tags_of(tensor) | carried
+
+    def _tags_of(self, tensor: Tensor) -> frozenset[str]:
+        return self._tags.get(tensor) or NOTHING
+
+    def _union(self, operands: Iterable[Tensor]) -> frozenset[str]:
+        return NOTHING.union(*map(self._tags_of, operands))
 
 
-def _union(operands: list[Tensor], tags: WeakTensorKeyDictionary) -> frozenset[str]:
-    return NOTHING.union(*(tags.get(x, NOTHING) for x in operands))
-
-
-def _answered(operands: list[Tensor], tags: WeakTensorKeyDictionary) -> list[Tensor]:
-    """The result of an attention belongs to the stream of its queries, whatever they read."""
-    return operands[:1] if operands and tags.get(operands[0], NOTHING) else operands
+def _tensors(leaves: Iterable[object]) -> list[Tensor]:
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def _is_mask(tensor: Tensor) -> bool:

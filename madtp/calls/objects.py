@@ -1,124 +1,165 @@
-"""Objects that calls of a model pass on to later calls, such as a key/value cache: opened as the tensors that they hold.
+"""Objects that a model keeps between calls, such as a key/value cache, as the tensors that they hold.
 
-Start at :func:`open_tree`. A graph takes and returns tensors only. An object is therefore taken apart by its attributes,
-whatever its class: tensors come out as leaves, all else stays behind in a :class:`Blueprint`, by which it is put together
-again. What cannot be taken apart without loss is not opened.
+Start at :func:`flatten_objects`. A graph takes and returns tensors only. An object is therefore taken apart by its attributes,
+whatever its class: its tensors become leaves, and all else stays behind in an :class:`ObjectSpec`, by which it is put together
+again. An object that cannot be taken apart without loss is refused. :func:`on_tensors` makes a module that is called with such
+leaves.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import FunctionType
-from typing import Any
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.copies import share
-from madtp.calls.image_positions import takes_written
+from madtp.calls.image_positions import accepting_image_positions
 from madtp.calls.structures import unflatten
 
-OPENING = "_madtp_opening"
+TENSOR_FORWARD = "_madtp_tensor_forward"
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
+Forward: TypeAlias = Callable[..., object]
 
-class CannotOpen(Exception):
-    """An object cannot be taken apart; the message is its kind, and why."""
+
+class CannotFlatten(Exception):
+    """An object cannot be taken apart. The message is its class, and why."""
+
+
+class Constant(NamedTuple):
+    """A value in an object that stays as it is. The type tells constants apart that compare equal, such as 1 and True."""
+
+    kind: type
+    value: object
+
+
+Part: TypeAlias = "ObjectSpec | Constant | Literal['tensor', 'size']"
 
 
 @dataclass(frozen=True)
-class Blueprint:
-    """What an object is made of beside its tensors.
+class ObjectSpec:
+    """What an object is made of apart from its tensors.
 
-    kind: its class. keys: names of its attributes, keys of a mapping, or places in a sequence. parts: by key, a further
-    blueprint, "tensor" where a tensor stood, "size" where a number stood that follows from sizes of tensors (a count of tokens
-    seen), or a constant in a tuple of its type and itself.
+    Attributes:
+        kind: its class.
+        keys: names of its attributes, keys of a mapping, or positions in a sequence.
+        parts: for each key a further spec, a constant, "tensor" for a tensor, or "size" for a number that follows from the
+            sizes of tensors, such as a count of tokens seen.
     """
 
     kind: type
-    keys: tuple[Any, ...]
-    parts: tuple[Any, ...]
-
-    def count(self) -> int:
-        """How many tensors and sizes it takes."""
-        return len(self.paths())
+    keys: tuple[Hashable, ...]
+    parts: tuple[Part, ...]
 
     def paths(self) -> tuple[str, ...]:
-        """Where its tensors and sizes stand, in order."""
-        return tuple(path for path, _ in self._places())
+        """Return the paths of its tensors and sizes, in order."""
+        return tuple(path for path, _ in self._leaves())
 
     def sizes(self) -> tuple[str, ...]:
-        """Where its sizes stand."""
-        return tuple(path for path, part in self._places() if part == "size")
+        """Return the paths of its sizes."""
+        return tuple(path for path, part in self._leaves() if part == "size")
 
-    def _places(self) -> Iterator[tuple[str, str]]:
+    def _leaves(self) -> Iterator[tuple[str, str]]:
         for key, part in zip(self.keys, self.parts, strict=True):
             if isinstance(part, str):
                 yield f".{key}", part
-            elif isinstance(part, Blueprint):
-                yield from ((f".{key}{path}", kind) for path, kind in part._places())
+            elif isinstance(part, ObjectSpec):
+                yield from ((f".{key}{path}", kind) for path, kind in part._leaves())
 
 
 @dataclass(frozen=True)
-class Form:
-    """A nest of containers in which objects were opened. spec: with objects as leaves. held: objects, by place among these
-    leaves."""
+class FlattenedObjects:
+    """Where objects stood in nested containers before they were replaced by lists of their tensors.
+
+    Attributes:
+        spec: structure of the containers, with objects as leaves.
+        specs: of the objects, by their position among these leaves.
+    """
 
     spec: pytree.TreeSpec
-    held: tuple[tuple[int, Blueprint], ...]
+    specs: tuple[tuple[int, ObjectSpec], ...]
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the paths of tensors and sizes in the objects, in order."""
+        return tuple(path for _, spec in self.specs for path in spec.paths())
+
+    def sizes(self) -> tuple[str, ...]:
+        """Return the paths of sizes in the objects."""
+        return tuple(path for _, spec in self.specs for path in spec.sizes())
+
+    def leaves(self, values: object) -> set[int]:
+        """Return the positions of tensors and sizes of objects among all leaves of flattened ``values``."""
+        found: set[int] = set()
+        position = 0
+        positions = {at for at, _ in self.specs}
+        for at, part in enumerate(self.spec.flatten_up_to(values)):
+            if at in positions:
+                found.update(range(position, position + len(part)))
+            position += len(part) if at in positions else 1
+        return found
 
 
-def held_state(values: Any) -> str | None:
-    """The kind of an object in a nest of containers that is neither a tensor nor a constant: something that later calls
-    may read again. None if there is none."""
-    return next((type(leaf).__name__ for leaf in _leaves(values)[0] if is_held(leaf)), None)
+def object_kind(values: object) -> str | None:
+    """Return the class name of the first object in nested containers; None if there is none.
+
+    An object is what is neither a tensor nor a constant, such as a cache.
+    """
+    return next((type(leaf).__name__ for leaf in _leaves(values)[0] if is_object(leaf)), None)
 
 
-def is_held(leaf: Any) -> bool:
-    """Whether a leaf of a call is an object that may hold tensors."""
+def is_object(leaf: object) -> bool:
+    """Return whether a leaf is an object that may hold tensors."""
     return not isinstance(leaf, (Tensor, torch.SymInt, *CONSTANTS))
 
 
-def _leaves(values: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def _leaves(values: object) -> tuple[list[object], pytree.TreeSpec]:
     return pytree.tree_flatten(values, is_leaf=lambda x: not _is_container(x))
 
 
-def _is_container(value: Any) -> bool:
+def _is_container(value: object) -> bool:
     return isinstance(value, (tuple, list, dict)) or (
         isinstance(value, Mapping) and type(value) in pytree.SUPPORTED_NODES
     )
 
 
-def open_object(value: Any, sizes: Collection[str] | None = ()) -> tuple[Blueprint, list[Any]]:
-    """Take an object apart into its tensors and sizes; ``sizes``: where numbers stand that are such; None: everywhere.
+def flatten_object(value: object, sizes: Collection[str] | None = ()) -> tuple[ObjectSpec, list[object]]:
+    """Take an object apart into its tensors and sizes.
+
+    Args:
+        value: the object.
+        sizes: paths of numbers that are sizes; None if all numbers are.
 
     Raises:
-        CannotOpen: it holds something that is neither a tensor, a constant nor such an object, or one thing twice.
+        CannotFlatten: it holds something that is neither a tensor, a constant nor such an object, or one thing twice.
     """
-    opening = _Taking(type(value).__name__, sizes)
-    return opening.apart(value, ""), opening.leaves
+    flattening = _Flattening(type(value).__name__, sizes)
+    return flattening.spec_of(value, ""), flattening.leaves
 
 
-class _Taking:
-    """Takes one object apart. leaves: its tensors and sizes."""
+class _Flattening:
+    """Takes one object apart, and collects its tensors and sizes in ``leaves``."""
 
     def __init__(self, name: str, sizes: Collection[str] | None) -> None:
         self.name, self.sizes = name, sizes
-        self.leaves: list[Any] = []
+        self.leaves: list[object] = []
         self.seen: set[int] = set()
 
-    def apart(self, value: Any, path: str) -> Blueprint:
+    def spec_of(self, value: object, path: str) -> ObjectSpec:
         if id(value) in self.seen:
-            raise CannotOpen(f"{self.name} (it holds a {type(value).__name__} in two places)")
+            raise CannotFlatten(f"{self.name} (it holds a {type(value).__name__} in two places)")
         self.seen.add(id(value))
         items = _items(value, self.name)
-        return Blueprint(type(value), tuple(items), tuple(self._part(x, f"{path}.{key}") for key, x in items.items()))
+        parts = tuple(self._part(part, f"{path}.{key}") for key, part in items)
+        return ObjectSpec(type(value), tuple(key for key, _ in items), parts)
 
-    def _part(self, part: Any, path: str) -> Any:
+    def _part(self, part: object, path: str) -> Part:
         if isinstance(part, Tensor):
             self.leaves.append(part)
             return "tensor"
@@ -126,175 +167,204 @@ class _Taking:
             self.leaves.append(part)
             return "size"
         if isinstance(part, (*CONSTANTS, type, FunctionType)):
-            return (type(part), part)
-        return self.apart(part, path)
+            return Constant(type(part), part)
+        return self.spec_of(part, path)
 
 
-def _items(value: Any, name: str) -> dict[Any, Any]:
-    if type(value) in (list, tuple):
-        return dict(enumerate(value))
+def _items(value: object, name: str) -> list[tuple[Hashable, object]]:
+    if type(value) is list or type(value) is tuple:
+        return list(enumerate(value))
     if type(value) is dict:
         if all(isinstance(key, (str, int)) for key in value):
-            return value
+            return list(value.items())
     elif not isinstance(value, (nn.Module, Mapping, Sequence, Enum, torch.SymInt)):
         kinds = type(value).__mro__[:-1]
         plain = not any(kind.__module__ == "builtins" or kind.__dict__.get("__slots__") for kind in kinds)
         if plain and hasattr(value, "__dict__"):
-            return value.__dict__
-    raise CannotOpen(f"{name} (it holds a {type(value).__name__})")
+            return list(value.__dict__.items())
+    raise CannotFlatten(f"{name} (it holds a {type(value).__name__})")
 
 
-def close_object(blueprint: Blueprint, tensors: Iterator[Any], device: torch.device | None = None) -> Any:
-    """Put an object together again; ``device``: that of its tensors, where they have moved since."""
-    parts: list[Any] = []
-    for part in blueprint.parts:
+def unflatten_object(spec: ObjectSpec, leaves: Iterator[object], device: torch.device | None = None) -> object:
+    """Put an object together again from its tensors and sizes.
+
+    Args:
+        spec: of the object.
+        leaves: its tensors and sizes; as many as it needs are taken.
+        device: takes the place of devices that it holds, if its tensors have moved. None to leave them.
+    """
+    parts: list[object] = []
+    for part in spec.parts:
         if isinstance(part, str):
-            parts.append(next(tensors))
-        elif isinstance(part, Blueprint):
-            parts.append(close_object(part, tensors, device))
+            parts.append(next(leaves))
+        elif isinstance(part, ObjectSpec):
+            parts.append(unflatten_object(part, leaves, device))
         else:
-            parts.append(device if device is not None and isinstance(part[1], torch.device) else part[1])
-    if blueprint.kind in (list, tuple):
-        return blueprint.kind(parts)
-    named = dict(zip(blueprint.keys, parts, strict=True))
-    if blueprint.kind is dict:
-        return named
-    made: Any = object.__new__(blueprint.kind)
-    made.__dict__.update(named)
+            parts.append(device if device is not None and isinstance(part.value, torch.device) else part.value)
+    if spec.kind is list:
+        return parts
+    if spec.kind is tuple:
+        return tuple(parts)
+    if spec.kind is dict:
+        return dict(zip(spec.keys, parts, strict=True))
+    made: object = object.__new__(spec.kind)
+    made.__dict__.update((str(key), part) for key, part in zip(spec.keys, parts, strict=True))
     return made
 
 
-def open_tree(values: Any, sizes: Collection[str] | None = ()) -> tuple[Any, Form]:
-    """``values`` with a list of its tensors and sizes in the place of each object.
+def flatten_objects(values: object, sizes: Collection[str] | None = ()) -> tuple[object, FlattenedObjects]:
+    """Return ``values`` with a list of its tensors and sizes in place of each object, and what is needed to go back.
+
+    Args:
+        values: nested containers.
+        sizes: as in :func:`flatten_object`.
 
     Raises:
-        CannotOpen: from :func:`open_object`, or because one object stands in two places.
+        CannotFlatten: from :func:`flatten_object`, or because one object stands in two places.
     """
     leaves, spec = _leaves(values)
-    held, seen = [], set()
-    for place, leaf in enumerate(leaves):
-        if is_held(leaf):
+    specs: list[tuple[int, ObjectSpec]] = []
+    seen: set[int] = set()
+    for position, leaf in enumerate(leaves):
+        if is_object(leaf):
             if id(leaf) in seen:
-                raise CannotOpen(f"{type(leaf).__name__} (it is passed twice)")
+                raise CannotFlatten(f"{type(leaf).__name__} (it is passed twice)")
             seen.add(id(leaf))
-            blueprint, leaves[place] = open_object(leaf, sizes)
-            held.append((place, blueprint))
-    return spec.unflatten(leaves), Form(spec, tuple(held))
+            object_spec, leaves[position] = flatten_object(leaf, sizes)
+            specs.append((position, object_spec))
+    return spec.unflatten(leaves), FlattenedObjects(spec, tuple(specs))
 
 
-def cannot_open(values: Any) -> str | None:
-    """The kind of an object in a nest of containers that cannot be taken apart, and why; None if there is none."""
+def flattening_error(values: object) -> str | None:
+    """Return which object in nested containers cannot be taken apart, and why; None if there is none."""
     try:
-        open_tree(values)
-    except CannotOpen as error:
+        flatten_objects(values)
+    except CannotFlatten as error:
         return str(error)
     return None
 
 
-def close_tree(values: Any, form: Form) -> tuple[Any, list[Any]]:
-    """Inverse of :func:`open_tree`, and the objects that were put together."""
-    leaves = form.spec.flatten_up_to(values)
-    made = [close_object(blueprint, iter(leaves[place])) for place, blueprint in form.held]
-    for (place, _), one in zip(form.held, made, strict=True):
-        leaves[place] = one
-    return unflatten(leaves, form.spec), made
+def unflatten_objects(values: object, flattened: FlattenedObjects) -> tuple[object, list[object]]:
+    """Undo :func:`flatten_objects`; also return the objects that were put together."""
+    leaves = flattened.spec.flatten_up_to(values)
+    made = [unflatten_object(spec, iter(leaves[position])) for position, spec in flattened.specs]
+    for (position, _), one in zip(flattened.specs, made, strict=True):
+        leaves[position] = one
+    return unflatten(leaves, flattened.spec), made
 
 
-def held_objects(values: Any) -> list[Any]:
-    """The objects in a nest of containers, in order."""
-    return [leaf for leaf in _leaves(values)[0] if is_held(leaf)]
+def objects_in(values: object) -> list[object]:
+    """Return the objects in nested containers, in order."""
+    return [leaf for leaf in _leaves(values)[0] if is_object(leaf)]
 
 
 @dataclass(frozen=True)
-class Returned:
-    """What a call returned, and what had become of the objects that were passed to it.
+class ResultSpec:
+    """The structure of what a call returned, and of the objects that were passed to it or that it made.
 
-    spec: of the result, objects as leaves. places: for each leaf the number of its object, None for all others.
-    objects: those that were passed first, then further ones that the call made.
+    Attributes:
+        spec: of the result, with objects as leaves.
+        numbers: for each leaf the number of its object; None for all other leaves.
+        objects: those that were passed first, then those that the call made.
     """
 
     spec: pytree.TreeSpec
-    places: tuple[int | None, ...]
-    objects: tuple[Blueprint, ...]
+    numbers: tuple[int | None, ...]
+    objects: tuple[ObjectSpec, ...]
 
     def paths(self) -> tuple[str, ...]:
-        """Where the tensors of the objects stand in them, in order."""
-        return tuple(path for blueprint in self.objects for path in blueprint.paths())
+        """Return the paths of tensors and sizes in the objects, in order."""
+        return tuple(path for spec in self.objects for path in spec.paths())
 
     def sizes(self) -> tuple[str, ...]:
-        """Which of these are numbers that follow from sizes of tensors."""
-        return tuple(path for blueprint in self.objects for path in blueprint.sizes())
+        """Return the paths of sizes in the objects."""
+        return tuple(path for spec in self.objects for path in spec.sizes())
 
-    def close(self, plain: Sequence[Any], tensors: Sequence[Any], passed: Sequence[Any]) -> Any:
-        """The result in its own form; objects that were ``passed`` are brought up to date in place."""
+    def close(self, plain: Sequence[object], tensors: Sequence[object], passed: Sequence[object]) -> object:
+        """Return the result in its own structure.
+
+        Args:
+            plain: its leaves that are not objects.
+            tensors: tensors and sizes of all objects.
+            passed: the objects that were passed to the call; they are updated in place.
+        """
         device = next((one.device for one in tensors if isinstance(one, Tensor)), None)
         remaining = iter(tensors)
-        objects = [close_object(blueprint, remaining, device) for blueprint in self.objects]
+        objects = [unflatten_object(spec, remaining, device) for spec in self.objects]
         for old, new in zip(passed, objects, strict=False):
             old.__dict__.clear()
             old.__dict__.update(new.__dict__)
         objects[: len(passed)] = passed
         others = iter(plain)
-        return unflatten([next(others) if at is None else objects[at] for at in self.places], self.spec)
+        return unflatten([next(others) if number is None else objects[number] for number in self.numbers], self.spec)
 
 
-def open_result(
-    result: Any, passed: Sequence[Any], sizes: Collection[str] = ()
-) -> tuple[tuple[Any, ...], tuple[Any, ...], Returned]:
-    """Leaves of a result that are no objects, tensors and sizes of the objects, and how to close it.
+def flatten_result(
+    result: object, passed: Sequence[object], sizes: Collection[str] = ()
+) -> tuple[tuple[object, ...], tuple[object, ...], ResultSpec]:
+    """Return the leaves of a result that are not objects, the tensors and sizes of the objects, and the structure.
 
     Raises:
-        CannotOpen: from :func:`open_object`.
+        CannotFlatten: from :func:`flatten_object`.
     """
     leaves, spec = _leaves(result)
-    objects = [*passed, *(leaf for leaf in leaves if is_held(leaf) and not any(leaf is one for one in passed))]
-    opened = [open_object(one, sizes) for one in objects]
-    places = tuple(
-        next((n for n, one in enumerate(objects) if one is leaf), None) if is_held(leaf) else None for leaf in leaves
+    objects = [*passed, *(leaf for leaf in leaves if is_object(leaf) and not any(leaf is one for one in passed))]
+    flattened = [flatten_object(one, sizes) for one in objects]
+    numbers = tuple(
+        next((n for n, one in enumerate(objects) if one is leaf), None) if is_object(leaf) else None for leaf in leaves
     )
-    plain = tuple(leaf for leaf, at in zip(leaves, places, strict=True) if at is None)
-    tensors = tuple(tensor for _, own in opened for tensor in own)
-    return plain, tensors, Returned(spec, places, tuple(blueprint for blueprint, _ in opened))
+    plain = tuple(leaf for leaf, number in zip(leaves, numbers, strict=True) if number is None)
+    tensors = tuple(tensor for _, own in flattened for tensor in own)
+    return plain, tensors, ResultSpec(spec, numbers, tuple(object_spec for object_spec, _ in flattened))
 
 
-class Opening:
-    """A forward on tensors alone that runs one on objects: takes and returns them opened.
+class TensorForward:
+    """A forward on tensors alone that runs a forward on objects: it takes and returns them flattened.
 
     Attributes:
-        returned: how to close what the last call returned; None where neither it nor the call held an object.
+        result_spec: how to close what the last call returned. None if there was no object in it or in the call.
     """
 
-    def __init__(self, forward: Callable[..., Any], form: Form | None, sizes: Collection[str]) -> None:
-        self.forward, self.form, self.sizes = forward, form, sizes
-        self.returned: Returned | None = None
+    def __init__(self, forward: Forward, objects: FlattenedObjects | None, sizes: Collection[str]) -> None:
+        self.forward, self.objects, self.sizes = forward, objects, sizes
+        self.result_spec: ResultSpec | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        passed: list[Any] = []
-        if self.form is not None:
-            (args, kwargs), passed = close_tree((args, kwargs), self.form)
-        result = self.forward(*args, **kwargs)
-        if not passed and held_state(result) is None:
-            self.returned = None
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        if self.objects is None:
+            return self._flattened(self.forward(*args, **kwargs), [])
+        values, passed = unflatten_objects((args, kwargs), self.objects)
+        assert isinstance(values, tuple)
+        positional, named = values
+        return self._flattened(self.forward(*positional, **named), passed)
+
+    def _flattened(self, result: object, passed: Sequence[object]) -> object:
+        if not passed and object_kind(result) is None:
+            self.result_spec = None
             return result
-        plain, tensors, self.returned = open_result(result, passed, self.sizes)
+        plain, tensors, self.result_spec = flatten_result(result, passed, self.sizes)
         return plain, tensors
 
 
-def opened(module: nn.Module, form: Form | None, sizes: Collection[str] = ()) -> nn.Module:
-    """A module with the same parameters that is called as an opened call says, and that may be told which positions were
-    written; ``sizes``: numbers that are, where it is not traced."""
+def on_tensors(module: nn.Module, objects: FlattenedObjects | None, sizes: Collection[str] = ()) -> nn.Module:
+    """Return a module with the same parameters that is called with flattened objects, and may be told image positions.
+
+    Args:
+        module: is left as it is.
+        objects: where objects stand in the call; None if there are none.
+        sizes: paths of numbers in objects that are sizes, where the module is not traced.
+    """
     copy = share(module)
-    opening = Opening(copy.forward, form, sizes)
+    tensor_forward = TensorForward(copy.forward, objects, sizes)
 
     @functools.wraps(copy.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return opening(*args, **kwargs)
+    def forward(*args: object, **kwargs: object) -> object:
+        return tensor_forward(*args, **kwargs)
 
-    copy.__dict__["forward"], copy.__dict__[OPENING] = takes_written(forward), opening
+    copy.__dict__["forward"], copy.__dict__[TENSOR_FORWARD] = accepting_image_positions(forward), tensor_forward
     return copy
 
 
-def returned_by(module: nn.Module) -> Returned | None:
-    """How to close what an opened module last returned; None for any other, and where no object was held."""
-    opening = module.__dict__.get(OPENING)
-    return None if opening is None else opening.returned
+def result_spec_of(module: nn.Module) -> ResultSpec | None:
+    """Return how to close what a module of :func:`on_tensors` last returned; None for any other, or without objects."""
+    tensor_forward = module.__dict__.get(TENSOR_FORWARD)
+    return tensor_forward.result_spec if isinstance(tensor_forward, TensorForward) else None

@@ -1,14 +1,15 @@
-"""A call of a model as JSON: enough of it to make another call like it, without keeping the inputs themselves.
+"""A call of a model as JSON: enough to make another call like it, without the inputs themselves.
 
 Start at :func:`record_call` and :func:`replay_call`. A saved model is rewritten again when it is loaded, and a rewrite needs a
-call. Integers matter by value (token ids, masks), so they are kept; images and the like only by shape, mean and spread.
+call. Of integers the values matter (token ids, masks), so they are recorded; of images and the like only shape, mean and
+standard deviation are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,20 +17,24 @@ from torch import Tensor
 from madtp.calls.call import Call
 from madtp.errors import ExampleInputsError
 
-KEPT = 16384  # elements up to which integers and booleans are kept by value
+Record: TypeAlias = Mapping[str, Any]
+"""A value as JSON: an object of one key, which says what kind of value it is."""
+
+# Largest number of elements up to which values are recorded.
+KEPT = 16384  # integers and booleans
 KEPT_FLOATS = 256
 
 
 def record_call(call: Call) -> dict[str, Any]:
-    """The call as plain JSON types."""
+    """Return the call as JSON values."""
     return {"args": [_record(a) for a in call.args], "kwargs": {k: _record(v) for k, v in call.kwargs.items()}}
 
 
-def replay_call(recorded: Mapping[str, Any]) -> Call:
-    """A call like the recorded one; the same record gives the same call.
+def replay_call(recorded: Record) -> Call:
+    """Return a call like the recorded one; the same record gives the same call.
 
     Raises:
-        ExampleInputsError: the record is malformed, or holds an object that JSON could not take.
+        ExampleInputsError: the record is malformed, or stands for an object that JSON cannot hold.
     """
     generator = torch.Generator().manual_seed(0)
     try:
@@ -39,7 +44,7 @@ def replay_call(recorded: Mapping[str, Any]) -> Call:
         raise ExampleInputsError(f"the recorded example call is malformed: {type(error).__name__}: {error}") from error
 
 
-def _record(value: Any) -> dict[str, Any]:
+def _record(value: object) -> Record:
     if isinstance(value, Tensor):
         return {"tensor": _record_tensor(value.detach().cpu())}
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
@@ -53,8 +58,8 @@ def _record(value: Any) -> dict[str, Any]:
     return {"object": f"{type(value).__module__}.{type(value).__qualname__}"}
 
 
-def _record_tensor(value: Tensor) -> dict[str, Any]:
-    recorded: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+def _record_tensor(value: Tensor) -> Record:
+    recorded: dict[str, object] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if value.is_complex():
         return recorded
     if not value.is_floating_point():
@@ -69,7 +74,7 @@ def _record_tensor(value: Tensor) -> dict[str, Any]:
     return {**recorded, "mean": float(wide.mean()), "spread": float(wide.std())}
 
 
-def _replay(recorded: Mapping[str, Any], generator: torch.Generator) -> Any:
+def _replay(recorded: Record, generator: torch.Generator) -> object:
     ((kind, content),) = recorded.items()
     if kind == "value":
         return content
@@ -85,15 +90,15 @@ def _replay(recorded: Mapping[str, Any], generator: torch.Generator) -> Any:
     raise ValueError(f"unknown kind {kind!r}")
 
 
-def _replay_tensor(recorded: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+def _replay_tensor(recorded: Record, generator: torch.Generator) -> Tensor:
     dtype = getattr(torch, recorded["dtype"])
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{recorded['dtype']!r} is no dtype")
+        raise TypeError(f"{recorded['dtype']!r} is not a dtype")
     shape = recorded["shape"]
     if "values" in recorded:
         return torch.tensor(recorded["values"], dtype=dtype).reshape(shape)
     if "low" in recorded:
         made = torch.randint(recorded["low"], recorded["high"] + 1, shape, generator=generator)
         return made.to(dtype)
-    normal = torch.randn(shape, generator=generator)
-    return (normal * recorded.get("spread", 1.0) + recorded.get("mean", 0.0)).to(dtype)
+    deviation, mean = float(recorded.get("spread", 1.0)), float(recorded.get("mean", 0.0))
+    return (torch.randn(shape, generator=generator) * deviation + mean).to(dtype)

@@ -1,53 +1,75 @@
-"""Limits of a capture: the conditions on its free sizes under which the model's Python goes the way that was captured.
+"""Limits of a capture: the conditions on its free sizes under which Python takes the branches that were captured.
 
 Start at :class:`Limits`. A model may ask how long its input is (``if length > window``); its capture holds one answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Place = tuple[int, int | None]
+if TYPE_CHECKING:
+    import sympy
+
+Expression: TypeAlias = "sympy.Basic"
+
+
+class SizePlace(NamedTuple):
+    """Where a size stands among the inputs of a call: a dimension of a leaf, or the leaf itself (``dim`` is None)."""
+
+    leaf: int
+    dim: int | None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Conditions in symbols (expressions of sympy), and where the symbols stand: as a dimension of an input leaf,
-    or the leaf itself (None)."""
+    """Conditions on the sizes of a call.
 
-    conditions: tuple[Any, ...] = ()
-    places: tuple[tuple[Any, Place], ...] = ()
+    Attributes:
+        conditions: expressions in the symbols of a capture.
+        places: the symbols, each with the size that it stands for.
+    """
+
+    conditions: tuple[Expression, ...] = ()
+    places: tuple[tuple[Expression, SizePlace], ...] = ()
 
     def allow(self, leaves: Sequence[Any]) -> bool:
-        """Whether all conditions hold for the sizes of ``leaves``."""
-        sizes = ((s, leaves[at] if dim is None else leaves[at].shape[dim]) for s, (at, dim) in self.places)
+        """Return whether all conditions hold for the sizes of ``leaves``."""
+        sizes = (
+            (symbol, leaves[place.leaf] if place.dim is None else leaves[place.leaf].shape[place.dim])
+            for symbol, place in self.places
+        )
         return _hold(self.conditions, tuple(sizes))
 
 
 @lru_cache(maxsize=1024)
-def _hold(conditions: tuple[Any, ...], sizes: tuple[tuple[Any, int], ...]) -> bool:
+def _hold(conditions: tuple[Expression, ...], sizes: tuple[tuple[Expression, int], ...]) -> bool:
     known = dict(sizes)
     # What stays undecided is asked of values, not of sizes.
     return not any(condition.xreplace(known) == False for condition in conditions)  # noqa: E712
 
 
-def limits_of(inputs: Mapping[int, Any]) -> Limits:
-    """The limits of a capture, from its (fake) inputs by leaf, read before anything else asks for their sizes."""
-    places: dict[Any, Place] = {}
-    guards: list[Any] = []
-    for at, value in inputs.items():
-        sizes: Any = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
+def limits_of(inputs: Mapping[int, object]) -> Limits:
+    """Return the limits of a capture.
+
+    Args:
+        inputs: its (fake) inputs by leaf, before anything else has asked for their sizes.
+    """
+    places: dict[Expression, SizePlace] = {}
+    guards: list[Expression] = []
+    for leaf, value in inputs.items():
+        sizes: Iterable[tuple[int | None, object]]
+        sizes = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
         for dim, size in sizes:
             if isinstance(size, torch.SymInt):
-                environment: Any = size.node.shape_env
-                guards = guards or [guard.expr for guard in environment.guards]
-                places.setdefault(size.node._expr, (at, dim))
+                environment = size.node.shape_env
+                guards = guards or ([] if environment is None else [guard.expr for guard in environment.guards])
+                places.setdefault(size.node._expr, SizePlace(leaf, dim))
     symbols = {symbol: place for symbol, place in places.items() if symbol.is_symbol}
     asked = {c for c in guards if c.free_symbols and c.free_symbols <= symbols.keys()}
     used = set().union(*(condition.free_symbols for condition in asked))

@@ -1,8 +1,10 @@
-"""MAG, multi-modality alignment guidance (the paper, section on MAG; docs/method.md, "Guidance").
+"""Multi-modality alignment guidance (MAG): how much each alignment token likes each token, and the alignment loss.
 
-One set of alignment tokens E scores the tokens of every modality; how a token scores is *guidance* G, which pruning reads.
-The features that the alignment tokens pool from the two modalities are pulled together by `alignment_loss`.
-Start with :class:`AlignmentTokens`. Shapes: B samples, N tokens, K alignment tokens, d_e their width.
+Cao et al., CVPR 2024, module MAG; ``docs/method.md``, "Guidance". One set of alignment tokens E scores the tokens of every
+modality. The scores are the *guidance* G, which pruning reads. The alignment loss pulls together the features that the
+alignment tokens pool from the two modalities. Start at :class:`AlignmentTokens`.
+
+Symbols: B samples, N tokens, C (the paper's d) width of the residual stream, K alignment tokens, d_e their width.
 """
 
 from __future__ import annotations
@@ -20,7 +22,19 @@ ImageOrder = Literal["blocked", "interleaved"]
 
 
 class AlignmentTokens(nn.Module):
-    """E [K, d_e]: one per model, shared by all layers and both modalities; drawn from N(0, 1) by `seed`."""
+    """The alignment tokens E: one set per model, shared by all layers and both modalities.
+
+    Args:
+        count: K, the number of alignment tokens.
+        width: d_e, the width of each.
+        seed: seed of their initial values, which are drawn from N(0, 1).
+
+    Attributes:
+        tokens: the parameter E ``[K, d_e]``.
+
+    Raises:
+        ConfigError: ``count`` or ``width`` is below 1.
+    """
 
     def __init__(self, count: int = 100, width: int = 768, *, seed: int = 0) -> None:
         super().__init__()
@@ -30,13 +44,23 @@ class AlignmentTokens(nn.Module):
         self.tokens = nn.Parameter(torch.randn(count, width, generator=generator))
 
     def forward(self, values: Tensor, projection: nn.Module | None = None) -> Tensor:
-        """Guidance G [B, N, K] of queries [B, N, d_e], or of values [B, N, d] that `projection` makes queries of.
+        """Return the guidance G of a residual stream.
 
-        The queries themselves are not made then: (X W^T + b) E^T = X (E W)^T + (E b)^T, and alignment tokens are fewer than the
-        tokens of a batch.
+        With a linear projection q = X W^T + b the queries are never materialised:
+        G = q E^T = X (E W)^T + (E b)^T, which is cheaper because there are fewer alignment tokens than tokens in a batch.
+
+        Args:
+            values: the queries q ``[B, N, d_e]``, or the residual stream X ``[B, N, C]`` if ``projection`` is given.
+            projection: the map from X to q, see :func:`query_projection`.
+
+        Returns:
+            G ``[B, N, K]``.
         """
-        if projection is None or type(projection) is not nn.Linear:
-            return guidance(values if projection is None else projection(values), self.tokens)
+        if projection is None:
+            return guidance(values, self.tokens)
+        if type(projection) is not nn.Linear:
+            queries: Tensor = projection(values)
+            return guidance(queries, self.tokens)
         weight = self.tokens.to(projection.weight.dtype)
         bias = None if projection.bias is None else weight @ projection.bias
         return F.linear(values, weight @ projection.weight, bias)
@@ -46,9 +70,16 @@ class AlignmentTokens(nn.Module):
 
 
 def query_projection(width: int, alignment_width: int, *, seed: int = 0, always: bool = False) -> nn.Module:
-    """The map from a stream's width d to d_e, one per block and modality: a Linear, left out where they agree unless `always`.
+    """Return the map from the residual stream X to the queries q, one per block and modality.
 
-    Its weights are drawn from N(0, 1 / d) by `seed`, so that queries keep the scale of the stream.
+    It is an identity where the widths agree and a linear layer elsewhere. The authors' code has a linear layer everywhere for
+    CLIP and none for BLIP; ``always=True`` gives the former.
+
+    Args:
+        width: C, the width of the residual stream.
+        alignment_width: d_e, the width of the alignment tokens.
+        seed: seed of the weights, which are drawn from N(0, 1 / C), so that queries keep the scale of the stream.
+        always: use a linear layer even where the widths agree.
     """
     if width == alignment_width and not always:
         return nn.Identity()
@@ -61,28 +92,31 @@ def query_projection(width: int, alignment_width: int, *, seed: int = 0, always:
 
 
 def guidance(queries: Tensor, tokens: Tensor) -> Tensor:
-    """G = q E^T, not scaled.
+    """Return the guidance G = q E^T, without scaling.
 
     Args:
-        queries: q [B, N, d_e], the residual stream at the block's input before its first norm (projected where widths differ).
-        tokens: E [K, d_e].
+        queries: q ``[B, N, d_e]``: the residual stream at the block's input, before its first norm, projected where the
+            widths differ.
+        tokens: E ``[K, d_e]``.
 
     Returns:
-        G [B, N, K].
+        G ``[B, N, K]``.
     """
     return queries @ tokens.to(queries.dtype).transpose(0, 1)
 
 
 def pooled_features(queries: Tensor, guidance: Tensor, pooled: Tensor | None = None) -> Tensor:
-    """Features of one layer, C_l = softmax over tokens of (G / sqrt(d_e)), transposed, times q.
+    """Return the features of one layer, C_l = softmax over tokens of (G / sqrt(d_e)), transposed, times q.
+
+    The alignment loss takes their sum over layers, C = sum_l C_l.
 
     Args:
-        queries: q [B, N, d_e].
-        guidance: G [B, N, K].
-        pooled: [B, N] bool, the tokens that take part (valid, not the class token); None for all.
+        queries: q ``[B, N, d_e]``.
+        guidance: G ``[B, N, K]``.
+        pooled: ``[B, N]`` bool, the tokens that take part: valid and not the class token. None for all tokens.
 
     Returns:
-        C_l [B, K, d_e]; zero for a sample in which no token takes part. The caller sums over layers.
+        C_l ``[B, K, d_e]``; zero for a sample in which no token takes part.
     """
     scores = guidance.float() / math.sqrt(queries.shape[-1])
     if pooled is not None:
@@ -95,36 +129,41 @@ def pooled_features(queries: Tensor, guidance: Tensor, pooled: Tensor | None = N
 
 
 def mean_over_images(features: Tensor, images: int, order: ImageOrder = "blocked") -> Tensor:
-    """Features of `images` images per text become one: their mean.
+    """Return the mean of the features of all images that belong to one text.
 
     Args:
-        features: [images * B, K, d_e].
-        images: m, images that belong to one text.
-        order: "blocked" has the first images of all samples, then the second ones; "interleaved" keeps a sample's together.
+        features: C of the images ``[m * B, K, d_e]``, summed over layers.
+        images: m, the number of images per text.
+        order: ``"blocked"``: first the first image of every sample, then the second one of every sample, and so on;
+            ``"interleaved"``: the images of a sample stand next to each other.
 
     Returns:
-        [B, K, d_e].
+        C ``[B, K, d_e]``.
 
     Raises:
-        ConfigError: the batch of features is no multiple of `images`.
+        ConfigError: the first dimension is not a multiple of ``images``, or the order is unknown.
     """
     if images < 1 or features.shape[0] % images:
         raise ConfigError(f"{features.shape[0]} feature maps cannot be grouped into samples of {images} images")
+    samples = features.shape[0] // images
     if order == "blocked":
-        return features.unflatten(0, (images, -1)).mean(dim=0)
+        return features.reshape(images, samples, *features.shape[1:]).mean(dim=0)
     if order == "interleaved":
-        return features.unflatten(0, (-1, images)).mean(dim=1)
+        return features.reshape(samples, images, *features.shape[1:]).mean(dim=1)
     raise ConfigError(f"order of images is {order!r}; allowed: 'blocked', 'interleaved'")
 
 
 def alignment_loss(vision: Tensor, text: Tensor) -> Tensor:
-    """L_align, the mean over samples and alignment tokens of 1 - cos(C_vision, C_text).
+    """Return L_align, the mean over samples and alignment tokens of 1 - cos(C_vision, C_text).
+
+    The paper adds 0.1 L_align to the loss of the task.
 
     Args:
-        vision, text: C, the features summed over layers, [B, K, d_e] each (`mean_over_images` brings pairs to B).
+        vision: C of the images ``[B, K, d_e]``, summed over layers; :func:`mean_over_images` groups several images.
+        text: C of the texts ``[B, K, d_e]``, summed over layers.
 
     Returns:
-        A scalar, between 0 and 2.
+        A scalar between 0 and 2.
 
     Raises:
         ConfigError: the shapes differ.

@@ -1,9 +1,13 @@
-"""Importance S of every token: the mean of three terms (the paper, section on DTP; docs/method.md, "Importance").
+"""Importance S of every token: the mean of a self-attention, an alignment and a class-attention term.
 
-`importance_terms` gives the terms, `importance` their mean. What attention contributes comes in as
-:class:`AttentionStatistics`, so that an attention kernel may gather them without building the map;
-`attention_statistics` is the plain form for when the map is there. Shapes: B samples, H heads, N tokens *with* class
-token and padding, K alignment tokens.
+Cao et al., CVPR 2024, module DTP, token importance score; ``docs/method.md``, "Importance". Start at
+:func:`importance_terms`; :meth:`ImportanceTerms.mean` is S. What attention contributes arrives as
+:class:`AttentionStatistics`, so that an attention kernel can collect it without building the attention map;
+:func:`attention_statistics` is the plain form for when the map is there.
+
+Symbols: B samples, H heads, N tokens *with* class token and padding, K alignment tokens. A ``[B, H, N, N]`` are the
+attention probabilities, o ``[B, H, N, D]`` the attention output before its projection, G ``[B, N, K]`` the guidance.
+*Candidates* are the tokens that pruning may take; every sum over tokens j below runs over the candidates of one sample.
 """
 
 from __future__ import annotations
@@ -19,13 +23,15 @@ TINY = 1e-12
 
 
 class AttentionStatistics(NamedTuple):
-    """What pruning needs to know about one self-attention.
+    """What the importance needs to know about one self-attention.
 
-    received: [B, N], c_j: sum over query tokens i (class row and padding rows excluded) of max over heads A_hij; None
-        where the keys are no tokens.
-    class_row: [B, H, N], A_h0j, the row of the class token (of the readout token in causal streams); None without one.
-    output_norms: [B, H, N], |o_hj|: L2 norm over the head's width of the attention output before the projection;
-        None where there is no class row.
+    Attributes:
+        received: c ``[B, N]``, the attention that each token receives: c_j = sum_i max_h A_hij over the query tokens i,
+            without the class token and padding. None where the keys are not tokens.
+        class_row: A_h0j ``[B, H, N]``, the row of the class token, or of the readout token in causal streams. None
+            without one.
+        output_norms: norms |o_hj| ``[B, H, N]``, the L2 norm of the attention output over the head's width. None without a
+            class row.
     """
 
     received: Tensor | None
@@ -34,14 +40,23 @@ class AttentionStatistics(NamedTuple):
 
 
 class ImportanceTerms(NamedTuple):
-    """s1, s2, s3, each [B, N] in float32 and zero outside the candidates; None where the term does not exist."""
+    """The terms of the importance, each ``[B, N]`` float32 and zero outside the candidates.
+
+    Attributes:
+        self_attention: s1. None where the attention that tokens receive is not known and another term exists.
+        alignment: s2. None without alignment tokens.
+        class_attention: s3. None without a class row.
+    """
 
     self_attention: Tensor | None
     alignment: Tensor | None
     class_attention: Tensor | None
 
     def mean(self) -> Tensor:
-        """S [B, N]: the mean of the terms that exist."""
+        """Return the importance S ``[B, N]``: S = (s1 + s2 + s3) / 3, or the mean of those terms that exist.
+
+        With the default configuration S sums to one over the candidates of a sample. It is zero elsewhere.
+        """
         present = [term for term in self if term is not None]
         total = present[0]
         for term in present[1:]:
@@ -52,13 +67,15 @@ class ImportanceTerms(NamedTuple):
 def attention_statistics(
     probabilities: Tensor, output: Tensor, queries: Tensor, class_position: Tensor | int | None
 ) -> AttentionStatistics:
-    """Statistics from a full attention map.
+    """Return the statistics of a full attention map.
+
+    The maximum over heads is taken entry by entry, before the sum over queries.
 
     Args:
-        probabilities: A [B, H, N, N], after softmax, before dropout.
-        output: o [B, H, N, head_dim], before the output projection.
-        queries: [B, N] bool, the rows that count: neither the class token's nor padding's.
-        class_position: position of the class token, one for all or [B]; None where there is none.
+        probabilities: A ``[B, H, N, N]``, after the softmax and before dropout.
+        output: o ``[B, H, N, D]``, before the output projection.
+        queries: ``[B, N]`` bool, the query tokens that count: neither the class token nor padding.
+        class_position: position of the class token, one for all samples or ``[B]``. None if there is no class token.
     """
     strongest = probabilities.amax(dim=1)
     received = strongest.masked_fill(~queries.unsqueeze(-1), 0.0).sum(dim=1)
@@ -78,25 +95,28 @@ def importance_terms(
     candidates: Tensor,
     config: PruningConfig,
 ) -> ImportanceTerms:
-    """The three terms, every one zero outside the candidates.
+    """Return the three terms of the importance::
 
-    s1_j = c_j / sum c   (left out where c is not known, if there is another term)
-    s2_j = softmax_j((g_j - mean g) / std g), g_j = max_k G_jk   (guidance_score="sum": g_j / sum g)
-    s3_j = t_j / sum t, t_j = sum_h A_h0j |o_hj| / sum_h |o_hj|   (class_score="raw": t_j)
+        s1_j = c_j / sum_j c_j                       c_j = sum_i max_h A_hij
+        s2_j = softmax_j((g_j - mean g) / std g)     g_j = max_k G_jk
+        s3_j = t_j / sum_j t_j                       t_j = sum_h A_h0j |o_hj| / sum_h |o_hj|
+
+    Each term is non-negative and sums to one over the candidates. That deviates from the authors' code, which uses
+    s2_j = g_j / sum_j g_j and s3_j = t_j: ``guidance_score="sum"`` and ``class_score="raw"`` select its forms. The mean and
+    the standard deviation of g are those of the candidates of a sample.
 
     Args:
-        statistics: of the layer's self-attention.
-        guidance: G [B, N, K]; None leaves s2 out.
-        candidates: [B, N] bool, the tokens that pruning may take.
-        config: its `guidance_score`, `class_score` and `alignment` are read.
+        statistics: c, A_h0j and norms |o_hj| of the layer's self-attention.
+        guidance: G ``[B, N, K]``; None leaves s2 out.
+        candidates: ``[B, N]`` bool, the tokens that pruning may take.
+        config: the fields ``alignment``, ``guidance_score`` and ``class_score`` are read.
     """
     alignment = None
     if guidance is not None and config.alignment:
         if config.guidance_score == "softmax":
             alignment = guidance_share(guidance, candidates)
         else:
-            best = guidance.float().amax(dim=-1)
-            best = best.masked_fill(~candidates, 0.0)
+            best = guidance.float().amax(dim=-1).masked_fill(~candidates, 0.0)
             total = best.sum(dim=1, keepdim=True)
             alignment = best / torch.where(total == 0, torch.ones_like(total), total)
     class_attention = None
@@ -106,50 +126,50 @@ def importance_terms(
         class_attention = (statistics.class_row.float() * diversity).sum(dim=1).masked_fill(~candidates, 0.0)
         if config.class_score == "normalised":
             class_attention = _normalise(class_attention, candidates)
-    received = statistics.received
-    if received is None and (alignment is not None or class_attention is not None):
-        return ImportanceTerms(None, alignment, class_attention)
-    known = torch.zeros_like(candidates, dtype=torch.float32) if received is None else received.float()
-    return ImportanceTerms(_normalise(known, candidates), alignment, class_attention)
-
-
-def importance(
-    statistics: AttentionStatistics,
-    guidance: Tensor | None,
-    candidates: Tensor,
-    config: PruningConfig,
-) -> Tensor:
-    """S [B, N] float32, the mean of the terms that exist; see `importance_terms`.
-
-    With our defaults S sums to one over the candidates and is zero elsewhere.
-    """
-    return importance_terms(statistics, guidance, candidates, config).mean()
+    if statistics.received is not None:
+        self_attention = _normalise(statistics.received.float(), candidates)
+    elif alignment is None and class_attention is None:
+        self_attention = _normalise(torch.zeros_like(candidates, dtype=torch.float32), candidates)
+    else:
+        self_attention = None
+    return ImportanceTerms(self_attention, alignment, class_attention)
 
 
 def guidance_share(guidance: Tensor, candidates: Tensor) -> Tensor:
-    """Our s2 [B, N] of guidance G [B, N, K]: the softmax over the candidates [B, N] of g, standardised per sample."""
-    return masked_softmax(_standardise(guidance.float().amax(dim=-1), candidates), candidates)
+    """Return the default s2, softmax_j((g_j - mean g) / std g) with g_j = max_k G_jk.
+
+    Standardising comes first because the residual stream, and G with it, grows from layer to layer: without it one token can
+    take nearly all of s2 in late layers.
+
+    Args:
+        guidance: G ``[B, N, K]``.
+        candidates: ``[B, N]`` bool.
+
+    Returns:
+        s2 ``[B, N]`` float32, zero outside the candidates.
+    """
+    return _masked_softmax(_standardise(guidance.float().amax(dim=-1), candidates), candidates)
 
 
-def masked_softmax(scores: Tensor, mask: Tensor, dim: int = 1) -> Tensor:
-    """Softmax along `dim` over the entries in `mask`, zero elsewhere, and zero (not NaN) where the mask is empty."""
+def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the tokens in ``mask``: zero elsewhere, and zero (not NaN) for a sample whose mask is empty."""
     filled = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return filled.softmax(dim=dim) * mask
+    return filled.softmax(dim=1) * mask
 
 
 def _standardise(values: Tensor, candidates: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the candidates of each sample; values that differ by rounding alone become zeros."""
+    """Mean 0 and standard deviation 1 over the candidates of a sample; zeros where values differ by rounding only."""
     count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
     values = values.masked_fill(~candidates, 0.0)
     centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~candidates, 0.0)
     variance = centred.square().sum(dim=1, keepdim=True) / count
     alike = variance <= (1e-5 * values.abs().amax(dim=1, keepdim=True) + TINY).square()
-    # The root of zero has no gradient, not even where its result is left out.
+    # The square root has no finite gradient at zero, even where its result is masked out afterwards.
     return (centred / variance.masked_fill(alike, 1.0).sqrt()).masked_fill(alike, 0.0)
 
 
 def _normalise(values: Tensor, candidates: Tensor) -> Tensor:
-    """Non-negative values over their sum; equal shares where all are zero (a class row that sees nothing)."""
+    """Non-negative values divided by their sum; equal shares where all are zero, as in a class row that sees nothing."""
     values = values.masked_fill(~candidates, 0.0)
     total = values.sum(dim=1, keepdim=True)
     shares = candidates / candidates.sum(dim=1, keepdim=True).clamp_min(1)

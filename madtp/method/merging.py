@@ -1,6 +1,8 @@
-"""Dropped tokens become one token, their importance-weighted mean (docs/method.md, "Merging").
+"""The merged token: the importance-weighted mean of the dropped tokens.
 
-Shapes: B samples, N tokens *with* class token and padding, C channels.
+Cao et al., CVPR 2024, module DTP; ``docs/method.md``, "Merging". Start at :func:`merged_token`.
+
+Symbols: B samples, N tokens *with* class token and padding, C width of the residual stream, S ``[B, N]`` the importance.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from madtp.method.importance import TINY
 
 
 def merge_weights(scores: Tensor, dropped: Tensor) -> Tensor:
-    """w_j = S_j / sum S over the dropped tokens; gradients reach S.
+    """Return the merge weights, w_j = S_j / sum of S over the dropped tokens. Gradients reach S.
+
+    Where the importance of all dropped tokens sums to zero, they get equal weights; the authors' code divides by zero there.
 
     Args:
-        scores: S [B, N].
-        dropped: [B, N] bool.
+        scores: S ``[B, N]``.
+        dropped: ``[B, N]`` bool.
 
     Returns:
-        [B, N] float32: sums to one over the dropped tokens, zero elsewhere, all zero where nothing is dropped. Equal
-        weights where the scores of the dropped sum to zero.
+        w ``[B, N]`` float32. It sums to one over the dropped tokens and is zero elsewhere, and zero throughout for a sample
+        that drops nothing.
     """
     weights = scores.float() * dropped
     total = weights.sum(dim=1, keepdim=True)
@@ -32,26 +36,35 @@ def merge_weights(scores: Tensor, dropped: Tensor) -> Tensor:
 
 
 def merged_token(tokens: Tensor, weights: Tensor) -> Tensor:
-    """The merged token [B, 1, C] of tokens [B, N, C] and weights [B, N]; zero where the weights are."""
-    return (weights.to(tokens.dtype).unsqueeze(1)) @ tokens
+    """Return the merged token, sum_j w_j x_j.
+
+    Args:
+        tokens: x ``[B, N, C]``, the residual stream behind the self-attention's residual add.
+        weights: w ``[B, N]`` from :func:`merge_weights`.
+
+    Returns:
+        ``[B, 1, C]``; zero for a sample that drops nothing.
+    """
+    return weights.to(tokens.dtype).unsqueeze(1) @ tokens
 
 
 def merged_position(
     scores: Tensor, dropped: Tensor, valid: Tensor, rule: Literal["any", "best"] = "any"
 ) -> tuple[Tensor, Tensor]:
-    """The position that the merged token stands for in masks and other side inputs, and whether attention may see it.
+    """Return which position stands for the merged token in masks, and whether the merged token is valid.
+
+    Attention masks, position tables and the like have no entry for a merged token. It takes the entry of one of its members.
 
     Args:
-        scores: S [B, N].
-        dropped: [B, N] bool.
-        valid: [B, N] bool, False on padding.
-        rule: "any": the best-scored valid member, so valid if any member is; "best": the best-scored member, padding or
-            not (the authors' code).
+        scores: S ``[B, N]``.
+        dropped: ``[B, N]`` bool, the members of the merged token.
+        valid: ``[B, N]`` bool, False on padding.
+        rule: ``"any"``: the valid member of the highest importance, so that the merged token is valid if any member is.
+            ``"best"``: the member of the highest importance, padding or not, as in the authors' code.
 
     Returns:
-        Position [B] long (0 where nothing is dropped) and validity [B] bool (False where nothing is dropped).
+        The position ``[B]`` (int64), and the validity ``[B]`` (bool). They are 0 and False where nothing is dropped.
     """
     members = dropped & valid if rule == "any" else dropped
     position = scores.float().masked_fill(~members, float("-inf")).argmax(dim=1)
-    seen = valid & members
-    return position, seen.gather(1, position.unsqueeze(1)).squeeze(1)
+    return position, (valid & members).gather(1, position.unsqueeze(1)).squeeze(1)

@@ -1,9 +1,12 @@
-"""DTP's threshold and the tokens that pass it (the paper, section on DTP; docs/method.md, "Threshold").
+"""The threshold theta, and the tokens that pass it.
 
-`threshold` turns guidance and importance into one number a sample; `keep_mask` compares. `uniform_keep` and `keep_best`
-choose by count instead. A site calls madtp/method/selection.py, which picks among these by configuration. Shapes: B samples,
-N tokens *with* class token and padding, K alignment tokens; only *candidates* (tokens that pruning may take) are ever
-judged. All arithmetic is in float32.
+Cao et al., CVPR 2024, module DTP; ``docs/method.md``, "Threshold". :func:`threshold` turns guidance and importance into one
+number per sample and :func:`keep_mask` compares. :func:`keep_best` keeps a given number of tokens instead. Sites call
+``madtp/method/selection.py``, which chooses between the two by configuration.
+
+Symbols: B samples, N tokens *with* class token and padding, K alignment tokens, S ``[B, N]`` the importance, G ``[B, N, K]``
+the guidance, T the temperature, gamma the gain. *Candidates* are the tokens that pruning may take; no other token is judged.
+All arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -18,25 +21,29 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def threshold(guidance: Tensor | None, scores: Tensor, candidates: Tensor, temperature: float | Tensor) -> Tensor:
-    """theta = min_k sum_j softmax_j(G_jk / T) S_j.
+    """Return theta = min_k sum_j softmax_j(G_jk / T) S_j.
 
-    It lies between the smallest and the largest S of the candidates. T -> infinity gives the mean of S; T -> 0 gives the
-    smallest S among the tokens that some alignment token likes best.
+    Every alignment token k votes for a mean of S, weighted by how much it likes each token; the lowest vote counts. Theta
+    lies between the smallest and the largest S of the candidates. T -> infinity gives the mean of S, the strongest pruning;
+    T -> 0 gives the smallest S among the tokens that some alignment token likes best.
+
+    The paper writes sparsemax and calls the threshold learnable. The authors' code has a softmax and no gradient through the
+    comparison, and so has this function; :func:`straight_through_gate` is the option with a gradient.
 
     Args:
-        guidance: G [B, N, K]; None (no alignment guidance) gives the mean of S.
-        scores: S [B, N].
-        candidates: [B, N] bool.
+        guidance: G ``[B, N, K]``. None, without alignment tokens, gives the mean of S.
+        scores: S ``[B, N]``.
+        candidates: ``[B, N]`` bool.
         temperature: T, above 0; a tensor may carry a gradient.
 
     Returns:
-        theta [B] float32; 0 for a sample without candidates.
+        theta ``[B]`` float32; 0 for a sample without candidates.
     """
     scores = scores.float().masked_fill(~candidates, 0.0)
     if guidance is None:
         return scores.sum(dim=1) / candidates.sum(dim=1).clamp_min(1)
     votes = (guidance.float() / temperature).masked_fill(~candidates.unsqueeze(-1), LOWEST).softmax(dim=1)
-    # A batched product: the same sum as an einsum, which is slower on CPUs.
+    # The batched product gives the same sum as an einsum and is faster on CPUs.
     return torch.bmm(scores.unsqueeze(1), votes).squeeze(1).amin(dim=1)
 
 
@@ -49,85 +56,72 @@ def keep_mask(
     min_tokens: int = 1,
     smallest_drop: int = 2,
 ) -> Tensor:
-    """Each sample's own survivors, {j : S_j > gain * theta}, whoever its batch mates are.
+    """Return the survivors of each sample, {j : S_j > gamma theta}, whatever the other samples of the batch are.
+
+    The paper's gain gamma is 1. The comparison is strict: at a low temperature theta can equal the importance of a token,
+    which is then dropped.
 
     Args:
-        scores: S [B, N].
-        theta: [B].
-        gain: factor on theta.
-        candidates: [B, N] bool.
-        min_tokens: so many of the best candidates survive in any case; among equals the earlier one.
-        smallest_drop: a sample that would lose fewer tokens loses none. 2 where the dropped are merged into a new token,
-            as trading one token for one saves nothing; 1 otherwise.
+        scores: S ``[B, N]``.
+        theta: ``[B]``.
+        gain: gamma.
+        candidates: ``[B, N]`` bool.
+        min_tokens: number of candidates of the highest importance that survive in any case. Of equal tokens the first counts.
+        smallest_drop: a sample that would lose fewer tokens than this loses none. It is 2 where dropped tokens are merged,
+            as replacing one token by one merged token saves nothing, and 1 elsewhere.
 
     Returns:
-        [B, N] bool, a subset of the candidates.
+        ``[B, N]`` bool, a subset of the candidates.
     """
     scores = scores.float()
     kept = scores > gain * theta.unsqueeze(1)
     floor = min(min_tokens, scores.shape[1])
     if floor:
-        # A stable sort: among equals `topk` picks by the width of the batch, which batch mates decide.
+        # The sort is stable because ``topk`` picks among equal tokens by the length, which the rest of the batch decides.
         ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
-        best = ranked[:, :floor]
-        kept = kept.scatter(1, best, True)
-    return _unless_too_few(kept & candidates, candidates, smallest_drop)
-
-
-def uniform_keep(scores: Tensor, kept: Tensor, candidates: Tensor, *, smallest_drop: int = 2) -> Tensor:
-    """Every sample keeps as many tokens as the sample of the batch that keeps most, each its own best.
-
-    Args:
-        scores: S [B, N].
-        kept: [B, N] bool, each sample's own survivors, from `keep_mask` with smallest_drop=1.
-        candidates: [B, N] bool.
-        smallest_drop: as in `keep_mask`, here per sample after the counts are made equal.
-
-    Returns:
-        [B, N] bool. A sample with fewer candidates than the common count keeps them all.
-    """
-    count = kept.sum(dim=1).amax().expand(scores.shape[0])
-    return keep_best(scores, count, candidates, smallest_drop=smallest_drop)
+        kept = kept.scatter(1, ranked[:, :floor], True)
+    return _all_if_too_few_dropped(kept & candidates, candidates, smallest_drop)
 
 
 def keep_best(scores: Tensor, counts: Tensor, candidates: Tensor, *, smallest_drop: int = 2) -> Tensor:
-    """The counts[b] best candidates of each sample; among equals the earlier one.
+    """Return the ``counts[b]`` best candidates of each sample; of equal tokens the first counts as the better one.
 
     Args:
-        scores: what to rank by, [B, N].
-        counts: [B] long.
-        candidates: [B, N] bool.
-        smallest_drop: as in `keep_mask`.
+        scores: what tokens are ranked by ``[B, N]``.
+        counts: ``[B]`` int64. A sample with fewer candidates keeps them all.
+        candidates: ``[B, N]`` bool.
+        smallest_drop: as in :func:`keep_mask`.
 
     Returns:
-        [B, N] bool.
+        ``[B, N]`` bool, a subset of the candidates.
     """
     order = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
     first = torch.arange(scores.shape[1], device=scores.device) < counts.unsqueeze(1)
     kept = torch.zeros_like(candidates).scatter(1, order, first) & candidates
-    return _unless_too_few(kept, candidates, smallest_drop)
+    return _all_if_too_few_dropped(kept, candidates, smallest_drop)
 
 
 def straight_through_gate(scores: Tensor, theta: Tensor, gain: float | Tensor, kept: Tensor) -> Tensor:
-    """A factor of exactly one on every survivor that carries the gradient of a soft mask.
+    """Return a factor for the survivors that is exactly one and has the gradient of a soft mask.
 
-    The soft mask is sigmoid((S / (gain theta) - 1) / SOFTNESS): gradients reach S, theta and through them the alignment
-    tokens, which the hard comparison stops. Multiply the survivors by it in training.
+    The soft mask is sigmoid((S / (gamma theta) - 1) / 0.1). In training, the survivors are multiplied by the factor, so that
+    gradients reach S, theta and, through them, the alignment tokens; the comparison in :func:`keep_mask` stops gradients.
+    This is an option that neither the paper nor the authors' code has.
 
     Args:
-        scores: S [B, N].
-        theta: [B].
-        gain: factor on theta.
-        kept: [B, N] bool.
+        scores: S ``[B, N]``.
+        theta: ``[B]``.
+        gain: gamma.
+        kept: ``[B, N]`` bool.
 
     Returns:
-        [B, N] float32, one on survivors and zero elsewhere.
+        ``[B, N]`` float32, one on survivors and zero elsewhere.
     """
     limit = (gain * theta.float()).clamp_min(TINY).unsqueeze(1)
     soft = torch.sigmoid((scores.float() / limit - 1.0) / SOFTNESS)
     return (1.0 + (soft - soft.detach())) * kept
 
 
-def _unless_too_few(kept: Tensor, candidates: Tensor, smallest_drop: int) -> Tensor:
+def _all_if_too_few_dropped(kept: Tensor, candidates: Tensor, smallest_drop: int) -> Tensor:
     dropped = (candidates & ~kept).sum(dim=1, keepdim=True)
     return torch.where(dropped < smallest_drop, candidates, kept)

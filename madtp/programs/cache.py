@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
-from madtp.calls.objects import CannotOpen, held_objects, held_state, opened
-from madtp.calls.per_image import Apart, each_image
+from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
+from madtp.calls.per_image import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run
@@ -34,7 +34,7 @@ from madtp.programs.single_sample import (
     with_doubled_sample,
 )
 from madtp.sites.additions import PREFIX, additions_of
-from madtp.tokens.cache_marks import MarkedAxes, any_dead, cleaned
+from madtp.tokens.cache_marks import MarkedAxes, any_marked, zero_marked
 
 log = logging.getLogger("madtp")
 CACHE = 16
@@ -88,7 +88,7 @@ class ProgramCache:
         build_program: BuildProgram,
         *,
         inner: bool = False,
-        apart: Apart | None = None,
+        apart: PerImageArguments | None = None,
     ) -> None:
         """Make an empty cache; see above for the arguments."""
         self.path, self.module, self.host, self.build_program = path, host.get_submodule(path), host, build_program
@@ -100,17 +100,16 @@ class ProgramCache:
 
     def continues_pruned(self, call: Call) -> bool:
         """Whether ``call`` reads a key/value cache from which an earlier, pruned call has dropped tokens."""
-        if not self.marked or held_state((call.args, call.kwargs)) is None:
+        if not self.marked or object_kind((call.args, call.kwargs)) is None:
             return False
         try:
-            call = call.opened(self.sizes)
-        except CannotOpen:
+            call = call.flattened(self.sizes)
+        except CannotFlatten:
             return False
-        assert call.form is not None
+        assert call.objects is not None
         leaves = call.flat()[0]
-        paths = [path for _, blueprint in call.form.held for path in blueprint.paths()]
-        kept = zip(paths, (leaves[at] for at in sorted(call.held())), strict=True)
-        return any_dead((values, self.marked[path]) for path, values in kept if path in self.marked)
+        kept = zip(call.objects.paths(), (leaves[at] for at in sorted(call.cache_leaves())), strict=True)
+        return any_marked((values, self.marked[path]) for path, values in kept if path in self.marked)
 
     def candidates(self, call: Call) -> Iterator[Program]:
         """The programs to try on ``call``: those for calls like it, then one that is built for it."""
@@ -122,8 +121,8 @@ class ProgramCache:
     def matching(self, call: Call) -> list[Program]:
         """The programs for calls like ``call``, latest first; they differ in the way that the model's Python went."""
         try:
-            call = call.opened(self.sizes)
-        except CannotOpen:
+            call = call.flattened(self.sizes)
+        except CannotFlatten:
             return []
         leaves = call.flat()[0]
         return [
@@ -140,15 +139,15 @@ class ProgramCache:
             MadtpError: the module cannot be rewritten for such calls, or no program can serve a single sample.
         """
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
-        with suppress(CannotOpen):  # the builder says best what is wrong
-            call = call.opened(self.sizes)
+        with suppress(CannotFlatten):  # the builder says best what is wrong
+            call = call.flattened(self.sizes)
         captured, program = self._captured(call)
         self._bind(program)
         if captured is not call:
             leaves = call.flat()[0]
             if not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
                 program = self._serving_one_sample(program, call)
-        if call.held() or self.inner or self.apart is not None:
+        if call.cache_leaves() or self.inner or self.apart is not None:
             self._check(program, call)
         self._remember(program, call)
         return program
@@ -179,9 +178,9 @@ class ProgramCache:
         """
         if any(m.training for m in self.module.modules()):
             return
-        held = call.held()
+        held = call.cache_leaves()
         leaves = [
-            cleaned(x) if at in held and isinstance(x, Tensor) and x.is_floating_point() else x
+            zero_marked(x) if at in held and isinstance(x, Tensor) and x.is_floating_point() else x
             for at, x in enumerate(call.flat()[0])
         ]
         expected = self._run_original(call.with_leaves(leaves), program)
@@ -191,14 +190,14 @@ class ProgramCache:
     def _run_original(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
         with torch.no_grad(), drawing_alike(), self._as_original():
-            module = each_image(opened(self.module, call.form, program.sizes()), self.apart)
+            module = per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.apart)
             result: object = module(*call.args, **call.kwargs)
         return result
 
     def add(self, program: Program, call: Call) -> None:
         """Keep a program that was built elsewhere, as the one for calls like ``call``."""
         self._bind(program)
-        self._remember(program, call.opened(self.sizes))
+        self._remember(program, call.flattened(self.sizes))
 
     def _bind(self, program: Program) -> None:
         """Give a program the sizes and constants that it needs to run."""
@@ -217,23 +216,23 @@ class ProgramCache:
     def run(self, program: Program, call: Call) -> object:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
-        leaves = call.opened(program.given).flat()[0]
+        leaves = call.flattened(program.given).flat()[0]
         if control.gradient_checkpointing and torch.is_grad_enabled():
             if program.checkpointed_forward is None:
                 program.checkpointed_forward = checkpointed(program.graph, self.host, self.path or "whole")
             result = program.run_checkpointed(self.host, leaves)
         else:
             result = program.run(self.host, leaves)
-        states = {name: control.states[name] for name in program.sites if name in control.states}
+        states = {name: control.record.states[name] for name in program.sites if name in control.record.states}
         if isinstance(program, SingleSampleProgram):
             leaves = with_doubled_leaves(leaves)
-            control.states.update(first_samples(states))
-        control.runs.append(Run(program, tuple(_without_values(x) for x in leaves), states))
+            control.record.states.update(first_samples(states))
+        control.record.runs.append(Run(program, tuple(_without_values(x) for x in leaves), states))
         if program.returned is None:
             return result
         assert isinstance(result, (tuple, list))
         plain, tensors = result
-        closed: object = program.returned.close(plain, tensors, held_objects((call.args, call.kwargs)))
+        closed: object = program.returned.close(plain, tensors, objects_in((call.args, call.kwargs)))
         return closed
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.compare import compare, drawing_alike
-from madtp.calls.objects import CannotOpen, held_state
+from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.cost.counting import Counter
 from madtp.errors import MadtpError
 from madtp.programs.notes import Notes
@@ -45,27 +45,27 @@ class HostForward(ReplacedForward):
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         control = self.control
-        if control.bypassed:
+        if control.runs_original:
             return self.original(*args, **kwargs)
         call = normalise_call(self.module, args, kwargs)
         described = call
-        with suppress(CannotOpen):
-            described = call.opened(None)
+        with suppress(CannotFlatten):
+            described = call.flattened(None)
         kind = signature(self.module, described, _all_dims(described))
         if kind not in self.agreements:
             self.agreements[kind] = self._agrees(call)
         with control.call():
-            if control.depth > 1:
+            if control.call_depth > 1:
                 return self._run(kind, args, kwargs)
-            control.opened()
-            control.batch = call.samples()
+            control.begin_program()
+            control.record.batch = call.samples()
             return self._counted(described, kind, args, kwargs)
 
     def _run(self, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         return self._by_regions(args, kwargs) if self.agreements[kind] else self._by_original(args, kwargs)
 
     def _by_original(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        with self.control.bypassing():
+        with self.control.running_original():
             return self.original(*args, **kwargs)
 
     def _by_regions(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
@@ -78,13 +78,13 @@ class HostForward(ReplacedForward):
         """Run, and count what runs outside the regions if these sizes are new."""
         exact = signature(self.module, call, None)
         if exact in self.outside_macs:
-            self.control.outside = self.outside_macs[exact]
+            self.control.record.outside_macs = self.outside_macs[exact]
             return self._run(kind, args, kwargs)
-        with Counter(lambda: self.control.depth_inside > 0) as counter:
+        with Counter(lambda: self.control.program_depth > 0) as counter:
             result = self._run(kind, args, kwargs)
         while len(self.outside_macs) >= REMEMBERED:
             self.outside_macs.pop(next(iter(self.outside_macs)))
-        self.outside_macs[exact] = self.control.outside = counter.total / (self.control.batch or 1)
+        self.outside_macs[exact] = self.control.record.outside_macs = counter.total / (self.control.record.batch or 1)
         return result
 
     def _agrees(self, call: Call) -> bool:
@@ -92,7 +92,7 @@ class HostForward(ReplacedForward):
         try:
             results = []
             for run in (self._by_original, self._by_regions):
-                own = call if held_state((call.args, call.kwargs)) is None else copy.deepcopy(call)
+                own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
                 with torch.no_grad(), drawing_alike(), self.control.unpruned():
                     results.append(run(own.args, own.kwargs))
             compare(*results, values=not any(m.training for m in self.module.modules()))
@@ -108,7 +108,7 @@ class HostForward(ReplacedForward):
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:
     leaves = call.flat()[0]
-    held = call.held()
+    held = call.cache_leaves()
     return tuple(
         tuple(range(x.dim())) if isinstance(x, Tensor) else (0,) if at in held else () for at, x in enumerate(leaves)
     )

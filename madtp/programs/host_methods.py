@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from madtp.calls.objects import held_state
+from madtp.calls.objects import object_kind
 from madtp.errors import ContinuationError
 from madtp.sites.control import PruningControl
 
@@ -34,10 +34,10 @@ def as_one_call(
             try:
                 return method(*args, **kwargs)
             except ContinuationError as error:
-                if held_state((args, kwargs)) is not None:
+                if object_kind((args, kwargs)) is not None:
                     raise
                 log.warning("%s runs once more, unpruned: %s", method.__name__, error)
-            with control.bypassing():
+            with control.running_original():
                 return method(*args, **kwargs)
 
     return called

@@ -56,7 +56,7 @@ def noting_unpruned_blocks(
     unpruned: list[str] = []
 
     def enter(module: nn.Module, args: object) -> None:
-        if id(module) in watched and control.active and not (control.bypassed or control.depth_inside):
+        if id(module) in watched and control.active and not (control.runs_original or control.program_depth):
             unpruned.append(watched[id(module)])
 
     handle = register_module_forward_pre_hook(enter)

@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.compare import drawing_alike
-from madtp.calls.per_image import Apart, EachImage, Image, Recipe, by_kind, recipe_of
+from madtp.calls.per_image import Image, ImageResults, PerImageArguments, PerImageForward, by_kind, image_results
 from madtp.errors import ExampleInputsError, RewriteError
 from madtp.programs.cache import CACHE, ProgramCache
 from madtp.programs.notes import Notes
 from madtp.programs.region import PrunedRegion
 from madtp.programs.replaced_forward import ReplacedForward
-from madtp.sites.control import PruningControl
+from madtp.sites.control import FeatureKey, PruningControl
 from madtp.tokens.state import TokenState, positions_of
 
 MANY_SIZES = f"images of more than {CACHE} sizes were seen; bring images to fewer sizes"
@@ -45,16 +45,16 @@ class PerImageRegion(ReplacedForward):
         kinds: the kinds of images that are known to come apart.
     """
 
-    def __init__(self, programs: ProgramCache, apart: Apart, control: PruningControl, notes: Notes) -> None:
+    def __init__(self, programs: ProgramCache, apart: PerImageArguments, control: PruningControl, notes: Notes) -> None:
         """Take the place of the forward of the module of ``programs``; see above for the arguments."""
         super().__init__(programs.module)
         self.programs, self.apart, self.control, self.notes = programs, apart, control, notes
-        self.region = PrunedRegion(programs, control, notes, original=EachImage(self.original, apart))
-        self.recipes: dict[CallForm, Recipe] = {}
+        self.region = PrunedRegion(programs, control, notes, original=PerImageForward(self.original, apart))
+        self.recipes: dict[CallForm, ImageResults] = {}
         self.kinds: set[object] = set()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if self.control.bypassed:
+        if self.control.runs_original:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs)
@@ -67,7 +67,7 @@ class PerImageRegion(ReplacedForward):
         with self.control.call():
             return self._run(call, images, recipe)
 
-    def _run(self, call: Call, images: Sequence[Image], recipe: Recipe) -> object:
+    def _run(self, call: Call, images: Sequence[Image], recipe: ImageResults) -> object:
         results: dict[int, list[object]] = {}
         records = _BatchRecords(self.control)
         for numbers in by_kind(images):
@@ -81,7 +81,7 @@ class PerImageRegion(ReplacedForward):
         joined: object = recipe.join([results[number] for number in range(len(images))])
         return joined
 
-    def _recipe(self, call: Call, images: Sequence[Image]) -> Recipe | None:
+    def _recipe(self, call: Call, images: Sequence[Image]) -> ImageResults | None:
         """How the results of images are put together; None if they do not come apart. Each size is checked once."""
         form = self._form(call)
         kinds = {image.kind for image in images}
@@ -91,11 +91,11 @@ class PerImageRegion(ReplacedForward):
             self._note(MANY_SIZES)
             return None
         several = list(images) * 2 if len(images) == 1 else images
-        together = self.apart.together(call, several)
+        together = self.apart.join(call, several)
         try:
             # A check is not the model's work: it must not be counted.
-            with torch.no_grad(), drawing_alike(), self.control.bypassing(), self.control.inside():
-                recipe = recipe_of(self.original, together, several, self.apart)
+            with torch.no_grad(), drawing_alike(), self.control.running_original(), self.control.in_program():
+                recipe = image_results(self.original, together, several, self.apart)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")
             return None
@@ -127,7 +127,7 @@ class _BatchRecord:
 
     numbers: list[int]
     states: dict[str, TokenState]
-    features: dict[tuple[str, str], Tensor]
+    features: dict[FeatureKey, Tensor]
     kept_counts: dict[str, Tensor]
 
 
@@ -141,9 +141,9 @@ class _BatchRecords:
     def add(self, numbers: list[int]) -> None:
         """Take the record of a batch that has just run, of the images ``numbers``."""
         control = self.control
-        states = dict(control.runs[-1].states) if control.runs else {}
-        features = {key: value for key, value in control.features.items() if key[0] in states}
-        counts = {name: value for name, value in control.kept_counts.items() if name.partition("[")[0] in states}
+        states = dict(control.record.runs[-1].states) if control.record.runs else {}
+        features = {key: value for key, value in control.record.features.items() if key[0] in states}
+        counts = {name: value for name, value in control.record.kept_counts.items() if name.partition("[")[0] in states}
         self.batches.append(_BatchRecord(numbers, states, features, counts))
 
     def join(self) -> None:
@@ -153,9 +153,9 @@ class _BatchRecords:
         order = torch.tensor([number for batch in self.batches for number in batch.numbers]).argsort()
         for name in self.batches[0].states:
             states = [batch.states[name] for batch in self.batches if name in batch.states]
-            self.control.states[name] = _joined_states(states, order)
-        _join_into(self.control.features, [batch.features for batch in self.batches], order)
-        _join_into(self.control.kept_counts, [batch.kept_counts for batch in self.batches], order)
+            self.control.record.states[name] = _joined_states(states, order)
+        _join_into(self.control.record.features, [batch.features for batch in self.batches], order)
+        _join_into(self.control.record.kept_counts, [batch.kept_counts for batch in self.batches], order)
 
 
 def _join_into(record: dict[Key, Tensor], parts: Sequence[Mapping[Key, Tensor]], order: Tensor) -> None:
@@ -180,4 +180,12 @@ def _joined_states(states: Sequence[TokenState], order: Tensor) -> TokenState:
     fields = [torch.cat(same) for same in zip(*map(padded, states), strict=True)]
     index, valid, merged = (field[order.to(field.device)] for field in fields)
     full = max(state.full_length for state in states)
-    return TokenState(index, valid, merged, None, full, length, len(index), states[0].quirks)
+    return TokenState(
+        full_length=full,
+        length=length,
+        batch=len(index),
+        index=index,
+        valid=valid,
+        merged=merged,
+        quirks=states[0].quirks,
+    )

@@ -23,9 +23,9 @@ def macs_by_module(control: PruningControl, tokens: Tokens) -> dict[str, float]:
         tokens: which tokens to price: those that were ``"kept"``, ``"all"`` as without pruning, or ``"none"`` of those that
             may be pruned.
     """
-    total: dict[str, float] = {} if control.outside is None else {OUTSIDE: control.outside}
-    for run in control.runs:
-        share = 1.0 if control.batch is None else run.batch() / control.batch
+    total: dict[str, float] = {} if control.record.outside_macs is None else {OUTSIDE: control.record.outside_macs}
+    for run in control.record.runs:
+        share = 1.0 if control.record.batch is None else run.batch() / control.record.batch
         for path, amount in _price(run, tokens, pruning=control.active).items():
             total[path] = total.get(path, 0.0) + amount * share
     return total

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import batch_size
-from madtp.calls.objects import Returned
+from madtp.calls.objects import ResultSpec
 from madtp.calls.size_limits import Limits
 from madtp.calls.structures import unflatten
 from madtp.cost.table import CostTable
@@ -52,7 +52,7 @@ class Program:
     dynamic: tuple[tuple[int, ...], ...]
     cost: CostTable
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    returned: Returned | None = None
+    returned: ResultSpec | None = None
     marked: Mapping[str, MarkedAxes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     given: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, Signature, normalise_call, signature
-from madtp.calls.objects import CannotOpen
+from madtp.calls.objects import CannotFlatten
 from madtp.errors import ContinuationError, ExampleInputsError, MadtpError, NothingToPruneError
 from madtp.programs.cache import BRANCHES, MANY_WAYS, ProgramCache
 from madtp.programs.notes import Notes
@@ -66,7 +66,7 @@ class PrunedRegion(ReplacedForward):
         self.prunes_caches = True
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if self.control.bypassed and not self.programs.marked:
+        if self.control.runs_original and not self.programs.marked:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs)
@@ -74,7 +74,7 @@ class PrunedRegion(ReplacedForward):
             return self.original(*args, **kwargs)
         # Only programs can read a pruned key/value cache: the original would attend to dropped tokens.
         continues = self.programs.continues_pruned(call)
-        if self.control.bypassed and not continues:
+        if self.control.runs_original and not continues:
             return self.original(*args, **kwargs)
         if self.embeddings and not continues:
             told = self._with_image_positions(call)
@@ -82,11 +82,11 @@ class PrunedRegion(ReplacedForward):
                 return self.original(*args, **kwargs)
             call = told
         for program in self._candidates(call, continues):
-            with suppress(OtherBranch), self.control.call(), self.control.inside():
-                self.control.opened()
+            with suppress(OtherBranch), self.control.call(), self.control.in_program():
+                self.control.begin_program()
                 result = self.programs.run(program, call)
                 if self.control.tracker is not None:
-                    self.control.tracker.derived(call.flat()[0], result)
+                    self.control.tracker.tag_result(call.flat()[0], result)
                 return result
         if continues:
             raise self._cannot_continue()
@@ -98,10 +98,10 @@ class PrunedRegion(ReplacedForward):
         if leaf is None or tracker is None:
             self._note("it was not called by the model's own forward, which shows where image features are written")
             return None
-        positions = tracker.written(leaf)
+        positions = tracker.image_positions(leaf)
         if positions is None and "image" in (tracker.modalities(leaf) or ()):
             self._note("it cannot be followed where image features were written among its tokens")
-        return None if positions is None else call.with_written(positions)
+        return None if positions is None else call.with_image_positions(positions)
 
     def _cannot_continue(self) -> ContinuationError:
         self.prunes_caches = False
@@ -114,11 +114,11 @@ class PrunedRegion(ReplacedForward):
     def _candidates(self, call: Call, continues: bool) -> Iterator[Program]:
         """The programs to try on a call, in order."""
         try:
-            call = call.opened(self.programs.sizes)
-        except CannotOpen as error:
+            call = call.flattened(self.programs.sizes)
+        except CannotFlatten as error:
             self._note(f"it was called with a {error}, which later calls may read again")
             return
-        if call.goes_on() and not continues:
+        if call.continues() and not continues:
             return
         for program in self._cached_or_built(call):
             if program.marked and not self.prunes_caches:
@@ -135,7 +135,7 @@ class PrunedRegion(ReplacedForward):
             return
         try:
             # What a capture computes is not the model's work: it must not be counted, least of all its symbolic sizes.
-            with self.control.inside():
+            with self.control.in_program():
                 built = self.programs.build(call)
         except MadtpError as error:
             self.failed.add(exact)

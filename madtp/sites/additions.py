@@ -14,9 +14,22 @@ PREFIX = "madtp"
 
 
 class Additions(nn.Module):
-    """All that pruning adds to a model: alignment tokens, sites, constants of the captured graphs.
+    """All that pruning adds to a model: alignment tokens, sites, and constants of the captured graphs.
 
-    programs: how many were made so far. control: what the sites share.
+    Args:
+        specs: of the sites.
+        keys: names of the sites as modules, in the order of ``specs``.
+        control: shared by the sites.
+        alignment_width: d_e, the width of the alignment tokens.
+
+    Attributes:
+        control: shared by the sites.
+        programs: number of programs made so far.
+        alignment_width: d_e.
+        widths: widths of the pruned streams.
+        alignment: the alignment tokens E; absent without alignment.
+        sites: by name.
+        constants: holds the tensors of captured graphs as buffers.
     """
 
     def __init__(self, specs: list[SiteSpec], keys: list[str], control: PruningControl, alignment_width: int) -> None:
@@ -38,7 +51,7 @@ class Additions(nn.Module):
         self.constants = nn.Module()
 
     def bind(self, cost: CostTable) -> None:
-        """Give the sizes of a cost table that depend on the whole model their values."""
+        """Give values to those sizes of a cost table that depend on the whole model."""
         config = self.control.config
         cost.bind("alignment_tokens", config.alignment_tokens if config.alignment else 0)
         cost.bind("alignment_width", self.alignment_width)

@@ -1,6 +1,10 @@
 """What the sites of one pruned model share: strength, configuration, and the record of the last forward.
 
 Start at :class:`PruningControl`. It is plain state, not a module: nothing here is a parameter.
+
+There are two ways to do without pruning. :meth:`PruningControl.unpruned` keeps the rewritten graphs and switches the sites off;
+:attr:`PruningControl.active` is the one place where that is decided. :meth:`PruningControl.running_original` runs the original
+modules in place of the rewritten graphs of regions.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +23,20 @@ from madtp.config import PruningConfig
 from madtp.method.guidance import AlignmentTokens
 from madtp.tokens.state import TokenState
 
+if TYPE_CHECKING:
+    from madtp.programs.program import Run
+
 
 class Observation(NamedTuple):
-    """What a site judges: its name, its own query projection, block_input and tokens ``[B, N, C]`` of the stream before and
-    after the self-attention, candidates ``[B, N]``, those of one part of a stream that several modalities share."""
+    """What a site judges.
+
+    Attributes:
+        site: name of the site, ``site[modality]`` for a segment of a stream that several modalities share.
+        query: the site's query projection.
+        block_input: ``[B, N, C]`` residual stream X at the block's input.
+        tokens: ``[B, N, C]`` residual stream behind the self-attention.
+        candidates: ``[B, N]`` bool, the tokens that pruning may take.
+    """
 
     site: str
     query: nn.Module
@@ -31,11 +45,34 @@ class Observation(NamedTuple):
     candidates: Tensor
 
 
-RECORD = ("states", "features", "kept_counts", "runs")
-"""Attributes of :class:`PruningControl` that record the last forward."""
+class FeatureKey(NamedTuple):
+    """Which tokens pooled features are of: those of a site and a modality."""
 
-if TYPE_CHECKING:
-    from madtp.programs.program import Run
+    site: str
+    modality: str
+
+
+@dataclass
+class ForwardRecord:
+    """What the last forward did.
+
+    Attributes:
+        states: the state after each site.
+        features: pooled features C_l ``[B, K, d_e]``.
+        kept_counts: number ``[B]`` of candidates that each site kept, by site (``site[modality]`` for a segment).
+        runs: the programs that ran, in order.
+        outside_macs: multiply-accumulates per sample that no program did. None if they were not counted.
+        batch: number of samples. None if it is not known.
+        outdated: a call has begun since. The record is replaced when the first program of that call runs.
+    """
+
+    states: dict[str, TokenState] = field(default_factory=dict)
+    features: dict[FeatureKey, Tensor] = field(default_factory=dict)
+    kept_counts: dict[str, Tensor] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    outside_macs: float | None = None
+    batch: int | None = None
+    outdated: bool = False
 
 
 @dataclass
@@ -44,20 +81,22 @@ class PruningControl:
 
     Attributes:
         config: how pruning is done; ``temperature`` and ``gain`` below start from it and may be changed.
-        forced: if given, which original tokens ``[B, N0]`` survive at each site, instead of DTP's decision (for tests
-            of the graph and for replaying a decision).
+        alignment: the alignment tokens E; None without alignment.
+        temperature: T of the threshold; 0 switches pruning off.
+        gain: gamma, the factor on the threshold.
+        forced: which original tokens ``[B, N0]`` survive at each site, in place of the method's decision. None to let the
+            method decide. Checks of a rewrite use it to repeat a decision.
         in_place: dropped tokens keep their slots, marked as padding, instead of leaving; merging has to be off. The graph must
             compute the same for the survivors either way, which is how a rewrite checks itself.
-        gradient_checkpointing: forwards with gradients run in pieces that the backward computes again.
-        observer: if given, called by every site with what it judges; see :class:`Observation`.
-        states, features, kept_counts: record of the last forward: state after each site; pooled features ``[B, K, d_e]`` by
-            site and modality; prunable tokens ``[B]`` that were kept, by site (``site[modality]`` for a segment).
-        runs: programs that ran in the last forward, in order. outside: multiply-accumulates of the last forward, per
-            sample, that no program did; None if they were not counted. batch: its samples; None if not known.
-        tracker: follows what the host computes in the present call of it, for regions that have to know which of their tokens
-            image features were written to; None where none has to.
-        bypassed: regions run what the original runs. depth, depth_inside: how many calls of the model, and programs of
-            regions, are under way. stale: the record is of a forward before the present one.
+        gradient_checkpointing: forwards with gradients run in pieces, which the backward computes again.
+        observer: called by every site with what it judges. None for nobody.
+        static_counts: number of candidates that each site keeps, once :func:`madtp.freeze` has fixed it.
+        record: what the last forward did.
+        tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
+            image features. None if no region has to.
+        runs_original: regions run the original modules.
+        call_depth: number of calls of the model that are under way.
+        program_depth: number of programs of regions that are under way.
     """
 
     config: PruningConfig
@@ -69,25 +108,17 @@ class PruningControl:
     gradient_checkpointing: bool = False
     observer: Callable[[Observation], None] | None = None
     static_counts: dict[str, int] = field(default_factory=dict)
-    states: dict[str, TokenState] = field(default_factory=dict)
-    features: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    kept_counts: dict[str, Tensor] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)
-    outside: float | None = None
-    batch: int | None = None
+    record: ForwardRecord = field(default_factory=ForwardRecord)
     tracker: Tracker | None = None
-    bypassed: bool = False
-    depth: int = 0
-    depth_inside: int = 0
-    stale: bool = False
+    runs_original: bool = False
+    call_depth: int = 0
+    program_depth: int = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PruningControl:
-        """For a copy of the model: all but the record of the last forward, which hangs on the gradients of this one."""
+    def __deepcopy__(self, memo: dict[int, object]) -> PruningControl:
+        """Copy all but the record of the last forward, whose tensors hang on the gradients of this model."""
         fresh = copy.copy(self)
         memo[id(self)] = fresh
-        for name in RECORD:
-            setattr(fresh, name, type(getattr(self, name))())
-        fresh.outside = fresh.batch = None
+        fresh.record = ForwardRecord(outdated=self.record.outdated)
         for one in fields(fresh):
             setattr(fresh, one.name, copy.deepcopy(getattr(fresh, one.name), memo))
         return fresh
@@ -97,39 +128,48 @@ class PruningControl:
         """Whether sites prune at all."""
         return self.temperature > 0 or self.forced is not None
 
-    def begin(self) -> None:
+    def clear_record(self) -> None:
         """Forget the last forward."""
-        for name in RECORD:
-            getattr(self, name).clear()
-        self.outside = self.batch = None
+        self.record = ForwardRecord(outdated=self.record.outdated)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The record of the last forward is afterwards what it was before."""
-        before = {name: getattr(self, name) for name in (*RECORD, "outside", "batch", "stale")}
-        for name in RECORD:
-            setattr(self, name, type(before[name])())
+    def unrecorded(self) -> Iterator[None]:
+        """Keep the record of the last forward: what runs inside the block leaves no trace in it."""
+        before, self.record = self.record, ForwardRecord(outdated=self.record.outdated)
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(self, name, value)
+            self.record = before
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around a call of the model: the record starts anew when something runs in the outermost one."""
-        self.stale = self.stale or self.depth == 0
-        self.depth += 1
+        """Enter a call of the model. The record starts anew when the first program of the outermost call runs."""
+        self.record.outdated = self.record.outdated or self.call_depth == 0
+        self.call_depth += 1
         try:
             yield
         finally:
-            self.depth -= 1
+            self.call_depth -= 1
+
+    def begin_program(self) -> None:
+        """Say that a program is about to run: the record of an earlier call is forgotten."""
+        if self.record.outdated:
+            self.record = ForwardRecord()
+
+    @contextmanager
+    def in_program(self) -> Iterator[None]:
+        """Enter a program of a region, whose multiply-accumulates its own table counts."""
+        self.program_depth += 1
+        try:
+            yield
+        finally:
+            self.program_depth -= 1
 
     @contextmanager
     def following(self, inputs: Iterable[Tensor]) -> Iterator[None]:
-        """Follow what is computed from the inputs of the host, but for what programs compute."""
+        """Follow what the host computes from ``inputs``, outside of programs."""
         before = self.tracker
-        self.tracker = Tracker(inputs, paused=lambda: self.depth_inside > 0)
+        self.tracker = Tracker(inputs, paused=lambda: self.program_depth > 0)
         try:
             with self.tracker:
                 yield
@@ -137,23 +177,8 @@ class PruningControl:
             self.tracker = before
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Around a program of a region, which is priced by its own table."""
-        self.depth_inside += 1
-        try:
-            yield
-        finally:
-            self.depth_inside -= 1
-
-    def opened(self) -> None:
-        """A program is about to run: forget the forward before this one."""
-        if self.stale:
-            self.begin()
-            self.stale = False
-
-    @contextmanager
     def unpruned(self) -> Iterator[None]:
-        """Pruning switched off inside the block."""
+        """Switch pruning off inside the block; the rewritten graphs run all the same."""
         before = self.temperature, self.forced
         self.temperature, self.forced = 0.0, None
         try:
@@ -162,14 +187,14 @@ class PruningControl:
             self.temperature, self.forced = before
 
     @contextmanager
-    def bypassing(self) -> Iterator[None]:
-        """Regions run what the original runs inside the block."""
-        before, self.bypassed = self.bypassed, True
+    def running_original(self) -> Iterator[None]:
+        """Run the original modules in place of the programs of regions inside the block."""
+        before, self.runs_original = self.runs_original, True
         try:
             yield
         finally:
-            self.bypassed = before
+            self.runs_original = before
 
     def collects_features(self) -> bool:
-        """Whether the alignment features are wanted: they serve only a loss."""
+        """Whether sites pool features for the alignment loss, which is wanted only where there are gradients."""
         return self.config.alignment and torch.is_grad_enabled()

@@ -1,16 +1,16 @@
-"""What a site learns from its block's attention: which tokens receive weight, and which are padding.
+"""What a site learns from its block's attention: which tokens receive attention, and which are padding.
 
-Start at :class:`ScoringAttention`, which replaces the self-attention of a block; :class:`ScoringMap` looks at an attention map
+Start at :class:`ScoringAttention`, which replaces the self-attention of a block. :class:`ScoringMap` observes an attention map
 that keeps the model's own spelling.
 
-Axis legend: B samples, H heads, N slots, N0 original tokens, D head width.
+Axis legend: B samples, H heads, N slots, N0 original tokens, C width of the stream, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +18,51 @@ from torch import Tensor, nn
 from madtp.config import PruningConfig
 from madtp.method.importance import AttentionStatistics, attention_statistics
 from madtp.sites.control import PruningControl
-from madtp.tokens.attention import attention, attention_with_statistics, mask_of_survivors, valid_keys
+from madtp.tokens.attention import (
+    AttentionInputs,
+    AttentionOptions,
+    attention_with_statistics,
+    plain_attention,
+    valid_keys,
+)
 from madtp.tokens.segments import SegmentMap, special_slots
-from madtp.tokens.state import TokenState, positions_of, slots_of, untouched
+from madtp.tokens.state import TokenState, positions_of, slots_of, unpruned_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Scores = Literal["attention", "windows", "none"]
+"""What a block's attention tells of its tokens: of all of them, of those in windows of a grid, or nothing."""
 
 
 @dataclass(frozen=True)
 class SegmentSpec:
-    """A segment of a stream that several modalities share: whether it is pruned, positions in it that never are."""
+    """A segment of a stream that several modalities share.
+
+    Attributes:
+        modality: "image" or "text".
+        pruned: whether its tokens are pruned.
+        protected: positions in the segment that are never pruned.
+    """
 
     modality: str
     pruned: bool
     protected: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteSpec:
     """What a site has to know, from the plan.
 
-    name: unique name of the site. modality: of its stream. width: C. class_position: position of the class token,
-    None if there is none or a graph value says it. protected: positions that are never pruned. causal: whether tokens
-    see only earlier ones. segments: of a stream that several modalities share, in the order of their numbers. keeps_last: the
-    last token of each sample that is no padding is never pruned, and stands in for the class token.
+    Attributes:
+        name: unique name of the site.
+        modality: modality of its stream.
+        width: C, the width of its stream.
+        class_position: position of the class token. None if there is none, or if the graph computes it.
+        protected: positions that are never pruned.
+        causal: tokens see only earlier ones.
+        segments: segments of a stream that several modalities share, in the order of their numbers.
+        keeps_last: the last token of each sample that is not padding is never pruned, and stands in for the class token.
     """
 
     name: str
@@ -55,63 +76,96 @@ class SiteSpec:
 
 
 Position = Tensor | int
+"""An original position: ``[B]``, or one for all samples."""
 
 
-class Seen(NamedTuple):
-    """What the scoring attention saw: statistics, None while pruning is off, and which keys are not padding."""
+class BlockAttention(NamedTuple):
+    """What a site knows of its block's attention.
 
-    statistics: AttentionStatistics | None
-    valid: Tensor | None
+    Attributes:
+        statistics: what the importance needs. None while pruning is off.
+        valid: ``[B, N]`` bool, False on padding. None if no token is padding, or while pruning is off.
+    """
+
+    statistics: AttentionStatistics | None = None
+    valid: Tensor | None = None
 
 
-def seen_on_grid(tokens: Tensor, received: Tensor | None, state: TokenState | None, dims: tuple[int, int]) -> Seen:
-    """What attention on a grid of all tokens tells of those that are left.
+def grid_attention(
+    tokens: Tensor, received: Tensor | None, state: TokenState | None, dims: tuple[int, int]
+) -> BlockAttention:
+    """Return what attention on the grid of all tokens tells of the survivors.
 
     Args:
-        tokens: ``[B, N, C]``. state: of them, None at the first site of a stream.
-        received: how much attention each of the N0 original tokens received, B and N0 at ``dims``, 1 at the third dimension;
-            None if that is not known.
+        tokens: ``[B, N, C]``.
+        received: the attention that each of the N0 original tokens received. None if that is not known.
+        state: state of ``tokens``; None at the first site of a stream.
+        dims: the dimensions of B and N0 in ``received``, which has a third dimension of size 1.
     """
     valid = None if state is None else state.valid
     if received is not None:
         received = received.movedim(dims, (0, 1)).reshape(tokens.size(0), -1)
         if state is not None and state.index is not None:
             received = received.gather(1, state.index)
-    return Seen(AttentionStatistics(received, None, None), valid)
+    return BlockAttention(AttentionStatistics(received, None, None), valid)
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """Which part each token plays in the statistics of an attention.
+
+    Attributes:
+        valid: ``[B, N]`` bool, False on padding; None if no token is padding.
+        counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding.
+        class_slot: ``[B]`` slot of the class token, or of the token that stands in for it; None if there is none.
+    """
+
+    valid: Tensor | None
+    counted: Tensor
+    class_slot: Tensor | None
 
 
 class _Scoring(nn.Module):
-    """What looks at attention for a site."""
+    """Base of the modules that observe an attention for a site."""
 
     def __init__(self, spec: SiteSpec, control: PruningControl) -> None:
         super().__init__()
         self.spec = spec
         self.control = control
 
-    def _valid(self, state: TokenState | None, shown: Callable[[], Tensor | None]) -> Tensor | None:
-        """``[B, N]`` which tokens are not padding, None if all are; ``shown``: which keys attention shows to some query."""
+    def roles(
+        self,
+        state: TokenState,
+        readouts: tuple[Position, ...],
+        segments: SegmentMap | None,
+        shown: Callable[[], Tensor | None],
+        device: torch.device,
+    ) -> TokenRoles:
+        """Return which part each token plays.
+
+        Args:
+            state: of the tokens.
+            readouts: original positions that the graph reads.
+            segments: which token belongs to which segment.
+            shown: computes which keys ``[B, N]`` the attention shows to some query; None if all.
+            device: of the tokens.
+        """
+        valid = self._valid(state, shown)
+        guarded = protected_readouts(readouts, self.control.config)
+        present = torch.ones(state.batch, state.length, dtype=torch.bool, device=device) if valid is None else valid
+        counted = present & ~protected_slots(self.spec, state, guarded, segments, present)
+        return TokenRoles(valid, counted, self._class_slot(state, readouts, valid, segments, device))
+
+    def _valid(self, state: TokenState, shown: Callable[[], Tensor | None]) -> Tensor | None:
         if self.control.config.padding == "scored":
             return None
-        if state is None or state.index is None:
+        if state.index is None:
             return shown()
         if all(segment.pruned for segment in self.spec.segments):
             return state.valid
-        # Padding stays in a segment that is left alone, so the mask has to tell it at every site.
+        # Padding stays in a segment that is not pruned, so only the mask tells it.
         seen = shown()
         return seen if state.valid is None else state.valid if seen is None else state.valid & seen
-
-    def _rows(
-        self,
-        state: TokenState,
-        valid: Tensor | None,
-        readouts: tuple[Position, ...],
-        segments: SegmentMap | None,
-        device: torch.device,
-    ) -> Tensor:
-        """``[B, N]`` the queries that count: neither protected ones nor padding."""
-        guarded = protected_readouts(readouts, self.control.config)
-        rows = torch.ones(state.batch, state.length, dtype=torch.bool, device=device) if valid is None else valid
-        return rows & ~protected_slots(self.spec, state, guarded, segments, rows)
 
     def _class_slot(
         self,
@@ -121,7 +175,6 @@ class _Scoring(nn.Module):
         segments: SegmentMap | None,
         device: torch.device,
     ) -> Tensor | None:
-        """Slots ``[B]`` of the class tokens, or of what stands in for them; None where nothing does."""
         batch = state.batch
         position = self.spec.class_position
         if self.spec.causal and self.control.config.causal_class_row == "first":
@@ -148,62 +201,42 @@ class ScoringAttention(_Scoring):
         dropout_p: float = 0.0,
         causal: bool = False,
         *,
-        scale: float | None = None,
-        grouped: bool = False,
-        softcap: float | None = None,
         present_mask: Tensor | None = None,
         state: TokenState | None = None,
         readouts: tuple[Position, ...] = (),
         segments: SegmentMap | None = None,
-    ) -> tuple[Tensor, Seen]:
-        """Attention as :func:`madtp.tokens.attention.attention`, and what the site needs of it.
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Tensor, BlockAttention]:
+        """Compute the attention as :func:`madtp.tokens.attention.attention` does, and observe it.
 
         Args:
-            state: of the stream, None at its first site.
-            readouts: original positions that the graph reads, ``[B]`` or one for all; the first stands in for the class
-                token where there is none.
-            segments: which token is of which segment.
+            query: as in :func:`~madtp.tokens.attention.attention`, and so are all arguments up to ``present_mask``, and
+                ``options``.
+            state: state of the stream; None at its first site.
+            readouts: original positions that the graph reads, ``[B]`` or one for all samples. The first stands in for the
+                class token where there is none.
+            segments: which token belongs to which segment; None if the stream has no segments.
+
+        Returns:
+            The output ``[B, H, N, D]``, and what the site needs of the attention.
         """
+        inputs = AttentionInputs(query, key, value, mask, dropout_p, causal, **options)
+        inputs = inputs.over_survivors(state, state, present_mask)
         if not self.control.active:
-            output = attention(
-                query,
-                key,
-                value,
-                mask,
-                dropout_p,
-                causal,
-                scale=scale,
-                grouped=grouped,
-                softcap=softcap,
-                present_mask=present_mask,
-                query_state=state,
-                key_state=state,
-            )
-            return output, Seen(None, None)
-        present, still_causal = mask_of_survivors(query, key, mask, causal, present_mask, state, state)
-        batch, count = query.size(0), query.size(2)
-        valid = self._valid(state, lambda: valid_keys(present, batch, key.size(2)))
-        positions = state if state is not None else untouched(batch, count)
-        slot = self._class_slot(positions, readouts, valid, segments, query.device)
-        rows = self._rows(positions, valid, readouts, segments, query.device)
-        output, statistics = attention_with_statistics(
-            query,
-            key,
-            value,
-            present,
-            dropout_p,
-            still_causal,
-            scale=scale,
-            grouped=grouped,
-            softcap=softcap,
-            rows=rows,
-            class_slot=slot,
+            return plain_attention(inputs), BlockAttention()
+        roles = self.roles(
+            state if state is not None else unpruned_state(query.size(0), query.size(2)),
+            readouts,
+            segments,
+            lambda: valid_keys(inputs.mask, query.size(0), key.size(2)),
+            query.device,
         )
-        return output, Seen(statistics, valid)
+        output, statistics = attention_with_statistics(inputs, counted=roles.counted, class_slot=roles.class_slot)
+        return output, BlockAttention(statistics, roles.valid)
 
 
 class ScoringMap(_Scoring):
-    """Looks at an attention map that keeps its own spelling. Its weights may have any sign; their size is what counts."""
+    """Observes an attention map that keeps its own spelling. Its weights may be negative; their absolute values count."""
 
     def forward(
         self,
@@ -213,20 +246,27 @@ class ScoringMap(_Scoring):
         state: TokenState | None = None,
         readouts: tuple[Position, ...] = (),
         segments: SegmentMap | None = None,
-    ) -> Seen:
-        """What the site needs of a map ``[B, H, N, N]`` and what it gave, ``[B, H, N, D]``; see :class:`ScoringAttention`.
+    ) -> BlockAttention:
+        """Return what the site needs of an attention map. Keys to which no query of any head gives weight are padding.
 
-        Padding is what no query of any head gives weight.
+        Args:
+            weights: ``[B, H, N, N]``.
+            output: ``[B, H, N, D]``.
+            state: as in :class:`ScoringAttention`, and so are ``readouts`` and ``segments``.
         """
         if not self.control.active:
-            return Seen(None, None)
+            return BlockAttention()
         batch, _, count, _ = weights.shape
         sizes = weights.detach().float().abs()
-        valid = self._valid(state, lambda: sizes.gt(0).any(2).any(1))
-        positions = state if state is not None else untouched(batch, count)
-        slot = self._class_slot(positions, readouts, valid, segments, weights.device)
-        rows = self._rows(positions, valid, readouts, segments, weights.device)
-        return Seen(attention_statistics(weights.float().abs(), output.float(), rows, slot), valid)
+        roles = self.roles(
+            state if state is not None else unpruned_state(batch, count),
+            readouts,
+            segments,
+            lambda: sizes.gt(0).any(2).any(1),
+            weights.device,
+        )
+        statistics = attention_statistics(weights.float().abs(), output.float(), roles.counted, roles.class_slot)
+        return BlockAttention(statistics, roles.valid)
 
 
 def _from_start(position: int, state: TokenState) -> int:
@@ -234,15 +274,15 @@ def _from_start(position: int, state: TokenState) -> int:
 
 
 def protected_readouts(readouts: tuple[Position, ...], config: PruningConfig) -> tuple[Position, ...]:
-    """The computed positions that must survive: the authors' code protects none."""
+    """Return the positions that the graph reads and that must survive; the authors' code protects none."""
     return readouts if config.readout == "remapped" else ()
 
 
 def last_slots(state: TokenState, valid: Tensor | None, device: torch.device) -> Tensor:
-    """Slots ``[B]`` of the last token of each sample that is no padding (``valid [B, N]``)."""
+    """Return the slot of the last token of each sample that is not padding, ``[B]``; ``valid`` is ``[B, N]``."""
     index = positions_of(state, device)
-    gone = torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
-    return index.masked_fill(gone if state.merged is None else gone | state.merged, -1).argmax(1)
+    excluded = torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
+    return index.masked_fill(excluded if state.merged is None else excluded | state.merged, -1).argmax(1)
 
 
 def protected_slots(
@@ -252,8 +292,15 @@ def protected_slots(
     segments: SegmentMap | None,
     valid: Tensor,
 ) -> Tensor:
-    """``[B, N]`` slots that hold protected tokens, be they text padding; slots that only fill up the batch hold none.
-    ``valid [B, N]``: which are no padding."""
+    """Return which slots hold protected tokens, ``[B, N]``; these may be padding of the text, but never padding slots.
+
+    Args:
+        spec: of the site.
+        state: of the tokens.
+        readouts: original positions that must survive, from :func:`protected_readouts`.
+        segments: which token belongs to which segment; None if the stream has no segments.
+        valid: ``[B, N]`` bool, False on padding.
+    """
     device = valid.device
     index = positions_of(state, device)
     protected = torch.zeros_like(index, dtype=torch.bool)

@@ -1,16 +1,17 @@
-"""A pruning site: the place in a rewritten graph where one block's tokens are scored, kept, merged or dropped.
+"""A pruning site: the place in a rewritten graph where the tokens of one block are scored, kept, merged or dropped.
 
-Start at :class:`PruningSite`. Its ``attention`` child (``windows``, where it is in windows of a grid) replaces the block's
-self-attention and gathers the statistics, or its ``map`` child reads them off a map that the model makes its own way
-(``scoring.py``). The site itself stands after the
-residual add and calls the method's functions in order: guidance (MAG), importance, threshold, selection, merging (DTP).
-docs/method.md has the mathematics.
+Start at :class:`PruningSite`. One of its children observes the block's self-attention (``scoring.py``): ``attention`` replaces
+it, ``windows`` replaces it where it runs in windows of a grid, and ``map`` reads an attention map that the model computes in
+its own way. The site itself stands behind the residual add of the self-attention (behind its norm in post-norm blocks). It
+calls the functions of the method in order: guidance (MAG), importance, threshold, selection and merging (DTP).
+``docs/method.md`` has the mathematics.
 
-Axis legend: B samples, N slots, N0 original tokens, C width of the stream, K alignment tokens.
+Axis legend: B samples, N slots, N' slots afterwards, N0 original tokens, C width of the stream, K alignment tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,27 +21,30 @@ from madtp.method.guidance import pooled_features, query_projection
 from madtp.method.importance import AttentionStatistics, ImportanceTerms, importance_terms
 from madtp.method.selection import candidates_of, select
 from madtp.method.threshold import straight_through_gate, threshold
-from madtp.sites.control import Observation, PruningControl
+from madtp.sites.control import FeatureKey, Observation, PruningControl
 from madtp.sites.scoring import (
+    BlockAttention,
     Position,
     ScoringAttention,
     ScoringMap,
-    Seen,
     SiteSpec,
     protected_readouts,
     protected_slots,
 )
 from madtp.sites.window_attention import WindowAttention
-from madtp.tokens.assembly import assemble
+from madtp.tokens.assembly import Decision, assemble
 from madtp.tokens.segments import SegmentMap, segment_slots
-from madtp.tokens.state import TokenState, marked, untouched
+from madtp.tokens.state import TokenState, hide_dropped, unpruned_state
 
 
 @dataclass(frozen=True)
-class Part:
-    """The tokens that are judged together: all of a stream, or those of one segment.
+class CandidateGroup:
+    """Candidates that are judged together: those of the whole stream, or those of one segment of it.
 
-    key: name in the records of a forward, the site's or ``site[modality]``. candidates: ``[B, N]``.
+    Attributes:
+        key: name in the records of a forward: the site's, or ``site[modality]`` for a segment.
+        modality: "image" or "text".
+        candidates: ``[B, N]`` bool.
     """
 
     key: str
@@ -48,11 +52,36 @@ class Part:
     candidates: Tensor
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """What a site decides about one group.
+
+    Attributes:
+        scores: importance S ``[B, N]``.
+        kept: ``[B, N]`` bool, the survivors among its candidates.
+        gate: ``[B, N]``, the factor that carries gradients to the threshold; None outside of training.
+    """
+
+    scores: Tensor
+    kept: Tensor
+    gate: Tensor | None
+
+
 class PruningSite(nn.Module):
     """Scores, keeps and merges the tokens of one block.
 
-    Parameters: ``query``, the map d -> d_e in front of the alignment tokens (an identity where the widths agree, unless the
-    configuration wants it always).
+    Args:
+        spec: what the plan says about the site.
+        control: shared by all sites of the model.
+        alignment_width: d_e, the width of the alignment tokens.
+        seed: seed of the weights of ``query``.
+
+    Attributes:
+        query: the map C -> d_e from the residual stream to the queries; absent without alignment tokens. See
+            :func:`madtp.method.guidance.query_projection`.
+        attention: replaces the block's self-attention.
+        windows: replaces it where it runs in windows of a grid.
+        map: observes an attention map that keeps its own spelling.
     """
 
     def __init__(self, spec: SiteSpec, control: PruningControl, alignment_width: int, seed: int) -> None:
@@ -70,7 +99,7 @@ class PruningSite(nn.Module):
         self,
         tokens: Tensor,
         block_input: Tensor,
-        seen: Seen,
+        attention: BlockAttention,
         state: TokenState | None,
         readouts: tuple[Position, ...] = (),
         segments: SegmentMap | None = None,
@@ -78,94 +107,105 @@ class PruningSite(nn.Module):
         """Prune.
 
         Args:
-            tokens: ``[B, N, C]`` residual stream after the self-attention.
-            block_input: ``[B, N, C]`` residual stream at the block's input.
-            seen: from this site's ``attention``, ``windows`` or ``map``.
+            tokens: ``[B, N, C]`` residual stream behind the self-attention.
+            block_input: X ``[B, N, C]``, residual stream at the block's input, before its first norm.
+            attention: what this site's ``attention``, ``windows`` or ``map`` observed.
             state: of ``tokens``; None at the first site of a stream.
-            readouts: original positions that must survive, ``[B]`` or one for all.
-            segments: which token is of which segment; None where all are of one.
+            readouts: original positions that the graph reads, ``[B]`` or one for all samples; they survive.
+            segments: which token belongs to which segment; None if the stream has no segments.
+
         Returns:
-            surviving tokens ``[B, N', C]`` and their state.
+            The surviving tokens ``[B, N', C]`` and their state.
         """
         control, config = self.control, self.control.config
-        batch, count, _ = tokens.shape
-        before = state if state is not None else untouched(batch, count)
-        if not control.active or seen.statistics is None:
-            control.states[self.spec.name] = before
-            return tokens, before
-        device = tokens.device
-        valid = torch.ones(batch, count, dtype=torch.bool, device=device) if seen.valid is None else seen.valid
-        protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, valid)
-        candidates = candidates_of(valid, protected, config)
-        parts, others = self._parts(candidates, protected, before, segments)
-        guidance = None
-        if config.alignment and control.alignment is not None:
-            guidance = control.alignment(block_input, self.query)
-        kept, scores = torch.zeros_like(candidates), torch.zeros_like(candidates, dtype=torch.float32)
-        for part in parts:
-            if control.observer is not None:
-                control.observer(Observation(part.key, self.query, block_input, tokens, part.candidates))
-            own_scores, own_kept, gate = self._judge(part, seen.statistics, block_input, guidance, before)
-            scores = own_scores if len(parts) == 1 else torch.where(part.candidates, own_scores, scores)
-            kept = kept | own_kept
-            if gate is not None:
-                tokens = tokens * gate.unsqueeze(-1).to(tokens.dtype)
-        survivors = kept | protected | others
-        if not config.merge:
-            survivors = _never_nothing(survivors, scores, candidates)
-        if bool(survivors.all()):
-            control.states[self.spec.name] = before
-            return tokens, before
-        if control.in_place:
-            pruned, after = tokens, marked(before, survivors)
-        else:
-            groups = [part.candidates for part in parts]
-            pruned, after = assemble(tokens, before, survivors, groups, valid, scores, config, causal=self.spec.causal)
-        control.states[self.spec.name] = after
-        return pruned, after
+        before = state if state is not None else unpruned_state(tokens.size(0), tokens.size(1))
+        after = before
+        if control.active and attention.statistics is not None:
+            valid = _all_valid(tokens) if attention.valid is None else attention.valid
+            protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, valid)
+            candidates = candidates_of(valid, protected, config)
+            groups, unpruned = self._groups(candidates, before, segments)
+            scores, kept, tokens = self._judge_all(groups, tokens, block_input, attention.statistics, before)
+            survivors = kept | protected | unpruned
+            if not config.merge:
+                survivors = _never_nothing(survivors, scores, candidates)
+            if not bool(survivors.all()):
+                decision = Decision(survivors, [group.candidates for group in groups], valid, scores)
+                if control.in_place:
+                    after = hide_dropped(before, survivors)
+                else:
+                    tokens, after = assemble(tokens, before, decision, config, causal=self.spec.causal)
+        control.record.states[self.spec.name] = after
+        return tokens, after
 
-    def _parts(
-        self, candidates: Tensor, protected: Tensor, state: TokenState, segments: SegmentMap | None
-    ) -> tuple[list[Part], Tensor]:
-        """What is judged together, and the tokens ``[B, N]`` of segments that are left alone."""
-        others = torch.zeros_like(candidates)
+    def _groups(
+        self, candidates: Tensor, state: TokenState, segments: SegmentMap | None
+    ) -> tuple[list[CandidateGroup], Tensor]:
+        """The candidates that are judged together, and the tokens ``[B, N]`` of segments that are not pruned."""
+        unpruned = torch.zeros_like(candidates)
         if segments is None:
-            return [Part(self.spec.name, self.spec.modality, candidates)], others
+            return [CandidateGroup(self.spec.name, self.spec.modality, candidates)], unpruned
         slots = segment_slots(segments, state)
-        parts = []
+        groups = []
         for number, segment in enumerate(self.spec.segments):
             inside = slots == number
             if segment.pruned:
-                parts.append(Part(f"{self.spec.name}[{segment.modality}]", segment.modality, candidates & inside))
+                key = f"{self.spec.name}[{segment.modality}]"
+                groups.append(CandidateGroup(key, segment.modality, candidates & inside))
             else:
-                others = others | inside if state.valid is None else others | (inside & state.valid)
-        return parts, others
+                unpruned = unpruned | inside if state.valid is None else unpruned | (inside & state.valid)
+        return groups, unpruned
+
+    def _judge_all(
+        self,
+        groups: Sequence[CandidateGroup],
+        tokens: Tensor,
+        block_input: Tensor,
+        statistics: AttentionStatistics,
+        state: TokenState,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Importance S ``[B, N]``, candidates ``[B, N]`` that survive, and the tokens times the gates of all groups."""
+        control = self.control
+        guidance = None
+        if control.config.alignment and control.alignment is not None:
+            guidance = control.alignment(block_input, self.query)
+        kept = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        scores = torch.zeros_like(kept, dtype=torch.float32)
+        for group in groups:
+            if control.observer is not None:
+                control.observer(Observation(group.key, self.query, block_input, tokens, group.candidates))
+            judged = self._judge(group, block_input, statistics, guidance, state)
+            scores = judged.scores if len(groups) == 1 else torch.where(group.candidates, judged.scores, scores)
+            kept = kept | judged.kept
+            if judged.gate is not None:
+                tokens = tokens * judged.gate.unsqueeze(-1).to(tokens.dtype)
+        return scores, kept, tokens
 
     def _judge(
         self,
-        part: Part,
-        statistics: AttentionStatistics,
+        group: CandidateGroup,
         block_input: Tensor,
+        statistics: AttentionStatistics,
         guidance: Tensor | None,
         state: TokenState,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Importance ``[B, N]``, survivors ``[B, N]`` among the candidates, and in training the gate ``[B, N]`` that carries
-        gradients to the threshold."""
+    ) -> _Judgement:
         control, config = self.control, self.control.config
         if guidance is not None and control.collects_features():
-            features = pooled_features(self.query(block_input), guidance, part.candidates)
-            control.features[self.spec.name, part.modality] = features
-        terms = importance_terms(statistics, guidance, part.candidates, config)
+            features = pooled_features(self.query(block_input), guidance, group.candidates)
+            control.record.features[FeatureKey(self.spec.name, group.modality)] = features
+        terms = importance_terms(statistics, guidance, group.candidates, config)
         scores = terms.mean()
-        limit = threshold(guidance, scores, part.candidates, max(control.temperature, 1e-6))
-        kept = self._kept(part, terms, scores, limit, state)
-        control.kept_counts[part.key] = kept.sum(1)
+        theta = threshold(guidance, scores, group.candidates, max(control.temperature, 1e-6))
+        kept = self._kept(group, terms, scores, theta, state)
+        control.record.kept_counts[group.key] = kept.sum(1)
         if not (config.straight_through and self.training):
-            return scores, kept, None
-        gate = straight_through_gate(scores, limit, control.gain, kept)
-        return scores, kept, torch.where(kept, gate, torch.ones_like(gate))
+            return _Judgement(scores, kept, None)
+        gate = straight_through_gate(scores, theta, control.gain, kept)
+        return _Judgement(scores, kept, torch.where(kept, gate, torch.ones_like(gate)))
 
-    def _kept(self, part: Part, terms: ImportanceTerms, scores: Tensor, limit: Tensor, state: TokenState) -> Tensor:
+    def _kept(
+        self, group: CandidateGroup, terms: ImportanceTerms, scores: Tensor, theta: Tensor, state: TokenState
+    ) -> Tensor:
         control = self.control
         if control.forced is not None:
             wanted = control.forced[self.spec.name]
@@ -173,15 +213,19 @@ class PruningSite(nn.Module):
                 wanted = wanted.gather(1, state.index)
                 assert state.merged is not None
                 wanted = wanted & ~state.merged
-            return wanted & part.candidates
+            return wanted & group.candidates
         counts = None
-        if part.key in control.static_counts:
-            counts = torch.full((scores.size(0),), control.static_counts[part.key], device=scores.device)
-        return select(terms, scores, limit, part.candidates, control.config, gain=control.gain, counts=counts)
+        if group.key in control.static_counts:
+            counts = torch.full((scores.size(0),), control.static_counts[group.key], device=scores.device)
+        return select(terms, scores, theta, group.candidates, control.config, gain=control.gain, counts=counts)
+
+
+def _all_valid(tokens: Tensor) -> Tensor:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
-    """Each sample keeps its best token at least, even where the configuration asks for none."""
+    """Keep the best candidate of a sample that would otherwise lose all its tokens."""
     best = scores.masked_fill(~candidates, float("-inf")).argmax(1, keepdim=True)
     lost = ~survivors.any(1, keepdim=True) & candidates.any(1, keepdim=True)
     return survivors.scatter(1, best, lost | survivors.gather(1, best))

@@ -1,19 +1,24 @@
 """Attention in windows of a grid, in a block that is followed by a site.
 
-Axis legend: B' windows of all samples, H heads, Q queries, K keys of a window.
+Axis legend: B' windows of all samples, H heads, Q queries, K keys of a window, D head width.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from madtp.sites.control import PruningControl
-from madtp.tokens.attention import attention, attention_with_statistics
+from madtp.tokens.attention import AttentionInputs, AttentionOptions, attention_with_statistics, plain_attention
 from madtp.tokens.grid import hide
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class WindowAttention(nn.Module):
-    """The self-attention in windows of a block that is followed by a site."""
+    """The self-attention in windows of a block that is followed by a site. It runs on all tokens of the grid."""
 
     def __init__(self, control: PruningControl) -> None:
         super().__init__()
@@ -28,37 +33,26 @@ class WindowAttention(nn.Module):
         dropout_p: float = 0.0,
         causal: bool = False,
         *,
-        scale: float | None = None,
-        grouped: bool = False,
-        softcap: float | None = None,
         visible: Tensor | None = None,
+        **options: Unpack[AttentionOptions],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention as :func:`madtp.tokens.attention.attention`, and what each key received: ``[B', 1, K, 1]``, the sum
-        over the queries of the strongest head; None while pruning is off.
+        """Compute the attention, and what each key receives.
 
         Args:
-            query, key, value: ``[B', H, Q, D]``, Q = K, all tokens of the grid.
-            visible: ``[B', 1, K, 1]``, False for tokens that were dropped; None where none was.
+            query: ``[B', H, Q, D]``.
+            key: ``[B', H, K, D]`` with K = Q.
+            value: ``[B', H, K, D]``.
+            mask: as in :func:`madtp.tokens.attention.attention`, and so are ``dropout_p``, ``causal`` and ``options``.
+            visible: ``[B', 1, K, 1]`` bool, False at tokens that were dropped; None if there are none.
+
+        Returns:
+            The output ``[B', H, Q, D]``, and c ``[B', 1, K, 1]``, the sum over queries of the maximum over heads; None in
+            place of the latter while pruning is off.
         """
+        inputs = AttentionInputs(query, key, value, hide(mask, visible), dropout_p, causal, **options)
         if not self.control.active:
-            output = attention(
-                query, key, value, mask, dropout_p, causal, scale=scale, grouped=grouped, softcap=softcap
-            )
-            return output, None
-        rows = None if visible is None else visible[:, 0, :, 0]
-        shown = hide(mask, visible)
-        output, statistics = attention_with_statistics(
-            query,
-            key,
-            value,
-            shown,
-            dropout_p,
-            causal,
-            scale=scale,
-            grouped=grouped,
-            softcap=softcap,
-            rows=rows,
-            class_slot=None,
-        )
+            return plain_attention(inputs), None
+        counted = None if visible is None else visible[:, 0, :, 0]
+        output, statistics = attention_with_statistics(inputs, counted=counted, class_slot=None)
         assert statistics.received is not None
         return output, statistics.received[:, None, :, None]

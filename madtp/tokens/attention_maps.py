@@ -1,8 +1,7 @@
-"""Attention maps that a model makes its own way (heads mixed, several of them weighed): their steps along the keys.
+"""Attention maps that a model computes in its own way (by mixing heads, say): the steps along the keys.
 
-Start at :func:`weigh`. Such a map stays as the model spells it; only what mixes values along its keys has to know which of
-them are there: the softmax, a sum over the keys, and the product with the values. Slots that hold no token take part in none
-of them.
+Start at :func:`weigh`. Such a map stays as the model spells it. Only what runs along its keys has to know which slots hold
+tokens: the softmax, a sum over the keys, and the product with the values. Padding slots take part in none of them.
 
 Axis legend: B samples, H heads, Q queries, K keys, D head width.
 """
@@ -16,29 +15,29 @@ from madtp.tokens.state import TokenState
 
 
 def shares(scores: Tensor, dtype: torch.dtype | None = None, state: TokenState | None = None) -> Tensor:
-    """Softmax of ``[B, ..., K]`` over the keys of ``state``; zeros where a row sees no key that is left."""
-    valid = _beside(scores, state)
+    """Return the softmax of ``[B, ..., K]`` over the keys of ``state``; zeros where a row sees no surviving key."""
+    valid = _valid_along(scores, state)
     if valid is None:
         return scores.softmax(-1, dtype=dtype)
     scores = scores.masked_fill(~valid, float("-inf"))
-    blind = scores.amax(-1, keepdim=True) == float("-inf")
-    return scores.masked_fill(blind, 0).softmax(-1, dtype=dtype).masked_fill(blind, 0)
+    empty = scores.amax(-1, keepdim=True) == float("-inf")
+    return scores.masked_fill(empty, 0).softmax(-1, dtype=dtype).masked_fill(empty, 0)
 
 
 def total(weights: Tensor, keepdim: bool = False, state: TokenState | None = None) -> Tensor:
-    """Sum of ``[B, ..., K]`` over the keys of ``state``."""
-    valid = _beside(weights, state)
+    """Return the sum of ``[B, ..., K]`` over the keys of ``state``."""
+    valid = _valid_along(weights, state)
     return (weights if valid is None else weights.masked_fill(~valid, 0)).sum(-1, keepdim)
 
 
 def weigh(weights: Tensor, values: Tensor, state: TokenState | None = None) -> Tensor:
-    """``[B, H, Q, K]`` times ``[B, H, K, D]``, over the keys of ``state``: ``[B, H, Q, D]``."""
-    valid = _beside(weights, state)
+    """Return ``weights [B, H, Q, K] @ values [B, H, K, D]`` over the keys of ``state``, ``[B, H, Q, D]``."""
+    valid = _valid_along(weights, state)
     return (weights if valid is None else weights.masked_fill(~valid, 0)) @ values
 
 
-def _beside(weights: Tensor, state: TokenState | None) -> Tensor | None:
-    """Which keys hold tokens, broadcastable to ``weights [B, ..., K]``; None if all do. The batch may be folded with heads."""
+def _valid_along(weights: Tensor, state: TokenState | None) -> Tensor | None:
+    """Which keys hold tokens, broadcastable to ``weights [B, ..., K]``; None if all do. Heads may be folded into the batch."""
     if state is None or state.valid is None:
         return None
     valid = state.valid

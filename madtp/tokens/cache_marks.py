@@ -1,9 +1,9 @@
-"""Marks of dropped tokens in what later calls read again (a key/value cache): their slots hold no numbers.
+"""Marks of dropped tokens in a key/value cache: their slots hold NaN.
 
-Start at :func:`placed`. A pruned call hands keys and values on at their full length, those of survivors in their places
-and NaN in all others. So whatever a host does with them in between (reorders beams, cuts, copies), it stays known which
-slots are dead, and code that does not know of pruning cannot attend to them unnoticed. A call that reads them again hides
-these slots from attention.
+Start at :func:`mark_dropped`. A pruned call hands keys and values on at their full length: those of survivors at their original
+positions, and NaN at all others. So it stays known which tokens were dropped, whatever a host does with the cache between
+calls (reorder beams, crop, copy), and code that knows nothing of pruning cannot attend to them unnoticed. The next call hides
+marked slots from attention.
 
 Axis legend: B samples, N slots now, N0 original tokens.
 """
@@ -16,20 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, untouched
+from madtp.tokens.state import TokenState, unpruned_state
 
 
 @dataclass(frozen=True)
 class MarkedAxes:
-    """Where a kept tensor runs along pruned tokens. tokens: which; tensors that agree have the same slots dead."""
+    """Where a tensor of a cache runs along pruned tokens.
+
+    Attributes:
+        batch_dim: its batch dimension.
+        token_dim: its token dimension.
+        tokens: which tokens these are; tensors with the same value have the same slots marked.
+    """
 
     batch_dim: int
     token_dim: int
     tokens: str
 
 
-def placed(values: Tensor, state: TokenState, dim: int, batch_dim: int) -> Tensor:
-    """``values`` along ``state`` with N0 slots at ``dim``: each at the position that it stands for, NaN at all others."""
+def mark_dropped(values: Tensor, state: TokenState, dim: int, batch_dim: int) -> Tensor:
+    """Return ``values`` along ``state`` with N0 slots at ``dim``: each at its original position, NaN at all others."""
     if state.index is None:
         return values
     moved = values.movedim((batch_dim, dim), (0, 1))
@@ -40,28 +46,30 @@ def placed(values: Tensor, state: TokenState, dim: int, batch_dim: int) -> Tenso
     return full.movedim((0, 1), (batch_dim, dim))
 
 
-def cleaned(values: Tensor) -> Tensor:
-    """Zeros in dead slots: attention gives them no weight, and no weight times NaN would be NaN."""
+def zero_marked(values: Tensor) -> Tensor:
+    """Return ``values`` with zeros in marked slots: attention gives them no weight, but zero times NaN would be NaN."""
     return values.masked_fill(values.isnan(), 0)
 
 
-def alive(values: Tensor, dim: int, batch_dim: int) -> Tensor:
-    """``[B, N]`` which slots of ``values`` are no dead ones."""
+def unmarked(values: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """Return which slots of ``values`` are not marked, ``[B, N]``."""
     moved = values.movedim((batch_dim, dim), (0, 1))
     return moved.flatten(2)[:, :, 0].isnan().logical_not() if moved.dim() > 2 else moved.isnan().logical_not()
 
 
-def alive_state(values: Tensor, dim: int, batch_dim: int) -> TokenState:
-    """The state in which every token has its own slot and the dead ones are padding."""
-    visible = alive(values, dim, batch_dim)
+def cache_state(values: Tensor, dim: int, batch_dim: int) -> TokenState:
+    """Return the state of a tensor of a cache: every token has its own slot, and marked slots are padding."""
+    visible = unmarked(values, dim, batch_dim)
     batch, length = visible.shape
     if bool(visible.all()):
-        return untouched(batch, length)
+        return unpruned_state(batch, length)
     index = torch.arange(length, device=visible.device).expand(batch, length)
-    return TokenState(index, visible, torch.zeros_like(visible), None, length, length, batch)
+    return TokenState(
+        full_length=length, length=length, batch=batch, index=index, valid=visible, merged=torch.zeros_like(visible)
+    )
 
 
-def any_dead(kept: Iterable[tuple[Tensor, MarkedAxes]]) -> bool:
-    """Whether any of these tensors has a dead slot."""
-    found = [alive(values, axes.token_dim, axes.batch_dim).all() for values, axes in kept]
-    return bool(found) and not bool(torch.stack(found).all())
+def any_marked(cached: Iterable[tuple[Tensor, MarkedAxes]]) -> bool:
+    """Return whether any of these tensors has a marked slot."""
+    clear = [unmarked(values, axes.token_dim, axes.batch_dim).all() for values, axes in cached]
+    return bool(clear) and not bool(torch.stack(clear).all())

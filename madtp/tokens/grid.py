@@ -1,9 +1,9 @@
-"""What is known of each token, carried to where the token stands in a grid: windows, shifts, padding, channels first.
+"""A value for each token of a grid, carried along through windows, shifts, padding and transpositions.
 
-A pruned stream may need its grid inside a block: all tokens are put back to their places
-(:func:`madtp.tokens.state.restore`), the block runs on the whole grid, and its result is read at the kept positions.
-Attention in there must not see dropped tokens. The functions here carry which tokens are alive along the way that keys
-go; with nothing pruned there is nothing to carry, and each of them hands ``None`` on.
+A block may need the grid of a pruned stream. All tokens are then restored (:func:`madtp.tokens.state.restore`), the block runs
+on the whole grid, and its result is read at the positions of the survivors. Attention inside the block must not see dropped
+tokens, so a mask of the survivors (:func:`survivors_on_grid`) takes the same way as the keys; the attention that each token
+receives takes the way back. While nothing was pruned the mask is ``None``, and every function here passes ``None`` on.
 
 Axis legend: B samples, N0 tokens of the whole grid, B' windows of all samples, H heads, Q queries, K keys.
 """
@@ -19,10 +19,21 @@ from torch import Tensor
 from madtp.tokens.attention import HIDDEN, join_masks
 from madtp.tokens.state import TokenState, kept_positions
 
+PADS = (torch.ops.aten.pad, torch.ops.aten.constant_pad_nd)
 
-def alive(state: TokenState, shape: Sequence[int], batch_dim: int, token_dim: int) -> Tensor | None:
-    """Which original tokens the stream still holds: bool, B at ``batch_dim``, N0 at ``token_dim``, 1 at the other of the
-    dimensions that ``shape`` counts; None where nothing was pruned."""
+
+def survivors_on_grid(state: TokenState, shape: Sequence[int], batch_dim: int, token_dim: int) -> Tensor | None:
+    """Return which original tokens survive, in the layout of a tensor of all tokens.
+
+    Args:
+        state: of the stream.
+        shape: of the tensor; only the number of its dimensions counts.
+        batch_dim: where the mask has B.
+        token_dim: where the mask has N0.
+
+    Returns:
+        A boolean mask of size 1 in all other dimensions; None if nothing was pruned.
+    """
     if state.index is None:
         return None
     kept = kept_positions(state)
@@ -33,34 +44,35 @@ def alive(state: TokenState, shape: Sequence[int], batch_dim: int, token_dim: in
     return kept.reshape(sizes)
 
 
-def regroup(carried: Tensor | None, like: Tensor, beside: Sequence[int]) -> Tensor | None:
-    """``carried`` in the shape of ``like`` without the sizes ``beside``, along which it does not change."""
-    if carried is None:
+def regroup(values: Tensor | None, like: Tensor, constant: Sequence[int]) -> Tensor | None:
+    """Return ``values`` in the shape of ``like`` divided by the sizes ``constant``, along which they do not change."""
+    if values is None:
         return None
-    return carried.reshape([size // plain for size, plain in zip(like.shape, beside, strict=True)])
+    return values.reshape([size // factor for size, factor in zip(like.shape, constant, strict=True)])
 
 
-def reorder(carried: Tensor | None, dims: Sequence[int]) -> Tensor | None:
-    """``carried`` with its dimensions in a new order."""
-    return None if carried is None else carried.permute(*dims)
+def reorder(values: Tensor | None, dims: Sequence[int]) -> Tensor | None:
+    """Return ``values`` with their dimensions permuted."""
+    return None if values is None else values.permute(*dims)
 
 
-def take(carried: Tensor | None, operation: Callable[..., Tensor], arguments: Sequence[Any]) -> Tensor | None:
-    """``carried`` through an operation that takes entries from elsewhere; what comes new is alive."""
-    if carried is None:
+def take(values: Tensor | None, operation: Callable[..., Tensor], arguments: Sequence[Any]) -> Tensor | None:
+    """Return ``values`` after an operation that moves entries (roll, flip, index, pad); what padding adds is 1, a survivor."""
+    if values is None:
         return None
-    if "pad" in str(operation):
-        return torch.nn.functional.pad(carried, list(arguments[0]), value=1)
-    return operation(carried, *arguments)
+    if getattr(operation, "overloadpacket", None) in PADS:
+        return torch.nn.functional.pad(values, list(arguments[0]), value=1)
+    return operation(values, *arguments)
 
 
 def hide(mask: Tensor | None, visible: Tensor | None) -> Tensor | None:
-    """An attention mask that hides the keys of dropped tokens as well.
+    """Return an attention mask that also hides the keys of dropped tokens.
+
+    A query that would see no key, in a window of dropped tokens, sees what it saw before, so that no row is empty.
 
     Args:
         mask: broadcastable to ``[B', H, Q, K]``, or None.
-        visible: ``[B', 1, K, 1]`` bool, or None where all are alive. A query that would see no key (one of a dropped token,
-            in a window of dropped tokens) sees what it saw before, so that no row is empty.
+        visible: ``[B', 1, K, 1]`` bool, False at dropped tokens. None if there are none.
     """
     if visible is None:
         return mask

@@ -1,6 +1,6 @@
-"""Parts of a stream along its tokens: ranges, concatenations, and the segments of a stream that several modalities share.
+"""Ranges and concatenations of tokens, and the segments of a stream that several modalities share.
 
-Start at :func:`join_states`. Positions count in the stream's original tokens; what was pruned before stays pruned.
+Start at :func:`join_states`. Positions are those of the stream's original tokens; what was pruned before stays pruned.
 
 Axis legend: B samples, N slots now, N0 original tokens, L slots of a range.
 """
@@ -13,67 +13,95 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, each_field, gather_positions, positions_of, untouched
+from madtp.tokens.state import TokenState, gather_positions, map_tensors, positions_of, unpruned_state
 
 
 @dataclass(frozen=True)
 class SegmentMap:
-    """Which token of a stream is of which segment.
+    """Which token of a stream belongs to which segment.
 
-    ids: ``[N0]`` or ``[B, N0]`` number of the segment of each original position. special: ``[N0]`` True at learned tokens
-    (the class token of the image part), which are never pruned; None if there are none.
+    Attributes:
+        ids: ``[N0]`` or ``[B, N0]``, the number of the segment of each original token.
+        special: ``[N0]`` bool, True at learned tokens, such as the class token of the image part, which are never pruned.
+            None if there are none.
     """
 
     ids: Tensor
     special: Tensor | None = None
 
 
-def concatenated(
+def concatenated_segments(
     lengths: Sequence[int], numbers: Sequence[int], special: Sequence[Sequence[int]], like: Tensor
 ) -> SegmentMap:
-    """The map of tokens concatenated one part after the other.
+    """Return the map of a stream whose parts were concatenated.
 
     Args:
-        lengths: tokens of each part. numbers: its segment. special: positions in it that hold learned tokens.
+        lengths: number of tokens of each part.
+        numbers: number of the segment of each part.
+        special: positions of learned tokens in each part.
         like: a tensor on the device of the tokens.
     """
     ids = torch.cat([torch.full((n,), number, device=like.device) for n, number in zip(lengths, numbers, strict=True)])
-    marks = torch.zeros(ids.shape, dtype=torch.bool, device=like.device)
+    learned = torch.zeros(ids.shape, dtype=torch.bool, device=like.device)
     offset = 0
-    for length, places in zip(lengths, special, strict=True):
-        marks[[offset + place for place in places]] = True
+    for length, positions in zip(lengths, special, strict=True):
+        learned[[offset + position for position in positions]] = True
         offset += length
-    return SegmentMap(ids, marks)
+    return SegmentMap(ids, learned)
 
 
-def scattered(mask: Tensor) -> SegmentMap:
-    """The map of a sequence into which the tokens of another modality were written where ``mask [B, N0, ...]`` is true:
-    segment 0 outside, segment 1 inside."""
+def scattered_segments(mask: Tensor) -> SegmentMap:
+    """Return the map of a text sequence with image features where ``mask [B, N0, ...]`` is True.
+
+    Segment 0 is the text, segment 1 the image.
+    """
     return SegmentMap(mask.reshape(*mask.shape[:2], -1)[:, :, 0].long())
 
 
 def segment_slots(segments: SegmentMap, state: TokenState) -> Tensor:
-    """``[B, N]`` segment of each slot; a merged token is of the segment it was merged from."""
+    """Return the segment of each slot, ``[B, N]``; a merged token belongs to the segment of its members."""
     ids = segments.ids.expand(state.batch, state.full_length)
     return ids if state.index is None else ids.gather(1, state.index)
 
 
 def special_slots(segments: SegmentMap, protected: Sequence[Sequence[int]], state: TokenState) -> Tensor:
-    """``[B, N]`` slots of learned tokens, and of the ``protected`` positions counted within each segment."""
+    """Return which slots hold learned tokens or protected ones, ``[B, N]``.
+
+    Args:
+        segments: of the stream.
+        protected: positions in each segment, counted within it.
+        state: of the tokens.
+    """
     ids = segments.ids.expand(state.batch, state.full_length)
-    marks = torch.zeros_like(ids, dtype=torch.bool)
+    found = torch.zeros_like(ids, dtype=torch.bool)
     if segments.special is not None:
-        marks = marks | segments.special
-    for number, places in enumerate(protected):
+        found = found | segments.special
+    for number, positions in enumerate(protected):
         inside = ids == number
         rank = inside.cumsum(1) - 1
-        for place in places:
-            marks = marks | (inside & (rank == place))
-    return marks if state.index is None else marks.gather(1, state.index)
+        for position in positions:
+            found = found | (inside & (rank == position))
+    return found if state.index is None else found.gather(1, state.index)
 
 
-def _inside(state: TokenState, start: int | None, end: int | None) -> tuple[Tensor, Tensor, int, int]:
-    """Slots ``[B, L]`` of the tokens in ``[start, end)``, in order, which of them are no padding, and the bounds."""
+@dataclass(frozen=True)
+class _Range:
+    """Surviving tokens in ``[start, end)`` of the original ones.
+
+    Attributes:
+        start: first original position.
+        end: behind the last original position.
+        slots: ``[B, L]`` slots of the tokens, in order.
+        valid: ``[B, L]`` False where a sample has fewer than L tokens in the range.
+    """
+
+    start: int
+    end: int
+    slots: Tensor
+    valid: Tensor
+
+
+def _range(state: TokenState, start: int | None, end: int | None) -> _Range:
     first, last, _ = slice(start, end).indices(state.full_length)
     assert state.index is not None
     inside = (state.index >= first) & (state.index < last)
@@ -82,52 +110,51 @@ def _inside(state: TokenState, start: int | None, end: int | None) -> tuple[Tens
     order = inside.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     counts = inside.sum(1)
     length = max(1, int(counts.max()))
-    alive = torch.arange(length, device=inside.device) < counts[:, None]
-    return order[:, :length], alive, first, last
+    valid = torch.arange(length, device=inside.device) < counts[:, None]
+    return _Range(first, last, order[:, :length], valid)
 
 
 def cut_range(
     values: Tensor, state: TokenState, dim: int, batch_dim: int, start: int | None, end: int | None
 ) -> Tensor:
-    """``values[start:end]`` along the tokens, in original positions: those among the surviving ones."""
+    """Return ``values[start:end]`` along the tokens, in original positions: the survivors among them."""
     if state.index is None:
         return values[(slice(None),) * dim + (slice(start, end),)]
-    slots, _, _, _ = _inside(state, start, end)
-    return gather_positions(values, slots, dim, batch_dim, values.dim())
+    return gather_positions(values, _range(state, start, end).slots, dim, batch_dim, values.dim())
 
 
 def cut_ranges(values: Tensor, state: TokenState, dim: int, batch_dim: int, starts: Sequence[int]) -> list[Tensor]:
-    """``values`` cut in front of each of ``starts``, the first of which is 0."""
+    """Return the parts of ``values`` that begin at each of ``starts``, the first of which is 0."""
     bounds = zip(starts, [*starts[1:], None], strict=True)
     return [cut_range(values, state, dim, batch_dim, start, end) for start, end in bounds]
 
 
 def range_state(state: TokenState, start: int | None, end: int | None) -> TokenState:
-    """The state of what :func:`cut_range` yields."""
+    """Return the state of what :func:`cut_range` returns."""
     if state.index is None:
         length = len(range(*slice(start, end).indices(state.full_length)))
         return replace(state, full_length=length, length=length)
-    slots, alive, first, last = _inside(state, start, end)
-    inner = each_field(state, lambda field: field.gather(1, slots))
+    cut = _range(state, start, end)
+    inner = map_tensors(state, lambda tensor: tensor.gather(1, cut.slots))
     assert inner.index is not None
     return replace(
         inner,
-        index=(inner.index - first).clamp(0, max(0, last - first - 1)),
-        valid=None if bool(alive.all()) else alive,
+        index=(inner.index - cut.start).clamp(0, max(0, cut.end - cut.start - 1)),
+        valid=None if bool(cut.valid.all()) else cut.valid,
         mask_index=None,
-        full_length=last - first,
-        length=slots.size(1),
+        full_length=cut.end - cut.start,
+        length=cut.slots.size(1),
     )
 
 
 def join_states(parts: Sequence[TokenState | int]) -> TokenState:
-    """The state of tokens concatenated one after the other; a number stands for so many tokens of an unpruned stream."""
+    """Return the state of concatenated tokens; an integer stands for that many tokens of a stream that is not pruned."""
     known = next(part for part in parts if isinstance(part, TokenState))
-    states = [untouched(known.batch, part) if isinstance(part, int) else part for part in parts]
+    states = [unpruned_state(known.batch, part) if isinstance(part, int) else part for part in parts]
     full, length = sum(s.full_length for s in states), sum(s.length for s in states)
     pruned = next((s.index for s in states if s.index is not None), None)
     if pruned is None:
-        return replace(untouched(known.batch, full), quirks=known.quirks)
+        return replace(unpruned_state(known.batch, full), quirks=known.quirks)
     index, valid, merged, offset = [], [], [], 0
     for state in states:
         own = positions_of(state, pruned.device)
@@ -136,14 +163,13 @@ def join_states(parts: Sequence[TokenState | int]) -> TokenState:
         valid.append(everything if state.valid is None else state.valid)
         merged.append(~everything if state.merged is None else state.merged)
         offset += state.full_length
-    alive = torch.cat(valid, 1)
+    all_valid = torch.cat(valid, 1)
     return TokenState(
-        torch.cat(index, 1),
-        None if bool(alive.all()) else alive,
-        torch.cat(merged, 1),
-        None,
-        full,
-        length,
-        known.batch,
-        known.quirks,
+        full_length=full,
+        length=length,
+        batch=known.batch,
+        index=torch.cat(index, 1),
+        valid=None if bool(all_valid.all()) else all_valid,
+        merged=torch.cat(merged, 1),
+        quirks=known.quirks,
     )

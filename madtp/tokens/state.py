@@ -1,8 +1,8 @@
 """Token state: which original tokens the slots of a pruned stream hold, and the operations that follow from it.
 
 Start at :class:`TokenState`. A pruning site turns one state into the next; every operation here takes the state of
-the tokens it works on. With the state that nothing was pruned (``index is None``) each of them returns its input
-untouched, so that an inactive pruned model computes exactly what the original computes.
+the tokens it works on. While nothing was pruned (``index is None``) each of them does what the original operation does, so a
+pruned model with pruning off computes exactly what the original computes.
 
 Axis legend: B samples, N slots now, N0 tokens before the first site, C width.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,61 +19,60 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Quirks:
-    """What the authors' code does with pruned tokens and our default does not (docs/deviations.md).
+    """What the authors' code does with pruned tokens and the default does not (``docs/deviations.md``).
 
-    reads_slots: a position that the graph computes (the end-of-text index) is read as a slot, whatever token stands there now.
-    ignores_cross_masks: cross-attention to these tokens takes no notice of its mask.
+    Attributes:
+        reads_slots: a position that the graph computes, such as the end-of-text index, is read as a slot, whatever token
+            stands there now (``readout="original"``).
+        ignores_cross_masks: cross-attention to these tokens ignores its mask (``cross_mask="ignored"``).
     """
 
     reads_slots: bool = False
     ignores_cross_masks: bool = False
 
 
-NO_QUIRKS = Quirks()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenState:
     """What the N slots of a stream hold.
 
     Attributes:
-        index: ``[B, N]`` original position of each slot (for a merged token the position it stands for); None: nothing
-            was pruned and slot j holds token j.
-        valid: ``[B, N]`` False where a slot is padding; None: all are valid.
-        merged: ``[B, N]`` True where a slot holds a merged token.
-        mask_index: ``[B, N]`` positions by which attention masks are gathered where they differ from ``index`` (the
-            official behaviour: ``mask_order="sorted"``, ``causal_mask="cropped"``); else None.
-        full_length: N0.
-        length: N.
-        batch: B.
-        quirks: further official behaviour.
+        full_length: N0, the number of tokens before the first site.
+        length: N, the number of slots.
+        batch: B, the number of samples.
+        index: ``[B, N]`` original position of each slot; for a merged token, the position it stands for. None if nothing was
+            pruned, so that slot j holds token j.
+        valid: ``[B, N]`` bool, False where a slot is padding. None if all slots are valid.
+        merged: ``[B, N]`` bool, True where a slot holds a merged token. None if nothing was pruned.
+        mask_index: ``[B, N]`` positions at which attention masks are read where they differ from ``index``, as in the
+            authors' code (``mask_order="sorted"``, ``causal_mask="cropped"``). None elsewhere.
+        quirks: further behaviour of the authors' code.
     """
 
-    index: Tensor | None
-    valid: Tensor | None
-    merged: Tensor | None
-    mask_index: Tensor | None
     full_length: int
     length: int
     batch: int
-    quirks: Quirks = NO_QUIRKS
+    index: Tensor | None = None
+    valid: Tensor | None = None
+    merged: Tensor | None = None
+    mask_index: Tensor | None = None
+    quirks: Quirks = Quirks()
 
     @property
     def counts(self) -> Tensor:
-        """``[B]`` tokens of each sample, padding left out once something was pruned."""
+        """``[B]`` tokens of each sample; padding counts only while nothing was pruned."""
         if self.index is None or self.valid is None:
             device = None if self.index is None else self.index.device
             return torch.full((self.batch,), self.length, device=device)
         return self.valid.sum(1)
 
 
-def untouched(batch: int, length: int) -> TokenState:
-    """The state before any pruning."""
-    return TokenState(None, None, None, None, length, length, batch)
+def unpruned_state(batch: int, length: int) -> TokenState:
+    """Return the state of ``length`` tokens of which none was pruned."""
+    return TokenState(full_length=length, length=length, batch=batch)
 
 
 def kept_positions(state: TokenState) -> Tensor:
-    """``[B, N0]`` which original tokens the slots hold; merged ones do not count."""
+    """Return which original tokens survive, ``[B, N0]`` bool; a merged token counts for none of its members."""
     if state.index is None:
         return torch.ones(state.batch, state.full_length, dtype=torch.bool)
     kept = torch.zeros(state.batch, state.full_length, dtype=torch.bool, device=state.index.device)
@@ -85,14 +85,14 @@ def kept_positions(state: TokenState) -> Tensor:
 
 
 def positions_of(state: TokenState, device: torch.device) -> Tensor:
-    """``[B, N]`` the original position of the token in each slot."""
+    """Return the original position of the token in each slot, ``[B, N]``."""
     if state.index is not None:
         return state.index
     return torch.arange(state.length, device=device).expand(state.batch, state.length)
 
 
-def marked(state: TokenState, survivors: Tensor) -> TokenState:
-    """The state in which every token keeps its slot and all but ``survivors [B, N]`` are padding."""
+def hide_dropped(state: TokenState, survivors: Tensor) -> TokenState:
+    """Return the state in which every token keeps its slot and all but ``survivors [B, N]`` are padding."""
     index, merged = positions_of(state, survivors.device), state.merged
     return replace(
         state, index=index, valid=survivors, merged=torch.zeros_like(survivors) if merged is None else merged
@@ -100,24 +100,28 @@ def marked(state: TokenState, survivors: Tensor) -> TokenState:
 
 
 def state_length(state: TokenState) -> int:
-    """Number of slots N."""
+    """Return N, the number of slots."""
     return state.length
 
 
 def full_length(state: TokenState) -> int:
-    """Number of tokens N0 that the stream had."""
+    """Return N0, the number of tokens before the first site."""
     return state.full_length
 
 
 def align(side: Tensor, state: TokenState, dim: int, batch_dim: int, rank: int, heads: int = 1) -> Tensor:
-    """Gather a side input along its token dimension so that it fits the surviving tokens.
+    """Gather a side input (a mask, a position table) so that it fits the surviving tokens.
 
     Args:
-        side: tensor that broadcasts to ``rank`` dimensions; its size at ``dim`` is N0.
-        dim, batch_dim: token and batch dimension in the broadcast result.
-        heads: rows of each sample at ``batch_dim``, one after the other.
+        side: tensor that broadcasts to ``rank`` dimensions, with size N0 (or 1) at ``dim``.
+        state: of the tokens.
+        dim: token dimension of the broadcast result.
+        batch_dim: batch dimension of the broadcast result.
+        rank: number of dimensions of the broadcast result.
+        heads: rows of each sample at ``batch_dim``, next to each other, where heads are folded into the batch.
+
     Returns:
-        ``side`` with ``rank`` dimensions, N at ``dim`` and B times ``heads`` at ``batch_dim``.
+        ``side`` with N at ``dim`` and ``B * heads`` at ``batch_dim``.
     """
     if state.index is None:
         return side
@@ -129,7 +133,7 @@ def _each_head(index: Tensor, heads: int) -> Tensor:
 
 
 def gather_positions(side: Tensor, index: Tensor, dim: int, batch_dim: int, rank: int) -> Tensor:
-    """``side`` (broadcastable to ``rank`` dimensions) read at ``index [B, N]`` along ``dim``."""
+    """Read ``side``, which broadcasts to ``rank`` dimensions, at ``index [B, N]`` along ``dim``."""
     full = side[(None,) * (rank - side.dim())]
     if full.size(dim) == 1:
         return side
@@ -144,24 +148,33 @@ def gather_positions(side: Tensor, index: Tensor, dim: int, batch_dim: int, rank
 def realign(
     values: Tensor, before: TokenState, state: TokenState, dim: int, batch_dim: int, rank: int, heads: int = 1
 ) -> Tensor:
-    """Carry values along an earlier state of the same stream to the present one.
+    """Gather values that were computed for the tokens of an earlier state, so that they fit the tokens of ``state``.
 
-    Slots that hold a merged token read the value at the position the merged token stands for.
+    A merged token reads the value at the position it stands for.
+
+    Args:
+        values: along ``before`` at ``dim``.
+        before: an earlier state of the same stream.
+        state: the present state.
+        dim: as in :func:`align`.
+        batch_dim: as in :func:`align`.
+        rank: as in :func:`align`.
+        heads: as in :func:`align`.
     """
     if state.index is None:
         return values
     if before.index is None:
         return align(values, state, dim, batch_dim, rank, heads)
     assert before.merged is not None
-    place = before.index.masked_fill(before.merged, -1)
-    hit = state.index[:, :, None] == place[:, None, :]
+    position = before.index.masked_fill(before.merged, -1)
+    hit = state.index[:, :, None] == position[:, None, :]
     fallback = state.index[:, :, None] == before.index[:, None, :]
     slot = torch.where(hit.any(2), hit.int().argmax(2), fallback.int().argmax(2))
     return gather_positions(values, _each_head(slot, heads), dim, batch_dim, rank)
 
 
 def slots_of(state: TokenState, positions: Tensor) -> Tensor:
-    """Slots ``[B]`` that hold the original ``positions [B]``; these are protected, so they survive."""
+    """Return the slots ``[B]`` that hold the tokens of the original ``positions [B]``, which are protected and so survive."""
     if state.index is None:
         return positions
     if state.quirks.reads_slots:
@@ -173,7 +186,7 @@ def slots_of(state: TokenState, positions: Tensor) -> Tensor:
 
 
 def read_position(values: Tensor, state: TokenState, dim: int, batch_dim: int, position: int) -> Tensor:
-    """The values of the token that stood at the constant ``position`` (negative: from the end); drops ``dim``."""
+    """Return the values of the token at the original ``position``, counted from the end if negative; drops ``dim``."""
     if state.index is None:
         return values.select(dim, position)
     if position < 0:
@@ -182,14 +195,16 @@ def read_position(values: Tensor, state: TokenState, dim: int, batch_dim: int, p
 
 
 def read_each(values: Tensor, state: TokenState, dim: int, batch_dim: int, positions: Tensor) -> Tensor:
-    """The values of the token that stood at ``positions [B]`` of each sample; drops ``dim``."""
+    """Return the values of the token at the original ``positions [B]``, one of each sample; drops ``dim``."""
     moved = values.movedim((batch_dim, dim), (0, 1))
     read = moved[torch.arange(state.batch, device=values.device), slots_of(state, positions)]
     return read.movedim(0, batch_dim if batch_dim < dim else batch_dim - 1)
 
 
-def pool(values: Tensor, state: TokenState, dim: int, batch_dim: int, how: str, keepdim: bool) -> Tensor:
-    """Mean or maximum over the surviving tokens; padding slots are left out."""
+def pool(
+    values: Tensor, state: TokenState, dim: int, batch_dim: int, how: Literal["mean", "amax"], keepdim: bool
+) -> Tensor:
+    """Return the mean or the maximum over the surviving tokens, without padding slots."""
     if state.index is None or state.valid is None:
         return values.mean(dim, keepdim) if how == "mean" else values.amax(dim, keepdim)
     mask = _along(state.valid, values.dim(), dim, batch_dim)
@@ -200,7 +215,7 @@ def pool(values: Tensor, state: TokenState, dim: int, batch_dim: int, how: str, 
 
 
 def _along(valid: Tensor, rank: int, dim: int, batch_dim: int) -> Tensor:
-    """``valid [B, N]`` with ``rank`` dimensions, B at ``batch_dim`` and N at ``dim``."""
+    """Reshape ``valid [B, N]`` to ``rank`` dimensions with B at ``batch_dim`` and N at ``dim``."""
     shape = [1] * rank
     shape[batch_dim], shape[dim] = valid.shape
     return (valid if batch_dim < dim else valid.t()).reshape(shape)
@@ -215,7 +230,17 @@ def masked_mean(
     state: TokenState | None = None,
     batch_dim: int = 0,
 ) -> Tensor:
-    """Mean of ``values`` along ``dim`` weighted by ``weights`` (same rank), over the surviving tokens."""
+    """Return the weighted mean of ``values`` over the surviving tokens.
+
+    Args:
+        values: along ``state`` at ``dim``.
+        weights: of the same rank, N0 or 1 at ``dim``: the model's own mask over the original tokens.
+        dim: token dimension.
+        keepdim: keep ``dim`` with size 1.
+        minimum: lower bound on the sum of the weights; None for no bound.
+        state: of the tokens; None if nothing was pruned.
+        batch_dim: batch dimension.
+    """
     if state is not None and state.index is not None:
         weights = gather_positions(weights, state.index, dim, batch_dim, values.dim())
         if state.valid is not None:
@@ -226,29 +251,25 @@ def masked_mean(
     return (values * weights).sum(dim, keepdim) / total
 
 
-def without_first(state: TokenState, start: int) -> TokenState:
-    """The state of ``values[start:]``, where the first ``start`` tokens are protected and so still stand first."""
+def suffix_state(state: TokenState, start: int) -> TokenState:
+    """Return the state of ``values[start:]`` where the first ``start`` tokens are protected, so that they still come first."""
+    length, full = state.length - start, state.full_length - start
     if state.index is None:
-        return replace(state, full_length=state.full_length - start, length=state.length - start)
-    assert state.merged is not None
-    return replace(
-        state,
-        index=state.index[:, start:] - start,
-        valid=None if state.valid is None else state.valid[:, start:],
-        merged=state.merged[:, start:],
-        mask_index=None if state.mask_index is None else state.mask_index[:, start:] - start,
-        full_length=state.full_length - start,
-        length=state.length - start,
-    )
+        return replace(state, full_length=full, length=length)
+    cut = map_tensors(state, lambda tensor: tensor[:, start:])
+    assert cut.index is not None
+    mask_index = None if cut.mask_index is None else cut.mask_index - start
+    return replace(cut, index=cut.index - start, mask_index=mask_index, full_length=full, length=length)
 
 
 def _rows(state: TokenState, start: int, end: int) -> TokenState:
+    """The state of the samples ``start`` to ``end``."""
     count = len(range(*slice(start, end).indices(state.batch)))
-    return replace(each_field(state, lambda field: field[start:end]), batch=count)
+    return replace(map_tensors(state, lambda tensor: tensor[start:end]), batch=count)
 
 
-def each_field(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
-    """The state with every tensor changed."""
+def map_tensors(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
+    """Return the state with ``change`` applied to each of its tensors."""
     index, valid, merged, mask_index = (
         None if field is None else change(field) for field in (state.index, state.valid, state.merged, state.mask_index)
     )
@@ -256,40 +277,43 @@ def each_field(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenSt
 
 
 def batch_slice(state: TokenState, start: int | None, end: int | None) -> TokenState:
-    """The state of ``values[start:end]`` along the batch."""
+    """Return the state of ``values[start:end]`` along the batch."""
     return _rows(state, start or 0, state.batch if end is None else end)
 
 
 def batch_chunk(state: TokenState, chunks: int, part: int) -> TokenState:
-    """The state of ``values.chunk(chunks)[part]`` along the batch."""
+    """Return the state of ``values.chunk(chunks)[part]`` along the batch."""
     step = -(-state.batch // chunks)
     return _rows(state, part * step, (part + 1) * step)
 
 
 def batch_split(state: TokenState, sizes: int | Sequence[int], part: int) -> TokenState:
-    """The state of ``values.split(sizes)[part]`` along the batch."""
+    """Return the state of ``values.split(sizes)[part]`` along the batch."""
     if isinstance(sizes, int):
         return _rows(state, part * sizes, (part + 1) * sizes)
     return _rows(state, sum(sizes[:part]), sum(sizes[: part + 1]))
 
 
 def batch_repeat(state: TokenState, times: int) -> TokenState:
-    """The state of ``values.repeat_interleave(times)`` along the batch."""
-
-    return replace(each_field(state, lambda field: field.repeat_interleave(times, 0)), batch=state.batch * times)
+    """Return the state of ``values.repeat_interleave(times)`` along the batch."""
+    return replace(map_tensors(state, lambda tensor: tensor.repeat_interleave(times, 0)), batch=state.batch * times)
 
 
 def restore(
     values: Tensor, state: TokenState, dim: int, batch_dim: int, earlier: Sequence[tuple[Tensor, TokenState | None]]
 ) -> Tensor:
-    """Scatter surviving tokens back to their places; dropped ones carry the last state they had.
+    """Scatter the surviving tokens back to their original positions; a dropped token has the last value it had.
 
     Args:
         values: tokens along ``state``.
-        earlier: the stream's values just before each pruning site so far, first site first, each with the state it
-            was along (None before the first site).
+        state: of the tokens.
+        dim: token dimension.
+        batch_dim: batch dimension.
+        earlier: the stream's values just before each site so far, in order, each with the state that it runs along (None
+            before the first site).
+
     Returns:
-        values with N0 tokens at ``dim``.
+        ``values`` with N0 tokens at ``dim``.
     """
     if state.index is None:
         return values

@@ -41,7 +41,7 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
         for batch in batches:
             call = as_call(pruned, batch)
             pruned(*call.args, **call.kwargs)
-            for name, counts in control.kept_counts.items():
+            for name, counts in control.record.kept_counts.items():
                 kept.setdefault(name, []).extend(counts.tolist())
     if not kept:
         raise ConfigError("there are no batches to take counts from; pass at least one batch of inputs.")

@@ -26,9 +26,9 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
-from madtp.calls.image_positions import WRITTEN
-from madtp.calls.objects import Returned, returned_by
-from madtp.calls.per_image import computing_one
+from madtp.calls.image_positions import IMAGE_POSITIONS
+from madtp.calls.objects import ResultSpec, result_spec_of
+from madtp.calls.per_image import taking_one_image
 from madtp.calls.size_limits import Limits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
@@ -56,7 +56,7 @@ class Exported:
     """
 
     program: torch.export.ExportedProgram
-    returned: Returned | None
+    returned: ResultSpec | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Capture:
     out_spec: pytree.TreeSpec
     dynamic: tuple[tuple[int, ...], ...]
     example: Call
-    returned: Returned | None = None
+    returned: ResultSpec | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -202,7 +202,7 @@ def _capture_per_image(model: nn.Module, call: Call, region: Region) -> Capture:
     """Trace one image of a batch, its size known, and write what that computes for any number of images."""
     leaves = call.flat()[0]
     first = call.with_leaves([x[0] if isinstance(x, Tensor) else x for x in leaves])
-    with computing_one(model), FoldingConstants():
+    with taking_one_image(model), FoldingConstants():
         exported = _export(model, first, tuple(() for _ in leaves), {})
     if isinstance(exported, ExportFailure):
         raise _untraceable(model, exported)
@@ -226,7 +226,7 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def _export_freely(model: nn.Module, call: Call, region: Region, answers: Answers) -> Exported | ExportFailure:
     """The model exported with as many free sizes as possible, or why it cannot be."""
-    first, *others, fixed = _choices_of_free_dims(call.flat()[0], call.held(), region)
+    first, *others, fixed = _choices_of_free_dims(call.flat()[0], call.cache_leaves(), region)
     freest = _export(model, call, first, answers)
     if isinstance(freest, Exported):
         return freest
@@ -251,7 +251,7 @@ def _export(model: nn.Module, call: Call, free: FreeDims, answers: Answers) -> E
     try:
         with _traceable(), ReplayingAnswers(answers), preserved_attributes(model):
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
-        return Exported(program, returned_by(model))
+        return Exported(program, result_spec_of(model))
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]
         return ExportFailure(f"{type(error).__name__}: {lines[0]}")
@@ -316,7 +316,7 @@ def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
     inputs = placeholders(graph)
     dynamic: list[tuple[int, ...]] = []
     by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
-    if region.sequence_input and WRITTEN in call.kwargs:
+    if region.sequence_input and IMAGE_POSITIONS in call.kwargs:
         text = by_place[region.sequence_input]
         set_record(text, replace(record(text), image_positions=inputs[-1]))
     for (place, leaf), node in zip(leaves, inputs, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from madtp.calls.call import Call
 from madtp.calls.compare import drawing_alike
-from madtp.calls.per_image import Apart, Image, Rows, by_kind, recipe_of
+from madtp.calls.per_image import Image, ImageRows, PerImageArguments, by_kind, image_results
 from madtp.errors import RewriteError
 
 # Sizes of an image are a handful of numbers.
@@ -33,7 +33,7 @@ class PerImageCall:
         call: The call for a batch of images of one size.
     """
 
-    per_image: Apart
+    per_image: PerImageArguments
     call: Call
 
 
@@ -54,7 +54,7 @@ def per_image_call(module: nn.Module, call: Call) -> PerImageCall | None:
     return PerImageCall(per_image, per_image.batch(call, batch if len(batch) > 1 else batch * 2))
 
 
-def _division(call: Call) -> Apart | None:
+def _division(call: Call) -> PerImageArguments | None:
     """How a call is divided into images, by the form of its arguments alone."""
     tables = {name: value for name, value in call.kwargs.items() if _is_table(value)}
     if not tables:
@@ -68,7 +68,7 @@ def _division(call: Call) -> Apart | None:
     pictures = any(others[one.name].is_floating_point() for one in known)
     if not pictures or len(known) < len(rows) or any(isinstance(arg, Tensor) for arg in call.args):
         return None
-    return Apart(tuple(tables), tuple(known), tuple(table.dtype for table in tables.values()))
+    return PerImageArguments(tuple(tables), tuple(known), tuple(table.dtype for table in tables.values()))
 
 
 def _is_table(value: object) -> bool:
@@ -77,29 +77,29 @@ def _is_table(value: object) -> bool:
     return len(value) > 1 and 1 < value.shape[1] <= MOST_SIZES and bool((value > 0).all())
 
 
-def _rows(name: str, tensor: Tensor, volumes: list[int]) -> Rows | None:
+def _rows(name: str, tensor: Tensor, volumes: list[int]) -> ImageRows | None:
     if not tensor.dim():
         return None
     if tensor.dim() > 1 and len(tensor) == 1:
         fitting = [dim for dim in range(1, tensor.dim()) if not tensor.shape[dim] % sum(volumes)]
-        return Rows(name, fitting[0], tensor.shape[fitting[0]] // sum(volumes)) if fitting else None
+        return ImageRows(name, fitting[0], tensor.shape[fitting[0]] // sum(volumes)) if fitting else None
     if len(tensor) == len(volumes):
-        return Rows(name, 0, 0)
-    return None if len(tensor) % sum(volumes) else Rows(name, 0, len(tensor) // sum(volumes))
+        return ImageRows(name, 0, 0)
+    return None if len(tensor) % sum(volumes) else ImageRows(name, 0, len(tensor) // sum(volumes))
 
 
-def _check(module: nn.Module, call: Call, images: list[Image], per_image: Apart) -> None:
+def _check(module: nn.Module, call: Call, images: list[Image], per_image: PerImageArguments) -> None:
     """Run the module on the images together and one by one; then among other images, and on other sizes if it takes them."""
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
         with drawing_alike():
-            recipe_of(module, call, images, per_image)
+            image_results(module, call, images, per_image)
             company = [images[0], *(_other(image) for image in images[1:])]
-            recipe_of(module, per_image.together(call, company), company, per_image)
+            image_results(module, per_image.join(call, company), company, per_image)
             smaller = next(_resized(module, call, images, per_image), None)
             if smaller is not None:
-                recipe_of(module, per_image.together(call, smaller), smaller, per_image)
+                image_results(module, per_image.join(call, smaller), smaller, per_image)
     finally:
         for one in training:
             one.training = True
@@ -110,7 +110,7 @@ def _other(image: Image) -> Image:
     return replace(image, parts=tuple(1 - 2 * x.flip(0) if x.is_floating_point() else x for x in image.parts))
 
 
-def _resized(module: nn.Module, call: Call, images: list[Image], per_image: Apart) -> Iterator[list[Image]]:
+def _resized(module: nn.Module, call: Call, images: list[Image], per_image: PerImageArguments) -> Iterator[list[Image]]:
     """The images, the last one half as large along one of its dimensions; as many as the module takes."""
     last = images[-1]
     for place in reversed(range(len(last.sizes[0]))):
@@ -118,11 +118,11 @@ def _resized(module: nn.Module, call: Call, images: list[Image], per_image: Apar
             continue
         sizes = tuple((*one[:place], one[place] // 2, *one[place + 1 :]) for one in last.sizes)
         parts = tuple(
-            x.narrow(r.place, 0, x.shape[r.place] // 2) if r.each else x
+            x.narrow(r.image_dim, 0, x.shape[r.image_dim] // 2) if r.per_unit else x
             for x, r in zip(last.parts, per_image.rows, strict=True)
         )
         several = [*images[:-1], Image(sizes, parts)]
-        together = per_image.together(call, several)
+        together = per_image.join(call, several)
         try:
             module(*together.args, **together.kwargs)
         except Exception:  # the module does not take an image of that size

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.modality_tracking import Tracker
-from madtp.calls.objects import CannotOpen, cannot_open
+from madtp.calls.objects import CannotFlatten, flattening_error
 from madtp.errors import ExampleInputsError
 from rewriters.capture.export import blamed_on_the_inputs
 from rewriters.capture.scope import Region
@@ -125,8 +125,8 @@ def _enter(
             return
         state = None
         try:
-            call = call.opened()
-        except CannotOpen as error:
+            call = call.flattened()
+        except CannotFlatten as error:
             state = str(error)
         leaves, _ = pytree.tree_flatten_with_path((call.args, call.kwargs))
         modalities = {pytree.keystr(place): tracker.modalities(leaf) for place, leaf in leaves}
@@ -142,7 +142,7 @@ def _enter(
 
 
 def _image_positions(leaves: list[tuple[pytree.KeyPath, Any]], tracker: Tracker) -> ImagePositions | None:
-    by_place = {pytree.keystr(place): tracker.written(leaf) for place, leaf in leaves}
+    by_place = {pytree.keystr(place): tracker.image_positions(leaf) for place, leaf in leaves}
     known = [ImagePositions(place, positions) for place, positions in by_place.items() if positions is not None]
     return known[0] if len(known) == 1 else None
 
@@ -154,7 +154,7 @@ def _leave(path: str, recording: Recording, tracker: Tracker) -> Callable[[nn.Mo
         recording.active.pop()
         if path in recording.calls:
             recorded = recording.calls[path]
-            recorded.state = recorded.state or cannot_open(output)
-            tracker.follow(output, recorded.read_positions)
+            recorded.state = recorded.state or flattening_error(output)
+            tracker.watch_reads(output, recorded.read_positions)
 
     return hook

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from madtp.calls.per_image import Apart
+from madtp.calls.per_image import PerImageArguments
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Region:
     modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
     read_positions: tuple[int, ...] = ()
     sequence_input: str = ""
-    per_image: Apart | None = None
+    per_image: PerImageArguments | None = None
 
     def inside(self, name: str) -> str:
         """The path in the whole model of what lies at ``name`` in the region."""

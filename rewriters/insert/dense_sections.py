@@ -117,7 +117,7 @@ class DenseSections:
                 tokens.batch_dim,
                 tokens.token_dim,
             )
-            return self.move(graph.call_function(runtime.alive, arguments), tracked.moves)
+            return self.move(graph.call_function(runtime.survivors_on_grid, arguments), tracked.moves)
 
     def _require_single_tokens(
         self, attention: fx.Node, key: fx.Node, tracked: TrackedValue, moves: TokenMoves

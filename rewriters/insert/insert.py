@@ -2,7 +2,7 @@
 
 Start at :func:`insert`. The graph is walked once in order. Each operation that runs along a pruned token axis is put
 to the rule table (``axes/table.py``); the outcome's repairs are carried out: side inputs are aligned, baked-in lengths
-replaced, readouts remapped. Where every position is needed, tokens are scattered back (``restoration.py``). The stage
+remapped, readouts remapped. Where every position is needed, tokens are scattered back (``restoration.py``). The stage
 decides nothing; what it cannot do it refuses with :class:`InsertRefusal`.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from madtp.tokens.cache_marks import MarkedAxes, placed
+from madtp.tokens.cache_marks import MarkedAxes, mark_dropped
 from rewriters.axes.arguments import items
 from rewriters.axes.grid import TokenMoves
 from rewriters.axes.labels import Labels, ResultLabels, seed, token_axis
@@ -271,7 +271,7 @@ def _marked(insertion: Insertion, value: fx.Node, labels: Labels, path: str, out
     assert axis is not None
     with insertion.graph.inserting_before(output):
         state = insertion.state(axis.source, output)
-        new = insertion.graph.call_function(placed, (value, state, token_dim, batch_dim))
+        new = insertion.graph.call_function(mark_dropped, (value, state, token_dim, batch_dim))
     new.meta = dict(value.meta)
     insertion.marked[path] = MarkedAxes(batch_dim, token_dim, str(axis.source))
     return new

@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from madtp.calls.call import Call
-from madtp.calls.objects import Returned
+from madtp.calls.objects import ResultSpec
 from madtp.tokens import cache_marks as runtime
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.axes.arguments import dim_argument, items
@@ -26,7 +26,7 @@ from rewriters.graph.op_sets import CONCATENATIONS, MAP_STEPS
 from rewriters.graph.walk import ancestors
 
 
-def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[str, MarkedAxes]) -> None:
+def hide_dead(graph: fx.Graph, call: Call, returned: ResultSpec, marked: Mapping[str, MarkedAxes]) -> None:
     """Give every attention that reads cached tensors the slots it may see, in place.
 
     Args:
@@ -54,9 +54,9 @@ def hide_dead(graph: fx.Graph, call: Call, returned: Returned, marked: Mapping[s
     reads = [(node, _origins(node, flow, updated)) for node in graph.nodes if op_name(node) == "attention"]
     for path, value in updated.items():
         axes = marked[path]
-        state = _after(graph, value, runtime.alive_state, (axes.token_dim, axes.batch_dim))
+        state = _after(graph, value, runtime.cache_state, (axes.token_dim, axes.batch_dim))
         states[value] = state
-        clean = _after(graph, value, runtime.cleaned)
+        clean = _after(graph, value, runtime.zero_marked)
         clean.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
         for user in list(value.users):
             if user not in (output, clean, state):
@@ -77,11 +77,11 @@ class _Cached(NamedTuple):
     after: Argument
 
 
-def _cached(graph: fx.Graph, call: Call, returned: Returned, output: fx.Node) -> dict[str, _Cached]:
+def _cached(graph: fx.Graph, call: Call, returned: ResultSpec, output: fx.Node) -> dict[str, _Cached]:
     """Cached tensors by path."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    coming = [placeholders[leaf] for leaf in sorted(call.held())]
-    paths = [path for _, blueprint in (call.form.held if call.form else ()) for path in blueprint.paths()]
+    coming = [placeholders[leaf] for leaf in sorted(call.cache_leaves())]
+    paths = call.objects.paths() if call.objects else ()
     results = items(output, 0)
     going = dict(zip(returned.paths(), results[len(results) - len(returned.paths()) :], strict=True))
     if len(set(paths)) < len(paths) or len(going) < len(returned.paths()):

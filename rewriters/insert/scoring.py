@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from madtp.sites.scoring import seen_on_grid
+from madtp.sites.scoring import grid_attention
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
 from rewriters.axes.grid import TokenMoves
@@ -177,7 +177,7 @@ def attention_statistics(
     received = None
     if site.scores == "windows" and moves is not None:
         received = sections.move(insertion.statistics[site.name], moves)
-    return insertion.graph.call_function(seen_on_grid, (tokens, received, state, (site.batch_dim, site.token_dim)))
+    return insertion.graph.call_function(grid_attention, (tokens, received, state, (site.batch_dim, site.token_dim)))
 
 
 def _segments(insertion: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:
@@ -187,12 +187,12 @@ def _segments(insertion: Insertion, site: SitePlan, before: fx.Node) -> fx.Node 
     nodes = {n.name: insertion.current(n) for n in (*insertion.replaced, *insertion.graph.nodes)}
     with insertion.graph.inserting_before(before):
         if site.mask is not None:
-            made = insertion.graph.call_function(segment_runtime.scattered, (nodes[site.mask],))
+            made = insertion.graph.call_function(segment_runtime.scattered_segments, (nodes[site.mask],))
         else:
             lengths = [_part_length(insertion, nodes[p.node], p.dim, before) for p in site.parts]
             numbers, special = [p.segment for p in site.parts], [p.special for p in site.parts]
             arguments = (lengths, numbers, special, before.args[0])
-            made = insertion.graph.call_function(segment_runtime.concatenated, arguments)
+            made = insertion.graph.call_function(segment_runtime.concatenated_segments, arguments)
     insertion.segment_maps[site.stream] = made
     return made
 

@@ -165,7 +165,7 @@ class Insertion:
         base = self.state(source.parent, before)
         with self.graph.inserting_before(before):
             if isinstance(source, Rest):
-                return self.graph.call_function(runtime.without_first, (base, source.start))
+                return self.graph.call_function(runtime.suffix_state, (base, source.start))
             if isinstance(source, TokenRange):
                 return self.graph.call_function(segment_runtime.range_state, (base, source.start, source.end))
             return self._part_state(base, self.batch_cuts[source])

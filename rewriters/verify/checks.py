@@ -85,16 +85,11 @@ def inactive_equals_original(case: Case) -> None:
 
 def unpruned(case: Case, call: Call) -> tuple[Any, Any]:
     """What the model and the program with pruning off return for ``call``."""
-    temperature = case.control.temperature
-    case.control.temperature = 0.0
-    try:
-        with torch.no_grad():
-            with drawing_alike():
-                expected = case.model(*call.args, **call.kwargs)
-            with drawing_alike():
-                return expected, case.program.run(case.root, call.flat()[0])
-    finally:
-        case.control.temperature = temperature
+    with torch.no_grad(), case.control.unpruned():
+        with drawing_alike():
+            expected = case.model(*call.args, **call.kwargs)
+        with drawing_alike():
+            return expected, case.program.run(case.root, call.flat()[0])
 
 
 def pruned_keeps_shapes(case: Case) -> None:

@@ -71,7 +71,7 @@ def batch_mates_do_not_matter(
     found = differences(alone, together)
     if not found:
         return
-    with _dense(control):
+    with control.unpruned():
         coupled = differences(_run(program, root, first_sample(call)), _run(program, root, call))
     for position, error in found.items():
         if position not in coupled:
@@ -110,18 +110,7 @@ def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
     finally:
         control.config, control.temperature, control.forced = before
         control.in_place = False
-        control.begin()
-
-
-@contextmanager
-def _dense(control: PruningControl) -> Iterator[None]:
-    temperature = control.temperature
-    control.temperature = 0.0
-    try:
-        yield
-    finally:
-        control.temperature = temperature
-        control.begin()
+        control.clear_record()
 
 
 def _run(program: Program, root: nn.Module, call: Call) -> list[Any]:
@@ -130,7 +119,7 @@ def _run(program: Program, root: nn.Module, call: Call) -> list[Any]:
 
 
 def _survivors(control: PruningControl) -> Forced:
-    return {name: kept_positions(state) for name, state in control.states.items()}
+    return {name: kept_positions(state) for name, state in control.record.states.items()}
 
 
 def _first_sample(kept: Tensor, batch: int, plan: Plan) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""The oracle: the original model, run eagerly, with dropped tokens masked out of every later attention.
+"""An oracle for tests: the original model, run eagerly, with dropped tokens masked out of every later attention.
 
-Start at :func:`masked_run`. It knows nothing of graphs: attention functions of torch are replaced while the model runs, and the
-path of the running module says, by the hand-written statements of `model_case.py`, which tokens its keys are.
+Start at :func:`masked_run`. It knows nothing of graphs: it replaces torch's attention functions while the model runs, and the
+path of the running module says which tokens its keys are, by the hand-written statements of ``model_case.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Kept = dict[str, list[Tensor]]
 class Run:
     """What the masked original did.
 
-    outputs: leaves by dotted path. residual: values [B, N, C] at each site, by stream. tokens: last values [B, N, C] by stream.
+    Attributes:
+        outputs: leaves by dotted path.
+        residual: values ``[B, N, C]`` at each site, by stream.
+        tokens: last values ``[B, N, C]``, by stream.
     """
 
     outputs: dict[str, Tensor]
@@ -46,7 +49,7 @@ def leaves(output: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def survivors(case: Case, forced: dict[str, list[Tensor]], inputs: dict[str, Tensor]) -> Kept:
-    """What must survive at each site if `forced` [B, N] is wanted: protected tokens too, and nothing comes back."""
+    """Return what must survive at each site if ``forced [B, N]`` is: protected tokens too, and no token that was dropped."""
     protected, valid = case.protected(inputs), case.valid(inputs)
     kept: Kept = {}
     for stream, wanted in forced.items():
@@ -59,7 +62,7 @@ def survivors(case: Case, forced: dict[str, list[Tensor]], inputs: dict[str, Ten
 
 
 def masked_run(case: Case, model: nn.Module, inputs: dict[str, Tensor], kept: Kept) -> Run:
-    """Run the original with dropped tokens masked out."""
+    """Run the original with all but the ``kept`` tokens masked out."""
     stack: list[str] = []
     run = Run({}, {s: [] for s in case.layers})
     handles = _watch(case, model, run, stack)
@@ -73,7 +76,7 @@ def masked_run(case: Case, model: nn.Module, inputs: dict[str, Tensor], kept: Ke
 
 
 def expected(case: Case, model: nn.Module, inputs: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """The outputs that the pruned model must have without merging: dropped tokens carry the last state they had."""
+    """Return the outputs that the pruned model must have without merging: a dropped token has the last value it had."""
     run = masked_run(case, model, inputs, kept)
     tokens = {}
     for stream, last in run.tokens.items():
@@ -92,7 +95,7 @@ def expected(case: Case, model: nn.Module, inputs: dict[str, Tensor], kept: Kept
 
 
 def _visible(case: Case, stack: list[str], kept: Kept) -> Tensor | None:
-    """Keys [B, K] that the attention of the running module may see."""
+    """Keys ``[B, K]`` that the attention of the running module may see."""
     for keys in case.keys:
         for path in stack:
             found = re.search(keys.pattern, path)
@@ -110,7 +113,7 @@ def _visible(case: Case, stack: list[str], kept: Kept) -> Tensor | None:
 
 @contextmanager
 def hidden_keys(visible: Callable[[], Tensor | None]) -> Iterator[None]:
-    """Replace torch's attention and softmax by ones that hide keys."""
+    """Replace torch's attention and softmax, inside the block, by functions that hide all but the ``visible`` keys."""
     sdpa, softmaxes = F.scaled_dot_product_attention, (F.softmax, torch.softmax, Tensor.softmax)
     fastpath = torch.backends.mha.get_fastpath_enabled()
 
@@ -156,7 +159,7 @@ def hidden_keys(visible: Callable[[], Tensor | None]) -> Iterator[None]:
 
 
 def _watch(case: Case, model: nn.Module, run: Run, stack: list[str]) -> list[Any]:
-    """Keep `stack` at the paths of the running modules, and record residual values and last tokens."""
+    """Keep the paths of the running modules in ``stack``, and record residual values and last tokens."""
     handles: list[Any] = []
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, i, p=path: stack.append(p)))

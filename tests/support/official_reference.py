@@ -1,13 +1,14 @@
-"""Test-only oracle: the golden towers, run layer by layer with pruning as the authors' code does it.
+"""An oracle for tests: the golden towers, run layer by layer with pruning as the authors' code does it.
 
-Plain loops over `madtp`'s functions with `PruningConfig.official()`, so that the functions are compared with the golden
-data without the rewriter. Start with `run_vision` and `run_text`; `prune` is one pruning call.
+Plain loops over the functions of ``madtp.method`` with ``PruningConfig.official()`` compare these functions with the golden
+data without the rewriter. Start at :func:`run_vision` and :func:`run_text`; :func:`prune` is one pruning call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """What one pruning call decided; token axes leave the class token out."""
+    """What one pruning call decided; token axes are without the class token."""
 
     terms: ImportanceTerms
     scores: Tensor
@@ -44,7 +45,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Run:
-    """A tower's output [B, N, C], the features [B, K, d_e] summed over its layers, and its pruning calls."""
+    """Output ``[B, N, C]`` of a tower, features C ``[B, K, d_e]`` summed over its layers, and its pruning calls."""
 
     output: Tensor
     features: Tensor
@@ -67,6 +68,14 @@ def _join(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
+def _linear(weights: Weights, x: Tensor, name: str) -> Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def _norm(weights: Weights, epsilon: float, x: Tensor, name: str) -> Tensor:
+    return F.layer_norm(x, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"], epsilon)
+
+
 def prune(
     x: Tensor,
     statistics: AttentionStatistics,
@@ -75,10 +84,16 @@ def prune(
     mask: Tensor | None,
     order: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Call]:
-    """One call: x [B, N, C] after the attention residual, score G [B, N - 1, K] without the class token.
+    """Prune once.
 
-    `order` [B, k] is the order in which the authors' code laid the survivors out (class token not counted). It is an
-    accident of their top-k, so it is taken from the golden data where it holds the set that we keep.
+    Args:
+        x: ``[B, N, C]`` residual stream behind the self-attention.
+        statistics: of the self-attention.
+        score: G ``[B, N - 1, K]``, without the class token.
+        config: official.
+        mask: additive ``[B, N]``; None for images.
+        order: ``[B, k]``, the order of the survivors in the golden data, class token not counted. It is an accident of top-k
+            in the authors' code, so it is used where it holds the set of tokens that is kept here.
     """
     batch, count = x.shape[:2]
     valid = torch.ones(batch, count, dtype=torch.bool) if mask is None else mask == 0
@@ -116,13 +131,8 @@ def run_vision(
     config: PruningConfig,
     orders: Sequence[Tensor | None] = (None,) * DEPTH,
 ) -> Run:
-    """The vision tower on images [B, 3, 32, 32]; `orders` as in `prune`, one a layer."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+    """Run the vision tower on ``images [B, 3, 32, 32]``, with the ``orders`` of :func:`prune`, one per layer."""
+    linear, norm = partial(_linear, weights), partial(_norm, weights, 1e-6)
 
     x = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=4)
     x = torch.cat([weights["cls_token"].expand(len(images), -1, -1), x.flatten(2).transpose(1, 2)], 1)
@@ -157,13 +167,11 @@ def run_text(
     config: PruningConfig,
     orders: Sequence[Tensor | None] = (None,) * DEPTH,
 ) -> Run:
-    """The text encoder with twin cross-attention; `image_tokens` are the vision tower's for each image of the pair."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    """Run the text encoder with its two cross-attentions, one to the ``image_tokens`` of each image of the pair."""
+    linear = partial(_linear, weights)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (WIDTH,), weights[f"{name}.LayerNorm.weight"], weights[f"{name}.LayerNorm.bias"], 1e-12)
+        return _norm(weights, 1e-12, x, f"{name}.LayerNorm")
 
     def project(x: Tensor, source: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         return linear(x, f"{name}.query"), linear(source, f"{name}.key"), linear(source, f"{name}.value")

@@ -245,7 +245,13 @@ def derived(source: Source, base: Tensor, fill: bool) -> Tensor:
 def _prune(one: Sample, values: dict[Operand, Tensor], generator: torch.Generator) -> None:
     """Tokens 0 and 1 and the last survive everywhere, of the rest one that differs by sample."""
     index = torch.stack([torch.tensor(sorted({0, 1, 2 + row % 2, TOKENS - 1})) for row in range(BATCH)])
-    state = TokenState(index, None, torch.zeros_like(index, dtype=torch.bool), None, TOKENS, index.shape[1], BATCH)
+    state = TokenState(
+        full_length=TOKENS,
+        length=index.shape[1],
+        batch=BATCH,
+        index=index,
+        merged=torch.zeros_like(index, dtype=torch.bool),
+    )
     made = build(one)
     restoration = Restoration(made.insertion, frozenset())
     result = _repair(made.insertion, made.node, restoration)

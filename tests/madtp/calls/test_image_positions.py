@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import madtp
 from madtp.calls.batch import sample_dims
-from madtp.calls.image_positions import moved
+from madtp.calls.image_positions import moved_mask
 from madtp.calls.modality_tracking import Tracker
 from madtp.errors import MadtpError
 
@@ -185,7 +185,7 @@ def telling() -> tuple[Teller, Tensors, madtp.PrunedModel]:
 def _followed(write: Writer, inputs: Tensors, model: Teller) -> Tensor | None:
     with Tracker(inputs.values()) as tracker:
         x = write(model.words(inputs["input_ids"]), inputs["input_ids"] == IMAGE, model.patches(inputs["patches"]))
-    return tracker.written(x)
+    return tracker.image_positions(x)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -205,8 +205,10 @@ def test_what_cannot_be_followed_is_not_guessed(write: Writer) -> None:
 def test_marks_follow_a_view_that_their_own_order_in_memory_does_not_allow() -> None:
     marks = (torch.arange(12) % 5 == 0).view(3, 4).t()  # [4, 3], strides (1, 4)
     values = torch.zeros(4, 3)
-    assert torch.equal(moved(Tensor.view, (values, 2, 6), {}, lambda _: marks), marks.reshape(2, 6))
-    assert torch.equal(moved(Tensor.view_as, (values, torch.zeros(12)), {}, _marks_of(values, marks)), marks.flatten())
+    assert torch.equal(moved_mask(Tensor.view, (values, 2, 6), {}, lambda _: marks), marks.reshape(2, 6))
+    assert torch.equal(
+        moved_mask(Tensor.view_as, (values, torch.zeros(12)), {}, _marks_of(values, marks)), marks.flatten()
+    )
 
 
 def _marks_of(values: Tensor, marks: Tensor) -> Callable[[Tensor], Tensor]:

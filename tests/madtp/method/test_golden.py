@@ -1,6 +1,6 @@
 """The method's functions against golden data of the authors' code: every pruning call and every output.
 
-The towers run in tests/support/official_reference.py with `PruningConfig.official()`; tests/data/golden/README.md
+The towers run in tests/support/official_reference.py with ``PruningConfig.official()``; tests/data/golden/README.md
 describes the data.
 """
 

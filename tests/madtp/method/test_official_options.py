@@ -14,7 +14,7 @@ from madtp.sites.control import PruningControl
 from madtp.sites.scoring import ScoringAttention, SiteSpec
 from madtp.sites.site import PruningSite
 from madtp.tokens.attention import attention
-from madtp.tokens.state import Quirks, TokenState, slots_of, untouched
+from madtp.tokens.state import Quirks, TokenState, slots_of, unpruned_state
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 6, 8
 END = torch.tensor([4, 5])
@@ -23,7 +23,7 @@ END = torch.tensor([4, 5])
 def site(config: PruningConfig, causal: bool = True) -> PruningSite:
     control = PruningControl(config, temperature=1.0)
     control.alignment = AlignmentTokens(4, WIDTH)
-    spec = SiteSpec("text", "text", WIDTH, None, (), causal)
+    spec = SiteSpec(name="text", modality="text", width=WIDTH, class_position=None, protected=(), causal=causal)
     made = PruningSite(spec, control, WIDTH, seed=0)
     kept = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     kept[:, 1:3] = False
@@ -86,7 +86,7 @@ def test_bidirectional_streams_are_never_cropped() -> None:
 def test_which_row_stands_for_the_class_row_of_causal_text(rule: str, slots: list[int]) -> None:
     made = site(PruningConfig(causal_class_row=rule))  # type: ignore[arg-type]
     assert isinstance(made.attention, ScoringAttention)
-    slot = made.attention._class_slot(untouched(BATCH, TOKENS), (END,), None, None, END.device)
+    slot = made.attention._class_slot(unpruned_state(BATCH, TOKENS), (END,), None, None, END.device)
     assert slot is not None
     assert slot.tolist() == slots
 
@@ -94,7 +94,7 @@ def test_which_row_stands_for_the_class_row_of_causal_text(rule: str, slots: lis
 @pytest.mark.parametrize("ignored", [False, True])
 def test_cross_attention_masks(ignored: bool) -> None:
     index = torch.tensor([[0, 2, 3]]).expand(BATCH, 3)
-    keys = replace(untouched(BATCH, 4), index=index, merged=torch.zeros_like(index, dtype=torch.bool), length=3)
+    keys = replace(unpruned_state(BATCH, 4), index=index, merged=torch.zeros_like(index, dtype=torch.bool), length=3)
     keys = replace(keys, quirks=Quirks(ignores_cross_masks=ignored))
     torch.manual_seed(1)
     q = torch.randn(BATCH, HEADS, 5, WIDTH // HEADS)

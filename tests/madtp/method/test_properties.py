@@ -54,7 +54,7 @@ class Layer:
         )
 
     def sample(self, index: int, length: int) -> Layer:
-        """One sample alone, cut to its first `length` tokens."""
+        """One sample alone, cut to its first ``length`` tokens."""
         row = slice(index, index + 1)
         return Layer(
             self.tokens[row, :length],

@@ -52,9 +52,8 @@ def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, in
     rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens, (batch,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "CPU_BLOCK", drawn["block"])
-        output, found = attention.attention_with_statistics(
-            query, key, value, mask, 0.0, causal, scale=None, grouped=False, softcap=None, rows=rows, class_slot=slot
-        )
+        inputs = attention.AttentionInputs(query, key, value, mask, 0.0, causal)
+        output, found = attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
     added = mask.double() if mask is not None and mask.is_floating_point() else mask
     if mask is None or not causal:  # torch's own does not take both
         torch.testing.assert_close(output, F.scaled_dot_product_attention(query, key, value, added, is_causal=causal))
@@ -76,17 +75,16 @@ def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, in
 def test_a_large_batch_is_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU no map is larger than a block, whatever the batch."""
     sizes: list[int] = []
-    by_blocks = attention._by_blocks
+    blocks = attention._blocks
 
-    def watched(*given: Any) -> Iterator[tuple[int, int, Tensor]]:
-        for start, stop, probabilities in by_blocks(*given):
-            sizes.append(probabilities.numel())
-            yield start, stop, probabilities
+    def watched(*given: Any) -> Iterator[Any]:
+        for block in blocks(*given):
+            sizes.append(block.probabilities.numel())
+            yield block
 
-    monkeypatch.setattr(attention, "_by_blocks", watched)
+    monkeypatch.setattr(attention, "_blocks", watched)
     query = torch.randn(64, 4, 100, 8)
-    attention.attention_with_statistics(
-        query, query, query, None, 0.0, False, scale=None, grouped=False, softcap=None, rows=None, class_slot=None
-    )
+    inputs = attention.AttentionInputs(query, query, query, None, 0.0, False)
+    attention.attention_with_statistics(inputs, counted=None, class_slot=None)
     assert sum(sizes) == 64 * 4 * 100 * 100
     assert max(sizes) <= attention.CPU_BLOCK

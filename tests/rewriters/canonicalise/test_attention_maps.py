@@ -302,7 +302,13 @@ def test_a_softmax_over_parameters_is_over_the_keys_that_are_left(read: bool) ->
 
 
 def test_keys_that_are_padding_take_no_part() -> None:
-    state = TokenState(torch.tensor([[0, 2], [1, 0]]), torch.tensor([[True, True], [True, False]]), None, None, 3, 2, 2)
+    state = TokenState(
+        full_length=3,
+        length=2,
+        batch=2,
+        index=torch.tensor([[0, 2], [1, 0]]),
+        valid=torch.tensor([[True, True], [True, False]]),
+    )
     scores, values = torch.randn(2, HEADS, 2, 2), torch.randn(2, HEADS, 2, WIDTH)
     weights = shares(scores, None, state)
     assert torch.equal(weights[0], scores[0].softmax(-1))

@@ -15,7 +15,7 @@ from rewritten_models import eager_arithmetic, gap
 from torch import Tensor, nn
 
 import madtp
-from madtp.calls.objects import CannotOpen, close_object, open_object
+from madtp.calls.objects import CannotFlatten, flatten_object, unflatten_object
 from madtp.errors import ContinuationError, RewriteError
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
@@ -235,20 +235,20 @@ class Slotted:
 def test_objects_are_taken_apart_and_put_together() -> None:
     memory = Memory()
     memory.seen[3] = torch.ones(2), torch.zeros(2)
-    blueprint, tensors = open_object(memory)
-    assert blueprint.paths() == (".seen.3.0", ".seen.3.1")
-    again = close_object(blueprint, iter(tensors))
+    spec, tensors = flatten_object(memory)
+    assert spec.paths() == (".seen.3.0", ".seen.3.1")
+    again = unflatten_object(spec, iter(tensors))
     assert type(again) is Memory
     assert again.seen is not memory.seen
     assert again.seen[3][0] is memory.seen[3][0]
-    assert open_object(again)[0] == blueprint
+    assert flatten_object(again)[0] == spec
     sliding = Sliding()
-    blueprint, parts = open_object(sliding, {".count"})
-    assert (blueprint.paths(), blueprint.sizes(), parts) == ((".count",), (".count",), [0])
-    assert close_object(blueprint, iter([5])).count == 5
-    assert open_object(sliding)[0].paths() == ()
+    spec, parts = flatten_object(sliding, {".count"})
+    assert (spec.paths(), spec.sizes(), parts) == ((".count",), (".count",), [0])
+    assert unflatten_object(spec, iter([5])).count == 5
+    assert flatten_object(sliding)[0].paths() == ()
     twice = Memory()
     twice.seen[0] = twice.seen[1] = (torch.ones(2), torch.ones(2))
     for closed in (twice, Slotted(), nn.Linear(1, 1), {1, 2}, (x for x in ())):
-        with pytest.raises(CannotOpen, match="it holds a"):
-            open_object(closed)
+        with pytest.raises(CannotFlatten, match="it holds a"):
+            flatten_object(closed)
