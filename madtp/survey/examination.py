@@ -21,7 +21,7 @@ from madtp.calls.compare import drawing_alike, rounds_alike
 from madtp.errors import CaptureError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
-from madtp.survey.attentions import Attentions, traits
+from madtp.survey.attention_calls import Attentions, traits
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
 from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, Refusal, judged
 
@@ -234,7 +234,7 @@ def _falls(pruned: PrunedModel, inputs: Inputs, rate: float) -> bool:
             loss = _objective(leaves(pruned(**inputs)), targets)
             assert loss is not None
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             losses.append(float(loss.detach()))
     finally:

@@ -17,9 +17,9 @@ import madtp
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.training.compression import Budget, divergence, strength
-from madtp.training.kernels import without_gradients
-from madtp.training.parts import Batch
+from madtp.training.attention_kernels import inference_kernels
+from madtp.training.batch_shares import Batch
+from madtp.training.compression import Budget, distillation_loss, pruning_metrics
 
 Metrics = dict[str, float | Tensor]
 
@@ -78,7 +78,7 @@ class Subject(ABC):
             batch: the whole one.
             output: what `module` returned for its inputs, in its last call.
         """
-        with without_gradients():
+        with inference_kernels():
             wanted = dense(**self.inputs(batch))
         return self.followed(module, dense, batch, output, wanted)
 
@@ -89,7 +89,7 @@ class Subject(ABC):
 
     def distance(self, output: Any, wanted: Any) -> Tensor:
         """How far outputs are from those of the dense model, a scalar."""
-        return divergence(self.soft_answers(output).flatten(0, -2), self.soft_answers(wanted).flatten(0, -2))
+        return distillation_loss(self.soft_answers(output).flatten(0, -2), self.soft_answers(wanted).flatten(0, -2))
 
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
         """MACs of the last forward as one text about one image costs them: pruned, dense."""
@@ -189,7 +189,7 @@ def compression_loss(
     inputs = subject.inputs(batch)
     output = pruned(**inputs)
     # A subject may call the model again; this is the call whose MACs and alignment count.
-    metrics: Metrics = dict(strength(pruned, subject.macs(pruned)))
+    metrics: Metrics = dict(pruning_metrics(pruned, subject.macs(pruned)))
     alignment = pruned.alignment_loss() if settings.alignment_weight and _aligned(pruned) else None
     distance = None if dense is None else subject.distillation(pruned, dense, batch, output)
     total, found = subject.losses(pruned, batch, output, part)

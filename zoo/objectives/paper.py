@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.losses import SMOOTHING, answer_loss, next_token_losses
 from zoo.blip.matching import matching_loss
 from zoo.datasets.records import DataSet, Sample, one_caption_each

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from madtp.training.engine import Batch
+from madtp.training.batch_shares import Batch
 from zoo.objectives.auxiliary_heads import KINDS_OF_THINGS
 from zoo.scenes import draw_sample, encode, normalise
 from zoo.scenes.objects import COLOURS, SHAPES, Thing

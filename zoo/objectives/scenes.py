@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import zoo
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.caption import BlipCaption
 from zoo.blip.config import BlipConfig
 from zoo.blip.losses import next_token_losses

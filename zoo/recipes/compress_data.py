@@ -18,9 +18,9 @@ import torch
 import zoo
 from madtp.errors import ConfigError
 from madtp.evaluation import evaluate
+from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
-from madtp.training.parts import Batch
 from zoo.datasets.records import DataSet
 from zoo.objectives.base import CompressionSettings
 from zoo.objectives.paper import Contrast, Course, course_for

@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 
 import zoo
+from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
-from madtp.training.parts import Batch
 from zoo.objectives.base import CompressionSettings
 from zoo.objectives.scenes import PADDING, Lesson, lesson_about
 from zoo.recipes.compression import Source, compression_learner, finish_compression

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import madtp
 import zoo
 from madtp.pruned import PrunedModel
-from madtp.training.compression import Steering, teach_alike
+from madtp.training.batch_shares import Batch
+from madtp.training.compression import Steering, teach_in_all_processes
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner
-from madtp.training.parts import Batch
 from madtp.tuning.calibration import CalibrationResult
 from zoo.objectives.base import CompressionSettings, Metrics, Subject, compression_loss, deploy
 
@@ -80,7 +80,9 @@ def compression_learner(
             batches = _lesson_plan(subject, source, settings.teaching_samples, step, pruned)
             device = next(pruned.parameters()).device.type
             with torch.autocast(device, enabled=False):
-                taught = teach_alike(pruned, batches, objective=subject.certainty, steps=settings.teaching_steps)
+                taught = teach_in_all_processes(
+                    pruned, batches, objective=subject.certainty, steps=settings.teaching_steps
+                )
             state.setdefault(TEACHING, asdict(taught))
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:

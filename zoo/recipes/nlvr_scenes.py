@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import zoo
 from madtp.errors import ConfigError
+from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
-from madtp.training.engine import Batch, Learner, TrainingResult
+from madtp.training.engine import Learner, TrainingResult
 from zoo.blip.nlvr import BlipNlvr
 from zoo.blip.text import TextLayer
 from zoo.objectives.auxiliary_heads import PatchHeads, StatementHeads, faded, statement_losses

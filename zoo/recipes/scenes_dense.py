@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from madtp.errors import ConfigError
+from madtp.training.batch_shares import Batch, Metrics
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
-from madtp.training.parts import Batch, Metrics
 from zoo.objectives.auxiliary_heads import PatchHeads, faded
 from zoo.objectives.scenes import PADDING, Lesson, PictureLesson, lesson_for
 from zoo.recipes.model_card import measure_task, write_release

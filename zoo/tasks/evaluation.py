@@ -15,8 +15,8 @@ from torch import nn
 import madtp
 import zoo
 from madtp.errors import ConfigError
-from madtp.evaluation import Evaluation, Parts, Task, evaluate
-from madtp.evaluation.parts import write_json
+from madtp.evaluation import Evaluation, PartialResults, Task, evaluate
+from madtp.evaluation.partial_results import write_json
 from madtp.evaluation.run import batches
 from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
@@ -115,14 +115,14 @@ def _evaluate(
     dense = zoo.create(settings.model)
     task = _task(settings, dense, settings.split, settings.limit, settings.annotations, device)
     setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
-    parts = Parts(output.with_name(output.name + PARTS), setup)
+    parts = PartialResults(output.with_name(output.name + PARTS), setup)
     processes.wait()  # a folder that another process begins to fill would not look like that of an evaluation
     model = _load(settings).to(device)
     if settings.reduction is not None:
         model = _prune(settings, dense, model, parts, processes, device)
     begin(len(task.stages) * sum(map(len, processes.share(batches(task, settings.batch_size)))))
     size = settings.batch_size
-    found = evaluate(model, task, batch_size=size, parts=parts, advance=advance, processes=processes)
+    found = evaluate(model, task, batch_size=size, partial_results=parts, advance=advance, processes=processes)
     content = _content(settings, task, model, found)
     if per_sample:
         content["per_sample"] = list(found.samples)
@@ -169,7 +169,7 @@ def _prune(
     settings: EvaluationSettings,
     dense: nn.Module,
     model: nn.Module,
-    parts: Parts,
+    parts: PartialResults,
     processes: Processes,
     device: torch.device,
 ) -> PrunedModel:

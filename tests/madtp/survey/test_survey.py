@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from madtp.cli.app import app
 from madtp.errors import CaptureError, DataError
 from madtp.survey import OUTCOMES, Record, Refusal, examination, examine
-from madtp.survey.attentions import Attentions, traits
+from madtp.survey.attention_calls import Attentions, traits
 from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
 from madtp.survey.record import judged
 from madtp.survey.runner import Limits, load, run, save
