@@ -51,7 +51,8 @@ def _builder(task: str, model: str, size: str) -> Builder:
 
     def build() -> nn.Module:
         config = getattr(import_module("zoo.blip.config"), size)
-        return getattr(import_module(f"zoo.blip.{task}"), model)(config)
+        built: nn.Module = getattr(import_module(f"zoo.blip.{task}"), model)(config)
+        return built
 
     return build
 

@@ -102,7 +102,7 @@ class _Search:
         count, length = self.beams.count, self.ids.shape[1] + 1
         if length <= self.beams.min_length:
             words = words.index_fill(1, torch.tensor([self.end_id], device=words.device), -torch.inf)
-        totals = (self.scores[:, :, None] + words.unflatten(0, (-1, count))).flatten(1)
+        totals = (self.scores[:, :, None] + torch.unflatten(words, 0, (-1, count))).flatten(1)
         best, place = totals.topk(2 * count, dim=1)  # so many that K of them go on
         beam, word = place // words.shape[1], place % words.shape[1]
         ends, last = word == self.end_id, length == self.beams.max_length
@@ -117,7 +117,7 @@ class _Search:
         self.going = {s for s in self.going if not self.finished[s].unbeaten_by(float(self.scores[s, 0]) / norm)}
         self.done = last or not self.going
         first = torch.arange(len(best), device=best.device)[:, None] * count
-        rows = (first + beam.gather(1, chosen)).flatten()
+        rows: Tensor = (first + beam.gather(1, chosen)).flatten()
         self.ids = torch.cat([self.ids[rows], word.gather(1, chosen).flatten()[:, None]], dim=1)
         return rows
 

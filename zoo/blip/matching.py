@@ -178,9 +178,8 @@ def rerank(
         rows = torch.arange(len(similar), device=device).repeat_interleave(columns.shape[1])
         images, texts = (rows, columns.flatten()) if images_first else (columns.flatten(), rows)
         result = torch.full_like(similar, LEFT_OUT)
-        for pairs, values in zip(
-            torch.arange(len(rows), device=device).split(batch), best.flatten().split(batch), strict=True
-        ):
+        every = torch.arange(len(rows), device=device)
+        for pairs, values in zip(torch.split(every, batch), torch.split(best.flatten(), batch), strict=True):
             places = images[pairs].to(image_tokens.device)
             tokens = image_tokens[places].to(device)
             left = None if image_mask is None else image_mask[places].to(device)

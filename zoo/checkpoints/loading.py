@@ -130,7 +130,7 @@ def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
     old, new = math.isqrt(embedding.shape[1] - 1), math.isqrt(shape[1] - 1)
     if old * old != embedding.shape[1] - 1:
         return embedding
-    grid = embedding[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = torch.unflatten(embedding[:, 1:].float(), 1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([embedding[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
 

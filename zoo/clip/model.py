@@ -46,7 +46,8 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(self.gelu(self.c_fc(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -72,7 +73,8 @@ class Block(nn.Module):
         """`hidden` [N, N] bool is True where a token may not be attended."""
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=hidden)[0]
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class Tower(nn.Module):
@@ -106,7 +108,8 @@ class VisionTower(nn.Module):
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
-        return self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+        features: Tensor = self.ln_post(self.transformer(x)[:, 0]) @ self.proj
+        return features
 
 
 class Clip(nn.Module):
@@ -148,4 +151,5 @@ class Clip(nn.Module):
         later = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).triu(1)
         x = self.ln_final(self.transformer(x, later))
         ends = input_ids.argmax(dim=-1)
-        return x[torch.arange(x.shape[0], device=x.device), ends] @ self.text_projection
+        features: Tensor = x[torch.arange(x.shape[0], device=x.device), ends] @ self.text_projection
+        return features

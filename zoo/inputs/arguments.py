@@ -117,7 +117,8 @@ def count_image_tokens(draft: Draft) -> int:
     deep = first(found, "deepstack_features")
     found = first(found, "pooler_output", "last_hidden_state", default=deep[0][1] if deep else found)
     parts = found if isinstance(found, list | tuple) else [found]
-    return sum(part.numel() // part.shape[-1] for part in parts) // draft.batch
+    count: int = sum(part.numel() // part.shape[-1] for part in parts)
+    return count // draft.batch
 
 
 def input_ids(draft: Draft) -> Tensor | None:

@@ -6,7 +6,6 @@ Start at :func:`names` and :func:`build`. `catalogue.py` lists the architectures
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from torch import nn
 
 from madtp.errors import UnknownModelError
 from zoo.small.catalogue import CATALOGUE
+from zoo.suggestions import did_you_mean
 
 # What a process that builds many of them should import once.
 PRELOAD = ("zoo.small.libraries",)
@@ -36,8 +36,7 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
     known += dict.fromkeys(pattern for pattern in patterns if pattern not in known and _is_installed(pattern))
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in known):
-            near = difflib.get_close_matches(pattern, known, n=4, cutoff=0.5)
-            advice = f"Near: {', '.join(near)}." if near else f"Libraries: {', '.join(CATALOGUE)}."
+            advice = did_you_mean(pattern, known, otherwise=f"Libraries: {', '.join(CATALOGUE)}.")
             raise UnknownModelError(f"No small architecture matches {pattern!r}. {advice}")
     return [name for name in known if not patterns or any(_matches(name, p) for p in patterns)]
 

@@ -35,7 +35,8 @@ def build(name: str) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise LookupError(f"transformers {transformers.__version__} has no {name}.")
-    return kind(small_config(kind))
+    model: nn.Module = kind(small_config(kind))
+    return model
 
 
 def small_config(kind: Any) -> Any:

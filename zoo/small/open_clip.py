@@ -51,11 +51,13 @@ def build(name: str) -> nn.Module:
             if extra in config:
                 given[extra] = config[extra]
         if "multimodal_cfg" in config:
-            return open_clip.CoCa(
-                **given, multimodal_cfg={**config["multimodal_cfg"], **_TEXT, "attn_pooler_heads": HEADS}
-            )
-        custom = config.get("custom_text") or "hf_model_name" in text
-        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**given)
+            given["multimodal_cfg"] = {**config["multimodal_cfg"], **_TEXT, "attn_pooler_heads": HEADS}
+            kind = open_clip.CoCa
+        else:
+            custom = config.get("custom_text") or "hf_model_name" in text
+            kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+        model: nn.Module = kind(**given)
+        return model
 
 
 def _vision(config: Mapping[str, Any]) -> dict[str, Any]:
