@@ -244,10 +244,12 @@ def _score(metric: str, scores: Sequence[float]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw a column for each task: scores of trained models over MACs and, below, over time, as fractions of the dense model's."""
-    results = [
-        result for result in results if result.control != FREE
-    ]  # their scores are so low that the others would lie on one line
+    """Draw a column for each task: scores of trained models over MACs and, below, over time.
+
+    MACs and time are fractions of the dense model's. Training-free models are left out: their scores are so low that the others
+    would lie on one line.
+    """
+    results = [result for result in results if result.control != FREE]
     tasks = [task for task in TASKS if any(r.task == task for r in results)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(3.3 * len(tasks), 6.4), squeeze=False, layout="constrained")
     for column, task in enumerate(tasks):
