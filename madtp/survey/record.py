@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 OUTCOMES = {
-    "rewritten": "every stream is pruned except text that a language model predicts, few or no attentions are refused, "
-    "compute is saved, and every invariant holds",
-    "partly": "every invariant holds, but a stream, half of the attentions or training is refused, or no compute is saved",
+    "rewritten": "every stream is pruned except text that a language model predicts, fewer attentions are refused than "
+    "pruned, compute is saved, and every invariant holds",
+    "partly": "every invariant holds, but a stream or training is refused, as many attentions are refused as pruned, or no "
+    "compute is saved",
     "left alone": "nothing is pruned, by policy: the only candidate is text that a language model predicts",
     "refused": "nothing can be pruned; the reason is given",
     "no transformer": "the model has no attention over tokens, so refusing it is correct",
