@@ -92,7 +92,7 @@ def evaluate(
         all_batches = batches(task, batch_size)
         local = []
         for batch in processes.share(all_batches):
-            local.append(_run_or_read(model, stage, batch, results, partial_results))
+            local.append(_run_or_read(model, stage, batch, earlier=results, partial_results=partial_results))
             advance(len(batch))
         by_rank = processes.gather(local)
         for number, batch in enumerate(all_batches):
@@ -115,6 +115,7 @@ def _run_or_read(
     model: nn.Module,
     stage: Stage,
     batch: range,
+    *,
     earlier: Mapping[str, Sequence[Result]],
     partial_results: PartialResults | None,
 ) -> _BatchResult:

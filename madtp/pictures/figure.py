@@ -135,14 +135,16 @@ def draw_figure(
 def _draw_head(canvas: _Canvas, number: int, example: Example, top: float) -> None:
     canvas.text(f"{number}.  “{example.statement}”", MARGIN, top + 0.10, 10, color=INK, weight="bold")
     x, y = MARGIN, top + 0.34
-    x = _run_on(canvas, f"The statement is {answer_word(example.truth)}.", x, y, MUTED)
+    x = _run_on(canvas, f"The statement is {answer_word(example.truth)}.", x, y, colour=MUTED)
     for model, answer in example.answers:
         right = answer == example.truth
-        x = _run_on(canvas, f"{model}:", x + 0.18, y, MUTED)
-        x = _run_on(canvas, f"{answer_word(answer)} {'✓' if right else '✗'}", x + 0.05, y, RIGHT if right else WRONG)
+        x = _run_on(canvas, f"{model}:", x + 0.18, y, colour=MUTED)
+        x = _run_on(
+            canvas, f"{answer_word(answer)} {'✓' if right else '✗'}", x + 0.05, y, colour=RIGHT if right else WRONG
+        )
 
 
-def _run_on(canvas: _Canvas, words: str, x: float, y: float, colour: str) -> float:
+def _run_on(canvas: _Canvas, words: str, x: float, y: float, *, colour: str) -> float:
     """Write words in a line, and return the position of their end in inches."""
     drawn = canvas.text(words, x, y, 8.5, color=colour)
     extent = drawn.get_window_extent()

@@ -102,7 +102,7 @@ class Record:
     failure: str = ""
     traits: tuple[str, ...] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return JSON values; the inverse of :meth:`from_dict`."""
         return dataclasses.asdict(self)
 

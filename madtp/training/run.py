@@ -38,7 +38,7 @@ _TABLES = ("recipe", "training", "settings")
 class Recipe(Protocol):
     """What a recipe module offers."""
 
-    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
+    def build(self, settings: Mapping[str, object], training: TrainingConfig) -> Learner:
         """Make the learner, from the recipe's own settings and those of the engine."""
 
     def finish(self, learner: Learner, result: TrainingResult, output: Path) -> None:
@@ -46,7 +46,7 @@ class Recipe(Protocol):
 
 
 def train(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, object],
     output: str | Path,
     *,
     resume: bool = False,
@@ -83,7 +83,7 @@ def train(
     return result
 
 
-def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
     """Read a config and check its outermost level.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`madtp eval` with the shipped models, on scenes and on files in the published formats."""
+"""``madtp eval`` with the shipped models, on scenes and on files in the published formats."""
 
 from __future__ import annotations
 
