@@ -48,7 +48,7 @@ class Task(Protocol):
     def ids(self) -> Sequence[str]:
         """Names of all samples."""
 
-    def inputs(self, samples: range) -> Mapping[str, Any]:
+    def inputs(self, samples: range) -> dict[str, Any]:
         """Return the arguments of a call of the model on these samples; it is rewritten and calibrated with them."""
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
