@@ -1,11 +1,10 @@
-"""What MADTP is worth: the compressed mini models against controls at equal MACs, each fine-tuned alike.
+"""Compare the compressed mini models with controls at equal MACs, all fine-tuned alike.
 
     python benchmarks/controls.py run madtp random merging --task questions --output runs/controls
     python benchmarks/controls.py table --output runs/controls
 
-`run` trains each control for the same steps from the same dense weights with the same seeds and writes its card; `table`
-prints all cards found as a markdown table. Metrics are those of held-out scenes, MACs those of one text about one picture or
-pair.
+``run`` trains each control from the same dense weights, with the same steps and seeds, and writes its card. ``table`` prints
+all cards as a markdown table. Metrics are those of held-out scenes; MACs are those of one text about one picture or pair.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ TASKS = {
     "retrieval": "blip_retrieval_mini",
     "retrieval-clip": "clip_mini",
 }
-"""By task the model whose compression recipe is run."""
+"""The model whose compression recipe is run, by task."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "madtp": {},
@@ -39,20 +39,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"pruning": {"selection": "random", "alignment": False}},
     "class-attention": {"pruning": {"selection": "class_attention", "keep_ratio": 0.85, "alignment": False}},
 }
-"""What these controls change in the recipe's settings."""
+"""What each of these controls changes in the settings of the recipe."""
 
 DENSE = {"smaller-input": fine_tune_smaller, "merging": fine_tune_merging}
-"""Dense models that are made cheaper in another way."""
+"""Controls that make a dense model cheaper in another way."""
 
 FREE, STATIC = "training-free", "static-counts"
 CONTROLS = (*SETTINGS, *DENSE, FREE, STATIC)
 METRICS = ("accuracy", "vqa_accuracy", "cider")
 RECALL = ("text_r1", "image_r1")
-"""The metric that is shown is the first that a card has; of retrieval, the mean of both recalls at 1."""
+"""The metric shown is the first of ``METRICS`` that a card has; for retrieval, the mean of both recalls at 1."""
 
 
 def run_control(name: str, options: argparse.Namespace, seed: int) -> None:
-    """Run one control; its card lies in `OUTPUT/TASK/REDUCTION/NAME-SEED/pruned/card.json`."""
+    """Run one control, and write its card to ``OUTPUT/TASK/REDUCTION/NAME-SEED/pruned/card.json``."""
     content = read_config(Path(zoo.__file__).parent / "recipes" / f"{TASKS[options.task]}_compress.toml")
     content["training"] |= {"seed": seed, "threads": options.threads}
     if options.steps:
@@ -68,7 +68,7 @@ def run_control(name: str, options: argparse.Namespace, seed: int) -> None:
     elif name == STATIC:
         trained = folder / f"madtp-{seed}" / "pruned"
         if not trained.is_dir():
-            raise SystemExit(f"{STATIC} fixes the counts of madtp, which has to run first: {trained} is not there")
+            raise SystemExit(f"{STATIC} fixes the counts of madtp, which has to run first: {trained} does not exist")
         frozen(settings, trained, output)
     else:
         changes = SETTINGS[name]
@@ -77,26 +77,45 @@ def run_control(name: str, options: argparse.Namespace, seed: int) -> None:
         train(content, output, resume=True)
 
 
-def cards(output: Path) -> Iterator[tuple[str, float, str, int, dict[str, Any]]]:
-    """Task, asked reduction, control, seed and card of every finished run below `output`."""
+@dataclass(frozen=True)
+class FinishedRun:
+    """One finished run of a control.
+
+    Attributes:
+        task: one of ``TASKS``.
+        target: fraction of the MACs that was to be saved.
+        control: one of ``CONTROLS``.
+        seed: seed of the training.
+        card: content of its card.
+    """
+
+    task: str
+    target: float
+    control: str
+    seed: int
+    card: dict[str, Any]
+
+
+def finished_runs(output: Path) -> Iterator[FinishedRun]:
+    """Yield every finished run below ``output``."""
     for path in sorted(output.glob("*/*/*/pruned/card.json")):
         task, target, name = path.parts[-5:-2]
         control, _, seed = name.rpartition("-")
-        yield task, float(target) / 100, control, int(seed), json.loads(path.read_text())
+        yield FinishedRun(task, float(target) / 100, control, int(seed), json.loads(path.read_text()))
 
 
 def table(output: Path) -> str:
-    """All cards below `output` as a markdown table."""
+    """Return all cards below ``output`` as a markdown table."""
     rows = ["| task | control | MACs saved | metric | | steps | seed |", "|---|---|---|---|---|---|---|"]
-    for task, _, name, seed, card in cards(output):
-        metric, score = shown(card["test"])
-        saved, steps = card["calibration"]["reduction"], card["training"]["steps"]
-        rows.append(f"| {task} | {name} | {saved:.1%} | {metric} | {score:.4f} | {steps} | {seed} |")
+    for run in finished_runs(output):
+        metric, score = main_metric(run.card["test"])
+        saved, steps = run.card["calibration"]["reduction"], run.card["training"]["steps"]
+        rows.append(f"| {run.task} | {run.control} | {saved:.1%} | {metric} | {score:.4f} | {steps} | {run.seed} |")
     return "\n".join(rows)
 
 
-def shown(test: dict[str, Any]) -> tuple[str, float]:
-    """The metric of a card's test that counts most, and its value."""
+def main_metric(test: dict[str, Any]) -> tuple[str, float]:
+    """Return the most important metric of a card's test, and its value."""
     found = test.get("metrics") or {"accuracy": test["accuracy"]["all"]}
     if all(name in found for name in RECALL):
         return "recall@1", sum(found[name] for name in RECALL) / len(RECALL)
@@ -112,7 +131,7 @@ def main() -> None:
     parser.add_argument("--task", choices=tuple(TASKS), default="reasoning")
     parser.add_argument("--output", type=Path, default=Path("runs/controls"))
     parser.add_argument("--reduction", type=float, default=0.8)
-    parser.add_argument("--steps", type=int, default=0, help="of training; default: the recipe's")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; default: those of the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

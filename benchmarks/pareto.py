@@ -1,12 +1,13 @@
-"""Accuracy against MACs and against milliseconds of the compressed minis and their controls: a table and a picture.
+"""Plot accuracy against MACs and against milliseconds, for the compressed minis and their controls.
 
     python benchmarks/pareto.py collect --runs runs/controls    # cards of finished runs, into benchmarks/results.json
     python benchmarks/pareto.py time --runs runs/controls       # milliseconds of their models, into the same file
     python benchmarks/pareto.py draw                            # docs/pareto.png, and the table for docs/results.md
 
-`runs/controls` is what `benchmarks/controls.py run` writes. Results stay in the file when the runs are gone, so that seeds can
-be run one after the other; a run of the same task, control, target, steps and seed takes the place of the former. Milliseconds
-are those of a sample in a batch; all models of a task run in turn in one process, and the median after the first round counts.
+``benchmarks/controls.py run`` writes ``runs/controls``. Results stay in the file when the runs are deleted, so that seeds can
+be run one after the other. A run with the same task, control, target, steps and seed replaces the earlier one. Milliseconds
+are those of a sample in a batch. All models of a task take turns in one process; the result is the median after the first
+round.
 """
 
 from __future__ import annotations
@@ -14,22 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import torch
-from controls import CONTROLS, FREE, STATIC, TASKS, cards, shown
+from controls import CONTROLS, FREE, STATIC, TASKS, finished_runs, main_metric
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from rich.console import Console
 from speed import median_times
+from torch import nn
 
 import zoo
 from zoo.recipes.controls import reopen
@@ -45,7 +47,7 @@ DATA = {
     "retrieval": "scenes_captions",
     "retrieval-clip": "scenes_captions",
 }
-"""By task the data set."""
+"""The data set of each task."""
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -53,7 +55,7 @@ METRIC_NAMES = {
     "cider": "CIDEr",
     "recall@1": "recall@1",
 }
-# Okabe and Ito's colours, which colour-blind people tell apart; kin share a colour and differ in their markers.
+# Okabe and Ito's colours, which colour-blind people can distinguish; related controls share a colour and differ in markers.
 STYLES: dict[str, tuple[str, str]] = {
     DENSE: ("#000000", "s"),
     "madtp": ("#0072B2", "o"),
@@ -72,14 +74,18 @@ class Result:
     """One model on held-out scenes.
 
     Attributes:
-        task, control, seed: what was run; the dense model is the control "dense".
-        target: fraction of MACs that was to be saved.
-        saved: fraction that is.
-        metric, score: of the test that counts most.
-        items: samples of the test.
-        steps: of training after the dense model's.
-        ms, dense_ms: milliseconds a sample of this and of the dense model beside it; None: not measured.
-        timed: on what, with how many threads and which batch.
+        task: one of ``controls.TASKS``.
+        control: one of ``controls.CONTROLS``, or ``"dense"`` for the dense model.
+        target: fraction of the MACs that was to be saved.
+        seed: seed of the training.
+        saved: fraction of the MACs that is saved.
+        metric: most important metric of the test.
+        score: its value.
+        items: number of samples of the test.
+        steps: training steps after those of the dense model.
+        ms: milliseconds per sample; ``None`` if it was not measured.
+        dense_ms: milliseconds per sample of the dense model in the same process.
+        timed: batch, threads and rounds of the measurement.
     """
 
     task: str
@@ -97,22 +103,22 @@ class Result:
 
     @property
     def key(self) -> tuple[str, float, str, int, int]:
-        """What tells results apart."""
+        """What identifies a result."""
         return self.task, self.target, self.control, self.steps, self.seed
 
     @property
     def time_left(self) -> float | None:
-        """Time of a sample as a part of the dense model's; None: not measured."""
+        """Time per sample as a fraction of the dense model's; ``None`` if it was not measured."""
         return self.ms / self.dense_ms if self.ms and self.dense_ms else None
 
 
 def read(path: Path) -> list[Result]:
-    """Results of a file; none where there is none."""
+    """Read the results of a file; a file that does not exist holds none."""
     return [Result(**values) for values in json.loads(path.read_text())] if path.is_file() else []
 
 
 def write(path: Path, results: Iterable[Result]) -> None:
-    """Write results in a fixed order, the later of two with one key."""
+    """Write results in a fixed order; of two with the same key, the later one."""
     kept = {result.key: result for result in results}
     ordered = sorted(
         kept.values(), key=lambda r: (list(TASKS).index(r.task), r.target, _rank(r.control), r.steps, r.seed)
@@ -125,67 +131,84 @@ def _rank(control: str) -> int:
 
 
 def collect(runs: Path, known: Sequence[Result]) -> list[Result]:
-    """What is known and what the cards below `runs` say; dense models are tested where their task has none yet."""
+    """Add the results of the cards below ``runs``, and test the dense model of each task that lacks one."""
     found = list(known)
-    for task, target, control, seed, card in cards(runs):
-        metric, score = shown(card["test"])
+    for run in finished_runs(runs):
+        metric, score = main_metric(run.card["test"])
         found.append(
             Result(
-                task=task,
-                control=control,
-                target=target,
-                seed=seed,
-                saved=card["calibration"]["reduction"],
+                task=run.task,
+                control=run.control,
+                target=run.target,
+                seed=run.seed,
+                saved=run.card["calibration"]["reduction"],
                 metric=metric,
                 score=score,
-                items=card["test"]["items"],
-                steps=card["training"]["steps"],
+                items=run.card["test"]["items"],
+                steps=run.card["training"]["steps"],
             )
         )
     for task in sorted({r.task for r in found} - {r.task for r in found if r.control == DENSE}):
         items = next(r.items for r in found if r.task == task)
-        metric, score = shown(test_task(zoo.create(TASKS[task], DENSE), TASKS[task], DATA[task], items=items, seed=0))
-        found.append(Result(task, DENSE, 0.0, 0, 0.0, metric, score, items, 0))
+        metric, score = main_metric(
+            test_task(zoo.create(TASKS[task], DENSE), TASKS[task], DATA[task], items=items, seed=0)
+        )
+        found.append(
+            Result(
+                task=task,
+                control=DENSE,
+                target=0.0,
+                seed=0,
+                saved=0.0,
+                metric=metric,
+                score=score,
+                items=items,
+                steps=0,
+            )
+        )
     return found
 
 
-def time_models(runs: Path, results: Sequence[Result], batch: int, rounds: int, threads: int) -> list[Result]:
-    """The results with milliseconds of all whose models lie below `runs`."""
+def time_models(runs: Path, results: Sequence[Result], *, batch: int, rounds: int, threads: int) -> list[Result]:
+    """Return the results, with milliseconds of those whose models are stored below ``runs``."""
     torch.set_num_threads(threads)
     timed = {result.key: result for result in results}
     for task in TASKS:
-        there = {r: folder for r in results if r.task == task and (folder := _folder(runs, r))}
-        if not there:
+        stored = {r: folder for r in results if r.task == task and (folder := _folder(runs, r))}
+        if not stored:
             continue
         dense = next(r for r in results if r.task == task and r.control == DENSE)
-        models = {result: reopen(folder) for result, folder in there.items()} | {dense: zoo.create(TASKS[task], DENSE)}
+        models = {result: reopen(folder) for result, folder in stored.items()} | {dense: zoo.create(TASKS[task], DENSE)}
         (given,) = held_out_calls(TASKS[task], DATA[task], split="test", items=batch, seed=0, batch_size=batch)
         runs_of = {str(result.key): partial(_run, model, given) for result, model in models.items()}
         ms = {key: round(seconds / batch * 1e3, 3) for key, seconds in median_times(runs_of, rounds).items()}
         about = f"batch {batch}, {threads} CPU thread{'s' * (threads > 1)}, {rounds} rounds"
         for result in models:
-            mine, whole = ms[str(result.key)], ms[str(dense.key)]
-            timed[result.key] = replace(result, ms=mine, dense_ms=whole, timed=about)
+            own, reference = ms[str(result.key)], ms[str(dense.key)]
+            timed[result.key] = replace(result, ms=own, dense_ms=reference, timed=about)
     return list(timed.values())
 
 
-def _run(model: Any, given: dict[str, Any]) -> None:
+def _run(model: nn.Module, given: Mapping[str, object]) -> None:
     with torch.inference_mode():
         model(**given)
 
 
 def _folder(runs: Path, result: Result) -> Path | None:
-    """Where the model of a result lies; None for the dense one, for fixed counts, and where it is gone or of another length."""
+    """The folder of the model of a result.
+
+    ``None`` for the dense model and for fixed counts, and where the model is not stored or was trained for other steps.
+    """
     if result.control in (DENSE, STATIC):
         return None
     folder = runs / result.task / f"{100 * result.target:.0f}" / f"{result.control}-{result.seed}" / "pruned"
     card = folder / "card.json"
-    there = card.is_file() and json.loads(card.read_text())["training"]["steps"] == result.steps
-    return folder if there else None
+    stored = card.is_file() and json.loads(card.read_text())["training"]["steps"] == result.steps
+    return folder if stored else None
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each task, target and control, means over seeds with their standard deviation."""
+    """Return a markdown table: a row for each task, target and control, with mean and standard deviation over seeds."""
     rows = [
         "| task | control | MACs saved | metric | | seeds | steps | ms, ratio to dense |",
         "|---|---|---|---|---|---|---|---|",
@@ -208,10 +231,10 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _groups(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that differ in their seeds only, in the order of the file."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    """Groups of results that differ only in their seeds, in the order of the file."""
+    groups: dict[tuple[str, float, str, int], list[Result]] = {}
     for result in results:
-        groups.setdefault(result.key[:-1], []).append(result)
+        groups.setdefault((result.task, result.target, result.control, result.steps), []).append(result)
     return list(groups.values())
 
 
@@ -223,8 +246,12 @@ def _score(metric: str, scores: Sequence[float]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A column a task: scores of trained models over MACs and, below, over time, as parts of the dense model's."""
-    results = [result for result in results if result.control != FREE]  # so low that the others would lie on one line
+    """Draw a column for each task: scores of trained models over MACs and, below, over time.
+
+    MACs and time are fractions of the dense model's. Training-free models are left out: their scores are so low that the others
+    would lie on one line.
+    """
+    results = [result for result in results if result.control != FREE]
     tasks = [task for task in TASKS if any(r.task == task for r in results)]
     figure, axes = plt.subplots(2, len(tasks), figsize=(3.3 * len(tasks), 6.4), squeeze=False, layout="constrained")
     for column, task in enumerate(tasks):
@@ -238,7 +265,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             axes[row, column].set_ylabel(METRIC_NAMES[groups[0][0].metric])
     used = {r.control for r in results}
     handles = [
-        plt.Line2D([], [], color=colour, marker=marker, linestyle="-" if name == "madtp" else "", label=name)
+        Line2D([], [], color=colour, marker=marker, linestyle="-" if name == "madtp" else "", label=name)
         for name, (colour, marker) in STYLES.items()
         if name in used
     ]
@@ -247,8 +274,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axes: Axes, groups: Sequence[Sequence[Result]], place: Any) -> None:
-    """Points of one task; whiskers are standard deviations over seeds; a line joins the dense model and MADTP's."""
+def _panel(axes: Axes, groups: Sequence[Sequence[Result]], place: Callable[[Result], float | None]) -> None:
+    """Draw the results of one task.
+
+    Whiskers are standard deviations over seeds; a line joins the dense model and MADTP's.
+    """
     path: dict[float, tuple[float, float]] = {}
     for group in groups:
         control = group[0].control
@@ -260,7 +290,7 @@ def _panel(axes: Axes, groups: Sequence[Sequence[Result]], place: Any) -> None:
         colour, marker = STYLES[control]
         axes.errorbar(x, y, yerr=spread or None, color=colour, marker=marker, markersize=7, capsize=2)
         if control in (DENSE, "madtp"):
-            path[group[0].target] = x, y  # of two, the one that was trained for longer comes later
+            path[group[0].target] = x, y  # later results were trained for longer
     if path:
         axes.plot(*zip(*sorted(path.values()), strict=True), color=STYLES["madtp"][0], linewidth=1.2, zorder=0)
     axes.set_xlim(left=0)
@@ -283,7 +313,10 @@ def main() -> None:
     if options.command == "collect":
         write(options.results, collect(options.runs, results))
     elif options.command == "time":
-        write(options.results, time_models(options.runs, results, options.batch, options.rounds, options.threads))
+        write(
+            options.results,
+            time_models(options.runs, results, batch=options.batch, rounds=options.rounds, threads=options.threads),
+        )
     else:
         draw(results, options.picture)
     Console(width=200).print(table(read(options.results)), markup=False)

@@ -1,12 +1,12 @@
-"""What a rewrite costs: seconds of the capture and of each pass as models get deeper.
+"""Measure what a rewrite costs: seconds of the capture and of each pass, for models of growing depth.
 
     python benchmarks/scaling.py --layers 6 12 24 48 --picture docs/scaling.png
     python benchmarks/scaling.py --layers 12 --width 768 --image-size 224 --length 32
 
-The model has an image tower and a text tower of as many layers each; the text reads the image in every layer. The table ends
-in the slope of each line on log-log axes: 1 is linear in the depth. Small widths show the compiler, large ones the whole wait.
-Seconds are those of the processor, so that other work on the machine does not count (on one thread they are what an idle
-machine would take), medians over the rounds, as a collection of garbage falls into any pass.
+The model has an image tower and a text tower with the same number of layers; the text attends to the image in every layer. The
+last column is the slope on log-log axes: 1 means linear in the depth. Small widths show the cost of the compiler, large ones
+the total wait. Seconds are processor time, so that other work on the machine does not count; on one thread this is the time on
+an idle machine. They are medians over the rounds, since a garbage collection may fall into any pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 from unittest import mock
 
 import torch
@@ -30,7 +30,10 @@ from torch import Tensor, nn
 
 import madtp
 
-# What the pipeline runs, in its order, by where it is called from.
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The passes of the pipeline, in order, by the name under which it calls them.
 PASSES = {
     "capture": "rewriters.pipeline.capture",
     "canonicalise": "rewriters.pipeline.canonicalise",
@@ -46,7 +49,7 @@ TOTAL = "whole rewrite"
 
 
 class Block(nn.Module):
-    """A pre-norm block with fused queries, keys and values, and cross-attention where there is a memory."""
+    """A pre-norm block with fused queries, keys and values, and with cross-attention if it has a memory."""
 
     def __init__(self, width: int, memory: bool) -> None:
         super().__init__()
@@ -59,24 +62,25 @@ class Block(nn.Module):
             self.both, self.cross_out = nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """[B, N, parts * C] to as many [B, H, N, D]."""
+        """Split ``[B, N, parts * C]`` into tensors ``[B, H, N, D]``."""
         batch, length, width = x.shape
         return (
             x.reshape(batch, length, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """Tokens [B, N, C] to the same; they read ``memory`` [B, K, C]."""
+        """Map tokens ``[B, N, C]`` to the same shape; they attend to ``memory``, ``[B, K, C]``."""
         query, key, value = self.split(self.qkv(self.norm1(x)), 3)
         x = x + self.out(F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2))
         if memory is not None:
             (query,), (key, value) = self.split(self.query(self.norm3(x)), 1), self.split(self.both(memory), 2)
             x = x + self.cross_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        hidden: Tensor = self.mlp(self.norm2(x))
+        return x + hidden
 
 
 class TwoTowers(nn.Module):
-    """A vision transformer with a class token, and a text encoder that reads it."""
+    """A vision transformer with a class token, and a text encoder that attends to it."""
 
     def __init__(self, layers: int, width: int, image_size: int, length: int, patch: int = 16) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ class TwoTowers(nn.Module):
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Features [B, 2 C] of the two class tokens."""
+        """Return the features ``[B, 2 C]`` of both class tokens."""
         x = self.patches(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.image_positions
         for block in self.image:
@@ -103,17 +107,17 @@ class TwoTowers(nn.Module):
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """Inside the block the time spent in each pass is added up."""
+    """Add up the time spent in each pass inside the block."""
     with ExitStack() as stack:
         for name, path in PASSES.items():
             module, _, function = path.rpartition(".")
             original = getattr(__import__(module, fromlist=[function]), function)
-            stack.enter_context(mock.patch(path, _added_up(original, name, seconds)))
+            stack.enter_context(mock.patch(path, _adding_time(original, name, seconds)))
         yield
 
 
-def _added_up(function: Callable[..., Any], name: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def _adding_time(function: Callable[P, R], name: str, seconds: dict[str, float]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         started = time.process_time()
         try:
             return function(*args, **kwargs)
@@ -124,7 +128,7 @@ def _added_up(function: Callable[..., Any], name: str, seconds: dict[str, float]
 
 
 def measure(layers: int, width: int, image_size: int, length: int) -> dict[str, float]:
-    """Seconds of each pass of one rewrite."""
+    """Return the seconds of each pass of one rewrite."""
     torch.manual_seed(0)
     model = TwoTowers(layers, width, image_size, length).eval()
     inputs = {
@@ -142,17 +146,17 @@ def measure(layers: int, width: int, image_size: int, length: int) -> dict[str, 
 
 
 def median(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of each pass over several rewrites."""
+    """Return the median of each pass over several rewrites."""
     return {name: statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
 
 
 def slope(layers: list[int], seconds: list[float]) -> float:
-    """The exponent p of seconds ~ layers ** p, by least squares."""
+    """Return the exponent p of seconds ~ layers ** p, by least squares."""
     return statistics.linear_regression([math.log(n) for n in layers], [math.log(s) for s in seconds]).slope
 
 
 def table(layers: list[int], found: list[dict[str, float]]) -> Table:
-    """Seconds by pass and depth."""
+    """Return a table of seconds by pass and depth."""
     result = Table("layers", *(f"{n}+{n}" for n in layers), "slope", title="seconds of each pass")
     for name in (*PASSES, TOTAL):
         line = [seconds[name] for seconds in found]
@@ -162,7 +166,7 @@ def table(layers: list[int], found: list[dict[str, float]]) -> Table:
 
 
 def draw(layers: list[int], found: list[dict[str, float]], path: Path) -> None:
-    """The lines of the table on log-log axes."""
+    """Draw the lines of the table on log-log axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -171,8 +175,9 @@ def draw(layers: list[int], found: list[dict[str, float]], path: Path) -> None:
     axes = figure.subplots()
     for name in (*PASSES, TOTAL):
         line = [seconds[name] for seconds in found]
-        style = {"color": "black", "linewidth": 2.5} if name == TOTAL else {}
-        axes.plot(layers, line, marker="o", label=f"{name} ({slope(layers, line):.2f})", **style)
+        (drawn,) = axes.plot(layers, line, marker="o", label=f"{name} ({slope(layers, line):.2f})")
+        if name == TOTAL:
+            drawn.set(color="black", linewidth=2.5)
     axes.set(xscale="log", yscale="log", xlabel="layers of each of two towers", ylabel="seconds")
     axes.set_xticks(layers, [str(n) for n in layers])
     axes.minorticks_off()
@@ -194,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = options.width, options.image_size, options.length
-    measure(2, *size)  # what is imported and cached once is no pass's
+    measure(2, *size)  # imports and caches belong to no pass
     found = [median([measure(n, *size) for _ in range(options.rounds)]) for n in track(options.layers, transient=True)]
     Console().print(table(options.layers, found))
     if options.picture is not None:

@@ -1,9 +1,9 @@
-"""Wall-clock speed of pruned models as a ratio to the dense model, in one process.
+"""Measure the wall-clock speed of pruned models, as a ratio to the dense model in the same process.
 
     python benchmarks/speed.py blip_nlvr --reductions 0.5 0.8 --batch 1
 
-Dense and pruned runs alternate; the table gives medians over the rounds after one discarded warm-up round. *Efficiency* is the
-speed-up divided by the MAC ratio: 1 means that every saved MAC saves its time.
+Dense and pruned runs alternate. The table gives medians over the rounds after a discarded warm-up round. *Efficiency* is the
+speed-up divided by the MAC ratio: 1 means that every saved MAC saves its share of the time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from rich.console import Console
@@ -22,8 +22,8 @@ import madtp
 from zoo.examples import find_model
 
 
-def median_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run; the runs alternate, the first round is discarded."""
+def median_times(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each run; the runs alternate, and the first round is discarded."""
     seen: dict[str, list[float]] = {name: [] for name in runs}
     for turn in track(range(rounds + 1), description="timing", transient=True):
         for name, run in runs.items():

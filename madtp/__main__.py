@@ -1,4 +1,4 @@
-"""`python -m madtp`, the command line; what launchers such as `torchrun -m madtp train` start."""
+"""``python -m madtp``: the command line, as launchers such as ``torchrun -m madtp train`` start it."""
 
 from __future__ import annotations
 

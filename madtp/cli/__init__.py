@@ -1,4 +1,7 @@
-"""The `madtp` command. Start reading in `app.py`, which lists the commands; each has a file of its own."""
+"""The ``madtp`` command: it parses options, calls the library, and prints.
+
+Start in ``app.py``, which lists the commands; each has a file of its own. ``console.py`` holds what they share.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The command-line application: global options, errors as messages, and the list of commands.
 
-Torch, timm and the rest of the library are imported inside the commands that need them, so that `madtp --help`
-answers at once.
+Commands import torch, timm and the rest of the library when they run, so that ``madtp --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -29,27 +28,28 @@ from madtp.errors import MadtpError
 
 HELP = """Make a vision-language transformer faster by pruning its tokens.
 
-madtp takes an unmodified model, finds its transformer blocks, and inserts
-nodes that keep, in each layer and for each sample, only the tokens that
-matter to the other modality.
+madtp takes an unmodified model, finds its transformer blocks, and makes each
+layer keep, for each sample, only the tokens that matter to the other
+modality.
 
 [bold]Where to start[/bold]
 
-  madtp demo                          shipped models, measured and drawn
-  madtp inspect vit_base_patch16_224  what would be pruned in a model
-  madtp train, then madtp compress    train, then prune to a budget
+  madtp demo                          measure and draw the shipped models
+  madtp inspect vit_base_patch16_224  see what would be pruned in a model
+  madtp train, then madtp compress    train a model, then prune it
 
-Compute is counted in MACs (multiply-accumulates) per sample, which the
-field's papers print as "FLOPs".
+Compute is counted in MACs (multiply-accumulates) per sample, which papers
+of the field print as "FLOPs".
 """
 
-EPILOG = "Errors end with code 1, wrong usage with code 2. For a traceback: madtp --debug COMMAND."
+EPILOG = "The exit code is 1 after an error and 2 after wrong usage. For a traceback: madtp --debug COMMAND."
 
 
 class MessageGroup(TyperGroup):
-    """Commands whose deliberate errors (:class:`MadtpError`) become a red message and exit code 1."""
+    """Commands that report a :class:`MadtpError` as a red message, with exit code 1."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:  # typer keeps the class of the context private
+        """Run the command and report its errors."""
         try:
             return super().invoke(ctx)
         except MadtpError as error:
@@ -90,11 +90,11 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Global options; `debug` is read back by :class:`MessageGroup`."""
+    """Global options; :class:`MessageGroup` reads ``debug`` from the context."""
 
 
 app.command("demo", help=demo_command.HELP)(demo_command.demo_command)
@@ -108,5 +108,9 @@ app.command("models", help=models_command.HELP)(models_command.models_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on `arguments` (default: the process's own) and exit with its code."""
+    """Run the command line and exit with its code.
+
+    Args:
+        arguments: command and options; ``None`` takes those of the process.
+    """
     app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="madtp")

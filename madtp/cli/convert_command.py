@@ -1,4 +1,4 @@
-"""`madtp convert`: checkpoints of other projects as files of this one."""
+"""``madtp convert``: checkpoints of other projects as files of this one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ if TYPE_CHECKING:
 
 HELP = """Convert a checkpoint of another project.
 
-SOURCE is a published BLIP or CLIP file (.pth, .pt, also OpenAI's archives),
-transformers' safetensors (a file, a folder, or the index of a sharded one),
-or a checkpoint of the MADTP authors' code. Nothing in it is executed, and a
-key that is missing or unknown is an error.
+SOURCE is one of these:
 
-OUTPUT says what is written: a name that ends in .safetensors gets the dense
-model's weights; any other is a folder, and gets the pruned model that a
-checkpoint of the authors' code holds, with alignment tokens and temperature,
-for madtp.load.
+  a published BLIP or CLIP file (.pth, .pt, and the archives of OpenAI)
+  safetensors of transformers (a file, a folder, or the index of shards)
+  a checkpoint of the MADTP authors' code
+
+Nothing in it is executed. A missing or unknown key is an error.
+
+If OUTPUT ends in .safetensors, the weights of the dense model are written.
+Any other OUTPUT is a folder, for madtp.load: it gets the pruned model of a
+checkpoint of the authors' code, with alignment tokens and temperature.
 
 [bold]Examples[/bold]
 
@@ -35,13 +37,13 @@ DENSE_SUFFIX = ".safetensors"
 def convert_command(
     source: Annotated[Path, typer.Argument(help="File or folder to read.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="File or folder to write.", show_default=False)],
-    model: Annotated[str, typer.Option(help="A name from `madtp models`.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Name of the model, as in `madtp models`.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Entry point of the command; see HELP."""
+    """Entry point of the command; see ``HELP``."""
     import json
 
-    from madtp.cli.console import error_console, output_console, to_plain
+    from madtp.cli.console import error_console, output_console, plain_fields
     from madtp.errors import CheckpointError
 
     if output.exists():
@@ -49,7 +51,7 @@ def convert_command(
     with error_console.status(f"reading {source} into {model}"):
         report = _dense(source, output, model) if output.suffix == DENSE_SUFFIX else _pruned(source, output, model)
     if as_json:
-        typer.echo(json.dumps({**to_plain(report), "output": str(output)}, indent=2))
+        typer.echo(json.dumps({**plain_fields(report), "output": str(output)}, indent=2))
         return
     output_console.print(f"{report.loaded} tensors of format {report.format} written to {output}", soft_wrap=True)
     for name in ("unused", "absent", "resized"):

@@ -1,4 +1,4 @@
-"""`madtp demo`: the shipped models, measured and drawn."""
+"""``madtp demo``: measure and draw the shipped models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 HELP = """Compare the shipped dense and pruned models on held-out scenes.
 
-Runs offline, in under two minutes. Prints one table (accuracy, MACs, tokens
-kept in each layer, milliseconds) and writes a picture and a page that show
+Runs offline, in under two minutes. Prints a table of accuracy, MACs, tokens
+kept in each layer, and milliseconds. Writes a picture and a page that show
 which patches survive in which layer.
 
 [bold]Examples[/bold]
@@ -27,7 +27,7 @@ def demo_command(
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Held-out scenes to measure on.")] = 512,
     seed: Annotated[int, typer.Option(help="Edition of the held-out scenes.")] = 0,
 ) -> None:
-    """Entry point of the command; see HELP."""
+    """Entry point of the command; see ``HELP``."""
     from madtp.cli.console import output_console
     from madtp.demo import run_demo
 

@@ -1,4 +1,4 @@
-"""`madtp eval`: a model, dense or pruned, on a data set."""
+"""``madtp eval``: a model, dense or pruned, on a data set."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from zoo.tasks import EvaluationSettings
+
 HELP = """Evaluate a model of the zoo, dense or pruned, on a data set.
 
-The model decides on the task. With --reduction it is pruned first, so
-that this share of its MACs is saved on samples of --calibration-split.
-A saved pruned model is evaluated as it is.
+The model determines the task. With --reduction, the model is pruned first,
+so that it saves this fraction of its MACs on --calibration-split. A saved
+pruned model needs no --reduction.
 
-The result is a JSON file with metrics, compute and the whole
-configuration. An evaluation that was interrupted goes on where it stopped
-when the same command is given again. Started by torchrun or accelerate,
-several processes share the batches out.
+The result is a JSON file with metrics, compute and the configuration. To
+resume an interrupted evaluation, give the same command again. Several
+processes, started by torchrun or accelerate, divide the batches.
 
 [bold]Examples[/bold]
 
@@ -38,39 +39,42 @@ def eval_command(
     model: Annotated[str, typer.Option("--model", "-m", help="Name of a model of the zoo.", show_default=False)] = "",
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", "-k", help="Embedded weights, a file, or a saved folder; else random weights."),
+        typer.Option(
+            "--checkpoint", "-k", help="Embedded weights, a file, or a saved folder. Default: random weights."
+        ),
     ] = None,
     data: Annotated[str, typer.Option("--data", "-d", help="Name of a data set; see --list.")] = "scenes",
     root: Annotated[Path | None, typer.Option(help="Folder with annotations and images.", show_default=False)] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
     annotations: Annotated[
-        Path | None, typer.Option(help="Annotation file, in place of the usual one below --root.", show_default=False)
+        Path | None, typer.Option(help="Annotation file that replaces the usual one below --root.", show_default=False)
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", "-n", min=1, help="Samples at most.", show_default=False)
+        int | None, typer.Option("--limit", "-n", min=1, help="Largest number of samples.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Edition of data made by rule.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Edition of generated data sets.")] = 0,
     reduction: Annotated[
         float | None,
-        typer.Option("--reduction", "-r", min=0.01, max=0.99, help="Share of the MACs to save.", show_default=False),
+        typer.Option("--reduction", "-r", min=0.01, max=0.99, help="Fraction of the MACs to save.", show_default=False),
     ] = None,
-    calibration_split: Annotated[str, typer.Option(help="Split for --reduction.")] = "train",
-    calibration_samples: Annotated[int, typer.Option(min=2, help="Samples for --reduction.")] = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples at a time.")] = 32,
+    calibration_split: Annotated[str, typer.Option(help="Split to calibrate --reduction on.")] = "train",
+    calibration_samples: Annotated[int, typer.Option(min=2, help="Samples to calibrate --reduction on.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples in a batch.")] = 32,
     vocabulary: Annotated[
         Path | None, typer.Option(help="vocab.txt of bert-base-uncased, for full-size models.", show_default=False)
     ] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="JSON list to choose answers from; else they are written.", show_default=False)
+        Path | None,
+        typer.Option(help="JSON list to choose answers from. Default: answers are generated.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1 ...")] = "cpu",
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("evaluation.json"),
     per_sample: Annotated[
-        bool, typer.Option("--per-sample", help="Also write answers and token counts of each sample.")
+        bool, typer.Option("--per-sample", help="Also write the answer and token counts of each sample.")
     ] = False,
-    list_data: Annotated[bool, typer.Option("--list", help="List the data sets and leave.")] = False,
+    list_data: Annotated[bool, typer.Option("--list", help="List the data sets and exit.")] = False,
 ) -> None:
-    """Entry point of the command; see HELP."""
+    """Entry point of the command; see ``HELP``."""
     from madtp.cli.console import output_console
     from madtp.processes import launched
     from zoo.tasks import EvaluationSettings
@@ -100,10 +104,10 @@ def eval_command(
     content = _run(settings, output, per_sample)
     if launched().main:
         output_console.print(_table(content))
-        output_console.print(f"everything is in {output}", soft_wrap=True)
+        output_console.print(f"results written to {output}", soft_wrap=True)
 
 
-def _run(settings: Any, output: Path, per_sample: bool) -> dict[str, Any]:
+def _run(settings: EvaluationSettings, output: Path, per_sample: bool) -> dict[str, Any]:
     """Evaluate with a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -124,7 +128,7 @@ def _run(settings: Any, output: Path, per_sample: bool) -> dict[str, Any]:
 
 
 def _table(content: dict[str, Any]) -> Table:
-    """Metrics and compute for the terminal."""
+    """The table of metrics and compute."""
     from rich.table import Table
 
     configuration, compute = content["configuration"], content["compute"]

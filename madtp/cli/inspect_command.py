@@ -1,4 +1,4 @@
-"""`madtp inspect`: what the rewriter finds in a model, before anything is trained."""
+"""``madtp inspect``: what the rewriter finds in a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 HELP = """Show the blocks, streams, pruning sites and refusals of a model.
 
-MODEL is a name from `madtp models`, any timm architecture, or a transformers
-config.json (or its folder). It is built with random weights; nothing is
-downloaded.
+MODEL is a name from `madtp models`, the name of a timm architecture, or the
+config.json of a transformers model (or its folder). The model is built with
+random weights; nothing is downloaded.
 
 [bold]Examples[/bold]
 
@@ -32,14 +32,14 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     graph: Annotated[
         Path | None,
-        typer.Option(help="Also draw blocks and streams to this .png, .svg, .pdf or .dot file.", show_default=False),
+        typer.Option(help="Also draw blocks and streams, to a .png, .svg, .pdf or .dot file.", show_default=False),
     ] = None,
 ) -> None:
-    """Entry point of the command; see HELP."""
+    """Entry point of the command; see ``HELP``."""
     import json
 
     import madtp
-    from madtp.cli.console import error_console, output_console, to_plain
+    from madtp.cli.console import error_console, output_console, plain_fields
     from madtp.errors import ConfigError
     from madtp.pictures.graph import SUFFIXES, draw_graph
     from zoo.examples import find_model
@@ -54,7 +54,7 @@ def inspect_command(
     report = pruned.report
     if as_json:
         found_as = {"name": found.name, "origin": found.origin, "parameters": parameters}
-        typer.echo(json.dumps({**found_as, **to_plain(report)}, indent=2))
+        typer.echo(json.dumps({**found_as, **plain_fields(report)}, indent=2))
     else:
         title = f"[bold]{type(found.model).__name__}[/bold] ({found.origin} {found.name})"
         output_console.print(f"{title}, {parameters / 1e6:.1f} M parameters", soft_wrap=True)
@@ -66,7 +66,7 @@ def inspect_command(
 
 
 def _streams(report: RewriteReport) -> Table:
-    """A row for each stream: what its blocks are, and where its tokens are read."""
+    """A table with a row for each stream: its blocks, and where its tokens are read."""
     from rich.table import Table
 
     table = Table("stream", "modality", "width", "blocks", "read out as", title="streams", title_justify="left")
@@ -78,6 +78,6 @@ def _streams(report: RewriteReport) -> Table:
 
 
 def _kind(block: BlockReport) -> str:
-    """ "pre-norm self", "post-norm cross (keys from stream 0)"."""
+    """The kind of a block in words, such as "pre-norm self" or "post-norm cross (keys from stream 0)"."""
     source = f" (keys from stream {block.source})" if block.kind == "cross" and block.source is not None else ""
     return f"{block.norm}-norm {block.kind}{source}"

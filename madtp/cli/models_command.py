@@ -1,4 +1,4 @@
-"""`madtp models`: names that the zoo and timm know."""
+"""``madtp models``: the names of the models of the zoo and of timm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import typer
 
 HELP = """List the models of the zoo.
 
-With --timm, also the architectures of timm, which can be inspected and
-rewritten as well.
+With --timm, also list the architectures of timm, which madtp can inspect
+and rewrite as well.
 
 [bold]Examples[/bold]
 
@@ -20,10 +20,10 @@ rewritten as well.
 
 
 def models_command(
-    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'blip*'; all when left out.")] = "",
-    timm: Annotated[bool, typer.Option("--timm", help="Also list timm's architectures.")] = False,
+    pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'blip*'. Default: all models.")] = "",
+    timm: Annotated[bool, typer.Option("--timm", help="Also list the architectures of timm.")] = False,
 ) -> None:
-    """Entry point of the command; see HELP."""
+    """Entry point of the command; see ``HELP``."""
     from rich.table import Table
 
     import zoo

@@ -1,4 +1,4 @@
-"""`madtp survey`: rewrite many architectures and print what became of each."""
+"""``madtp survey``: rewrite many architectures and report the outcome of each."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ import typer
 
 if TYPE_CHECKING:
     from madtp.survey.record import Record
+    from madtp.survey.runner import Limits
 
-HELP = """Rewrite many architectures and say what became of each.
+HELP = """Rewrite many architectures and report the outcome of each.
 
-NAMES are names or shell-style patterns from `madtp survey --list`, or whole
-names of anything else that an installed library has, such as
-`timm:vit_small_patch16_384`; the whole list when left out. Each is a real
-class of a library with a small random configuration, built offline. It is
-rewritten in a process of its own, within limits of time and memory, and then
-measured: the error with pruning off, the error of a sample alone against
-itself in a batch, the compute that strong pruning saves, whether it trains.
+NAMES are names or shell-style patterns from `madtp survey --list`, or full
+names of other models of an installed library, such as
+`timm:vit_small_patch16_384`. Without NAMES, the whole list is surveyed.
+
+Each architecture is a real class of a library with a small random
+configuration, built offline. It is rewritten in a process of its own, within
+limits on time and memory. Then the survey measures the error with pruning
+off, the error of a sample alone against itself in a batch, the compute that
+strong pruning saves, and whether the model trains.
 
 [bold]Outcomes[/bold], from best to worst
 
   rewritten       every stream is pruned, compute is saved, all checks hold
-  partly          a stream or training is refused, or nothing is saved
-  left alone      nothing is, by policy: text that a language model predicts
-  refused         nothing is; the reason is in the JSON and the markdown
-  no transformer  no attention over tokens, so refusing is right
-  unbuildable     no small model, or no inputs for it, could be made
-  error           an exception that is no refusal, or a limit was hit: a bug
-  wrong           a check fails: the worst
+  partly          a stream or training is refused, or no compute is saved
+  left alone      nothing is pruned, by policy: predicted text
+  refused         nothing can be pruned; JSON and markdown hold the reason
+  no transformer  no attention over tokens, so refusing is correct
+  unbuildable     the small model or its inputs cannot be built
+  error           an exception that is not a refusal, or a limit: a bug
+  wrong           a check fails: the worst outcome
 
 [bold]Examples[/bold]
 
@@ -37,30 +40,30 @@ itself in a batch, the compute that strong pruning saves, whether it trains.
   madtp survey 'hf:CLIP*' hf:ViltModel
   madtp survey --jobs 4 --json survey.json --markdown coverage.md
 
-A survey with --json can be interrupted and goes on where it stopped; names
-that are in the file already are not run again, unless --again says so.
-Ends with code 1 if anything is wrong or in error.
+With --json, an interrupted survey continues where it stopped: names in the
+file are not run again, unless --again says so. The exit code is 1 if any
+outcome is wrong or error.
 """
 
 
 def survey_command(
     names: Annotated[list[str] | None, typer.Argument(help="Names or patterns.", show_default=False)] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Architectures at a time.")] = 1,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that one may take.")] = 300.0,
-    memory: Annotated[float, typer.Option(min=1, help="GiB of memory that one may take.")] = 8.0,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of architectures at a time.")] = 1,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = 300.0,
+    memory: Annotated[float, typer.Option(min=1, help="GiB of memory for one architecture.")] = 8.0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="File of records, read and extended.", show_default=False)
+        Path | None, typer.Option("--json", help="File of records to read and extend.", show_default=False)
     ] = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Also write a page with the table.", show_default=False)
     ] = None,
-    note: Annotated[str, typer.Option(help="A remark for the head of the page, such as versions and date.")] = "",
+    note: Annotated[str, typer.Option(help="Remark for the head of the page, such as versions and date.")] = "",
     again: Annotated[
-        str, typer.Option(help="Run these outcomes of the file again, as in 'error,wrong'; 'all' for everything.")
+        str, typer.Option(help="Outcomes of the file to run again, such as 'error,wrong', or 'all'.")
     ] = "",
-    only_list: Annotated[bool, typer.Option("--list", help="Print the names and leave.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="Print the names and exit.")] = False,
 ) -> None:
-    """Entry point of the command; see HELP."""
+    """Entry point of the command; see ``HELP``."""
     import zoo.small
     from madtp.cli.console import error_console, output_console
     from madtp.survey.runner import Limits, load
@@ -74,7 +77,7 @@ def survey_command(
     records = {record.name: record for record in load(json_file)} if json_file else {}
     repeat = set(again.split(",")) if again else set()
     todo = [n for n in wanted if n not in records or "all" in repeat or records[n].outcome in repeat]
-    _run(todo, records, jobs, Limits(timeout, memory), json_file)
+    _run(todo, records, jobs=jobs, limits=Limits(timeout, memory), json_file=json_file)
     shown = [records[name] for name in wanted if name in records]
     output_console.print(terminal(shown))
     output_console.print(summary(shown), soft_wrap=True)
@@ -86,15 +89,14 @@ def survey_command(
         raise typer.Exit(1)
 
 
-def _run(todo: list[str], records: dict[str, Record], jobs: int, limits: object, json_file: Path | None) -> None:
-    """Run what is to do with a progress bar; `records` and the file grow as answers come."""
+def _run(todo: list[str], records: dict[str, Record], *, jobs: int, limits: Limits, json_file: Path | None) -> None:
+    """Run the survey with a progress bar; ``records`` and the file grow as records arrive."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     import zoo.small
     from madtp.cli.console import error_console
-    from madtp.survey.runner import Limits, run, save
+    from madtp.survey.runner import run, save
 
-    assert isinstance(limits, Limits)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console) as progress:
         task = progress.add_task("survey", total=len(todo))

@@ -1,19 +1,19 @@
-"""`madtp train` and `madtp compress`: run a training recipe from a config file, with single values overridden."""
+"""``madtp train`` and ``madtp compress``: run a recipe from a config file, with single values overridden."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 TRAIN_HELP = """Train a model as a config file says.
 
-Without --config, trains the demonstration's model on scenes. The run can be
-interrupted at any time and resumed with the same result. Started by
-torchrun or accelerate, the processes divide every batch among them.
+Without --config, the demonstration's model is trained on scenes. A run can
+be interrupted at any time and resumed with the same result. Several
+processes, started by torchrun or accelerate, divide every batch.
 
 [bold]Examples[/bold]
 
@@ -26,8 +26,8 @@ torchrun or accelerate, the processes divide every batch among them.
 
 COMPRESS_HELP = """Prune a trained model and fine-tune it to a compute budget.
 
---reduction 0.8 asks for 80% fewer MACs. Without --config, compresses the
-demonstration's model on scenes.
+--reduction 0.8 asks for 80% fewer MACs. Without --config, the
+demonstration's model is compressed on scenes.
 
 [bold]Examples[/bold]
 
@@ -40,15 +40,15 @@ TRAIN_CONFIG = "blip_nlvr_mini"
 COMPRESS_CONFIG = "blip_nlvr_mini_compress"
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="TOML or JSON file; see the shipped ones in zoo/recipes.")
+    Path | None, typer.Option("--config", "-c", help="TOML or JSON file, such as those in zoo/recipes.")
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the finished model.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output folder.")]
 OverrideOption = Annotated[
     list[str] | None,
-    typer.Option("--override", metavar="NAME=VALUE", help="Replace a value of the config; may be repeated."),
+    typer.Option("--override", metavar="NAME=VALUE", help="Replace a value of the config. May be repeated."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 ...")]
+DeviceOption = Annotated[str, typer.Option(help="Torch device: cpu, cuda, cuda:1 ...")]
 
 
 def train_command(
@@ -58,8 +58,8 @@ def train_command(
     override: OverrideOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Entry point of `madtp train`; see TRAIN_HELP."""
-    _run(config or _shipped(TRAIN_CONFIG), output, parse_overrides(override or ()), resume, device)
+    """Entry point of ``madtp train``; see ``TRAIN_HELP``."""
+    _run(config or _shipped(TRAIN_CONFIG), output, parse_overrides(override or ()), resume=resume, device=device)
 
 
 def compress_command(
@@ -71,34 +71,34 @@ def compress_command(
         typer.Option("--output", "-o", help="Output folder.  [default: runs/pruned-PERCENT]", show_default=False),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Dense weights to start from; default: the shipped ones.", show_default=False)
+        Path | None, typer.Option(help="Dense weights to start from. Default: the shipped ones.", show_default=False)
     ] = None,
     config: ConfigOption = None,
     resume: ResumeOption = False,
     override: OverrideOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Entry point of `madtp compress`; see COMPRESS_HELP."""
+    """Entry point of ``madtp compress``; see ``COMPRESS_HELP``."""
     values = {"settings.reduction": reduction, **parse_overrides(override or ())}
     if checkpoint is not None:
         values["settings.checkpoint"] = str(checkpoint)
     folder = output or Path("runs") / f"pruned-{100 * reduction:.0f}"
-    _run(config or _shipped(COMPRESS_CONFIG), folder, values, resume, device)
+    _run(config or _shipped(COMPRESS_CONFIG), folder, values, resume=resume, device=device)
 
 
-def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """ "training.steps=200" as {"training.steps": 200}; a value that is no JSON is a string.
+def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
+    """Parse ``["training.steps=200"]`` as ``{"training.steps": 200}``; a value that is not JSON is a string.
 
     Raises:
-        ConfigError: there is no "=" or no name.
+        ConfigError: if a text has no "=" or no name.
     """
     from madtp.errors import ConfigError
 
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name.strip():
-            raise ConfigError(f"--override {text!r} is no NAME=VALUE; write training.steps=200, say.")
+            raise ConfigError(f"--override {text!r} is not of the form NAME=VALUE, as in training.steps=200.")
         try:
             values[name.strip()] = json.loads(value)
         except ValueError:
@@ -106,23 +106,28 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def apply_overrides(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config with values replaced; names are dotted paths of tables.
+def apply_overrides(content: Mapping[str, object], values: Mapping[str, object]) -> dict[str, object]:
+    """Return a copy of a config with values replaced.
+
+    Args:
+        content: the config.
+        values: new values by dotted path, such as ``training.steps``.
 
     Raises:
-        ConfigError: a path leads through something that is no table.
+        ConfigError: if a path leads through a value that is not a table.
     """
     from madtp.errors import ConfigError
 
-    changed: dict[str, Any] = json.loads(json.dumps(content))
+    changed: dict[str, object] = json.loads(json.dumps(content))
     for name, value in values.items():
-        *tables, last = name.split(".")
-        place = changed
-        for table in tables:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"--override {name}: {table!r} is a value in the config, not a table.")
-        place[last] = value
+        *path, last = name.split(".")
+        table = changed
+        for step in path:
+            inner = table.setdefault(step, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--override {name}: {step!r} is a value in the config, not a table.")
+            table = inner
+        table[last] = value
     return changed
 
 
@@ -132,7 +137,7 @@ def _shipped(name: str) -> Path:
     return Path(str(resources.files("zoo"))) / "recipes" / f"{name}.toml"
 
 
-def _run(config: Path, output: Path, values: Mapping[str, Any], resume: bool, device: str) -> None:
+def _run(config: Path, output: Path, values: Mapping[str, object], *, resume: bool, device: str) -> None:
     from madtp.cli.console import output_console
     from madtp.processes import launched
     from madtp.training.progress import Progress
@@ -141,4 +146,4 @@ def _run(config: Path, output: Path, values: Mapping[str, Any], resume: bool, de
     content = apply_overrides(read_config(config), values)
     result = train(content, output, resume=resume, device=device, progress=Progress(output_console))
     if launched().main:
-        output_console.print(f"{result.steps} steps done; everything lies in {output}", soft_wrap=True)
+        output_console.print(f"{result.steps} steps done; results are in {output}", soft_wrap=True)

@@ -1,6 +1,6 @@
-"""The demonstration: the shipped models measured side by side on held-out scenes, and a picture of what they keep.
+"""The demonstration: it measures the shipped models side by side on held-out scenes, and draws what they keep.
 
-Start at :func:`run_demo`; `models.py` loads, `measure.py` measures, `table.py` prints.
+Start at :func:`run_demo`. ``models.py`` loads the models, ``measure.py`` measures them, and ``table.py`` prints the table.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from madtp.demo.models import Contender
+from madtp.demo.models import DenseEntry, Entry, PrunedEntry
 from madtp.pictures.page import Measurement
+from madtp.pruned import PrunedModel
 
 if TYPE_CHECKING:
     from zoo.scenes import Batch
@@ -24,7 +25,7 @@ TIMING_SECONDS = 20.0  # on a busy machine, timing stops early rather than make 
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """The model's arguments in a batch, which also holds the labels."""
+    """Return the arguments of the model in a batch, which also holds the labels."""
     return {
         "images": batch["images"],
         "input_ids": batch["input_ids"],
@@ -33,19 +34,24 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def measure(
-    contenders: Sequence[Contender], batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
+    entries: Sequence[Entry], batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
 ) -> list[Measurement]:
-    """Measure every contender on every batch, the first contender being the dense reference.
+    """Measure every model on every batch.
 
-    `advance` is called :func:`steps` times, for a progress bar. Time is measured on one batch, models in turn so that
-    a disturbance hits all alike: the median of at most 9 rounds after one that is thrown away, in ms per sample.
+    Time is measured on one batch. The models take turns, so that a disturbance affects all alike. It is the median, in
+    milliseconds per sample, of at most 9 rounds after a discarded one.
+
+    Args:
+        entries: the models, at least one of them pruned.
+        batches: held-out scenes.
+        advance: called :func:`steps` times, for a progress bar.
     """
-    results = [_evaluate(contender, batches, advance) for contender in contenders]
-    dense_macs = _dense_macs(next(c.model for c in contenders if c.pruned), batches, advance)
-    times = _interleaved_times([c.model for c in contenders], batches[len(batches) // 2], advance)
+    results = [_evaluate(entry, batches, advance) for entry in entries]
+    dense_macs = _dense_macs(next(e.model for e in entries if isinstance(e, PrunedEntry)), batches, advance)
+    times = _interleaved_times([entry.model for entry in entries], batches[len(batches) // 2], advance)
     return [
         Measurement(
-            model=contender.name,
+            model=entry.name,
             accuracy=result.accuracy,
             macs=dense_macs if result.macs is None else result.macs,
             reduction=0.0 if result.macs is None else 1 - result.macs / dense_macs,
@@ -53,18 +59,24 @@ def measure(
             text_tokens=result.tokens["text"],
             milliseconds=milliseconds,
         )
-        for contender, result, milliseconds in zip(contenders, results, times, strict=True)
+        for entry, result, milliseconds in zip(entries, results, times, strict=True)
     ]
 
 
-def steps(contenders: int, batches: int) -> int:
-    """How often :func:`measure` calls `advance`."""
-    return (contenders + 1) * batches + TIMING_ROUNDS + 1
+def steps(models: int, batches: int) -> int:
+    """Return how often :func:`measure` calls ``advance``."""
+    return (models + 1) * batches + TIMING_ROUNDS + 1
 
 
 @dataclass(frozen=True)
 class _Result:
-    """Accuracy in [0, 1]; MACs per sample (None: the dense model's); mean tokens after each layer, by modality."""
+    """Result of one model.
+
+    Attributes:
+        accuracy: fraction of correct answers.
+        macs: multiply-accumulates per sample; ``None`` for the dense model.
+        tokens: mean number of tokens after each layer, by modality.
+    """
 
     accuracy: float
     macs: float | None
@@ -72,29 +84,32 @@ class _Result:
 
 
 @torch.inference_mode()
-def _evaluate(contender: Contender, batches: Sequence[Batch], advance: Callable[[], None]) -> _Result:
-    model: Any = contender.model
-    right = total = 0
+def _evaluate(entry: Entry, batches: Sequence[Batch], advance: Callable[[], None]) -> _Result:
+    correct = total = 0
     macs = 0.0
     counts: dict[str, dict[str, list[Tensor]]] = {"image": defaultdict(list), "text": defaultdict(list)}
     for batch in batches:
-        answers = model(**inputs_of(batch)).argmax(-1)
-        right += int((answers == batch["labels"]).sum())
+        answers: Tensor = entry.model(**inputs_of(batch)).argmax(-1)
+        correct += int((answers == batch["labels"]).sum())
         total += len(answers)
-        macs += model.macs() * len(answers) if contender.pruned else 0.0
-        for modality, site, kept in _tokens(contender, batch):
-            counts[modality][site].append(kept)
+        if isinstance(entry, PrunedEntry):
+            macs += entry.model.macs() * len(answers)
+            layers = _pruned_tokens(entry.model)
+        else:
+            layers = _dense_tokens(entry, batch)
+        for layer in layers:
+            counts[layer.modality][layer.name].append(layer.tokens)
         advance()
     means = {
         modality: tuple(float(torch.cat(kept).float().mean()) for kept in sites.values())
         for modality, sites in counts.items()
     }
-    return _Result(right / total, macs / total if contender.pruned else None, means)
+    return _Result(correct / total, macs / total if isinstance(entry, PrunedEntry) else None, means)
 
 
 @torch.inference_mode()
-def _dense_macs(pruned: Any, batches: Sequence[Batch], advance: Callable[[], None]) -> float:
-    """Mean MACs of a sample in the dense model, by the cost table of a pruned one, as that needs no further capture."""
+def _dense_macs(pruned: PrunedModel, batches: Sequence[Batch], advance: Callable[[], None]) -> float:
+    """Mean MACs of a sample in the dense model, by the cost table of a pruned one, which saves another capture."""
     macs = 0.0
     total = 0
     for batch in batches:
@@ -106,17 +121,27 @@ def _dense_macs(pruned: Any, batches: Sequence[Batch], advance: Callable[[], Non
     return macs / total
 
 
-def _tokens(contender: Contender, batch: Batch) -> list[tuple[str, str, Tensor]]:
-    """(modality, site, tokens of each sample after it) of the last forward, in the order of the layers."""
-    model: Any = contender.model
-    if contender.pruned:
-        kept = model.token_counts()
-        return [(site.modality, site.name, kept[site.name]) for site in model.report.sites]
-    vision, text = model.config.vision, model.config.text
+class _LayerTokens(NamedTuple):
+    """The number of tokens after one layer, for each sample or image."""
+
+    modality: str
+    name: str
+    tokens: Tensor
+
+
+def _pruned_tokens(model: PrunedModel) -> list[_LayerTokens]:
+    """Tokens after each site in the last forward, in the order of the layers."""
+    kept = model.token_counts()
+    return [_LayerTokens(site.modality, site.name, kept[site.name]) for site in model.report.sites]
+
+
+def _dense_tokens(entry: DenseEntry, batch: Batch) -> list[_LayerTokens]:
+    """Tokens after each layer of the dense model: all of the image, and the text without padding."""
+    vision, text = entry.model.config.vision, entry.model.config.text
     valid = batch["attention_mask"].sum(1)
     images = torch.full((len(valid),), vision.tokens)
-    return [("image", f"layer {i}", images) for i in range(vision.depth)] + [
-        ("text", f"layer {i}", valid) for i in range(text.depth)
+    return [_LayerTokens("image", f"layer {i}", images) for i in range(vision.depth)] + [
+        _LayerTokens("text", f"layer {i}", valid) for i in range(text.depth)
     ]
 
 

@@ -1,11 +1,11 @@
-"""Runs the demonstration from data to files; see :func:`run_demo`."""
+"""Run the demonstration, from data to files: :func:`run_demo`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -13,10 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from madtp.demo.measure import inputs_of, measure, steps
-from madtp.demo.models import Contender, load_contenders
+from madtp.demo.models import Entry, PrunedEntry, load_models
 from madtp.demo.table import measurement_table
 from madtp.errors import DataError
-from madtp.pictures import Example, Measurement, Survival, draw_figure, write_page
+from madtp.pictures import Example, KeptPatches, Measurement, draw_figure, write_page
+from madtp.pruned import PrunedModel
 
 if TYPE_CHECKING:
     from zoo.scenes import Batch, Item
@@ -28,7 +29,7 @@ PICTURE, PAGE = "madtp-demo.png", "madtp-demo.html"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was measured, and the files that were written."""
+    """The measurements, and the files that were written."""
 
     measurements: tuple[Measurement, ...]
     picture: Path
@@ -36,14 +37,18 @@ class DemoResult:
 
 
 def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights: Path | None = None) -> DemoResult:
-    """Measure the shipped models on `samples` held-out scenes, print the table, write picture and page to `output`.
+    """Measure the shipped models on held-out scenes, print the table, and write picture and page.
 
-    `seed` is the edition of the scenes, and chooses which of them are drawn as examples. `weights`: folder of the
-    models, default the shipped one.
+    Args:
+        output: folder for picture and page.
+        samples: number of held-out scenes.
+        seed: edition of the scenes; it also chooses which of them are drawn as examples.
+        console: where to print.
+        weights: folder of the models; ``None`` takes the shipped ones.
 
     Raises:
-        DataError: no sample was asked for.
-        CheckpointError: the weights are missing or damaged.
+        DataError: if ``samples`` is below 1.
+        CheckpointError: if the weights are missing or damaged.
     """
     if samples < 1:
         raise DataError(f"{samples} samples were asked for; at least 1 is needed.")
@@ -52,7 +57,7 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         loading = progress.add_task("loading models", total=None)
-        contenders = load_contenders(weights)
+        entries = load_models(weights)
         progress.remove_task(loading)
         drawing = progress.add_task("drawing scenes", total=samples)
         items = []
@@ -60,14 +65,14 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
         for index in range(samples):
             items.append(dataset[index])
             progress.advance(drawing)
-        # Statements of like length share a batch, so that the dense model is not charged for padding.
+        # Statements of similar length share a batch, so that the dense model is not charged for padding.
         items.sort(key=lambda item: len(item["statement"].split()))
         batches = [collate(items[start : start + BATCH]) for start in range(0, samples, BATCH)]
         progress.remove_task(drawing)
-        measuring = progress.add_task("measuring", total=steps(len(contenders), len(batches)))
-        measurements = measure(contenders, batches, lambda: progress.advance(measuring))
+        measuring = progress.add_task("measuring", total=steps(len(entries), len(batches)))
+        measurements = measure(entries, batches, lambda: progress.advance(measuring))
         chosen = choose_examples(items, EXAMPLES, seed)
-        examples = explain(contenders, chosen, collate(chosen))
+        examples = explain(entries, chosen, collate(chosen))
     threads = torch.get_num_threads()
     note = (
         f"{samples} held-out scenes; time on CPU, {threads} thread{'s' * (threads > 1)}, batches of "
@@ -80,7 +85,7 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
 
 
 def choose_examples(items: Sequence[Item], most: int, seed: int) -> list[Item]:
-    """At most `most` items of different kinds of statement, chosen by `seed` and not by how they are answered."""
+    """Choose at most ``most`` items of different kinds of statement, by ``seed`` and not by how they are answered."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     by_kind: dict[str, list[int]] = {}
     for index in order:
@@ -91,23 +96,29 @@ def choose_examples(items: Sequence[Item], most: int, seed: int) -> list[Item]:
 
 
 @torch.inference_mode()
-def explain(contenders: Sequence[Contender], items: Sequence[Item], batch: Batch) -> list[Example]:
-    """Answers of every contender to `items`, and the patches that pruned ones keep; `batch` holds the same items."""
+def explain(entries: Sequence[Entry], items: Sequence[Item], batch: Batch) -> list[Example]:
+    """Return, for each item, the answers of every model and the patches that pruned ones keep.
+
+    Args:
+        entries: the models.
+        items: the samples.
+        batch: the same samples as a batch.
+    """
     answers: list[tuple[str, list[bool]]] = []
     kept: list[tuple[str, list[tuple[str, Tensor]]]] = []
-    for contender in contenders:
-        logits = contender.model(**inputs_of(batch))
-        answers.append((contender.name, logits.argmax(-1).bool().tolist()))
-        if contender.pruned:
-            kept.append((contender.name, _kept_patches(contender.model, len(items))))
+    for entry in entries:
+        logits: Tensor = entry.model(**inputs_of(batch))
+        answers.append((entry.name, logits.argmax(-1).bool().tolist()))
+        if isinstance(entry, PrunedEntry):
+            kept.append((entry.name, _kept_by_layer(entry.model, len(items))))
     return [
         Example(
             statement=item["statement"],
             truth=bool(item["label"]),
             images=item["images"],
             answers=tuple((name, answered[index]) for name, answered in answers),
-            survivals=tuple(
-                Survival(name, tuple(label for label, _ in sites), tuple(masks[index] for _, masks in sites))
+            kept_patches=tuple(
+                KeptPatches(name, tuple(label for label, _ in sites), tuple(masks[index] for _, masks in sites))
                 for name, sites in kept
             ),
         )
@@ -115,14 +126,16 @@ def explain(contenders: Sequence[Contender], items: Sequence[Item], batch: Batch
     ]
 
 
-def _kept_patches(model: Any, batch: int) -> list[tuple[str, Tensor]]:
-    """(label, bool [batch, images, patches]) of each image site, from masks [images * batch, 1 + patches].
+def _kept_by_layer(model: PrunedModel, batch: int) -> list[tuple[str, Tensor]]:
+    """Label of each image site, and which patches it keeps, bool ``[batch, images, patches]``.
 
-    The vision tower runs on all first images, then on all second ones.
+    The masks of the sites are ``[images * batch, 1 + patches]``: the vision tower runs on all first images, then on all second
+    ones.
     """
     kept = model.kept_tokens()
     names = [site.name for site in model.report.sites if site.modality == "image"]
+    patches = [kept[name][:, 1:] for name in names]
     return [
-        (f"layer {number}", kept[name][:, 1:].unflatten(0, (-1, batch)).transpose(0, 1).cpu())
-        for number, name in enumerate(names, start=1)
+        (f"layer {number}", masks.reshape(-1, batch, masks.shape[1]).transpose(0, 1).cpu())
+        for number, masks in enumerate(patches, start=1)
     ]

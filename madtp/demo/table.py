@@ -1,4 +1,4 @@
-"""The demonstration's one table."""
+"""The table of the demonstration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from madtp.pictures.page import Measurement, format_macs, format_reduction, form
 
 
 def measurement_table(measurements: Sequence[Measurement], note: str) -> Table:
-    """A row for each model; `note` says on what it was measured."""
+    """Return a table with a row for each model; ``note`` says how it was measured."""
     table = Table(caption=note, caption_justify="left", caption_style="dim", header_style="bold")
     table.add_column("model")
     table.add_column("accuracy", justify="right")

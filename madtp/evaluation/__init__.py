@@ -1,13 +1,14 @@
-"""Evaluation of a model, dense or pruned, on a data set, batch by batch, so that it can be interrupted and resumed.
+"""Evaluation of a model, dense or pruned, on a data set; it can be interrupted and resumed.
 
-Start with :func:`evaluate`. `task.py` says what a task is, `meter.py` records compute and tokens, `parts.py` keeps what is
-done.
+It takes a model and a task, and returns metrics, compute and the results of each sample. Start with :func:`evaluate`.
+``task.py`` says what a task is, ``compute_meter.py`` records MACs and tokens, and ``partial_results.py`` stores the results
+of each batch until the evaluation is complete.
 """
 
 from __future__ import annotations
 
-from madtp.evaluation.parts import Parts
+from madtp.evaluation.partial_results import PartialResults
 from madtp.evaluation.run import Evaluation, evaluate
 from madtp.evaluation.task import Result, Stage, Task
 
-__all__ = ["evaluate", "Evaluation", "Parts", "Task", "Stage", "Result"]
+__all__ = ["evaluate", "Evaluation", "PartialResults", "Task", "Stage", "Result"]

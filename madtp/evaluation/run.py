@@ -1,33 +1,33 @@
-"""Run a task over its samples, resume where parts are there, and add up: :func:`evaluate`."""
+"""Run a task over its samples, resume from stored results, and add up: :func:`evaluate`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from madtp.errors import ConfigError
-from madtp.evaluation.meter import Meter
-from madtp.evaluation.parts import Parts
+from madtp.evaluation.compute_meter import CallRecord, ComputeMeter
+from madtp.evaluation.partial_results import PartialResults
 from madtp.evaluation.task import Result, Stage, Task
 from madtp.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Result of an evaluation.
 
     Attributes:
-        metrics: of the task.
-        samples: one entry a sample: `id`, the results of each stage by its name, and `tokens` {stage: {site: count}} where a
-            pruned model was called once for it.
-        macs, dense_macs: mean multiply-accumulates of a sample, as pruned, and with all tokens kept; None of a model that is
-            not pruned.
-        seconds: of the calls of all stages, also those of an earlier, interrupted run.
+        metrics: metrics of the task.
+        samples: one entry for each sample: its ``id``, the result of each stage by name, and ``tokens`` as
+            ``{stage: {site: count}}`` where a pruned model was called once for it.
+        macs: mean multiply-accumulates of a sample; ``None`` for a model that is not pruned.
+        dense_macs: the same with all tokens kept.
+        seconds: duration of the calls of all stages, including those of an earlier, interrupted run.
     """
 
     metrics: dict[str, float]
@@ -38,12 +38,21 @@ class Evaluation:
 
     @property
     def reduction(self) -> float | None:
-        """Share of the dense MACs that is saved."""
+        """Fraction of the dense MACs that is saved."""
         return None if self.macs is None or not self.dense_macs else 1 - self.macs / self.dense_macs
 
 
+@dataclass(frozen=True)
+class _BatchResult:
+    """What a stage gives for one batch; its fields are those of the stored JSON."""
+
+    results: list[Result]
+    calls: list[CallRecord]
+    seconds: float
+
+
 def batches(task: Task, size: int) -> list[range]:
-    """Places of the samples, `size` at a time."""
+    """Return the positions of the samples, ``size`` at a time."""
     if size < 1:
         raise ConfigError(f"the batch size is {size}; it has to be at least 1.")
     count = len(task.ids)
@@ -55,73 +64,80 @@ def evaluate(
     task: Task,
     *,
     batch_size: int,
-    parts: Parts | None = None,
+    partial_results: PartialResults | None = None,
     advance: Callable[[int], None] = lambda samples: None,
     processes: Processes = ALONE,
 ) -> Evaluation:
     """Evaluate a model.
 
-    Several processes take turns at the batches, which stay those of one process, and exchange what they found after each
-    stage: every one returns the whole.
+    Several processes take turns at the batches, which are those of a single process, and exchange their results after each
+    stage. Every process returns the whole evaluation.
 
     Args:
-        model: dense or pruned; set to eval mode.
-        task: what to do.
-        batch_size: samples at a time.
-        parts: where results of every batch are kept, and those that are there already are taken from; None keeps none.
+        model: dense or pruned model; set to eval mode.
+        task: what to evaluate.
+        batch_size: number of samples of a batch.
+        partial_results: where the results of every batch are stored, and read instead of computed if they are there;
+            ``None`` stores nothing.
         advance: called after each batch of this process with its number of samples, once for each stage.
-        processes: that call this function together, with the same model and task.
+        processes: the processes that call this function together, with the same model and task.
     """
     model.eval()
     results: dict[str, list[Result]] = {}
-    calls: list[dict[str, Any]] = []
+    calls: list[CallRecord] = []
     samples: list[dict[str, Any]] = [{"id": name} for name in task.ids]
     seconds = 0.0
     for stage in task.stages:
-        found: list[Result] = []
-        every = batches(task, batch_size)
-        own = [_part(model, stage, places, results, parts, advance) for places in processes.share(every)]
-        shares = processes.gather(own)
-        for number, places in enumerate(every):
-            part = shares[number % processes.size][number // processes.size]
-            _note(samples, stage.name, places, part)
-            found += part["results"]
-            calls += part["calls"]
-            seconds += part["seconds"]
-        results[stage.name] = found
-    macs, dense = (
-        sum(call[name] for call in calls) / len(samples) if calls else None for name in ("macs", "dense_macs")
+        stage_results: list[Result] = []
+        all_batches = batches(task, batch_size)
+        local = []
+        for batch in processes.share(all_batches):
+            local.append(_run_or_read(model, stage, batch, earlier=results, partial_results=partial_results))
+            advance(len(batch))
+        by_rank = processes.gather(local)
+        for number, batch in enumerate(all_batches):
+            result = by_rank[number % processes.size][number // processes.size]
+            _add_to_samples(samples, stage.name, batch, result)
+            stage_results += result.results
+            calls += result.calls
+            seconds += result.seconds
+        results[stage.name] = stage_results
+    return Evaluation(
+        metrics=task.metrics(results),
+        samples=tuple(samples),
+        macs=sum(call["macs"] for call in calls) / len(samples) if calls else None,
+        dense_macs=sum(call["dense_macs"] for call in calls) / len(samples) if calls else None,
+        seconds=seconds,
     )
-    return Evaluation(task.metrics(results), tuple(samples), macs, dense, seconds)
 
 
-def _part(
+def _run_or_read(
     model: nn.Module,
     stage: Stage,
-    places: range,
+    batch: range,
+    *,
     earlier: Mapping[str, Sequence[Result]],
-    parts: Parts | None,
-    advance: Callable[[int], None],
-) -> dict[str, Any]:
-    """What a stage finds in a batch, from what is kept or by running it."""
-    name = f"{stage.name}-{places.start:08d}"
-    part = None if parts is None else parts.get(name)
-    if part is None:
-        meter, start = Meter(), time.perf_counter()
-        with torch.inference_mode(), meter.watching(model):
-            outcome = stage.run(model, places, earlier)
-        part = {"results": outcome, "calls": meter.calls, "seconds": time.perf_counter() - start}
-        if parts is not None:
-            parts.put(name, part)
-    advance(len(places))
-    return part
+    partial_results: PartialResults | None,
+) -> _BatchResult:
+    """The stored result of a stage for a batch, or else the computed one, which is then stored."""
+    name = f"{stage.name}-{batch.start:08d}"
+    stored = None if partial_results is None else partial_results.get(name)
+    if stored is not None:
+        return _BatchResult(**stored)
+    meter, start = ComputeMeter(), time.perf_counter()
+    with torch.inference_mode(), meter.watching(model):
+        results = stage.run(model, batch, earlier)
+    result = _BatchResult(results, meter.calls, time.perf_counter() - start)
+    if partial_results is not None:
+        partial_results.put(name, asdict(result))
+    return result
 
 
-def _note(samples: Sequence[dict[str, Any]], stage: str, places: range, part: dict[str, Any]) -> None:
-    """Add a part to the entries of its samples."""
-    own = [call for call in part["calls"] if call["samples"] == len(places)]
-    for number, place in enumerate(places):
-        samples[place][stage] = part["results"][number]
-        if own:
-            tokens = {site: counts[number] for call in own for site, counts in call["tokens"].items()}
-            samples[place].setdefault("tokens", {})[stage] = tokens
+def _add_to_samples(samples: Sequence[dict[str, Any]], stage: str, batch: range, result: _BatchResult) -> None:
+    """Add the result of a batch to the entries of its samples."""
+    whole_calls = [call for call in result.calls if call["samples"] == len(batch)]
+    for number, position in enumerate(batch):
+        samples[position][stage] = result.results[number]
+        if whole_calls:
+            tokens = {site: counts[number] for call in whole_calls for site, counts in call["tokens"].items()}
+            samples[position].setdefault("tokens", {})[stage] = tokens

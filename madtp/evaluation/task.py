@@ -1,8 +1,8 @@
-"""What can be evaluated: a :class:`Task` runs a model on samples and makes metrics of the results.
+"""What can be evaluated: a :class:`Task` runs a model on samples and computes metrics of the results.
 
-A task consists of stages, most of one; a later stage may use what earlier ones found (retrieval compares features of the
-whole data set before it matches pairs). Each stage gives one result a sample, in plain JSON values, so that results can be
-kept in files.
+A task consists of stages, usually one. A later stage may use the results of earlier ones: retrieval compares the features of
+the whole data set before it matches pairs. Each stage gives one result for each sample, in plain JSON values, so that results
+can be stored in files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 Result = dict[str, Any]
-"""What a stage found about one sample: names and JSON values. Metrics are made of nothing else."""
+"""Result of a stage for one sample, in JSON values by name. Metrics are computed from nothing else."""
 
 
 class Stage(Protocol):
@@ -21,14 +21,14 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """A word that tells the stage from others of its task."""
+        """A word that distinguishes the stage from the others of its task."""
 
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
-        """Results of the samples at these places, in their order.
+        """Return the results of some samples, in their order.
 
         Args:
-            model: in eval mode.
-            samples: places in the data set.
+            model: the model, in eval mode.
+            samples: positions in the data set.
             earlier: all results of the stages before, by name of the stage.
         """
 
@@ -38,18 +38,18 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """A word."""
+        """Name of the task, one word."""
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """In the order in which they run."""
+        """The stages, in the order in which they run."""
 
     @property
     def ids(self) -> Sequence[str]:
         """Names of all samples."""
 
     def inputs(self, samples: range) -> dict[str, Any]:
-        """Arguments of a call of the model on these samples, with which it is rewritten and calibrated."""
+        """Return the arguments of a call of the model on these samples; it is rewritten and calibrated with them."""
 
     def metrics(self, results: Mapping[str, Sequence[Result]]) -> dict[str, float]:
-        """Metrics by name, of the results of all stages."""
+        """Return metrics by name, given the results of all stages."""

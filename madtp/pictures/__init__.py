@@ -1,12 +1,13 @@
-"""Pictures of what pruning keeps: a figure (PNG) and a self-contained page (HTML).
+"""Pictures of what pruning keeps: a figure (PNG), a self-contained page (HTML), and a graph of blocks and streams.
 
-Start at :class:`~madtp.pictures.examples.Example`, the data that both draw; `figure.py` and `page.py` only lay it out.
+Start at :class:`~madtp.pictures.examples.Example`, the data of figure and page; ``figure.py`` and ``page.py`` lay it out.
+``graph.py`` stands alone and draws the graph that ``madtp inspect`` shows.
 """
 
 from __future__ import annotations
 
-from madtp.pictures.examples import Example, Survival, fade_dropped
+from madtp.pictures.examples import Example, KeptPatches, fade_dropped
 from madtp.pictures.figure import draw_figure
 from madtp.pictures.page import Measurement, write_page
 
-__all__ = ["Example", "Measurement", "Survival", "draw_figure", "fade_dropped", "write_page"]
+__all__ = ["Example", "Measurement", "KeptPatches", "draw_figure", "fade_dropped", "write_page"]

@@ -1,4 +1,4 @@
-"""What a picture shows: one sample, the answers to it, and the patches that survive in each layer."""
+"""The data of a picture: one sample, the answers to it, and the patches that survive in each layer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 
 from madtp.errors import DataError
 
-# A dropped patch keeps this much of its contrast, so that a reader still sees what was dropped.
-GHOST = 0.2
-PAPER = 255.0
+# A dropped patch keeps this share of its contrast, so that a reader still sees what was dropped.
+DROPPED_CONTRAST = 0.2
+WHITE = 255.0
 
 
 @dataclass(frozen=True)
-class Survival:
+class KeptPatches:
     """The patches that one pruned model keeps of one sample.
 
-    model: name of the pruned model, as in the table of measurements.
-    layers: a label for each pruning site, in the order of the layers ("layer 1", ...).
-    kept: for each site a bool tensor [images, patches]; patches run row by row, class token left out.
+    Attributes:
+        model: name of the pruned model, as in the table of measurements.
+        layers: a label for each pruning site, in the order of the layers: ``"layer 1"``, ...
+        kept: for each site, a bool tensor ``[images, patches]``, without the class token; patches run row by row.
     """
 
     model: str
@@ -35,8 +36,8 @@ class Survival:
                 f"{self.model}: {len(self.layers)} layer labels for {len(self.kept)} masks; give one for each."
             )
 
-    def chosen(self, most: int) -> list[int]:
-        """Indices of at most `most` sites, spread evenly, first and last among them."""
+    def spread_layers(self, most: int) -> list[int]:
+        """Return the indices of at most ``most`` sites, evenly spread, including the first and the last."""
         count = len(self.layers)
         if count <= most:
             return list(range(count))
@@ -49,28 +50,33 @@ class Survival:
 class Example:
     """One sample with its answers.
 
-    images: uint8 [images, 3, H, W]. answers: (model name, answer) in the order of the table, the dense model first.
+    Attributes:
+        statement: the statement about the images.
+        truth: whether it is true.
+        images: uint8 ``[images, 3, H, W]``.
+        answers: name and answer of each model in the order of the table, the dense model first.
+        kept_patches: what each pruned model keeps.
     """
 
     statement: str
     truth: bool
     images: Tensor
     answers: tuple[tuple[str, bool], ...]
-    survivals: tuple[Survival, ...]
+    kept_patches: tuple[KeptPatches, ...]
 
 
 def fade_dropped(image: Tensor, kept: Tensor) -> Tensor:
-    """The image with its dropped patches faded towards white.
+    """Return the image with its dropped patches faded towards white.
 
     Args:
-        image: uint8 [3, H, W].
-        kept: bool [patches] of a square grid, row by row; H and W are multiples of the grid's side.
+        image: uint8 ``[3, H, W]``.
+        kept: bool ``[patches]`` of a square grid, row by row; H and W are multiples of the grid's side.
 
     Returns:
-        uint8 [H, W, 3], as picture libraries expect it.
+        uint8 ``[H, W, 3]``, as picture libraries expect it.
 
     Raises:
-        DataError: the patches are no square grid, or the grid does not divide the image.
+        DataError: if the patches are not a square grid, or the grid does not divide the image.
     """
     side = math.isqrt(kept.numel())
     height, width = image.shape[-2:]
@@ -82,14 +88,15 @@ def fade_dropped(image: Tensor, kept: Tensor) -> Tensor:
     mask = kept.reshape(side, side).repeat_interleave(height // side, 0).repeat_interleave(width // side, 1)
     colour = image.float()
     grey = colour.mean(0, keepdim=True).expand(3, -1, -1)
-    ghost = PAPER + GHOST * (grey - PAPER)
-    return torch.where(mask, colour, ghost).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    faded = WHITE + DROPPED_CONTRAST * (grey - WHITE)
+    return torch.where(mask, colour, faded).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def answer_word(answer: bool) -> str:
+    """Return the word for an answer."""
     return "true" if answer else "false"
 
 
 def most_layers(examples: Sequence[Example], most: int) -> int:
-    """How many layer panels the widest row needs, `most` at the utmost."""
-    return max((len(s.chosen(most)) for e in examples for s in e.survivals), default=0)
+    """Return the number of layer panels in the widest row, at most ``most``."""
+    return max((len(s.spread_layers(most)) for e in examples for s in e.kept_patches), default=0)

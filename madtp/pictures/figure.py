@@ -1,16 +1,22 @@
-"""The figure: a band for each example, with statement, answers, both images and the surviving patches by layer."""
+"""The figure: a band for each example, with statement, answers, images and the surviving patches by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 
 from madtp.errors import DataError
-from madtp.pictures.examples import Example, Survival, answer_word, fade_dropped, most_layers
+from madtp.pictures.examples import Example, KeptPatches, answer_word, fade_dropped, most_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 PANEL = 0.92  # inches, a layer's panel
 GAP = 0.30  # between the two images of a pair
@@ -24,12 +30,12 @@ INK, MUTED, RIGHT, WRONG, RULE = "#1d2129", "#6b7280", "#1a7f4b", "#c0362c", "#d
 
 
 class _Canvas:
-    """Places things on the figure in inches from the top left corner, as a page is read."""
+    """Places elements on the figure, in inches from the top left corner."""
 
     def __init__(self, figure: Figure, width: float, height: float) -> None:
         self.figure, self.width, self.height = figure, width, height
 
-    def image(self, pixels: Any, x: float, y: float, size: float) -> None:
+    def image(self, pixels: npt.NDArray[np.uint8], x: float, y: float, size: float) -> None:
         box = (x / self.width, 1 - (y + size) / self.height, size / self.width, size / self.height)
         axes = self.figure.add_axes(box)
         axes.imshow(pixels, interpolation="nearest")
@@ -39,9 +45,21 @@ class _Canvas:
             spine.set_edgecolor(RULE)
             spine.set_linewidth(0.6)
 
-    def text(self, words: str, x: float, y: float, size: float = 7.0, **style: Any) -> Any:
-        style.setdefault("va", "top")
-        return self.figure.text(x / self.width, 1 - y / self.height, words, fontsize=size, **style)
+    def text(
+        self,
+        words: str,
+        x: float,
+        y: float,
+        size: float = 7.0,
+        *,
+        color: str,
+        weight: str = "normal",
+        ha: str = "left",
+        va: str = "top",
+    ) -> Text:
+        return self.figure.text(
+            x / self.width, 1 - y / self.height, words, fontsize=size, color=color, weight=weight, ha=ha, va=va
+        )
 
     def rule(self, y: float) -> None:
         from matplotlib.lines import Line2D
@@ -54,19 +72,29 @@ class _Canvas:
 def draw_figure(
     examples: Sequence[Example], path: Path, *, title: str = "What pruning keeps", layers: int = 4, dpi: int = 160
 ) -> Path:
-    """Draw the examples to `path` (PNG, or any format that matplotlib knows by its suffix).
+    """Draw the examples.
 
-    Each pruned model gets a row of at most `layers` panels for each image of the sample.
+    Each pruned model has a row of panels for each image of the sample.
+
+    Args:
+        examples: what to draw.
+        path: file to write: PNG, or any format that matplotlib knows by its suffix.
+        title: heading of the figure.
+        layers: number of panels in a row at most.
+        dpi: resolution.
+
+    Returns:
+        The path.
 
     Raises:
-        DataError: there is nothing to draw.
+        DataError: if there is nothing to draw.
     """
-    if not examples or not any(example.survivals for example in examples):
+    if not examples or not any(example.kept_patches for example in examples):
         raise DataError("no example with surviving patches to draw; pass at least one.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = max(len(example.survivals) for example in examples)
+    rows = max(len(example.kept_patches) for example in examples)
     images = max(len(example.images) for example in examples)
     columns = most_layers(examples, layers)
     row = PANEL + LABEL + 0.06
@@ -95,8 +123,9 @@ def draw_figure(
             y = top + HEAD
             canvas.image(image.permute(1, 2, 0).numpy(), left, y, whole)
             canvas.text(f"image {index + 1}", left + whole / 2, y + whole + 0.03, color=MUTED, ha="center")
-            for line, survival in enumerate(example.survivals):
-                _draw_row(canvas, survival, image, index, left + whole + 0.08, y + line * row, name_width, layers)
+            for line, patches in enumerate(example.kept_patches):
+                corner = _Row(left + whole + 0.08, y + line * row, name_width)
+                _draw_row(canvas, corner, patches.model, _panels(patches, image, index, layers))
         top += band + FOOT
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
@@ -106,28 +135,53 @@ def draw_figure(
 def _draw_head(canvas: _Canvas, number: int, example: Example, top: float) -> None:
     canvas.text(f"{number}.  “{example.statement}”", MARGIN, top + 0.10, 10, color=INK, weight="bold")
     x, y = MARGIN, top + 0.34
-    x = _run_on(canvas, f"The statement is {answer_word(example.truth)}.", x, y, MUTED)
+    x = _run_on(canvas, f"The statement is {answer_word(example.truth)}.", x, y, colour=MUTED)
     for model, answer in example.answers:
         right = answer == example.truth
-        x = _run_on(canvas, f"{model}:", x + 0.18, y, MUTED)
-        x = _run_on(canvas, f"{answer_word(answer)} {'✓' if right else '✗'}", x + 0.05, y, RIGHT if right else WRONG)
+        x = _run_on(canvas, f"{model}:", x + 0.18, y, colour=MUTED)
+        x = _run_on(
+            canvas, f"{answer_word(answer)} {'✓' if right else '✗'}", x + 0.05, y, colour=RIGHT if right else WRONG
+        )
 
 
-def _run_on(canvas: _Canvas, words: str, x: float, y: float, colour: str) -> float:
-    """Write words in a line and return where they end, in inches."""
+def _run_on(canvas: _Canvas, words: str, x: float, y: float, *, colour: str) -> float:
+    """Write words in a line, and return the position of their end in inches."""
     drawn = canvas.text(words, x, y, 8.5, color=colour)
     extent = drawn.get_window_extent()
-    return x + extent.width / canvas.figure.dpi
+    return x + float(extent.width) / canvas.figure.dpi
 
 
-def _draw_row(
-    canvas: _Canvas, survival: Survival, image: Any, index: int, x: float, y: float, name_width: float, most: int
-) -> None:
-    words, right = survival.model.replace(" ", "\n"), x + name_width - 0.08
-    canvas.text(words, right, y + PANEL / 2, 7.5, color=INK, ha="right", va="center")
-    for column, site in enumerate(survival.chosen(most)):
-        kept = survival.kept[site][index]
-        left = x + name_width + column * (PANEL + 0.05)
-        canvas.image(fade_dropped(image, kept).numpy(), left, y, PANEL)
-        count = f"{survival.layers[site]}: {int(kept.sum())}/{kept.numel()}"
-        canvas.text(count, left + PANEL / 2, y + PANEL + 0.03, 6.2, color=MUTED, ha="center")
+@dataclass(frozen=True)
+class _Row:
+    """Where a row of panels stands: its left top corner and the width of the model's name, in inches."""
+
+    x: float
+    y: float
+    name_width: float
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One layer of a row: the image with its dropped patches faded, and a caption."""
+
+    pixels: npt.NDArray[np.uint8]
+    caption: str
+
+
+def _panels(patches: KeptPatches, image: Tensor, index: int, most: int) -> list[_Panel]:
+    """The panels of one image, which is number ``index`` of its sample."""
+    found = []
+    for site in patches.spread_layers(most):
+        kept = patches.kept[site][index]
+        caption = f"{patches.layers[site]}: {int(kept.sum())}/{kept.numel()}"
+        found.append(_Panel(fade_dropped(image, kept).numpy(), caption))
+    return found
+
+
+def _draw_row(canvas: _Canvas, row: _Row, model: str, panels: Sequence[_Panel]) -> None:
+    right = row.x + row.name_width - 0.08
+    canvas.text(model.replace(" ", "\n"), right, row.y + PANEL / 2, 7.5, color=INK, ha="right", va="center")
+    for column, panel in enumerate(panels):
+        left = row.x + row.name_width + column * (PANEL + 0.05)
+        canvas.image(panel.pixels, left, row.y, PANEL)
+        canvas.text(panel.caption, left + PANEL / 2, row.y + PANEL + 0.03, 6.2, color=MUTED, ha="center")

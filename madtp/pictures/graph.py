@@ -1,8 +1,11 @@
-"""Draws the graph of blocks and streams that the rewriter detects, by matplotlib or as Graphviz text.
+"""Draw the graph of blocks and streams that the rewriter detects, with matplotlib or as Graphviz text.
 
-Any networkx DiGraph will do. Of a node, `label` is its text (default: its name and `kind`), `modality` its colour and
-`stream` the column that it stands in; nodes of kind "stream" feed the others. Of an edge, `role` is "residual" along a
-stream, "queries" or "keys" from a stream's node to an attention that reads it.
+Start at :func:`draw_graph`, which draws any networkx DiGraph. These attributes decide how:
+
+- ``label`` of a node is its text (default: its name and ``kind``), ``modality`` its colour, and ``stream`` its column. Nodes
+  of kind ``"stream"`` feed the others.
+- ``role`` of an edge is ``"residual"`` along a stream, and ``"queries"`` or ``"keys"`` from the node of a stream to an
+  attention that reads it.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ _COLUMN, _ROW = 3.3, 0.62  # inches between nodes
 
 
 def draw_graph(graph: nx.DiGraph, path: Path) -> Path:
-    """Write the graph to `path`, in the format of its suffix.
+    """Write the graph to ``path``, in the format of its suffix, and return the path.
 
     Raises:
-        DataError: the graph is empty, or the suffix is none of `SUFFIXES`.
+        DataError: if the graph is empty, or the suffix is not one of :data:`SUFFIXES`.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; a graph is written as one of {', '.join(SUFFIXES)}.")
@@ -40,7 +43,7 @@ def draw_graph(graph: nx.DiGraph, path: Path) -> Path:
 
 
 def to_dot(graph: nx.DiGraph) -> str:
-    """The graph in Graphviz' language."""
+    """Return the graph in the language of Graphviz."""
     names = {node: f"n{index}" for index, node in enumerate(graph)}
     lines = ["digraph madtp {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
     for node, name in names.items():
@@ -50,11 +53,10 @@ def to_dot(graph: nx.DiGraph) -> str:
 
 
 def drawn_edges(graph: nx.DiGraph) -> nx.DiGraph:
-    """The nodes with the edges worth drawing.
+    """Return all nodes, with only the edges that are drawn.
 
-    Where a residual path leads to a node, its own stream need not. Keys from another stream come from that stream's
-    last node, which is what cross-attention to a finished encoder sees; where streams attend to each other, from its
-    first.
+    A node on a residual path needs no edge from its own stream. Keys from another stream are drawn from the last node of that
+    stream, since cross-attention sees a finished encoder. Where streams attend to each other, they are drawn from the first.
     """
     drawn = nx.DiGraph()
     drawn.add_nodes_from(graph)
@@ -78,9 +80,9 @@ def drawn_edges(graph: nx.DiGraph) -> nx.DiGraph:
 
 
 def layered_positions(graph: nx.DiGraph) -> dict[Hashable, tuple[float, float]]:
-    """(column, row) of each node: a column for each stream or modality, a row for each step from the inputs.
+    """Return the column and row of each node: a column for each stream or modality, a row for each step from the inputs.
 
-    Nodes that would meet in a place stand side by side. A graph with cycles is laid out by its condensation.
+    Nodes that share a position stand side by side. A graph with cycles is laid out by its condensation.
     """
     condensed = nx.condensation(drawn_edges(graph))
     row = {
@@ -128,7 +130,7 @@ def _plot(graph: nx.DiGraph, path: Path) -> None:
 
 
 def _last(paths: nx.DiGraph, node: Hashable) -> Hashable:
-    """Where the path that starts at a node ends."""
+    """The end of the path that starts at a node."""
     seen = {node}
     while following := [head for head in paths.successors(node) if head not in seen]:
         node = following[0]
@@ -147,7 +149,7 @@ def _label(graph: nx.DiGraph, node: Hashable) -> str:
 
 
 def _lane(graph: nx.DiGraph, node: Hashable) -> str:
-    """The stream of a node; a stream's own node stands in the lane of the self-attention that it feeds."""
+    """The stream of a node; the node of a stream shares the lane of the self-attention that it feeds."""
     data = graph.nodes[node]
     if data.get("kind") == STREAM:
         fed = [graph.nodes[head] for head in graph.successors(node)]
@@ -157,7 +159,7 @@ def _lane(graph: nx.DiGraph, node: Hashable) -> str:
 
 
 def _colour(graph: nx.DiGraph, node: Hashable) -> str:
-    """By modality: the node's own, or that of its stream."""
+    """The colour of the modality of a node, or of its stream."""
     modality = graph.nodes[node].get("modality")
     if modality is None:
         tails = graph.predecessors(node)

@@ -1,4 +1,4 @@
-"""The page: measurements and examples as one HTML file that needs nothing else, no script, no network."""
+"""The page: measurements and examples in one self-contained HTML file, without scripts or network access."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from string import Template
 from torch import Tensor
 
 from madtp.errors import DataError
-from madtp.pictures.examples import Example, Survival, answer_word, fade_dropped
+from madtp.pictures.examples import Example, KeptPatches, answer_word, fade_dropped
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One row of the table.
 
-    accuracy: fraction in [0, 1]. macs: multiply-accumulates per sample. reduction: fraction of the dense MACs saved.
-    image_tokens, text_tokens: mean tokens after each layer. milliseconds: per sample.
+    Attributes:
+        model: name of the model.
+        accuracy: fraction of correct answers.
+        macs: multiply-accumulates per sample.
+        reduction: fraction of the dense MACs that is saved.
+        image_tokens: mean number of image tokens after each layer.
+        text_tokens: mean number of text tokens after each layer.
+        milliseconds: time per sample.
     """
 
     model: str
@@ -36,10 +42,20 @@ class Measurement:
 def write_page(
     examples: Sequence[Example], measurements: Sequence[Measurement], path: Path, *, title: str, note: str
 ) -> Path:
-    """Write the page to `path`; `note` says on what the measurements were made.
+    """Write the page.
+
+    Args:
+        examples: samples to show.
+        measurements: rows of the table.
+        path: file to write.
+        title: heading of the page.
+        note: how the measurements were made.
+
+    Returns:
+        The path.
 
     Raises:
-        DataError: there is nothing to show.
+        DataError: if there is nothing to show.
     """
     if not examples or not measurements:
         raise DataError("the page needs at least one example and one measurement.")
@@ -56,12 +72,12 @@ def write_page(
 
 
 def format_macs(macs: float) -> str:
-    """MACs with a unit: "212.3 M", "132.54 G"."""
+    """Format MACs with a unit: "212.3 M", "132.54 G"."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
 
 
 def format_tokens(counts: Sequence[float]) -> str:
-    """Mean counts by layer, "64 48 30"; a count that never changes is printed once."""
+    """Format mean counts by layer, "64 48 30"; a constant count is printed once."""
     rounded = [f"{count:.0f}" for count in counts]
     if len(set(rounded)) == 1:
         return f"{rounded[0]} in each layer"
@@ -69,7 +85,7 @@ def format_tokens(counts: Sequence[float]) -> str:
 
 
 def format_reduction(reduction: float) -> str:
-    """How far MACs fall: "−80.0%"; the dense model's own row has a dash."""
+    """Format how far MACs fall, "−80.0%"; the row of the dense model has a dash."""
     return f"−{100 * reduction:.1f}%" if reduction else "–"
 
 
@@ -102,21 +118,21 @@ def _answer(model: str, answer: bool, truth: bool) -> str:
 
 def _image_block(example: Example, index: int) -> str:
     image = example.images[index]
-    rows = "".join(_layer_row(survival, image, index) for survival in example.survivals)
+    rows = "".join(_layer_row(patches, image, index) for patches in example.kept_patches)
     whole = _picture(image.permute(1, 2, 0), f"image {index + 1}", "whole")
     return f"<section>{whole}<div class='rows'>{rows}</div></section>"
 
 
-def _layer_row(survival: Survival, image: Tensor, index: int) -> str:
+def _layer_row(patches: KeptPatches, image: Tensor, index: int) -> str:
     panels = []
-    for label, kept in zip(survival.layers, survival.kept, strict=True):
+    for label, kept in zip(patches.layers, patches.kept, strict=True):
         caption = f"{label}: {int(kept[index].sum())}/{kept[index].numel()}"
         panels.append(_picture(fade_dropped(image, kept[index]), caption, "panel"))
-    return f"<div class='row'><span class='model'>{html.escape(survival.model)}</span>{''.join(panels)}</div>"
+    return f"<div class='row'><span class='model'>{html.escape(patches.model)}</span>{''.join(panels)}</div>"
 
 
 def _picture(pixels: Tensor, caption: str, kind: str) -> str:
-    """A figure element with the picture inside it as a data URI; pixels is uint8 [H, W, 3]."""
+    """A figure element that holds the picture, uint8 ``[H, W, 3]``, as a data URI."""
     from matplotlib.image import imsave
 
     stream = io.BytesIO()

@@ -1,6 +1,6 @@
-"""Examine one model: rewrite it and measure whether the invariants hold.
+"""Examine one model: rewrite it, and measure whether the invariants hold.
 
-Start at :func:`examine`. Every probe takes what :class:`_Subject` holds and says one thing.
+Start at :func:`examine`. Each :class:`Probe` measures one invariant.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,39 @@ from madtp.calls.compare import drawing_alike, rounds_alike
 from madtp.errors import CaptureError, LeftAloneError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
-from madtp.survey.attentions import Attentions, traits
-from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
-from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, Refusal, judged
+from madtp.survey.attention_calls import AttentionCalls, traits
+from madtp.survey.outputs import batch_size, output_tensors, relative_error, repeat_samples, take_sample, tensor_error
+from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, RefusalRecord, with_outcome
 
-Inputs = Mapping[str, Any]
+Inputs = Mapping[str, object]
 Build = Callable[[], tuple[nn.Module, Inputs]]
 
-STRONG = 4.0
-# The default number of alignment tokens is for widths of about 768; small models have about a twelfth of it.
+STRONG_GAIN = 4.0
+# The default number of alignment tokens suits widths of about 768; small models have about a twelfth of that.
 CONFIG = madtp.PruningConfig(alignment_tokens=8)
 STEPS = 10
-RATES = (1e-3, 1e-4)
-_FRAMES = 3
+LEARNING_RATES = (1e-3, 1e-4)
+LAST_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Measures one invariant of a pruned model.
+
+    Attributes:
+        field: field of :class:`Record` that holds the result.
+        measure: takes the original, the pruned model and example inputs.
+        fails: whether a result breaks the invariant.
+    """
+
+    field: str
+    measure: Callable[[nn.Module, PrunedModel, Inputs], float | bool | None]
+    fails: Callable[[float | bool | None], bool]
+
+    def recorded(self, record: Record, value: float | bool | None) -> Record:
+        """Return the record with a result."""
+        update: Callable[..., Record] = replace
+        return update(record, **{self.field: value})
 
 
 def examine(name: str, build: Build) -> Record:
@@ -49,20 +68,20 @@ def _examine(record: Record, build: Build) -> Record:
         model, inputs = build()
         model.eval()
         record = replace(record, kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()))
-        with torch.no_grad(), Attentions() as attentions:
+        with torch.no_grad(), AttentionCalls() as calls:
             model(**inputs)
     except Exception as error:
         return replace(record, outcome="unbuildable", failure=_text(error))
-    record = replace(record, traits=traits(attentions, inputs))
+    record = replace(record, traits=traits(calls, inputs))
     started = time.perf_counter()
     try:
         pruned = madtp.rewrite(model, dict(inputs), config=CONFIG)
     except MadtpError as error:
-        return _refused(record, error, attentions.count, time.perf_counter() - started)
+        return _refused(record, error, calls.count, time.perf_counter() - started)
     except Exception as error:
         return replace(record, failure=_text(error))
     record = _reported(record, pruned.report, time.perf_counter() - started)
-    if pruned.config.towers is not None:  # nobody asked for it: it is a language model
+    if pruned.config.towers is not None:  # set by the rewrite itself, for a language model
         record = _language(record)
     return _probed(record, model, pruned, inputs)
 
@@ -71,7 +90,7 @@ def _refused(record: Record, error: MadtpError, attentions: int, seconds: float)
     outcome = "refused" if attentions or not isinstance(error, NoSiteError) else "no transformer"
     by_policy = isinstance(error, LeftAloneError) and error.by_policy
     outcome = "left alone" if by_policy else outcome
-    refusal = Refusal("", f"{type(error).__name__}: {error}", by_policy=by_policy)
+    refusal = RefusalRecord("", f"{type(error).__name__}: {error}", by_policy=by_policy)
     return replace(record, outcome=outcome, refusals=(refusal,), rewrite_seconds=seconds)
 
 
@@ -86,75 +105,76 @@ def _reported(record: Record, report: RewriteReport, seconds: float) -> Record:
     pruned = {block.stream for block in report.blocks if block.path in names}
     chosen = {refusal.block for refusal in report.refusals if refusal.by_policy}
     left = {block.stream for block in report.blocks if block.path in chosen} - pruned
-    # A submodule that is refused as a whole names no node; what it holds is one more stream without a site. What the model
-    # itself holds is counted by its regions, and by the refusals of others.
-    parts = [refusal for refusal in report.refusals if not refusal.node and refusal.block != record.kind]
+    # A refusal of a whole submodule names no node, and counts as one more stream without a site. The model itself is counted by
+    # its regions, and by the refusals of others.
+    submodules = [refusal for refusal in report.refusals if not refusal.node and refusal.block != record.kind]
     return replace(
         record,
         outcome="rewritten",
         capture=report.capture,
         blocks=dict(blocks),
-        streams=len(streams) + len(parts),
+        streams=len(streams) + len(submodules),
         pruned=len(pruned & streams),
-        left=len(left & streams) + sum(refusal.by_policy for refusal in parts),
+        left=len(left & streams) + sum(refusal.by_policy for refusal in submodules),
         sites=len(report.sites),
-        refusals=tuple(Refusal(r.block, r.reason, r.help, r.by_policy) for r in report.refusals),
+        refusals=tuple(RefusalRecord(r.block, r.reason, r.help, r.by_policy) for r in report.refusals),
         rewrite_seconds=seconds,
     )
 
 
 def _probed(record: Record, model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> Record:
-    """The record with the probes' results. A probe that is refused (training, say, cannot be captured) leaves a part."""
+    """The record with the results of the probes. A probe that is refused, as training may be, is recorded as a refusal."""
     faults: list[str] = []
-    for field, probe, fault in PROBES:
+    for probe in PROBES:
         try:
-            value = probe(model, pruned, inputs)
+            value = probe.measure(model, pruned, inputs)
         except MadtpError as error:
-            refusals = (*record.refusals, Refusal(field, f"{type(error).__name__}: {error}"))
+            refusals = (*record.refusals, RefusalRecord(probe.field, f"{type(error).__name__}: {error}"))
             record = replace(record, refusals=refusals)
             continue
         except Exception as error:
-            return replace(record, outcome="error", failure=f"{field}: {_text(error)}")
-        record = replace(record, **{field: value})
-        if fault(value):
-            faults.append(f"{field}: {value if isinstance(value, bool) else f'{value:.1e}'}")
+            return replace(record, outcome="error", failure=f"{probe.field}: {_text(error)}")
+        record = probe.recorded(record, value)
+        if probe.fails(value):
+            faults.append(f"{probe.field}: {value if isinstance(value, bool) else f'{value:.1e}'}")
     if faults:
         return replace(record, outcome="wrong", failure="; ".join(faults))
-    return judged(record)
+    return with_outcome(record)
 
 
 @torch.no_grad()
 def identity(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
-    """Largest error with pruning off, at the example's batch size and at another one.
+    """Return the largest error with pruning off, at the example's batch size and at another one.
 
-    Where the original itself rounds by more than the limit in single precision, and the pruned model is about as near to what
-    it computes in double precision, the error in double precision counts.
+    The original itself may round by more than the limit in single precision. If the pruned model is then about as close to the
+    original in double precision as the original in single precision is, the error in double precision counts.
     """
-    batches = [given for given in (inputs, repeated(inputs, 3)) if given is not None]
+    batches = [given for given in (inputs, repeat_samples(inputs, 3)) if given is not None]
     with pruned.dense():
         error = max(relative_error(_outputs(model, given), _outputs(pruned, given)) for given in batches)
         return error if error <= IDENTITY else min(error, _exact_identity(model, pruned, batches))
 
 
 def _exact_identity(model: nn.Module, pruned: PrunedModel, batches: Sequence[Inputs]) -> float:
-    """The error in double precision; infinite where that in single precision is more than rounding."""
-    exact, exactly = copy.deepcopy(model).double(), copy.deepcopy(pruned).double()
+    """The error in double precision; infinite where the error in single precision is larger than rounding."""
+    exact_model, exact_pruned = copy.deepcopy(model).double(), copy.deepcopy(pruned).double()
     errors = []
     for given in batches:
-        truth = _outputs(exact, _doubled(given))
+        truth = _outputs(exact_model, _doubled(given))
         if not rounds_alike(truth, _outputs(model, given), _outputs(pruned, given)):
             return float("inf")
-        errors.append(relative_error(truth, _outputs(exactly, _doubled(given))))
+        errors.append(relative_error(truth, _outputs(exact_pruned, _doubled(given))))
     return max(errors)
 
 
 def _doubled(inputs: Inputs) -> Inputs:
+    """The inputs in double precision."""
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 @torch.no_grad()
 def reduction(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
-    """Fraction of multiply-accumulates that a strong setting saves."""
+    """Return the fraction of the multiply-accumulates that a strong setting saves."""
     with pruned.dense():
         pruned(**inputs)
         before = pruned.macs()
@@ -165,86 +185,87 @@ def reduction(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
 
 @torch.no_grad()
 def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:
-    """Largest error of a sample alone against itself in the batch, with strong pruning; None where the original itself
-    couples the samples of a batch in every output.
+    """Return the largest error of a sample alone against itself in the batch, with strong pruning.
 
-    Tokens whose scores are equal but for rounding may change places; in double precision they do not, so what differs is
-    measured once more in that.
+    ``None`` if the original itself couples the samples of a batch in every output. Tokens whose scores differ only by rounding
+    may swap ranks. In double precision they do not, so a large error is measured again there.
     """
-    error = _alone(model, pruned, inputs)
+    error = _single_sample_error(model, pruned, inputs)
     if error is None or error <= INDEPENDENCE:
         return error
-    return _alone(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), _doubled(inputs))
+    return _single_sample_error(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), _doubled(inputs))
 
 
-def _alone(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:
-    """Where the batch size is frozen, a batch of copies stands for the sample alone."""
-    size = batched(inputs)
+def _single_sample_error(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:
+    """Where the batch size is frozen, a batch of copies stands for the single sample."""
+    size = batch_size(inputs)
     if size is None:
         return None
     together = _outputs(model, inputs)
     errors: list[float] = []
     for row in range(size):
-        one = cut(inputs, row, size)
+        one = take_sample(inputs, row, size)
         alone = _outputs(model, one)
-        free = [key for key, value in alone.items() if _same_row(together.get(key), value, row, 1e-4)]
+        independent = [key for key, value in alone.items() if _same_row(together.get(key), value, row, 1e-4)]
         with _strongly(pruned):
             batch = _outputs(pruned, inputs)
             try:
                 single = _outputs(pruned, one)
             except CaptureError:
-                single = _outputs(pruned, {**inputs, **(repeated(one, size) or {})})
-        errors += [_row_error(batch[key], single[key], row) for key in free if key in single]
+                single = _outputs(pruned, {**inputs, **(repeat_samples(one, size) or {})})
+        errors += [_row_error(batch[key], single[key], row) for key in independent if key in single]
     return max(errors, default=None)
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Outputs by path; what a model draws at random (an order of patches, say) is drawn alike at every call."""
+    """Outputs by path. Random draws of the model, such as an order of patches, are the same at every call."""
     with drawing_alike():
-        return leaves(model(**inputs))
+        return output_tensors(model(**inputs))
 
 
 def _row_error(batch: Tensor, single: Tensor, row: int) -> float:
-    return relative_error({0: batch[row : row + 1]}, {0: single[:1]})
+    return tensor_error(batch[row : row + 1], single[:1])
 
 
 def _same_row(together: Tensor | None, alone: Tensor, row: int, tolerance: float) -> bool:
     if together is None or not together.dim() or together.shape[1:] != alone.shape[1:] or alone.shape[0] != 1:
         return False
-    return row < together.shape[0] and relative_error({0: together[row : row + 1]}, {0: alone}) <= tolerance
+    return row < together.shape[0] and tensor_error(together[row : row + 1], alone) <= tolerance
 
 
 def trains(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> bool | None:
-    """Whether a loss falls over ten steps of training at one of the rates, as the steps of a larger one may overshoot; None
-    where no output has a gradient in the original either."""
-    if _objective(leaves(model(**inputs)), {}) is None:
+    """Whether a loss falls over ten steps of training at one of the learning rates; the larger one may overshoot.
+
+    ``None`` if no output of the original has a gradient either.
+    """
+    if _loss(output_tensors(model(**inputs)), {}) is None:
         return None
-    return any(_falls(pruned, inputs, rate) for rate in RATES)
+    return any(_falls(pruned, inputs, rate) for rate in LEARNING_RATES)
 
 
 def _falls(pruned: PrunedModel, inputs: Inputs, rate: float) -> bool:
-    """Whether the loss falls over ten steps of Adam; the model is as before afterwards."""
+    """Whether the loss falls over ten steps of Adam; the weights are restored afterwards."""
     state = {name: value.clone() for name, value in pruned.state_dict().items()}
     pruned.train()
     optimiser = torch.optim.Adam([p for p in pruned.parameters() if p.requires_grad], lr=rate)
-    targets: dict[Any, Tensor] = {}
+    targets: dict[str, Tensor] = {}
     losses = []
     try:
         for step in range(STEPS):
             torch.manual_seed(step)
-            loss = _objective(leaves(pruned(**inputs)), targets)
+            loss = _loss(output_tensors(pruned(**inputs)), targets)
             assert loss is not None
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             losses.append(float(loss.detach()))
     finally:
         pruned.load_state_dict(state)
         pruned.eval()
-    return min(losses[-_FRAMES:]) < losses[0]
+    return min(losses[-LAST_STEPS:]) < losses[0]
 
 
-def _objective(outputs: Mapping[Any, Tensor], targets: dict[Any, Tensor]) -> Tensor | None:
+def _loss(outputs: Mapping[str, Tensor], targets: dict[str, Tensor]) -> Tensor | None:
     """Mean squared distance of the differentiable outputs to fixed random targets."""
     terms = []
     for key, value in outputs.items():
@@ -260,29 +281,29 @@ def _objective(outputs: Mapping[Any, Tensor], targets: dict[Any, Tensor]) -> Ten
 
 
 class _strongly:
-    """A context in which the model prunes strongly."""
+    """Prunes strongly inside the block."""
 
     def __init__(self, pruned: PrunedModel) -> None:
         self.pruned, self.before = pruned, pruned.gain
 
     def __enter__(self) -> None:
-        self.pruned.gain = STRONG
+        self.pruned.gain = STRONG_GAIN
 
     def __exit__(self, *_: object) -> None:
         self.pruned.gain = self.before
 
 
 def _text(error: Exception) -> str:
-    """The exception in a line, and the place in our code it came from."""
+    """The exception in one line, and the place in this project that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}{place}"
 
 
-PROBES: tuple[tuple[str, Callable[[nn.Module, PrunedModel, Inputs], Any], Callable[[Any], bool]], ...] = (
-    ("identity", identity, lambda error: not error <= IDENTITY),
-    ("reduction", reduction, lambda saved: False),
-    ("independence", independence, lambda error: error is not None and not error <= INDEPENDENCE),
-    ("trains", trains, lambda falls: falls is False),
+PROBES = (
+    Probe("identity", identity, lambda error: error is None or not error <= IDENTITY),
+    Probe("reduction", reduction, lambda saved: False),
+    Probe("independence", independence, lambda error: error is not None and not error <= INDEPENDENCE),
+    Probe("trains", trains, lambda falls: falls is False),
 )

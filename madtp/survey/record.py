@@ -1,6 +1,6 @@
-"""What a survey writes down of one architecture: :class:`Record`, one JSON object each.
+"""The record of one architecture in a survey: :class:`Record`, a JSON object each.
 
-`OUTCOMES` lists what can become of a model, from best to worst.
+:data:`OUTCOMES` lists the possible outcomes, from best to worst.
 """
 
 from __future__ import annotations
@@ -11,35 +11,44 @@ from dataclasses import dataclass
 from typing import Any
 
 OUTCOMES = {
-    "rewritten": "every stream is pruned but text that a language model predicts, hardly an attention is refused, compute is "
-    "saved, and every invariant holds",
-    "partly": "every invariant holds, but a stream, half the attentions or training is refused, or nothing is saved",
-    "left alone": "nothing is pruned as a matter of policy: all it could be is text that a language model predicts",
+    "rewritten": "every stream is pruned except text that a language model predicts, fewer attentions are refused than "
+    "pruned, compute is saved, and every invariant holds",
+    "partly": "every invariant holds, but a stream or training is refused, as many attentions are refused as pruned, or no "
+    "compute is saved",
+    "left alone": "nothing is pruned, by policy: the only candidate is text that a language model predicts",
     "refused": "nothing can be pruned; the reason is given",
-    "no transformer": "the model has no attention over tokens; it is refused, as it should be",
-    "unbuildable": "the small model or its inputs cannot be made, or it does not run: nothing to rewrite",
-    "error": "an exception that is no refusal, or no answer within the limits: a bug",
-    "wrong": "an invariant fails: the worst",
+    "no transformer": "the model has no attention over tokens, so refusing it is correct",
+    "unbuildable": "the small model or its inputs cannot be built, or it does not run, so there is nothing to rewrite",
+    "error": "an exception that is not a refusal, or no answer within the limits: a bug",
+    "wrong": "an invariant fails: the worst outcome",
 }
 
-# What sets a model apart from a tower of blocks over all tokens of an image or a text, as it was seen in its calls.
+# How a model differs from a tower of blocks over all tokens of an image or a text, as its calls show.
 TRAITS = {
-    "language": "it is given token ids alone, and each position predicts (causal text that nothing condenses)",
-    "windows": "its attention runs over more sequences than it is given images or texts",
-    "hierarchy": "it is given images alone, and from one attention to the next the queries fall to a quarter",
+    "language": "its only inputs are token ids, and each position predicts (causal text that nothing condenses)",
+    "windows": "its attention runs over more sequences than its inputs hold images or texts",
+    "hierarchy": "its only inputs are images, and from one attention to the next the number of queries falls to a quarter",
 }
 
-# Fields that a probe fills; a probe that is refused is a refusal of that name.
+# Fields that a probe fills. A refusal whose block has such a name says why the probe did not run.
 PROBED = ("identity", "reduction", "independence", "trains")
 
-# Relative to the output's scale, in float32: with pruning off; and of a sample alone against itself in a batch.
+# Limits of errors relative to the output's scale, in float32: with pruning off, and of a sample alone against itself in a
+# batch.
 IDENTITY = 1e-5
 INDEPENDENCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A block, or the whole model, that is left alone, and why. by_policy: as pruning it would change predictions."""
+class RefusalRecord:
+    """A block that was not pruned, and why.
+
+    Attributes:
+        block: path of the block; empty for the whole model.
+        reason: why it was refused.
+        help: what would help.
+        by_policy: whether it was left alone because pruning it would change predictions.
+    """
 
     block: str
     reason: str
@@ -49,17 +58,28 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one architecture. Errors are relative to the largest value of the output.
+    """The outcome of one architecture. Errors are relative to the largest value of the output.
 
     Attributes:
-        kind: class of the model. parameters, nodes: of the small model and of its graph.
-        capture: "whole" or "regions". blocks: attention sublayers found, by kind ("pre-norm self").
-        streams: residual streams with self-attention, and submodules that were refused as a whole; pruned: those of them with
-            a site; left: those without by policy.
-        identity, independence: largest errors; None where it was not measured. trains: the loss falls over ten steps.
-        reduction: fraction of multiply-accumulates saved at a strong setting.
-        seconds: of the rewrite, and of everything. failure: text of what went wrong.
-        traits: out of :data:`TRAITS`; None in records of surveys that did not look for them.
+        name: name in the survey.
+        outcome: one of :data:`OUTCOMES`.
+        kind: class of the model.
+        parameters: number of parameters of the small model.
+        capture: ``"whole"`` or ``"regions"``.
+        blocks: number of attention sublayers by kind, such as ``"pre-norm self"``.
+        streams: number of residual streams with self-attention, plus submodules that were refused as a whole.
+        pruned: how many of them have a site.
+        left: how many of them have none by policy.
+        sites: number of pruning sites.
+        refusals: what was not pruned or not measured.
+        identity: largest error with pruning off; ``None`` if it was not measured.
+        independence: largest error of a sample alone against itself in a batch; ``None`` if it was not measured.
+        trains: whether the loss falls over ten steps.
+        reduction: fraction of the multiply-accumulates that a strong setting saves.
+        rewrite_seconds: duration of the rewrite.
+        seconds: duration of everything.
+        failure: what went wrong.
+        traits: names out of :data:`TRAITS`; ``None`` in records of surveys that did not look for them.
     """
 
     name: str
@@ -72,7 +92,7 @@ class Record:
     pruned: int = 0
     left: int = 0
     sites: int = 0
-    refusals: tuple[Refusal, ...] = ()
+    refusals: tuple[RefusalRecord, ...] = ()
     identity: float | None = None
     independence: float | None = None
     trains: bool | None = None
@@ -82,33 +102,33 @@ class Record:
     failure: str = ""
     traits: tuple[str, ...] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` takes them back."""
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON values; the inverse of :meth:`from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
-        """Inverse of :meth:`to_dict`; fields of other versions are ignored."""
+        """Return the record of JSON values; fields of other versions are ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in values.items() if name in known}
-        refusals = tuple(Refusal(**refusal) for refusal in values.get("refusals", ()))
+        refusals = tuple(RefusalRecord(**refusal) for refusal in values.get("refusals", ()))
         if fields.get("traits") is not None:
             fields["traits"] = tuple(fields["traits"])
         return cls(**{**fields, "refusals": refusals})
 
 
-def judged(record: Record) -> Record:
-    """The record of a model that was rewritten and passed, called partly done where much of it was not.
+def with_outcome(record: Record) -> Record:
+    """Decide between "rewritten" and "partly" for a model that passed every check.
 
-    Some refusals are allowed: fewer than there are sites. One that concerns the whole of training is not. A module that attends
-    within one window after the other is one attention.
+    Fewer refusals than sites are allowed, unless one concerns training as a whole. A module that attends within one window
+    after another counts as one attention.
     """
-    refused = {
-        (r.block, r.reason) if r.block else (number,) for number, r in enumerate(record.refusals) if not r.by_policy
-    }
+    refusals = [refusal for refusal in record.refusals if not refusal.by_policy]
+    named = {(refusal.block, refusal.reason) for refusal in refusals if refusal.block}
+    refused = len(named) + sum(not refusal.block for refusal in refusals)
     whole = (
         record.pruned + record.left == record.streams
-        and len(refused) < record.sites
+        and refused < record.sites
         and not any(refusal.block in PROBED for refusal in record.refusals)
         and (record.reduction or 0.0) > 0
     )

@@ -1,6 +1,6 @@
-"""Run a survey: a process for each architecture, several at a time, with limits of time and memory, and resumable.
+"""Run a survey: a process for each architecture, several at a time, with limits on time and memory.
 
-Start at :func:`run`. Records are written as they come, so an interrupted survey goes on where it stopped.
+Start at :func:`run`. The caller can save each record as it arrives, so that an interrupted survey continues where it stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Limits:
-    """What one architecture may take: seconds, and GiB of memory."""
+    """What one architecture may use.
+
+    Attributes:
+        seconds: duration.
+        memory: memory, in GiB.
+    """
 
     seconds: float = 300.0
     memory: float = 8.0
@@ -46,11 +51,15 @@ def run(
     preload: Iterable[str] = (),
     each: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Examine every name, `jobs` at a time; `each` is called with a record as soon as it is there.
+    """Examine every name.
 
     Args:
-        source: module whose `build(name)` returns a model and example inputs.
+        names: names of the models.
+        source: module whose ``build(name)`` returns a model and example inputs.
+        jobs: number of processes at a time.
+        limits: what one architecture may use.
         preload: modules to import once for all processes.
+        each: called with every record as soon as it is available.
     """
     limits = Limits() if limits is None else limits
     context = multiprocessing.get_context("forkserver")
@@ -103,10 +112,10 @@ def _collect(job: _Job, limits: Limits) -> Record | None:
 
 
 def load(path: Path) -> list[Record]:
-    """The records of an earlier run; none where the file is not there.
+    """Read the records of an earlier run; a file that does not exist holds none.
 
     Raises:
-        DataError: the file is no survey.
+        DataError: if the file is not a survey.
     """
     if not path.exists():
         return []
@@ -114,14 +123,14 @@ def load(path: Path) -> list[Record]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise DataError(
-                f"{path} is a survey of format {content['format']}, this version reads {FORMAT}; start afresh."
+                f"{path} is a survey of format {content['format']}, this version reads {FORMAT}; start a new file."
             )
         return [Record.from_dict(values) for values in content["records"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no survey ({type(error).__name__}: {error}); give another file.") from error
+        raise DataError(f"{path} is not a survey ({type(error).__name__}: {error}); name another file.") from error
 
 
 def save(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON, whole or not at all."""
+    """Write records as JSON, completely or not at all."""
     content = {"format": FORMAT, "records": [record.to_dict() for record in sorted(records, key=lambda r: r.name)]}
     write_text(path, json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""What a survey found, in words: a summary with its denominator, reasons by frequency, and a row for each architecture.
+"""The result of a survey in words: a summary with its denominators, reasons by frequency, and a row for each architecture.
 
-:func:`markdown` makes the page that docs/coverage.md holds, :func:`terminal` the table of the command.
+:func:`markdown` writes the page docs/coverage.md, :func:`terminal` the table of the command.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ COLUMNS = (
     "trains",
     "s",
 )
-LONGEST = 160
-# Kinds that are left out of the denominator, one after the other.
-WITHOUT = (
+LONGEST_REASON = 160
+# Traits that narrower denominators leave out, one after the other.
+NARROWER_DENOMINATORS = (
     (frozenset({"language"}), "that are more than a language model"),
     (frozenset({"windows", "hierarchy"}), "whose attention runs over all tokens at one resolution"),
 )
-LEGEND = f"""*streams*: pruned of found; *identity*: largest error with pruning off, relative to the output's scale (limit
-{IDENTITY:g}; in double precision where the original's own rounding is larger); *alone*: of a sample by itself against itself in
-a batch, pruning strongly (limit {INDEPENDENCE:g}; in double precision where single precision leaves scores tied); *s*: seconds
-of everything, on a shared machine. The models are about a twelfth as wide as real ones, and rewritten with as many fewer
-alignment tokens."""
+LEGEND = f"""*streams*: streams pruned, of streams found; *identity*: largest error with pruning off, relative to the output's
+scale (limit {IDENTITY:g}; in double precision where the original's own rounding is larger); *alone*: largest error of a sample
+by itself against the same sample in a batch, with strong pruning (limit {INDEPENDENCE:g}; in double precision where single
+precision leaves scores tied); *s*: seconds in total, on a shared machine. The models are about a twelfth as wide as real ones,
+and have about a twelfth of the alignment tokens."""
 
 
-def counted(records: Iterable[Record]) -> list[Record]:
-    """The denominator: architectures that could be built and hold attention."""
+def denominator(records: Iterable[Record]) -> list[Record]:
+    """Return the architectures that could be built and hold attention."""
     return [r for r in records if r.outcome not in ("unbuildable", "no transformer")]
 
 
-def row(record: Record) -> tuple[str, ...]:
-    """The record in the order of :data:`COLUMNS`."""
+def table_row(record: Record) -> tuple[str, ...]:
+    """Return the cells of a record in the order of :data:`COLUMNS`."""
     return (
         record.name,
         record.outcome,
@@ -64,42 +64,42 @@ def row(record: Record) -> tuple[str, ...]:
 
 
 def reasons(records: Iterable[Record]) -> list[tuple[str, list[str]]]:
-    """Why something is left alone or fails, most frequent first, with the architectures that it meets."""
+    """Return the reasons for refusals and failures, most frequent first, with the architectures of each."""
     found: dict[str, list[str]] = defaultdict(list)
     for record in records:
         texts = [refusal.reason for refusal in record.refusals] + ([record.failure] if record.failure else [])
-        for text in dict.fromkeys(general(text) for text in texts):
+        for text in dict.fromkeys(generalised(text) for text in texts):
             found[text].append(record.name)
     return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
-def general(text: str) -> str:
-    """A reason without what differs from model to model: class and node names, numbers, quotations."""
+def generalised(text: str) -> str:
+    """Return a reason without what differs from model to model: class and node names, numbers, quotations."""
     text = re.split(r" Remove data-dependent| what would help:|; pass such a model", " ".join(text.split()))[0]
     text = re.sub(r"\b[A-Z]\w+ (runs on the example inputs|is built in a way)", r"the model \1", text)
     text = re.sub(r"found in \w+", "found", text)
     text = re.sub(r"\S+ \(node \w+\)", "a block", text)
     text = re.sub(r"'[^']*'", "'...'", text)
     text = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "n", text)
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
 
 
 def summary(records: Sequence[Record]) -> str:
-    """One sentence with the numbers that matter."""
+    """Return the numbers that matter in two sentences."""
     outcomes = Counter(record.outcome for record in records)
-    base = counted(records)
+    base = denominator(records)
     listed = ", ".join(f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name])
     return (
-        f"{len(records)} architectures: {listed}. Rewritten, with every invariant that was measured holding, are "
+        f"{len(records)} architectures: {listed}. Rewritten, with every measured invariant holding, are "
         f"{', and '.join(f'{_share(kept)} {of}' for of, kept in _denominators(base))}."
     )
 
 
 def _denominators(base: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """What the rewritten ones are a share of: all, and fewer and fewer kinds where records tell them apart."""
+    """The denominators with their names: first all, then fewer and fewer kinds where the records distinguish them."""
     found = [("that could be built and hold attention", list(base))]
-    for lacking, words in WITHOUT:
-        kept = [r for r in found[-1][1] if not lacking & set(r.traits or ())]
+    for excluded, words in NARROWER_DENOMINATORS:
+        kept = [r for r in found[-1][1] if not excluded & set(r.traits or ())]
         if len(kept) < len(found[-1][1]):
             found.append((words, kept))
     return found
@@ -111,18 +111,18 @@ def _share(records: Sequence[Record]) -> str:
 
 
 def terminal(records: Sequence[Record]) -> Table:
-    """A table for the terminal, a row for each architecture."""
+    """Return a table for the terminal, with a row for each architecture."""
     from rich.table import Table
 
     colours = {"rewritten": "green", "partly": "yellow", "wrong": "bold red", "error": "red"}
     table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
     for record in records:
-        table.add_row(*row(record), style=colours.get(record.outcome, "dim"))
+        table.add_row(*table_row(record), style=colours.get(record.outcome, "dim"))
     return table
 
 
 def markdown(records: Sequence[Record], note: str = "") -> str:
-    """The page: summary, meaning of the outcomes, reasons, and the table."""
+    """Return the page: summary, meaning of the outcomes, table, and reasons."""
     records = sorted(records, key=lambda record: record.name)
     lines = ["# Coverage", "", summary(records), ""]
     lines += [note, ""] if note else []
@@ -131,11 +131,11 @@ def markdown(records: Sequence[Record], note: str = "") -> str:
     lines += [f"| {name} | {outcomes[name]} | {meaning} |" for name, meaning in OUTCOMES.items()]
     lines += ["", LEGEND]
     if any(record.traits is not None for record in records):
-        lines += ["", "| kind | architectures | how it is told |", "|---|---|---|"]
+        lines += ["", "| kind | architectures | how it is recognised |", "|---|---|---|"]
         kinds = Counter(trait for record in records for trait in record.traits or ())
         lines += [f"| {name} | {kinds[name]} | {meaning} |" for name, meaning in TRAITS.items()]
     lines += ["", "## Every architecture", "", _row(COLUMNS), "|" + "---|" * len(COLUMNS)]
-    lines += [_row(row(record)) for record in records]
+    lines += [_row(table_row(record)) for record in records]
     lines += ["", "## Reasons", "", "| architectures | reason | for example |", "|---|---|---|"]
     lines += [_row((str(len(names)), _escape(text), ", ".join(names[:3]))) for text, names in reasons(records)]
     return "\n".join(lines) + "\n"

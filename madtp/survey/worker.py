@@ -1,6 +1,6 @@
-"""One architecture in a process of its own: :func:`work` is what the process runs.
+"""Examine one architecture in a process of its own: :func:`work`.
 
-Importing this module is what the server of processes does once, so that a new process starts with torch in memory.
+The fork server imports this module once, so that every new process starts with torch in memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ GIBI = 2**30
 
 
 def work(name: str, source: str, memory: float, answer: Connection) -> None:
-    """Examine the model `name` of the module `source` (its function `build(name)` makes model and inputs) within `memory`
-    GiB, and send the record."""
+    """Examine one model and send its record.
+
+    Args:
+        name: name of the model.
+        source: module whose ``build(name)`` returns the model and its inputs.
+        memory: limit on memory, in GiB.
+        answer: where to send the record.
+    """
     limit = int(memory * GIBI)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,7 +43,7 @@ def work(name: str, source: str, memory: float, answer: Connection) -> None:
             record = examine(name, lambda: build(name))
         except MemoryError:
             record = Record(name, "error", failure=f"needs more than {memory:g} GiB of memory")
-        except BaseException as error:  # whatever ends the process is part of the answer
+        except BaseException as error:  # whatever ends the process belongs in the record
             record = Record(name, "error", failure=f"{type(error).__name__}: {error}")
     answer.send(record.to_dict())
     answer.close()

@@ -1,8 +1,13 @@
-"""Training that can be interrupted: an engine that knows no model and no data set.
+"""Training that can be interrupted and resumed: an engine that knows no model and no data set.
 
-Start with :func:`madtp.training.run.train`, which reads a config file and runs the recipe that it names. The pieces:
-``config.py`` (settings), ``engine.py`` (the loop), ``optim.py`` (optimiser and schedule), ``feed.py`` (batches made in
-the background), ``checkpoint.py`` (safetensors and JSON, atomic), ``progress.py`` (numbers on screen).
+It takes a config file and writes checkpoints and a finished model. Start with :func:`madtp.training.run.train`, which runs
+the recipe that the config names.
+
+- ``config.py``: settings of a run
+- ``engine.py``: the loop; ``batch_shares.py`` divides its batches over processes, ``prefetch.py`` makes them ahead
+- ``optim.py``, ``precision.py``, ``attention_kernels.py``: optimisers, number formats, fast backward
+- ``compression.py``: what steers a pruned model to a compute budget
+- ``checkpoint.py``, ``progress.py``, ``tensorboard.py``: files and numbers
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training checkpoints: weights, optimiser and step, as safetensors and JSON, without pickle.
 
-A checkpoint is a folder `step-00001200` that is written under another name and renamed when complete, so one that
-carries the right name is whole. Random state is not kept: every step seeds anew, from its number.
-:func:`write_checkpoint`, :func:`read_checkpoint`, :func:`last_checkpoint`.
+A checkpoint is a folder such as ``step-00001200``. It is written under another name and renamed when complete, so a folder
+of that name is always whole. Random state is not stored, because every step seeds anew from its number. Start at
+:func:`write_checkpoint`, :func:`read_checkpoint` and :func:`last_checkpoint`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,34 @@ _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
 def write_checkpoint(
-    folder: Path, step: int, module: nn.Module, optimisers: Sequence[Optimizer], extra: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    *,
+    optimisers: Sequence[Optimizer],
+    extra: Mapping[str, object],
+    keep: int,
 ) -> Path:
-    """Write the state after `step` steps below a folder, and remove all but the last `keep` checkpoints."""
+    """Write the state after ``step`` steps, and remove all but the last ``keep`` checkpoints.
+
+    Args:
+        folder: folder of all checkpoints of the run.
+        step: number of steps done.
+        module: module that is trained.
+        optimisers: its optimisers.
+        extra: further JSON values to store.
+        keep: number of checkpoints that stay.
+
+    Returns:
+        The folder of the new checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / checkpoint_name(step)
     for left in folder.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(left)
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    groups, scalars = [], {}
+    groups: list[object] = []
+    scalars: dict[str, object] = {}
     for which, optimiser in enumerate(optimisers):
         state = optimiser.state_dict()
         groups.append(state["param_groups"])
@@ -58,27 +77,33 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimizer]) -> tuple[int, dict[str, Any]]:
-    """Put a checkpoint's state into module and optimisers; return its step and extra content.
+    """Load a checkpoint into module and optimisers.
+
+    Returns:
+        The number of steps done, and the ``extra`` values given to :func:`write_checkpoint`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, newer than this code, or of another model.
+        CheckpointError: if the checkpoint is damaged, newer than this code, or of another model.
     """
     try:
         content = json.loads((path / _STATE).read_text())
         tensors = load_file(path / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} is no whole training checkpoint ({error}); resume from an earlier one"
+            f"{path} is not a complete training checkpoint ({error}); resume from an earlier one"
         ) from error
     if content.get("version", 0) > VERSION:
         raise CheckpointError(f"{path} has version {content['version']}, this code reads {VERSION}; upgrade madtp")
     weights = _below(tensors, "module.")
     own = module.state_dict()
-    odd = sorted(set(own) ^ set(weights)) + [n for n in own if n in weights and own[n].shape != weights[n].shape]
-    if odd:
-        raise CheckpointError(f"{path} belongs to another model: {len(odd)} tensors differ, the first is {odd[0]!r}")
+    different = sorted(set(own) ^ set(weights))
+    different += [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if different:
+        raise CheckpointError(
+            f"{path} belongs to another model: {len(different)} tensors differ, the first is {different[0]!r}"
+        )
     module.load_state_dict(weights)
-    entries: list[dict[int, dict[str, Any]]] = [{} for _ in optimisers]
+    entries: list[dict[int, dict[str, object]]] = [{} for _ in optimisers]
     try:
         for name, value in [*_below(tensors, "optimiser.").items(), *content["scalars"].items()]:
             which, number, entry_name = name.split(".", 2)
@@ -86,12 +111,12 @@ def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimize
         for optimiser, state, groups in zip(optimisers, entries, content["groups"], strict=True):
             optimiser.load_state_dict({"state": state, "param_groups": groups})
     except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} has another optimiser state than this run ({error})") from error
+        raise CheckpointError(f"{path} was written with other optimisers than this run has ({error})") from error
     return content["step"], content["extra"]
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the folder of a checkpoint after `step` steps."""
+    """Return the name of the folder of a checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
 
 

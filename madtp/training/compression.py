@@ -1,8 +1,8 @@
-"""What every recipe needs that fine-tunes a pruned model to a compute budget: :class:`Steering`, :func:`strength`.
+"""Fine-tune a pruned model to a compute budget: :class:`Steering`, :func:`pruning_metrics`, :func:`distillation_loss`.
 
-The target grows along a cosine from `start_reduction` to `reduction` over the first `ramp` of the run; after each step the
-pruning strength moves a little towards it (:class:`madtp.tuning.calibration.GainController`), by the MACs that the step really
-took. Nothing is assumed about what the dense model costs or which strength gives which saving.
+The target grows along a cosine from ``start_reduction`` to ``reduction`` over the first ``ramp`` of the run. After each step
+:class:`madtp.tuning.calibration.GainController` moves the pruning strength a little towards it, by the MACs that the step
+actually took. Nothing is assumed about the cost of the dense model, or about how much a given strength saves.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.nn import functional as F
 from madtp.errors import ConfigError
 from madtp.processes import current
 from madtp.pruned import PrunedModel
-from madtp.training.parts import Metrics
+from madtp.training.batch_shares import Metrics
 from madtp.tuning.calibration import GainController
 from madtp.tuning.search import KNOBS
-from madtp.tuning.teaching import TeachingResult, teach
+from madtp.tuning.teaching import SaliencyObjective, TeachingResult, teach
 
 FIRST_KEEP_RATIO = 0.85
-"""Keep ratio of a control at gain 1: close to the start of the ramp."""
+"""Keep ratio, at gain 1, of a control with a fixed ratio: close to the start of the ramp."""
 
 REDUCTION = "reduction"
-"""Name of the metric that a step is steered by."""
+"""Name of the metric that steers the next step."""
 
 _STATE = "controller"
 
@@ -37,10 +37,10 @@ class Budget:
     """How far to prune, and how fast to get there.
 
     Attributes:
-        reduction: fraction of the dense MACs to save in the end.
+        reduction: fraction of the dense MACs to save at the end.
         start_reduction: target at the first step.
-        ramp: part of the run over which the target grows, 0 to 1.
-        rate: of the controller; see :class:`~madtp.tuning.calibration.GainController`.
+        ramp: fraction of the run over which the target grows.
+        rate: step size of the controller; see :class:`~madtp.tuning.calibration.GainController`.
     """
 
     reduction: float
@@ -55,20 +55,20 @@ class Budget:
         if not 0 <= self.ramp <= 1 or not self.rate > 0:
             raise ConfigError(f"settings.ramp is {self.ramp} and rate {self.rate}; allowed: 0 to 1, and above 0")
 
-    def target(self, part: float) -> float:
-        """The reduction to aim at after `part` (0 to 1) of the run."""
-        risen = 1.0 if part >= self.ramp else 0.5 * (1 - math.cos(math.pi * part / self.ramp))
+    def target(self, progress: float) -> float:
+        """Return the reduction to aim at after ``progress`` (0 to 1) of the run."""
+        risen = 1.0 if progress >= self.ramp else 0.5 * (1 - math.cos(math.pi * progress / self.ramp))
         return self.start_reduction + (self.reduction - self.start_reduction) * risen
 
 
 class Steering:
-    """Sets the pruning strength before each step and learns from the step's MACs.
+    """Sets the pruning strength before each step, and adjusts it by the MACs of the step.
 
     Args:
         pruned: the model that is trained.
-        budget: what to reach.
-        steps: of the whole run.
-        state: of the learner: what changes is kept there, so that checkpoints carry it.
+        budget: the reduction to reach.
+        steps: steps of the whole run.
+        state: state of the learner. The controller stores its own there, so that checkpoints hold it.
     """
 
     def __init__(self, pruned: PrunedModel, budget: Budget, steps: int, state: dict[str, Any]) -> None:
@@ -77,32 +77,38 @@ class Steering:
         state[_STATE] = self.controller.state_dict()
 
     def before_step(self, step: int) -> None:
-        """Set the strength of a step, from 0."""
+        """Set the pruning strength of a step; steps count from 0."""
         self.controller.load_state_dict(self.state[_STATE])
         self.controller.target = self.budget.target(step / self.steps)
-        set_strength(self.pruned, self.controller.gain)
+        set_pruning_strength(self.pruned, self.controller.gain)
 
     def on_step(self, metrics: Metrics) -> None:
-        """Take in the `reduction` of a step, the mean over all parts of its batch: all processes steer alike."""
+        """Adjust the strength by the ``reduction`` among a step's metrics.
+
+        It is a mean over all shares of the batch, so all processes steer alike.
+        """
         self.controller.step(float(metrics[REDUCTION]))
         self.state[_STATE] = self.controller.state_dict()
 
 
-def set_strength(pruned: PrunedModel, gain: float) -> None:
-    """Prune with ``gain``; a control with a fixed keep ratio gets a ratio that falls as the gain rises."""
+def set_pruning_strength(pruned: PrunedModel, gain: float) -> None:
+    """Set the gain, or, for a control with a fixed keep ratio, a ratio that falls as the gain rises."""
     if pruned.config.keep_ratio is None:
         pruned.gain = gain
     else:
         KNOBS["keep_ratio"].write(pruned, min(1.0, FIRST_KEEP_RATIO / gain))
 
 
-def strength(pruned: PrunedModel, macs: tuple[float, float] | None = None) -> dict[str, float | Tensor]:
-    """Metrics of the last forward: `reduction` and `gain`, and for TensorBoard `pruning/temperature`, `pruning/macs` and
-    `tokens/SITE`, the mean number of tokens kept.
+def pruning_metrics(pruned: PrunedModel, macs: tuple[float, float] | None = None) -> dict[str, float | Tensor]:
+    """Return metrics of the last forward.
 
     Args:
-        pruned: has run.
-        macs: multiply-accumulates a sample, pruned and dense; None takes those of the model.
+        pruned: a model that has run.
+        macs: multiply-accumulates of a sample, pruned and dense; ``None`` takes those that the model reports.
+
+    Returns:
+        ``reduction`` and ``gain`` (or ``keep_ratio``); and, for TensorBoard alone, ``pruning/temperature``,
+        ``pruning/macs`` and, as ``tokens/SITE``, the mean number of tokens that a site keeps.
     """
     kept, dense = macs or (pruned.macs(), sum(pruned.macs_by_module("all").values()))
     tokens = {f"tokens/{site}": counts.float().mean() for site, counts in pruned.token_counts().items()}
@@ -117,29 +123,35 @@ def strength(pruned: PrunedModel, macs: tuple[float, float] | None = None) -> di
     }
 
 
-def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Distillation: the mean over samples of the Kullback-Leibler divergence from the dense model's answers.
+def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the Kullback-Leibler divergence from the teacher's answers, as a mean over samples.
 
     Args:
-        logits: ``[M, classes]`` of the pruned model.
-        wanted: ``[M, classes]`` of the dense one, without gradient.
+        logits: answers of the student, the pruned model: ``[M, classes]``.
+        teacher_logits: answers of the teacher, the dense model, without gradient: ``[M, classes]``.
     """
-    ours, theirs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    student, teacher = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def teach_alike(
-    pruned: PrunedModel, batches: Callable[[], Iterable[Mapping[str, Any] | tuple[Any, ...]]], **options: Any
+def teach_in_all_processes(
+    pruned: PrunedModel,
+    batches: Callable[[], Iterable[Mapping[str, Any] | tuple[Any, ...]]],
+    *,
+    steps: int,
+    objective: SaliencyObjective | None = None,
 ) -> TeachingResult:
-    """:func:`madtp.teach` in the main process; the others take over what it has learned.
+    """Run :func:`madtp.teach` in the main process, and copy what it learned to the others.
 
     Args:
-        pruned: equal in all processes.
+        pruned: the model, equal in all processes.
         batches: makes the inputs to teach on.
-        options: further arguments of :func:`madtp.teach`.
+        steps: number of steps.
+        objective: scalar of the model's outputs, as :func:`madtp.teach` takes it.
     """
     processes = current()
-    result = processes.from_main(teach(pruned, batches(), **options) if processes.main else None)
+    taught = teach(pruned, batches(), objective=objective, steps=steps) if processes.main else None
+    result = processes.from_main(taught)
     assert result is not None
     processes.spread(pruned.parameters())
     return result

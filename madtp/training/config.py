@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from madtp.errors import ConfigError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 OPTIMISERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -20,23 +23,28 @@ class TrainingConfig:
 
     Attributes:
         steps: optimiser steps of the whole run.
-        learning_rate: highest learning rate, reached after `warmup_steps`, then a cosine down to
-            `final_learning_rate`.
-        optimiser: "adamw" or "muon" (Muon for the weights of Linear layers, AdamW for the rest).
-        muon_factor: Muon's learning rate as a multiple of AdamW's.
-        weight_decay: on matrices only (biases, norms and embeddings of one dimension have none).
-        betas: AdamW's.
-        clip_norm: gradients are scaled down to this global norm; 0 leaves them alone.
-        precision: "float32"; "bfloat16" for autocast (weights and optimiser stay in float32); or "auto" for bfloat16 where the
-            device is faster at it (:func:`madtp.training.precision.precision_on`), so that other machines may round otherwise.
-        seed: what is drawn at random in a step follows from it, the step and the part of the batch.
-        threads: torch threads of each process; 0 leaves torch's choice.
-        accumulate: micro batches whose gradients make up one step; the batch of a step is divided over processes first.
-        gradient_checkpointing: pruned models keep little between forward and backward and compute it again; see
+        learning_rate: highest learning rate. It is reached after ``warmup_steps``; a cosine then leads down to
+            ``final_learning_rate``.
+        final_learning_rate: learning rate at the end of the run.
+        warmup_steps: steps of the linear warm-up.
+        optimiser: ``"adamw"``, or ``"muon"`` (Muon for the weights of Linear layers, AdamW for the rest).
+        muon_factor: learning rate of Muon as a multiple of that of AdamW.
+        weight_decay: weight decay of matrices; biases, norms and other vectors have none.
+        betas: momenta of AdamW.
+        clip_norm: global norm to which larger gradients are scaled down; 0 disables clipping.
+        precision: ``"float32"``; ``"bfloat16"`` for autocast (weights and optimiser stay in float32); or ``"auto"`` for
+            bfloat16 where the device is faster at it (:func:`madtp.training.precision.precision_on`). With ``"auto"``,
+            other machines may round differently.
+        seed: seed of all random draws, together with the step and the share of the batch.
+        threads: torch threads of each process; 0 leaves the choice to torch.
+        accumulate: micro batches whose gradients make up one step. The batch is divided over processes first.
+        gradient_checkpointing: recompute the activations of pruned models in the backward; see
             :attr:`madtp.pruned.PrunedModel.gradient_checkpointing`.
-        tensorboard: write what is logged for TensorBoard, too.
-        log_every, evaluate_every, checkpoint_every: steps between; 0 means only at the end.
-        keep_checkpoints: how many of the last checkpoints stay on disk.
+        tensorboard: also write the logged numbers for TensorBoard.
+        log_every: steps between two lines of the log; 0 logs only the last step.
+        evaluate_every: steps between two evaluations; 0 evaluates only at the end.
+        checkpoint_every: steps between two checkpoints; 0 writes only the last one.
+        keep_checkpoints: number of the latest checkpoints that stay on disk.
     """
 
     steps: int = 1000
@@ -79,35 +87,36 @@ class TrainingConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas is {self.betas}; it takes two numbers in [0, 1)")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the settings as plain values."""
         return {**asdict(self), "betas": list(self.betas)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+    def from_dict(cls, values: Mapping[str, object]) -> TrainingConfig:
         """Return settings from plain values; names left out keep their defaults.
 
         Raises:
-            ConfigError: a name is not a setting, or a value is out of range.
+            ConfigError: if a name is not a setting, or a value is out of range.
         """
         return from_plain(cls, values, "training")
 
 
-def from_plain(settings: type[T], values: Mapping[str, Any], owner: str) -> T:
-    """An instance of a dataclass of settings from plain values; names left out keep their defaults.
+def from_plain(settings: type[T], values: Mapping[str, object], owner: str) -> T:
+    """Make an instance of a dataclass of settings from plain values; names left out keep their defaults.
 
     Args:
         settings: a dataclass whose fields have defaults.
-        values: by field name; lists may stand for tuples, whole numbers for floats.
-        owner: what messages call the table of settings.
+        values: values by field name; lists may stand for tuples, whole numbers for floats.
+        owner: name of the table of settings in error messages.
 
     Raises:
-        ConfigError: a name is not a setting, or a value is of another type than the default.
+        ConfigError: if a name is not a setting, or a value has another type than the default.
     """
-    known = {field.name: field for field in fields(settings)}  # type: ignore[arg-type]
+    make: Callable[..., T] = settings
+    known = {field.name: field for field in fields(settings)}
     if unknown := sorted(set(values) - set(known)):
         raise ConfigError(f"{owner} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
-    converted = {}
+    converted: dict[str, object] = {}
     for name, value in values.items():
         wanted = type(known[name].default)
         converted[name] = tuple(value) if wanted is tuple and isinstance(value, list) else value
@@ -117,4 +126,4 @@ def from_plain(settings: type[T], values: Mapping[str, Any], owner: str) -> T:
         fits = isinstance(converted[name], wanted) or (wanted is float and isinstance(value, int))
         if not fits or (isinstance(value, bool) and wanted is not bool):
             raise ConfigError(f"{owner}.{name} is {value!r}; it takes a {wanted.__name__}")
-    return settings(**converted)
+    return make(**converted)

@@ -1,9 +1,9 @@
-"""The training loop: :func:`fit` trains a :class:`Learner`, whatever it is, in one process or several.
+"""The training loop: :func:`fit` trains any :class:`Learner`, in one process or several.
 
-A learner brings the module, batches as a pure function of the step, and a loss. As batches depend on nothing but the
-step, and draws on nothing but the step and the part of its batch, a run that resumes from a checkpoint repeats exactly
-what an uninterrupted one would have done, also in other processes. Each process computes on its part of a step's batch
-(``parts.py``); gradients are averaged by torch's DistributedDataParallel.
+A learner brings the module, batches as a pure function of the step, and a loss. Batches depend on the step alone, and random
+draws on the step and the share of its batch. So a run that resumes from a checkpoint repeats exactly what an uninterrupted
+one would have done, also in another number of processes. Each process computes on its shares of a step's batch
+(``batch_shares.py``); torch's DistributedDataParallel averages the gradients.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from madtp.errors import ConfigError, TrainingError
 from madtp.processes import current
 from madtp.pruned import PrunedModel
+from madtp.training.attention_kernels import inference_kernels, training_kernels
+from madtp.training.batch_shares import Batch, BatchShares, Metrics
 from madtp.training.checkpoint import checkpoint_name, last_checkpoint, read_checkpoint, write_checkpoint
 from madtp.training.config import TrainingConfig
-from madtp.training.feed import prefetch
-from madtp.training.kernels import for_gradients, without_gradients
 from madtp.training.optim import learning_rate_at, make_optimisers, set_learning_rate
-from madtp.training.parts import Batch, Metrics, Parts
 from madtp.training.precision import precision_on
+from madtp.training.prefetch import prefetch
 from madtp.training.progress import Progress
 from madtp.training.tensorboard import TensorBoard
 
@@ -39,24 +39,27 @@ class Learner:
     """What is trained, on what, by which loss.
 
     Attributes:
-        module: holds every trained parameter; may hold more than the model (auxiliary heads, say).
-        batch: (step from 0, rows) -> tensors of the samples at these places, 0 to ``samples_per_step - 1``, of the step's
-            batch, on the CPU; a pure function of both. Tensors without dimensions are numbers by which the loss divides a
-            sum (of the words in captions, say): they become their mean over all parts of the batch.
-        loss: (module, batch, step) -> scalar loss and metrics to show. Runs under the autocast of the config. The loss is a
-            mean over samples, or divides by what the batch brings for that; it must change no state, as a step may have several
-            parts. Metrics with a slash in their name go to TensorBoard only.
-        evaluate: module in eval mode -> metrics on held-out data; None where there is none. Called in every process, and has
-            to return the same in all.
-        before_step: called with the number of the step, from 0, and the module before anything is computed, e.g. to set the
-            pruning strength.
-        on_step: called after each optimiser step with the number of steps done, the module and the step's metrics, means over
-            all parts, e.g. to steer the pruning gain. State that it keeps must live in the module's buffers or in `state`.
-        state: JSON-able values of the learner's own that checkpoints carry along (updated in place on resume).
-        card: JSON-able facts about the run as configured now, for the recipe's model card; not in checkpoints.
+        module: holds every trained parameter. It may hold more than the model, such as auxiliary heads.
+        batch: maps ``(step, rows)`` to the tensors of these samples, on the CPU. Steps count from 0; rows are positions in
+            the step's batch, 0 to ``samples_per_step - 1``. Must be a pure function. A tensor without dimensions is a number
+            by which the loss divides a sum (over the words of captions, for instance); it becomes its mean over all shares
+            of the batch.
+        loss: maps ``(module, batch, step)`` to a scalar loss and metrics. Runs under the autocast of the config. The loss is
+            a mean over samples, or divides by a number that the batch brings. It must not change any state, because a step
+            may have several shares. Metrics with a slash in their name go to TensorBoard only.
+        evaluate: maps the module, in eval mode, to metrics on held-out data; ``None`` where there is none. Called in every
+            process, and must return the same in all.
+        before_step: called before anything is computed, with the number of the step, from 0, and the module; sets the pruning
+            strength, for instance.
+        on_step: called after each optimiser step with the number of steps done, the module, and the metrics of the step as
+            means over all shares; steers the pruning gain, for instance. State that it keeps must live in the module's
+            buffers or in ``state``.
+        state: JSON values of the learner that checkpoints store; updated in place on resume.
+        card: JSON facts about the run as configured now, for the recipe's model card; not in checkpoints.
         samples_per_step: size of a step's batch over all processes.
-        sample_name: plural noun for it.
-        padding: tensors of a batch that are padded in their last dimension, and with what: all parts are padded to the longest.
+        sample_name: plural noun for the samples.
+        padding: names of the tensors of a batch that are padded in their last dimension, to the longest of all shares, and
+            the value to pad with.
     """
 
     module: nn.Module
@@ -74,7 +77,15 @@ class Learner:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run ended: steps done, last training metrics, last evaluation, seconds of this call, checkpoint."""
+    """Where a run ended.
+
+    Attributes:
+        steps: number of steps done.
+        metrics: last training metrics.
+        evaluation: last metrics on held-out data.
+        seconds: duration of this call.
+        checkpoint: folder of the last checkpoint.
+    """
 
     steps: int
     metrics: dict[str, float]
@@ -93,27 +104,27 @@ def fit(
     progress: Progress | None = None,
     stop_after: int | None = None,
 ) -> TrainingResult:
-    """Train to `config.steps`, with checkpoints in a folder.
+    """Train to ``config.steps``, with checkpoints in a folder.
 
-    In a group of processes (:func:`madtp.processes.joined`) each takes its part of every batch; the first one writes.
+    In a group of processes (:func:`madtp.processes.joined`), each takes its shares of every batch, and the first one writes.
 
     Args:
         learner: see :class:`Learner`.
         config: see :class:`TrainingConfig`.
-        folder: checkpoints go to its subfolder `checkpoints`; all processes read it.
-        resume: go on from the folder's last checkpoint; without one, start from the beginning.
+        folder: checkpoints go to its subfolder ``checkpoints``; all processes read it.
+        resume: continue from the last checkpoint of the folder; without one, start from the beginning.
         device: torch device for module and batches.
-        progress: where numbers are shown; None shows them on the terminal.
-        stop_after: stop, with a checkpoint, once this many steps are done in all.
+        progress: where numbers are shown; ``None`` shows them on the terminal.
+        stop_after: total number of steps after which to stop, with a checkpoint.
 
     Raises:
-        ConfigError: the batch of a step cannot be divided over processes and micro batches, or something that the config asks
-            for is not there.
-        TrainingError: the loss is not finite, or the folder holds checkpoints and `resume` is off.
-        CheckpointError: the checkpoint to resume from is unusable.
+        ConfigError: if the batch of a step cannot be divided over processes and micro batches, or if the config asks for
+            something that is not available.
+        TrainingError: if the loss is not finite, or if the folder holds checkpoints and ``resume`` is off.
+        CheckpointError: if the checkpoint to resume from is unusable.
     """
     processes = current()
-    parts = Parts(learner.samples_per_step, processes, config.accumulate, config.seed)
+    shares = BatchShares(learner.samples_per_step, processes, config.accumulate, config.seed)
     checkpoints = folder / "checkpoints"
     found = last_checkpoint(checkpoints)
     if len(set(processes.gather(found and found.name))) > 1:
@@ -136,7 +147,17 @@ def fit(
     stop = min(config.steps, stop_after or config.steps)
     board = progress if progress and processes.main else Progress(quiet=not processes.main)
     writer = TensorBoard(folder, start) if config.tensorboard and processes.main else None
-    loop = _Loop(learner, config, checkpoints, parts, optimisers, board, writer, torch.device(device), found)
+    loop = _Loop(
+        learner=learner,
+        config=config,
+        checkpoints=checkpoints,
+        shares=shares,
+        optimisers=optimisers,
+        board=board,
+        writer=writer,
+        device=torch.device(device),
+        saved=found,
+    )
     began = time.perf_counter()
     try:
         with board.running(start, config.steps, learner.samples_per_step, learner.sample_name):
@@ -159,7 +180,7 @@ def _checkpoint_pruned(module: nn.Module) -> None:
 
 
 class _Loss(nn.Module):
-    """The learner's loss as a forward, which is what DistributedDataParallel watches."""
+    """The learner's loss as a module, since DistributedDataParallel wraps a forward."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
@@ -171,13 +192,13 @@ class _Loss(nn.Module):
 
 
 def _parallel(loss: _Loss) -> DistributedDataParallel:
-    # Newer versions of torch have another name for it.
+    # Newer versions of torch have renamed the argument.
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    # A step may leave parameters without gradient: an auxiliary head, say, or a tower that this phase does not train.
-    # Buffers stay equal without help: they depend on weights and on what was gathered from all processes.
-    options: dict[str, Any] = {"find_unused_parameters": True, buffers: False}
-    return DistributedDataParallel(loss, **options)
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # A step may leave parameters without gradient: those of an auxiliary head, or of a tower that this phase does not train.
+    # Buffers need no synchronisation: they depend on weights and on what was gathered from all processes.
+    parallel: Callable[..., DistributedDataParallel] = DistributedDataParallel
+    return parallel(loss, find_unused_parameters=True, **{sync_buffers: False})
 
 
 @dataclass
@@ -185,7 +206,7 @@ class _Loop:
     learner: Learner
     config: TrainingConfig
     checkpoints: Path
-    parts: Parts
+    shares: BatchShares
     optimisers: list[torch.optim.Optimizer]
     board: Progress
     writer: TensorBoard | None
@@ -197,10 +218,10 @@ class _Loop:
     def __post_init__(self) -> None:
         self.module = self.learner.module
         loss = _Loss(self.learner)
-        self.loss: nn.Module = _parallel(loss) if self.parts.processes.size > 1 else loss
+        self.loss: nn.Module = _parallel(loss) if self.shares.processes.size > 1 else loss
 
     def run(self, start: int, stop: int) -> None:
-        config, writes = self.config, self.parts.processes.main
+        config, writes = self.config, self.shares.processes.main
         self.module.train()
         for step, batches in enumerate(prefetch(self._batches, start, stop), start):
             metrics = self._step(step, [{name: x.to(self.device) for name, x in one.items()} for one in batches])
@@ -217,26 +238,32 @@ class _Loop:
             if _due(done, config.checkpoint_every) or last:
                 self.saved = self.checkpoints / checkpoint_name(done)
                 if writes:
-                    state, keep = self.learner.state, config.keep_checkpoints
-                    write_checkpoint(self.checkpoints, done, self.module, self.optimisers, state, keep)
+                    write_checkpoint(
+                        self.checkpoints,
+                        done,
+                        self.module,
+                        optimisers=self.optimisers,
+                        extra=self.learner.state,
+                        keep=config.keep_checkpoints,
+                    )
 
     def _batches(self, step: int) -> list[Batch]:
-        return [self.learner.batch(step, rows) for _, rows in self.parts.own()]
+        return [self.learner.batch(step, share.rows) for share in self.shares.local()]
 
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float | Tensor]:
         rate = learning_rate_at(step, self.config)
         set_learning_rate(self.optimisers, rate / self.config.learning_rate)
         self.module.zero_grad(set_to_none=True)
-        self.parts.reseed(step)
+        self.shares.reseed(step)
         if self.learner.before_step:
             self.learner.before_step(step, self.module)
-        alike = self.parts.alike(batches, self.learner.padding)
+        equal = self.shares.equalise(batches, self.learner.padding)
         found: list[Metrics] = []
-        for (part, _), batch in zip(self.parts.own(), alike, strict=True):
-            self.parts.reseed(step, part)
-            with self._apart(len(found) + 1 < len(alike)):
+        for share, batch in zip(self.shares.local(), equal, strict=True):
+            self.shares.reseed(step, share.number)
+            with nullcontext() if len(found) + 1 == len(equal) else self._unsynchronised():
                 found.append(self._backward(step, batch))
-        metrics = self.parts.mean(found, self.device)
+        metrics = self.shares.mean(found, self.device)
         self._check(step, rate, float(metrics["loss"]))
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
@@ -245,21 +272,21 @@ class _Loop:
         return {**metrics, "lr": rate}
 
     def _backward(self, step: int, batch: Batch) -> dict[str, float | Tensor]:
-        """Add a part's gradients; its metrics."""
-        with for_gradients(self.device, self._low):
+        """Add the gradients of a share; return its metrics."""
+        with training_kernels(self.device, bfloat16=self._bfloat16):
             with self._autocast():
                 loss, metrics = self.loss(batch, step)
             (loss / self.config.accumulate).backward()
         return {"loss": loss.detach(), **metrics}
 
-    def _apart(self, more: bool) -> AbstractContextManager[Any]:
-        """Around a part after which ``more`` follow: gradients are averaged over processes with those of the last one."""
-        return self.loss.no_sync() if more and isinstance(self.loss, DistributedDataParallel) else nullcontext()
+    def _unsynchronised(self) -> AbstractContextManager[object]:
+        """Context of every share but the last, with whose gradients those of all are averaged over processes."""
+        return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()
 
     def _check(self, step: int, rate: float, loss: float) -> None:
         if loss - loss == 0:  # neither infinite nor NaN
             return
-        where = f"resume from {self.saved}" if self.saved else "there is no checkpoint yet; start again"
+        where = f"resume from {self.saved}" if self.saved else "there is no checkpoint yet, so start again"
         raise TrainingError(
             f"the loss of step {step} is {loss} at learning rate {rate:.2e}; {where} with a lower "
             "learning rate, a longer warm-up or precision float32"
@@ -267,8 +294,8 @@ class _Loop:
 
     def _evaluate(self, done: int) -> None:
         assert self.learner.evaluate is not None
-        self.parts.reseed(done)
-        with without_gradients(), self._autocast():
+        self.shares.reseed(done)
+        with inference_kernels(), self._autocast():
             self.module.eval()
             self.evaluation = self.learner.evaluate(self.module)
             self.module.train()
@@ -279,11 +306,11 @@ class _Loop:
         return [self.board] if self.writer is None else [self.board, self.writer]
 
     @property
-    def _low(self) -> bool:
+    def _bfloat16(self) -> bool:
         return precision_on(self.device, self.config.precision) == "bfloat16"
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._low else nullcontext()
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._bfloat16 else nullcontext()
 
 
 def _due(done: int, every: int) -> bool:

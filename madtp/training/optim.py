@@ -15,17 +15,18 @@ _LEAST_MUON_SIDE = 32
 
 
 def make_optimisers(module: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimisers over the parameters that want a gradient.
+    """Return the optimisers over the parameters that require a gradient.
 
-    "adamw" is one AdamW; vectors and scalars are not decayed. "muon" gives the weights of Linear layers (but the
-    narrowest, which are heads) to Muon, at `muon_factor` times the learning rate, and the rest to AdamW.
+    ``"adamw"`` is one AdamW, without weight decay for vectors and scalars. ``"muon"`` gives the weights of Linear layers to
+    Muon, at ``muon_factor`` times the learning rate, and the rest to AdamW. The narrowest Linear layers are heads, and stay
+    with AdamW.
 
     Raises:
-        TrainingError: no parameter wants a gradient.
+        TrainingError: if no parameter requires a gradient.
     """
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not wanted:
-        raise TrainingError(f"no parameter of {type(module).__name__} wants a gradient; nothing can be trained")
+        raise TrainingError(f"no parameter of {type(module).__name__} requires a gradient, so nothing can be trained")
     made: list[torch.optim.Optimizer] = []
     if config.optimiser == "muon" and (matrices := _matrices(module)):
         made.append(

@@ -1,4 +1,4 @@
-"""Which precision a device trains fastest in: :func:`precision_on`."""
+"""The precision in which a device trains fastest: :func:`precision_on`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import torch
 
 
 def precision_on(device: torch.device, wanted: str) -> str:
-    """What "auto" means on a device; what else is wanted is returned as it is.
+    """Resolve ``"auto"`` for a device; other values are returned unchanged.
 
-    A CPU that has to emulate products of bfloat16 takes twice as long at them as at float32; one with AMX or AVX512_BF16 is
-    several times as fast.
+    A CPU that has to emulate products in bfloat16 takes twice as long as in float32; one with AMX or AVX512_BF16 is several
+    times as fast.
 
     Args:
-        device: that trains.
-        wanted: "auto", "float32" or "bfloat16".
+        device: the device that trains.
+        wanted: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+
+    Returns:
+        ``"float32"`` or ``"bfloat16"``.
     """
     if wanted != "auto":
         return wanted
@@ -25,6 +28,6 @@ def precision_on(device: torch.device, wanted: str) -> str:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16."""
+    """Whether the processor has instructions for products in bfloat16."""
     asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(has() for has in asked if has is not None)

@@ -1,8 +1,7 @@
-"""Run a recipe from a config: what `madtp train` calls.
+"""Run a recipe from a config: :func:`train`, which ``madtp train`` and ``madtp compress`` call.
 
-    train(config, output, *, resume=False, device="cpu", progress=None) -> TrainingResult
-
-A config file (TOML or JSON) names a recipe module and holds a table of settings for the engine and one for the recipe:
+A config file (TOML or JSON) names a recipe module and holds two tables of settings, one for the engine and one for the
+recipe::
 
     recipe = "zoo.recipes.nlvr_scenes"
     [training]
@@ -10,9 +9,7 @@ A config file (TOML or JSON) names a recipe module and holds a table of settings
     [settings]
     pairs_per_step = 64
 
-The recipe module has `build(settings: dict, training: TrainingConfig) -> Learner` and
-`finish(learner: Learner, result: TrainingResult, output: Path) -> None`, which writes what the run is for, in one process
-alone.
+The recipe module has the functions of :class:`Recipe`.
 """
 
 from __future__ import annotations
@@ -42,16 +39,21 @@ LearnerT = TypeVar("LearnerT", bound=Learner)
 
 
 class Recipe(Protocol[LearnerT]):
-    """What a recipe module offers. ``finish`` gets the very object that ``build`` returned: a recipe that needs more there
-    returns a subclass of :class:`~madtp.training.engine.Learner` with fields of its own."""
+    """What a recipe module offers.
 
-    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> LearnerT: ...
+    :meth:`finish` gets the very object that :meth:`build` returned. A recipe that needs more there returns a subclass of
+    :class:`~madtp.training.engine.Learner` with fields of its own.
+    """
 
-    def finish(self, learner: LearnerT, result: TrainingResult, output: Path) -> None: ...
+    def build(self, settings: Mapping[str, Any], training: TrainingConfig) -> LearnerT:
+        """Make the learner, from the recipe's own settings and those of the engine."""
+
+    def finish(self, learner: LearnerT, result: TrainingResult, output: Path) -> None:
+        """Write what the run is for. Called once the last step is done, in one process only."""
 
 
 def train(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, object],
     output: str | Path,
     *,
     resume: bool = False,
@@ -59,22 +61,22 @@ def train(
     progress: Progress | None = None,
     stop_after: int | None = None,
 ) -> TrainingResult:
-    """Train as a config says; everything that the run writes goes below `output`.
+    """Train as a config says, and write everything below ``output``.
 
-    Started by torchrun or accelerate in several processes, they divide every batch among them, and the first one writes.
+    If torchrun or accelerate started several processes, they divide every batch among them, and the first one writes.
 
     Args:
         config: path of a TOML or JSON file, or its content.
         output: folder for checkpoints, the finished weights and their model card.
-        resume: go on from the last checkpoint in `output`.
-        device: torch device; "cuda" in several processes is the GPU of each.
-        progress: where numbers are shown; None shows them on the terminal.
-        stop_after: stop after this many steps in all, leaving a checkpoint to resume from.
+        resume: continue from the last checkpoint in ``output``.
+        device: torch device; with several processes, ``"cuda"`` is the GPU of each.
+        progress: where numbers are shown; ``None`` shows them on the terminal.
+        stop_after: total number of steps after which to stop, with a checkpoint to resume from.
 
     Raises:
-        ConfigError: the config cannot be read, or holds what the recipe does not know.
-        TrainingError: training went wrong; the message says from where it can be resumed.
-        CheckpointError: the checkpoint to resume from is unusable.
+        ConfigError: if the config cannot be read, or holds something that the recipe does not know.
+        TrainingError: if training fails; the message says where to resume.
+        CheckpointError: if the checkpoint to resume from is unusable.
     """
     content = read_config(config)
     training = TrainingConfig.from_dict(content.get("training", {}))
@@ -88,19 +90,20 @@ def train(
     return result
 
 
-def read_config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's content, checked for its outer form.
+def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
+    """Read a config and check its outermost level.
 
     Raises:
-        ConfigError: no such file, not TOML or JSON, an unknown table, or no recipe.
+        ConfigError: if the file does not exist or is neither TOML nor JSON, if a table is unknown, or if no recipe is named.
     """
-    content, where = (
-        (dict(config), "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
-    )
+    if isinstance(config, Mapping):
+        content, where = dict(config), "the config"
+    else:
+        content, where = _parse(Path(config)), str(config)
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):
-        raise ConfigError(f'{where} names no recipe; write recipe = "zoo.recipes.nlvr_scenes", say')
+        raise ConfigError(f'{where} names no recipe; add a line such as recipe = "zoo.recipes.nlvr_scenes"')
     return content
 
 
@@ -123,5 +126,5 @@ def _recipe(name: str) -> Recipe[Learner]:
             raise
         raise ConfigError(f"there is no recipe module {name!r}") from error
     if missing := [part for part in ("build", "finish") if not hasattr(module, part)]:
-        raise ConfigError(f"the module {name!r} is no recipe: it has no {' and no '.join(missing)}")
+        raise ConfigError(f"the module {name!r} is not a recipe: it has no {' and no '.join(missing)}")
     return cast(Recipe[Learner], module)

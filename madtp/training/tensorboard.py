@@ -1,4 +1,4 @@
-"""Numbers of a run as TensorBoard reads them: :class:`TensorBoard`. Needs the extra `tensorboard`."""
+"""Numbers of a run for TensorBoard: :class:`TensorBoard`. Needs the extra ``tensorboard``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from madtp.errors import ConfigError
 
 
 class TensorBoard:
-    """Writes scalars below a folder, for `tensorboard --logdir FOLDER`.
+    """Writes scalars below a folder, for ``tensorboard --logdir FOLDER``.
 
     Args:
-        folder: of the run; the files go to its subfolder `tensorboard`.
-        start: steps done; what an earlier, interrupted run wrote about later ones is discarded.
+        folder: folder of the run; the files go to its subfolder ``tensorboard``.
+        start: number of steps done. Whatever an interrupted run wrote about later steps is discarded.
 
     Raises:
-        ConfigError: TensorBoard is not installed.
+        ConfigError: if TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
@@ -29,15 +29,15 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def show(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a step: `train/NAME`, or the name alone where it has a slash."""
+        """Write the metrics of a step as ``train/NAME``; a name with a slash is used as it is."""
         for name, value in metrics.items():
             self._writer.add_scalar(name if "/" in name else f"train/{name}", value, done)
 
     def show_evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Write a held-out evaluation: `held out/NAME`."""
+        """Write the metrics of a held-out evaluation as ``held out/NAME``."""
         for name, value in metrics.items():
             self._writer.add_scalar(f"held out/{name}", value, done)
 
     def close(self) -> None:
-        """Write all to disk."""
+        """Write everything to disk."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""`benchmarks/pareto.py`: results of finished runs are kept, printed and drawn."""
+"""``benchmarks/pareto.py``: results of finished runs are kept, printed and drawn."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A training step of the full-size BLIP-NLVR model at batch 2 on the CPU; prints peak memory. Run by
-`tests/madtp/programs/test_checkpointing.py`, and by hand: `python tests/support/full_size_step.py [--checkpointing]`."""
+"""Run a training step of the full-size BLIP-NLVR model at batch 2 on the CPU, and print its peak memory.
+
+``tests/madtp/programs/test_checkpointing.py`` runs it. By hand: ``python tests/support/full_size_step.py [--checkpointing]``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import zoo
 
 
 def peak() -> float:
-    """Largest resident memory so far, GiB."""
+    """Return the largest resident memory so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

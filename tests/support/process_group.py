@@ -1,7 +1,7 @@
-"""Functions run in several processes of one torch.distributed group: :func:`run_workers`.
+"""Run a function in several processes of one torch.distributed group: :func:`run_workers`.
 
-The processes meet in a file, so no port is needed. None outlives the call: what has not ended in time, or has lost one of
-the others, is killed with all that it started.
+The processes meet in a file, so no port is needed. None outlives the call: a process that has not ended in time, or that has
+lost one of the others, is killed with everything that it started.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.05
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a child process that finds what this one finds, on one thread."""
+    """Environment of a child process that imports what this one imports, on one thread."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
 
@@ -32,9 +32,15 @@ def environment(**more: str) -> dict[str, str]:
 def run_workers(
     function: Callable[..., Any], folder: Path, size: int = 2, timeout: float = 120.0, **options: Any
 ) -> list[Any]:
-    """What each of `size` processes returns of `function`, a function of a module, called with `folder` and `options`.
+    """Call a function in ``size`` processes, and return the results by rank.
 
-    What it returns has to consist of tensors and plain values.
+    Args:
+        function: top-level function of a module; called with ``folder`` and ``options``. Its result has to consist of
+            tensors and plain values.
+        folder: where the processes meet and write.
+        size: number of processes.
+        timeout: seconds after which all are killed.
+        options: keyword arguments of the function.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(
@@ -49,8 +55,8 @@ def run_workers(
     return [torch.load(folder / f"result-{rank}.pt") for rank in range(size)]
 
 
-def watch(children: list[subprocess.Popen[Any]], timeout: float, logs: Any) -> None:
-    """Wait until all have ended well; kill all and fail as soon as one has not, or time is up."""
+def watch(children: list[subprocess.Popen[bytes]], timeout: float, logs: Callable[[], str]) -> None:
+    """Wait until all have succeeded; kill all and fail as soon as one fails or time is up."""
     end = time.monotonic() + timeout
     try:
         while any(child.poll() is None for child in children):
@@ -64,8 +70,8 @@ def watch(children: list[subprocess.Popen[Any]], timeout: float, logs: Any) -> N
     assert not any(child.returncode for child in children), logs()
 
 
-def kill(child: subprocess.Popen[Any]) -> None:
-    """Kill a child that leads a session, and all that it has started."""
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child that leads a session, and everything that it has started."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()

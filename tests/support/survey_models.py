@@ -1,4 +1,4 @@
-"""A source of models for tests of the survey: `build(name)` as the runner wants it."""
+"""A source of models for tests of the survey: :func:`build`, as the runner calls it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Half(nn.Module):
 
 
 class Coupled(nn.Module):
-    """Around a tower, what is computed for a single sample is not what a batch has."""
+    """Computes something else for a single sample than for a batch, around a tower."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Shuffled(nn.Module):
 
 
 class Language(nn.Module):
-    """Causal text of which each position is predicted, with a mood that the text does not tell, if one is given."""
+    """Predicts each position of a causal text, given an optional mood besides the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Language(nn.Module):
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its inputs; some names misbehave."""
+    """Return the model of this name and its inputs; some names misbehave."""
     if name == "missing":
         raise LookupError("no such model")
     if name in ("language", "beside"):

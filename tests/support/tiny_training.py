@@ -1,4 +1,4 @@
-"""A compression of two small towers, in double precision so that orders of summation hardly show: :func:`learner`."""
+"""A compression of two small towers: :func:`learner`. Double precision makes the order of summation hardly matter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from two_towers import TwoTowers
 import madtp
 from madtp.pruned import PrunedModel
 from madtp.training import Learner, TrainingConfig, TrainingResult, fit
-from madtp.training.compression import Budget, Steering, divergence, strength, teach_alike
+from madtp.training.compression import Budget, Steering, distillation_loss, pruning_metrics, teach_in_all_processes
 from madtp.training.progress import Progress
 
 SAMPLES = 8
@@ -33,7 +33,7 @@ def config(**changes: Any) -> TrainingConfig:
 
 
 def towers(dropout: float = 0.0) -> nn.Module:
-    """Weights are drawn from a fixed seed."""
+    """Return two small towers, with weights drawn from a fixed seed."""
     torch.manual_seed(3)
     model = lively(TwoTowers(batch_first=True, norm_first=True, mean=False)).double()
     for module in model.modules():
@@ -45,7 +45,7 @@ def towers(dropout: float = 0.0) -> nn.Module:
 
 
 def samples(step: int, rows: range) -> dict[str, Tensor]:
-    """Images, texts of different lengths, labels, and what words should be counted."""
+    """Images, texts of different lengths, labels, and the number of words by which a loss divides."""
     found = []
     for row in rows:
         generator = torch.Generator().manual_seed(1000 * step + row)
@@ -64,8 +64,8 @@ def samples(step: int, rows: range) -> dict[str, Tensor]:
     }
 
 
-class Pupil(nn.Module):
-    """The pruned towers, a head on words, and one that no step uses."""
+class Student(nn.Module):
+    """The pruned towers, a head on words, and a head that no step uses."""
 
     def __init__(self, pruned: PrunedModel) -> None:
         super().__init__()
@@ -92,32 +92,32 @@ def _rewritten(dropout: float) -> PrunedModel:
 
 
 def rewritten(dropout: float = 0.0) -> PrunedModel:
-    """The pruned towers; made once in a process, as captures take most of the time."""
+    """The pruned towers; rewritten once in a process, as captures take most of the time."""
     return copy.deepcopy(_rewritten(dropout))
 
 
 def learner(steps: int, dropout: float = 0.0, distil: float = 0.0, teach_every: int = 0) -> Learner:
-    """The loss has a mean over samples, a mean over all words, the alignment loss and, if asked, distillation."""
+    """A learner with a mean over samples, a mean over all words, the alignment loss and, if asked, distillation."""
     pruned = rewritten(dropout)
     torch.manual_seed(4)
-    pupil = Pupil(pruned)
+    student = Student(pruned)
     teacher = towers().eval().requires_grad_(False)
     state: dict[str, Any] = {}
     steering = Steering(pruned, Budget(reduction=0.5, start_reduction=0.1, rate=0.5), steps, state)
 
     def loss(module: nn.Module, batch: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        assert isinstance(module, Pupil)
+        assert isinstance(module, Student)
         inputs = {name: batch[name] for name in INPUTS}
         found = module.pruned(**inputs)["score"]
         task = F.mse_loss(found, batch["wanted"])
         align = module.pruned.alignment_loss()
         words = (module.words(batch["input_ids"]).squeeze(-1) ** 2 * batch["attention_mask"]).sum() / batch["words"]
         total = task + 0.3 * align + words
-        metrics = {"task": task.detach(), "align": align.detach(), **strength(module.pruned)}
+        metrics = {"task": task.detach(), "align": align.detach(), **pruning_metrics(module.pruned)}
         if distil:
             with torch.no_grad():
                 dense = teacher(**inputs)["score"]
-            distance = divergence(torch.stack([found, -found], 1), torch.stack([dense, -dense], 1))
+            distance = distillation_loss(torch.stack([found, -found], 1), torch.stack([dense, -dense], 1))
             total = total + distil * distance
             metrics["distil"] = distance.detach()
         return total, metrics
@@ -125,10 +125,10 @@ def learner(steps: int, dropout: float = 0.0, distil: float = 0.0, teach_every: 
     def before_step(step: int, module: nn.Module) -> None:
         steering.before_step(step)
         if teach_every and step % teach_every == 0:
-            teach_alike(pruned, lambda: [tuple(samples(step, range(4))[name] for name in INPUTS)], steps=3)
+            teach_in_all_processes(pruned, lambda: [tuple(samples(step, range(4))[name] for name in INPUTS)], steps=3)
 
     return Learner(
-        pupil,
+        student,
         samples,
         loss,
         before_step=before_step,
@@ -140,7 +140,7 @@ def learner(steps: int, dropout: float = 0.0, distil: float = 0.0, teach_every: 
 
 
 def trained(folder: Path, dropout: float = 0.0, resume: bool = False, stop: int | None = None, **changes: Any) -> Any:
-    """What a run ends with: gradients of its last step, weights, steering, metrics."""
+    """Train, and return the gradients of the last step, the weights, the state of the learner and the metrics."""
     settings = config(**changes)
     made = learner(settings.steps, dropout)
     result = fit(made, settings, folder / "run", progress=QUIET, resume=resume, stop_after=stop)
@@ -154,11 +154,11 @@ def trained(folder: Path, dropout: float = 0.0, resume: bool = False, stop: int 
 
 
 def build(settings: Mapping[str, Any], training: TrainingConfig) -> Learner:
-    """As a recipe."""
+    """Build the learner, as a recipe does."""
     return learner(training.steps, **settings)
 
 
 def finish(learner: Learner, result: TrainingResult, output: Path) -> None:
-    """As a recipe: the last weights and what was steered."""
+    """Write the last weights and the state of the learner, as a recipe does."""
     save_file({name: value.contiguous() for name, value in learner.module.state_dict().items()}, output / WEIGHTS)
     (output / "state.json").write_text(json.dumps(learner.state))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.errors import DataError
-from madtp.training.kernels import without_gradients
+from madtp.training.attention_kernels import inference_kernels
 from zoo.blip.retrieval import RetrievalOutput
 from zoo.blip.surviving_tokens import aside, surviving_tokens
 
@@ -122,7 +122,7 @@ def matching_distance(
         raise DataError("the distance of matching needs calls of both models with images and texts.")
     every = torch.arange(len(input_ids), device=input_ids.device)
     wrong = _draw(_similar(wanted), every[:, None] == every)
-    with without_gradients():
+    with inference_kernels():
         told = _matched(dense, wanted.image_tokens, input_ids[wrong], attention_mask[wrong], None)
     texts, images = torch.cat([every, wrong]), torch.cat([every, every])
     tokens, left = surviving_tokens(model, "visual_encoder", found.image_tokens, LENGTHS)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from madtp.errors import DataError
 from madtp.pruned import PrunedModel
-from madtp.training.compression import divergence
-from madtp.training.kernels import without_gradients
-from madtp.training.parts import Batch
+from madtp.training.attention_kernels import inference_kernels
+from madtp.training.batch_shares import Batch
+from madtp.training.compression import distillation_loss
 
 Metrics = dict[str, float | Tensor]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -81,7 +81,7 @@ class Objective(ABC, Generic[ModelT, OutputT]):
             batch: The whole batch.
             output: What the student returned in its last call, for the batch's :meth:`inputs`.
         """
-        with without_gradients():
+        with inference_kernels():
             target: OutputT = teacher(**self.inputs(batch))
         return self.distance_to_teacher(student, teacher, batch, output=output, target=target)
 
@@ -93,8 +93,8 @@ class Objective(ABC, Generic[ModelT, OutputT]):
         return self.distance(output, target)
 
     def distance(self, output: OutputT, target: OutputT) -> Tensor:
-        """Return how far outputs are from those of the teacher, a scalar: the divergence of their logits."""
-        return divergence(self.logits(output).flatten(0, -2), self.logits(target).flatten(0, -2))
+        """Return how far outputs are from those of the teacher, a scalar: the distillation_loss of their logits."""
+        return distillation_loss(self.logits(output).flatten(0, -2), self.logits(target).flatten(0, -2))
 
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
         """Return the MACs of the last forward, pruned and dense, for one text about one image."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.caption import BlipCaption, CaptionOutput
 from zoo.blip.losses import SMOOTHING, answer_loss, next_token_losses
 from zoo.blip.matching import Matcher, matching_loss

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.pruned import PrunedModel
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.surviving_tokens import surviving_mask
 from zoo.objectives.auxiliary_heads import PatchHeads, faded
 from zoo.objectives.base import FEATURE_WEIGHT, Metrics, ModelT, Objective, OutputT

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.caption import BlipCaption
 from zoo.blip.config import BlipConfig
 from zoo.blip.losses import next_token_losses

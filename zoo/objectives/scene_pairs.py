@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from madtp.errors import DataError
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.matching import Matcher, matching_distance, matching_loss
 from zoo.blip.retrieval import BlipRetrieval, RetrievalOutput
 from zoo.clip.model import Clip, ClipOutput

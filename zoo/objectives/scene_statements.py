@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from madtp.training.parts import Batch
+from madtp.training.batch_shares import Batch
 from zoo.blip.nlvr import BlipNlvr
 from zoo.metrics import accuracy, accuracy_by_kind
 from zoo.objectives.auxiliary_heads import PatchHeads, StatementHeads, faded, statement_losses

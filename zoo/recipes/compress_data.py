@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import zoo
 from madtp.errors import ConfigError
 from madtp.evaluation import Task, evaluate
+from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import TrainingResult
-from madtp.training.parts import Batch
 from zoo.datasets.records import DataSet
 from zoo.objectives.paper import AnyPaperObjective, ContrastSettings, paper_objective
 from zoo.recipes.compression import CompressionLearner, SampleSource, compression_learner, finish_compression

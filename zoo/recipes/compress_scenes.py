@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import zoo
+from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import TrainingResult
-from madtp.training.parts import Batch
 from zoo.objectives.scenes import PADDING, AnySceneObjective, scene_objective
 from zoo.recipes.compression import CompressionLearner, SampleSource, compression_learner, finish_compression
 from zoo.recipes.compression_settings import CompressionSettings

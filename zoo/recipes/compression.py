@@ -21,10 +21,10 @@ import madtp
 import zoo
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.training.compression import Steering, strength, teach_alike
+from madtp.training.batch_shares import Batch
+from madtp.training.compression import Steering, pruning_metrics, teach_in_all_processes
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner
-from madtp.training.parts import Batch
 from madtp.tuning.calibration import CalibrationResult
 from zoo.objectives.base import AnyObjective, Metrics
 from zoo.recipes.compression_settings import CompressionSettings
@@ -95,7 +95,9 @@ def compression_learner(
                     yield {name: value.to(device) for name, value in inputs.items()}
 
             with torch.autocast(device.type, enabled=False):
-                taught = teach_alike(pruned, calls, objective=objective.certainty, steps=settings.teaching_steps)
+                taught = teach_in_all_processes(
+                    pruned, calls, objective=objective.certainty, steps=settings.teaching_steps
+                )
             state.setdefault(TEACHING, asdict(taught))
 
     def loss(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
@@ -171,7 +173,7 @@ def compression_loss(
     """
     output: object = pruned(**objective.inputs(batch))
     # An objective may call the model again; this is the call whose MACs and alignment count.
-    measured = strength(pruned, objective.macs(pruned))
+    measured = pruning_metrics(pruned, objective.macs(pruned))
     alignment = pruned.alignment_loss() if settings.alignment_weight and _aligns(pruned) else None
     distance = None if teacher is None else objective.distillation(pruned, teacher, batch, output)
     total, metrics = objective.losses(pruned, batch, output, progress)

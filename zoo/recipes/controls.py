@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 import madtp
 import zoo
+from madtp.training.batch_shares import Batch, Metrics
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, fit
-from madtp.training.parts import Batch, Metrics
 from madtp.training.progress import Progress
 from zoo.recipes import compress_scenes
 from zoo.recipes.compress_scenes import CompressSceneSettings, objective_of, scene_source, write_pruned

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import zoo
 from madtp.errors import ConfigError
+from madtp.training.batch_shares import Batch, Metrics
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
-from madtp.training.parts import Batch, Metrics
 from zoo.objectives.scene_statements import StatementObjective
 from zoo.objectives.scenes import PADDING, AnyDenseObjective, dense_scene_objective
 from zoo.recipes.model_card import measure_task, write_release

@@ -13,8 +13,8 @@ from torch import nn
 import madtp
 import zoo
 from madtp.errors import ConfigError
-from madtp.evaluation import Evaluation, Parts, Task, evaluate
-from madtp.evaluation.parts import write_json
+from madtp.evaluation import Evaluation, PartialResults, Task, evaluate
+from madtp.evaluation.partial_results import write_json
 from madtp.evaluation.run import batches
 from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
@@ -133,14 +133,14 @@ def _evaluate(
     annotations = settings.annotations
     task = _task(settings, dense, settings.split, limit=settings.limit, annotations=annotations, device=device)
     setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
-    parts = Parts(output.with_name(output.name + PARTS), setup)
+    parts = PartialResults(output.with_name(output.name + PARTS), setup)
     processes.wait()  # a folder that another process begins to fill would not look like that of an evaluation
     model = _load(settings).to(device)
     if settings.reduction is not None:
         model = _prune(settings, dense, model, parts=parts, processes=processes, device=device)
     begin(len(task.stages) * sum(map(len, processes.share(batches(task, settings.batch_size)))))
     size = settings.batch_size
-    found = evaluate(model, task, batch_size=size, parts=parts, advance=advance, processes=processes)
+    found = evaluate(model, task, batch_size=size, partial_results=parts, advance=advance, processes=processes)
     content = _content(settings, task, model, found)
     if per_sample:
         content["per_sample"] = list(found.samples)
@@ -189,7 +189,7 @@ def _prune(
     dense: nn.Module,
     model: nn.Module,
     *,
-    parts: Parts,
+    parts: PartialResults,
     processes: Processes,
     device: torch.device,
 ) -> PrunedModel:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from madtp.evaluation.meter import compared_with
+from madtp.evaluation.compute_meter import override_dense_macs
 from madtp.evaluation.task import Result
 from madtp.pruned import PrunedModel
 from zoo.blip.matching import LEFT_OUT, Matcher, match
@@ -219,7 +219,7 @@ class Matching:
         self._encode(model, [image for image, _ in pairs])
         tokens, mask = _padded([self.encoded[image] for image, _ in pairs], fullest)
         texts = self.task.texts([self.task.captions[caption] for _, caption in pairs])
-        with compared_with(self._dense_macs(model, texts)):
+        with override_dense_macs(self._dense_macs(model, texts)):
             logits = match(
                 cast(Matcher, model), tokens.to(self.task.device), **texts, image_mask=mask.to(self.task.device)
             )

@@ -1,4 +1,4 @@
-"""`madtp convert`, and checkpoints of the MADTP authors' code as pruned models."""
+"""``madtp convert``, and checkpoints of the MADTP authors' code as pruned models."""
 
 from __future__ import annotations
 

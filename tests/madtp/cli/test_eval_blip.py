@@ -1,4 +1,4 @@
-"""`madtp eval` of BLIP for retrieval, captions and questions, on small files in the published formats."""
+"""``madtp eval`` of BLIP for retrieval, captions and questions, on small files in the published formats."""
 
 from __future__ import annotations
 

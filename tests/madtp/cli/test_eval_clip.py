@@ -1,4 +1,4 @@
-"""`madtp eval` of CLIP, and of the mini models on scenes of their tasks."""
+"""``madtp eval`` of CLIP, and of the mini models on scenes of their tasks."""
 
 from __future__ import annotations
 

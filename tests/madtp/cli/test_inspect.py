@@ -1,4 +1,4 @@
-"""`madtp inspect`, and the models and example inputs that it finds."""
+"""``madtp inspect``, and the models and example inputs that it finds."""
 
 from __future__ import annotations
 

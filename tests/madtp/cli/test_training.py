@@ -1,4 +1,4 @@
-"""`madtp train` and `madtp compress`: what reaches the training run."""
+"""``madtp train`` and `madtp compress`: what reaches the training run."""
 
 from __future__ import annotations
 

@@ -72,18 +72,18 @@ class FakePruned(nn.Module):
 
 
 @pytest.fixture
-def contenders(monkeypatch: pytest.MonkeyPatch) -> list[models.Contender]:
+def entries(monkeypatch: pytest.MonkeyPatch) -> list[models.Entry]:
     fakes = [
-        models.Contender("dense", zoo.create("blip_nlvr_mini"), pruned=False),
-        models.Contender("pruned −50%", FakePruned((PATCHES // 2, PATCHES // 4), 50e6), pruned=True),
-        models.Contender("pruned −80%", FakePruned((9, 3), 20e6), pruned=True),
+        models.DenseEntry("dense", zoo.create("blip_nlvr_mini")),
+        models.PrunedEntry("pruned −50%", FakePruned((PATCHES // 2, PATCHES // 4), 50e6)),
+        models.PrunedEntry("pruned −80%", FakePruned((9, 3), 20e6)),
     ]
     monkeypatch.setattr(measure, "TIMING_ROUNDS", 2)
-    monkeypatch.setattr(run, "load_contenders", lambda folder: fakes)
+    monkeypatch.setattr(run, "load_models", lambda folder: fakes)
     return fakes
 
 
-def test_the_demo_measures_prints_and_draws(contenders: list[models.Contender], tmp_path: Path) -> None:
+def test_the_demo_measures_prints_and_draws(entries: list[models.Entry], tmp_path: Path) -> None:
     console = Console(record=True, width=130)
     result = run.run_demo(tmp_path, samples=40, seed=0, console=console)
     printed = console.export_text()
@@ -102,18 +102,18 @@ def test_the_demo_measures_prints_and_draws(contenders: list[models.Contender], 
     assert dense.milliseconds > 0
 
 
-def test_progress_advances_as_often_as_announced(contenders: list[models.Contender]) -> None:
+def test_progress_advances_as_often_as_announced(entries: list[models.Entry]) -> None:
     batches = [collate([SceneDataset("test", 4)[i] for i in pair]) for pair in ((0, 1), (2, 3))]
     calls = []
-    measure.measure(contenders, batches, lambda: calls.append(1))
-    assert len(calls) == measure.steps(len(contenders), len(batches))
+    measure.measure(entries, batches, lambda: calls.append(1))
+    assert len(calls) == measure.steps(len(entries), len(batches))
 
 
-def test_kept_patches_belong_to_the_image_they_are_shown_with(contenders: list[models.Contender]) -> None:
+def test_kept_patches_belong_to_the_image_they_are_shown_with(entries: list[models.Entry]) -> None:
     items = [SceneDataset("test", 3)[i] for i in range(3)]
-    examples = run.explain(contenders, items, collate(items))
+    examples = run.explain(entries, items, collate(items))
     for example in examples:
-        first, second = example.survivals[0].kept[0]
+        first, second = example.kept_patches[0].kept[0]
         assert first[: PATCHES // 2].all()
         assert not first[PATCHES // 2 :].any()
         assert second[PATCHES // 2 :].all()
@@ -134,10 +134,10 @@ def test_no_samples_is_refused(tmp_path: Path) -> None:
 
 def test_missing_weights_say_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"dense\.safetensors.*madtp train"):
-        models.load_contenders(tmp_path)
+        models.load_models(tmp_path)
     (tmp_path / "dense.safetensors").touch()
     with pytest.raises(CheckpointError, match="pruned models"):
-        models.load_contenders(tmp_path)
+        models.load_models(tmp_path)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from process_group import run_workers
 from torch import Tensor, nn
 
 from madtp.errors import CheckpointError, ConfigError
-from madtp.evaluation import Parts, Result, evaluate
+from madtp.evaluation import PartialResults, Result, evaluate
 from madtp.processes import current
 
 
@@ -80,10 +80,15 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_result(tmp_path: Path, 
     folder = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
         evaluate(
-            Doubling(), FakeTask((Doubled(fail_at=fail_at), Shares())), batch_size=2, parts=Parts(folder, {"a": 1})
+            Doubling(),
+            FakeTask((Doubled(fail_at=fail_at), Shares())),
+            batch_size=2,
+            partial_results=PartialResults(folder, {"a": 1}),
         )
     again = Doubled()
-    found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, parts=Parts(folder, {"a": 1}))
+    found = evaluate(
+        Doubling(), FakeTask((again, Shares())), batch_size=2, partial_results=PartialResults(folder, {"a": 1})
+    )
     assert [samples.start for samples in again.ran] == list(range(fail_at, 5, 2))
     assert (found.metrics, found.samples) == (whole.metrics, whole.samples)
 
@@ -93,8 +98,8 @@ def shared(folder: Path) -> dict[str, Any]:
     stages, own, done = (Doubled(), Shares()), current(), []
     plain = evaluate(Doubling(), FakeTask(stages), batch_size=2, processes=own, advance=done.append)
     again = Doubled()
-    parts = Parts(folder / "parts", {"a": 1})
-    found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, processes=own, parts=parts)
+    parts = PartialResults(folder / "parts", {"a": 1})
+    found = evaluate(Doubling(), FakeTask((again, Shares())), batch_size=2, processes=own, partial_results=parts)
     alike = (found.metrics, found.samples) == (plain.metrics, plain.samples)
     ran = [[places.start for places in first.ran] for first in (stages[0], again)]
     return {"metrics": plain.metrics, "samples": list(plain.samples), "alike": alike, "ran": ran, "done": done}
@@ -102,9 +107,9 @@ def shared(folder: Path) -> dict[str, Any]:
 
 def test_processes_share_batches_out_and_find_what_one_finds(tmp_path: Path) -> None:
     whole = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2)
-    parts = Parts(tmp_path / "parts", {"a": 1})
+    parts = PartialResults(tmp_path / "parts", {"a": 1})
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Doubling(), FakeTask((Doubled(fail_at=2), Shares())), batch_size=2, parts=parts)
+        evaluate(Doubling(), FakeTask((Doubled(fail_at=2), Shares())), batch_size=2, partial_results=parts)
     first, second = run_workers(shared, tmp_path)
     for found in (first, second):
         assert (found["metrics"], tuple(found["samples"])) == (whole.metrics, whole.samples)
@@ -115,24 +120,24 @@ def test_processes_share_batches_out_and_find_what_one_finds(tmp_path: Path) -> 
 
 
 def test_parts_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "p", {"model": "a", "sizes": (1, 2)})
+    parts = PartialResults(tmp_path / "p", {"model": "a", "sizes": (1, 2)})
     parts.put("x", {"results": []})
-    assert Parts(tmp_path / "p", {"model": "a", "sizes": [1, 2]}).get("x") == {"results": []}
+    assert PartialResults(tmp_path / "p", {"model": "a", "sizes": [1, 2]}).get("x") == {"results": []}
     with pytest.raises(CheckpointError, match=r"another evaluation \(model differ: 'a' there, 'b' here\)"):
-        Parts(tmp_path / "p", {"model": "b", "sizes": (1, 2)})
+        PartialResults(tmp_path / "p", {"model": "b", "sizes": (1, 2)})
     parts.remove()
     assert not (tmp_path / "p").exists()
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="no folder of an evaluation"):
-        Parts(tmp_path, {})
+    with pytest.raises(CheckpointError, match="not a folder of an evaluation"):
+        PartialResults(tmp_path, {})
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_part_is_named(tmp_path: Path, content: str) -> None:
-    parts = Parts(tmp_path / "p", {})
+    parts = PartialResults(tmp_path / "p", {})
     parts.put("x", {})
     (tmp_path / "p" / "x.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"x\.json is damaged"):
@@ -140,8 +145,8 @@ def test_a_damaged_part_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_nan_is_no_result_and_leaves_no_file(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "p", {})
-    with pytest.raises(CheckpointError, match="number that is none"):
+    parts = PartialResults(tmp_path / "p", {})
+    with pytest.raises(CheckpointError, match="would hold NaN or an infinite number"):
         parts.put("x", {"value": float("nan")})
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["setup.json"]
     assert json.loads((tmp_path / "p" / "setup.json").read_text()) == {}

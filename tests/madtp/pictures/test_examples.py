@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madtp.errors import DataError
-from madtp.pictures import Example, Measurement, Survival, draw_figure, fade_dropped, write_page
+from madtp.pictures import Example, KeptPatches, Measurement, draw_figure, fade_dropped, write_page
 from madtp.pictures.graph import COLOURS, draw_graph, drawn_edges, layered_positions, to_dot
 from madtp.pictures.page import format_macs, format_tokens
 
 
 def _example() -> Example:
     kept = tuple(torch.arange(16).expand(2, 16) < count for count in (12, 5, 2))
-    survival = Survival("pruned −80%", ("layer 1", "layer 2", "layer 3"), kept)
+    patches = KeptPatches("pruned −80%", ("layer 1", "layer 2", "layer 3"), kept)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    return Example("<b>is</b> it red?", True, images, (("dense", True), ("pruned −80%", False)), (survival,))
+    return Example("<b>is</b> it red?", True, images, (("dense", True), ("pruned −80%", False)), (patches,))
 
 
 MEASUREMENTS = (
@@ -53,8 +53,8 @@ def test_masks_that_do_not_tile_the_image_are_refused(patches: int, size: int) -
 
 @given(count=st.integers(1, 40), most=st.integers(1, 8))
 def test_chosen_layers_are_few_ordered_and_end_with_the_last(count: int, most: int) -> None:
-    survival = Survival("m", tuple(map(str, range(count))), (torch.ones(1, 4, dtype=torch.bool),) * count)
-    chosen = survival.chosen(most)
+    patches = KeptPatches("m", tuple(map(str, range(count))), (torch.ones(1, 4, dtype=torch.bool),) * count)
+    chosen = patches.spread_layers(most)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(count, most)
     assert chosen[-1] == count - 1
@@ -63,7 +63,7 @@ def test_chosen_layers_are_few_ordered_and_end_with_the_last(count: int, most: i
 
 def test_labels_and_masks_must_pair_up() -> None:
     with pytest.raises(DataError, match="one for each"):
-        Survival("m", ("layer 1",), ())
+        KeptPatches("m", ("layer 1",), ())
 
 
 def test_the_figure_is_a_picture(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from madtp.cli.app import app
 from madtp.errors import CaptureError, DataError
-from madtp.survey import OUTCOMES, Record, Refusal, examination, examine
-from madtp.survey.attentions import Attentions, traits
-from madtp.survey.outputs import batched, cut, leaves, relative_error, repeated
-from madtp.survey.record import judged
+from madtp.survey import OUTCOMES, Record, RefusalRecord, examination, examine
+from madtp.survey.attention_calls import AttentionCalls, traits
+from madtp.survey.outputs import batch_size, output_tensors, relative_error, repeat_samples, take_sample
+from madtp.survey.record import with_outcome
 from madtp.survey.runner import Limits, load, run, save
-from madtp.survey.tables import counted, general, markdown, reasons, row, summary
+from madtp.survey.tables import denominator, generalised, markdown, reasons, summary, table_row
 
 
 def record_of(name: str) -> Record:
@@ -80,8 +80,7 @@ def test_models_that_are_not_rewritten_say_why(name: str, outcome: str, reason: 
 def test_an_error_with_pruning_off_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from madtp.survey import examination
 
-    field, _, fault = examination.PROBES[0]
-    probe = (field, lambda model, pruned, inputs: 0.5, fault)
+    probe = replace(examination.PROBES[0], measure=lambda model, pruned, inputs: 0.5)
     monkeypatch.setattr(examination, "PROBES", (probe,))
     record = record_of("vit")
     assert record.outcome == "wrong"
@@ -94,7 +93,7 @@ def test_an_exception_in_a_probe_is_an_error_with_its_place(monkeypatch: pytest.
     def fails(*_: object) -> None:
         raise IndexError("out of range")
 
-    monkeypatch.setattr(examination, "PROBES", (("identity", fails, bool),))
+    monkeypatch.setattr(examination, "PROBES", (examination.Probe("identity", fails, bool),))
     record = record_of("vit")
     assert record.outcome == "error"
     assert "IndexError: out of range (test_survey.py:" in record.failure
@@ -106,21 +105,21 @@ def test_a_probe_that_is_refused_leaves_a_part_undone(monkeypatch: pytest.Monkey
     def refuses(*_: object) -> None:
         raise CaptureError("not in training mode")
 
-    monkeypatch.setattr(examination, "PROBES", (*examination.PROBES[:2], ("trains", refuses, bool)))
+    monkeypatch.setattr(examination, "PROBES", (*examination.PROBES[:2], examination.Probe("trains", refuses, bool)))
     record = record_of("vit")
     assert record.outcome == "partly"
-    assert record.refusals[-1] == Refusal("trains", "CaptureError: not in training mode")
+    assert record.refusals[-1] == RefusalRecord("trains", "CaptureError: not in training mode")
 
 
 @pytest.mark.parametrize(
     ("changes", "outcome"),
     [
         ({}, "rewritten"),
-        ({"refusals": (Refusal("head", "no residual add"),)}, "rewritten"),
-        ({"refusals": (Refusal("blocks.0", "a"), Refusal("blocks.1", "b"))}, "partly"),
-        ({"refusals": (Refusal("head", "no residual add"),) * 4}, "rewritten"),
-        ({"refusals": (Refusal("", "no residual add"),) * 2}, "partly"),
-        ({"refusals": (Refusal("trains", "cannot be captured"),)}, "partly"),
+        ({"refusals": (RefusalRecord("head", "no residual add"),)}, "rewritten"),
+        ({"refusals": (RefusalRecord("blocks.0", "a"), RefusalRecord("blocks.1", "b"))}, "partly"),
+        ({"refusals": (RefusalRecord("head", "no residual add"),) * 4}, "rewritten"),
+        ({"refusals": (RefusalRecord("", "no residual add"),) * 2}, "partly"),
+        ({"refusals": (RefusalRecord("trains", "cannot be captured"),)}, "partly"),
         ({"pruned": 1}, "partly"),
         ({"reduction": -0.1}, "partly"),
         ({"reduction": None}, "partly"),
@@ -128,7 +127,7 @@ def test_a_probe_that_is_refused_leaves_a_part_undone(monkeypatch: pytest.Monkey
 )
 def test_what_is_only_half_done_is_not_called_rewritten(changes: dict[str, Any], outcome: str) -> None:
     done = Record("a", "rewritten", streams=2, pruned=2, sites=2, reduction=0.4)
-    assert judged(replace(done, **changes)).outcome == outcome
+    assert with_outcome(replace(done, **changes)).outcome == outcome
 
 
 @pytest.mark.slow
@@ -144,7 +143,9 @@ def test_processes_end_within_their_limits_and_say_how() -> None:
 
 
 def test_records_survive_the_file(tmp_path: Path) -> None:
-    record = Record("a", "partly", blocks={"self": 2}, refusals=(Refusal("block", "reason", "help"),), identity=1e-7)
+    record = Record(
+        "a", "partly", blocks={"self": 2}, refusals=(RefusalRecord("block", "reason", "help"),), identity=1e-7
+    )
     save(tmp_path / "new" / "s.json", [record, Record("b", "error", trains=False)])
     assert load(tmp_path / "new" / "s.json")[0] == record
     assert load(tmp_path / "none.json") == []
@@ -161,15 +162,19 @@ RECORDS = [
     Record(
         "lib:A", "rewritten", blocks={"pre-norm self": 4}, streams=2, pruned=2, sites=4, identity=0.0, reduction=0.5
     ),
-    Record("lib:B", "refused", refusals=(Refusal("", "CaptureError: BModel runs on the example inputs but fails"),)),
-    Record("lib:C", "refused", refusals=(Refusal("", "CaptureError: CModel runs on the example inputs but fails"),)),
+    Record(
+        "lib:B", "refused", refusals=(RefusalRecord("", "CaptureError: BModel runs on the example inputs but fails"),)
+    ),
+    Record(
+        "lib:C", "refused", refusals=(RefusalRecord("", "CaptureError: CModel runs on the example inputs but fails"),)
+    ),
     Record("lib:D", "no transformer"),
     Record("lib:E", "unbuildable", failure="ImportError: needs | this"),
 ]
 
 
 def test_the_denominator_is_what_could_be_built_and_holds_attention() -> None:
-    assert [record.name for record in counted(RECORDS)] == ["lib:A", "lib:B", "lib:C"]
+    assert [record.name for record in denominator(RECORDS)] == ["lib:A", "lib:B", "lib:C"]
     assert "1 of the 3 (33%) that could be built and hold attention." in summary(RECORDS)
     assert "0 of the 0 (0%)" in summary([])
 
@@ -205,7 +210,7 @@ def test_kinds_that_are_told_apart_have_denominators_of_their_own() -> None:
 def test_windows_and_hierarchies_are_told_by_what_attention_runs_over(
     shapes: list[tuple[int, ...]], inputs: dict[str, Tensor], found: tuple[str, ...]
 ) -> None:
-    with Attentions() as seen:
+    with AttentionCalls() as seen:
         for shape in shapes:
             x = torch.zeros(shape)
             torch.nn.functional.scaled_dot_product_attention(x, x, x)
@@ -230,8 +235,8 @@ def test_records_of_older_surveys_are_read() -> None:
 def test_reasons_that_differ_by_names_alone_count_as_one() -> None:
     texts = reasons(RECORDS)
     assert texts[0] == ("CaptureError: the model runs on the example inputs but fails", ["lib:B", "lib:C"])
-    assert general("size 16 of 'x' at node_3") == "size n of '...' at node_n"
-    assert len(general("a " * 500)) <= 160
+    assert generalised("size 16 of 'x' at node_3") == "size n of '...' at node_n"
+    assert len(generalised("a " * 500)) <= 160
 
 
 def test_the_page_holds_every_row_and_outcome() -> None:
@@ -242,7 +247,7 @@ def test_the_page_holds_every_row_and_outcome() -> None:
         assert f"| {outcome} | " in page
     assert "needs \\| this" in page
     assert "measured today" in markdown(RECORDS, "measured today")
-    assert row(RECORDS[0])[3:6] == ("4 pre-norm self", "4", "2/2")
+    assert table_row(RECORDS[0])[3:6] == ("4 pre-norm self", "4", "2/2")
 
 
 def test_outputs_are_compared_by_the_scale_of_the_expected_one() -> None:
@@ -257,17 +262,17 @@ def test_outputs_are_compared_by_the_scale_of_the_expected_one() -> None:
 
 def test_batches_are_cut_and_repeated_by_rows() -> None:
     inputs = {"x": torch.arange(4).view(2, 2), "flag": True, "scale": torch.tensor(2.0)}
-    assert batched(inputs) == 2
-    assert cut(inputs, 1, 2)["x"].tolist() == [[2, 3]]
-    more = repeated(inputs, 3)
+    assert batch_size(inputs) == 2
+    assert take_sample(inputs, 1, 2)["x"].tolist() == [[2, 3]]
+    more = repeat_samples(inputs, 3)
     assert more is not None
     assert more["x"][:, 0].tolist() == [0, 2, 0]
     assert more["flag"] is True
-    assert repeated({"x": torch.ones(2), "y": torch.ones(3)}, 3) is None
+    assert repeat_samples({"x": torch.ones(2), "y": torch.ones(3)}, 3) is None
 
 
-def test_leaves_have_paths() -> None:
-    assert list(leaves({"a": [torch.ones(1), {"b": torch.ones(1)}], "c": None})) == ["a.0", "a.1.b"]
+def test_output_tensors_have_paths() -> None:
+    assert list(output_tensors({"a": [torch.ones(1), {"b": torch.ones(1)}], "c": None})) == ["a.0", "a.1.b"]
 
 
 def test_the_command_lists_names_and_refuses_unknown_ones() -> None:
@@ -303,7 +308,7 @@ def test_what_differs_in_single_precision_is_measured_in_double(monkeypatch: pyt
         assert given.dtype == weight.dtype == next(pruned.parameters()).dtype
         return 0.5 if weight.dtype == torch.float32 else 1e-15
 
-    monkeypatch.setattr(examination, "_alone", differing)
+    monkeypatch.setattr(examination, "_single_sample_error", differing)
     model = nn.Linear(2, 2)
     assert examination.independence(model, model, {"x": torch.zeros(2, 2)}) == 1e-15  # type: ignore[arg-type]
     assert seen == [torch.float32, torch.float64]

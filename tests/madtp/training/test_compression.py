@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from madtp.errors import ConfigError
 from madtp.training import fit
-from madtp.training.compression import Budget, Steering, divergence, set_strength, strength
+from madtp.training.compression import Budget, Steering, distillation_loss, pruning_metrics, set_pruning_strength
 
 
 @given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.floats(0, 1))
@@ -54,9 +54,9 @@ def test_a_control_with_a_fixed_ratio_is_steered_by_it() -> None:
     inputs = {name: value for name, value in tiny.samples(0, range(4)).items() if name in tiny.INPUTS}
     found = []
     for gain in (1.0, 1.7):
-        set_strength(pruned, gain)
+        set_pruning_strength(pruned, gain)
         pruned(**inputs)
-        found.append(strength(pruned))
+        found.append(pruning_metrics(pruned))
     assert [one["keep_ratio"] for one in found] == [0.85, 0.5]
     assert found[0]["reduction"] < found[1]["reduction"]
     assert found[0]["tokens/image.encoder.layers.0"] > found[1]["tokens/image.encoder.layers.0"]
@@ -74,12 +74,12 @@ def test_steering_resumes_from_the_learners_state() -> None:
 
 def test_distillation_is_zero_at_the_teachers_answers_alone() -> None:
     wanted = torch.randn(5, 3)
-    assert divergence(wanted + 2.0, wanted) == pytest.approx(0.0, abs=1e-6)
+    assert distillation_loss(wanted + 2.0, wanted) == pytest.approx(0.0, abs=1e-6)
     other = torch.randn(5, 3)
     expected = sum(
         (wanted[i].softmax(0) * (wanted[i].log_softmax(0) - other[i].log_softmax(0))).sum() for i in range(5)
     )
-    torch.testing.assert_close(divergence(other, wanted), expected / 5)
+    torch.testing.assert_close(distillation_loss(other, wanted), expected / 5)
 
 
 def test_tensorboard_holds_losses_strength_and_tokens_of_each_site(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from madtp.errors import CheckpointError, ConfigError, TrainingError
 from madtp.training import Learner, TrainingConfig, fit
 from madtp.training.checkpoint import last_checkpoint
-from madtp.training.feed import prefetch
 from madtp.training.optim import learning_rate_at, make_optimisers
 from madtp.training.precision import precision_on
+from madtp.training.prefetch import prefetch
 from madtp.training.progress import Progress
 from madtp.training.run import read_config, train
 
@@ -137,7 +137,11 @@ def make_newer(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "message"),
-    [(damage_tensors, "no whole training checkpoint"), (damage_state, "no whole"), (make_newer, "version 99")],
+    [
+        (damage_tensors, "not a complete training checkpoint"),
+        (damage_state, "not a complete training checkpoint"),
+        (make_newer, "version 99"),
+    ],
 )
 def test_a_bad_checkpoint_is_refused(tmp_path: Path, harm: Any, message: str) -> None:
     fit(learner(), tiny(), tmp_path, progress=QUIET, stop_after=4)
@@ -174,7 +178,7 @@ def test_every_trained_parameter_is_in_one_optimiser_once() -> None:
     optimisers = make_optimisers(module, tiny(optimiser="muon"))
     held = [id(p) for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
-    with pytest.raises(TrainingError, match="wants a gradient"):
+    with pytest.raises(TrainingError, match="requires a gradient"):
         make_optimisers(nn.Linear(2, 2).requires_grad_(False), tiny())
 
 
@@ -239,5 +243,5 @@ def test_config_files_are_checked(tmp_path: Path) -> None:
         read_config(tmp_path / "missing.toml")
     with pytest.raises(ConfigError, match="no recipe module"):
         train({"recipe": "zoo.recipes.unheard_of"}, tmp_path)
-    with pytest.raises(ConfigError, match="is no recipe"):
+    with pytest.raises(ConfigError, match="is not a recipe"):
         train({"recipe": "json"}, tmp_path)

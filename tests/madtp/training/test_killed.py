@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def started(config: Path, output: Path, *launcher: str) -> subprocess.Popen[str]:
-    """`madtp train` in a child process."""
+    """``madtp train`` in a child process."""
     command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "madtp", "train", "--resume"]
     return subprocess.Popen(
         [*command, "--config", str(config), "--output", str(output)],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from madtp.errors import ConfigError
 from madtp.processes import ALONE, Processes, joined, launched
 from madtp.training import Learner, fit
-from madtp.training.parts import Parts
+from madtp.training.batch_shares import BatchShares
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 """Scores and the threshold are computed in float32 whatever the model's precision is."""
@@ -86,25 +86,26 @@ def test_what_goes_wrong_in_one_process_stops_all(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 7))
-def test_parts_cover_the_batch_once_and_draw_apart(size: int, accumulate: int, share: int) -> None:
-    parts = [Parts(share * size * accumulate, Processes(rank, size), accumulate, 5) for rank in range(size)]
-    rows = [row for one in parts for _, places in one.own() for row in places]
-    assert rows == list(range(share * size * accumulate))
+def test_shares_cover_the_batch_once_and_draw_apart(size: int, accumulate: int, samples: int) -> None:
+    total = samples * size * accumulate
+    shares = [BatchShares(total, Processes(rank, size), accumulate, 5) for rank in range(size)]
+    rows = [row for one in shares for share in one.local() for row in share.rows]
+    assert rows == list(range(total))
     draws = set()
-    for one in parts:
-        for part, _ in one.own():
-            one.reseed(3, part)
+    for one in shares:
+        for share in one.local():
+            one.reseed(3, share.number)
             draws.add(float(torch.rand((), dtype=torch.float64)))
     assert len(draws) == size * accumulate
 
 
-def test_parts_are_made_alike() -> None:
-    parts = Parts(4, ALONE, 2)
+def test_shares_are_made_equal() -> None:
+    shares = BatchShares(4, ALONE, 2)
     batches = [
         {"ids": torch.ones(2, 3, dtype=torch.long), "words": torch.tensor(6.0)},
         {"ids": torch.ones(2, 5, dtype=torch.long), "words": torch.tensor(9.0)},
     ]
-    one, other = parts.alike(batches, {"ids": 7, "absent": 0})
+    one, other = shares.equalise(batches, {"ids": 7, "absent": 0})
     assert one["ids"].tolist() == [[1, 1, 1, 7, 7]] * 2
     assert other["ids"].shape == (2, 5)
     assert one["words"] == other["words"] == 7.5

@@ -12,7 +12,7 @@ from small_blip import inputs, small
 from torch import Tensor
 
 import madtp
-from madtp.evaluation.meter import Meter, compared_with
+from madtp.evaluation.compute_meter import ComputeMeter, override_dense_macs
 from zoo.blip.matching import match
 from zoo.blip.surviving_tokens import surviving_mask
 from zoo.tasks.retrieval import Features, Matching
@@ -48,11 +48,11 @@ def pruned() -> madtp.PrunedModel:
     return model
 
 
-def found(model: Any, task: Any, size: int) -> tuple[list[dict[str, Any]], Meter]:
+def found(model: Any, task: Any, size: int) -> tuple[list[dict[str, Any]], ComputeMeter]:
     """What both stages find, `size` images at a time, and what matching alone spends."""
     parts = [range(start, min(start + size, COUNT)) for start in range(0, COUNT, size)]
     features = [one for part in parts for one in Features(task).run(model, part, {})]
-    stage, meter = Matching(task), Meter()
+    stage, meter = Matching(task), ComputeMeter()
     stage._encode(model, range(COUNT))
     with meter.watching(model):
         return [one for part in parts for one in stage.run(model, part, {"features": features})], meter
@@ -105,12 +105,12 @@ def test_dense_macs_of_a_call_leave_the_record_alone(pruned: madtp.PrunedModel) 
     given = inputs("retrieval", batch=COUNT)
     pruned(**given)
     before = pruned.macs()
-    with Meter().watching(pruned) as meter:
+    with ComputeMeter().watching(pruned) as meter:
         dense = pruned.dense_macs(**given)
     assert dense == pytest.approx(madtp.count_macs(small("retrieval"), given))
     assert not meter.calls
     assert pruned.macs() == before < dense
-    with compared_with(7.0), Meter().watching(pruned) as meter:
+    with override_dense_macs(7.0), ComputeMeter().watching(pruned) as meter:
         pruned(**given)
     assert meter.calls[0]["dense_macs"] == 7.0 * COUNT
 

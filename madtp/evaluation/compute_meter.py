@@ -1,0 +1,94 @@
+"""What a pruned model computes while it is evaluated: :class:`ComputeMeter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+from madtp.pruned import PrunedModel
+from madtp.tuning.calibration import dense_macs
+
+_DENSE_MACS: ContextVar[float | None] = ContextVar("dense MACs of a sample", default=None)
+
+
+class CallRecord(TypedDict):
+    """One call of a pruned model, in JSON values.
+
+    Attributes:
+        samples: number of samples.
+        macs: multiply-accumulates of all samples together.
+        dense_macs: the same without pruning.
+        tokens: tokens kept by site and sample; a list for a sample of several images.
+    """
+
+    samples: int
+    macs: float
+    dense_macs: float
+    tokens: dict[str, list[int] | list[list[int]]]
+
+
+@contextmanager
+def override_dense_macs(macs: float | None) -> Iterator[None]:
+    """Set the dense MACs of a sample for the calls inside the block.
+
+    Otherwise they are those of the call with all tokens that it is given. A dense model may be given more, such as all tokens
+    of an image of which a call gets the survivors. ``None`` changes nothing.
+    """
+    token = _DENSE_MACS.set(macs)
+    try:
+        yield
+    finally:
+        _DENSE_MACS.reset(token)
+
+
+class ComputeMeter:
+    """Records MACs, with and without pruning, and the tokens kept in each call of a pruned model.
+
+    Attributes:
+        calls: one record for each call. It stays empty for a model that is not pruned.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[CallRecord] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[ComputeMeter]:
+        """Record the calls inside the block."""
+        handle = model.register_forward_hook(self._record, with_kwargs=True) if isinstance(model, PrunedModel) else None
+        try:
+            yield self
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def _record(
+        self, model: PrunedModel, args: tuple[object, ...], kwargs: Mapping[str, object], output: object
+    ) -> None:
+        del output
+        samples = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
+        dense = _DENSE_MACS.get()
+        self.calls.append(
+            {
+                "samples": samples,
+                "macs": model.macs() * samples,
+                "dense_macs": (dense_macs(model) if dense is None else dense) * samples,
+                "tokens": {
+                    site: _counts_by_sample(model, counts, samples) for site, counts in model.token_counts().items()
+                },
+            }
+        )
+
+
+def _counts_by_sample(model: PrunedModel, counts: Tensor, samples: int) -> list[int] | list[list[int]]:
+    """Token counts ``[B]`` as a list with one entry for each sample, which is a list where a sample has several images."""
+    images = len(counts) // samples
+    if images <= 1 or len(counts) % samples:
+        single: list[int] = counts.tolist()
+        return single
+    blocked = model._image_order == "blocked"
+    several: list[list[int]] = (counts.view(images, samples).T if blocked else counts.view(samples, images)).tolist()
+    return several
