@@ -78,7 +78,7 @@ class _Cached(NamedTuple):
 
 
 def _cached(graph: fx.Graph, call: Call, returned: Returned, output: fx.Node) -> dict[str, _Cached]:
-    """Cached tensors by path."""
+    """Cached tensors, by their path in the object that holds them."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     coming = [placeholders[leaf] for leaf in sorted(call.held())]
     paths = [path for _, blueprint in (call.form.held if call.form else ()) for path in blueprint.paths()]
