@@ -279,7 +279,7 @@ def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restor
 def _marked(insertion: Insertion, value: fx.Node, labels: Labels, path: str, output: fx.Node) -> fx.Node:
     """Kept tokens at their places, with marks at those of dropped ones."""
     if not value.meta["val"].dtype.is_floating_point:
-        reason = "what it keeps for later calls are no floating numbers"
+        reason = "the key/value cache holds it, and its numbers are not floating-point"
         raise InsertRefusal(value, reason, insertion.labels.sites_reaching(output))
     batch_dim, token_dim = labels.batch_dim(), labels.token_dim()
     axis = token_axis(labels[token_dim])
