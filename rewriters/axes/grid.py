@@ -52,9 +52,11 @@ from rewriters.graph.op_sets import CONCATENATIONS, PARTS, PERMUTATIONS, VIEWS
 BATCH = Axis("batch", "grid")
 TOKENS = Axis("tokens", "grid")
 
-# They mix tokens in a way that leaves samples apart.
+# These move or write tokens without mixing them.
 SCATTERS = frozenset("masked_scatter index_put index_put_ roll pad constant_pad_nd".split())
+# These mix the tokens of a sample, but not samples.
 MIXING = (EVERY_POSITION | {"conv1d", "conv2d"}) - SCATTERS
+# The results of these are maps ``[B, C, ...]`` again.
 WHOLE_MAPS = frozenset("conv1d conv2d avg_pool1d avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_avg_pool1d".split())
 
 
@@ -148,7 +150,7 @@ MIXED = TrackedValue(None, None)
 
 
 def start(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: Source) -> TrackedValue:
-    """The tokens of a residual value ``[B, N, C]``, ``[N, B, C]`` or ``[B, C, N]``; ``source`` tells different tokens apart."""
+    """The tokens of a residual value ``[B, N, C]``, ``[N, B, C]`` or ``[B, C, N]``; different tokens have different sources."""
     labels = [plain(n) for n in shape]
     labels[batch_dim] = (Factor(BATCH, shape[batch_dim]),)
     labels[token_dim] = (Factor(TOKENS, shape[token_dim]),)
@@ -156,8 +158,16 @@ def start(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: Source
 
 
 def track(node: fx.Node, known: Mapping[fx.Node, Tracking]) -> Tracking | None:
-    """Where tokens stand in ``node``, given its operands; None if it is computed from none of them."""
-    # What attention adds to its scores says nothing of where its queries, keys and values stand.
+    """Where the tokens of a stream stand in ``node``.
+
+    Args:
+        node: The operation.
+        known: Where they stand in earlier nodes.
+
+    Returns:
+        None if the operation reads no tokens of the stream.
+    """
+    # A mask of attention does not say where its queries, keys and values stand.
     read: Sequence[object] = node.all_input_nodes
     if op_name(node) == "attention":
         read = node.args[:3]
@@ -166,9 +176,9 @@ def track(node: fx.Node, known: Mapping[fx.Node, Tracking]) -> Tracking | None:
     operands = [known[n] for n in read if isinstance(n, fx.Node) and n in known]
     if not operands:
         return None
-    lost = next((o for o in operands if isinstance(o, UntrackedValue)), None)
-    if lost is not None:
-        return lost
+    untracked = next((o for o in operands if isinstance(o, UntrackedValue)), None)
+    if untracked is not None:
+        return untracked
     if any(isinstance(o, TrackedValue) and o.labels is None for o in operands) and len(operands) == 1:
         return MIXED
     try:
@@ -182,9 +192,9 @@ def track(node: fx.Node, known: Mapping[fx.Node, Tracking]) -> Tracking | None:
 def _rule(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedValue:
     name = op_name(node)
     if name == "getitem":
-        return _part(node, known[operand(node, 0)])
+        return _list_entry(node, known[operand(node, 0)])
     if RULES.get(name) in (elementwise, like_first) or name in CONCATENATIONS | {"stack", "expand_as"}:
-        return _together(node, known)
+        return _combined(node, known)
     if name == "attention":
         return _attention(node, known)
     first = node.args[0]
@@ -194,7 +204,7 @@ def _rule(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedValue:
         raise AxisError(f"{name} of several values that are computed from tokens")
     own = known[first]
     if name in MIXING or name == "batch_norm":
-        return _mixed(node, own)
+        return _convolved(node, own)
     if own.labels is None:
         return MIXED
     if name in PARTS:
@@ -221,7 +231,7 @@ def _single(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Trac
     if RULES.get(name) is reduce:
         return _reduced(node, name, own, labels)
     if name in ("select", "slice", "roll", "flip", "pad", "constant_pad_nd"):
-        return _taken(node, name, own, labels)
+        return _moved(node, name, own, labels)
     raise AxisError(f"it is not known where {name} takes tokens")
 
 
@@ -277,7 +287,7 @@ def _channels(node: fx.Node, own: TrackedValue, labels: Labels, count: int) -> T
 
 
 def _reduced(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> TrackedValue:
-    """Some dimensions go, or become 1; over tokens the result is a mixture."""
+    """Reduces some dimensions; over tokens the result is a mixture."""
     gone = dims_argument(node, 2 if name in ("linalg_vector_norm", "norm") else 1, len(labels))
     if not gone:
         return MIXED
@@ -288,18 +298,20 @@ def _reduced(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Tra
     return TrackedValue(result, None)
 
 
-def _taken(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> TrackedValue:
-    """Entries of some dimensions are dropped, moved, or come new."""
+def _moved(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> TrackedValue:
+    """Entries of some dimensions are dropped or moved, or new ones are added."""
     shape = example_shape(node)
-    touched = _touched(node, name, len(labels))
-    along = [d for d in touched if not is_plain(labels[d])]
-    if not touched or (name == "slice" and shape == tuple(map(dim_size, labels))):
+    moved_dims = _moved_dims(node, name, len(labels))
+    along = [d for d in moved_dims if not is_plain(labels[d])]
+    if not moved_dims or (name == "slice" and shape == tuple(map(dim_size, labels))):
         return own
     if not along:
         if name == "select":
-            return _viewed(node, own, labels.without_dim(touched[0]))
-        return TrackedValue(Labels(plain(n) if d in touched else labels[d] for d, n in enumerate(shape)), own.moves)
-    if len(along) != len(touched) or any(f.axis is None or f.axis.kind != "tokens" for d in along for f in labels[d]):
+            return _viewed(node, own, labels.without_dim(moved_dims[0]))
+        return TrackedValue(Labels(plain(n) if d in moved_dims else labels[d] for d, n in enumerate(shape)), own.moves)
+    if len(along) != len(moved_dims) or any(
+        f.axis is None or f.axis.kind != "tokens" for d in along for f in labels[d]
+    ):
         raise AxisError(f"{name} along a dimension that holds more than tokens")
     if name == "select":
         result = Labels(dim for d, dim in enumerate(labels) if d not in along)
@@ -313,7 +325,7 @@ def _taken(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Track
     return TrackedValue(result, Taken(own.moves, _sizes(result), node.target, _hashable(arguments)))
 
 
-def _touched(node: fx.Node, name: str, rank: int) -> list[int]:
+def _moved_dims(node: fx.Node, name: str, rank: int) -> list[int]:
     if name in ("pad", "constant_pad_nd"):
         pads = items(node, 1)
         if name == "pad" and call_argument(node, 2, "mode", "constant") != "constant":
@@ -332,8 +344,8 @@ def _hashable(values: Sequence[Argument]) -> tuple[Argument, ...]:
     return tuple(_hashable(value) if isinstance(value, (list, tuple)) else value for value in values)
 
 
-def _together(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedValue:
-    """Values at the same places: element-wise, or side by side along a dimension that runs along no axis."""
+def _combined(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedValue:
+    """Combines values at the same places: element by element, or along a dimension that runs along no axis."""
     if all(p.labels is None for p in known.values()):
         return MIXED
     shape, name = example_shape(node), op_name(node)
@@ -341,7 +353,7 @@ def _together(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedVa
     if name in CONCATENATIONS | {"stack"}:
         side = dim_argument(node, 1, len(shape), default=0)
     if side is not None and any(_has_tokens_at(p, side) for p in known.values()):
-        return _strung(node, known, side, shape)
+        return _concatenated(node, known, side, shape)
     merged: list[Dim] = list(unlabelled(shape))
     for tensor in tensor_operands(node):
         own = known.get(tensor)
@@ -360,15 +372,17 @@ def _together(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedVa
                 raise AxisError(f"{name} that repeats tokens")
             merged[at] = dim
     result = Labels(merged)
-    return _viewed(node, TrackedValue(result, _common(known, result, node)), result)
+    return _viewed(node, TrackedValue(result, _common_moves(known, result, node)), result)
 
 
 def _has_tokens_at(own: TrackedValue, dim: int) -> bool:
     return own.labels is not None and len(own.labels) > dim and has_tokens(own.labels[dim])
 
 
-def _strung(node: fx.Node, known: Mapping[fx.Node, TrackedValue], side: int, shape: tuple[int, ...]) -> TrackedValue:
-    """Mixtures of tokens behind the first few of them, which are read and so never dropped."""
+def _concatenated(
+    node: fx.Node, known: Mapping[fx.Node, TrackedValue], side: int, shape: tuple[int, ...]
+) -> TrackedValue:
+    """Concatenates mixtures of tokens with the first few tokens, which are read and so never dropped."""
     labels: Labels | None = None
     for own in known.values():
         if own.labels is None or (own.moves is not None and dim_size(own.labels[side]) > PREFIX):
@@ -381,7 +395,7 @@ def _strung(node: fx.Node, known: Mapping[fx.Node, TrackedValue], side: int, sha
     return TrackedValue(labels.with_dim(side, (Factor(TOKENS, shape[side]),)), None)
 
 
-def _common(known: Mapping[fx.Node, TrackedValue], labels: Labels, node: fx.Node) -> TokenMoves | None:
+def _common_moves(known: Mapping[fx.Node, TrackedValue], labels: Labels, node: fx.Node) -> TokenMoves | None:
     """The moves of all operands whose places belong to tokens; a mixture that is added to tokens leaves them in place."""
     found = {_viewed(node, p, labels).moves for p in known.values() if p.moves is not None}
     if len(found) > 1:
@@ -389,7 +403,7 @@ def _common(known: Mapping[fx.Node, TrackedValue], labels: Labels, node: fx.Node
     return next(iter(found), None)
 
 
-def _part(node: fx.Node, own: TrackedValue) -> TrackedValue:
+def _list_entry(node: fx.Node, own: TrackedValue) -> TrackedValue:
     if not own.is_list:
         raise AxisError("one of several results")
     if own.labels is None:
@@ -405,7 +419,7 @@ def _part(node: fx.Node, own: TrackedValue) -> TrackedValue:
     return _viewed(node, replace(own, is_list=False), labels)
 
 
-def _mixed(node: fx.Node, own: TrackedValue) -> TrackedValue:
+def _convolved(node: fx.Node, own: TrackedValue) -> TrackedValue:
     """Maps ``[B, C, ...]`` keep their layout; those that see one place only keep their tokens."""
     labels, name = own.labels, op_name(node)
     if name == "batch_norm":

@@ -131,10 +131,11 @@ def slice_(node: fx.Node, labels: LabelMap) -> Outcome:
             labels=own.with_dim(dim, plain(end)),
             readout=PrefixReadout(axis=axis, dim=dim, batch_dim=own.batch_dim(), length=end),
         )
-    return _range(own, dim, axis, shape[dim], TokenRange(axis.source, start, None if whole_end else end))
+    tokens = TokenRange(axis.source, start, None if whole_end else end)
+    return _range(own, dim, axis=axis, size=shape[dim], tokens=tokens)
 
 
-def _range(own: Labels, dim: int, axis: Axis, size: int, tokens: TokenRange) -> Outcome:
+def _range(own: Labels, dim: int, *, axis: Axis, size: int, tokens: TokenRange) -> Outcome:
     """Tokens between two bounds: one token is a readout at a position, more are an axis of their own."""
     batch_dim = own.batch_dim()
     if size == 1 and isinstance(tokens.start, int):
@@ -167,12 +168,11 @@ def _batch_part(node: fx.Node, own: Labels, dim: int, shape: tuple[int, ...]) ->
     tokens = [a for d in own for a in axes_of(d) if a.kind == "tokens"]
     if len(set(tokens)) != 1 or len(own[dim]) != 1:
         raise AxisError("a slice of a batch that is folded or carries several token axes")
-    return Outcome(
-        labels=_part_labels(node, own, dim, tokens[0], 0, shape[dim]), readout=BatchReadout(axis=tokens[0], dim=dim)
-    )
+    labels = _part_labels(node, own, dim, tokens=tokens[0], number=0, size=shape[dim])
+    return Outcome(labels=labels, readout=BatchReadout(axis=tokens[0], dim=dim))
 
 
-def _part_labels(node: fx.Node, own: Labels, dim: int, tokens: Axis, number: int, size: int) -> Labels:
+def _part_labels(node: fx.Node, own: Labels, dim: int, *, tokens: Axis, number: int, size: int) -> Labels:
     """Labels of one part of a batch that ``node`` cuts or repeats."""
     source = BatchPart(tokens.source, op_name(node), str(node.args[1:]), number)
     result: list[Dim] = []
@@ -202,7 +202,9 @@ def split(node: fx.Node, labels: LabelMap) -> Outcome:
         raise AxisError(f"{name} along {axes_of(own[dim])} into {len(values)} parts")
     axis = tokens.pop()
     sizes = [example_size(v.shape[dim]) for v in values]
-    results = ResultLabels(_part_labels(node, own, dim, axis, number, n) for number, n in enumerate(sizes))
+    results = ResultLabels(
+        _part_labels(node, own, dim, tokens=axis, number=number, size=n) for number, n in enumerate(sizes)
+    )
     return Outcome(labels=results, readout=BatchReadout(axis=axis, dim=dim, sizes=tuple(sizes)))
 
 

@@ -127,13 +127,15 @@ def cat(node: fx.Node, labels: LabelMap) -> Outcome:
         require_plain(along, node)
         return elementwise_outcome(operands, labels, shape)
     axes = tuple(map(token_axis, along))
-    whole = _put_together(operands, axes, dim, labels)
+    whole = _put_together(operands, labels, axes=axes, dim=dim)
     if whole is not None:
         return Outcome(labels=whole)
-    return _concatenate(node, operands, axes, dim, labels)
+    return _concatenate(node, labels, operands=operands, axes=axes, dim=dim)
 
 
-def _put_together(operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int, labels: LabelMap) -> Labels | None:
+def _put_together(
+    operands: list[fx.Node], labels: LabelMap, *, axes: tuple[Axis | None, ...], dim: int
+) -> Labels | None:
     """Labels of ``cat([f(x[:k]), g(x[k:])])``: the tokens of ``x`` again."""
     if len(operands) != 2 or axes[0] is not None or axes[1] is None:
         return None
@@ -158,15 +160,16 @@ def _put_together(operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: i
 
 
 def _concatenate(
-    node: fx.Node, operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int, labels: LabelMap
+    node: fx.Node, labels: LabelMap, *, operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int
 ) -> Outcome:
+    """The operands' tokens one after the other, an axis of their own."""
     shape = example_shape(node)
     source = Concatenation(tuple(None if a is None else a.source for a in axes), node)
     every = [labels.of(n) for n in operands]
     places = {own.batch_dim() for own, axis in zip(every, axes, strict=True) if axis is not None}
     if len(places) != 1 or any(has_tokens(d) for own in every for at, d in enumerate(own) if at != dim):
         raise AxisError("a concatenation of tokens whose batches do not agree")
-    result = seed(shape, places.pop(), dim, source)
+    result = seed(shape, batch_dim=places.pop(), token_dim=dim, source=source)
     return Outcome(labels=result, readout=ConcatenationReadout(axis=Axis("tokens", source), dim=dim))
 
 

@@ -42,8 +42,15 @@ aten = torch.ops.aten
 def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     """Insert all sites of ``plan`` into ``graph``, in place.
 
+    Args:
+        graph: A canonical graph.
+        plan: The sites; its names are those of nodes of the graph.
+
+    Returns:
+        The graph with labels of its nodes, token states and what was replaced.
+
     Raises:
-        InsertRefusal: an operation downstream of a site has no rule and its tokens go on to later attention.
+        InsertRefusal: An operation downstream of a site has no rule, and its tokens go on to later attention.
     """
     insertion = Insertion(graph, plan)
     places = _places(graph, plan)
@@ -54,11 +61,11 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     for node in list(graph.nodes):
         restoration.taint(node)
         try:
-            _insert_at(insertion, node, at_attention.get(node), at_value.get(node), restoration)
+            _insert_at(insertion, node, restoration, attention=at_attention.get(node), value=at_value.get(node))
         except AxisError as error:
             raise InsertRefusal(node, str(error), insertion.labels.sites_reaching(node)) from error
         restoration.taint_replacements(node)
-    # What only an output read is computed for all tokens now, and its copy over the survivors is dead.
+    # What only an output reads is computed for all tokens now, and its copy over the survivors is dead.
     graph.eliminate_dead_code(
         is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or has_effect(n)
     )
@@ -111,12 +118,20 @@ def _moves_to_tokens(captured: list[fx.Node], nodes: dict[str, fx.Node], site: S
 
 
 def _insert_at(
-    insertion: Insertion, node: fx.Node, attention: _Place | None, value: _Place | None, restoration: Restoration
+    insertion: Insertion, node: fx.Node, restoration: Restoration, *, attention: _Place | None, value: _Place | None
 ) -> None:
-    """Do what is to be done at ``node``, which is the attention of one site, or the residual value of another."""
+    """Insert or repair what stands at ``node``.
+
+    Args:
+        insertion: The graph.
+        node: The node.
+        restoration: Restores values that are needed in full.
+        attention: The site whose attention it is, if any.
+        value: The site that prunes it, if any.
+    """
     if attention is not None and attention.site.scores == "windows":
         source = _source_of(insertion, insertion.current(attention.block_input), attention.site.token_dim)
-        insert_windows(insertion, node, attention.site, source, restoration.sections)
+        insert_windows(insertion, node, attention.site, source=source, sections=restoration.sections)
     elif attention is not None and attention.site.scores == "attention":
         restoration.hide_dropped(node)
         insert_attention(insertion, node, attention.site, attention.readouts)
@@ -264,7 +279,7 @@ def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restor
 def _marked(insertion: Insertion, value: fx.Node, labels: Labels, path: str, output: fx.Node) -> fx.Node:
     """Kept tokens at their places, with marks at those of dropped ones."""
     if not value.meta["val"].dtype.is_floating_point:
-        reason = "what it keeps for later calls are no floating numbers"
+        reason = "the key/value cache holds it, and its numbers are not floating-point"
         raise InsertRefusal(value, reason, insertion.labels.sites_reaching(output))
     batch_dim, token_dim = labels.batch_dim(), labels.token_dim()
     axis = token_axis(labels[token_dim])

@@ -42,7 +42,7 @@ def hide_dead(graph: fx.Graph, call: Call, returned: ResultSpec, marked: Mapping
     cached = _cached(graph, call, returned, output)
     lost = [path for path in marked if path not in cached]
     if lost:
-        raise AxisError(f"what was kept at {lost[0]} is not handed on")
+        raise AxisError(f"the cached tensor at {lost[0]} is not returned")
     updated = {path: _updated(cached[path], marked[path]) for path in marked}
     labels = {
         value: seed(example_shape(value), marked[path].batch_dim, marked[path].token_dim, "kept")
@@ -65,7 +65,7 @@ def hide_dead(graph: fx.Graph, call: Call, returned: ResultSpec, marked: Mapping
         if not origins:
             continue
         if len({marked[path].tokens for path in origins}) > 1:
-            raise AxisError("keys and values were kept of different tokens")
+            raise AxisError("the key/value cache holds keys and values of different tokens")
         node.kwargs = {**node.kwargs, "key_state": states[updated[origins[0]]]}
     graph.lint()
 
@@ -78,14 +78,14 @@ class _Cached(NamedTuple):
 
 
 def _cached(graph: fx.Graph, call: Call, returned: ResultSpec, output: fx.Node) -> dict[str, _Cached]:
-    """Cached tensors by path."""
+    """Cached tensors, by their path in the object that holds them."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     coming = [placeholders[leaf] for leaf in sorted(call.cache_leaves())]
     paths = call.objects.paths() if call.objects else ()
     results = items(output, 0)
     going = dict(zip(returned.paths(), results[len(results) - len(returned.paths()) :], strict=True))
     if len(set(paths)) < len(paths) or len(going) < len(returned.paths()):
-        raise AxisError("tensors are kept under one name in several objects")
+        raise AxisError("several objects hold cached tensors under one name")
     return {path: _Cached(node, going[path]) for path, node in zip(paths, coming, strict=True) if path in going}
 
 
@@ -96,7 +96,9 @@ def _updated(cached: _Cached, axes: MarkedAxes) -> fx.Node:
         return before
     others = [user for user in before.users if user is not after and op_name(user) != "sym_size"]
     if not isinstance(after, fx.Node) or not _appends(after, before, axes.token_dim) or others:
-        raise AxisError(f"what was kept is not appended to along its tokens, or read beside that ({before.name})")
+        raise AxisError(
+            f"a cached tensor is not appended to along its tokens, or is read elsewhere too ({before.name})"
+        )
     return after
 
 
@@ -110,16 +112,16 @@ def _appends(node: fx.Node, before: fx.Node, dim: int) -> bool:
 def _check(flow: Flow, cached: set[fx.Node], output: fx.Node) -> None:
     """Refuse whatever reads cached tokens but attention, which is told which of them are dead."""
     for node, reason in flow.blocked.items():
-        raise AxisError(f"kept tokens are read by {node.name}: {reason}")
+        raise AxisError(f"cached tokens are read by {node.name}: {reason}")
     for node, readout in flow.readouts.items():
         if not isinstance(readout, LengthReadout):
-            raise AxisError(f"kept tokens are read by {node.name}, not by attention alone")
+            raise AxisError(f"cached tokens are read by {node.name}, not by attention alone")
     for node in flow.labels:
         if op_name(node) in MAP_STEPS:
-            raise AxisError(f"kept tokens are read by {node.name}, an attention map of the model's own making")
+            raise AxisError(f"cached tokens are read by {node.name}, an attention map that keeps its own spelling")
     for value in output.all_input_nodes:
         if value in flow.labels and value not in cached:
-            raise AxisError(f"{value.name}, computed from kept tokens, is returned")
+            raise AxisError(f"{value.name}, computed from cached tokens, is returned")
 
 
 def _origins(attention: fx.Node, flow: Flow, updated: Mapping[str, fx.Node]) -> list[str]:
@@ -131,7 +133,7 @@ def _origins(attention: fx.Node, flow: Flow, updated: Mapping[str, fx.Node]) -> 
         if not isinstance(operand, fx.Node) or labels is None or not labels.any_tokens():
             continue
         if labels.batch_dim() != 0:
-            raise AxisError("kept keys are folded together with other dimensions")
+            raise AxisError("cached keys are folded together with other dimensions")
         for node in ancestors(operand, through=lambda n: n not in cached, among=lambda n: n in flow.labels):
             found.extend(path for path, value in updated.items() if value is node)
     return found

@@ -60,7 +60,12 @@ class Restoration:
     """
 
     def __init__(self, insertion: Insertion, post_norm: frozenset[str]) -> None:
-        """``post_norm``: the sites of post-norm blocks, whose residual value is the output of a norm."""
+        """Starts from the captured graph.
+
+        Args:
+            insertion: The graph, before anything is inserted.
+            post_norm: The sites of post-norm blocks, whose residual value is the output of a norm.
+        """
         self.insertion = insertion
         self.post_norm = post_norm
         self.captured = {
@@ -90,8 +95,11 @@ class Restoration:
             node = self.insertion.replaced[node]
 
     def note_residual(self, node: fx.Node) -> None:
-        """Learn whether ``node`` is a value of a residual stream: an add of two values along its tokens, one of them the
-        stream's. A constant added to normalised tokens (a type embedding) makes no residual value of them."""
+        """Learn whether ``node`` is a value of a residual stream.
+
+        It is if it adds two values along the stream's tokens, one of which is a value of the stream. A constant added to
+        normalised tokens (a type embedding) does not make a residual value of them.
+        """
         labels = self.insertion.labels.tensor(node)
         if labels is None or node not in self.captured:
             return
@@ -135,9 +143,16 @@ class Restoration:
         return False
 
     def restore_operands(self, node: fx.Node, reason: str) -> None:
-        """Feed ``node`` with restored operands: another stream may read every position, or a head.
+        """Feed ``node`` with restored operands, since it needs every position (a head may, or another stream).
 
-        An operation that no rule knows may do anything with the tokens; where later attention reads it, it is refused.
+        An operation without a rule may do anything with the tokens. Where later attention reads its result, it is refused.
+
+        Args:
+            node: The operation.
+            reason: Why it needs every position.
+
+        Raises:
+            InsertRefusal: An operand cannot be restored, or later attention reads the result of an unknown operation.
         """
         sources = self.insertion.labels.sites_reaching(node)
         if not knows(node) and _reaches_attention(node):
@@ -156,8 +171,11 @@ class Restoration:
         return labels is not None and labels.any_tokens()
 
     def hide_dropped(self, node: fx.Node) -> None:
-        """Where what was computed from restored values flows back into the pruned stream at ``node``, hide dropped tokens from
-        the attention on the way, so that they do not take part again."""
+        """Hide dropped tokens from the attention in a dense section that ends at ``node``.
+
+        It ends where what was computed from restored values flows back into the pruned stream. Dropped tokens must not
+        take part again.
+        """
         if node not in self.tainted:
             return
         sources = self.insertion.labels.sites_reaching(node)
@@ -192,8 +210,10 @@ class Restoration:
         return result
 
     def _sites_of_stream(self, labels: Labels | ResultLabels) -> list[str]:
-        """The sites that pruned the tokens of a value in its own stream, first one first; none if the value was cut,
-        concatenated or belongs to a stream that begins with pruned tokens and has no site yet."""
+        """The sites that pruned the tokens of a value in its own stream, in the order of the graph.
+
+        There are none if the value was cut or concatenated, or if its stream begins with pruned tokens and has no site yet.
+        """
         source = labels.token_sources()[0]
         if isinstance(source, Derived):
             return []

@@ -108,7 +108,7 @@ def _observe_map(insertion: Insertion, node: fx.Node, site: SitePlan, operands: 
 
 
 def insert_windows(
-    insertion: Insertion, node: fx.Node, site: SitePlan, source: Source | None, sections: DenseSections
+    insertion: Insertion, node: fx.Node, site: SitePlan, *, source: Source | None, sections: DenseSections
 ) -> None:
     """Put the site's attention in the place of ``node``, which is attention in windows of the grid.
 

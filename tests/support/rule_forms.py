@@ -1,7 +1,7 @@
-"""Second forms of operations that `rule_samples.py` calls once, and near misses of rules that have none there.
+"""Second forms of operations that ``rule_samples.py`` calls once, and near misses of rules that have none there.
 
 Together the two files hold each rule in threes: a call where it fires, a commuted or unusual form where it fires too, and a
-near miss that must be refused. `tests/rewriters/axes/test_table.py` sees to it that none is missing.
+near miss that must be refused. ``tests/rewriters/axes/test_table.py`` sees to it that none is missing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run one operation as the rewriter would leave it, and compare with experiments that know nothing of rules.
 
-Start at :func:`check`. A :class:`Sample` is one call of an ATen operation on tensors of which some run along tokens. Two
+Start at :func:`check``. A :class:``Sample` is one call of an ATen operation on tensors of which some run along tokens. Two
 experiments:
 
 * *change one token*: the values of one token of one sample change; the output may change where its labels say that token
@@ -39,8 +39,8 @@ BATCH_AXIS, TOKEN_AXIS, OTHER_AXIS = Axis("batch", "s"), Axis("tokens", "s"), Ax
 class Operand:
     """A tensor operand.
 
-    `dims` gives its sizes: "B" and "N" stand for batch and tokens, "M" for another stream's tokens, a tuple for a folded
-    dimension. `kind`: "float", "bool", "long" (small numbers), "complex", "arange", "mask" (boolean; shows at least
+    ``dims`` gives its sizes: "B" and "N" stand for batch and tokens, "M" for another stream's tokens, a tuple for a folded
+    dimension. ``kind``: "float", "bool", "long" (small numbers), "complex", "arange", "mask" (boolean; shows at least
     the first key), "kept" (positions of tokens that survive).
     """
 
@@ -85,7 +85,7 @@ def _factor(size: Any) -> Factor:
 
 @dataclass(frozen=True)
 class Sample:
-    """One call. `args` may nest operands in lists. `constant`: the output does not depend on values (ones_like)."""
+    """One call. ``args`` may nest operands in lists. ``constant``: the output does not depend on values (ones_like)."""
 
     target: Any
     args: tuple[Any, ...]
@@ -110,7 +110,7 @@ def sample(target: Any, *args: Any, constant: bool = False, **kwargs: Any) -> Sa
 
 @dataclass
 class Setup:
-    """A graph with the one call; `node` is the call, `insertion` what the rewriter knows of it."""
+    """A graph with the one call; ``node`` is the call, ``insertion`` what the rewriter knows of it."""
 
     graph: fx.Graph
     places: dict[Operand, fx.Node]
@@ -226,7 +226,7 @@ def _places(labels: Labels, rows: list[bool], token: int) -> Tensor:
 
 
 def derived(source: Source, base: Tensor, fill: bool) -> Tensor:
-    """What a line over all tokens [N] becomes along a derived axis; `fill` at tokens that come from elsewhere."""
+    """What a line over all tokens [N] becomes along a derived axis; ``fill`` at tokens that come from elsewhere."""
     if isinstance(source, Concatenation):
         sizes = [n.meta["val"].shape[source.node.args[1]] for n in source.node.args[0]]
         parts = [
@@ -292,7 +292,7 @@ def _pooled_values(one: Sample, values: dict[Operand, Tensor], index: Tensor) ->
 
 
 def take(value: Tensor, labels: Labels, index: Tensor) -> Tensor:
-    """`value` with the tokens `index` [B, N'] of each sample, by the labels."""
+    """``value`` with the tokens ``index`` [B, N'] of each sample, by the labels."""
     factors = [f for dim in labels for f in dim]
     axes = {f.axis.kind: p for p, f in enumerate(factors) if f.axis is not None}
     if "tokens" not in axes:

@@ -1,4 +1,4 @@
-"""Calls of every operation in the rule table, as data. Start at :data:`SAMPLES`; `rule_harness.py` says what is checked.
+"""Calls of every operation in the rule table, as data. Start at :data:`SAMPLES``; ``rule_harness.py` says what is checked.
 
 Each rule comes in threes: a call where it fires, a commuted or unusual form where it fires too, and, in :data:`REFUSED`, a near
 miss that must be refused.

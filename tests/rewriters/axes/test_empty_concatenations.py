@@ -14,7 +14,7 @@ from rewriters.graph.nodes import op_name
 
 
 class Joined(nn.Module):
-    """Blocks whose queries and keys are turned behind the first `prefix` tokens. last: the others stand in front of them."""
+    """Blocks whose queries and keys are turned behind the first ``prefix`` tokens. last: the others stand in front of them."""
 
     def __init__(self, prefix: int, last: bool = False) -> None:
         super().__init__()

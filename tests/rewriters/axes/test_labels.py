@@ -29,7 +29,7 @@ BATCH, TOKENS = Axis("batch", "s"), Axis("tokens", "s")
 
 
 def entries(labels: Labels, axis: Axis) -> Tensor:
-    """For each element of a tensor with these labels the entry of `axis` it belongs to."""
+    """For each element of a tensor with these labels the entry of ``axis`` it belongs to."""
     factors = [f for dim in labels for f in dim]
     position = next(p for p, f in enumerate(factors) if f.axis == axis)
     line = torch.arange(factors[position].size).reshape([-1 if p == position else 1 for p in range(len(factors))])
@@ -95,7 +95,7 @@ def test_view_and_its_inverse_return_the_labels(drawn: tuple[Labels, tuple[int, 
 
 @given(factorings())
 def test_view_is_refused_only_where_an_axis_would_be_cut(drawn: tuple[Labels, tuple[int, ...]]) -> None:
-    """A refusal is right: along the axis no whole dimension-wise labelling of the result exists."""
+    """A refusal is right: the result has no labels in which each axis runs along one dimension."""
     labels, shape = drawn
     try:
         relabel_view(labels, shape)

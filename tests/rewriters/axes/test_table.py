@@ -18,7 +18,7 @@ from rewriters.axes.labels import ResultLabels, is_plain  # noqa: E402
 from rewriters.axes.table import RULES, apply  # noqa: E402
 from rewriters.graph.nodes import AxisError  # noqa: E402
 
-# Names that are no operations of torch's own: a builtin and spellings of Python that export may leave.
+# Names that are not operations of torch: a builtin, and spellings of Python that export may leave.
 ELSEWHERE = {"getitem", "float", "mod"}
 # Stands for submodules, see tests/rewriters/capture/test_rowwise.py.
 APART = {"rowwise"}

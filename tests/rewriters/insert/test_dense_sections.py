@@ -133,7 +133,7 @@ class Blended(Global):
 
 
 class Unknown(Global):
-    """Weights of tokens in a spelling that is no attention."""
+    """Weights of tokens in a spelling that is not attention."""
 
     def forward(self, x: Tensor, height: int, width: int, alive: Tensor | None) -> Tensor:
         grid = x.reshape(len(x), height, width, WIDTH)

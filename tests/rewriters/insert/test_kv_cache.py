@@ -183,7 +183,7 @@ def test_kept_tokens_that_more_than_attention_reads_are_refused(
     pruned(**inputs, memory=first)
     memory.seen = first.seen
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
-    with pytest.raises((ContinuationError, RewriteError), match="kept tokens are read by"):
+    with pytest.raises((ContinuationError, RewriteError), match="cached tokens are read by"):
         pruned(None, torch.full((3, 1), 20), mask, memory)
 
 
