@@ -1,8 +1,8 @@
 """The one description of how a model is pruned: :class:`PruningConfig`.
 
-Every field is data (JSON round trip by `to_dict`/`from_dict`), checked on construction. The fields under "deviations"
-each undo one fault of the authors' code; `PruningConfig.official()` selects the code's own behaviour everywhere.
-docs/method.md holds the mathematics, docs/deviations.md the reasons.
+Every field is data, which is checked on construction and goes to JSON and back by :meth:`PruningConfig.to_dict` and
+:meth:`PruningConfig.from_dict`. docs/method.md holds the mathematics. docs/deviations.md gives the reasons for the fields in
+which this implementation deviates from the authors' code.
 """
 
 from __future__ import annotations
@@ -29,28 +29,49 @@ MODALITIES = ("image", "text")
 class PruningConfig:
     """How strongly, where and by which rules tokens are pruned.
 
-    Strength:
-        temperature: T of the threshold; 0 switches pruning off, larger prunes more.
-        gain: factor on the threshold; 1 is the paper, towards 0 approaches the dense model.
-    Where:
-        towers: modalities that are pruned ("image", "text"), or None for all.
-        protect: extra positions that are never pruned, per modality: `{"image": (0, 1)}`.
-        min_tokens: tokens, protected ones not counted, that always survive at a site.
-    How:
-        batching: "ragged" keeps each sample's own tokens; "uniform" gives every sample the largest count of its batch;
-            "static" uses counts fixed beforehand.
-        alignment: False leaves the alignment tokens out: no second term, and the threshold is the mean importance.
-        alignment_tokens: K, their number.
-        alignment_width: d_e; None takes the width of the widest pruned stream.
-        query_projection: where a linear layer maps a block's stream to the alignment tokens' width: where the widths are
-            "differing", or "always" (as the authors' code has it for dual encoders).
-        merge: dropped tokens become one token, their importance-weighted mean; False discards them.
-        straight_through: lets gradients reach the threshold and the importance through a soft mask in training.
-        selection: "threshold" is the method. Controls: "random" keeps random tokens, "class_attention" the best by the
-            class token's attention alone; both as many as the method would keep, or `keep_ratio` of them.
-        keep_ratio: fraction of a site's tokens that a control keeps, the same at every site; None takes the method's count.
-        seed: of the alignment tokens' start values and of random selection.
-    Deviations from the authors' code: the first literal of each field is ours, the second theirs (docs/deviations.md).
+    The defaults are a good start; most users set none of these fields, and let :func:`madtp.calibrate` choose the gain for the
+    saving they want. ``PruningConfig.official()`` reproduces the authors' code.
+
+    Attributes:
+        temperature: T of the threshold, at least 0. Larger prunes more; 0 switches pruning off. Default 1.
+        gain: factor on the threshold, at least 0. Larger prunes more; 1 is the paper's threshold, and towards 0 the model
+            approaches the dense one. Default 1. This is the setting to change for more or less pruning.
+        towers: modalities to prune, out of ``"image"`` and ``"text"``. None, the default, prunes all. Choose ``("image",)`` to
+            keep every word.
+        protect: positions that are never pruned, by modality, besides those that the model reads by position:
+            ``{"image": (0, 1)}``. Default none.
+        min_tokens: number of tokens that survive at every site at least, protected ones not counted. Default 1.
+        batching: how samples of a batch share a layer. ``"ragged"``, the default, keeps each sample's own tokens, so that its
+            result does not depend on its batch. ``"uniform"`` gives every sample the largest count of the batch.
+            ``"static"`` uses counts that are fixed beforehand; :func:`madtp.freeze` sets it, for compilers and ONNX.
+        alignment: whether alignment tokens guide the pruning. False leaves them out: tokens are scored by attention alone, and
+            the threshold is the mean score. Choose False for models or inputs so small that guidance costs more than it saves.
+            Default True.
+        alignment_tokens: K, the number of alignment tokens. Default 100.
+        alignment_width: d_e, the width of the alignment tokens. None, the default, takes that of the widest pruned stream.
+        query_projection: where a linear layer maps tokens to the width of the alignment tokens: ``"differing"``, the default,
+            where the widths differ; ``"always"`` everywhere, as in the authors' code for dual encoders.
+        merge: whether dropped tokens are merged into one token, their mean weighted by importance. False discards them.
+            Default True.
+        straight_through: whether a soft mask lets gradients reach the threshold and the importance in training. Default False.
+        selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
+            ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as
+            the method would keep, or ``keep_ratio`` of them.
+        keep_ratio: fraction of a site's tokens that a control keeps, above 0 and at most 1, the same at every site. None, the
+            default, takes the method's count.
+        seed: of the alignment tokens' initial values and of random selection. Default 0.
+        guidance_score: how products with the alignment tokens become the guidance score s2: by a ``"softmax"`` over the tokens,
+            or divided by their ``"sum"``. In this field and those below, the first value is the default, and the second is
+            what the authors' code does (docs/deviations.md).
+        class_score: whether the class token's attention s3 is ``"normalised"`` to sum one over the candidates, or ``"raw"``.
+        padding: whether padding tokens are ``"excluded"`` from scores, pooling and merging, or ``"scored"`` like others.
+        order: of the survivors, that of their ``"position"`` or that of an unsorted ``"topk"``.
+        mask_order: in which order survivors read the text mask: that of the ``"tokens"``, or ``"sorted"`` by score.
+        merged_mask: the merged token is visible if ``"any"`` of the dropped tokens was, or if the ``"best"`` of them was.
+        readout: whether the end-of-text position is ``"remapped"`` to the survivors (and protected), or the ``"original"``.
+        causal_mask: whether the causal mask is ``"gathered"`` at the survivors' positions or ``"cropped"`` to their number.
+        causal_class_row: the row of attention that s3 reads in causal text: that of the ``"readout"``, or the ``"first"``.
+        cross_mask: whether the mask of a pruned stream is ``"applied"`` in cross-attention to it, or ``"ignored"``.
 
     Raises:
         ConfigError: a value is out of range, of the wrong type, or contradicts another.
@@ -115,7 +136,11 @@ class PruningConfig:
 
     @classmethod
     def official(cls, *, temperature: float = 1.0) -> PruningConfig:
-        """The behaviour of the authors' code in every respect that docs/deviations.md lists."""
+        """The configuration that behaves like the authors' code in every respect that docs/deviations.md lists.
+
+        Args:
+            temperature: T of the threshold.
+        """
         return cls(
             temperature=temperature,
             batching="uniform",
@@ -131,16 +156,20 @@ class PruningConfig:
             cross_mask="ignored",
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` takes them back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    def to_dict(self) -> dict[str, object]:
+        """The fields as JSON types, for :meth:`from_dict`."""
+        values: dict[str, object] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["towers"] = None if self.towers is None else list(self.towers)
         values["protect"] = {name: list(positions) for name, positions in typing.cast(Positions, self.protect)}
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PruningConfig:
-        """Inverse of `to_dict`; fields left out take their default, unknown ones raise ConfigError."""
+        """Make a configuration from the fields that :meth:`to_dict` gives; those left out take their defaults.
+
+        Raises:
+            ConfigError: a field is unknown, or its value is not allowed.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a mapping of field names to values; got {type(values).__name__}")
         names = [field.name for field in dataclasses.fields(cls)]
@@ -152,13 +181,17 @@ class PruningConfig:
         return cls(**dict(values))
 
     def protecting(self, further: Mapping[str, Iterable[int]]) -> PruningConfig:
-        """This configuration with further protected positions by modality."""
+        """This configuration with more protected positions.
+
+        Args:
+            further: positions by modality.
+        """
         own = dict(typing.cast(Positions, self.protect))
         joined = {name: (*own.get(name, ()), *further.get(name, ())) for name in (*own, *further)}
         return dataclasses.replace(self, protect={name: tuple(dict.fromkeys(p)) for name, p in joined.items()})
 
     def protected_positions(self, modality: str) -> tuple[int, ...]:
-        """Extra protected positions of one modality."""
+        """The positions in ``protect`` of one modality."""
         return dict(typing.cast(Positions, self.protect)).get(modality, ())
 
     def prunes(self, modality: str) -> bool:

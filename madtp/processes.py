@@ -1,7 +1,7 @@
-"""Processes that work on one thing together, as torchrun or accelerate start them: :func:`joined`, :class:`Processes`.
+"""Processes that work together, as torchrun or accelerate start them. Start at :func:`joined` and :class:`Processes`.
 
-Both launchers describe the processes in the same environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT), which torch.distributed reads; nothing else is needed of either.
+Both launchers describe the processes in the same environment variables (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+``MASTER_ADDR``, ``MASTER_PORT``), which torch.distributed reads. Nothing else of them is needed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ T = TypeVar("T")
 class Processes:
     """This process among those that work together.
 
-    Attributes:
-        rank: number of this one, from 0.
-        size: how many there are; alone, nothing below communicates.
+    All processes have to call the same methods, in the same order. A process that is alone does not communicate.
 
-    Each method has to be called by all of them, in the same order.
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -35,7 +35,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -47,34 +47,34 @@ class Processes:
         return values if self.size == 1 else self._reduced(values, dist.ReduceOp.MAX)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; anything that can be pickled."""
+        """The values of all processes, by rank. A value is anything that can be pickled."""
         if self.size == 1:
             return [value]
-        found: list[T | None] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]  # every place has been filled
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: T) -> T:
         """The main process's value."""
         if self.size == 1:
             return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Write the main process's values into the tensors of all."""
+        """Overwrite the tensors of all processes with those of the main process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     def wait(self) -> None:
-        """Return when all have come here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
     def share(self, things: Sequence[T]) -> Sequence[T]:
-        """Those of the things that this process takes: every `size`-th."""
+        """The part of a sequence that this process takes: every ``size``-th entry."""
         return things[self.rank :: self.size]
 
     @staticmethod
@@ -88,28 +88,29 @@ ALONE = Processes()
 
 
 def current() -> Processes:
-    """This process in the group that has been joined; alone if there is none."""
+    """This process in the group that it has joined; alone if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def launched() -> Processes:
-    """This process among those that a launcher has started with it; alone if none has."""
+    """This process among those that a launcher has started; alone if none has."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return Processes(int(os.environ.get("RANK", "0")), size) if size > 1 else ALONE
 
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that a launcher has started with this one, for the block; alone where none has.
+    """Join the processes that a launcher has started with this one, for the block.
 
-    A group that is there already is used and left as it is.
+    A group that exists already is used and left as it is. A process that no launcher has started is alone.
 
     Args:
-        device: "cpu", or "cuda" for one GPU a process, chosen by LOCAL_RANK.
+        device: ``"cpu"``, or ``"cuda"`` for one GPU per process, which ``LOCAL_RANK`` chooses.
+
     Yields:
-        the processes, and the device of this one.
+        The processes, and the device of this one.
     """
     own = launched().size > 1 and not dist.is_initialized()
     if device == "cuda" and "LOCAL_RANK" in os.environ:

@@ -1,68 +1,107 @@
 """The pruned model: what :func:`madtp.rewrite` returns.
 
-Start at :class:`PrunedModel`. It is called as the original is, returns what the original returns, and holds the
-original's parameters under their own names; all that pruning adds lies under the one prefix ``madtp.``.
+Start at :class:`PrunedModel`. It is called as the original is, returns what the original returns, and holds the original's
+parameters under their own names. All that pruning adds lies under the one prefix ``madtp.``.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
-from madtp.calls.objects import held_state
 from madtp.calls.per_image import Apart
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
-from madtp.method.guidance import alignment_loss, mean_over_images
-from madtp.programs.cache import MANY_WAYS, Builder, Programs
-from madtp.programs.per_image_region import RegionApart
-from madtp.programs.region import HostForward, Notes, Region, watching
+from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images
+from madtp.programs.cache import MANY_WAYS, BuildProgram, ProgramCache
+from madtp.programs.host_forward import HostForward
+from madtp.programs.host_methods import as_one_call
+from madtp.programs.notes import Notes, noting_unpruned_blocks
+from madtp.programs.per_image_region import PerImageRegion
+from madtp.programs.pricing import Tokens, macs_by_module
+from madtp.programs.region import PrunedRegion
 from madtp.report import RewriteReport
 from madtp.sites.additions import PREFIX, Additions
 from madtp.sites.control import PruningControl
 from madtp.sites.scoring import SiteSpec
-from madtp.tokens.state import kept_positions
+from madtp.tokens.state import TokenState, kept_positions
 
-log = logging.getLogger("madtp")
-OUTSIDE = "(outside the regions)"
-Tokens = Literal["kept", "all", "none"]
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSpec:
+    """What the alignment tokens have to fit.
+
+    Attributes:
+        width: d_e, the width of the alignment tokens.
+        images: number of images that belong to one text.
+        image_order: how the images of a batch are stacked: ``"blocked"`` has the first images of all samples, then the second
+            ones; ``"interleaved"`` keeps a sample's images together.
+    """
+
+    width: int
+    images: int = 1
+    image_order: ImageOrder = "blocked"
 
 
 class PrunedModel(nn.Module):
     """A drop-in for the original model that prunes tokens.
 
+    Call it as the original. Its output, parameter names, state dict, attributes and methods are the original's; parameters are
+    shared with it. Attributes that are not listed here are those of the original.
+
     Attributes:
-        report: what was found and done; ``str()`` is a table.
-        config: the :class:`~madtp.config.PruningConfig`.
-        example: the call it was rewritten with, as :func:`madtp.calls.record.record_call` keeps it.
+        report: what was found and done. ``str()`` of it is a table.
+        config: how tokens are pruned, a :class:`~madtp.config.PruningConfig`. Strength is set by :attr:`gain` and
+            :attr:`temperature`, which start from it.
+        example: the call that the model was rewritten with, as :func:`madtp.calls.record.record_call` keeps it.
+
+    Example::
+
+        pruned = madtp.rewrite(model, inputs)
+        madtp.calibrate(pruned, batches, reduction=0.5)
+        output = pruned(**inputs)
+        pruned.token_counts()  # {"visual_encoder.blocks.0": tensor([412, 397]), ...}
     """
+
+    _host: nn.Module
+    _control: PruningControl
+    _whole: ProgramCache | None
 
     def __init__(
         self,
         host: nn.Module,
-        specs: list[SiteSpec],
-        keys: list[str],
+        *,
+        sites: Mapping[str, SiteSpec],
         config: PruningConfig,
         report: RewriteReport,
-        alignment_width: int,
-        images: int,
-        image_order: str,
+        alignment: AlignmentSpec,
     ) -> None:
-        """Made by :func:`madtp.rewrite`; ``host`` is a copy of the original's module tree that this model owns."""
+        """Add what pruning needs to a module tree. :func:`madtp.rewrite` does that.
+
+        Args:
+            host: a copy of the original's module tree, which this model owns.
+            sites: by the names that they get as modules.
+            config: how tokens are pruned.
+            report: of the rewrite.
+            alignment: what the alignment tokens have to fit.
+
+        Raises:
+            RewriteError: the host has a child named ``madtp``.
+        """
         super().__init__()
         if PREFIX in host._modules or PREFIX in host._parameters:
             raise RewriteError(f"the model has a child named {PREFIX!r}; that name is taken for what pruning adds.")
         control = PruningControl(config, temperature=config.temperature, gain=config.gain)
-        additions = Additions(specs, keys, control, alignment_width)
+        additions = Additions(list(sites.values()), list(sites), control, alignment.width)
         example = next(host.parameters(), None)
         if example is not None:
             additions.to(device=example.device, dtype=example.dtype if example.dtype.is_floating_point else None)
@@ -70,22 +109,18 @@ class PrunedModel(nn.Module):
         host._modules[PREFIX] = additions
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             object.__setattr__(self, name, host.__dict__[name])
-        for name, value in (
-            ("_host", host),
-            ("_control", control),
-            ("_whole", None),
-            ("_regions", {}),
-        ):
-            object.__setattr__(self, name, value)
+        # Past nn.Module, which would register the host as a child.
+        object.__setattr__(self, "_host", host)
+        self._control, self._whole = control, None
         self.report = report
         self.config = config
         self.example: dict[str, Any] = {"args": [], "kwargs": {}}
-        self._images, self._image_order = images, image_order
+        self._images, self._image_order = alignment.images, alignment.image_order
         self.training = host.training
 
     @property
     def temperature(self) -> float:
-        """T of the threshold; 0 switches pruning off and reproduces the original."""
+        """Temperature T of the threshold: larger prunes more; 0 switches pruning off and reproduces the original."""
         return self._control.temperature
 
     @temperature.setter
@@ -94,7 +129,8 @@ class PrunedModel(nn.Module):
 
     @property
     def gain(self) -> float:
-        """Factor on the threshold: 1 as in the paper, towards 0 approaches the dense model."""
+        """Factor on the threshold, which :func:`madtp.calibrate` sets: larger prunes more, 1 is the paper's threshold, and
+        towards 0 the model approaches the dense one."""
         return self._control.gain
 
     @gain.setter
@@ -103,38 +139,52 @@ class PrunedModel(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether a forward with gradients keeps little of what lies between blocks, and the backward computes it again: less
-        memory, about a third more time, the same gradients for the same tokens."""
+        """Whether training recomputes the activations inside blocks in the backward pass, in place of storing them.
+
+        It takes less memory and about a third more time, and gives the same gradients for the same tokens.
+        """
         return self._control.gradient_checkpointing
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
         self._control.gradient_checkpointing = bool(value)
 
-    def stand_in(
-        self, path: str, builder: Builder, *, inner: bool = False, written: str = "", apart: Apart | None = None
-    ) -> Programs:
-        """Run the module at ``path`` of the host, "" for all of it, by programs of ``builder`` from now on.
+    def replace_forward(
+        self,
+        path: str,
+        build_program: BuildProgram,
+        *,
+        inner: bool = False,
+        embeddings: str = "",
+        apart: Apart | None = None,
+    ) -> ProgramCache:
+        """Run a module of the host by programs from now on. :func:`madtp.rewrite` calls this.
 
         Args:
-            inner: it lies in one for which that was asked already.
-            written: place in its call of the tensor of which it has to be told where image features were written.
+            path: of the module; empty for the whole host.
+            build_program: builds a program for one more kind of call.
+            inner: the module lies inside another one that programs stand for.
+            embeddings: place in its call of the text embeddings, if programs have to be told at which positions these hold
+                image features.
             apart: how its calls are taken apart into images.
+
+        Returns:
+            The programs of the module, of which there are none yet.
         """
-        programs = Programs(path, self._host.get_submodule(path), self._host, builder, inner=inner, apart=apart)
+        programs = ProgramCache(path, self._host, build_program, inner=inner, apart=apart)
         if not path and apart is None:
-            object.__setattr__(self, "_whole", programs)
+            self._whole = programs
             return programs
         notes = Notes(self.report)
-        self._regions[path] = programs
         programs.module.__dict__["forward"] = (
-            Region(programs, self._control, notes, written)
+            PrunedRegion(programs, self._control, notes, embeddings=embeddings)
             if apart is None
-            else RegionApart(programs, apart, self._control, notes)
+            else PerImageRegion(programs, apart, self._control, notes)
         )
-        if not isinstance(self._host.__dict__.get("forward"), HostForward):
-            self._host.__dict__["forward"] = HostForward(self._host, self._control, notes)
-        self._host.__dict__["forward"].follows |= bool(written)
+        host_forward = self._host.__dict__.get("forward")
+        if not isinstance(host_forward, HostForward):
+            host_forward = self._host.__dict__["forward"] = HostForward(self._host, self._control, notes)
+        host_forward.follows_features |= bool(embeddings)
         return programs
 
     def __getattr__(self, name: str) -> Any:
@@ -146,15 +196,21 @@ class PrunedModel(nn.Module):
                 raise
         value = getattr(host, name)
         if inspect.ismethod(value) and value.__self__ is host:
-            return _as_one_call(value, self._control, self._watching(name))
+            return as_one_call(value, self._control, self._noting_unpruned_blocks(name))
         return value
 
-    def _watching(self, method: str) -> Callable[[], AbstractContextManager[None]]:
-        """Around calls of a method: a note where it runs blocks that hold sites as the original does."""
+    def _noting_unpruned_blocks(self, method: str) -> Callable[[], AbstractContextManager[None]]:
+        """The context for calls of a method: it notes blocks with sites that run as the original does."""
         if self._whole is None:
             return nullcontext
-        blocks = {site.name.partition("#")[0] for site in self.report.sites}
-        return functools.partial(watching, self._host, blocks, self._control, Notes(self.report), method)
+        return functools.partial(
+            noting_unpruned_blocks,
+            self._host,
+            {site.name.partition("#")[0] for site in self.report.sites},
+            control=self._control,
+            notes=Notes(self.report),
+            method=method,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; arguments and return type are the original's."""
@@ -180,34 +236,46 @@ class PrunedModel(nn.Module):
         return self
 
     def token_counts(self) -> dict[str, Tensor]:
-        """Tokens kept of each sample at each site in the last forward: ``{site: [B]}`` (two images a sample:
-        ``[2B]``)."""
+        """Number of tokens that each sample kept at each site in the last forward.
+
+        Returns:
+            ``{site: [B]}``; ``[2B]`` in a vision tower that takes two images a sample.
+        """
         return {name: state.counts for name, state in self._recorded().items()}
 
     def kept_tokens(self) -> dict[str, Tensor]:
-        """Which original tokens survive after each site in the last forward: ``{site: [B, N] bool}``; merged ones do
-        not count."""
+        """Which original tokens survive each site in the last forward; merged ones do not count.
+
+        Returns:
+            ``{site: [B, N] bool}``.
+        """
         return {name: kept_positions(state) for name, state in self._recorded().items()}
 
     def surviving(self, tower: str) -> Tensor | None:
-        """Which original tokens are left behind a module's last site in the last forward, [B, N] bool; None: it has no site.
+        """Which original tokens are left after the last site of a module in the last forward.
 
-        A model returns all tokens of a pruned stream, dropped ones as they were when they were. What reads them outside the
-        model, such as a decoder that is called by itself, should see only these.
+        A tower returns all tokens of a pruned stream; a dropped token has the state that it had when it was dropped. Whatever
+        reads these tokens outside the model, such as a decoder that is called by itself, should attend to the survivors only.
 
         Args:
             tower: path of the module, as in the names of its sites.
+
+        Returns:
+            ``[B, N]`` bool, or None if the module has no site.
         """
         inside = [state for name, state in self._recorded().items() if name == tower or name.startswith(f"{tower}.")]
         return kept_positions(inside[-1]) if inside else None
 
     def aside(self) -> AbstractContextManager[None]:
-        """Calls inside are not recorded: token counts, survivors, MACs and the alignment loss stay those of the forward
-        before."""
+        """Keep the record of the last forward: calls inside the block do not change token counts, survivors, MACs and the
+        alignment loss."""
         return self._control.aside()
 
     def alignment_loss(self) -> Tensor:
-        """L_align of the last forward (MAG): mean of 1 - cos between the modalities' pooled features; differentiable.
+        """Alignment loss L_align of the last forward (MAG): the mean of 1 - cos between the modalities' pooled features.
+
+        Returns:
+            A differentiable scalar.
 
         Raises:
             MadtpError: no forward with gradients enabled and pruning on has run, or only one modality is pruned.
@@ -224,78 +292,55 @@ class PrunedModel(nn.Module):
             )
         image, text = sums["image"], sums["text"]
         images = self._images if self._images > 1 else max(1, image.shape[0] // text.shape[0])
-        image = mean_over_images(image, images, self._image_order)  # type: ignore[arg-type]
+        image = mean_over_images(image, images, self._image_order)
         if text.shape[0] % image.shape[0] == 0:
             image = image.repeat_interleave(text.shape[0] // image.shape[0], 0)
         return alignment_loss(image, text)
 
     def macs(self) -> float:
-        """Multiply-accumulates per sample of the last forward, from the token counts it kept.
+        """Multiply-accumulates (MACs) per sample of the last forward, from the token counts that it kept.
 
-        Where regions are rewritten, what runs outside them is counted too, but only for calls of the model itself:
-        after ``generate`` and the like this is the sum over the regions.
+        The field's tables print this number as "FLOPs". Where regions are rewritten, what runs outside them is counted too, but
+        only for calls of the model itself: after ``generate`` and the like this is the sum over the regions.
         """
         return sum(self.macs_by_module().values())
 
     def macs_by_module(self, tokens: Tokens = "kept") -> dict[str, float]:
-        """:meth:`macs`, by module path: as it was, or if all tokens, or none that may be pruned, had been kept."""
+        """:meth:`macs`, by module path.
+
+        Args:
+            tokens: which tokens to count: those that were ``"kept"``, ``"all"`` as without pruning, or ``"none"`` of those
+                that may be pruned.
+        """
         self._recorded()
-        control = self._control
-        total: dict[str, float] = {} if control.outside is None else {OUTSIDE: control.outside}
-        for run in control.runs:
-            states = run.states if tokens == "kept" else {}
-            counts = {} if tokens == "all" else {name: state.counts for name, state in run.states.items()}
-            if tokens == "none":
-                counts = {name: torch.zeros_like(count) for name, count in counts.items()}
-            share = 1.0 if control.batch is None else run.batch() / control.batch
-            active = control.active and tokens == "kept"
-            for path, amount in run.program.cost.price(run.inputs, counts, active, states).items():
-                total[path] = total.get(path, 0.0) + amount * share
-        return total
+        return macs_by_module(self._control, tokens)
 
     @torch.no_grad()
     def dense_macs(self, *args: Any, **kwargs: Any) -> float:
-        """Multiply-accumulates per sample of a call with all tokens kept, which is run for that; see :meth:`aside`."""
+        """Multiply-accumulates per sample of a call with all tokens kept.
+
+        The call is run for that, but not recorded; see :meth:`aside`.
+        """
         with self.aside(), self.dense():
             self.forward(*args, **kwargs)
             return self.macs()
 
     @contextmanager
     def dense(self) -> Iterator[PrunedModel]:
-        """Pruning switched off inside the block."""
+        """Switch pruning off inside the block."""
         with self._control.unpruned():
             yield self
 
     def code(self) -> str:
-        """The rewritten forward of the last call as Python source; of several regions, one after the other."""
+        """The rewritten forward of the last call as Python source; where regions are rewritten, of one after the other."""
         self._recorded()
         programs = {id(run.program): run.program for run in self._control.runs}
         return "\n".join(p.graph.python_code("self").src for p in programs.values())
 
-    def _recorded(self) -> dict[str, Any]:
+    def _recorded(self) -> dict[str, TokenState]:
         if not self._control.runs:
             raise MadtpError("no forward has run yet; call the model first.")
         return self._control.states
-
-
-def _as_one_call(
-    method: Callable[..., Any], control: PruningControl, watched: Callable[[], AbstractContextManager[None]]
-) -> Callable[..., Any]:
-    """A method of the host such that the record of the last forward spans all that one call of it runs."""
-
-    @functools.wraps(method)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with control.call(), watched():
-            try:
-                return method(*args, **kwargs)
-            except ContinuationError as error:
-                if held_state((args, kwargs)) is not None:
-                    raise
-                log.warning("%s runs once more, unpruned: %s", method.__name__, error)
-            with control.bypassing():
-                return method(*args, **kwargs)
-
-    return called
 
 
 def _strength(name: str, value: float) -> float:

@@ -15,9 +15,9 @@ from madtp.calls.copies import share
 from madtp.calls.record import record_call
 from madtp.config import PruningConfig
 from madtp.errors import NothingToPruneError, RewriteError
-from madtp.programs.cache import Builder
+from madtp.programs.cache import BuildProgram
 from madtp.programs.program import Program
-from madtp.pruned import PrunedModel
+from madtp.pruned import AlignmentSpec, PrunedModel
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.capture.scope import Region
 from rewriters.insert.workspace import site_key
@@ -38,31 +38,30 @@ def assemble(request: Request, rewritten: RewrittenRegions) -> PrunedModel:
     """
     model, config, plan = request.model, request.config, rewritten.plan
     pruned = PrunedModel(
-        host=share(model),
-        specs=[site.spec() for site in plan.sites],
-        keys=[site_key(site.name) for site in plan.sites],
+        share(model),
+        sites={site_key(site.name): site.spec() for site in plan.sites},
         config=config,
         report=report_of(model, rewritten),
-        alignment_width=plan.alignment_width,
-        images=plan.images,
-        image_order=plan.image_order,
+        alignment=AlignmentSpec(width=plan.alignment_width, images=plan.images, image_order=plan.image_order),
     )
     for each in rewritten.regions:
         region = each.region
-        programs = pruned.stand_in(
-            region.path, _builder(each, config), written=region.sequence_input, apart=region.per_image
+        programs = pruned.replace_forward(
+            region.path, _builder(each, config), embeddings=region.embeddings, apart=region.per_image
         )
-        programs.adopt(each.program, each.call)
+        programs.add(each.program, each.call)
         for inner in each.inner:
-            pruned.stand_in(inner.path, _inner_builder(each, config, inner), inner=True, written=inner.sequence_input)
+            pruned.replace_forward(
+                inner.path, _inner_builder(each, config, inner), inner=True, embeddings=inner.embeddings
+            )
         if rewritten.whole:
             for path in single_modality_towers(pruned._host, plan):
-                pruned.stand_in(path, _tower_builder(each, config, pruned, path), inner=True)
+                pruned.replace_forward(path, _tower_builder(each, config, pruned, path), inner=True)
     pruned.example = record_call(request.call)
     return pruned
 
 
-def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> Builder:
+def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> BuildProgram:
     """What makes programs for calls of further kinds of a region, onto the sites that it has."""
     sites = frozenset(site.name for site in rewritten.plan.sites)
 
@@ -80,7 +79,7 @@ def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> Builder:
     return build
 
 
-def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Region) -> Builder:
+def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Region) -> BuildProgram:
     """What makes programs for direct calls of a module inside a region, onto the sites that the region has there."""
     specs = {site.name: site.spec() for site in rewritten.plan.sites if inner.holds(site.name)}
     sites = frozenset(specs)
@@ -100,7 +99,7 @@ def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Reg
     return build
 
 
-def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: PrunedModel, path: str) -> Builder:
+def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: PrunedModel, path: str) -> BuildProgram:
     """What makes programs for a tower of a model that is rewritten whole, for when a method of the model calls it."""
 
     def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:

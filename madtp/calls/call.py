@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from madtp.calls.batch import batch_size
 from madtp.calls.image_positions import WRITTEN
 from madtp.calls.objects import Blueprint, Form, held_state, open_tree
 from madtp.errors import ExampleInputsError
+
+Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
+"""Inputs of a model: keyword arguments as a dict, or positional ones as a tuple."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from madtp.atomic_files import draft_of
+from madtp.atomic_files import write_text
 from madtp.errors import CheckpointError
 
 SETUP = "setup.json"
@@ -71,8 +71,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         CheckpointError: it cannot be written.
     """
     try:
-        with draft_of(path) as draft:
-            draft.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written ({error}); free space there or choose another output."

@@ -1,17 +1,17 @@
-"""The programs of one module, by call signature: found again, or captured once more.
+"""The programs of one module, by call signature: each is built when the first call of its kind comes, and found again.
 
-Start at :class:`Programs`. A capture serves one kind of call (:class:`madtp.calls.call.Signature`); what it was made for is
-compared with each call, and a call that none of them serves is captured by itself onto the same sites.
+Start at :class:`ProgramCache`. A program serves one kind of call (:class:`madtp.calls.call.Signature`). A call that no program
+serves is captured by itself, onto the same sites.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,63 +22,84 @@ from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.objects import CannotOpen, held_objects, held_state, opened
 from madtp.calls.per_image import Apart, each_image
 from madtp.errors import CaptureError, ExampleInputsError
-from madtp.programs.checkpointing import in_pieces
+from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run
-from madtp.programs.single_sample import Pair, as_pair, doubled, doubled_dims, first_of_each, twice
-from madtp.sites.additions import PREFIX, Additions
+from madtp.programs.replaced_forward import own_forwards
+from madtp.programs.single_sample import (
+    SingleSampleProgram,
+    first_samples,
+    sample_dims_of_one,
+    serving_one_sample,
+    with_doubled_leaves,
+    with_doubled_sample,
+)
+from madtp.sites.additions import PREFIX, additions_of
 from madtp.tokens.cache_marks import MarkedAxes, any_dead, cleaned
 
 log = logging.getLogger("madtp")
 CACHE = 16
-# Ways of the model's Python on calls of one signature that are captured; on others the original runs.
+"""Number of programs that are kept; the oldest make room."""
 BRANCHES = 4
+"""Number of ways of the model's Python, on calls of one signature, that are captured; on others the original runs."""
 MANY_WAYS = f"the model's Python goes more than {BRANCHES} ways on calls of one kind"
 
-Builder = Callable[[nn.Module, Call, int, Mapping[str, MarkedAxes]], Program]
+
+class BuildProgram(Protocol):
+    """Captures and rewrites a module for one more kind of call."""
+
+    def __call__(self, module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes], /) -> Program:
+        """Build a program.
+
+        Args:
+            module: to capture.
+            call: to serve; those like it are served, too.
+            serial: number of the program, unique within the pruned model.
+            marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
+        """
+        ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
     program: Program
     signature: Signature
 
 
-class StandIn:
-    """Stands in for ``module.forward``; looks like it to whoever inspects its signature."""
+class ProgramCache:
+    """The programs that stand for calls of one module.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.original: Callable[..., Any] = module.forward
-        self.__wrapped__ = self.original
-
-
-class Programs:
-    """The programs that stand for calls of ``module``, which lies at ``path`` of the module tree ``host``.
-
-    builder: captures and rewrites the module for a further call, under a serial number. inner: the module lies in another one
-    that programs stand for, so that nothing was rewritten and checked for it in advance. apart: how calls were taken apart into
-    images, a batch of which a program takes; None if they are not.
+    Attributes:
+        path: of the module in ``host``; empty for the host itself.
+        module: whose calls are served.
+        host: the module tree that programs run on.
+        build_program: builds a program for a further call.
+        inner: the module lies inside another one that programs stand for, so that nothing was rewritten and checked for it
+            in advance.
+        apart: how a call is taken apart into images, a batch of which a program takes. None if it is not.
+        entries: the programs by serial number, oldest first.
+        marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
+        sizes: paths of the numbers in these caches that follow from sizes of tensors.
     """
 
     def __init__(
         self,
         path: str,
-        module: nn.Module,
         host: nn.Module,
-        builder: Builder,
+        build_program: BuildProgram,
         *,
         inner: bool = False,
         apart: Apart | None = None,
     ) -> None:
-        self.path, self.module, self.host, self.builder, self.inner = path, module, host, builder, inner
-        self.apart = apart
-        self.additions: Additions = host._modules[PREFIX]  # type: ignore[assignment]
+        """Make an empty cache; see above for the arguments."""
+        self.path, self.module, self.host, self.build_program = path, host.get_submodule(path), host, build_program
+        self.inner, self.apart = inner, apart
+        self.additions = additions_of(host)
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
 
     def continues_pruned(self, call: Call) -> bool:
-        """Whether ``call`` reads something from which an earlier, pruned call has dropped tokens."""
+        """Whether ``call`` reads a key/value cache from which an earlier, pruned call has dropped tokens."""
         if not self.marked or held_state((call.args, call.kwargs)) is None:
             return False
         try:
@@ -92,14 +113,14 @@ class Programs:
         return any_dead((values, self.marked[path]) for path, values in kept if path in self.marked)
 
     def candidates(self, call: Call) -> Iterator[Program]:
-        """The programs to try on ``call``: those for calls like it, then one that is captured for it."""
-        found = self.matching(call)
-        yield from found
-        if len(found) < BRANCHES:
+        """The programs to try on ``call``: those for calls like it, then one that is built for it."""
+        cached = self.matching(call)
+        yield from cached
+        if len(cached) < BRANCHES:
             yield self.build(call)
 
     def matching(self, call: Call) -> list[Program]:
-        """The programs made for calls like ``call``, latest first; they differ in the way that the model's Python went."""
+        """The programs for calls like ``call``, latest first; they differ in the way that the model's Python went."""
         try:
             call = call.opened(self.sizes)
         except CannotOpen:
@@ -113,76 +134,74 @@ class Programs:
         ]
 
     def build(self, call: Call) -> Program:
-        """Capture and rewrite the module for calls like ``call``.
+        """Build the program for calls like ``call``.
 
         Raises:
-            MadtpError: from the rewrite, or because no program can serve a single sample.
+            MadtpError: the module cannot be rewritten for such calls, or no program can serve a single sample.
         """
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
         with suppress(CannotOpen):  # the builder says best what is wrong
             call = call.opened(self.sizes)
-        captured, program = self._built(call)
-        self._hold(program)
+        captured, program = self._captured(call)
+        self._bind(program)
         if captured is not call:
             leaves = call.flat()[0]
-            if not (are_free(doubled_dims(leaves), program.dynamic) and program.serves(leaves)):
-                program = self._serving_one(program, call)
+            if not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
+                program = self._serving_one_sample(program, call)
         if call.held() or self.inner or self.apart is not None:
             self._check(program, call)
         self._remember(program, call)
         return program
 
-    def _built(self, call: Call) -> tuple[Call, Program]:
-        """The program for calls like ``call``, and the call it was captured from: of two samples where there is one."""
-        captured = doubled(call)
+    def _captured(self, call: Call) -> tuple[Call, Program]:
+        """The program for calls like ``call``, and the call it was captured from: of two samples if ``call`` has one."""
+        captured = with_doubled_sample(call)
         try:
-            with self._untouched():
-                return captured, self.builder(self.module, captured, self.additions.programs, self.marked)
+            with self._as_original():
+                return captured, self.build_program(self.module, captured, self.additions.programs, self.marked)
         except (CaptureError, ExampleInputsError):
             if captured is call or sample_dims(call.flat()[0]) is not None:
                 raise
-        # A tensor without a batch dimension is no part of the sample, then.
-        with self._untouched():
-            return call, self.builder(self.module, call, self.additions.programs, self.marked)
+        # Then a tensor without a batch dimension belongs to no sample.
+        with self._as_original():
+            return call, self.build_program(self.module, call, self.additions.programs, self.marked)
 
-    def _serving_one(self, program: Program, call: Call) -> Program:
-        with torch.no_grad():
-            with drawing_alike(), self._untouched():
-                wanted = self._opened(call, program)(*call.args, **call.kwargs)
-            with drawing_alike(), self.additions.control.unpruned():
-                return as_pair(program, self.module, self.host, call, wanted)
+    def _serving_one_sample(self, program: Program, call: Call) -> Program:
+        expected = self._run_original(call, program)
+        with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
+            return serving_one_sample(program, self.module, self.host, call, expected)
 
     def _check(self, program: Program, call: Call) -> None:
-        """With pruning off and all visible that was kept, a program computes what the module computes.
+        """Check that with pruning off, and no token marked as dropped, a program computes what the module computes.
 
         Raises:
             RewriteError: it does not.
         """
         if any(m.training for m in self.module.modules()):
             return
-        kept = call.held()
+        held = call.held()
         leaves = [
-            cleaned(x) if at in kept and isinstance(x, Tensor) and x.is_floating_point() else x
+            cleaned(x) if at in held and isinstance(x, Tensor) and x.is_floating_point() else x
             for at, x in enumerate(call.flat()[0])
         ]
-        visible = call.with_leaves(leaves)
-        with torch.no_grad():
-            with drawing_alike(), self._untouched():
-                expected = self._opened(call, program)(*visible.args, **visible.kwargs)
-            with drawing_alike(), self.additions.control.unpruned():
-                compare(expected, program.run(self.host, leaves))
+        expected = self._run_original(call.with_leaves(leaves), program)
+        with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
+            compare(expected, program.run(self.host, leaves))
 
-    def _opened(self, call: Call, program: Program) -> nn.Module:
-        """The module as it takes ``call``."""
-        return each_image(opened(self.module, call.form, program.sizes()), self.apart)
+    def _run_original(self, call: Call, program: Program) -> object:
+        """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
+        with torch.no_grad(), drawing_alike(), self._as_original():
+            module = each_image(opened(self.module, call.form, program.sizes()), self.apart)
+            result: object = module(*call.args, **call.kwargs)
+        return result
 
-    def adopt(self, program: Program, call: Call) -> None:
-        """Take a program into the cache as the one for calls like ``call``."""
-        self._hold(program)
+    def add(self, program: Program, call: Call) -> None:
+        """Keep a program that was built elsewhere, as the one for calls like ``call``."""
+        self._bind(program)
         self._remember(program, call.opened(self.sizes))
 
-    def _hold(self, program: Program) -> None:
-        """Give the program what it needs to run."""
+    def _bind(self, program: Program) -> None:
+        """Give a program the sizes and constants that it needs to run."""
         self.marked.update(program.marked)
         self.sizes.update(program.sizes())
         self.additions.bind(program.cost)
@@ -195,40 +214,39 @@ class Programs:
         while len(self.entries) > CACHE:
             self.entries.popitem(last=False)
 
-    def run(self, program: Program, call: Call) -> Any:
+    def run(self, program: Program, call: Call) -> object:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
         leaves = call.opened(program.given).flat()[0]
         if control.gradient_checkpointing and torch.is_grad_enabled():
-            if program.pieces is None:
-                program.pieces = in_pieces(program.graph, self.host, self.path or "whole")
-            result = program.run_in_pieces(self.host, leaves)
+            if program.checkpointed_forward is None:
+                program.checkpointed_forward = checkpointed(program.graph, self.host, self.path or "whole")
+            result = program.run_checkpointed(self.host, leaves)
         else:
             result = program.run(self.host, leaves)
         states = {name: control.states[name] for name in program.sites if name in control.states}
-        if isinstance(program, Pair):
-            leaves = twice(leaves)
-            control.states.update(first_of_each(states))
-        control.runs.append(Run(program, [_meta(x) for x in leaves], states))
+        if isinstance(program, SingleSampleProgram):
+            leaves = with_doubled_leaves(leaves)
+            control.states.update(first_samples(states))
+        control.runs.append(Run(program, tuple(_without_values(x) for x in leaves), states))
         if program.returned is None:
             return result
+        assert isinstance(result, (tuple, list))
         plain, tensors = result
-        return program.returned.close(plain, tensors, held_objects((call.args, call.kwargs)))
+        closed: object = program.returned.close(plain, tensors, held_objects((call.args, call.kwargs)))
+        return closed
 
     @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """The module as it was before the rewrite: without additions, and with the forwards of its own."""
-        own = self.module._modules.pop(PREFIX, None)
-        replaced = [m for m in self.module.modules() if isinstance(m.__dict__.get("forward"), StandIn)]
-        forwards = [m.__dict__.pop("forward") for m in replaced]
+    def _as_original(self) -> Iterator[None]:
+        """Inside the block the module is as it was before the rewrite: without additions, with its own forwards."""
+        additions = self.module._modules.pop(PREFIX, None)
         try:
-            yield
+            with own_forwards(self.module):
+                yield
         finally:
-            if own is not None:
-                self.module._modules[PREFIX] = own
-            for module, forward in zip(replaced, forwards, strict=True):
-                module.__dict__["forward"] = forward
+            if additions is not None:
+                self.module._modules[PREFIX] = additions
 
 
-def _meta(leaf: Any) -> Any:
+def _without_values(leaf: object) -> object:
     return torch.empty(leaf.shape, device="meta") if isinstance(leaf, Tensor) else leaf

@@ -1,13 +1,14 @@
-"""Regions whose calls are taken apart into images; start at :class:`RegionApart`.
+"""Regions whose calls are taken apart into images: start at :class:`PerImageRegion`.
 
-Images of one size run as a batch, by one program for each size; results are put back in the order and packing of the
-original's. What does not come apart (see :mod:`madtp.calls.per_image`) runs as the original does.
+Images of one size run as a batch, by one program for each size, and their results are put together as the original packs them.
+Calls that do not come apart (see :mod:`madtp.calls.per_image`) run as the original does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,27 +18,42 @@ from madtp.calls.call import Call, normalise_call
 from madtp.calls.compare import drawing_alike
 from madtp.calls.per_image import Apart, EachImage, Image, Recipe, by_kind, recipe_of
 from madtp.errors import ExampleInputsError, RewriteError
-from madtp.programs.cache import CACHE, Programs, StandIn
-from madtp.programs.region import Notes, Region
+from madtp.programs.cache import CACHE, ProgramCache
+from madtp.programs.notes import Notes
+from madtp.programs.region import PrunedRegion
+from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 from madtp.tokens.state import TokenState, positions_of
 
 MANY_SIZES = f"images of more than {CACHE} sizes were seen; bring images to fewer sizes"
-Template = tuple[Any, ...]
+
+CallForm: TypeAlias = tuple[str | bool, ...]
+"""All of a call that is the same for images of any size and number."""
 Key = TypeVar("Key")
 
 
-class RegionApart(StandIn):
-    """The forward of a region that takes all images at once: its programs take a batch of images of one size."""
+class PerImageRegion(ReplacedForward):
+    """The forward of a region that takes all images at once; its programs take a batch of images of one size.
 
-    def __init__(self, programs: Programs, apart: Apart, control: PruningControl, notes: Notes) -> None:
+    Attributes:
+        programs: of the region.
+        apart: how a call is taken apart into images.
+        control: of the pruned model.
+        notes: take remarks on calls that run unpruned.
+        region: serves a batch of images of one size.
+        recipes: by form of the call, how the results of images are put together.
+        kinds: the kinds of images that are known to come apart.
+    """
+
+    def __init__(self, programs: ProgramCache, apart: Apart, control: PruningControl, notes: Notes) -> None:
+        """Take the place of the forward of the module of ``programs``; see above for the arguments."""
         super().__init__(programs.module)
         self.programs, self.apart, self.control, self.notes = programs, apart, control, notes
-        self.region = Region(programs, control, notes, original=EachImage(self.original, apart))
-        self.recipes: dict[Template, Recipe] = {}
-        self.kinds: set[Any] = set()
+        self.region = PrunedRegion(programs, control, notes, original=EachImage(self.original, apart))
+        self.recipes: dict[CallForm, Recipe] = {}
+        self.kinds: set[object] = set()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         if self.control.bypassed:
             return self.original(*args, **kwargs)
         try:
@@ -51,45 +67,45 @@ class RegionApart(StandIn):
         with self.control.call():
             return self._run(call, images, recipe)
 
-    def _run(self, call: Call, images: Sequence[Image], recipe: Recipe) -> Any:
-        groups = by_kind(images)
-        results: dict[int, list[Any]] = {}
-        records = _Records(self.control, self.programs)
-        for numbers in groups:
+    def _run(self, call: Call, images: Sequence[Image], recipe: Recipe) -> object:
+        results: dict[int, list[object]] = {}
+        records = _BatchRecords(self.control)
+        for numbers in by_kind(images):
             batch = self.apart.batch(call, [images[number] for number in numbers])
             leaves = self.region(*batch.args, **batch.kwargs)
-            records.take(numbers)
+            assert isinstance(leaves, (list, tuple))
+            records.add(numbers)
             for place, number in enumerate(numbers):
                 results[number] = [x[place] if isinstance(x, Tensor) else x for x in leaves]
-        records.give()
-        return recipe.join([results[number] for number in range(len(images))])
+        records.join()
+        joined: object = recipe.join([results[number] for number in range(len(images))])
+        return joined
 
     def _recipe(self, call: Call, images: Sequence[Image]) -> Recipe | None:
-        """How results are put together; images of a new size are checked once to come apart. None: they do not."""
-        template = self._template(call)
+        """How the results of images are put together; None if they do not come apart. Each size is checked once."""
+        form = self._form(call)
         kinds = {image.kind for image in images}
-        if template in self.recipes and kinds <= self.kinds:
-            return self.recipes[template]
+        if form in self.recipes and kinds <= self.kinds:
+            return self.recipes[form]
         if len(self.kinds | kinds) > CACHE:
             self._note(MANY_SIZES)
             return None
         several = list(images) * 2 if len(images) == 1 else images
         together = self.apart.together(call, several)
         try:
-            # A check is no part of the model's work: nobody counts it.
+            # A check is not the model's work: it must not be counted.
             with torch.no_grad(), drawing_alike(), self.control.bypassing(), self.control.inside():
                 recipe = recipe_of(self.original, together, several, self.apart)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")
             return None
-        if self.recipes.setdefault(template, recipe) != recipe:
+        if self.recipes.setdefault(form, recipe) != recipe:
             self._note("its results are put together in different ways for images of different sizes.")
             return None
         self.kinds |= kinds
         return recipe
 
-    def _template(self, call: Call) -> Template:
-        """All of a call that is the same for images of any size and number."""
+    def _form(self, call: Call) -> CallForm:
         own = {*self.apart.sizes, *(rows.name for rows in self.apart.rows)}
         leaves, spec = pytree.tree_flatten((call.args, {k: v for k, v in call.kwargs.items() if k not in own}))
         return str(spec), *map(repr, leaves), *(m.training for m in self.module.modules())
@@ -98,32 +114,48 @@ class RegionApart(StandIn):
         self.notes.unpruned(self.programs.path or type(self.module).__name__, reason)
 
 
-class _Records:
-    """What the sites of a region note down about each batch of images, joined for all images of a call."""
+@dataclass(frozen=True)
+class _BatchRecord:
+    """What the sites of a region have recorded about one batch of images.
 
-    def __init__(self, control: PruningControl, programs: Programs) -> None:
-        self.control, self.programs = control, programs
-        self.runs = 0
-        self.taken: list[tuple[list[int], dict[str, TokenState], dict[Any, Tensor], dict[str, Tensor]]] = []
+    Attributes:
+        numbers: of the images in the call.
+        states: the token state after each site.
+        features: pooled features by site and modality.
+        kept_counts: candidates that each site kept.
+    """
 
-    def take(self, numbers: list[int]) -> None:
-        """After a batch of the images ``numbers``."""
+    numbers: list[int]
+    states: dict[str, TokenState]
+    features: dict[tuple[str, str], Tensor]
+    kept_counts: dict[str, Tensor]
+
+
+class _BatchRecords:
+    """The records of all batches of images of one call, which become one record of the call."""
+
+    def __init__(self, control: PruningControl) -> None:
+        self.control = control
+        self.batches: list[_BatchRecord] = []
+
+    def add(self, numbers: list[int]) -> None:
+        """Take the record of a batch that has just run, of the images ``numbers``."""
         control = self.control
         states = dict(control.runs[-1].states) if control.runs else {}
         features = {key: value for key, value in control.features.items() if key[0] in states}
         counts = {name: value for name, value in control.kept_counts.items() if name.partition("[")[0] in states}
-        self.taken.append((numbers, states, features, counts))
+        self.batches.append(_BatchRecord(numbers, states, features, counts))
 
-    def give(self) -> None:
-        """After the last batch."""
-        if len(self.taken) < 2:
+    def join(self) -> None:
+        """Record the call, after its last batch."""
+        if len(self.batches) < 2:
             return
-        order = torch.tensor([number for numbers, *_ in self.taken for number in numbers]).argsort()
-        states = [states for _, states, _, _ in self.taken]
-        for name in states[0]:
-            self.control.states[name] = _joined_states([own[name] for own in states if name in own], order)
-        _join_into(self.control.features, [features for _, _, features, _ in self.taken], order)
-        _join_into(self.control.kept_counts, [counts for *_, counts in self.taken], order)
+        order = torch.tensor([number for batch in self.batches for number in batch.numbers]).argsort()
+        for name in self.batches[0].states:
+            states = [batch.states[name] for batch in self.batches if name in batch.states]
+            self.control.states[name] = _joined_states(states, order)
+        _join_into(self.control.features, [batch.features for batch in self.batches], order)
+        _join_into(self.control.kept_counts, [batch.kept_counts for batch in self.batches], order)
 
 
 def _join_into(record: dict[Key, Tensor], parts: Sequence[Mapping[Key, Tensor]], order: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""A program: one rewritten graph, compiled, with what is needed to call and to price it."""
+"""Programs: start at :class:`Program`, one rewritten graph that is compiled, with what is needed to call and to price it."""
 
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,83 +19,116 @@ from madtp.cost.table import CostTable
 from madtp.tokens.cache_marks import MarkedAxes
 from madtp.tokens.state import TokenState
 
+Result = TypeVar("Result")
 
-@dataclass
+CompiledForward: TypeAlias = Callable[..., Iterable[object]]
+"""A graph as a function: takes the module tree and the flattened inputs, returns the flattened outputs."""
+
+
+@dataclass(kw_only=True)
 class Program:
-    """A graph ready to run on the module tree it was made for.
+    """A graph that is ready to run on the module tree it was made for.
 
-    graph: for reading. out_spec: structure of the outputs. dynamic: free dimensions by input leaf. constants: tensors
-    that the graph holds itself. repeats: how often it runs each sample of a call. returned: how to close
-    the objects that it returns opened; None if there are none. marked: their tensors that may have dead slots, by path.
-    pieces: ``forward`` such that the backward computes it again; None until it is asked for.
-    limits: on the free sizes of a call. given: numbers in the objects of a call that it takes as sizes, by path.
+    Attributes:
+        repeats: how often each sample of a call runs.
+        graph: the rewritten graph, for reading.
+        forward: the graph, compiled.
+        checkpointed_forward: ``forward`` with gradient checkpointing. None until it is first needed.
+        out_spec: structure of the outputs.
+        dynamic: the free dimensions of each flattened input; all other sizes are those of the capture.
+        limits: bounds on the free sizes.
+        cost: closed form of the multiply-accumulates.
+        constants: tensors that the graph holds itself, by name.
+        returned: how to close the objects that it returns opened. None if it returns none.
+        marked: the tensors of these objects that may hold marks of dropped tokens, by path.
+        given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
     """
 
     repeats: ClassVar[int] = 1
+
     graph: fx.Graph
-    forward: Callable[..., Any]
+    forward: CompiledForward
     out_spec: pytree.TreeSpec
     dynamic: tuple[tuple[int, ...], ...]
     cost: CostTable
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
     returned: Returned | None = None
-    marked: dict[str, MarkedAxes] = field(default_factory=dict)
+    marked: Mapping[str, MarkedAxes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     given: tuple[str, ...] = ()
-    pieces: Callable[..., Any] | None = None
+    checkpointed_forward: CompiledForward | None = None
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites that the graph passes."""
+        """Names of the sites in the graph."""
         return list(self.cost.streams)
 
     def sizes(self) -> tuple[str, ...]:
-        """Numbers, in the objects that it returns, that follow from sizes of tensors, by path."""
+        """Paths of the numbers, in the objects that it returns, that follow from sizes of tensors."""
         return () if self.returned is None else self.returned.sizes()
 
-    def serves(self, leaves: Sequence[Any]) -> bool:
+    def serves(self, leaves: Sequence[object]) -> bool:
         """Whether the free sizes of a call are within what the graph was captured for."""
         return self.limits.allow(leaves)
 
-    def run(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
-        """Call the graph on flattened inputs; returns the model's own output structure, objects opened."""
+    def run(self, root: nn.Module, leaves: Sequence[object]) -> object:
+        """Run the graph.
+
+        Args:
+            root: the module tree.
+            leaves: flattened inputs.
+
+        Returns:
+            What the model returns, objects opened.
+        """
         return unflatten(self.outputs(self.forward, root, leaves), self.out_spec)
 
-    def run_in_pieces(self, root: nn.Module, leaves: Sequence[Any]) -> Any:
-        """:meth:`run` by ``pieces``."""
-        assert self.pieces is not None
-        return unflatten(self.outputs(self.pieces, root, leaves), self.out_spec)
+    def run_checkpointed(self, root: nn.Module, leaves: Sequence[object]) -> object:
+        """:meth:`run` with gradient checkpointing."""
+        assert self.checkpointed_forward is not None
+        return unflatten(self.outputs(self.checkpointed_forward, root, leaves), self.out_spec)
 
-    def outputs(self, forward: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> list[Any]:
+    def outputs(self, forward: CompiledForward, root: nn.Module, leaves: Sequence[object]) -> list[object]:
         """What ``forward`` returns for flattened inputs."""
         return list(forward(root, *leaves))
 
 
-def compile_graph(graph: fx.Graph, name: str) -> Callable[..., Any]:
-    """The graph as a function of the module tree and the flattened inputs; its source shows up in tracebacks."""
+def compile_graph(graph: fx.Graph, name: str) -> CompiledForward:
+    """Compile a graph to a function of the module tree and the flattened inputs.
+
+    Args:
+        graph: to compile.
+        name: of the program; tracebacks show it, and the generated source.
+    """
     code = graph.python_code(root_module="self")
     filename = f"<madtp program {name}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)  # the source is generated by torch.fx from the checked graph
-    return namespace["forward"]
+    forward: CompiledForward = namespace["forward"]
+    return forward
 
 
-def without_autocast(operation: Callable[..., Any], device_type: str, *args: Any, **kwargs: Any) -> Any:
+def without_autocast(operation: Callable[..., Result], device_type: str, *args: object, **kwargs: object) -> Result:
     """``operation(*args, **kwargs)`` at the precision of its operands, whatever autocast is around it."""
     with torch.autocast(device_type, enabled=False):
         return operation(*args, **kwargs)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One program that ran in the last forward. inputs: its leaves, tensors without their values. states: after each of
-    its sites."""
+    """One program that ran in the last forward.
+
+    Attributes:
+        program: that ran.
+        inputs: its flattened inputs; tensors are on the meta device, without their values.
+        states: the token state after each of its sites.
+    """
 
     program: Program
-    inputs: list[Any]
-    states: dict[str, TokenState]
+    inputs: tuple[object, ...]
+    states: Mapping[str, TokenState]
 
     def batch(self) -> int:
-        """Samples that went through."""
+        """Number of samples that went through."""
         return batch_size(self.inputs) // self.program.repeats

@@ -1,14 +1,14 @@
-"""One sample where a capture can only take two: the sample runs twice, side by side, and the first half is handed back.
+"""One sample where a capture can only take two: the sample runs twice, side by side, and its half of the results is returned.
 
-Start at :func:`as_pair`. A batch axis of size one cannot be told from other axes of size one, so captures are made of two.
-Where export froze that size, no capture serves a single one.
+Start at :func:`serving_one_sample`. A batch dimension of size one cannot be told from other dimensions of size one, so captures
+are made of two samples. Where export froze that size, the capture cannot serve a single sample as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,47 +18,64 @@ from madtp.calls.batch import batch_size, sample_dim
 from madtp.calls.call import Call
 from madtp.calls.compare import compare
 from madtp.errors import CaptureError, RewriteError
-from madtp.programs.program import Program
+from madtp.programs.program import CompiledForward, Program
 from madtp.tokens.state import TokenState, batch_slice
 
 
-@dataclass
-class Pair(Program):
-    """A program of two samples that serves one. halved: by output, the dimensions of which the first half is the sample's."""
+@dataclass(kw_only=True)
+class SingleSampleProgram(Program):
+    """A program of two samples that serves one.
+
+    Attributes:
+        halved: by output, the dimensions along which the first half belongs to the sample.
+    """
 
     repeats: ClassVar[int] = 2
     halved: tuple[tuple[int, ...], ...] = ()
 
-    def serves(self, leaves: Sequence[Any]) -> bool:
+    def serves(self, leaves: Sequence[object]) -> bool:
         """Whether the call holds one sample, and two of its kind are within the limits of the capture."""
-        return doubled_dims(leaves) is not None and super().serves(twice(leaves))
+        return sample_dims_of_one(leaves) is not None and super().serves(with_doubled_leaves(leaves))
 
-    def outputs(self, forward: Callable[..., Any], root: nn.Module, leaves: Sequence[Any]) -> list[Any]:
-        """Call the graph on the sample twice; returns what the model returns for one."""
-        outputs = super().outputs(forward, root, twice(leaves))
+    def outputs(self, forward: CompiledForward, root: nn.Module, leaves: Sequence[object]) -> list[object]:
+        """Run the sample twice; returns what the model returns for one."""
+        outputs = super().outputs(forward, root, with_doubled_leaves(leaves))
         for position, dims in enumerate(self.halved):
-            for dim in dims:
-                outputs[position] = outputs[position].narrow(dim, 0, outputs[position].shape[dim] // 2)
+            outputs[position] = _first_half(outputs[position], dims)
         return outputs
 
 
-def twice(leaves: Sequence[Any]) -> list[Any]:
-    """The tensors of one sample with that sample doubled; anything else as it is."""
-    dims = doubled_dims(leaves)
+def _first_half(output: object, dims: Sequence[int]) -> object:
+    for dim in dims:
+        assert isinstance(output, Tensor)
+        output = output.narrow(dim, 0, output.shape[dim] // 2)
+    return output
+
+
+def with_doubled_leaves(leaves: Sequence[object]) -> list[object]:
+    """The leaves of a call of one sample, with that sample twice in each tensor."""
+    dims = sample_dims_of_one(leaves)
     assert dims is not None
-    return [x if dim is None else torch.cat([x, x], dim) for x, dim in zip(leaves, dims, strict=True)]
+    return [
+        torch.cat([x, x], dim) if dim is not None and isinstance(x, Tensor) else x
+        for x, dim in zip(leaves, dims, strict=True)
+    ]
 
 
-def doubled(call: Call) -> Call:
-    """A call of one sample as one of two; other calls as they are."""
+def with_doubled_sample(call: Call) -> Call:
+    """A call of one sample as a call of two; other calls as they are."""
     leaves = call.flat()[0]
-    return call if doubled_dims(leaves) is None else call.with_leaves(twice(leaves))
+    return call if sample_dims_of_one(leaves) is None else call.with_leaves(with_doubled_leaves(leaves))
 
 
-def doubled_dims(leaves: Sequence[Any]) -> tuple[int | None, ...] | None:
-    """The dimension of each tensor along which one sample is doubled; None if there are other than one sample.
+def sample_dims_of_one(leaves: Sequence[object]) -> tuple[int | None, ...] | None:
+    """By leaf, the dimension along which the one sample of a call can be doubled.
 
-    Beside tensors of one sample, one without a batch dimension holds that sample's part of rows packed for all.
+    A tensor without a batch dimension holds the sample's rows, in a form that packs those of all samples: its first dimension
+    is doubled.
+
+    Returns:
+        None for other leaves than tensors, and as a whole if the call has more than one sample.
     """
     if batch_size(leaves) != 1 or not any(isinstance(x, Tensor) and x.dim() for x in leaves):
         return None
@@ -69,34 +86,42 @@ def doubled_dims(leaves: Sequence[Any]) -> tuple[int | None, ...] | None:
     return tuple(dims)
 
 
-def as_pair(program: Program, module: nn.Module, host: nn.Module, call: Call, wanted: Any) -> Pair:
-    """The program of two samples, made to serve ``call`` of one, for which ``module`` returns ``wanted``.
+def serving_one_sample(
+    program: Program, module: nn.Module, host: nn.Module, call: Call, expected: object
+) -> SingleSampleProgram:
+    """Make a program of two samples serve one. Pruning has to be off.
 
-    Pruning has to be off.
+    Args:
+        program: of two samples.
+        module: that the program was captured from.
+        host: the module tree that the program runs on.
+        call: of one sample.
+        expected: what ``module`` returns for ``call``.
 
     Raises:
-        CaptureError: what the program returns for two equal samples does not hold what is wanted for one.
+        CaptureError: what the program returns for two equal samples does not hold what is expected for one.
     """
-    found = program.run(host, doubled(call).flat()[0])
-    halved = tuple(map(_halved, pytree.tree_leaves(wanted), pytree.tree_leaves(found)))
-    pair = Pair(**vars(program), halved=halved)
+    returned = program.run(host, with_doubled_sample(call).flat()[0])
+    halved = tuple(map(_halved_dims, pytree.tree_leaves(expected), pytree.tree_leaves(returned)))
+    single = SingleSampleProgram(**vars(program), halved=halved)
     try:
-        compare(wanted, pair.run(host, call.flat()[0]), values=not any(m.training for m in module.modules()))
+        compare(expected, single.run(host, call.flat()[0]), values=not any(m.training for m in module.modules()))
     except RewriteError as error:
         raise CaptureError(
             f"{type(module).__name__} was called with one sample, and torch.export froze its batch size, or forward asks for "
             f"it, so a capture of two samples has to serve it, but {error} Call it with at least 2 samples, or write "
             "x.shape[0] where forward says len(x) or int(...)."
         ) from error
-    return pair
+    return single
 
 
-def _halved(wanted: Any, found: Any) -> tuple[int, ...]:
-    if not isinstance(wanted, Tensor) or not isinstance(found, Tensor) or wanted.dim() != found.dim():
+def _halved_dims(one: object, two: object) -> tuple[int, ...]:
+    """The dimensions of an output that are twice as large for two samples."""
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.dim() != two.dim():
         return ()
-    return tuple(d for d, (n, m) in enumerate(zip(wanted.shape, found.shape, strict=True)) if m == 2 * n)
+    return tuple(d for d, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)) if m == 2 * n)
 
 
-def first_of_each(states: Mapping[str, TokenState]) -> dict[str, TokenState]:
-    """The states of the sample itself."""
+def first_samples(states: Mapping[str, TokenState]) -> dict[str, TokenState]:
+    """The states of the first of two equal samples."""
     return {name: batch_slice(state, 0, 1) if state.batch == 2 else state for name, state in states.items()}

@@ -1,7 +1,7 @@
-"""Save a pruned model and load it again: :func:`save`, :func:`load`. safetensors and JSON, never pickle.
+"""Save a pruned model and load it again: :func:`save`, :func:`load`. Files are safetensors and JSON, never pickle.
 
-What is stored besides the tensors is what :func:`madtp.rewrite` needs to do its work again: the configuration, the sites,
-and a record of the example call. ``madtp/saving/model_folder.py`` knows the files.
+Besides the tensors, a folder holds what :func:`madtp.rewrite` needs to do its work again: the configuration, the sites, and a
+record of the example call. ``madtp/saving/model_folder.py`` knows the files.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import madtp
-from madtp.calls.call import Call
+from madtp.calls.call import Call, Inputs
 from madtp.calls.copies import share
 from madtp.calls.record import replay_call
 from madtp.config import PruningConfig
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
 from madtp.pruned import PrunedModel
 from madtp.saving.model_folder import CONFIG, narrowed, read_folder, shorten, write_folder
-from madtp.sites.additions import PREFIX, Additions
+from madtp.sites.additions import PREFIX, additions_of
 from madtp.sites.site import PruningSite
-
-Inputs = Mapping[str, Any] | tuple[Any, ...]
 
 
 def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write a pruned model: all its tensors, its settings, and how to rewrite the original again.
 
-    A saved model that the folder holds already is replaced, in one step; files of others in it are left alone.
+    A saved model that the folder already holds is replaced in one step. Other files in the folder are left alone.
 
     Args:
         pruned: from :func:`madtp.rewrite` or :func:`load`.
-        folder: created if it does not exist.
-        dtype: store floating-point tensors in this type (``torch.float16`` halves the files, at its precision).
-            :func:`load` casts back to the model's own type. None stores every tensor as it is, and loading reproduces
-            outputs exactly.
+        folder: is created if it does not exist.
+        dtype: stores floating-point tensors in this type (``torch.float16`` halves the files, at its precision);
+            :func:`load` casts back to the model's own type. None stores every tensor as it is, and loading reproduces outputs
+            exactly.
+
     Returns:
-        the folder.
+        The folder.
+
     Raises:
         CheckpointError: the folder cannot be written or belongs to something else, or a tensor holds NaN or does not fit
             ``dtype``.
-        ConfigError: ``dtype`` is no floating-point type.
+        ConfigError: ``dtype`` is not a floating-point type.
     """
     folder = Path(folder)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -66,24 +67,26 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
 
     Args:
         folder: with the saved model.
-        model: an unmodified model of the saved architecture; its weights are replaced by the saved ones, as the result
-            shares them. None builds it through the zoo, if it came from there.
-        example_inputs: as for :func:`madtp.rewrite`; None makes inputs like those of the first rewrite.
+        model: an unmodified model of the saved architecture. The result shares its parameters, so its weights are replaced by
+            the saved ones. None builds it through the zoo, if it came from there.
+        example_inputs: as for :func:`madtp.rewrite`. None makes inputs like those of the first rewrite.
+
     Returns:
-        the pruned model with its temperature and gain, in the mode (train or eval) of ``model``.
+        The pruned model with its temperature and gain, in the mode (train or eval) of ``model``.
+
     Raises:
-        CheckpointError: the folder is missing, damaged, foreign, newer, or of another model; ``model`` is unchanged then.
-        MadtpError: from the rewrite.
+        CheckpointError: the folder is missing, damaged, foreign, newer, or of another model. ``model`` is unchanged then.
+        MadtpError: the model cannot be rewritten.
     """
     folder = Path(folder)
-    tensors, stored = read_folder(folder)
+    tensors, description = read_folder(folder)
     try:
-        config = PruningConfig.from_dict(stored["pruning"])
-        settings = float(stored["temperature"]), float(stored["gain"])
-        counts = {str(site): int(count) for site, count in stored["static_counts"].items()}
-        sites = {site["name"]: site for site in stored["sites"]}
-        width = int(stored["alignment_width"])
-        identity, recorded = dict(stored["model"]), dict(stored["example"])
+        config = PruningConfig.from_dict(description["pruning"])
+        temperature, gain = float(description["temperature"]), float(description["gain"])
+        counts = {str(site): int(count) for site, count in description["static_counts"].items()}
+        sites = {site["name"]: site for site in description["sites"]}
+        width = int(description["alignment_width"])
+        identity, recorded = dict(description["model"]), dict(description["example"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}. Save the model again."
@@ -91,23 +94,23 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     _refuse_nan(str(folder), tensors)
     host = _create(folder, identity) if model is None else model
     bare = {name: value for name, value in tensors.items() if not name.startswith(f"{PREFIX}.")}
-    _check(folder, identity, host, host.state_dict(), bare)
+    _check_fit(folder, identity, host, own=host.state_dict(), stored=bare)
     inputs = _inputs(folder, recorded, host) if example_inputs is None else example_inputs
     # Fixed counts cannot run before they are known, and checking the rewrite runs the model.
     free = dataclasses.replace(config, batching="ragged") if config.batching == "static" else config
-    pruned = _rewrite_as(folder, host, inputs, free, sites, width)
+    pruned = _rewrite_as(folder, host, inputs, free, sites=sites, width=width)
     own = pruned.state_dict()
-    _check(folder, identity, host, own, tensors)
+    _check_fit(folder, identity, host, own=own, stored=tensors)
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
-    pruned.temperature, pruned.gain = settings
+    pruned.temperature, pruned.gain = temperature, gain
     pruned.config = pruned._control.config = config
     pruned._control.static_counts.update(counts)
     return pruned
 
 
-def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     host, sites = pruned._host, _sites(pruned)
     floats = {v.dtype for k, v in tensors.items() if v.is_floating_point() and not k.startswith(f"{PREFIX}.")}
     return {
@@ -123,7 +126,7 @@ def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, A
         "gain": pruned.gain,
         "static_counts": dict(pruned._control.static_counts),
         "sites": [dataclasses.asdict(site.spec) for site in sites],
-        "alignment_width": _alignment_width(pruned),
+        "alignment_width": additions_of(host).alignment_width,
         "example": pruned.example,
     }
 
@@ -132,11 +135,7 @@ def _sites(pruned: PrunedModel) -> list[PruningSite]:
     return [module for module in pruned.modules() if isinstance(module, PruningSite)]
 
 
-def _alignment_width(pruned: PrunedModel) -> int:
-    return next(m.alignment_width for m in pruned.modules() if isinstance(m, Additions))
-
-
-def _create(folder: Path, identity: Mapping[str, Any]) -> nn.Module:
+def _create(folder: Path, identity: Mapping[str, object]) -> nn.Module:
     import zoo
 
     name = identity.get("zoo_name")
@@ -146,7 +145,7 @@ def _create(folder: Path, identity: Mapping[str, Any]) -> nn.Module:
             "pass it: madtp.load(folder, model)."
         )
     try:
-        model = zoo.create(name)
+        model = zoo.create(str(name))
     except UnknownModelError as error:
         raise CheckpointError(
             f"{folder} holds the zoo model {name!r}, which is not registered here ({error}); import what registers it, or "
@@ -165,14 +164,21 @@ def _inputs(folder: Path, recorded: Mapping[str, Any], host: nn.Module) -> Input
     device = next((p.device for p in host.parameters()), torch.device("cpu"))
     leaves, spec = Call(call.args, call.kwargs).flat()
     moved = [x.to(device) if isinstance(x, Tensor) else x for x in leaves]
-    args, kwargs = torch.utils._pytree.tree_unflatten(moved, spec)
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(moved, spec)
+    args, kwargs = inputs
     return args or kwargs
 
 
 def _rewrite_as(
-    folder: Path, host: nn.Module, inputs: Inputs, config: PruningConfig, sites: Mapping[str, Any], width: int
+    folder: Path,
+    host: nn.Module,
+    inputs: Inputs,
+    config: PruningConfig,
+    *,
+    sites: Mapping[str, Mapping[str, Any]],
+    width: int,
 ) -> PrunedModel:
-    """Rewrite with the saved sites, which an edited plan may have chosen."""
+    """Rewrite with the saved sites, which may come from an edited plan."""
     from madtp.api import example_call, rewrite
     from rewriters.regions import rewrite_regions
     from rewriters.request import Request
@@ -180,7 +186,7 @@ def _rewrite_as(
     pruned = rewrite(host, inputs, config=config)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
     wanted = {name: _plain(site) for name, site in sites.items()}
-    if found == wanted and _alignment_width(pruned) == width:
+    if found == wanted and additions_of(pruned._host).alignment_width == width:
         return pruned
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -210,21 +216,26 @@ def _refuse_nan(owner: str, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{owner} holds NaN in {len(bad)} tensors ({shorten(bad)}); its training diverged.")
 
 
-def _check(
-    folder: Path, identity: Mapping[str, Any], host: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]
+def _check_fit(
+    folder: Path,
+    identity: Mapping[str, object],
+    host: nn.Module,
+    *,
+    own: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
 ) -> None:
-    """Refuse tensors that do not fit, before any is copied."""
-    missing = [name for name in own if name not in found]
-    unexpected = [name for name in found if name not in own]
+    """Refuse stored tensors that do not fit the model's own, before any is copied."""
+    missing = [name for name in own if name not in stored]
+    unexpected = [name for name in stored if name not in own]
     faults = [
         f"{len(names)} {kind} ({shorten(names)})"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     shapes = [
-        f"{name} is {list(found[name].shape)} in the folder and {list(value.shape)} in the model"
+        f"{name} is {list(stored[name].shape)} in the folder and {list(value.shape)} in the model"
         for name, value in own.items()
-        if name in found and found[name].shape != value.shape
+        if name in stored and stored[name].shape != value.shape
     ]
     if shapes:
         faults.append(f"{len(shapes)} of another shape ({shorten(shapes)})")

@@ -1,6 +1,6 @@
-"""The folder format of saved models: ``config.json`` and one safetensors file whose name carries its hash.
+"""The folder format of saved models: ``config.json`` and one safetensors file, whose name contains its hash.
 
-Start at :func:`write_folder` and :func:`read_folder`. The configuration names the tensors and is renamed into place last, so a
+Start at :func:`write_folder` and :func:`read_folder`. The configuration names the tensor file and takes its place last, so a
 folder always holds one whole model: the old one until that moment, the new one from then on.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,38 +17,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from madtp.atomic_files import draft_of, publish, write_text
 from madtp.errors import CheckpointError
 
 FORMAT = "madtp-pruned-model"
 VERSION = 1
 CONFIG = "config.json"
-DRAFT = ".draft"
 SHOWN = 3
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a model; one that the folder holds already is replaced in one step, files that are not ours stay.
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
+    """Write a model. One that the folder already holds is replaced in one step; other files stay.
 
     Raises:
         CheckpointError: the folder cannot be written, or its ``config.json`` belongs to something else.
     """
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
-    draft = folder / f"model.safetensors{DRAFT}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with draft_of(folder / "model.safetensors") as draft:
             save_file(stored, draft, metadata={"format": FORMAT})
             digest, size = _digest(draft), draft.stat().st_size
             name = f"model-{digest[:12]}.safetensors"
-            _publish(draft, folder / name)
-            file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
-            content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
-            config = folder / f"{CONFIG}{DRAFT}"
-            config.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            _publish(config, folder / CONFIG)
-        finally:
-            draft.unlink(missing_ok=True)
+            publish(draft, folder / name)
+        file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
+        content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
+        write_text(folder / CONFIG, json.dumps(content, indent=1, allow_nan=False) + "\n")
         for old in folder.glob("model-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -70,9 +63,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name, size, digest = (description["tensors"][k] for k in ("file", "bytes", "sha256"))
         aliases = dict(description["tensors"]["aliases"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: its entry 'tensors' is not whole; save again.") from error
+        raise CheckpointError(
+            f"{folder / CONFIG} is damaged: its entry 'tensors' is incomplete; save again."
+        ) from error
     if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: {name!r} is no name of a file in the folder; save again.")
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {name!r} does not name a file in the folder; save again.")
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {name}, which its {CONFIG} names; copy the whole folder again.")
@@ -98,14 +93,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise CheckpointError(f"there is no folder {folder}; give the folder that madtp.save wrote.")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give the folder that madtp.save wrote, not a file in it.")
+        raise CheckpointError(f"{folder} is not a folder; give the folder that madtp.save wrote, not a file in it.")
     path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG}, so it is no saved model, or saving never finished.")
+        raise CheckpointError(f"{folder} holds no {CONFIG}, so it is not a saved model, or saving never finished.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON ({error}); copy it again.") from error
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}); copy it again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} does not describe a model that madtp saved; rewrite the model with madtp.rewrite and save it."
@@ -141,7 +136,7 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     """Tensors as safetensors takes them, and which further names mean the same tensor (tied weights)."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[Any, str] = {}
+    first: dict[tuple[object, ...], str] = {}
     storages: set[int] = set()
     for name, value in tensors.items():
         value = value.detach()
@@ -159,13 +154,6 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     return stored, aliases
 
 
-def _publish(draft: Path, path: Path) -> None:
-    """Rename a complete file into place, once its content is on the disk."""
-    with draft.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -180,7 +168,7 @@ def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     Raises:
         CheckpointError: a finite value leaves the range of ``dtype``.
     """
-    done: dict[Any, Tensor] = {}
+    done: dict[tuple[object, ...], Tensor] = {}
     result: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if not value.is_floating_point():

@@ -45,3 +45,10 @@ class Additions(nn.Module):
         for width in self.widths:
             projected = config.alignment and (config.query_projection == "always" or width != self.alignment_width)
             cost.bind(f"projection of {width}", width * self.alignment_width if projected else 0)
+
+
+def additions_of(host: nn.Module) -> Additions:
+    """What pruning has added to the module tree ``host``."""
+    additions = host._modules[PREFIX]
+    assert isinstance(additions, Additions)
+    return additions

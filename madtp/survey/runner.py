@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from madtp.atomic_files import draft_of
+from madtp.atomic_files import write_text
 from madtp.errors import DataError
 from madtp.survey.record import Record
 
@@ -124,5 +124,4 @@ def load(path: Path) -> list[Record]:
 def save(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON, whole or not at all."""
     content = {"format": FORMAT, "records": [record.to_dict() for record in sorted(records, key=lambda r: r.name)]}
-    with draft_of(path) as draft:
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,6 @@ carries the right name is whole. Random state is not kept: every step seeds anew
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from madtp.atomic_files import replacing_folder
 from madtp.errors import CheckpointError
 
 VERSION = 1
@@ -35,8 +35,6 @@ def write_checkpoint(
     target = folder / checkpoint_name(step)
     for left in folder.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(left)
-    draft = folder / f".{target.name}.{os.getpid()}"
-    draft.mkdir()
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     groups, scalars = [], {}
     for which, optimiser in enumerate(optimisers):
@@ -49,12 +47,11 @@ def write_checkpoint(
                 else:
                     scalars[f"{which}.{number}.{name}"] = value
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft / _TENSORS)
+    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     content = {"version": VERSION, "step": step, "groups": groups, "scalars": scalars, "extra": dict(extra)}
-    (draft / _STATE).write_text(json.dumps(content, indent=1))
-    if target.exists():
-        shutil.rmtree(target)
-    draft.rename(target)
+    with replacing_folder(target) as draft:
+        save_file(stored, draft / _TENSORS)
+        (draft / _STATE).write_text(json.dumps(content, indent=1))
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target

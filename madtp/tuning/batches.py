@@ -1,20 +1,30 @@
-"""Batches that a pruned model is run on by calibration and teaching: as calls of it, in eval mode."""
+"""Batches that a pruned model is run on: as calls of it (:func:`calls_of`), and in eval mode (:func:`evaluating`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
-from madtp.calls.call import Call, normalise_call
+from madtp.calls.call import Call, Inputs, normalise_call
 from madtp.errors import ExampleInputsError
 from madtp.pruned import PrunedModel
 
 
-def calls_of(pruned: PrunedModel, batches: Iterable[Mapping[str, Any] | tuple[Any, ...]]) -> list[Call]:
-    """Batches, dicts of keyword arguments or tuples of positional ones, as calls of the model.
+def as_call(pruned: PrunedModel, batch: Inputs) -> Call:
+    """One batch as a call of the model.
+
+    Raises:
+        ExampleInputsError: it does not fit the model.
+    """
+    if isinstance(batch, Mapping):
+        return normalise_call(pruned._host, (), batch)
+    return normalise_call(pruned._host, tuple(batch), {})
+
+
+def calls_of(pruned: PrunedModel, batches: Iterable[Inputs]) -> list[Call]:
+    """Batches as calls of the model.
 
     Raises:
         ExampleInputsError: there are none, or they do not fit the model.
@@ -27,8 +37,7 @@ def calls_of(pruned: PrunedModel, batches: Iterable[Mapping[str, Any] | tuple[An
             raise ExampleInputsError(
                 f"batch {number} is a {type(batch).__name__}; pass dicts of keyword arguments or tuples of positional ones."
             )
-        args, kwargs = (batch, {}) if isinstance(batch, tuple) else ((), batch)
-        call = normalise_call(pruned._host, args, kwargs)
+        call = as_call(pruned, batch)
         if not any(t.dim() for t in call.tensors()):
             raise ExampleInputsError(f"batch {number} holds no tensor.")
         calls.append(call)
@@ -39,7 +48,7 @@ def calls_of(pruned: PrunedModel, batches: Iterable[Mapping[str, Any] | tuple[An
 
 @contextmanager
 def evaluating(pruned: PrunedModel) -> Iterator[None]:
-    """The model in eval mode inside the block, its modules' own modes restored afterwards."""
+    """Run the model in eval mode inside the block; each module gets its own mode back."""
     modules: list[nn.Module] = [*pruned.modules(), pruned._host]
     modes = [m.training for m in modules]
     pruned.eval()

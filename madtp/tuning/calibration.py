@@ -1,11 +1,11 @@
 """Choose the pruning strength for a given saving: :func:`calibrate` on batches, :class:`GainController` while training.
 
-Start at :func:`calibrate`. It searches one setting, the *knob* (the gain, on request the temperature, for a control with
-fixed counts the keep ratio), on a logarithmic scale: first a bracket, then smaller ones. MACs come from the cost table and the
-tokens that each sample really kept, so an evaluation is one forward of every batch.
+Start at :func:`calibrate`. It searches one setting, the *knob*: the gain, on request the temperature, or the keep ratio of a
+control with fixed counts. The search runs on a logarithmic scale. It first brackets the target and then shrinks the bracket.
+MACs come from the cost table and the tokens that each sample really kept, so an evaluation is one forward of every batch.
 
-A *reduction* is the fraction of the dense model's multiply-accumulates that is saved: 0.8 leaves a fifth of them. What pruning
-itself costs (alignment tokens) counts against it.
+A *reduction* is the fraction of the dense model's multiply-accumulates (MACs) that is saved: 0.8 leaves a fifth of them. What
+pruning itself costs (alignment tokens) counts against it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from madtp.calls.call import Inputs
 from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
 from madtp.tuning.batches import calls_of, evaluating
-from madtp.tuning.search import KNOBS, Knob, Measurement, Search, Steer, dense_macs, has_nan, mac_reduction
+from madtp.tuning.search import KNOBS, Knob, KnobName, Measurement, Search, dense_macs, has_nan, mac_reduction
 
 __all__ = ["CalibrationResult", "GainController", "calibrate", "dense_macs", "mac_reduction"]
 
@@ -30,14 +30,18 @@ class CalibrationResult:
     """What :func:`calibrate` found.
 
     Attributes:
-        gain, temperature: the model's settings now. keep_ratio: of a control with fixed counts, else None.
-        reduction_reached: fraction of the dense MACs saved on the batches.
-        dense_macs, macs: multiply-accumulates per sample, without pruning and now.
-        samples: number of samples measured on.
-        deviation: standard error of the reduction over batches, so the size of the deviation to expect on as many other
-            samples; None for fewer than 4 batches.
+        gain: of the model now.
+        temperature: of the model now.
+        keep_ratio: of the model now if it is a control with fixed counts, else None.
+        reduction_reached: fraction of the dense MACs that is saved on the batches.
+        dense_macs: MACs per sample without pruning.
+        macs: MACs per sample now.
+        samples: number of samples measured.
+        deviation: standard error of the reduction over batches: how far the reduction may be off on as many other samples.
+            None for fewer than 4 batches.
         evaluations: how often the batches were run.
-        steer: the setting that was searched. history: every evaluation of it in order.
+        steer: the setting that was searched.
+        history: every evaluation, in order.
     """
 
     gain: float
@@ -49,7 +53,7 @@ class CalibrationResult:
     samples: int
     deviation: float | None
     evaluations: int
-    steer: Steer
+    steer: KnobName
     history: tuple[Measurement, ...] = field(repr=False)
 
     def __str__(self) -> str:
@@ -64,25 +68,27 @@ class CalibrationResult:
 
 def calibrate(
     pruned: PrunedModel,
-    batches: Iterable[Mapping[str, Any] | tuple[Any, ...]],
+    batches: Iterable[Inputs],
     *,
     reduction: float,
     tolerance: float = 0.01,
-    steer: Steer | None = None,
+    steer: KnobName | None = None,
 ) -> CalibrationResult:
     """Set the pruning strength so that mean MACs over ``batches`` fall by ``reduction``.
 
     Args:
         pruned: from :func:`madtp.rewrite`. It is run in eval mode; its mode is restored.
-        batches: inputs as the model takes them, dicts of keyword arguments or tuples of positional ones. Held in a list.
-        reduction: fraction of the dense MACs to save, above 0 and below 1 (0.8 = -80%).
-        tolerance: how far from it the result may lie, as a fraction of the dense MACs (0.01 = one percentage point).
-        steer: the setting to change; None takes "keep_ratio" where the configuration fixes one, else "gain".
+        batches: inputs as the model takes them, dicts of keyword arguments or tuples of positional ones. All stay in memory.
+        reduction: fraction of the dense MACs to save, above 0 and below 1 (0.8 saves 80%).
+        tolerance: how far the result may be off, as a fraction of the dense MACs (0.01 is one percentage point).
+        steer: the setting to change. None takes ``"keep_ratio"`` where the configuration fixes one, else ``"gain"``.
+
     Returns:
-        the settings found, which the model now has.
+        The settings that were found, which the model now has.
+
     Raises:
-        ConfigError: a value is out of range, or ``steer`` names a setting without effect here.
-        ExampleInputsError: no batches, or they do not fit the model.
+        ConfigError: a value is out of range, or ``steer`` names a setting that has no effect here.
+        ExampleInputsError: there are no batches, or they do not fit the model.
         CalibrationError: the reduction cannot be reached, or weights or outputs are NaN. The model's settings are unchanged.
     """
     for name, value in (("reduction", reduction), ("tolerance", tolerance)):
@@ -94,7 +100,7 @@ def calibrate(
     calls = calls_of(pruned, batches)
     _refuse_nan_weights(pruned)
     before = chosen.read(pruned)
-    search = Search(pruned, calls, chosen, reduction, tolerance)
+    search = Search(pruned, calls, chosen, target=reduction, tolerance=tolerance)
     found = False
     try:
         with torch.no_grad(), evaluating(pruned):
@@ -118,7 +124,7 @@ def calibrate(
     )
 
 
-def _knob(pruned: PrunedModel, steer: Steer | None) -> Knob:
+def _knob(pruned: PrunedModel, steer: KnobName | None) -> Knob:
     config = pruned.config
     name: str = ("gain" if config.keep_ratio is None else "keep_ratio") if steer is None else steer
     if name not in KNOBS:
@@ -138,7 +144,7 @@ def _knob(pruned: PrunedModel, steer: Steer | None) -> Knob:
         raise ConfigError(
             "the model has fixed counts at each site, which no setting changes; calibrate it before freezing."
         )
-    if name != "temperature" and pruned.temperature == 0.0:
+    if name != "temperature" and not pruned._control.active:
         raise ConfigError("temperature is 0, which switches pruning off; set pruned.temperature (1.0, say) first.")
     return KNOBS[name]
 
@@ -151,18 +157,19 @@ def _refuse_nan_weights(pruned: PrunedModel) -> None:
 
 
 class GainController:
-    """Steers the gain during training so that the MAC reduction follows a target: integral control of log gain.
+    """Steers the gain during training so that the MAC reduction follows a target: integral control of log(gain).
 
-    After every step log(gain) moves by ``rate * (target - smoothed reduction)``. A target that cannot be reached drives the
-    gain to a bound and no further. Deterministic; ``state_dict`` and ``load_state_dict`` resume it exactly.
+    After every step, log(gain) moves by ``rate * (target - smoothed reduction)``. A target that cannot be reached drives the
+    gain to a bound and no further. The controller is deterministic; ``state_dict`` and ``load_state_dict`` resume it exactly.
 
     Args:
-        target: fraction of the dense MACs to save; may be changed between steps.
+        target: fraction of the dense MACs to save. It may be changed between steps.
         gain: start value.
-        rate: change of log(gain) a step, for each unit of error. It does not overshoot while rate times the slope of the
-            reduction over log(gain), which is 1 to 9, stays below ``(1 - smoothing) / 4``; a little overshoot is harmless.
+        rate: change of log(gain) per step and unit of error. It does not overshoot while rate times the slope of the
+            reduction over log(gain), which is 1 to 9, stays below ``(1 - smoothing) / 4``. A little overshoot is harmless.
         smoothing: weight of the past in the exponential mean of observed reductions, in [0, 1).
         bounds: smallest and largest gain.
+
     Raises:
         ConfigError: a value is out of range.
     """
@@ -188,10 +195,14 @@ class GainController:
         self.observed: float | None = None
 
     def step(self, reduction: float) -> float:
-        """Take the reduction of one training step (:func:`mac_reduction`); returns the gain for the next.
+        """Take in the reduction of one training step (:func:`mac_reduction`).
+
+        Returns:
+            The gain for the next step.
 
         Raises:
-            ConfigError: the target is not a fraction between 0 and 1. CalibrationError: ``reduction`` is not finite.
+            ConfigError: the target is not a fraction of at least 0 and below 1.
+            CalibrationError: ``reduction`` is not finite.
         """
         if not 0.0 <= self.target < 1.0:
             raise ConfigError(f"target is {self.target!r}; allowed: a fraction of at least 0 and below 1")
@@ -206,11 +217,11 @@ class GainController:
         return self.gain
 
     def state_dict(self) -> dict[str, float | None]:
-        """Everything that changes, as JSON types."""
+        """All state that changes, as JSON types."""
         return {"target": self.target, "gain": self.gain, "observed": self.observed}
 
     def load_state_dict(self, state: Mapping[str, float | None]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Continue from the state that :meth:`state_dict` gave.
 
         Raises:
             ConfigError: keys are missing or unknown.

@@ -1,6 +1,6 @@
-"""The search behind :func:`madtp.calibrate`: one setting of a pruned model, moved until the MACs are right.
+"""The search behind :func:`madtp.calibrate`: it moves one setting of a pruned model until the MACs are right.
 
-Start at :class:`Search`. It brackets the target on a logarithmic scale and shrinks the bracket; every evaluation runs all
+Start at :class:`Search`. It brackets the target on a logarithmic scale and shrinks the bracket. Every evaluation runs all
 batches.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
@@ -21,15 +21,24 @@ from madtp.errors import CalibrationError
 from madtp.pruned import PrunedModel
 from madtp.sites.additions import PREFIX
 
-Steer = Literal["gain", "temperature", "keep_ratio"]
+KnobName = Literal["gain", "temperature", "keep_ratio"]
 EVALUATIONS = 25
+"""Most evaluations of a search."""
 FEWEST_BATCHES = 4
-RESOLUTION = 1e-6  # of the logarithm of the knob: below it a step of the reduction is a jump
+"""Fewest batches from which a standard error is estimated."""
+RESOLUTION = 1e-6
+"""Of the knob's logarithm: where a bracket is narrower, the reduction jumps inside it."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One evaluation: the knob's value, MACs per sample at it, and the reduction that this is."""
+    """One evaluation.
+
+    Attributes:
+        value: of the knob.
+        macs: multiply-accumulates per sample at it.
+        reduction: fraction of the dense MACs that it saves.
+    """
 
     value: float
     macs: float
@@ -37,23 +46,30 @@ class Measurement:
 
 
 def mac_reduction(pruned: PrunedModel) -> float:
-    """Fraction of the dense MACs that the last forward saved; negative where pruning cost more than it saved."""
+    """Fraction of the dense MACs that the last forward saved; negative if pruning cost more than it saved."""
     return 1.0 - pruned.macs() / dense_macs(pruned)
 
 
 def dense_macs(pruned: PrunedModel) -> float:
-    """MACs per sample that the last forward would have taken without pruning; nothing is run."""
+    """MACs per sample that the last forward would have taken without pruning. Nothing is run."""
     return float(sum(pruned.macs_by_module("all").values()))
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A setting on a scale of *strength* s, more of which prunes more: value = exp(sign * s), s in [low, high].
+    """A setting on a scale of *strength* s, where more strength prunes more: value = exp(sign * s), s in [low, high].
 
-    weakest: the value at the weak end of the scale.
+    Attributes:
+        name: of the setting.
+        read: gets its value from a model.
+        write: sets its value in a model.
+        low: weak end of the scale.
+        high: strong end of the scale.
+        sign: 1 if a larger value prunes more, -1 if it prunes less.
+        weakest: the value at the weak end, in place of exp(sign * low).
     """
 
-    name: Steer
+    name: KnobName
     read: Callable[[PrunedModel], float]
     write: Callable[[PrunedModel, float], None]
     low: float
@@ -62,9 +78,11 @@ class Knob:
     weakest: float
 
     def value(self, strength: float) -> float:
+        """The value of the setting at a strength."""
         return self.weakest if strength <= self.low else math.exp(self.sign * strength)
 
     def strength(self, value: float) -> float:
+        """The strength of a value, brought into the scale."""
         if value <= 0.0:
             return 0.0
         return min(max(self.sign * math.log(value), self.low), self.high)
@@ -81,32 +99,85 @@ def _write_keep_ratio(pruned: PrunedModel, value: float) -> None:
 
 
 KNOBS = {
-    "gain": Knob("gain", lambda p: p.gain, lambda p, v: setattr(p, "gain", v), -12.0, 12.0, 1, 0.0),
-    "temperature": Knob(
-        "temperature", lambda p: p.temperature, lambda p, v: setattr(p, "temperature", v), -9.0, 12.0, 1, math.exp(-9.0)
+    "gain": Knob(
+        name="gain",
+        read=lambda pruned: pruned.gain,
+        write=lambda pruned, value: setattr(pruned, "gain", value),
+        low=-12.0,
+        high=12.0,
+        sign=1,
+        weakest=0.0,
     ),
-    "keep_ratio": Knob("keep_ratio", _read_keep_ratio, _write_keep_ratio, 0.0, 9.0, -1, 1.0),
+    "temperature": Knob(
+        name="temperature",
+        read=lambda pruned: pruned.temperature,
+        write=lambda pruned, value: setattr(pruned, "temperature", value),
+        low=-9.0,
+        high=12.0,
+        sign=1,
+        weakest=math.exp(-9.0),
+    ),
+    "keep_ratio": Knob(
+        name="keep_ratio",
+        read=_read_keep_ratio,
+        write=_write_keep_ratio,
+        low=0.0,
+        high=9.0,
+        sign=-1,
+        weakest=1.0,
+    ),
 }
 
 
-class Search:
-    """Bracketing, then shrinking the bracket, of one knob."""
+class _Point(NamedTuple):
+    """A strength of the knob, and the reduction at it."""
 
-    def __init__(self, pruned: PrunedModel, calls: list[Call], knob: Knob, target: float, tolerance: float) -> None:
+    strength: float
+    reduction: float
+
+
+class _Bracket(NamedTuple):
+    """Two points, one on each side of the target; the same one twice if it meets the target."""
+
+    weak: _Point
+    strong: _Point
+
+
+class Search:
+    """The search for the value of one knob at which the reduction meets a target.
+
+    Attributes:
+        pruned: the model, whose setting it changes.
+        calls: the batches.
+        knob: the setting.
+        target: the reduction to reach.
+        tolerance: how far the reduction may be off.
+        sizes: samples in each batch.
+        samples: samples in all batches.
+        dense: MACs per sample without pruning.
+        history: every evaluation, in order.
+    """
+
+    def __init__(self, pruned: PrunedModel, calls: list[Call], knob: Knob, *, target: float, tolerance: float) -> None:
         self.pruned, self.calls, self.knob = pruned, calls, knob
         self.target, self.tolerance = target, tolerance
         self.sizes = [next(t.shape[0] for t in call.tensors() if t.dim()) for call in calls]
         self.samples = sum(self.sizes)
         self.dense = 0.0
-        self.dense_of: list[float] = []
-        self.macs_of: list[float] = []
+        self._dense_by_batch: list[float] = []
+        self._macs_by_batch: list[float] = []
         self.history: list[Measurement] = []
 
     def run(self) -> Measurement:
+        """Search; the model is left at the best value.
+
+        Raises:
+            CalibrationError: the target cannot be reached, or an output is NaN.
+        """
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as self.progress:
             self.task = self.progress.add_task(f"calibrating {self.knob.name}", total=EVALUATIONS * len(self.calls))
-            self._narrow(*self._bracket())
+            self._narrow(self._bracket())
             best = min(self.history, key=self._miss)
             if self.history[-1] is not best:
                 best = self._measure(best.value)
@@ -115,13 +186,13 @@ class Search:
         return best
 
     def deviation(self) -> float | None:
-        """Standard error of the last evaluation's reduction, from how far the batches differ."""
+        """Standard error of the last evaluation's reduction, from how far the batches differ; None if they are too few."""
         if len(self.calls) < FEWEST_BATCHES:
             return None
-        mean = sum(self.macs_of) / sum(self.dense_of)
-        residuals = [macs - mean * dense for macs, dense in zip(self.macs_of, self.dense_of, strict=True)]
+        mean = sum(self._macs_by_batch) / sum(self._dense_by_batch)
+        residuals = [macs - mean * dense for macs, dense in zip(self._macs_by_batch, self._dense_by_batch, strict=True)]
         n = len(residuals)
-        return math.sqrt(sum(r * r for r in residuals) * n / (n - 1)) / sum(self.dense_of)
+        return math.sqrt(sum(r * r for r in residuals) * n / (n - 1)) / sum(self._dense_by_batch)
 
     def _miss(self, measured: Measurement) -> float:
         return abs(measured.reduction - self.target)
@@ -129,48 +200,46 @@ class Search:
     def _near(self, measured: Measurement) -> bool:
         return self._miss(measured) <= self.tolerance / 4
 
-    def _bracket(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Two strengths with their reductions, one on each side of the target (or one twice, where it is met)."""
+    def _bracket(self) -> _Bracket:
+        """Go from the present value in steps that grow, until the target is passed."""
         knob, step = self.knob, 0.2
-        at = knob.strength(knob.read(self.pruned))
-        reached = self._at(at)
-        up = reached < self.target
+        point = self._evaluate(knob.strength(knob.read(self.pruned)))
+        up = point.reduction < self.target
         while True:
             if self._near(self.history[-1]):
-                return (at, reached), (at, reached)
-            if at == (knob.high if up else knob.low):
-                raise CalibrationError(self._unreachable(reached, up))
-            ahead = min(at + step, knob.high) if up else max(at - step, knob.low)
-            there = self._at(ahead)
-            if (there < self.target) != up:
-                ends = (at, reached), (ahead, there)
-                return ends if up else (ends[1], ends[0])
-            at, reached, step = ahead, there, step * 2.5
+                return _Bracket(point, point)
+            if point.strength == (knob.high if up else knob.low):
+                raise CalibrationError(self._unreachable(point.reduction, up))
+            ahead = min(point.strength + step, knob.high) if up else max(point.strength - step, knob.low)
+            following = self._evaluate(ahead)
+            if (following.reduction < self.target) != up:
+                return _Bracket(point, following) if up else _Bracket(following, point)
+            point, step = following, step * 2.5
 
-    def _narrow(self, weak: tuple[float, float], strong: tuple[float, float]) -> None:
-        """Regula falsi with a bisection after every step that kept the same end."""
-        kept: str | None = None
+    def _narrow(self, bracket: _Bracket) -> None:
+        """Shrink a bracket, by regula falsi and bisection in turn."""
+        weak, strong = bracket
+        bisect = False
         while len(self.history) < EVALUATIONS - 1 and not self._near(self.history[-1]):
-            width = strong[0] - weak[0]
-            if width < RESOLUTION or strong[1] <= weak[1]:
+            width = strong.strength - weak.strength
+            if width < RESOLUTION or strong.reduction <= weak.reduction:
                 return
-            share = (self.target - weak[1]) / (strong[1] - weak[1])
-            share = 0.5 if kept is not None else min(max(share, 0.1), 0.9)
-            middle = weak[0] + width * share
-            reached = self._at(middle)
-            if reached < self.target:
-                weak, end = (middle, reached), "strong"
+            share = (self.target - weak.reduction) / (strong.reduction - weak.reduction)
+            share = 0.5 if bisect else min(max(share, 0.1), 0.9)
+            middle = self._evaluate(weak.strength + width * share)
+            if middle.reduction < self.target:
+                weak = middle
             else:
-                strong, end = (middle, reached), "weak"
-            kept = end if kept is None else None
+                strong = middle
+            bisect = not bisect
 
-    def _at(self, strength: float) -> float:
-        return self._measure(self.knob.value(strength)).reduction
+    def _evaluate(self, strength: float) -> _Point:
+        return _Point(strength, self._measure(self.knob.value(strength)).reduction)
 
     def _measure(self, value: float) -> Measurement:
         """Run all batches at a value of the knob."""
         self.knob.write(self.pruned, value)
-        self.macs_of = []
+        self._macs_by_batch = []
         for number, (call, size) in enumerate(zip(self.calls, self.sizes, strict=True)):
             output = self.pruned(*call.args, **call.kwargs)
             if any(has_nan(x) for x in pytree.tree_leaves(output)):
@@ -178,11 +247,11 @@ class Search:
                     f"the model's output on batch {number} holds NaN at {self.knob.name} {value:.4g}; check the inputs and "
                     "the weights."
                 )
-            self.macs_of.append(size * self.pruned.macs())
-            if len(self.dense_of) <= number:
-                self.dense_of.append(size * dense_macs(self.pruned))
+            self._macs_by_batch.append(size * self.pruned.macs())
+            if len(self._dense_by_batch) <= number:
+                self._dense_by_batch.append(size * dense_macs(self.pruned))
             self.progress.advance(self.task)
-        self.dense, macs = sum(self.dense_of) / self.samples, sum(self.macs_of) / self.samples
+        self.dense, macs = sum(self._dense_by_batch) / self.samples, sum(self._macs_by_batch) / self.samples
         result = Measurement(value, macs, 1.0 - macs / self.dense)
         self.history.append(result)
         return result

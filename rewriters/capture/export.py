@@ -180,8 +180,8 @@ def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
     inputs = placeholders(graph)
     dynamic: list[tuple[int, ...]] = []
     by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
-    if region.sequence_input and WRITTEN in call.kwargs:
-        text = by_place[region.sequence_input]
+    if region.embeddings and WRITTEN in call.kwargs:
+        text = by_place[region.embeddings]
         set_record(text, replace(record(text), image_positions=inputs[-1]))
     for (place, leaf), node in zip(leaves, inputs, strict=True):
         known = region.modalities.get(pytree.keystr(place))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from madtp.errors import PlanError
+from madtp.method.guidance import ImageOrder
 from madtp.report import RefusalReport
 from madtp.sites.scoring import Scores, SegmentSpec, SiteSpec
 from rewriters.capture.scope import Region
@@ -150,7 +151,7 @@ class Plan:
     refusals: tuple[Refusal, ...]
     alignment_width: int
     images: int
-    image_order: str
+    image_order: ImageOrder
     version: int = PLAN_VERSION
 
     def to_dict(self) -> dict[str, Any]:

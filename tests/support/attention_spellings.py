@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from model_case import Case, Keys, Tensors, lively, marks
+from model_case import Case, Keys, Tensors, lively, positions_mask
 from torch import Tensor, nn
 
 HEADS, HEAD, LENGTH = 2, 4, 9
@@ -367,5 +367,5 @@ def spelled_case(name: str, *spellings: Spelling) -> Case:
         residual={"image": "blocks.{}.norm2:input"},
         final={"image": "norm"},
         norm={"image": "norm"},
-        protected=lambda x: {"image": marks(len(x["x"]), LENGTH, 0)},
+        protected=lambda x: {"image": positions_mask(len(x["x"]), LENGTH, 0)},
     )

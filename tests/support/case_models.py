@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_case import END, PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, marks, text
+from model_case import END, PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, positions_mask, text
 from torch import nn
 from two_towers import tower_case
 
@@ -47,7 +47,7 @@ def _vit_case(name: str, prefix: int, pool: str = "token", **options: Any) -> Ca
         residual={"image": "blocks.{}.norm2:input"},
         final={"image": "norm"},
         norm={"image": "norm"},
-        protected=lambda inputs: {"image": marks(len(inputs["x"]), 16 + prefix, *range(prefix))},
+        protected=lambda inputs: {"image": positions_mask(len(inputs["x"]), 16 + prefix, *range(prefix))},
         repool=_vit_pool(prefix) if pool == "avg" else None,
     )
 
@@ -96,7 +96,7 @@ def _hf_inputs(batch: int, length: int) -> Tensors:
 
 def _clip_protected(inputs: Tensors) -> Tensors:
     batch = len(inputs["input_ids"])
-    return {"image": marks(batch, 17, 0), "text": inputs["input_ids"] == END}
+    return {"image": positions_mask(batch, 17, 0), "text": inputs["input_ids"] == END}
 
 
 def _clip(name: str, spelling: str, **options: Any) -> Case:
@@ -117,14 +117,14 @@ def _clip(name: str, spelling: str, **options: Any) -> Case:
         norm={"image": None, "text": "text_model.final_layer_norm"},
         protected=_clip_protected,
         full={"vision_model_output.last_hidden_state": "image", "text_model_output.last_hidden_state": "text"},
-        alone=("logits_per_image", "logits_per_text"),
+        coupled=("logits_per_image", "logits_per_text"),
         exact=spelling == "sdpa",
     )
 
 
 def _siglip_protected(inputs: Tensors) -> Tensors:
     batch, length = inputs["input_ids"].shape
-    return {"image": marks(batch, 16), "text": marks(batch, length, -1)}
+    return {"image": positions_mask(batch, 16), "text": positions_mask(batch, length, -1)}
 
 
 def _siglip(name: str, spelling: str) -> Case:
@@ -146,14 +146,14 @@ def _siglip(name: str, spelling: str) -> Case:
         norm={"image": "vision_model.post_layernorm", "text": "text_model.final_layer_norm"},
         protected=_siglip_protected,
         full={"vision_model_output.last_hidden_state": "image", "text_model_output.last_hidden_state": "text"},
-        alone=("logits_per_image", "logits_per_text"),
+        coupled=("logits_per_image", "logits_per_text"),
         exact=False,
     )
 
 
 def _first_tokens(inputs: Tensors) -> Tensors:
     batch, length = inputs["input_ids"].shape
-    return {"image": marks(batch, 17, 0), "text": marks(batch, length, 0)}
+    return {"image": positions_mask(batch, 17, 0), "text": positions_mask(batch, length, 0)}
 
 
 def _blip(name: str) -> Case:
@@ -194,7 +194,7 @@ def _nlvr() -> nn.Module:
 
 def _nlvr_protected(inputs: Tensors) -> Tensors:
     batch, length = inputs["input_ids"].shape
-    return {"image": marks(2 * batch, 17, 0), "text": marks(batch, length, 0)}
+    return {"image": positions_mask(2 * batch, 17, 0), "text": positions_mask(batch, length, 0)}
 
 
 NLVR = Case(

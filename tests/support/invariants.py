@@ -117,7 +117,7 @@ def test_a_sample_ignores_its_batch_mates(
             for name, mask in pruned.kept_tokens().items():
                 assert torch.equal(mask, kept[name].unflatten(0, (-1, batch))[:, row]), name
             for name, value in alone.items():
-                inside = together[name][row : row + 1, row : row + 1] if name in subject.case.alone else None
+                inside = together[name][row : row + 1, row : row + 1] if name in subject.case.coupled else None
                 assert gap(together[name][row : row + 1] if inside is None else inside, value) < LOOSE, name
 
 
@@ -129,7 +129,7 @@ def test_permuted_batch_permutes_outputs(subject: Subject) -> None:
         wanted = leaves(pruned(**inputs))
         found = leaves(pruned(**{n: v[order] for n, v in inputs.items()}))
     for name, value in wanted.items():
-        moved = value[order][:, order] if name in subject.case.alone else value[order]
+        moved = value[order][:, order] if name in subject.case.coupled else value[order]
         assert gap(moved, found[name]) < LOOSE, name
 
 

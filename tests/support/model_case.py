@@ -1,6 +1,6 @@
 """What a test case is: a small model and what an independent oracle must know about it.
 
-Start at :class:`Case`; `case_models.py` lists the cases. The statements are written by hand, from reading each model's own
+Start at :class:`Case`; ``case_models.py`` lists the cases. The statements are written by hand, from reading each model's own
 code: which attention reads which tokens, where residual values can be observed, which tokens are protected. Nothing
 here asks the rewriter.
 """
@@ -22,10 +22,14 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of the attention in modules whose path matches `pattern`: tokens of `stream`.
+    """Which tokens the attention of some modules reads as keys.
 
-    The pattern's group is the layer; tokens dropped in earlier layers are gone. Without a group all layers of the stream
-    lie before. `part` is the half of the stream's batch that is read; the first `skip` tokens are not.
+    Attributes:
+        pattern: regular expression for the paths of the modules. Its group is the layer: tokens dropped in earlier layers are
+            gone. Without a group, all layers of the stream lie before.
+        stream: whose tokens are read.
+        part: which half of the stream's batch is read; None for all of it.
+        skip: how many of the first tokens are not read.
     """
 
     pattern: str
@@ -36,18 +40,24 @@ class Keys:
 
 @dataclass(frozen=True)
 class Case:
-    """One model.
+    """One model, and what is known about it.
 
     Attributes:
+        name: of the case.
+        build: makes the model.
         inputs: keyword arguments for a batch size and a text length; rows end in different amounts of padding.
-        keys: of all attention modules. layers: self-attention layers by stream.
-        residual: path of the module whose input or output ("path:input") is the residual value at the site of a layer.
-        final: path of the module whose output is the stream's last token values; `norm` of it maps the residual to them.
-        protected: positions [B, N] that must survive, by stream.
-        full: output leaves that hold a token for each position, and their stream.
-        repool: computes leaves anew that pool tokens, from all tokens and the final survivors.
-        alone: leaves that couple samples by design (a similarity matrix); they are compared on the diagonal.
-        exact: attention keeps its spelling, so equality is bit for bit. sequence_first: tokens are [N, B, C] inside.
+        keys: of all attention modules.
+        layers: number of self-attention layers by stream.
+        residual: by stream, path of the module whose input (``"path:input"``) or output (``"path:output"``) is the residual
+            stream at the site of a layer.
+        final: by stream, path of the module whose output is the last token values.
+        norm: by stream, path of the norm that maps the residual stream to these values, or None.
+        protected: positions ``[B, N]`` that must survive, by stream.
+        full: output leaves that hold a token for each position, with their stream.
+        repool: recomputes leaves that pool tokens, from all tokens and the final survivors.
+        coupled: leaves that couple the samples of a batch by design (a similarity matrix); they are compared on the diagonal.
+        exact: whether attention keeps its spelling, so that equality is bit for bit.
+        sequence_first: whether tokens are ``[N, B, C]`` inside.
     """
 
     name: str
@@ -61,7 +71,7 @@ class Case:
     protected: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     full: dict[str, str] = field(default_factory=dict)
     repool: Callable[[nn.Module, Tensors, Tensors, Tensors], Tensors] | None = None
-    alone: tuple[str, ...] = ()
+    coupled: tuple[str, ...] = ()
     exact: bool = True
     sequence_first: bool = False
 
@@ -80,12 +90,12 @@ class Case:
 
 
 def text_mask(inputs: dict[str, Tensor]) -> Tensor | None:
-    """True at text tokens [B, T]."""
+    """``[B, T]``, True at text tokens; None if the inputs have no mask."""
     return inputs["attention_mask"].bool() if "attention_mask" in inputs else None
 
 
 def text(batch: int, length: int) -> dict[str, Tensor]:
-    """Ids and mask [B, T]: row i ends in i % 3 padding tokens; END closes each text."""
+    """Ids and mask ``[B, T]``: row i ends in i % 3 padding tokens; END closes each text."""
     lengths = torch.tensor([max(3, length - i % 3) for i in range(batch)])
     mask = torch.arange(length) < lengths[:, None]
     ids = torch.randint(4, END, (batch, length))
@@ -93,12 +103,12 @@ def text(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
-def marks(batch: int, length: int, *positions: int) -> Tensor:
-    """[B, N] bool, True at the given positions."""
-    found = torch.zeros(batch, length, dtype=torch.bool)
+def positions_mask(batch: int, length: int, *positions: int) -> Tensor:
+    """``[B, N]`` bool, True at the given positions."""
+    mask = torch.zeros(batch, length, dtype=torch.bool)
     for position in positions:
-        found[:, position] = True
-    return found
+        mask[:, position] = True
+    return mask
 
 
 def lively(model: nn.Module, seed: int = 7) -> nn.Module:

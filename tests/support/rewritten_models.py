@@ -22,7 +22,14 @@ from madtp.calls.fast_path import spelled_out
 
 
 class Subject:
-    """A case with its model and the rewritten model. names: sites by stream, in order of layers."""
+    """A case with its model and the rewritten model.
+
+    Attributes:
+        case: what is known about the model.
+        model: the original.
+        pruned: the rewritten model.
+        names: of the sites by stream, in the order of layers.
+    """
 
     def __init__(
         self, case: Case, model: nn.Module, pruned: madtp.PrunedModel, names: dict[str, tuple[str, ...]]
@@ -41,7 +48,14 @@ class Subject:
         forced: dict[str, list[Tensor]] | None = None,
         **config: Any,
     ) -> Iterator[madtp.PrunedModel]:
-        """Inside the block: this strength, these survivors [B, N] by stream and layer, these fields of the configuration."""
+        """Change settings inside the block.
+
+        Args:
+            temperature: T of the threshold.
+            gain: factor on the threshold.
+            forced: survivors ``[B, N]`` by stream and layer, in place of the method's choice.
+            config: further fields of the configuration.
+        """
         control = self.pruned._control
         before = control.temperature, control.gain, control.config, control.forced
         control.temperature, control.gain = temperature, gain
@@ -56,7 +70,7 @@ class Subject:
 
 @cache
 def subject(name: str) -> Subject:
-    """The subject of a case by name."""
+    """The subject of the case of this name."""
     torch.manual_seed(0)
     case = CASES[name]
     model = case.build()
@@ -66,12 +80,12 @@ def subject(name: str) -> Subject:
     return Subject(case, model, pruned, names)
 
 
-# Torch's fused encoder layer rounds differently from the operations it stands for.
+# The fused encoder layer of torch rounds differently from the operations that it stands for.
 eager_arithmetic = spelled_out
 
 
 def gap(first: Tensor, second: Tensor) -> float:
-    """Largest difference, relative to the scale of `first`; NaN counts as infinite."""
+    """Largest difference, relative to the scale of ``first``; NaN counts as infinite."""
     assert first.shape == second.shape, f"shapes {tuple(first.shape)} and {tuple(second.shape)}"
     if not first.numel():
         return 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from model_case import PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, marks, text
+from model_case import PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, positions_mask, text
 from torch import Tensor, nn
 
 
@@ -58,7 +58,7 @@ def _repool_words(model: nn.Module, inputs: Tensors, tokens: Tensors, kept: Tens
 def tower_case(name: str, batch_first: bool, norm_first: bool, mean: bool) -> Case:
     def protected(inputs: Tensors) -> Tensors:
         batch, length = inputs["input_ids"].shape
-        return {"image": marks(batch, 17, 0), "text": marks(batch, length, *(() if mean else (0,)))}
+        return {"image": positions_mask(batch, 17, 0), "text": positions_mask(batch, length, *(() if mean else (0,)))}
 
     place = "{}.encoder.layers.[].norm2:input" if norm_first else "{}.encoder.layers.[].norm1:output"
     return Case(

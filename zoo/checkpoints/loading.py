@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from madtp.atomic_files import draft_of
+from madtp.atomic_files import replacing_file
 from madtp.errors import CheckpointError
 from zoo.checkpoints.files import read_checkpoint
 from zoo.checkpoints.key_table import KeyTable, choose, matches, translate
@@ -110,7 +110,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     tied = _tied(own)
     kept = {key: value.detach().cpu().contiguous() for key, value in own.items() if key == tied[key][0]}
     try:
-        with draft_of(path) as draft:
+        with replacing_file(path) as draft:
             save_file(kept, draft)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error

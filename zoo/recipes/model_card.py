@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import zoo
+from madtp.atomic_files import replacing_file
 from madtp.evaluation import evaluate
 from zoo.scenes import SceneDataset, collate
 from zoo.tasks import build_task
@@ -83,9 +84,9 @@ def write_release(
     model: nn.Module, path: Path, card: Mapping[str, Any], test: Callable[[Path], dict[str, Any]]
 ) -> None:
     """Write a model's weights in float16 and, beside them, a JSON card with what the file scores when loaded again."""
-    draft = path.with_suffix(".partial.safetensors")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    save_file({n: (v.half() if v.is_floating_point() else v).contiguous().clone() for n, v in weights.items()}, draft)
-    result = test(draft)
-    draft.replace(path)
+    stored = {n: (v.half() if v.is_floating_point() else v).contiguous().clone() for n, v in weights.items()}
+    with replacing_file(path) as draft:
+        save_file(stored, draft)
+        result = test(draft)
     path.with_suffix(".json").write_text(json.dumps({**card, "test": result}, indent=1) + "\n")

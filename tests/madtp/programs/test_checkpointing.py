@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import madtp
 from madtp.errors import ConfigError
-from madtp.programs.checkpointing import in_pieces
+from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.pruned import PrunedModel
 from madtp.tokens.attention import attention
 from madtp.training import Learner, fit
@@ -147,7 +147,7 @@ def test_in_place_changes_of_what_is_read_again_are_an_error() -> None:
     graph.call_function(torch.Tensor.mul_, (x, 2.0))
     second = graph.call_module("second", (heads,))
     graph.output((graph.call_function(attention, (second, second, second)),))
-    (result,) = in_pieces(graph, root, "test")(root, torch.randn(1, 1, 3, 2))
+    (result,) = checkpointed(graph, root, "test")(root, torch.randn(1, 1, 3, 2))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
 
@@ -157,7 +157,7 @@ def test_a_forward_without_gradients_runs_whole() -> None:
     pruned.gradient_checkpointing = True
     with torch.no_grad():
         pruned(**inputs())
-    assert all(entry.program.pieces is None for entry in pruned._whole.entries.values())
+    assert all(entry.program.checkpointed_forward is None for entry in pruned._whole.entries.values())
 
 
 def test_training_switches_it_on_where_something_is_pruned(tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ from small_vit import images, rewritten, vit
 from torch import Tensor, nn
 
 import madtp
-import madtp.saving.model_folder
 import zoo
 import zoo.registry
 from madtp import PrunedModel, PruningConfig
@@ -203,7 +203,16 @@ def test_overwriting_replaces_the_model_and_leaves_other_files(other: PrunedMode
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(other))
 
 
-@pytest.mark.parametrize("place", ["save_file", "_digest", "_publish", "json.dumps", "os.replace"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "saving.model_folder.save_file",
+        "saving.model_folder._digest",
+        "saving.model_folder.publish",
+        "saving.model_folder.json.dumps",
+        "atomic_files.os.replace",
+    ],
+)
 def test_a_save_that_dies_leaves_the_old_model(
     pruned: PrunedModel, other: PrunedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -211,7 +220,7 @@ def test_a_save_that_dies_leaves_the_old_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"madtp.saving.model_folder.{place}", die)
+        patch.setattr(f"madtp.{place}", die)
         with pytest.raises(KeyboardInterrupt):
             madtp.save(other, folder)
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(pruned))
@@ -222,7 +231,7 @@ def test_a_save_that_dies_leaves_the_old_model(
 def test_a_save_that_dies_at_the_last_rename_leaves_the_old_model(
     pruned: PrunedModel, other: PrunedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = madtp.saving.model_folder.os.replace
+    rename = os.replace
 
     def die_at_config(source: Path, target: Path) -> None:
         if target.name == "config.json":
@@ -230,7 +239,7 @@ def test_a_save_that_dies_at_the_last_rename_leaves_the_old_model(
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("madtp.saving.model_folder.os.replace", die_at_config)
+        patch.setattr("madtp.atomic_files.os.replace", die_at_config)
         with pytest.raises(CheckpointError, match="No space left"):
             madtp.save(other, folder)
     assert torch.equal(outputs(madtp.load(folder, vit(2))), outputs(pruned))
@@ -259,9 +268,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda f: tensor_file(f).unlink(), r"lacks model-\w+\.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), r"holds no config\.json"),
     "no folder": (shutil.rmtree, "there is no folder"),
-    "a file": (_as_file, "is no folder"),
-    "no json": (lambda f: (f / "config.json").write_text('{"format'), "is no JSON"),
-    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), "is no JSON"),
+    "a file": (_as_file, "is not a folder"),
+    "no json": (lambda f: (f / "config.json").write_text('{"format'), "is not JSON"),
+    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x80"), "is not JSON"),
     "foreign": (
         lambda f: (f / "config.json").write_text('{"model_type": "clip"}'),
         "does not describe a model that madtp",
@@ -271,8 +280,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no version": (lambda f: change(f, lambda c: c.pop("version")), "its version is None"),
     "no pruning": (lambda f: change(f, lambda c: c.pop("pruning")), "damaged: KeyError"),
     "odd pruning": (lambda f: change(f, lambda c: c["pruning"].update(merg=1)), "did you mean 'merge'"),
-    "no tensor entry": (lambda f: change(f, lambda c: c["tensors"].pop("sha256")), "'tensors' is not whole"),
-    "a path": (lambda f: change(f, lambda c: c["tensors"].update(file="../x")), "is no name of a file"),
+    "no tensor entry": (lambda f: change(f, lambda c: c["tensors"].pop("sha256")), "'tensors' is incomplete"),
+    "a path": (lambda f: change(f, lambda c: c["tensors"].update(file="../x")), "does not name a file"),
     "odd gain": (lambda f: change(f, lambda c: c.update(gain="much")), "damaged: ValueError"),
 }
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import madtp
 from madtp.errors import MadtpError
-from madtp.programs import per_image_region as region_apart
+from madtp.programs import per_image_region
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Made = tuple[PackedHost, Callable[..., Tensors], madtp.PrunedModel]
@@ -125,7 +125,7 @@ def test_images_that_depend_on_each_other_are_left_alone() -> None:
 def test_too_many_sizes_run_as_the_original_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, _, pruned = _made(Rows(), rows)
-    monkeypatch.setattr(region_apart, "CACHE", 2)
+    monkeypatch.setattr(per_image_region, "CACHE", 2)
     inputs = rows(((2, 2), (2, 4), (4, 2)))
     assert gap(model(**inputs)["states"], pruned(**inputs)["states"]) < 1e-5
     assert any("sizes" in note for note in pruned.report.notes)

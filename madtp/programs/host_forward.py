@@ -1,0 +1,114 @@
+"""The forward of a host whose submodules are regions: :class:`HostForward`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from madtp.calls.call import Call, Signature, normalise_call, signature
+from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.objects import CannotOpen, held_state
+from madtp.cost.counting import Counter
+from madtp.errors import MadtpError
+from madtp.programs.notes import Notes
+from madtp.programs.replaced_forward import ReplacedForward
+from madtp.sites.control import PruningControl
+
+REMEMBERED = 256
+"""Number of call signatures whose MACs outside the regions are remembered."""
+
+
+class HostForward(ReplacedForward):
+    """The forward of a host whose submodules are regions.
+
+    A model that collects values from the inside of a region would miss them. So the first call of each kind (structure,
+    constants, modes) is run twice with pruning off, by the original and by the regions. Where the results differ, calls of that
+    kind run as the original does from then on.
+
+    Attributes:
+        follows_features: a region has to be told the positions of image features, so what the host computes is followed.
+        agreements: by kind of call, whether the regions reproduce the original.
+        outside_macs: by call signature, the multiply-accumulates per sample that run outside the regions.
+    """
+
+    def __init__(self, host: nn.Module, control: PruningControl, notes: Notes) -> None:
+        super().__init__(host)
+        self.control, self.notes = control, notes
+        self.follows_features = False
+        self.agreements: dict[Signature, bool] = {}
+        self.outside_macs: dict[Signature, float] = {}
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        control = self.control
+        if control.bypassed:
+            return self.original(*args, **kwargs)
+        call = normalise_call(self.module, args, kwargs)
+        described = call
+        with suppress(CannotOpen):
+            described = call.opened(None)
+        kind = signature(self.module, described, _all_dims(described))
+        if kind not in self.agreements:
+            self.agreements[kind] = self._agrees(call)
+        with control.call():
+            if control.depth > 1:
+                return self._run(kind, args, kwargs)
+            control.opened()
+            control.batch = call.samples()
+            return self._counted(described, kind, args, kwargs)
+
+    def _run(self, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        return self._by_regions(args, kwargs) if self.agreements[kind] else self._by_original(args, kwargs)
+
+    def _by_original(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        with self.control.bypassing():
+            return self.original(*args, **kwargs)
+
+    def _by_regions(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        if not self.follows_features:
+            return self.original(*args, **kwargs)
+        with self.control.following(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
+            return self.original(*args, **kwargs)
+
+    def _counted(self, call: Call, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """Run, and count what runs outside the regions if these sizes are new."""
+        exact = signature(self.module, call, None)
+        if exact in self.outside_macs:
+            self.control.outside = self.outside_macs[exact]
+            return self._run(kind, args, kwargs)
+        with Counter(lambda: self.control.depth_inside > 0) as counter:
+            result = self._run(kind, args, kwargs)
+        while len(self.outside_macs) >= REMEMBERED:
+            self.outside_macs.pop(next(iter(self.outside_macs)))
+        self.outside_macs[exact] = self.control.outside = counter.total / (self.control.batch or 1)
+        return result
+
+    def _agrees(self, call: Call) -> bool:
+        """Whether regions reproduce the original on ``call`` with pruning off."""
+        try:
+            results = []
+            for run in (self._by_original, self._by_regions):
+                own = call if held_state((call.args, call.kwargs)) is None else copy.deepcopy(call)
+                with torch.no_grad(), drawing_alike(), self.control.unpruned():
+                    results.append(run(own.args, own.kwargs))
+            compare(*results, values=not any(m.training for m in self.module.modules()))
+        except MadtpError as error:
+            self.notes.unpruned(
+                type(self.module).__name__,
+                f"{error} It collects values from the inside of a "
+                "rewritten region; leave the option that asks for them out.",
+            )
+            return False
+        return True
+
+
+def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:
+    leaves = call.flat()[0]
+    held = call.held()
+    return tuple(
+        tuple(range(x.dim())) if isinstance(x, Tensor) else (0,) if at in held else () for at, x in enumerate(leaves)
+    )

@@ -1,0 +1,68 @@
+"""Remarks on calls that run unpruned: start at :class:`Notes`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from madtp.report import RewriteReport, UnprunedCalls
+from madtp.sites.control import PruningControl
+
+log = logging.getLogger("madtp")
+
+
+class Notes:
+    """Remarks on calls, each logged once and kept in the report."""
+
+    def __init__(self, report: RewriteReport) -> None:
+        self.report = report
+
+    def add(self, text: str) -> None:
+        """Log ``text`` unless it was logged before."""
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+            log.warning("%s", text)
+
+    def unpruned(self, what: str, reason: str) -> None:
+        """Say that calls of a module or a method run unpruned, and why."""
+        calls = UnprunedCalls(what, reason)
+        if calls not in self.report.unpruned:
+            self.report.unpruned.append(calls)
+        self.add(str(calls))
+
+
+@contextmanager
+def noting_unpruned_blocks(
+    host: nn.Module, blocks: Collection[str], *, control: PruningControl, notes: Notes, method: str
+) -> Iterator[None]:
+    """Note blocks that run inside the block of code although no program runs them.
+
+    Args:
+        host: the module tree.
+        blocks: paths of the blocks that hold sites.
+        control: of the pruned model.
+        notes: that take the remark.
+        method: name of the host's method that is at work, for the remark.
+    """
+    watched = {id(module): path for path, module in host.named_modules() if path in blocks}
+    unpruned: list[str] = []
+
+    def enter(module: nn.Module, args: object) -> None:
+        if id(module) in watched and control.active and not (control.bypassed or control.depth_inside):
+            unpruned.append(watched[id(module)])
+
+    handle = register_module_forward_pre_hook(enter)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if unpruned:
+        notes.unpruned(
+            method,
+            f"it runs {unpruned[0]} by itself, outside any tower that is called as a module; "
+            "call the model, or rewrite the submodule that it calls.",
+        )
