@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from madtp.calls.call import Call, check_batch, normalise_call
+from madtp.calls.call import Call, Inputs, check_batch, normalise_call
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError
@@ -23,9 +23,6 @@ from rewriters.rewrite import rewrite_model
 
 if TYPE_CHECKING:
     from rewriters.plan.plan import Plan
-
-Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
-"""Inputs of a model: keyword arguments as a dict, or positional ones as a tuple."""
 
 
 def rewrite(

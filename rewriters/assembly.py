@@ -47,12 +47,13 @@ def assemble(request: Request, rewritten: RewrittenRegions) -> PrunedModel:
     for each in rewritten.regions:
         region = each.region
         programs = pruned.replace_forward(
-            region.path, _builder(each, config), embeddings=region.sequence_input, apart=region.per_image
+            region.path, _builder(each, config), embeddings=region.embeddings, apart=region.per_image
         )
         programs.add(each.program, each.call)
         for inner in each.inner:
-            build = _inner_builder(each, config, inner)
-            pruned.replace_forward(inner.path, build, inner=True, embeddings=inner.sequence_input)
+            pruned.replace_forward(
+                inner.path, _inner_builder(each, config, inner), inner=True, embeddings=inner.embeddings
+            )
         if rewritten.whole:
             for path in single_modality_towers(pruned._host, plan):
                 pruned.replace_forward(path, _tower_builder(each, config, pruned, path), inner=True)

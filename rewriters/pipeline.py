@@ -41,7 +41,8 @@ from rewriters.insert.kv_cache import hide_dead
 from rewriters.insert.workspace import Insertion, InsertRefusal
 from rewriters.lower.lift import lift
 from rewriters.lower.pricing import cost_table
-from rewriters.plan.plan import Plan, Refusal, make_plan
+from rewriters.plan.make_plan import make_plan
+from rewriters.plan.plan import Plan, Refusal
 from rewriters.plan.policy import Policy
 from rewriters.request import Request
 

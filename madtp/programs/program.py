@@ -60,7 +60,7 @@ class Program:
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites that the graph passes."""
+        """Names of the sites in the graph."""
         return list(self.cost.streams)
 
     def sizes(self) -> tuple[str, ...]:

@@ -9,61 +9,32 @@ and :class:`madtp.calls.size_limits.Limits` instead.
 
 from __future__ import annotations
 
-import inspect
-import io
-import logging
-import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
-from madtp.calls.fast_path import spelled_out
 from madtp.calls.image_positions import IMAGE_POSITIONS
-from madtp.calls.objects import ResultSpec, result_spec_of
+from madtp.calls.objects import ResultSpec
 from madtp.calls.per_image import taking_one_image
 from madtp.calls.size_limits import Limits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
 from rewriters.capture.constants import FoldingConstants
 from rewriters.capture.inline import inline_bodies
-from rewriters.capture.python_branches import Answers, ReplayingAnswers, record_answers
-from rewriters.capture.restore import preserved_attributes
+from rewriters.capture.python_branches import record_answers
 from rewriters.capture.rowwise import find_rowwise, sorts
 from rewriters.capture.rowwise_op import calling_rowwise_op, record_rowwise
 from rewriters.capture.scope import WHOLE, Region
+from rewriters.capture.torch_export import Exported, ExportFailure, export, export_freely
 from rewriters.graph.node_record import RowwiseModule, record, set_record
 from rewriters.graph.nodes import AxisError, attribute
-
-log = logging.getLogger("madtp")
-FreeDims = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What torch.export made of a model.
-
-    Attributes:
-        program: The exported program.
-        returned: How objects are rebuilt of which it returns the tensors; None if there are none.
-    """
-
-    program: torch.export.ExportedProgram
-    returned: ResultSpec | None
-
-
-@dataclass(frozen=True)
-class ExportFailure:
-    """Why torch.export could not trace a model."""
-
-    reason: str
 
 
 @dataclass
@@ -87,56 +58,6 @@ class Capture:
     example: Call
     returned: ResultSpec | None = None
     limits: Limits = field(default_factory=Limits)
-
-
-@contextmanager
-def _traceable() -> Iterator[None]:
-    """Switch off what hides a model's arithmetic from tracing, such as the fused encoder layer of torch.nn."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    # On failure torch.export prints the whole graph; the reason is in the exception.
-    unread = io.StringIO()
-    try:
-        with spelled_out(), warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-def _choices_of_free_dims(leaves: list[Any], cached: Collection[int], region: Region) -> list[FreeDims]:
-    """Which dimensions to try as free, most general first; those of the leaves ``cached``, parts of objects, may all grow."""
-    every = [] if not region.path else [tuple(_lengths(x) if isinstance(x, Tensor) else () for x in leaves)]
-    batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
-    length = tuple(
-        (0, x.dim() - 1)
-        if isinstance(x, Tensor) and x.dim() > 1 and not x.dtype.is_floating_point and x.shape[-1] > 1
-        else dims
-        for x, dims in zip(leaves, batch, strict=True)
-    )
-    none: FreeDims = tuple(() for _ in leaves)
-    grown = [
-        tuple(_growing(leaves[at]) if at in cached else dims for at, dims in enumerate(choice))
-        for choice in (every or [length])
-    ]
-    return [*dict.fromkeys([*grown, batch]), none]
-
-
-def _growing(leaf: Any) -> tuple[int, ...]:
-    """Dimensions in which a part of an object may grow; a size is its own."""
-    return tuple(d for d, n in enumerate(leaf.shape) if n > 1) if isinstance(leaf, Tensor) else (0,)
-
-
-def _lengths(tensor: Tensor) -> tuple[int, ...]:
-    """Batch and token dimensions that a tensor inside a model may have: of a stream [B, N, C], of a mask, of ids."""
-    dims: tuple[int, ...]
-    if tensor.dtype.is_floating_point and tensor.dim() == 3:
-        dims = (0, 1)
-    elif tensor.dim() == 4 and tensor.shape[1] > 1:
-        dims = (0,)
-    else:
-        dims = tuple(range(tensor.dim()))
-    return tuple(d for d in dims if tensor.shape[d] > 1)
 
 
 def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
@@ -171,14 +92,14 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
 
 def _export_answering(model: nn.Module, call: Call, region: Region) -> Exported | ExportFailure:
     """The model exported, with the answers that its Python gets if need be, or why it cannot be."""
-    exported = _export_freely(model, call, region, {})
+    exported = export_freely(model, call, region, {})
     if isinstance(exported, Exported):
         return exported
     with blamed_on_the_inputs(model):
         answers = record_answers(model, call)
     if not answers:
         return exported
-    again = _export_freely(model, call, region, answers)
+    again = export_freely(model, call, region, answers)
     return exported if isinstance(again, ExportFailure) else again
 
 
@@ -203,7 +124,7 @@ def _capture_per_image(model: nn.Module, call: Call, region: Region) -> Capture:
     leaves = call.flat()[0]
     first = call.with_leaves([x[0] if isinstance(x, Tensor) else x for x in leaves])
     with taking_one_image(model), FoldingConstants():
-        exported = _export(model, first, tuple(() for _ in leaves), {})
+        exported = export(model, first, tuple(() for _ in leaves), {})
     if isinstance(exported, ExportFailure):
         raise _untraceable(model, exported)
     if exported.returned is not None:
@@ -222,63 +143,6 @@ def _capture_per_image(model: nn.Module, call: Call, region: Region) -> Capture:
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph, in order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def _export_freely(model: nn.Module, call: Call, region: Region, answers: Answers) -> Exported | ExportFailure:
-    """The model exported with as many free sizes as possible, or why it cannot be."""
-    first, *others, fixed = _choices_of_free_dims(call.flat()[0], call.cache_leaves(), region)
-    freest = _export(model, call, first, answers)
-    if isinstance(freest, Exported):
-        return freest
-    # What fails with all sizes fixed fails with free ones too, and most that fails is of that kind.
-    frozen = _export(model, call, fixed, answers)
-    if isinstance(frozen, ExportFailure):
-        return frozen
-    freer = (_export(model, call, free, answers) for free in others)
-    return next((exported for exported in freer if isinstance(exported, Exported)), frozen)
-
-
-def _export(model: nn.Module, call: Call, free: FreeDims, answers: Answers) -> Exported | ExportFailure:
-    """The exported model, or why it cannot be exported."""
-    leaves, spec = call.flat()
-    shapes = [
-        dict.fromkeys(dims, Dim.AUTO) if isinstance(x, Tensor) else Dim.AUTO if dims else None
-        for x, dims in zip(leaves, free, strict=True)
-    ]
-    args_shapes, kwargs_shapes = _shapes_tree(spec, iter(shapes))
-    # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
-    combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(free) else None
-    try:
-        with _traceable(), ReplayingAnswers(answers), preserved_attributes(model):
-            program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
-        return Exported(program, result_spec_of(model))
-    except Exception as error:  # export raises many kinds
-        lines = str(error).strip().splitlines() or [repr(error)]
-        return ExportFailure(f"{type(error).__name__}: {lines[0]}")
-
-
-def _shapes_tree(spec: pytree.TreeSpec, shapes: Iterator[Any]) -> Any:
-    """Shapes in the structure of a call; export wants those of containers that Python does not come with as lists."""
-    if spec.is_leaf():
-        return next(shapes)
-    own = [_shapes_tree(child, shapes) for child in spec.children()]
-    if spec.type not in pytree.BUILTIN_TYPES:
-        return own
-    return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(own, spec.context)
-
-
-def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dynamic shapes in the form that export expects: by parameter name, or a tuple where arguments are positional."""
-    if call.args:
-        return (args, *kwargs.values()) if kwargs else args
-    parameters = inspect.signature(model.forward).parameters.values()
-    catch_all = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    known = {p.name for p in parameters}
-    extra = {k: v for k, v in kwargs.items() if k not in known}
-    if not extra:
-        return kwargs
-    named = {k: v for k, v in kwargs.items() if k in known}
-    return {**named, catch_all[0]: extra}
 
 
 @contextmanager
@@ -316,8 +180,8 @@ def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
     inputs = placeholders(graph)
     dynamic: list[tuple[int, ...]] = []
     by_place = {pytree.keystr(place): node for (place, _), node in zip(leaves, inputs, strict=True)}
-    if region.sequence_input and IMAGE_POSITIONS in call.kwargs:
-        text = by_place[region.sequence_input]
+    if region.embeddings and IMAGE_POSITIONS in call.kwargs:
+        text = by_place[region.embeddings]
         set_record(text, replace(record(text), image_positions=inputs[-1]))
     for (place, leaf), node in zip(leaves, inputs, strict=True):
         known = region.modalities.get(pytree.keystr(place))

@@ -64,7 +64,7 @@ class RecordedCall:
             path,
             modalities=self.modalities,
             read_positions=tuple(sorted(self.read_positions)),
-            sequence_input="" if self.image_positions is None else self.image_positions.place,
+            embeddings="" if self.image_positions is None else self.image_positions.place,
         )
 
 

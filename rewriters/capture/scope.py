@@ -17,15 +17,15 @@ class Region:
         modalities: Of a region's floating-point inputs, by their place in the call: what they descend from (``"image"``,
             ``"text"``, both or nothing), None if unknown.
         read_positions: Positions of tokens that the rest of the model reads in what the region returns.
-        sequence_input: Place in the call of the sequence ``[B, N, C]`` of which a further argument gives the image
-            positions; ``""`` if there is none.
+        embeddings: Place in the call of the text embeddings ``[B, N, C]`` of which a further argument gives the image
+            positions; ``""`` if there are none.
         per_image: How its calls are divided into images, each of which is computed by itself; None if they are not.
     """
 
     path: str = ""
     modalities: Mapping[str, frozenset[str] | None] = field(default_factory=dict)
     read_positions: tuple[int, ...] = ()
-    sequence_input: str = ""
+    embeddings: str = ""
     per_image: PerImageArguments | None = None
 
     def inside(self, name: str) -> str:

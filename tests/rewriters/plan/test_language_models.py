@@ -10,10 +10,10 @@ from cached_decoders import Reader, hiding, reader
 from model_case import VOCABULARY, Tensors
 from region_hosts import Memory
 from rewritten_models import eager_arithmetic, gap
-from torch import Tensor
+from torch import Tensor, nn
 
 import madtp
-from madtp.errors import NoSiteError
+from madtp.errors import LeftAloneError, NoSiteError
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
 
@@ -55,6 +55,25 @@ def test_it_is_left_alone_on_request_and_beside_images() -> None:
     pruned = madtp.rewrite(model, inputs, config=CONFIG)
     assert all(site.segments == ("image",) for site in pruned.report.sites)
     assert not any("language model" in note for note in pruned.report.notes)
+
+
+class Scaled(nn.Module):
+    """A language model that is given more than text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = Reader()
+
+    def forward(self, scale: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states: Tensor = self.reader(None, input_ids, attention_mask)
+        return states * scale[:, None, None]
+
+
+def test_beside_other_inputs_the_error_says_that_it_could_be_pruned() -> None:
+    given = {name: value for name, value in words().items() if name != "pixels"}
+    with pytest.raises(LeftAloneError, match="language model") as caught:
+        madtp.rewrite(Scaled().eval(), {"scale": torch.ones(3), **given}, config=CONFIG)
+    assert any(refusal.by_policy for refusal in caught.value.refusals)
 
 
 @torch.no_grad()

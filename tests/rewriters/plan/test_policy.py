@@ -19,6 +19,7 @@ from rewriters.detect.layout import find_layout
 from rewriters.graph.nodes import AxisError, op_name
 from rewriters.plan.causality import Example
 from rewriters.plan.inheritance import inherited
+from rewriters.plan.plan import Plan, Refusal
 from rewriters.plan.policy import Policy, Position, SegmentPlan, left_alone, original, protected_readouts, segments_of
 
 DEFAULT = PruningConfig()
@@ -156,6 +157,21 @@ def test_a_position_that_depends_on_two_values_is_refused() -> None:
 
 
 # --- what is left alone
+
+
+@pytest.mark.parametrize("policy", [None, *Policy])
+def test_the_policy_of_a_refusal_survives_json(policy: Policy | None) -> None:
+    plan = Plan((), (Refusal("blocks.0", "attention", "a reason", "help", policy),), 1, 1, "interleaved")
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert plan.refusals[0].report().by_policy is (policy is not None)
+
+
+@pytest.mark.parametrize("by_policy", [False, True])
+def test_refusals_of_plans_without_named_policies_are_read(by_policy: bool) -> None:
+    refusal = {"block": "blocks.0", "node": "attention", "reason": "a reason", "help": "help", "by_policy": by_policy}
+    values = Plan((), (), 1, 1, "interleaved").to_dict()
+    read = Plan.from_dict({**values, "refusals": [refusal]})
+    assert read.refusals[0].report().by_policy is by_policy
 
 
 def test_a_causal_text_read_at_every_position_is_left_alone() -> None:
