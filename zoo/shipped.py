@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from madtp.errors import CheckpointError, ConfigError
-from madtp.saving.eight_bit import pack
-from madtp.saving.model_folder import EIGHT_BIT, STORED, read_folder, write_folder
+from madtp.saving.eight_bit import pack, unpack
+from madtp.saving.model_folder import BASE, EIGHT_BIT, STORED, describe_base, read_folder, write_folder
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
@@ -115,15 +115,18 @@ def write_index() -> None:
 def pack_weights(model: str) -> None:
     """Store the matrices among a model's shipped weights in eight bits, and every other tensor as it is.
 
-    Position embeddings and what pruning adds to the model are left alone. Weights that are packed already do not change.
+    Pruned weights are stored as the difference from the dense ones, which they were trained from. Position embeddings and what
+    pruning adds to the model are left alone. Weights that are packed already do not change.
     """
-    for path in sorted(weights_folder(model).iterdir()):
-        if path.is_dir():
-            tensors, description = read_folder(path)
-            if description.get(STORED) != EIGHT_BIT:
-                write_folder(path, pack(tensors, _is_matrix), {**description, STORED: EIGHT_BIT})
-        elif path.suffix == ".safetensors":
-            save_file(pack(load_file(path), _is_matrix), path)
+    dense = weights_folder(model) / "dense.safetensors"
+    folders = [path for path in sorted(weights_folder(model).iterdir()) if path.is_dir()]
+    pruned = [(path, *read_folder(path)) for path in folders]
+    save_file(pack(load_file(dense), _is_matrix), dense)
+    base = unpack(load_file(dense))
+    for path, tensors, description in pruned:
+        if description.get(STORED) != EIGHT_BIT:
+            stored = {**description, STORED: EIGHT_BIT, BASE: describe_base(dense)}
+            write_folder(path, pack(tensors, _is_matrix, base), stored)
 
 
 def _is_matrix(name: str, value: Tensor) -> bool:

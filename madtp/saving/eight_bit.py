@@ -1,8 +1,9 @@
 """Matrices in eight bits a value, with a scale for each row: :func:`pack` and :func:`unpack`.
 
-A row ``w`` of a matrix (all weights of one output) is stored as the whole numbers ``round(w / s)`` from -127 to 127, where
-``s = max |w| / 127``. Packed tensors keep their names; the scales of ``NAME`` are stored as ``NAME::scale``,
-float32 ``[rows]``.
+A row ``w`` of a matrix (all weights of one output) is stored as the whole numbers ``round((w - b) / s)`` from -127 to 127,
+where ``s = max |w - b| / 127``. The base ``b`` is zero, or the same row of a model that the weights were trained from: the
+smaller the difference, the finer the rounding. Packed tensors keep their names; the scales of ``NAME`` are stored as
+``NAME::scale``, float32 ``[rows]``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ SCALE = "::scale"
 LARGEST = 127
 
 
-def pack(tensors: Mapping[str, Tensor], chosen: Callable[[str, Tensor], bool]) -> dict[str, Tensor]:
+def pack(
+    tensors: Mapping[str, Tensor], chosen: Callable[[str, Tensor], bool], base: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Store the chosen tensors in eight bits and leave the others as they are.
 
     Args:
         tensors: By name. Names that share a tensor share the packed one.
         chosen: Which of them to pack, from name and value: floating-point tensors ``[rows, ...]``.
+        base: Tensors to store the difference from, by name; the others are stored whole.
     """
     packed: dict[str, Tensor] = {}
     done: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
@@ -31,13 +35,14 @@ def pack(tensors: Mapping[str, Tensor], chosen: Callable[[str, Tensor], bool]) -
             continue
         key = value.data_ptr(), value.shape, value.stride()
         if key not in done:
-            done[key] = _packed(value)
+            whole = value.detach().float()
+            done[key] = _packed(whole - base[name].float() if base is not None and name in base else whole)
         packed[name], packed[name + SCALE] = done[key]
     return packed
 
 
-def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what :func:`pack` was given, the packed tensors rounded and in float32."""
+def unpack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return what :func:`pack` was given, the packed tensors rounded and in float32; ``base`` as there."""
     unpacked: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
     for name, value in tensors.items():
@@ -48,13 +53,14 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if value.data_ptr() not in done:
             rows = value.float().flatten(1) * tensors[name + SCALE][:, None]
-            done[value.data_ptr()] = rows.view(value.shape)
+            whole = rows.view(value.shape)
+            done[value.data_ptr()] = whole + base[name].float() if base is not None and name in base else whole
         unpacked[name] = done[value.data_ptr()]
     return unpacked
 
 
 def _packed(value: Tensor) -> tuple[Tensor, Tensor]:
-    rows = value.detach().float().flatten(1)
+    rows = value.flatten(1)
     scale = rows.abs().amax(dim=1) / LARGEST
     whole = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round()
     return whole.to(torch.int8).view(value.shape), scale

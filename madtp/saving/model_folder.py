@@ -24,8 +24,9 @@ from madtp.saving.eight_bit import unpack
 FORMAT = "madtp-pruned-model"
 VERSION = 1
 CONFIG = "config.json"
-# A folder whose description says so holds matrices as `madtp/saving/eight_bit.py` packs them.
-STORED, EIGHT_BIT = "stored_dtype", "int8"
+# A folder whose description says so holds matrices as `madtp/saving/eight_bit.py` packs them; with a base, as the difference
+# from those of a file next to the folder.
+STORED, EIGHT_BIT, BASE = "stored_dtype", "int8", "base"
 SHOWN = 3
 
 
@@ -84,7 +85,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors.update({alias: tensors[original] for alias, original in aliases.items()})
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
-    return unpack(tensors) if description.get(STORED) == EIGHT_BIT else tensors, description
+    if description.get(STORED) == EIGHT_BIT:
+        tensors = unpack(tensors, _read_base(folder, description[BASE]) if BASE in description else None)
+    return tensors, description
+
+
+def describe_base(path: Path) -> dict[str, str]:
+    """Return the entry :data:`BASE` of a folder next to ``path`` that stores the difference from the tensors in that file."""
+    return {"file": path.name, "sha256": _digest(path)}
 
 
 def shorten(items: list[str]) -> str:
@@ -117,6 +125,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{VERSION}. Upgrade madtp."
         )
     return content
+
+
+def _read_base(folder: Path, base: Mapping[str, str]) -> dict[str, Tensor]:
+    path = folder.parent / Path(base["file"]).name
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is stored as the difference from {path}, which is missing; copy both.")
+    if _digest(path) != base["sha256"]:
+        raise CheckpointError(f"{folder} is stored as the difference from {path}, which has changed; copy both again.")
+    return unpack(load_file(path))
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
+from madtp.errors import CheckpointError
 from madtp.saving.eight_bit import LARGEST, SCALE, pack, unpack
-from madtp.saving.model_folder import EIGHT_BIT, STORED, read_folder, write_folder
+from madtp.saving.model_folder import BASE, EIGHT_BIT, STORED, describe_base, read_folder, write_folder
 
 
 def is_matrix(name: str, value: Tensor) -> bool:
@@ -69,3 +71,29 @@ def test_a_folder_is_unpacked_where_it_says_so(said: bool, tmp_path: Path) -> No
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(found[name], value)
+
+
+def test_a_difference_is_rounded_more_finely_than_the_whole() -> None:
+    dense = torch.randn(8, 16)
+    trained = dense + 0.1 * torch.randn(8, 16)
+    off = [(unpack(pack({"a": trained}, is_matrix, base), base)["a"] - trained).norm() for base in (None, {"a": dense})]
+    assert off[1] < 0.25 * off[0]
+
+
+def test_a_folder_is_read_with_its_base_alone(tmp_path: Path) -> None:
+    base = {"a": torch.randn(4, 4), "other": torch.randn(2)}
+    path = tmp_path / "dense.safetensors"
+    save_file(base, path)
+    packed = pack({"a": base["a"] + 1.0, "b": torch.randn(3, 3)}, is_matrix, base)
+    write_folder(tmp_path / "pruned", packed, {STORED: EIGHT_BIT, BASE: describe_base(path)})
+    found, _ = read_folder(tmp_path / "pruned")
+    assert torch.allclose(found["a"], base["a"] + 1.0, atol=1e-6)
+    assert torch.equal(found["b"], unpack(packed)["b"])
+    save_file({**base, "other": torch.zeros(2)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"difference from .*dense\.safetensors, which has changed; copy both again"
+    ):
+        read_folder(tmp_path / "pruned")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"difference from .*dense\.safetensors, which is missing; copy both"):
+        read_folder(tmp_path / "pruned")
