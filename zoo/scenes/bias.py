@@ -142,7 +142,7 @@ def _by_line(name: str, seen: Sequence[Sample], unseen: Sequence[Sample], featur
         optimiser.zero_grad()
         value = F.binary_cross_entropy_with_logits(logits(inputs), labels) + 1e-4 * weight.square().sum()
         torch.autograd.backward(value)
-        return float(value)
+        return float(value.detach())
 
     optimiser.step(loss)
     test_inputs, test_labels = _matrix(unseen, features)
