@@ -43,7 +43,7 @@ PASSES = {
     "price": "rewriters.pipeline.cost_table",
     "lift": "rewriters.pipeline.lift",
     "compile": "rewriters.pipeline.compile_graph",
-    "verify": "rewriters.rewrite.verify",
+    "verify": "rewriters.regions.rewrite.verify",
 }
 TOTAL = "whole rewrite"
 

@@ -1,6 +1,6 @@
 """The public entry: :func:`rewrite` and :func:`count_macs`.
 
-The compiler behind it is the package ``rewriters``; go on reading at :func:`rewriters.rewrite.rewrite_model`.
+The compiler behind it is the package ``rewriters``; go on reading at :func:`rewriters.regions.rewrite.rewrite_model`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError
 from madtp.pruned import PrunedModel
 from rewriters.pipeline import price_dense
-from rewriters.rewrite import rewrite_model
+from rewriters.regions.rewrite import rewrite_model
 
 if TYPE_CHECKING:
     from rewriters.plan.plan import Plan

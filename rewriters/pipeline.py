@@ -1,8 +1,8 @@
 """The pipeline for one region: capture -> canonicalise -> detect -> plan -> insert -> lower.
 
 Start at :func:`rewrite_region`, which calls the stages one after the other and makes one
-:class:`~madtp.programs.program.Program` for one kind of call. ``rewrite.py`` calls it for the first program of each region
-and verifies the results; ``assembly.py`` calls it for programs that later calls need.
+:class:`~madtp.programs.program.Program` for one kind of call. ``regions/rewrite.py`` calls it for the first program of
+each region and verifies the results; ``regions/assembly.py`` calls it for programs that later calls need.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from rewriters.lower.pricing import cost_table
 from rewriters.plan.make_plan import make_plan
 from rewriters.plan.plan import Plan, Refusal
 from rewriters.plan.policy import Policy
-from rewriters.request import Request
+from rewriters.plan.request import Request
 
 CONSTANTS = f"{PREFIX}.constants"
 EMPTY_PLAN = Plan(sites=(), refusals=(), alignment_width=1, images=1, image_order="interleaved")

@@ -29,9 +29,9 @@ NAMES = re.compile(
 ORDER = {
     "madtp": "errors atomic_files processes config calls method tokens cost sites report programs pruned tuning saving "
     "pictures training evaluation survey api demo cli __main__",
-    "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions reporting",
-    "zoo": "suggestions adapters checkpoints metrics scenes datasets registry inputs examples small blip clip transforms tasks "
-    "objectives recipes",
+    "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions",
+    "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs examples small blip "
+    "clip transforms tasks objectives recipes",
 }
 # Loading rewrites the model that a folder was saved from: the one call from a lower folder to the public entry.
 UPWARDS = frozenset((("madtp/saving/checkpoint.py", "madtp.api"),))
@@ -181,3 +181,8 @@ def test_imports_of_files_and_folders_have_no_cycle() -> None:
 def test_the_top_of_a_package_is_read_at_a_glance(package: str, most: int) -> None:
     entries = [path.name for path in (ROOT / package).iterdir() if path.name != "__pycache__"]
     assert len(entries) <= most, sorted(entries)
+
+
+def test_every_folder_says_what_it_is_for() -> None:
+    inits = [(name, path) for name, path in sources("madtp", "rewriters", "zoo") if path.name == "__init__.py"]
+    assert not [name for name, path in inits if not ast.get_docstring(tree(path))]

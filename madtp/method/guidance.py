@@ -72,8 +72,8 @@ class AlignmentTokens(nn.Module):
 def query_projection(width: int, alignment_width: int, *, seed: int = 0, always: bool = False) -> nn.Module:
     """Return the map from the residual stream X to the queries q, one per block and modality.
 
-    It is an identity where the widths agree and a linear layer elsewhere. The authors' code has a linear layer everywhere for
-    CLIP and none for BLIP; ``always=True`` gives the former.
+    It is an identity where the widths agree and a linear layer elsewhere. The authors' code has a linear layer everywhere in
+    one of its models and none in the other; ``always=True`` gives the former.
 
     Args:
         width: C, the width of the residual stream.

@@ -180,8 +180,8 @@ def _rewrite_as(
 ) -> PrunedModel:
     """Rewrite with the saved sites, which may come from an edited plan."""
     from madtp.api import example_call, rewrite
-    from rewriters.regions import rewrite_regions
-    from rewriters.request import Request
+    from rewriters.plan.request import Request
+    from rewriters.regions.choice import rewrite_regions
 
     pruned = rewrite(host, inputs, config=config)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from torch import fx
 
 from madtp.tokens import grid as runtime
-from rewriters.axes.grid import (
+from rewriters.axes.grid import track
+from rewriters.axes.grid_moves import (
     GridTokens,
     Permuted,
     Regrouped,
@@ -23,7 +24,6 @@ from rewriters.axes.grid import (
     Unmoved,
     UntrackedValue,
     start,
-    track,
 )
 from rewriters.axes.labels import is_plain
 from rewriters.axes.sources import Source

@@ -17,7 +17,7 @@ from torch.fx.node import Argument
 
 from madtp.tokens.cache_marks import MarkedAxes, mark_dropped
 from rewriters.axes.arguments import items
-from rewriters.axes.grid import TokenMoves
+from rewriters.axes.grid_moves import TokenMoves
 from rewriters.axes.labels import Labels, ResultLabels, seed, token_axis
 from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along

@@ -16,7 +16,7 @@ from torch.fx.node import Argument
 from madtp.sites.scoring import grid_attention
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
-from rewriters.axes.grid import TokenMoves
+from rewriters.axes.grid_moves import TokenMoves
 from rewriters.axes.labels import Axis, token_axis
 from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along

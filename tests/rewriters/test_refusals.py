@@ -22,7 +22,7 @@ from madtp.errors import ExampleInputsError, NoSiteError, NothingToPruneError, P
 from madtp.programs.program import Program
 from rewriters.pipeline import rewrite_region
 from rewriters.plan.plan import Plan
-from rewriters.request import Request
+from rewriters.plan.request import Request
 
 
 def pixels(batch: int = 2) -> Tensor:

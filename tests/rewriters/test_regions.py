@@ -21,8 +21,8 @@ from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError
 from rewriters.capture.recording import record
 from rewriters.plan.plan import Plan
-from rewriters.regions import rewrite_regions
-from rewriters.request import Request
+from rewriters.plan.request import Request
+from rewriters.regions.choice import rewrite_regions
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Pair = tuple[Any, Tensors, madtp.PrunedModel]

@@ -183,7 +183,7 @@ def test_an_edited_plan_is_followed(tmp_path: Path) -> None:
     from madtp.calls.call import Call
     from madtp.calls.copies import share
     from rewriters.pipeline import rewrite_region
-    from rewriters.request import Request
+    from rewriters.plan.request import Request
 
     call, config = Call((), {"x": images(2, 0)}), PruningConfig(alignment_tokens=8)
     plan = rewrite_region(Request(share(vit(2)), call, config)).plan

@@ -18,7 +18,7 @@ from rewriters.canonicalise.passes import canonicalise, reshape_views
 from rewriters.capture.export import capture
 from rewriters.graph.nodes import AxisError, op_name
 from rewriters.pipeline import rewrite_region
-from rewriters.request import Request
+from rewriters.plan.request import Request
 
 
 class DataDependent(nn.Module):

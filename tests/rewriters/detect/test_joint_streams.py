@@ -19,7 +19,7 @@ from madtp.calls.call import normalise_call
 from madtp.calls.copies import share
 from rewriters.pipeline import rewrite_region
 from rewriters.plan.plan import Plan
-from rewriters.request import Request
+from rewriters.plan.request import Request
 
 
 def inputs_of(model: nn.Module, batch: int = 3, length: int = 7) -> Tensors:

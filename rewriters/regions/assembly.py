@@ -22,9 +22,9 @@ from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.capture.scope import Region
 from rewriters.insert.workspace import site_key
 from rewriters.pipeline import RewrittenRegion, continue_region, rewrite_region
-from rewriters.regions import RewrittenRegions, region_at, single_modality_towers
-from rewriters.reporting import report_of
-from rewriters.request import Request
+from rewriters.plan.request import Request
+from rewriters.regions.choice import RewrittenRegions, region_at, single_modality_towers
+from rewriters.regions.reporting import report_of
 
 log = logging.getLogger("madtp")
 

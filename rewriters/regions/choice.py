@@ -31,7 +31,7 @@ from rewriters.capture.scope import WHOLE, Region
 from rewriters.pipeline import RewrittenRegion, rewrite_region
 from rewriters.plan.plan import Plan, Refusal, SitePlan, joined
 from rewriters.plan.policy import Policy
-from rewriters.request import Request
+from rewriters.plan.request import Request
 
 MOST_ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.

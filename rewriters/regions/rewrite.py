@@ -1,6 +1,6 @@
 """Rewrite a model: choose regions and rewrite them, assemble the pruned model, verify it.
 
-Start at :func:`rewrite_model`, which :func:`madtp.rewrite` calls. ``regions.py`` chooses what is rewritten,
+Start at :func:`rewrite_model`, which :func:`madtp.rewrite` calls. ``choice.py`` chooses what is rewritten,
 ``pipeline.py`` holds the stages for one region, ``assembly.py`` puts the programs into the model.
 """
 
@@ -18,11 +18,11 @@ from madtp.calls.copies import share
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
 from madtp.pruned import PrunedModel
-from rewriters.assembly import assemble
 from rewriters.pipeline import RewrittenRegion
 from rewriters.plan.plan import Plan
-from rewriters.regions import RewrittenRegions, rewrite_regions
-from rewriters.request import Request
+from rewriters.plan.request import Request
+from rewriters.regions.assembly import assemble
+from rewriters.regions.choice import RewrittenRegions, rewrite_regions
 from rewriters.verify.checks import Case, verify
 from rewriters.verify.payoff import sites_without_payoff
 from rewriters.verify.rounding import is_rounding
