@@ -21,7 +21,7 @@ from madtp.errors import ConfigError, DataError
 from madtp.processes import current
 from zoo import load_checkpoint
 from zoo.blip.matching import LEFT_OUT, matching_loss
-from zoo.objectives.momentum_contrast import MomentumContrast
+from zoo.objectives.momentum_contrast import MomentumContrast, SampleFeatures
 
 WIDTH = tasks.SMALL.embedding
 
@@ -81,7 +81,7 @@ def test_queues_hold_the_latest_features(sizes: list[int]) -> None:
     for size in sizes:
         samples = torch.arange(len(seen), len(seen) + size)
         features = samples[:, None].expand(-1, WIDTH).float()
-        trainer._enqueue(features, -features, samples)
+        trainer._enqueue(SampleFeatures(features, -features, samples))
         seen += samples.tolist()
     held = trainer.idx_queue[0].tolist()
     assert sorted(i for i in held if i >= 0) == seen[-5:]
