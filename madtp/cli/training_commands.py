@@ -68,7 +68,7 @@ def compress_command(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Output folder.  [default: runs/pruned-PERCENT]", show_default=False),
+        typer.Option("--output", "-o", help="Output folder. Default: runs/pruned-PERCENT.", show_default=False),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Dense weights to start from. Default: the shipped ones.", show_default=False)
