@@ -1,8 +1,7 @@
 """Grid: where the tokens of a stream stand once they are moved about as a grid (windows, shifts, padding, channels first).
 
 Start at :func:`track`. The rule table (``table.py``) keeps a token axis whole, since pruned tokens have no grid. Here
-all tokens are there, and an axis may be cut and folded. :class:`TrackedValue` says along what each dimension of a value
-runs, and by which :data:`TokenMoves` a number for each token ``[B, N]`` gets to the places of the tokens in it.
+all tokens are there, and an axis may be cut and folded; ``token_moves.py`` has the data that say where they stand.
 ``detect/windows.py`` tells windows by it; ``insert/dense_sections.py`` carries along which tokens are alive and what
 attention says about them.
 """
@@ -10,9 +9,8 @@ attention says about them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -34,8 +32,19 @@ from rewriters.axes.labels import (
 )
 from rewriters.axes.outcome import same_axes
 from rewriters.axes.parts import PREFIX, reduce
-from rewriters.axes.sources import Source
 from rewriters.axes.table import EVERY_POSITION, RULES, elementwise, like_first
+from rewriters.axes.token_moves import (
+    MIXED,
+    TOKENS,
+    Permuted,
+    Regrouped,
+    Taken,
+    TokenMoves,
+    TrackedValue,
+    Tracking,
+    UntrackedValue,
+    axis_sizes,
+)
 from rewriters.graph.nodes import (
     AxisError,
     call_argument,
@@ -49,112 +58,12 @@ from rewriters.graph.nodes import (
 )
 from rewriters.graph.op_sets import CONCATENATIONS, PARTS, PERMUTATIONS, VIEWS
 
-BATCH = Axis("batch", "grid")
-TOKENS = Axis("tokens", "grid")
-
 # These move or write tokens without mixing them.
 SCATTERS = frozenset("masked_scatter index_put index_put_ roll pad constant_pad_nd".split())
 # These mix the tokens of a sample, but not samples.
 MIXING = (EVERY_POSITION | {"conv1d", "conv2d"}) - SCATTERS
 # The results of these are maps ``[B, C, ...]`` again.
 WHOLE_MAPS = frozenset("conv1d conv2d avg_pool1d avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_avg_pool1d".split())
-
-
-@dataclass(frozen=True)
-class GridTokens:
-    """The tokens of a residual value: their source and where the batch and the tokens stand in it."""
-
-    source: Source
-    batch_dim: int
-    token_dim: int
-
-
-@dataclass(frozen=True)
-class Unmoved:
-    """A number for each token, ``[B, N]``.
-
-    Attributes:
-        shape: In the example; dimensions that run along no axis have size 1.
-        tokens: Which tokens; None where that does not matter.
-    """
-
-    shape: tuple[int, ...]
-    tokens: GridTokens | None = None
-
-
-@dataclass(frozen=True)
-class Regrouped:
-    """What a view makes of ``before``.
-
-    Attributes:
-        before: What the view is taken of.
-        shape: As that of :class:`Unmoved`.
-        like: A value of the shape that the view leads to, but for dimensions that run along no axis.
-        plain_sizes: Sizes, in each dimension of ``like``, of what runs along no axis.
-    """
-
-    before: TokenMoves
-    shape: tuple[int, ...]
-    like: fx.Node = field(compare=False)
-    plain_sizes: tuple[int, ...] = field(compare=False)
-
-
-@dataclass(frozen=True)
-class Permuted:
-    """``before`` with its dimensions in the order ``order``."""
-
-    before: TokenMoves
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Entries of ``before``, taken from elsewhere by ``operation`` with the further arguments ``arguments``."""
-
-    before: TokenMoves
-    shape: tuple[int, ...]
-    operation: OpOverload
-    arguments: tuple[Argument, ...]
-
-
-# How a number for each token is moved to the places that its token has in a value; equal moves are equal.
-TokenMoves: TypeAlias = Unmoved | Regrouped | Permuted | Taken
-
-
-@dataclass(frozen=True)
-class TrackedValue:
-    """A value that is computed from the tokens of a stream.
-
-    Attributes:
-        labels: Labels of its dimensions; None where they are not known.
-        moves: How a number for each token gets to the places of its token in the value; None where places belong to no
-            single token, since tokens were mixed.
-        is_list: Whether it is a list of parts of a value like this.
-    """
-
-    labels: Labels | None
-    moves: TokenMoves | None
-    is_list: bool = False
-
-
-@dataclass(frozen=True)
-class UntrackedValue:
-    """A value of which it is not known where its tokens stand, and why."""
-
-    reason: str
-
-
-Tracking: TypeAlias = TrackedValue | UntrackedValue
-MIXED = TrackedValue(None, None)
-
-
-def start(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: Source) -> TrackedValue:
-    """The tokens of a residual value ``[B, N, C]``, ``[N, B, C]`` or ``[B, C, N]``; different tokens have different sources."""
-    labels = [plain(n) for n in shape]
-    labels[batch_dim] = (Factor(BATCH, shape[batch_dim]),)
-    labels[token_dim] = (Factor(TOKENS, shape[token_dim]),)
-    return TrackedValue(Labels(labels), Unmoved(_sizes(labels), GridTokens(source, batch_dim, token_dim)))
 
 
 def track(node: fx.Node, known: Mapping[fx.Node, Tracking]) -> Tracking | None:
@@ -239,11 +148,6 @@ def _divisible(axis: Axis | None) -> bool:
     return axis is None or axis.kind == "tokens"
 
 
-def _sizes(labels: Iterable[Dim]) -> tuple[int, ...]:
-    """The sizes of what runs along an axis, of each dimension."""
-    return tuple(math.prod(f.size for f in dim if f.axis is not None) for dim in labels)
-
-
 def _viewed(node: fx.Node, own: TrackedValue, labels: Labels) -> TrackedValue:
     if own.moves is None:
         return TrackedValue(labels, None)
@@ -251,7 +155,7 @@ def _viewed(node: fx.Node, own: TrackedValue, labels: Labels) -> TrackedValue:
         if isinstance(size, torch.SymInt) and is_plain(dim):
             raise AxisError("a size that depends on the inputs is 1 in the example, or no batch and no tokens")
     before = own.moves.before if isinstance(own.moves, Regrouped) else own.moves
-    sizes = _sizes(labels)
+    sizes = axis_sizes(labels)
     if own.moves.shape == sizes:
         return TrackedValue(labels, own.moves)
     if math.prod(before.shape) != math.prod(sizes):
@@ -274,7 +178,7 @@ def _permuted(node: fx.Node, own: TrackedValue, labels: Labels, order: tuple[int
     along = [d for d in order if not is_plain(labels[d])]
     if along == sorted(along):
         return _viewed(node, own, result)
-    return TrackedValue(result, Permuted(own.moves, _sizes(result), order))
+    return TrackedValue(result, Permuted(own.moves, axis_sizes(result), order))
 
 
 def _channels(node: fx.Node, own: TrackedValue, labels: Labels, count: int) -> TrackedValue:
@@ -322,7 +226,7 @@ def _moved(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Track
     arguments = node.args[1:2] if name in ("pad", "constant_pad_nd") else node.args[1:]
     if not isinstance(node.target, OpOverload):
         raise TypeError(f"{node.target} is not an operation of torch")
-    return TrackedValue(result, Taken(own.moves, _sizes(result), node.target, _hashable(arguments)))
+    return TrackedValue(result, Taken(own.moves, axis_sizes(result), node.target, _hashable(arguments)))
 
 
 def _moved_dims(node: fx.Node, name: str, rank: int) -> list[int]:

@@ -13,7 +13,10 @@ from collections.abc import Iterable
 from torch import fx
 
 from madtp.tokens import grid as runtime
-from rewriters.axes.grid import (
+from rewriters.axes.grid import track
+from rewriters.axes.labels import is_plain
+from rewriters.axes.sources import Source
+from rewriters.axes.token_moves import (
     GridTokens,
     Permuted,
     Regrouped,
@@ -23,10 +26,7 @@ from rewriters.axes.grid import (
     Unmoved,
     UntrackedValue,
     start,
-    track,
 )
-from rewriters.axes.labels import is_plain
-from rewriters.axes.sources import Source
 from rewriters.canonicalise.attention import is_unrecognised
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand
 from rewriters.graph.op_sets import MAP_STEPS, SOFTMAXES
