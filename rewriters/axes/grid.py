@@ -1,10 +1,9 @@
 """Grid: where the tokens of a stream stand once they are moved about as a grid (windows, shifts, padding, channels first).
 
 Start at :func:`track`. The rule table (``table.py``) keeps a token axis whole, since pruned tokens have no grid. Here
-all tokens are there, and an axis may be cut and folded. :class:`~rewriters.axes.grid_moves.TrackedValue` says along
-what each dimension of a value runs, and by which :data:`TokenMoves` a number for each token ``[B, N]`` gets to the
-places of the tokens in it. ``detect/windows.py`` tells windows by it; ``insert/dense_sections.py`` carries along which
-tokens are alive and what attention says about them.
+all tokens are there, and an axis may be cut and folded; ``token_moves.py`` has the data that say where they stand.
+``detect/windows.py`` tells windows by it; ``insert/dense_sections.py`` carries along which tokens are alive and what
+attention says about them.
 """
 
 from __future__ import annotations
@@ -19,18 +18,6 @@ from torch._ops import OpOverload
 from torch.fx.node import Argument
 
 from rewriters.axes.arguments import dim_argument, dims_argument, items
-from rewriters.axes.grid_moves import (
-    MIXED,
-    TOKENS,
-    Permuted,
-    Regrouped,
-    Taken,
-    TokenMoves,
-    TrackedValue,
-    Tracking,
-    UntrackedValue,
-    labelled_sizes,
-)
 from rewriters.axes.labels import (
     Axis,
     Dim,
@@ -46,6 +33,18 @@ from rewriters.axes.labels import (
 from rewriters.axes.outcome import same_axes
 from rewriters.axes.parts import PREFIX, reduce
 from rewriters.axes.table import EVERY_POSITION, RULES, elementwise, like_first
+from rewriters.axes.token_moves import (
+    MIXED,
+    TOKENS,
+    Permuted,
+    Regrouped,
+    Taken,
+    TokenMoves,
+    TrackedValue,
+    Tracking,
+    UntrackedValue,
+    axis_sizes,
+)
 from rewriters.graph.nodes import (
     AxisError,
     call_argument,
@@ -156,7 +155,7 @@ def _viewed(node: fx.Node, own: TrackedValue, labels: Labels) -> TrackedValue:
         if isinstance(size, torch.SymInt) and is_plain(dim):
             raise AxisError("a size that depends on the inputs is 1 in the example, or no batch and no tokens")
     before = own.moves.before if isinstance(own.moves, Regrouped) else own.moves
-    sizes = labelled_sizes(labels)
+    sizes = axis_sizes(labels)
     if own.moves.shape == sizes:
         return TrackedValue(labels, own.moves)
     if math.prod(before.shape) != math.prod(sizes):
@@ -179,7 +178,7 @@ def _permuted(node: fx.Node, own: TrackedValue, labels: Labels, order: tuple[int
     along = [d for d in order if not is_plain(labels[d])]
     if along == sorted(along):
         return _viewed(node, own, result)
-    return TrackedValue(result, Permuted(own.moves, labelled_sizes(result), order))
+    return TrackedValue(result, Permuted(own.moves, axis_sizes(result), order))
 
 
 def _channels(node: fx.Node, own: TrackedValue, labels: Labels, count: int) -> TrackedValue:
@@ -227,7 +226,7 @@ def _moved(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Track
     arguments = node.args[1:2] if name in ("pad", "constant_pad_nd") else node.args[1:]
     if not isinstance(node.target, OpOverload):
         raise TypeError(f"{node.target} is not an operation of torch")
-    return TrackedValue(result, Taken(own.moves, labelled_sizes(result), node.target, _hashable(arguments)))
+    return TrackedValue(result, Taken(own.moves, axis_sizes(result), node.target, _hashable(arguments)))
 
 
 def _moved_dims(node: fx.Node, name: str, rank: int) -> list[int]:
@@ -354,3 +353,12 @@ def _attention(node: fx.Node, known: Mapping[fx.Node, TrackedValue]) -> TrackedV
         return MIXED
     width = example_shape(operand(node, 2))[3]
     return TrackedValue(Labels((*own.labels[:3], plain(width))), own.moves)
+
+
+def is_grid_of(known: Tracking | None) -> bool:
+    """Whether ``known`` are queries or keys ``[B', H, N', D]`` of tokens, of which each row belongs to one sample."""
+    if not isinstance(known, TrackedValue) or known.labels is None:
+        return False
+    batch, heads, tokens, width = known.labels
+    first = batch[0].axis
+    return is_plain(heads) and is_plain(width) and has_tokens(tokens) and first is not None and first.kind == "batch"

@@ -14,8 +14,8 @@ from typing import Protocol
 from torch import fx
 
 from madtp.sites.scoring import Scores
-from rewriters.axes.grid import track
-from rewriters.axes.grid_moves import BATCH, TOKENS, TokenMoves, TrackedValue, Tracking, Unmoved, is_grid_of, start
+from rewriters.axes.grid import is_grid_of, track
+from rewriters.axes.token_moves import BATCH, TOKENS, TokenMoves, TrackedValue, Tracking, Unmoved, start
 from rewriters.graph.nodes import example_shape, op_name, operand
 
 

@@ -14,7 +14,9 @@ from torch import fx
 
 from madtp.tokens import grid as runtime
 from rewriters.axes.grid import track
-from rewriters.axes.grid_moves import (
+from rewriters.axes.labels import is_plain
+from rewriters.axes.sources import Source
+from rewriters.axes.token_moves import (
     GridTokens,
     Permuted,
     Regrouped,
@@ -25,8 +27,6 @@ from rewriters.axes.grid_moves import (
     UntrackedValue,
     start,
 )
-from rewriters.axes.labels import is_plain
-from rewriters.axes.sources import Source
 from rewriters.canonicalise.attention import is_unrecognised
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand
 from rewriters.graph.op_sets import MAP_STEPS, SOFTMAXES

@@ -17,13 +17,13 @@ from torch.fx.node import Argument
 
 from madtp.tokens.cache_marks import MarkedAxes, mark_dropped
 from rewriters.axes.arguments import items
-from rewriters.axes.grid_moves import TokenMoves
 from rewriters.axes.labels import Labels, ResultLabels, seed, token_axis
 from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along
 from rewriters.axes.readouts import BatchReadout, ConcatenationReadout
 from rewriters.axes.sources import BatchPart, Source
 from rewriters.axes.table import apply
+from rewriters.axes.token_moves import TokenMoves
 from rewriters.detect.windows import AttentionSpan, moves_to_residual
 from rewriters.graph.functional import has_effect
 from rewriters.graph.node_record import record

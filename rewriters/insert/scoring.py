@@ -16,12 +16,12 @@ from torch.fx.node import Argument
 from madtp.sites.scoring import grid_attention
 from madtp.tokens import segments as segment_runtime
 from madtp.tokens import state as runtime
-from rewriters.axes.grid_moves import TokenMoves
 from rewriters.axes.labels import Axis, token_axis
 from rewriters.axes.outcome import Outcome
 from rewriters.axes.propagate import runs_along
 from rewriters.axes.sources import Source
 from rewriters.axes.table import apply
+from rewriters.axes.token_moves import TokenMoves
 from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, op_name, operand
 from rewriters.insert.dense_sections import DenseSections

@@ -1,6 +1,7 @@
-"""Where the tokens of a stream stand in a value, and how a number for each token gets there: the data of ``grid.py``.
+"""Token moves: where the tokens of a stream stand in a value, while all of them are there.
 
-Start at :class:`TrackedValue`.
+Start at :class:`TrackedValue`. It says along what each dimension of a value runs, and by which :data:`TokenMoves` a number
+for each token, ``[B, N]``, gets to the places of the tokens in it. ``grid.py`` follows values through operations.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.fx.node import Argument
 
-from rewriters.axes.labels import Axis, Dim, Factor, Labels, has_tokens, is_plain, plain
+from rewriters.axes.labels import Axis, Dim, Factor, Labels, plain
 from rewriters.axes.sources import Source
 
 BATCH = Axis("batch", "grid")
@@ -115,18 +116,9 @@ def start(shape: tuple[int, ...], batch_dim: int, token_dim: int, source: Source
     labels = [plain(n) for n in shape]
     labels[batch_dim] = (Factor(BATCH, shape[batch_dim]),)
     labels[token_dim] = (Factor(TOKENS, shape[token_dim]),)
-    return TrackedValue(Labels(labels), Unmoved(labelled_sizes(labels), GridTokens(source, batch_dim, token_dim)))
+    return TrackedValue(Labels(labels), Unmoved(axis_sizes(labels), GridTokens(source, batch_dim, token_dim)))
 
 
-def labelled_sizes(labels: Iterable[Dim]) -> tuple[int, ...]:
+def axis_sizes(labels: Iterable[Dim]) -> tuple[int, ...]:
     """The sizes of what runs along an axis, of each dimension."""
     return tuple(math.prod(f.size for f in dim if f.axis is not None) for dim in labels)
-
-
-def is_grid_of(known: Tracking | None) -> bool:
-    """Whether ``known`` are queries or keys ``[B', H, N', D]`` of tokens, of which each row belongs to one sample."""
-    if not isinstance(known, TrackedValue) or known.labels is None:
-        return False
-    batch, heads, tokens, width = known.labels
-    first = batch[0].axis
-    return is_plain(heads) and is_plain(width) and has_tokens(tokens) and first is not None and first.kind == "batch"
