@@ -32,6 +32,11 @@ def test_weights_are_part_of_the_installed_package() -> None:
             assert (path / "card.json" if checkpoint.is_pruned else path.with_suffix(".json")).is_file()
 
 
+def test_the_weights_fit_into_a_small_wheel() -> None:
+    sizes = [checkpoint.size for name in zoo.list_models() for checkpoint in zoo.describe(name).shipped]
+    assert sum(sizes) < 38e6  # compressed in the wheel, 35 MB with everything else
+
+
 @pytest.mark.parametrize(("tool", "environment"), [("ruff", "lint"), ("mypy", "types")])
 def test_tox_checks_with_the_versions_of_the_development_environment(tool: str, environment: str) -> None:
     tox = ConfigParser()
