@@ -35,14 +35,14 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self, paused: Callable[[], bool]) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.paused = paused
         self.total = 0.0
 
     def __enter__(self) -> Counter:
         self.open = ExitStack()
         self.open.enter_context(spelled_out())
-        super().__enter__()
+        TorchDispatchMode.__enter__(self)
         return self
 
     def __exit__(
@@ -51,7 +51,7 @@ class Counter(TorchDispatchMode):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
+        TorchDispatchMode.__exit__(self, exc_type, exc_value, traceback)
         self.open.close()
 
     def __torch_dispatch__(
