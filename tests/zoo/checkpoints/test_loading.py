@@ -128,7 +128,7 @@ def test_file_of_another_model(tmp_path: Path) -> None:
     total = len(weights())
     assert_refused(
         tmp_path / "linear.safetensors",
-        rf"no checkpoint of this BlipNlvr: of {total} keys {total} missing \(\S+, \S+, \S+, \.\.\.\) "
+        rf"not a checkpoint of this BlipNlvr: of {total} keys {total} missing \(\S+, \S+, \S+, \.\.\.\) "
         r"and 2 unexpected \(bias, weight\)",
     )
 

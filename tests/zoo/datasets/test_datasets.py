@@ -222,7 +222,7 @@ def test_images_stay_inside_their_folder(tmp_path: Path, name: str) -> None:
     ("content", "message"),
     [
         ("", "is empty"),
-        ("[{", "no JSON"),
+        ("[{", "neither JSON"),
         ('{"a": 1}\n{"a"', "line 2"),
         ("3", "holds int, not a list"),
         ("[3]", "entry 0, holds int, not an object"),
