@@ -20,7 +20,6 @@ from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
 from madtp.saving.model_folder import CONFIG
 from madtp.tuning.search import KNOBS
-from zoo.registry import weights_folder
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
 
@@ -177,10 +176,6 @@ def _load(settings: EvaluationSettings) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             return zoo.create(settings.model)
-    shipped = weights_folder(settings.model) / settings.checkpoint
-    for folder in (Path(settings.checkpoint), shipped):
-        if folder.is_dir():
-            return madtp.load(folder, zoo.create(settings.model)).eval()
     return zoo.create(settings.model, settings.checkpoint)
 
 
