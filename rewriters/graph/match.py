@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, op_name
-
-_KEY = "nearest_miss"
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ def attempt(candidate: fx.Node, help: str, steps: tuple[str, ...] = ()) -> Itera
 def remember(candidate: fx.Node, miss: Miss) -> None:
     """Keep ``miss`` at ``candidate``, unless an earlier one came farther."""
     known = nearest_miss(candidate)
-    candidate.meta[_KEY] = miss if known is None else farthest((known, miss))
+    nearest = miss if known is None else farthest((known, miss))
+    set_record(candidate, replace(record(candidate), nearest_miss=nearest))
 
 
 def nearest_miss(candidate: fx.Node) -> Miss | None:
     """The miss that came farthest of all searches at ``candidate``; None if there was none."""
-    miss = candidate.meta.get(_KEY)
-    return miss if isinstance(miss, Miss) else None
+    return record(candidate).nearest_miss
 
 
 def operation(node: fx.Node) -> fx.Node:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from rewriters.graph.match import Miss
 
 KEY = "madtp"
 
@@ -56,6 +59,7 @@ class NodeRecord:
         rowwise: The submodule that the operation stands for.
         special_cut: Whether a slice separates learned tokens from those behind them.
         site_attention: Whether a module call computes the attention of a site's block.
+        nearest_miss: Where the search for a known pattern that starts at the node came farthest and failed.
         recomputed: The node over surviving tokens whose values the operation computes once more for all tokens.
     """
 
@@ -66,6 +70,7 @@ class NodeRecord:
     rowwise: RowwiseModule | None = None
     special_cut: bool = False
     site_attention: bool = False
+    nearest_miss: Miss | None = None
     recomputed: fx.Node | None = None
 
 
