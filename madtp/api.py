@@ -39,7 +39,8 @@ def rewrite(
             are shared.
         example_inputs: Inputs of ``model`` with at least 2 samples: a dict of keyword arguments or a tuple of positional
             ones. May be left out where the zoo knows the architecture.
-        config: How to prune; by default ``PruningConfig()``.
+        config: How to prune; by default ``PruningConfig()``. The zoo may add protected positions for architectures that it
+            knows. If the model takes token ids alone and nothing else can be pruned, its text is pruned.
         plan: An edited :class:`~rewriters.plan.plan.Plan` to follow, in place of a new one.
 
     Returns:
@@ -119,6 +120,12 @@ def count_macs(model: nn.Module, inputs: Inputs) -> float:
     Args:
         model: A pruned model or any other.
         inputs: A dict of keyword arguments or a tuple of positional ones.
+
+    Returns:
+        MACs per sample, that is per entry of the batch.
+
+    Raises:
+        ExampleInputsError: The inputs do not fit the model.
     """
     if isinstance(model, PrunedModel):
         call = _as_call(model._host, inputs)

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
-from madtp.calls.per_image import PerImageArguments
+from madtp.calls.packed_images import PerImageArguments
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
 from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images
-from madtp.programs.cache import MANY_WAYS, BuildProgram, ProgramCache
 from madtp.programs.host_forward import HostForward
 from madtp.programs.host_methods import as_one_call
 from madtp.programs.notes import Notes, noting_unpruned_blocks
-from madtp.programs.per_image_region import PerImageRegion
+from madtp.programs.packed_images_region import PerImageRegion
 from madtp.programs.pricing import Tokens, macs_by_module
+from madtp.programs.program_cache import MANY_WAYS, BuildProgram, ProgramCache
 from madtp.programs.region import PrunedRegion
 from madtp.report import RewriteReport
 from madtp.sites.additions import PREFIX, Additions

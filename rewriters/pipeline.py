@@ -31,7 +31,7 @@ from madtp.sites.additions import PREFIX
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import Capture, capture
-from rewriters.capture.rowwise_op import call_rowwise_modules
+from rewriters.capture.mixture_of_experts_op import call_rowwise_modules
 from rewriters.capture.scope import Region
 from rewriters.detect.streams import detect
 from rewriters.detect.structure import Structure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,3 +187,10 @@ def test_the_top_of_a_package_is_read_at_a_glance(package: str, most: int) -> No
 def test_every_folder_says_what_it_is_for() -> None:
     inits = [(name, path) for name, path in sources("madtp", "rewriters", "zoo") if path.name == "__init__.py"]
     assert not [name for name, path in inits if not ast.get_docstring(tree(path))]
+
+
+def test_every_module_imports() -> None:
+    """Also what only some commands import. Modules that hold a program of their own run it when imported, and are left out."""
+    for module in sorted(modules()):
+        if not module.endswith("__main__"):
+            importlib.import_module(module)

@@ -15,9 +15,9 @@ from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.objects import CannotFlatten
 from madtp.errors import ContinuationError, ExampleInputsError, MadtpError, NothingToPruneError
-from madtp.programs.cache import BRANCHES, MANY_WAYS, ProgramCache
 from madtp.programs.notes import Notes
 from madtp.programs.program import Program
+from madtp.programs.program_cache import BRANCHES, MANY_WAYS, ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 

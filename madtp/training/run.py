@@ -3,7 +3,7 @@
 A config file (TOML or JSON) names a recipe module and holds two tables of settings, one for the engine and one for the
 recipe::
 
-    recipe = "zoo.recipes.nlvr_scenes"
+    recipe = "zoo.recipes.scenes_dense"
     [training]
     steps = 5000
     [settings]
@@ -103,7 +103,7 @@ def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):
-        raise ConfigError(f'{where} names no recipe; add a line such as recipe = "zoo.recipes.nlvr_scenes"')
+        raise ConfigError(f'{where} names no recipe; add a line such as recipe = "zoo.recipes.scenes_dense"')
     return content
 
 

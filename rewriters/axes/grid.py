@@ -31,7 +31,7 @@ from rewriters.axes.labels import (
     unlabelled,
 )
 from rewriters.axes.outcome import same_axes
-from rewriters.axes.parts import PREFIX, reduce
+from rewriters.axes.slice_rules import PREFIX, reduce
 from rewriters.axes.table import EVERY_POSITION, RULES, elementwise, like_first
 from rewriters.axes.token_moves import (
     MIXED,

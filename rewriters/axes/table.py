@@ -16,9 +16,9 @@ from collections.abc import Callable
 from torch import fx
 
 from madtp.tokens.attention import attention
-from rewriters.axes import maps as map_rules
+from rewriters.axes import attention_map_rules as map_rules
 from rewriters.axes.arguments import dim_argument, items, operand_list
-from rewriters.axes.channels import (
+from rewriters.axes.channel_rules import (
     batch_norm,
     conv1d,
     conv2d,
@@ -52,7 +52,8 @@ from rewriters.axes.outcome import (
     require_unlabelled,
     same_axes,
 )
-from rewriters.axes.parts import (
+from rewriters.axes.shape_rules import cat, expand, permute, repeat, reshape_as, squeeze, stack, unsqueeze, view
+from rewriters.axes.slice_rules import (
     gather,
     getitem,
     index,
@@ -64,7 +65,6 @@ from rewriters.axes.parts import (
     slice_,
     split,
 )
-from rewriters.axes.shapes import cat, expand, permute, repeat, reshape_as, squeeze, stack, unsqueeze, view
 from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
 from rewriters.graph.op_sets import CASTS, CONCATENATIONS, PARTS, SIZED_VIEWS
@@ -190,7 +190,7 @@ def _aligned_scores(mask: fx.Node, scores: Labels, labels: LabelMap) -> tuple[Al
 
 
 def rowwise(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A submodule that works row by row (``capture/rowwise.py``): its results run along the rows of its operands."""
+    """A submodule that works row by row (``capture/mixture_of_experts.py``): its results run along the rows of its operands."""
     rank = rowwise_module(node).rank
     per_operand = [labels.of(n) for n in operand_list(node, 0)]
     rows = list(next(own for own in per_operand if len(own) >= rank)[:rank])

@@ -20,6 +20,7 @@ from madtp.tokens.attention import HIDDEN
 from madtp.tokens.attention_maps import shares, total, weigh
 from rewriters.canonicalise.attention_heads import fold_heads, folded_heads, unfold_heads
 from rewriters.canonicalise.attention_scores import constant_number, has_scores, is_like_map, is_score_step
+from rewriters.graph.dependencies import is_learned
 from rewriters.graph.emit import emit
 from rewriters.graph.match import Miss, nearest_miss, remember
 from rewriters.graph.nodes import (
@@ -33,7 +34,6 @@ from rewriters.graph.nodes import (
     tensor_operands,
 )
 from rewriters.graph.op_sets import PRODUCTS, SOFTMAXES
-from rewriters.graph.origins import is_learned
 from rewriters.graph.walk import ancestors, walk
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from rewriters.axes.parts import reduce
+from rewriters.axes.slice_rules import reduce
 from rewriters.axes.table import RULES
 from rewriters.canonicalise.pointwise import FIRST, GRID_VIEWS, LAST, LAST_DIMENSION, Order, grid_around, stands_on
 from rewriters.graph.emit import emit

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from rewriters.axes.channels import sees_one_place
+from rewriters.axes.channel_rules import sees_one_place
 from rewriters.axes.table import RULES, elementwise, like_first
 from rewriters.graph.nodes import (
     call_argument,

@@ -1,7 +1,8 @@
 """Cuts after the special tokens of a stream: the class token and registers, which come before the others.
 
-Start at :func:`plain_slices`. A cut after at most :data:`~rewriters.axes.parts.PREFIX` tokens separates special tokens. A cut
-after more does so if as many learned tokens are concatenated in front of others somewhere, and are few compared with them.
+Start at :func:`plain_slices`. A cut after at most :data:`~rewriters.axes.slice_rules.PREFIX` tokens separates special
+tokens. A cut after more does so if as many learned tokens are concatenated in front of others somewhere, and are few
+compared with them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriters.axes.parts import PREFIX, is_whole_end
+from rewriters.axes.slice_rules import PREFIX, is_whole_end
+from rewriters.graph.dependencies import given_nodes
 from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name, operand
 from rewriters.graph.op_sets import CONCATENATIONS, SPLITS
-from rewriters.graph.origins import given_nodes
 
 END = 9223372036854775807
 # Learned tokens are special while they are at most this part of all; more of them (queries in front of a text) are a segment.

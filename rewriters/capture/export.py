@@ -22,15 +22,15 @@ from torch.utils import _pytree as pytree
 from madtp.calls.call import Call
 from madtp.calls.image_positions import IMAGE_POSITIONS
 from madtp.calls.objects import ResultSpec
-from madtp.calls.per_image import taking_one_image
+from madtp.calls.packed_images import taking_one_image
 from madtp.calls.size_limits import Limits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
 from rewriters.capture.constants import FoldingConstants
 from rewriters.capture.inline import inline_bodies
+from rewriters.capture.mixture_of_experts import find_rowwise, sorts
+from rewriters.capture.mixture_of_experts_op import calling_rowwise_op, record_rowwise
 from rewriters.capture.python_branches import record_answers
-from rewriters.capture.rowwise import find_rowwise, sorts
-from rewriters.capture.rowwise_op import calling_rowwise_op, record_rowwise
 from rewriters.capture.scope import WHOLE, Region
 from rewriters.capture.torch_export import Exported, ExportFailure, export, export_freely
 from rewriters.graph.node_record import RowwiseModule, record, set_record

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from madtp.calls.branches import expect
 from madtp.calls.call import Call
-from rewriters.capture.restore import preserved_buffers
+from rewriters.capture.preserved_state import preserved_buffers
 
 aten = torch.ops.aten
 # What export would not write itself, so that its own assertions are told from these.

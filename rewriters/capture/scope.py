@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from madtp.calls.per_image import PerImageArguments
+from madtp.calls.packed_images import PerImageArguments
 
 
 @dataclass(frozen=True)

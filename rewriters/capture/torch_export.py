@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.objects import ResultSpec, result_spec_of
+from rewriters.capture.preserved_state import preserved_attributes
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
-from rewriters.capture.restore import preserved_attributes
 from rewriters.capture.scope import Region
 
 FreeDims = tuple[tuple[int, ...], ...]

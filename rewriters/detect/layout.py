@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from rewriters.detect.modality import special_positions, stream_modality
+from rewriters.graph.dependencies import is_learned
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import (
     call_argument,
@@ -27,7 +28,6 @@ from rewriters.graph.nodes import (
     tensor_operands,
 )
 from rewriters.graph.op_sets import CONCATENATIONS, PERMUTATIONS
-from rewriters.graph.origins import is_learned
 from rewriters.graph.walk import walk
 
 # How features get to the image positions of a sequence.

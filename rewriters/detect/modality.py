@@ -9,6 +9,7 @@ from torch import fx
 
 from rewriters.axes.labels import Axis, Factor, has_tokens, unlabelled
 from rewriters.axes.propagate import propagate
+from rewriters.graph.dependencies import is_learned, value_ancestors
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import (
     call_argument,
@@ -21,7 +22,6 @@ from rewriters.graph.nodes import (
     tensor_operands,
 )
 from rewriters.graph.op_sets import CONCATENATIONS, CONVOLUTIONS, KEEPS_VALUES, PERMUTATIONS, SCALINGS, SOFTMAXES, VIEWS
-from rewriters.graph.origins import is_learned, value_ancestors
 from rewriters.graph.walk import behind, is_not_size, operand_chain, walk
 
 # Layers with learned weights, and where their channels come out; what may lie between one and weights of tokens.

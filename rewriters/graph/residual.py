@@ -8,9 +8,9 @@ from heapq import heappop, heappush
 
 from torch import fx
 
+from rewriters.graph.dependencies import is_learned
 from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, op_name, operand
 from rewriters.graph.op_sets import ADDS
-from rewriters.graph.origins import is_learned
 from rewriters.graph.walk import ancestors, is_not_size, walk
 
 

@@ -1,6 +1,6 @@
 """Inheritance: what a concatenation of streams reads at a position must survive in the stream that it comes from.
 
-Start at :func:`inherited`; ``plan.py`` asks it. A joint stream begins with the tokens that its parts have left. A token
+Start at :func:`inherited`; ``make_plan.py`` asks it. A joint stream begins with the tokens that its parts have left. A token
 that one of its readouts needs is protected in the joint stream, which is too late where a part dropped it before.
 """
 

@@ -1,6 +1,6 @@
 """Policy: which tokens are never pruned, which segments of a stream are pruned, and which streams are left alone.
 
-``plan.py`` asks :func:`segments_of`, then :func:`left_alone`, then :func:`protected_readouts`.
+``make_plan.py`` asks :func:`segments_of`, then :func:`left_alone`, then :func:`protected_readouts`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import nn
 
 from madtp.calls.call import Call
 from madtp.calls.objects import CannotFlatten, on_tensors
-from madtp.calls.per_image import per_image_module
+from madtp.calls.packed_images import per_image_module
 from madtp.config import PruningConfig
 from madtp.errors import CaptureError
 from rewriters.capture.scope import WHOLE, Region

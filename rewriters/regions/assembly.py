@@ -15,8 +15,8 @@ from madtp.calls.copies import share
 from madtp.calls.record import record_call
 from madtp.config import PruningConfig
 from madtp.errors import NothingToPruneError, RewriteError
-from madtp.programs.cache import BuildProgram
 from madtp.programs.program import Program
+from madtp.programs.program_cache import BuildProgram
 from madtp.pruned import AlignmentSpec, PrunedModel
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.capture.scope import Region

@@ -25,7 +25,7 @@ from madtp.errors import (
     PlanError,
     RewriteError,
 )
-from rewriters.capture.per_image import per_image_call, why_not_per_image
+from rewriters.capture.packed_images import per_image_call, why_not_per_image
 from rewriters.capture.recording import RecordedCall, record
 from rewriters.capture.scope import WHOLE, Region
 from rewriters.pipeline import RewrittenRegion, rewrite_region

@@ -47,6 +47,7 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
     """
     request = Request(model, call, config, plan=plan)
     rejected: dict[str, str] = {}
+    # Each round captures afresh, without the regions that failed a check.
     while True:
         rewritten = rewrite_regions(replace(request, model=share(model)), rejected)
         pruned = assemble(request, rewritten)

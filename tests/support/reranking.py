@@ -35,7 +35,8 @@ def rerank(
         input_ids: ``[J, T]``.
         attention_mask: ``[J, T]``.
         image_mask: What survives of ``image_tokens`` in a rewritten model, ``[I, N]``
-            (:func:`zoo.blip.surviving_tokens.seen`); None for all. Texts attend to as many tokens as the fullest image has.
+            (:func:`zoo.blip.surviving_tokens.surviving_mask`); None for all. Texts attend to as many tokens as the
+            fullest image has.
         candidates: How many are matched for each image, and for each text.
         batch: Pairs that are matched at a time.
     """

@@ -11,7 +11,7 @@ from small_vit import images, vit
 from torch import Tensor, nn
 
 import madtp
-from madtp.programs.cache import BRANCHES, MANY_WAYS
+from madtp.programs.program_cache import BRANCHES, MANY_WAYS
 
 
 class Guarded(nn.Module):

@@ -20,7 +20,7 @@ from rewriters.graph.nodes import AxisError  # noqa: E402
 
 # Names that are not operations of torch: a builtin, and spellings of Python that export may leave.
 ELSEWHERE = {"getitem", "float", "mod"}
-# Stands for submodules, see tests/rewriters/capture/test_rowwise.py.
+# Stands for submodules, see tests/rewriters/capture/test_mixture_of_experts.py.
 APART = {"rowwise"}
 # Rules that cover every form of their operations: there is nothing that they must not let pass.
 TOTAL = {

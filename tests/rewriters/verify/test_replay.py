@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import madtp
 from madtp.errors import RewriteError
 from madtp.tokens import state
-from rewriters.axes import parts as part_rules
+from rewriters.axes import slice_rules as part_rules
 from rewriters.axes import table as rules
 from rewriters.axes.labels import LabelMap
 from rewriters.axes.outcome import Outcome

@@ -1,4 +1,4 @@
-"""An operation for submodules that work row by row (``rowwise.py``), while a model is captured and rewritten.
+"""An operation for submodules that work row by row (``mixture_of_experts.py``), while a model is captured and rewritten.
 
 Start at :func:`calling_rowwise_op`. The operation exists between capture and lifting only: :func:`call_rowwise_modules`
 replaces it by calls of the submodules themselves.

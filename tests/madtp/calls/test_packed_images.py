@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from madtp.calls.call import Call
-from madtp.calls.per_image import ImageRows, PerImageArguments, by_kind
+from madtp.calls.packed_images import ImageRows, PerImageArguments, by_kind
 
 ARGUMENTS = PerImageArguments(("grid", "crop"), (ImageRows("patches", 0, 1),), (torch.long, torch.long))
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import madtp
 from madtp.errors import MadtpError
-from madtp.programs import per_image_region
+from madtp.programs import packed_images_region as per_image_region
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Made = tuple[PackedHost, Callable[..., Tensors], madtp.PrunedModel]

@@ -17,7 +17,7 @@ from torch import nn
 import madtp
 from madtp import PruningConfig
 from madtp.calls.call import normalise_call
-from rewriters.capture.rowwise import find_rowwise
+from rewriters.capture.mixture_of_experts import find_rowwise
 
 CONFIG = PruningConfig(merge=False, alignment_tokens=4)
 

@@ -20,7 +20,7 @@ from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
-from madtp.calls.per_image import PerImageArguments, per_image_module
+from madtp.calls.packed_images import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run

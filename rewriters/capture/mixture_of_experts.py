@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
 from madtp.cost.counting import Counter
-from rewriters.capture.restore import preserved_attributes, preserved_buffers
+from rewriters.capture.preserved_state import preserved_attributes, preserved_buffers
 from rewriters.graph.node_record import RowwiseModule
 
 aten = torch.ops.aten

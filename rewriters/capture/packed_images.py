@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from madtp.calls.call import Call
 from madtp.calls.compare import drawing_alike
-from madtp.calls.per_image import Image, ImageRows, PerImageArguments, by_kind, image_results
+from madtp.calls.packed_images import Image, ImageRows, PerImageArguments, by_kind, image_results
 from madtp.errors import RewriteError
 
 # Sizes of an image are a handful of numbers.

@@ -1,7 +1,7 @@
 """Regions whose calls are taken apart into images: start at :class:`PerImageRegion`.
 
 Images of one size run as a batch, by one program for each size, and their results are put together as the original packs them.
-Calls that do not come apart (see :mod:`madtp.calls.per_image`) run as the original does.
+Calls that do not come apart (see :mod:`madtp.calls.packed_images`) run as the original does.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.compare import drawing_alike
-from madtp.calls.per_image import Image, ImageResults, PerImageArguments, PerImageForward, by_kind, image_results
+from madtp.calls.packed_images import Image, ImageResults, PerImageArguments, PerImageForward, by_kind, image_results
 from madtp.errors import ExampleInputsError, RewriteError
-from madtp.programs.cache import CACHE, ProgramCache
 from madtp.programs.notes import Notes
+from madtp.programs.program_cache import CACHE, ProgramCache
 from madtp.programs.region import PrunedRegion
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import FeatureKey, PruningControl
