@@ -7,7 +7,7 @@ recipe::
     [training]
     steps = 5000
     [settings]
-    pairs_per_step = 64
+    pictures_per_step = 64
 
 The recipe module has the functions of :class:`Recipe`.
 """
