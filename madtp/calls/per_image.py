@@ -105,7 +105,7 @@ class PerImageArguments:
             if parts is None:
                 return None
             split.append(parts)
-        return [Image(own, parts) for own, parts in zip(sizes, zip(*split, strict=True), strict=True)]
+        return [Image(size, parts) for size, parts in zip(sizes, zip(*split, strict=True), strict=True)]
 
     def join(self, call: Call, images: Sequence[Image]) -> Call:
         """Return a call of the module like ``call``, for other images."""

@@ -75,7 +75,8 @@ class ProgramCache:
         build_program: builds a program for a further call.
         inner: the module lies inside another one that programs stand for, so that nothing was rewritten and checked for it
             in advance.
-        apart: how a call is taken apart into images, a batch of which a program takes. None if it is not.
+        per_image: which arguments hold the images, if calls are split into images, a batch of which a program takes. None if
+            they are not.
         entries: the programs by serial number, oldest first.
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
@@ -88,11 +89,11 @@ class ProgramCache:
         build_program: BuildProgram,
         *,
         inner: bool = False,
-        apart: PerImageArguments | None = None,
+        per_image: PerImageArguments | None = None,
     ) -> None:
         """Make an empty cache; see above for the arguments."""
         self.path, self.module, self.host, self.build_program = path, host.get_submodule(path), host, build_program
-        self.inner, self.apart = inner, apart
+        self.inner, self.per_image = inner, per_image
         self.additions = additions_of(host)
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
@@ -147,7 +148,7 @@ class ProgramCache:
             leaves = call.flat()[0]
             if not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
                 program = self._serving_one_sample(program, call)
-        if call.cache_leaves() or self.inner or self.apart is not None:
+        if call.cache_leaves() or self.inner or self.per_image is not None:
             self._check(program, call)
         self._remember(program, call)
         return program
@@ -190,7 +191,7 @@ class ProgramCache:
     def _run_original(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
         with torch.no_grad(), drawing_alike(), self._as_original():
-            module = per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.apart)
+            module = per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.per_image)
             result: object = module(*call.args, **call.kwargs)
         return result
 
