@@ -91,7 +91,7 @@ class PrunedModel(nn.Module):
             host: a copy of the original's module tree, which this model owns.
             sites: by the names that they get as modules.
             config: how tokens are pruned.
-            report: of the rewrite.
+            report: the report of the rewrite.
             alignment: what the alignment tokens have to fit.
 
         Raises:
@@ -161,7 +161,7 @@ class PrunedModel(nn.Module):
         """Run a module of the host by programs from now on. :func:`madtp.rewrite` calls this.
 
         Args:
-            path: of the module; empty for the whole host.
+            path: the path of the module; empty for the whole host.
             build_program: builds a program for one more kind of call.
             inner: the module lies inside another one that programs stand for.
             embeddings: place in its call of the text embeddings, if programs have to be told at which positions these hold

@@ -80,7 +80,7 @@ class FlattenedObjects:
 
     Attributes:
         spec: structure of the containers, with objects as leaves.
-        specs: of the objects, by their position among these leaves.
+        specs: the specs of the objects, by their position among these leaves.
     """
 
     spec: pytree.TreeSpec
@@ -189,8 +189,8 @@ def unflatten_object(spec: ObjectSpec, leaves: Iterator[object], device: torch.d
     """Put an object together again from its tensors and sizes.
 
     Args:
-        spec: of the object.
-        leaves: its tensors and sizes; as many as it needs are taken.
+        spec: the spec of the object.
+        leaves: its tensors and sizes, from which as many as it needs are taken.
         device: takes the place of devices that it holds, if its tensors have moved. None to leave them.
     """
     parts: list[object] = []
@@ -263,7 +263,7 @@ class ResultSpec:
     """The structure of what a call returned, and of the objects that were passed to it or that it made.
 
     Attributes:
-        spec: of the result, with objects as leaves.
+        spec: the structure of the result, with objects as leaves.
         numbers: for each leaf the number of its object; None for all other leaves.
         objects: those that were passed first, then those that the call made.
     """

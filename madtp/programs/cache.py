@@ -24,7 +24,7 @@ from madtp.calls.per_image import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run
-from madtp.programs.replaced_forward import own_forwards
+from madtp.programs.replaced_forward import original_forwards
 from madtp.programs.single_sample import (
     SingleSampleProgram,
     first_samples,
@@ -69,8 +69,8 @@ class ProgramCache:
     """The programs that stand for calls of one module.
 
     Attributes:
-        path: of the module in ``host``; empty for the host itself.
-        module: whose calls are served.
+        path: the path of the module in ``host``; empty for the host itself.
+        module: the module whose calls are served.
         host: the module tree that programs run on.
         build_program: builds a program for a further call.
         inner: the module lies inside another one that programs stand for, so that nothing was rewritten and checked for it
@@ -241,7 +241,7 @@ class ProgramCache:
         """Inside the block the module is as it was before the rewrite: without additions, with its own forwards."""
         additions = self.module._modules.pop(PREFIX, None)
         try:
-            with own_forwards(self.module):
+            with original_forwards(self.module):
                 yield
         finally:
             if additions is not None:

@@ -121,7 +121,7 @@ class _BatchRecord:
     """What the sites of a region have recorded about one batch of images.
 
     Attributes:
-        numbers: of the images in the call.
+        numbers: positions of the batch's images in the call.
         states: the token state after each site.
         features: pooled features by site and modality.
         kept_counts: candidates that each site kept.

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from madtp.programs.checkpointing import allowed_kernels
+from madtp.programs.gradient_checkpointing import allowed_kernels
 
 _outer_kernels: ContextVar[list[SDPBackend] | None] = ContextVar("kernels outside training_kernels", default=None)
 

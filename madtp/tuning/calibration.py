@@ -30,9 +30,9 @@ class CalibrationResult:
     """What :func:`calibrate` found.
 
     Attributes:
-        gain: of the model now.
-        temperature: of the model now.
-        keep_ratio: of the model now if it is a control with fixed counts, else None.
+        gain: the model's gain now.
+        temperature: the model's temperature now.
+        keep_ratio: the model's keep ratio now if it is a control with fixed counts, else None.
         reduction_reached: fraction of the dense MACs that is saved on the batches.
         dense_macs: MACs per sample without pruning.
         macs: MACs per sample now.

@@ -98,8 +98,8 @@ def teach(
             classifier's answer. None sums all floating-point outputs, each entry with a random sign: then the squared saliency
             is, in expectation, the squared Frobenius norm of the outputs' Jacobian.
         steps: number of optimiser steps, of one batch each.
-        learning_rate: of Adam, for alignment tokens that start from N(0, 1).
-        seed: of the random signs.
+        learning_rate: Adam's learning rate, for alignment tokens that start from N(0, 1).
+        seed: the seed of the random signs.
 
     Returns:
         How well guidance agrees with saliency before and after.

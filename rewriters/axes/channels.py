@@ -47,14 +47,14 @@ def conv2d(node: fx.Node, labels: LabelMap) -> Outcome:
     ones need every position."""
     own = labels.of(node.args[0])
     require_unlabelled(node.args[1:3], labels, node)
-    if len(own) != 4 or not sees_one_place(node):
+    if len(own) != 4 or not is_pointwise_conv2d(node):
         raise AxisError("conv2d needs every position: its kernel is wider than one of them, or it strides or pads")
     require_plain(own[1:2], node)
     return Outcome(labels=own.with_dim(1, plain(example_shape(node)[1])))
 
 
-def sees_one_place(node: fx.Node) -> bool:
-    """Whether a two-dimensional convolution yields, at each place, what its operand holds there."""
+def is_pointwise_conv2d(node: fx.Node) -> bool:
+    """Whether a two-dimensional convolution computes each position from that position alone."""
     weight = operand(node, 1)
     stride, padding = (call_argument(node, i, n, d) for i, n, d in ((3, "stride", 1), (4, "padding", 0)))
     if example_shape(weight)[-2:] != (1, 1) or stride not in (1, [1], [1, 1]):

@@ -97,11 +97,11 @@ def _entry(nodes: dict[fx.Node, Order]) -> tuple[fx.Node, Order]:
 
     Raises :class:`AxisError` if there is none.
     """
-    places = next(order.places(example_shape(node)) for node, order in nodes.items())
+    size = next(order.grid_size(example_shape(node)) for node, order in nodes.items())
     for node in sorted(nodes):
         for value in node.all_input_nodes:
             order = nodes[node].turned if op_name(node) == "permute" else nodes[node]
-            if value not in nodes and is_tensor(value) and stands_on(value, places, order):
+            if value not in nodes and is_tensor(value) and stands_on(value, size, order):
                 return value, order
     raise AxisError("nothing tells the size of a grid")
 
@@ -259,7 +259,7 @@ def _read_flat(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> fx
         return flat if end - 1 == start else emit(graph, aten.flatten.using_ints, (flat, start, end - 1), user)
     if name == "sym_size":
         return _size(graph, grid, user.args[1], order, flat)
-    if (RULES.get(name) is reduce and _over_places(user, order)) or _pools_all(user, order):
+    if (RULES.get(name) is reduce and _over_grid(user, order)) or _pools_all(user, order):
         target = aten.mean.dim if _pools_all(user, order) else user.target
         keeps = len(example_shape(user)) == 4
         new = emit(graph, target, (flat, [order.first], keeps), user)
@@ -278,7 +278,7 @@ def _size(graph: fx.Graph, grid: _Grid, dim: Any, order: Order, flat: fx.Node) -
     return new
 
 
-def _over_places(user: fx.Node, order: Order) -> bool:
+def _over_grid(user: fx.Node, order: Order) -> bool:
     dims = call_argument(user, 1, "dim", None)
     if not isinstance(dims, (list, tuple)) or set(user.kwargs) - {"dim", "keepdim"}:
         return False

@@ -28,7 +28,7 @@ class RowwiseModule:
         constants: Position and value of each leaf of the call that is not a tensor.
         rank: Number of leading dimensions that are rows.
         results: Data type and sizes behind the rows of each result.
-        places: For each entry of the tuple that it returns, the number of a result or None; None as a whole if it
+        result_numbers: For each entry of the tuple that it returns, the number of a result or None; None as a whole if it
             returns a single tensor.
         macs: Multiply-accumulates per row.
     """
@@ -38,7 +38,7 @@ class RowwiseModule:
     constants: tuple[tuple[int, Any], ...]
     rank: int
     results: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    places: tuple[int | None, ...] | None
+    result_numbers: tuple[int | None, ...] | None
     macs: float
 
 
