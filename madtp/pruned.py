@@ -89,7 +89,7 @@ class PrunedModel(nn.Module):
 
         Args:
             host: a copy of the original's module tree, which this model owns.
-            sites: by the names that they get as modules.
+            sites: the sites, by the names that they get as modules.
             config: how tokens are pruned.
             report: the report of the rewrite.
             alignment: what the alignment tokens have to fit.

@@ -1,4 +1,4 @@
-"""The programs of one module, by call signature: each is built when the first call of its kind comes, and found again.
+"""The programs of one module, by call signature. Each is built at the first call of its kind and reused later.
 
 Start at :class:`ProgramCache`. A program serves one kind of call (:class:`madtp.calls.call.Signature`). A call that no program
 serves is captured by itself, onto the same sites.
@@ -51,8 +51,8 @@ class BuildProgram(Protocol):
         """Build a program.
 
         Args:
-            module: to capture.
-            call: to serve; those like it are served, too.
+            module: the module to capture.
+            call: the call to serve; calls like it are served, too.
             serial: number of the program, unique within the pruned model.
             marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
         """
@@ -120,7 +120,7 @@ class ProgramCache:
             yield self.build(call)
 
     def matching(self, call: Call) -> list[Program]:
-        """The programs for calls like ``call``, latest first; they differ in the way that the model's Python went."""
+        """The programs for calls like ``call``, latest first; they differ in the branches that the model's Python took."""
         try:
             call = call.flattened(self.sizes)
         except CannotFlatten:

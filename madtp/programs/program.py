@@ -97,7 +97,7 @@ def compile_graph(graph: fx.Graph, name: str) -> CompiledForward:
     """Compile a graph to a function of the module tree and the flattened inputs.
 
     Args:
-        graph: to compile.
+        graph: the graph to compile.
         name: the program's name, shown in tracebacks and in the generated source.
     """
     code = graph.python_code(root_module="self")

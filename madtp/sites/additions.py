@@ -28,7 +28,7 @@ class Additions(nn.Module):
         alignment_width: d_e.
         widths: widths of the pruned streams.
         alignment: the alignment tokens E; absent without alignment.
-        sites: by name.
+        sites: the sites by name.
         constants: holds the tensors of captured graphs as buffers.
     """
 

@@ -52,7 +52,7 @@ class SegmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteSpec:
-    """What a site has to know, from the plan.
+    """A pruning site, as the plan describes it.
 
     Attributes:
         name: unique name of the site.
@@ -80,7 +80,7 @@ Position = Tensor | int
 
 
 class BlockAttention(NamedTuple):
-    """What a site knows of its block's attention.
+    """Statistics that a site gets from its block's attention.
 
     Attributes:
         statistics: what the importance needs. None while pruning is off.

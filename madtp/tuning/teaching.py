@@ -90,8 +90,8 @@ def teach(
     - sum_j t_j log s2_j over the tokens that pruning may take. Adam goes through the batches in turn.
 
     Args:
-        pruned: from :func:`madtp.rewrite`. It is run unpruned, in eval mode. Its mode, strength and other weights stay as they
-            are.
+        pruned: a model from :func:`madtp.rewrite`. It is run unpruned, in eval mode. Its mode, strength and other
+            weights stay as they are.
         batches: inputs as the model takes them, without labels, dicts of keyword arguments or tuples of positional ones; a
             few hundred samples in all. One forward and backward each; their residual streams are held in memory.
         objective: maps what the model returns to a scalar whose gradient tells what matters, such as the margin of a

@@ -1,7 +1,7 @@
-"""Places: which values of a graph stand on a grid and hold, at each place, what depends on that place alone.
+"""Pointwise operations: which values lie on a grid and depend, at each position, on that position alone.
 
-Start at :func:`grid_around`; ``flatten_grids.py`` moves such values to flat tokens. Channels stand last, ``[B, H, W,
-C]``, or first, ``[B, C, H, W]``; a permutation leads from one to the other.
+Start at :func:`grid_around`; ``flatten_grids.py`` moves such values to flat tokens. Channels come last,
+``[B, H, W, C]``, or first, ``[B, C, H, W]``; a permutation leads from one to the other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRID_VIEWS = SIZED_VIEWS | {"unflatten"}
 
 @dataclass(frozen=True)
 class Order:
-    """How a value of rank 4 stands on a grid.
+    """The order of dimensions of a value of rank 4 on a grid.
 
     Attributes:
         first: the first of the two dimensions of the grid.

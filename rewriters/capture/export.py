@@ -43,7 +43,7 @@ class Capture:
 
     Attributes:
         graph: Maps the flattened inputs to the flattened outputs.
-        constants: Tensors that the graph holds beside parameters and buffers, by the names that it gets them by.
+        constants: Tensors that the graph holds besides parameters and buffers, by their names in it.
         out_spec: Structure of the outputs.
         dynamic: Free dimensions of each input leaf.
         example: The call that was traced.
@@ -147,7 +147,7 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 @contextmanager
 def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
-    """Whatever ``model`` itself raises inside the block becomes an :class:`ExampleInputsError`."""
+    """Turn what ``model`` itself raises inside the block into an :class:`ExampleInputsError`."""
     try:
         yield
     except Exception as error:
