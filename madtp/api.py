@@ -54,7 +54,7 @@ def rewrite(
         RewriteError: The graph cannot be rewritten correctly.
     """
     started = time.perf_counter()
-    config = _with_known_positions(model, PruningConfig() if config is None else config)
+    config = _with_adapter_protection(model, PruningConfig() if config is None else config)
     call = example_call(model, example_inputs)
     check_batch(model, call)
     try:
@@ -68,8 +68,8 @@ def rewrite(
     return pruned
 
 
-def _with_known_positions(model: nn.Module, config: PruningConfig) -> PruningConfig:
-    """The configuration with the positions that the zoo knows to matter where the graph does not show it."""
+def _with_adapter_protection(model: nn.Module, config: PruningConfig) -> PruningConfig:
+    """The configuration, plus protection of the positions that the model's zoo adapter lists."""
     import zoo
 
     adapter = zoo.find_adapter(model)

@@ -89,9 +89,9 @@ class PrunedModel(nn.Module):
 
         Args:
             host: a copy of the original's module tree, which this model owns.
-            sites: by the names that they get as modules.
+            sites: the sites, by the names that they get as modules.
             config: how tokens are pruned.
-            report: of the rewrite.
+            report: the report of the rewrite.
             alignment: what the alignment tokens have to fit.
 
         Raises:
@@ -156,30 +156,30 @@ class PrunedModel(nn.Module):
         *,
         inner: bool = False,
         embeddings: str = "",
-        apart: PerImageArguments | None = None,
+        per_image: PerImageArguments | None = None,
     ) -> ProgramCache:
         """Run a module of the host by programs from now on. :func:`madtp.rewrite` calls this.
 
         Args:
-            path: of the module; empty for the whole host.
+            path: the path of the module; empty for the whole host.
             build_program: builds a program for one more kind of call.
             inner: the module lies inside another one that programs stand for.
             embeddings: place in its call of the text embeddings, if programs have to be told at which positions these hold
                 image features.
-            apart: how its calls are taken apart into images.
+            per_image: which arguments hold the images, if calls are split into images. None if they are not.
 
         Returns:
             The programs of the module, of which there are none yet.
         """
-        programs = ProgramCache(path, self._host, build_program, inner=inner, apart=apart)
-        if not path and apart is None:
+        programs = ProgramCache(path, self._host, build_program, inner=inner, per_image=per_image)
+        if not path and per_image is None:
             self._whole = programs
             return programs
         notes = Notes(self.report)
         programs.module.__dict__["forward"] = (
             PrunedRegion(programs, self._control, notes, embeddings=embeddings)
-            if apart is None
-            else PerImageRegion(programs, apart, self._control, notes)
+            if per_image is None
+            else PerImageRegion(programs, per_image, self._control, notes)
         )
         host_forward = self._host.__dict__.get("forward")
         if not isinstance(host_forward, HostForward):

@@ -128,7 +128,7 @@ class RewriteReport:
         network: Streams and blocks as a directed graph: which stream feeds which block, which block which stream.
         seconds: Duration of the rewrite.
         regions: Module paths of the submodules that are rewritten; empty if the whole model is.
-        apart: Those of the regions whose images are computed one by one.
+        per_image_regions: Those of ``regions`` whose images are computed one by one.
         pooling: Module paths of attention that condenses tokens into a class token or latents. It reads what is pruned
             and needs no site.
         notes: Remarks, such as on later calls that run unpruned.
@@ -144,10 +144,15 @@ class RewriteReport:
     network: networkx.DiGraph | None = None
     seconds: float = 0.0
     regions: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
+    per_image_regions: tuple[str, ...] = ()
     pooling: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     unpruned: list[UnprunedCalls] = field(default_factory=list)
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Deprecated name of :attr:`per_image_regions`."""
+        return self.per_image_regions
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -161,7 +166,7 @@ class RewriteReport:
         )
         remarks = (
             ("region", self.regions),
-            ("images apart", self.apart),
+            ("images apart", self.per_image_regions),
             ("attention pooling", self.pooling),
             ("note", self.notes),
         )

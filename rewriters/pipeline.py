@@ -75,8 +75,8 @@ class RewrittenRegion:
         """Those of ``sites`` that the program does not prune although it runs their blocks.
 
         Args:
-            sites: Names of sites. ``block#2`` is where another call runs a block again, which is no loss in a call that
-                runs it once.
+            sites: Names of sites. ``block#2`` is the second run of a block in another call; a call that runs
+                the block once does not need it.
             module: The module of the region. A site that is not named after a module in it counts as run.
         """
         planned = {site.name for site in self.plan.sites}

@@ -1,7 +1,7 @@
-"""Calls of a model: their arguments in a normal form, and what has to be known of them before a program can serve them.
+"""Calls of a model: their arguments in a normal form, and the properties that decide which program serves them.
 
 Takes the arguments that a user passes, and the objects among them (key/value caches); gives a
 :class:`~madtp.calls.call.Call` of tensors and constants, its signature, and functions that compare results. Start at
-``call.py``. ``objects.py`` takes caches apart into tensors, ``packed_images.py`` splits calls into images, and
+``call.py``. ``objects.py`` flattens caches into tensors, ``packed_images.py`` splits calls into images, and
 ``image_positions.py`` and ``modality_tracking.py`` find out where image features stand in a text sequence.
 """

@@ -44,7 +44,7 @@ class Call:
             sizes: paths of numbers in objects that are sizes; None if all numbers are.
 
         Raises:
-            CannotFlatten: an object cannot be taken apart.
+            CannotFlatten: an object cannot be flattened.
         """
         if self.objects is not None or object_kind((self.args, self.kwargs)) is None:
             return self
@@ -99,7 +99,7 @@ class Call:
 
 
 class LeafSignature(NamedTuple):
-    """What counts of a leaf of a call: its dtype and shape (-1 for a free size) or, if it is not a tensor, type and value."""
+    """A leaf in a signature: dtype and shape (-1 for a free size) of a tensor, type and value of anything else."""
 
     kind: str
     value: tuple[int, ...] | str | None
@@ -113,7 +113,7 @@ class Signature:
         structure: containers and names of the arguments.
         leaves: constants, dtypes and sizes.
         modes: training flags of the modules.
-        objects: what the objects of a call hold apart from tensors.
+        objects: what the objects of a call hold besides tensors.
     """
 
     structure: str

@@ -97,7 +97,7 @@ def compare(expected: object, actual: object, *, values: bool = True) -> None:
             )
 
 
-def rounds_alike(exact: object, original: object, own: object) -> bool:
+def rounds_alike(exact: object, original: object, rewritten: object) -> bool:
     """Return whether two results in single precision are about equally near to the exact one, output by output.
 
     Deep convolutions and badly scaled weights make a model round by more than the tolerance. Then no other order of summation
@@ -106,9 +106,9 @@ def rounds_alike(exact: object, original: object, own: object) -> bool:
     Args:
         exact: what the original returns in double precision.
         original: what the original returns.
-        own: what the rewritten model returns.
+        rewritten: what the rewritten model returns.
     """
-    truth, first, second = (_by_path(result) for result in (exact, original, own))
+    truth, first, second = (_by_path(result) for result in (exact, original, rewritten))
     if not truth.keys() == first.keys() == second.keys():
         return False
     for path, want in truth.items():

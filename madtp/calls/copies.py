@@ -15,7 +15,7 @@ def share(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Mod
     Training flags, hooks and submodules can be changed in the copy alone. A module that is used twice stays one module.
 
     Args:
-        module: to be copied.
+        module: the module to copy.
         memo: copies made so far, by ``id`` of the original.
     """
     memo = {} if memo is None else memo

@@ -1,8 +1,8 @@
 """Objects that a model keeps between calls, such as a key/value cache, as the tensors that they hold.
 
-Start at :func:`flatten_objects`. A graph takes and returns tensors only. An object is therefore taken apart by its attributes,
+Start at :func:`flatten_objects`. A graph takes and returns tensors only. An object is therefore flattened by its attributes,
 whatever its class: its tensors become leaves, and all else stays behind in an :class:`ObjectSpec`, by which it is put together
-again. An object that cannot be taken apart without loss is refused. :func:`on_tensors` makes a module that is called with such
+again. An object that cannot be flattened without loss is refused. :func:`on_tensors` makes a module that is called with such
 leaves.
 """
 
@@ -30,11 +30,11 @@ Forward: TypeAlias = Callable[..., object]
 
 
 class CannotFlatten(Exception):
-    """An object cannot be taken apart. The message is its class, and why."""
+    """An object cannot be flattened. The message names its class, and why."""
 
 
 class Constant(NamedTuple):
-    """A value in an object that stays as it is. The type tells constants apart that compare equal, such as 1 and True."""
+    """A value in an object that stays as it is. The type distinguishes constants that compare equal, such as 1 and True."""
 
     kind: type
     value: object
@@ -45,7 +45,7 @@ Part: TypeAlias = "ObjectSpec | Constant | Literal['tensor', 'size']"
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """What an object is made of apart from its tensors.
+    """The structure of an object, without its tensors.
 
     Attributes:
         kind: its class.
@@ -80,7 +80,7 @@ class FlattenedObjects:
 
     Attributes:
         spec: structure of the containers, with objects as leaves.
-        specs: of the objects, by their position among these leaves.
+        specs: the specs of the objects, by their position among these leaves.
     """
 
     spec: pytree.TreeSpec
@@ -130,7 +130,7 @@ def _is_container(value: object) -> bool:
 
 
 def flatten_object(value: object, sizes: Collection[str] | None = ()) -> tuple[ObjectSpec, list[object]]:
-    """Take an object apart into its tensors and sizes.
+    """Flatten an object into its tensors and sizes.
 
     Args:
         value: the object.
@@ -144,7 +144,7 @@ def flatten_object(value: object, sizes: Collection[str] | None = ()) -> tuple[O
 
 
 class _Flattening:
-    """Takes one object apart, and collects its tensors and sizes in ``leaves``."""
+    """Flattens one object, and collects its tensors and sizes in ``leaves``."""
 
     def __init__(self, name: str, sizes: Collection[str] | None) -> None:
         self.name, self.sizes = name, sizes
@@ -189,8 +189,8 @@ def unflatten_object(spec: ObjectSpec, leaves: Iterator[object], device: torch.d
     """Put an object together again from its tensors and sizes.
 
     Args:
-        spec: of the object.
-        leaves: its tensors and sizes; as many as it needs are taken.
+        spec: the spec of the object.
+        leaves: its tensors and sizes, from which as many as it needs are taken.
         device: takes the place of devices that it holds, if its tensors have moved. None to leave them.
     """
     parts: list[object] = []
@@ -236,7 +236,7 @@ def flatten_objects(values: object, sizes: Collection[str] | None = ()) -> tuple
 
 
 def flattening_error(values: object) -> str | None:
-    """Return which object in nested containers cannot be taken apart, and why; None if there is none."""
+    """Return which object in nested containers cannot be flattened, and why; None if there is none."""
     try:
         flatten_objects(values)
     except CannotFlatten as error:
@@ -263,7 +263,7 @@ class ResultSpec:
     """The structure of what a call returned, and of the objects that were passed to it or that it made.
 
     Attributes:
-        spec: of the result, with objects as leaves.
+        spec: the structure of the result, with objects as leaves.
         numbers: for each leaf the number of its object; None for all other leaves.
         objects: those that were passed first, then those that the call made.
     """

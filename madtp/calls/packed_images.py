@@ -33,7 +33,7 @@ class ImageRows:
     """An argument that holds all images one after the other.
 
     Attributes:
-        name: of the argument.
+        name: the name of the argument.
         dim: the dimension along which images follow one another; if it is not 0, it comes behind a dimension of size 1.
         per_unit: number of entries of an image for every unit of the product of its sizes; 0 if an image is one entry.
     """
@@ -80,7 +80,7 @@ class PerImageArguments:
     Attributes:
         sizes: names of the arguments that hold sizes, integers ``[images, k]``.
         rows: the arguments that hold images.
-        dtypes: of the arguments in ``sizes``.
+        dtypes: the dtypes of the arguments in ``sizes``.
     """
 
     sizes: tuple[str, ...]
@@ -105,7 +105,7 @@ class PerImageArguments:
             if parts is None:
                 return None
             split.append(parts)
-        return [Image(own, parts) for own, parts in zip(sizes, zip(*split, strict=True), strict=True)]
+        return [Image(size, parts) for size, parts in zip(sizes, zip(*split, strict=True), strict=True)]
 
     def join(self, call: Call, images: Sequence[Image]) -> Call:
         """Return a call of the module like ``call``, for other images."""
@@ -157,7 +157,7 @@ class PerImageForward:
     """A forward of a batch of images of one kind: it runs a module on one after the other and stacks the leaves of the results.
 
     Attributes:
-        forward: of the module, for images in a row.
+        forward: the module's forward, which takes images in a row.
         arguments: which of its arguments hold images.
         single: it is called with one image, without a batch dimension, and stacks nothing.
     """
@@ -234,9 +234,9 @@ def image_results(
     """Find out how the result of a call follows from those of its images, of which there are several.
 
     Args:
-        forward: of the module.
-        call: of several images.
-        images: those of the call.
+        forward: the forward of the module.
+        call: a call with several images.
+        images: the images of the call.
         arguments: which arguments hold images.
 
     Raises:

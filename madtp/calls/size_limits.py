@@ -1,6 +1,6 @@
 """Limits of a capture: the conditions on its free sizes under which Python takes the branches that were captured.
 
-Start at :class:`Limits`. A model may ask how long its input is (``if length > window``); its capture holds one answer.
+Start at :class:`SizeLimits`. A model may ask how long its input is (``if length > window``); its capture holds one answer.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 Expression: TypeAlias = "sympy.Basic"
 
 
-class SizePlace(NamedTuple):
-    """Where a size stands among the inputs of a call: a dimension of a leaf, or the leaf itself (``dim`` is None)."""
+class SizePosition(NamedTuple):
+    """Where the inputs of a call hold a size: a dimension of a leaf, or the leaf itself (``dim`` is None)."""
 
     leaf: int
     dim: int | None
 
 
 @dataclass(frozen=True)
-class Limits:
+class SizeLimits:
     """Conditions on the sizes of a call.
 
     Attributes:
         conditions: expressions in the symbols of a capture.
-        places: the symbols, each with the size that it stands for.
+        symbols: the symbols, each with the size that it stands for.
     """
 
     conditions: tuple[Expression, ...] = ()
-    places: tuple[tuple[Expression, SizePlace], ...] = ()
+    symbols: tuple[tuple[Expression, SizePosition], ...] = ()
 
     def allow(self, leaves: Sequence[Any]) -> bool:
         """Return whether all conditions hold for the sizes of ``leaves``."""
         sizes = (
             (symbol, leaves[place.leaf] if place.dim is None else leaves[place.leaf].shape[place.dim])
-            for symbol, place in self.places
+            for symbol, place in self.symbols
         )
         return _hold(self.conditions, tuple(sizes))
 
@@ -54,13 +54,13 @@ def _hold(conditions: tuple[Expression, ...], sizes: tuple[tuple[Expression, int
     return not any(condition.xreplace(known) == False for condition in conditions)  # noqa: E712
 
 
-def limits_of(inputs: Mapping[int, object]) -> Limits:
+def limits_of(inputs: Mapping[int, object]) -> SizeLimits:
     """Return the limits of a capture.
 
     Args:
         inputs: its (fake) inputs by leaf, before anything else has asked for their sizes.
     """
-    places: dict[Expression, SizePlace] = {}
+    places: dict[Expression, SizePosition] = {}
     guards: list[Expression] = []
     for leaf, value in inputs.items():
         sizes: Iterable[tuple[int | None, object]]
@@ -69,9 +69,9 @@ def limits_of(inputs: Mapping[int, object]) -> Limits:
             if isinstance(size, torch.SymInt):
                 environment = size.node.shape_env
                 guards = guards or ([] if environment is None else [guard.expr for guard in environment.guards])
-                places.setdefault(size.node._expr, SizePlace(leaf, dim))
+                places.setdefault(size.node._expr, SizePosition(leaf, dim))
     symbols = {symbol: place for symbol, place in places.items() if symbol.is_symbol}
     asked = {c for c in guards if c.free_symbols and c.free_symbols <= symbols.keys()}
     used = set().union(*(condition.free_symbols for condition in asked))
     conditions = tuple(sorted(asked, key=str))
-    return Limits(conditions, tuple((s, place) for s, place in symbols.items() if s in used))
+    return SizeLimits(conditions, tuple((s, place) for s, place in symbols.items() if s in used))

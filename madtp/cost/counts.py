@@ -100,20 +100,20 @@ class TokenCounts:
         kept: Tokens ``[entries]`` after each site; a site left out keeps everything.
         states: Token states after each site, where they are known; they tell which tokens a range holds.
         bound: The size in this call of each symbol.
-        known: What was evaluated so far.
+        evaluated: What was evaluated so far.
     """
 
     streams: Mapping[str, StreamSize]
     kept: Mapping[str, Tensor]
     states: Mapping[str, TokenState]
     bound: Mapping[sympy.Symbol, int]
-    known: dict[TokenCount, Tensor] = field(default_factory=dict)
+    evaluated: dict[TokenCount, Tensor] = field(default_factory=dict)
 
     def of(self, count: TokenCount) -> Tensor:
         """``count`` in this call, ``[entries]``; each is evaluated once."""
-        if count not in self.known:
-            self.known[count] = self._evaluate(count)
-        return self.known[count]
+        if count not in self.evaluated:
+            self.evaluated[count] = self._evaluate(count)
+        return self.evaluated[count]
 
     def _evaluate(self, count: TokenCount) -> Tensor:
         match count:

@@ -50,9 +50,9 @@ def checkpointed(graph: fx.Graph, root: nn.Module, name: str) -> CompiledForward
     """Compile a graph, with gradient checkpointing.
 
     Args:
-        graph: of a program.
+        graph: the graph of a program.
         root: the module tree that it runs on.
-        name: of the program, for tracebacks.
+        name: the program's name, for tracebacks.
 
     Returns:
         A function like that of :func:`madtp.programs.program.compile_graph`.

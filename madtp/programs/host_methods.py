@@ -24,7 +24,7 @@ def as_one_call(
 
     Args:
         method: bound to the host.
-        control: of the pruned model.
+        control: the control of the pruned model.
         around: gives the context that the method runs in.
     """
 

@@ -48,8 +48,8 @@ def noting_unpruned_blocks(
     Args:
         host: the module tree.
         blocks: paths of the blocks that hold sites.
-        control: of the pruned model.
-        notes: that take the remark.
+        control: the control of the pruned model.
+        notes: take the remark.
         method: name of the host's method that is at work, for the remark.
     """
     watched = {id(module): path for path, module in host.named_modules() if path in blocks}

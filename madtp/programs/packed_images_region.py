@@ -1,7 +1,7 @@
-"""Regions whose calls are taken apart into images: start at :class:`PerImageRegion`.
+"""Regions whose calls are split into images: start at :class:`PerImageRegion`.
 
 Images of one size run as a batch, by one program for each size, and their results are put together as the original packs them.
-Calls that do not come apart (see :mod:`madtp.calls.packed_images`) run as the original does.
+Calls that cannot be split (see :mod:`madtp.calls.packed_images`) run as the original does.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ class PerImageRegion(ReplacedForward):
     """The forward of a region that takes all images at once; its programs take a batch of images of one size.
 
     Attributes:
-        programs: of the region.
-        apart: how a call is taken apart into images.
-        control: of the pruned model.
-        notes: take remarks on calls that run unpruned.
+        programs: the programs of the region.
+        per_image: which arguments hold the images, and how they are split.
+        control: the control of the pruned model.
+        notes: takes remarks on calls that run unpruned.
         region: serves a batch of images of one size.
-        recipes: by form of the call, how the results of images are put together.
-        kinds: the kinds of images that are known to come apart.
+        packings: how the results of images are joined, by form of the call.
+        kinds: the kinds of images for which splitting has been checked.
     """
 
-    def __init__(self, programs: ProgramCache, apart: PerImageArguments, control: PruningControl, notes: Notes) -> None:
-        """Take the place of the forward of the module of ``programs``; see above for the arguments."""
+    def __init__(
+        self, programs: ProgramCache, per_image: PerImageArguments, control: PruningControl, notes: Notes
+    ) -> None:
+        """Replace the forward of the module of ``programs``; see above for the arguments."""
         super().__init__(programs.module)
-        self.programs, self.apart, self.control, self.notes = programs, apart, control, notes
-        self.region = PrunedRegion(programs, control, notes, original=PerImageForward(self.original, apart))
-        self.recipes: dict[CallForm, ImageResults] = {}
+        self.programs, self.per_image, self.control, self.notes = programs, per_image, control, notes
+        self.region = PrunedRegion(programs, control, notes, original=PerImageForward(self.original, per_image))
+        self.packings: dict[CallForm, ImageResults] = {}
         self.kinds: set[object] = set()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -60,54 +62,54 @@ class PerImageRegion(ReplacedForward):
             call = normalise_call(self.module, args, kwargs)
         except ExampleInputsError:  # the original says best what is wrong
             return self.original(*args, **kwargs)
-        images = self.apart.images(call)
-        recipe = None if images is None else self._recipe(call, images)
-        if images is None or recipe is None:
+        images = self.per_image.images(call)
+        packing = None if images is None else self._packing(call, images)
+        if images is None or packing is None:
             return self.original(*args, **kwargs)
         with self.control.call():
-            return self._run(call, images, recipe)
+            return self._run(call, images, packing)
 
-    def _run(self, call: Call, images: Sequence[Image], recipe: ImageResults) -> object:
+    def _run(self, call: Call, images: Sequence[Image], packing: ImageResults) -> object:
         results: dict[int, list[object]] = {}
         records = _BatchRecords(self.control)
         for numbers in by_kind(images):
-            batch = self.apart.batch(call, [images[number] for number in numbers])
+            batch = self.per_image.batch(call, [images[number] for number in numbers])
             leaves = self.region(*batch.args, **batch.kwargs)
             assert isinstance(leaves, (list, tuple))
             records.add(numbers)
             for place, number in enumerate(numbers):
                 results[number] = [x[place] if isinstance(x, Tensor) else x for x in leaves]
         records.join()
-        joined: object = recipe.join([results[number] for number in range(len(images))])
+        joined: object = packing.join([results[number] for number in range(len(images))])
         return joined
 
-    def _recipe(self, call: Call, images: Sequence[Image]) -> ImageResults | None:
-        """How the results of images are put together; None if they do not come apart. Each size is checked once."""
+    def _packing(self, call: Call, images: Sequence[Image]) -> ImageResults | None:
+        """How the results of images are joined; None if the call cannot be split. Each size is checked once."""
         form = self._form(call)
         kinds = {image.kind for image in images}
-        if form in self.recipes and kinds <= self.kinds:
-            return self.recipes[form]
+        if form in self.packings and kinds <= self.kinds:
+            return self.packings[form]
         if len(self.kinds | kinds) > CACHE:
             self._note(MANY_SIZES)
             return None
         several = list(images) * 2 if len(images) == 1 else images
-        together = self.apart.join(call, several)
+        together = self.per_image.join(call, several)
         try:
             # A check is not the model's work: it must not be counted.
             with torch.no_grad(), drawing_alike(), self.control.running_original(), self.control.in_program():
-                recipe = image_results(self.original, together, several, self.apart)
+                packing = image_results(self.original, together, several, self.per_image)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")
             return None
-        if self.recipes.setdefault(form, recipe) != recipe:
+        if self.packings.setdefault(form, packing) != packing:
             self._note("its results are put together in different ways for images of different sizes.")
             return None
         self.kinds |= kinds
-        return recipe
+        return packing
 
     def _form(self, call: Call) -> CallForm:
-        own = {*self.apart.sizes, *(rows.name for rows in self.apart.rows)}
-        leaves, spec = pytree.tree_flatten((call.args, {k: v for k, v in call.kwargs.items() if k not in own}))
+        per_image = {*self.per_image.sizes, *(rows.name for rows in self.per_image.rows)}
+        leaves, spec = pytree.tree_flatten((call.args, {k: v for k, v in call.kwargs.items() if k not in per_image}))
         return str(spec), *map(repr, leaves), *(m.training for m in self.module.modules())
 
     def _note(self, reason: str) -> None:
@@ -119,7 +121,7 @@ class _BatchRecord:
     """What the sites of a region have recorded about one batch of images.
 
     Attributes:
-        numbers: of the images in the call.
+        numbers: positions of the batch's images in the call.
         states: the token state after each site.
         features: pooled features by site and modality.
         kept_counts: candidates that each site kept.

@@ -19,7 +19,7 @@ def macs_by_module(control: PruningControl, tokens: Tokens) -> dict[str, float]:
     """Multiply-accumulates per sample of the last forward, by module path.
 
     Args:
-        control: of the pruned model; it holds the record of the forward.
+        control: the control of the pruned model; it holds the record of the forward.
         tokens: which tokens to price: those that were ``"kept"``, ``"all"`` as without pruning, or ``"none"`` of those that
             may be pruned.
     """

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import batch_size
 from madtp.calls.objects import ResultSpec
-from madtp.calls.size_limits import Limits
+from madtp.calls.size_limits import SizeLimits
 from madtp.calls.structures import unflatten
 from madtp.cost.table import CostTable
 from madtp.tokens.cache_marks import MarkedAxes
@@ -54,7 +54,7 @@ class Program:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     returned: ResultSpec | None = None
     marked: Mapping[str, MarkedAxes] = field(default_factory=dict)
-    limits: Limits = field(default_factory=Limits)
+    limits: SizeLimits = field(default_factory=SizeLimits)
     given: tuple[str, ...] = ()
     checkpointed_forward: CompiledForward | None = None
 
@@ -97,8 +97,8 @@ def compile_graph(graph: fx.Graph, name: str) -> CompiledForward:
     """Compile a graph to a function of the module tree and the flattened inputs.
 
     Args:
-        graph: to compile.
-        name: of the program; tracebacks show it, and the generated source.
+        graph: the graph to compile.
+        name: the program's name, shown in tracebacks and in the generated source.
     """
     code = graph.python_code(root_module="self")
     filename = f"<madtp program {name}>"
@@ -120,7 +120,7 @@ class Run:
     """One program that ran in the last forward.
 
     Attributes:
-        program: that ran.
+        program: the program that ran.
         inputs: its flattened inputs; tensors are on the meta device, without their values.
         states: the token state after each of its sites.
     """

@@ -1,4 +1,4 @@
-"""The programs of one module, by call signature: each is built when the first call of its kind comes, and found again.
+"""The programs of one module, by call signature. Each is built at the first call of its kind and reused later.
 
 Start at :class:`ProgramCache`. A program serves one kind of call (:class:`madtp.calls.call.Signature`). A call that no program
 serves is captured by itself, onto the same sites.
@@ -24,7 +24,7 @@ from madtp.calls.packed_images import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run
-from madtp.programs.replaced_forward import own_forwards
+from madtp.programs.replaced_forward import original_forwards
 from madtp.programs.single_sample import (
     SingleSampleProgram,
     first_samples,
@@ -51,8 +51,8 @@ class BuildProgram(Protocol):
         """Build a program.
 
         Args:
-            module: to capture.
-            call: to serve; those like it are served, too.
+            module: the module to capture.
+            call: the call to serve; calls like it are served, too.
             serial: number of the program, unique within the pruned model.
             marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
         """
@@ -69,13 +69,14 @@ class ProgramCache:
     """The programs that stand for calls of one module.
 
     Attributes:
-        path: of the module in ``host``; empty for the host itself.
-        module: whose calls are served.
+        path: the path of the module in ``host``; empty for the host itself.
+        module: the module whose calls are served.
         host: the module tree that programs run on.
         build_program: builds a program for a further call.
         inner: the module lies inside another one that programs stand for, so that nothing was rewritten and checked for it
             in advance.
-        apart: how a call is taken apart into images, a batch of which a program takes. None if it is not.
+        per_image: which arguments hold the images, if calls are split into images, a batch of which a program takes. None if
+            they are not.
         entries: the programs by serial number, oldest first.
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
@@ -88,11 +89,11 @@ class ProgramCache:
         build_program: BuildProgram,
         *,
         inner: bool = False,
-        apart: PerImageArguments | None = None,
+        per_image: PerImageArguments | None = None,
     ) -> None:
         """Make an empty cache; see above for the arguments."""
         self.path, self.module, self.host, self.build_program = path, host.get_submodule(path), host, build_program
-        self.inner, self.apart = inner, apart
+        self.inner, self.per_image = inner, per_image
         self.additions = additions_of(host)
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
@@ -119,7 +120,7 @@ class ProgramCache:
             yield self.build(call)
 
     def matching(self, call: Call) -> list[Program]:
-        """The programs for calls like ``call``, latest first; they differ in the way that the model's Python went."""
+        """The programs for calls like ``call``, latest first; they differ in the branches that the model's Python took."""
         try:
             call = call.flattened(self.sizes)
         except CannotFlatten:
@@ -147,7 +148,7 @@ class ProgramCache:
             leaves = call.flat()[0]
             if not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
                 program = self._serving_one_sample(program, call)
-        if call.cache_leaves() or self.inner or self.apart is not None:
+        if call.cache_leaves() or self.inner or self.per_image is not None:
             self._check(program, call)
         self._remember(program, call)
         return program
@@ -190,7 +191,7 @@ class ProgramCache:
     def _run_original(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
         with torch.no_grad(), drawing_alike(), self._as_original():
-            module = per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.apart)
+            module = per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.per_image)
             result: object = module(*call.args, **call.kwargs)
         return result
 
@@ -240,7 +241,7 @@ class ProgramCache:
         """Inside the block the module is as it was before the rewrite: without additions, with its own forwards."""
         additions = self.module._modules.pop(PREFIX, None)
         try:
-            with own_forwards(self.module):
+            with original_forwards(self.module):
                 yield
         finally:
             if additions is not None:

@@ -30,8 +30,8 @@ class PrunedRegion(ReplacedForward):
     """The forward of a region: a rewritten program where one serves the call, else the original's own code.
 
     Attributes:
-        programs: of the region.
-        control: of the pruned model.
+        programs: the programs of the region.
+        control: the control of the pruned model.
         notes: take remarks on calls that run unpruned.
         embeddings: place in a call, as pytree names it, of the text embeddings ``[B, N, C]``; programs have to be told at
             which positions these hold image features. Empty if they need not be told.

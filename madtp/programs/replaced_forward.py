@@ -12,7 +12,7 @@ class ReplacedForward:
     """Takes the place of ``module.forward``, and looks like it to whoever inspects its signature.
 
     Attributes:
-        module: whose forward it is.
+        module: the module whose forward is replaced.
         original: the module's own forward.
     """
 
@@ -23,7 +23,7 @@ class ReplacedForward:
 
 
 @contextmanager
-def own_forwards(root: nn.Module) -> Iterator[None]:
+def original_forwards(root: nn.Module) -> Iterator[None]:
     """Inside the block the modules of a tree have the forwards that were replaced."""
     changed = [module for module in root.modules() if isinstance(module.__dict__.get("forward"), ReplacedForward)]
     replacements = [module.__dict__.pop("forward") for module in changed]

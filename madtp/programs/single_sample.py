@@ -92,10 +92,10 @@ def serving_one_sample(
     """Make a program of two samples serve one. Pruning has to be off.
 
     Args:
-        program: of two samples.
-        module: that the program was captured from.
+        program: a program of two samples.
+        module: the module that the program was captured from.
         host: the module tree that the program runs on.
-        call: of one sample.
+        call: a call of one sample.
         expected: what ``module`` returns for ``call``.
 
     Raises:

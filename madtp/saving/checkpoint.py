@@ -33,7 +33,7 @@ def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None =
     A saved model that the folder already holds is replaced in one step. Other files in the folder are left alone.
 
     Args:
-        pruned: from :func:`madtp.rewrite` or :func:`load`.
+        pruned: a model from :func:`madtp.rewrite` or :func:`load`.
         folder: is created if it does not exist.
         dtype: stores floating-point tensors in this type (``torch.float16`` halves the files, at its precision);
             :func:`load` casts back to the model's own type. None stores every tensor as it is, and loading reproduces outputs
@@ -66,7 +66,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     """Read a pruned model that :func:`save` wrote.
 
     Args:
-        folder: with the saved model.
+        folder: the folder with the saved model.
         model: an unmodified model of the saved architecture. The result shares its parameters, so its weights are replaced by
             the saved ones. None builds it through the zoo, if it came from there.
         example_inputs: as for :func:`madtp.rewrite`. None makes inputs like those of the first rewrite.

@@ -17,7 +17,7 @@ class Additions(nn.Module):
     """All that pruning adds to a model: alignment tokens, sites, and constants of the captured graphs.
 
     Args:
-        specs: of the sites.
+        specs: the specs of the sites.
         keys: names of the sites as modules, in the order of ``specs``.
         control: shared by the sites.
         alignment_width: d_e, the width of the alignment tokens.
@@ -28,7 +28,7 @@ class Additions(nn.Module):
         alignment_width: d_e.
         widths: widths of the pruned streams.
         alignment: the alignment tokens E; absent without alignment.
-        sites: by name.
+        sites: the sites by name.
         constants: holds the tensors of captured graphs as buffers.
     """
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Observation(NamedTuple):
-    """What a site judges.
+    """What a site scores.
 
     Attributes:
         site: name of the site, ``site[modality]`` for a segment of a stream that several modalities share.
@@ -46,7 +46,7 @@ class Observation(NamedTuple):
 
 
 class FeatureKey(NamedTuple):
-    """Which tokens pooled features are of: those of a site and a modality."""
+    """The site and the modality whose tokens were pooled."""
 
     site: str
     modality: str
@@ -89,7 +89,7 @@ class PruningControl:
         in_place: dropped tokens keep their slots, marked as padding, instead of leaving; merging has to be off. The graph must
             compute the same for the survivors either way, which is how a rewrite checks itself.
         gradient_checkpointing: forwards with gradients run in pieces, which the backward computes again.
-        observer: called by every site with what it judges. None for nobody.
+        observer: called by every site with its :class:`Observation`. None if nobody observes.
         static_counts: number of candidates that each site keeps, once :func:`madtp.freeze` has fixed it.
         record: what the last forward did.
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
@@ -152,7 +152,7 @@ class PruningControl:
             self.call_depth -= 1
 
     def begin_program(self) -> None:
-        """Say that a program is about to run: the record of an earlier call is forgotten."""
+        """Prepare for a program that is about to run: the record of an earlier call is cleared."""
         if self.record.outdated:
             self.record = ForwardRecord()
 

@@ -52,7 +52,7 @@ class SegmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteSpec:
-    """What a site has to know, from the plan.
+    """A pruning site, as the plan describes it.
 
     Attributes:
         name: unique name of the site.
@@ -80,7 +80,7 @@ Position = Tensor | int
 
 
 class BlockAttention(NamedTuple):
-    """What a site knows of its block's attention.
+    """Statistics that a site gets from its block's attention.
 
     Attributes:
         statistics: what the importance needs. None while pruning is off.
@@ -144,11 +144,11 @@ class _Scoring(nn.Module):
         """Return which part each token plays.
 
         Args:
-            state: of the tokens.
+            state: the state of the tokens.
             readouts: original positions that the graph reads.
             segments: which token belongs to which segment.
             shown: computes which keys ``[B, N]`` the attention shows to some query; None if all.
-            device: of the tokens.
+            device: the device of the tokens.
         """
         valid = self._valid(state, shown)
         guarded = protected_readouts(readouts, self.control.config)
@@ -295,8 +295,8 @@ def protected_slots(
     """Return which slots hold protected tokens, ``[B, N]``; these may be padding of the text, but never padding slots.
 
     Args:
-        spec: of the site.
-        state: of the tokens.
+        spec: the spec of the site.
+        state: the state of the tokens.
         readouts: original positions that must survive, from :func:`protected_readouts`.
         segments: which token belongs to which segment; None if the stream has no segments.
         valid: ``[B, N]`` bool, False on padding.

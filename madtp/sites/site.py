@@ -110,7 +110,7 @@ class PruningSite(nn.Module):
             tokens: ``[B, N, C]`` residual stream behind the self-attention.
             block_input: X ``[B, N, C]``, residual stream at the block's input, before its first norm.
             attention: what this site's ``attention``, ``windows`` or ``map`` observed.
-            state: of ``tokens``; None at the first site of a stream.
+            state: the state of ``tokens``; None at the first site of a stream.
             readouts: original positions that the graph reads, ``[B]`` or one for all samples; they survive.
             segments: which token belongs to which segment; None if the stream has no segments.
 

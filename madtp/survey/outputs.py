@@ -1,4 +1,4 @@
-"""Take batches and outputs of any structure apart, and compare them."""
+"""Tensors of batches and outputs of any structure: select, repeat and compare them."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def mask_of_survivors(
     and padding slots are hidden.
 
     Args:
-        inputs: of the attention; their mask is over the original tokens.
+        inputs: the inputs of the attention; their mask is over the original tokens.
         query_state: state of the stream of the queries; None if it is not pruned.
         key_state: state of the stream of the keys; None if it is not pruned.
         present_mask: a mask over the surviving tokens, in place of the one in ``inputs``.

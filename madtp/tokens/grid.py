@@ -26,8 +26,8 @@ def survivors_on_grid(state: TokenState, shape: Sequence[int], batch_dim: int, t
     """Return which original tokens survive, in the layout of a tensor of all tokens.
 
     Args:
-        state: of the stream.
-        shape: of the tensor; only the number of its dimensions counts.
+        state: the state of the stream.
+        shape: the shape of the tensor; only the number of its dimensions counts.
         batch_dim: where the mask has B.
         token_dim: where the mask has N0.
 

@@ -68,9 +68,9 @@ def special_slots(segments: SegmentMap, protected: Sequence[Sequence[int]], stat
     """Return which slots hold learned tokens or protected ones, ``[B, N]``.
 
     Args:
-        segments: of the stream.
+        segments: the segments of the stream.
         protected: positions in each segment, counted within it.
-        state: of the tokens.
+        state: the state of the tokens.
     """
     ids = segments.ids.expand(state.batch, state.full_length)
     found = torch.zeros_like(ids, dtype=torch.bool)

@@ -114,7 +114,7 @@ def align(side: Tensor, state: TokenState, dim: int, batch_dim: int, rank: int, 
 
     Args:
         side: tensor that broadcasts to ``rank`` dimensions, with size N0 (or 1) at ``dim``.
-        state: of the tokens.
+        state: the state of the tokens.
         dim: token dimension of the broadcast result.
         batch_dim: batch dimension of the broadcast result.
         rank: number of dimensions of the broadcast result.
@@ -234,11 +234,11 @@ def masked_mean(
 
     Args:
         values: along ``state`` at ``dim``.
-        weights: of the same rank, N0 or 1 at ``dim``: the model's own mask over the original tokens.
+        weights: the model's own mask over the original tokens, of the same rank, with N0 or 1 entries at ``dim``.
         dim: token dimension.
         keepdim: keep ``dim`` with size 1.
         minimum: lower bound on the sum of the weights; None for no bound.
-        state: of the tokens; None if nothing was pruned.
+        state: the state of the tokens; None if nothing was pruned.
         batch_dim: batch dimension.
     """
     if state is not None and state.index is not None:
@@ -306,7 +306,7 @@ def restore(
 
     Args:
         values: tokens along ``state``.
-        state: of the tokens.
+        state: the state of the tokens.
         dim: token dimension.
         batch_dim: batch dimension.
         earlier: the stream's values just before each site so far, in order, each with the state that it runs along (None

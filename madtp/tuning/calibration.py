@@ -30,9 +30,9 @@ class CalibrationResult:
     """What :func:`calibrate` found.
 
     Attributes:
-        gain: of the model now.
-        temperature: of the model now.
-        keep_ratio: of the model now if it is a control with fixed counts, else None.
+        gain: the model's gain now.
+        temperature: the model's temperature now.
+        keep_ratio: the model's keep ratio now if it is a control with fixed counts, else None.
         reduction_reached: fraction of the dense MACs that is saved on the batches.
         dense_macs: MACs per sample without pruning.
         macs: MACs per sample now.
@@ -77,7 +77,7 @@ def calibrate(
     """Set the pruning strength so that mean MACs over ``batches`` fall by ``reduction``.
 
     Args:
-        pruned: from :func:`madtp.rewrite`. It is run in eval mode; its mode is restored.
+        pruned: a model from :func:`madtp.rewrite`. It is run in eval mode; its mode is restored.
         batches: inputs as the model takes them, dicts of keyword arguments or tuples of positional ones. All stay in memory.
         reduction: fraction of the dense MACs to save, above 0 and below 1 (0.8 saves 80%).
         tolerance: how far the result may be off, as a fraction of the dense MACs (0.01 is one percentage point).

@@ -35,7 +35,7 @@ class Measurement:
     """One evaluation.
 
     Attributes:
-        value: of the knob.
+        value: the value of the knob.
         macs: multiply-accumulates per sample at it.
         reduction: fraction of the dense MACs that it saves.
     """
@@ -60,7 +60,7 @@ class Knob:
     """A setting on a scale of *strength* s, where more strength prunes more: value = exp(sign * s), s in [low, high].
 
     Attributes:
-        name: of the setting.
+        name: the name of the setting.
         read: gets its value from a model.
         write: sets its value in a model.
         low: weak end of the scale.

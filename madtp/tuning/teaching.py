@@ -90,16 +90,16 @@ def teach(
     - sum_j t_j log s2_j over the tokens that pruning may take. Adam goes through the batches in turn.
 
     Args:
-        pruned: from :func:`madtp.rewrite`. It is run unpruned, in eval mode. Its mode, strength and other weights stay as they
-            are.
+        pruned: a model from :func:`madtp.rewrite`. It is run unpruned, in eval mode. Its mode, strength and other
+            weights stay as they are.
         batches: inputs as the model takes them, without labels, dicts of keyword arguments or tuples of positional ones; a
             few hundred samples in all. One forward and backward each; their residual streams are held in memory.
         objective: maps what the model returns to a scalar whose gradient tells what matters, such as the margin of a
             classifier's answer. None sums all floating-point outputs, each entry with a random sign: then the squared saliency
             is, in expectation, the squared Frobenius norm of the outputs' Jacobian.
         steps: number of optimiser steps, of one batch each.
-        learning_rate: of Adam, for alignment tokens that start from N(0, 1).
-        seed: of the random signs.
+        learning_rate: Adam's learning rate, for alignment tokens that start from N(0, 1).
+        seed: the seed of the random signs.
 
     Returns:
         How well guidance agrees with saliency before and after.

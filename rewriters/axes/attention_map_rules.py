@@ -1,6 +1,6 @@
 """Rules of attention maps that keep their own spelling (``canonicalise/attention_maps.py``); see ``table.py`` for the table.
 
-What mixes values along the keys is told the state of their tokens, be they pruned.
+Operations that mix values along the keys receive the state of the keys' tokens, so that pruned ones do not count.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from rewriters.graph.nodes import AxisError
 
 
 def shares(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A softmax over the last dimension."""
+    """A softmax over the keys, the last dimension."""
     own = labels.of(node.args[0])
     return Outcome(labels=own, states=_keys(own))
 
 
 def total(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A sum over the last dimension."""
+    """A sum over the keys, the last dimension."""
     own = labels.of(node.args[0])
     kept = (plain(1),) if len(node.args) > 1 and node.args[1] else ()
     return Outcome(labels=Labels((*own[:-1], *kept)), states=_keys(own))

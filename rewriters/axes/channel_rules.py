@@ -43,18 +43,20 @@ def conv1d(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def conv2d(node: fx.Node, labels: LabelMap) -> Outcome:
-    """``[B, C, Q, K] -> [B, C', Q, K]`` where the kernel is one element wide (heads of an attention map are mixed so); wider
-    ones need every position."""
+    """``[B, C, Q, K] -> [B, C', Q, K]`` where the kernel is one element wide; wider ones need every position.
+
+    Heads of an attention map are mixed so.
+    """
     own = labels.of(node.args[0])
     require_unlabelled(node.args[1:3], labels, node)
-    if len(own) != 4 or not sees_one_place(node):
+    if len(own) != 4 or not is_pointwise_conv2d(node):
         raise AxisError("conv2d needs every position: its kernel is wider than one of them, or it strides or pads")
     require_plain(own[1:2], node)
     return Outcome(labels=own.with_dim(1, plain(example_shape(node)[1])))
 
 
-def sees_one_place(node: fx.Node) -> bool:
-    """Whether a two-dimensional convolution yields, at each place, what its operand holds there."""
+def is_pointwise_conv2d(node: fx.Node) -> bool:
+    """Whether a two-dimensional convolution computes each position from that position alone."""
     weight = operand(node, 1)
     stride, padding = (call_argument(node, i, n, d) for i, n, d in ((3, "stride", 1), (4, "padding", 0)))
     if example_shape(weight)[-2:] != (1, 1) or stride not in (1, [1], [1, 1]):
@@ -68,7 +70,7 @@ def _number(value: object) -> object:
 
 
 def batch_norm(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Channels stand in dimension 1; with running statistics each element is on its own."""
+    """Channels are dimension 1; with running statistics, elements do not mix."""
     own = labels.of(node.args[0])
     require_unlabelled(node.args[1:5], labels, node)
     if call_argument(node, 5, "training", False):
@@ -78,14 +80,14 @@ def batch_norm(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def view_as_complex(node: fx.Node, labels: LabelMap) -> Outcome:
-    """The last dimension of two goes."""
+    """Removes the last dimension, of size 2."""
     own = labels.of(node.args[0])
     require_plain(own[-1:], node)
     return Outcome(labels=Labels(own[:-1]))
 
 
 def view_as_real(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A last dimension of two comes."""
+    """Adds a last dimension, of size 2."""
     return Outcome(labels=Labels((*labels.of(node.args[0]), plain(2))))
 
 
@@ -109,12 +111,12 @@ def topk(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def one_hot(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A further dimension, of classes."""
+    """Adds a last dimension, of classes."""
     return Outcome(labels=Labels((*labels.of(node.args[0]), plain(example_shape(node)[-1]))))
 
 
 def scatter(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Entries written to places of a dimension that runs along no axis, for the same tokens in all operands."""
+    """Entries written to positions of a dimension that runs along no axis, for the same tokens in all operands."""
     own = labels.of(node.args[0])
     dim = dim_argument(node, 1, len(own))
     for value in node.args[2:4]:

@@ -1,4 +1,4 @@
-"""Grid: where the tokens of a stream stand once they are moved about as a grid (windows, shifts, padding, channels first).
+"""Grid: where the tokens of a stream are once they are moved as a grid (windows, shifts, padding, channels first).
 
 Start at :func:`track`. The rule table (``table.py``) keeps a token axis whole, since pruned tokens have no grid. Here
 all tokens are there, and an axis may be cut and folded; ``token_moves.py`` has the data that say where they stand.

@@ -35,14 +35,14 @@ def permute(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def unsqueeze(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A new dimension of size 1."""
+    """Adds a dimension of size 1."""
     own = list(labels.of(node.args[0]))
     own.insert(dim_argument(node, 1, len(own) + 1), plain(1))
     return Outcome(labels=Labels(own))
 
 
 def squeeze(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Dimensions of size 1 go."""
+    """Removes dimensions of size 1."""
     own = labels.of(node.args[0])
     dims = dims_argument(node, 1, len(own))
     squeezed = range(len(own)) if dims is None else dims
@@ -78,7 +78,7 @@ def view(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def reshape_as(node: fx.Node, labels: LabelMap) -> Outcome:
-    """A view to the shape of another tensor: of the same tokens, else its size would be another one's."""
+    """A view to the shape of another tensor, which must run along the same tokens."""
     own, other = (labels.of(node.args[i]) for i in (0, 1))
     result = relabel_view(own, example_shape(node))
     if not all(same_axes(d, o) for d, o in zip(result, other, strict=True) if has_tokens(d) or has_tokens(o)):
@@ -114,8 +114,7 @@ def repeat(node: fx.Node, labels: LabelMap) -> Outcome:
 
 
 def cat(node: fx.Node, labels: LabelMap) -> Outcome:
-    """Concatenation; along tokens it joins token axes, or puts one together again that was cut. Other dimensions must
-    agree."""
+    """Concatenation; along tokens it joins token axes, or rejoins one that was cut. Other dimensions must agree."""
     # torch lets an empty vector stand for "nothing" in a concatenation.
     operands = [n for n in operand_list(node, 0) if example_shape(n) != (0,)]
     if len(operands) == 1:

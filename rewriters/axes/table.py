@@ -285,7 +285,7 @@ assert attention.__name__ in RULES
 
 
 def knows(node: fx.Node) -> bool:
-    """Whether it is known what ``node`` does with tokens, be it that it needs every position."""
+    """Whether a rule covers ``node``, even if it only says that ``node`` needs every position."""
     return op_name(node) in RULES or op_name(node) in EVERY_POSITION
 
 

@@ -102,7 +102,7 @@ class TrackedValue:
 
 @dataclass(frozen=True)
 class UntrackedValue:
-    """A value of which it is not known where its tokens stand, and why."""
+    """A value whose tokens could not be followed, and why."""
 
     reason: str
 

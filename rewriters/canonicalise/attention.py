@@ -59,8 +59,8 @@ class _HeadLayout:
 
     Attributes:
         rank: dimensions of queries, keys and values.
-        heads: of operands of rank 3, ``[B * H, N, D]``.
-        windows: of operands of rank 5.
+        heads: the number of heads folded into operands of rank 3, ``[B * H, N, D]``.
+        windows: the layout of windows in operands of rank 5.
     """
 
     rank: int

@@ -1,5 +1,6 @@
-"""Attention that is not a softmax of one product: its map keeps the model's spelling, and the steps along the keys become nodes
-that can be told which keys are there.
+"""Attention that is not a softmax of one product: its map keeps the model's spelling.
+
+The operations along the keys become nodes that can be told which keys are present.
 
 Start at :func:`kept_maps`. Between the softmax and the product with the values heads may be mixed (talking heads), several maps
 weighed, rows divided by their sum. All of this acts on each query and key by itself, and the rule table covers it. What is

@@ -1,4 +1,4 @@
-"""Masks that scores of attention meet between the product and the softmax, and how they become one operand.
+"""Masks that are applied to attention scores, between the product and the softmax, and how they become one operand.
 
 Start at :func:`join`.
 """
@@ -21,12 +21,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask that scores meet.
+    """A mask that is applied to scores.
 
     Attributes:
         kind: "add" if it is added to the scores; "hide" or "show" if it is true at keys that are hidden or shown.
         node: the mask.
-        scores: sizes of the scores that it meets.
+        scores: sizes of the scores that it is applied to.
         times: what an added mask is multiplied by.
         hidden: the number that takes the place of a hidden score.
     """
@@ -51,7 +51,7 @@ def join(graph: fx.Graph, masks: list[Mask], like: fx.Node, dtype: torch.dtype) 
 
     Args:
         graph: it gets new nodes at its insertion point.
-        masks: the mask that scores meet first comes first.
+        masks: the masks, in the order in which they are applied.
         like: a node of the same module.
         dtype: type of an additive mask.
     """

@@ -1,4 +1,4 @@
-"""Scores of attention: what stands between the product of queries and keys and the softmax.
+"""Scores of attention: the operations between the product of queries and keys and the softmax.
 
 Start at :func:`read_scores`. It walks from the softmax inwards and collects scale, soft cap and masks; what it cannot read
 raises :class:`~rewriters.graph.match.NoMatch`, which says where and why.
@@ -33,7 +33,7 @@ class Scores:
         product: the product of queries and keys.
         scale: the factor of the product.
         softcap: c of ``c * tanh(scale * product)``, to which the masks are added; None without a cap.
-        masks: in the order in which the scores meet them.
+        masks: the masks, in the order in which they are applied.
         query_factors: factors, one for each head, that queries are multiplied by.
     """
 

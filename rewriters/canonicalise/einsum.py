@@ -21,16 +21,16 @@ TWO_MATRICES = "a product of two operands in which one letter is summed, and eac
 
 @dataclass(frozen=True)
 class Product:
-    """An equation taken apart into letters.
+    """The letters of an equation.
 
     Attributes:
-        first: of the first operand, in order.
-        second: of the second operand.
-        result: of the result.
-        batch: of the dimensions that both operands and the result have.
-        row: of the first operand alone.
-        inner: of both operands, summed.
-        column: of the second operand alone.
+        first: letters of the first operand, in order.
+        second: letters of the second operand.
+        result: letters of the result.
+        batch: letters that both operands and the result have.
+        row: letters of the first operand alone.
+        inner: letters of both operands, which are summed.
+        column: letters of the second operand alone.
         operands: the operands.
     """
 

@@ -1,6 +1,6 @@
 """Flatten: residual streams ``[B, H, W, C]`` become streams ``[B, H * W, C]``, and ``[B, C, H, W]`` become ``[B, C, H * W]``.
 
-Start at :func:`flatten_grids`. Operations on each place by itself (``pointwise.py``) move from the grid to flat tokens. Only
+Start at :func:`flatten_grids`. Pointwise operations (``pointwise.py``) move from the grid to flat tokens. Only
 what needs the grid (windows, a convolution, a pad) gets a view of it, so the stream is one like any other and can be pruned.
 """
 
@@ -51,8 +51,10 @@ def cancel_permutes(graph: fx.Graph) -> None:
 
 
 def flatten_grids(graph: fx.Graph) -> None:
-    """Flatten every residual stream of attention blocks that stands on a grid, and every sum that a stream of flat tokens
-    goes to its grid for (an encoding of positions by a convolution), in place."""
+    """Flatten every residual stream of attention blocks that lies on a grid, in place.
+
+    So is every sum for which a stream of flat tokens returns to its grid (a positional encoding by a convolution).
+    """
     done: set[fx.Node] = set()
     for node in list(graph.nodes):
         seeds: tuple[fx.Node, ...] = ()
@@ -97,11 +99,11 @@ def _entry(nodes: dict[fx.Node, Order]) -> tuple[fx.Node, Order]:
 
     Raises :class:`AxisError` if there is none.
     """
-    places = next(order.places(example_shape(node)) for node, order in nodes.items())
+    size = next(order.grid_size(example_shape(node)) for node, order in nodes.items())
     for node in sorted(nodes):
         for value in node.all_input_nodes:
             order = nodes[node].turned if op_name(node) == "permute" else nodes[node]
-            if value not in nodes and is_tensor(value) and stands_on(value, places, order):
+            if value not in nodes and is_tensor(value) and stands_on(value, size, order):
                 return value, order
     raise AxisError("nothing tells the size of a grid")
 
@@ -181,7 +183,7 @@ def _operand(graph: fx.Graph, grid: _Grid, value: Argument, order: Order) -> Arg
 
 
 def _flat_form(graph: fx.Graph, value: fx.Node, order: Order) -> fx.Node:
-    """A value on the grid, or one for all its places, with both dimensions of the grid as one."""
+    """A value on the grid, or one for all its positions, with both dimensions of the grid flattened."""
     rank = len(example_shape(value))
     source: Any = value.args[0] if value.op == "call_function" and op_name(value) in GRID_VIEWS else None
     if rank == 4 and is_tensor(source):
@@ -259,7 +261,7 @@ def _read_flat(graph: fx.Graph, grid: _Grid, node: fx.Node, user: fx.Node) -> fx
         return flat if end - 1 == start else emit(graph, aten.flatten.using_ints, (flat, start, end - 1), user)
     if name == "sym_size":
         return _size(graph, grid, user.args[1], order, flat)
-    if (RULES.get(name) is reduce and _over_places(user, order)) or _pools_all(user, order):
+    if (RULES.get(name) is reduce and _over_grid(user, order)) or _pools_all(user, order):
         target = aten.mean.dim if _pools_all(user, order) else user.target
         keeps = len(example_shape(user)) == 4
         new = emit(graph, target, (flat, [order.first], keeps), user)
@@ -278,7 +280,7 @@ def _size(graph: fx.Graph, grid: _Grid, dim: Any, order: Order, flat: fx.Node) -
     return new
 
 
-def _over_places(user: fx.Node, order: Order) -> bool:
+def _over_grid(user: fx.Node, order: Order) -> bool:
     dims = call_argument(user, 1, "dim", None)
     if not isinstance(dims, (list, tuple)) or set(user.kwargs) - {"dim", "keepdim"}:
         return False
@@ -286,7 +288,7 @@ def _over_places(user: fx.Node, order: Order) -> bool:
 
 
 def _pools_all(user: fx.Node, order: Order) -> bool:
-    """Whether ``user`` is the mean over all places."""
+    """Whether ``user`` is the mean over all positions."""
     return op_name(user) == "adaptive_avg_pool2d" and order is not LAST and example_shape(user)[2:] == (1, 1)
 
 

@@ -21,7 +21,7 @@ from rewriters.canonicalise.flatten_grids import cancel_permutes, flatten_grids
 from rewriters.canonicalise.masked_additions import whole_additions
 from rewriters.canonicalise.norms import canonical_norms
 from rewriters.canonicalise.pooling import canonical_pooling
-from rewriters.canonicalise.slice_writes import filled_to_cat
+from rewriters.canonicalise.slice_writes import slice_writes_to_cat
 from rewriters.canonicalise.special_slices import END, mark_special, plain_slices
 from rewriters.capture.python_branches import keep_checks
 from rewriters.graph.functional import functional, has_effect, writes
@@ -151,7 +151,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("keep checks", keep_checks),
     ("drop bookkeeping", drop_bookkeeping),
     ("functional", functional),
-    ("filled to cat", filled_to_cat),
+    ("filled to cat", slice_writes_to_cat),
     ("drop conversions", drop_conversions),
     ("plain narrows", plain_narrows),
     ("drop whole slices", drop_whole_slices),

@@ -1,7 +1,7 @@
-"""Places: which values of a graph stand on a grid and hold, at each place, what depends on that place alone.
+"""Pointwise operations: which values lie on a grid and depend, at each position, on that position alone.
 
-Start at :func:`grid_around`; ``flatten_grids.py`` moves such values to flat tokens. Channels stand last, ``[B, H, W,
-C]``, or first, ``[B, C, H, W]``; a permutation leads from one to the other.
+Start at :func:`grid_around`; ``flatten_grids.py`` moves such values to flat tokens. Channels come last,
+``[B, H, W, C]``, or first, ``[B, C, H, W]``; a permutation leads from one to the other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from rewriters.axes.channel_rules import sees_one_place
+from rewriters.axes.channel_rules import is_pointwise_conv2d
 from rewriters.axes.table import RULES, elementwise, like_first
 from rewriters.graph.nodes import (
     call_argument,
@@ -31,7 +31,7 @@ GRID_VIEWS = SIZED_VIEWS | {"unflatten"}
 
 @dataclass(frozen=True)
 class Order:
-    """How a value of rank 4 stands on a grid.
+    """The order of dimensions of a value of rank 4 on a grid.
 
     Attributes:
         first: the first of the two dimensions of the grid.
@@ -49,8 +49,8 @@ class Order:
         """Dimensions that lead to this order from the other one."""
         return (0, 2, 3, 1) if self is LAST else (0, 3, 1, 2)
 
-    def places(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Batch and places of a value of that shape."""
+    def grid_size(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Batch size, height and width of a value of that shape."""
         return shape[0], shape[self.first], shape[self.first + 1]
 
     def flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -62,8 +62,10 @@ LAST, FIRST = Order(1), Order(2)
 
 
 def grid_around(seeds: tuple[fx.Node, ...]) -> dict[fx.Node, Order] | None:
-    """All values that operations on each place connect with ``seeds``, and how they stand on the grid; None where nothing tells
-    which dimension holds the channels."""
+    """Find all values that pointwise operations connect with ``seeds``, and their order of dimensions.
+
+    Returns None where no operation shows which dimension holds the channels.
+    """
     for order in (LAST, FIRST):
         found = _around(seeds, order)
         if found is not None and _tells_channels(found):
@@ -72,38 +74,38 @@ def grid_around(seeds: tuple[fx.Node, ...]) -> dict[fx.Node, Order] | None:
 
 
 def _around(seeds: tuple[fx.Node, ...], order: Order) -> dict[fx.Node, Order] | None:
-    places = order.places(example_shape(seeds[0]))
+    size = order.grid_size(example_shape(seeds[0]))
     found: dict[fx.Node, Order] = {}
     seen = dict.fromkeys(seeds, order)
     waiting = list(seeds)
     while waiting:
         node = waiting.pop()
-        if _is_pointwise(node, places, seen[node]):
+        if _is_pointwise(node, size, seen[node]):
             found[node] = seen[node]
         # What is not such a value hands the grid on to its users.
         for other in (*(node.all_input_nodes if node in found else ()), *node.users):
-            own = _order_beside(node, seen[node], other)
+            own = _order_of_neighbour(node, seen[node], other)
             if other in seen:
-                if seen[other] is not own and _is_pointwise(other, places, own):
+                if seen[other] is not own and _is_pointwise(other, size, own):
                     return None
-            elif _is_pointwise(other, places, own) or (other in node.all_input_nodes and _hands_on(other, places, own)):
+            elif _is_pointwise(other, size, own) or (other in node.all_input_nodes and _hands_on(other, size, own)):
                 seen[other] = own
                 waiting.append(other)
     return found
 
 
-def _hands_on(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
-    return node.op == "call_function" and is_tensor(node) and stands_on(node, places, order)
+def _hands_on(node: fx.Node, size: tuple[int, ...], order: Order) -> bool:
+    return node.op == "call_function" and is_tensor(node) and stands_on(node, size, order)
 
 
-def _order_beside(node: fx.Node, order: Order, other: fx.Node) -> Order:
-    """How ``other``, an operand or a user of ``node``, has to stand."""
+def _order_of_neighbour(node: fx.Node, order: Order, other: fx.Node) -> Order:
+    """The order that ``other``, an operand or a user of ``node``, must have."""
     turns = node if other in node.all_input_nodes else other
     return order.turned if op_name(turns) == "permute" else order
 
 
 def _tells_channels(found: dict[fx.Node, Order]) -> bool:
-    """Whether an operation tells where channels stand."""
+    """Whether an operation shows which dimension holds the channels."""
     for node, order in found.items():
         if order is LAST and op_name(node) in LAST_DIMENSION:
             return True
@@ -113,31 +115,30 @@ def _tells_channels(found: dict[fx.Node, Order]) -> bool:
 
 
 def _reads_maps(user: fx.Node) -> bool:
-    """Whether ``user`` takes maps ``[B, C, H, W]``: it convolves them, or makes tokens of their places."""
+    """Whether ``user`` takes maps ``[B, C, H, W]``: it convolves them, or flattens them into tokens."""
     if op_name(user) == "flatten":
         return normal_dim(int_argument(user, 1, "start_dim", 0), 4) == 2
     return op_name(user) in ("conv2d", "batch_norm")
 
 
-def stands_on(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
+def stands_on(node: fx.Node, size: tuple[int, ...], order: Order) -> bool:
     """Whether a value has the size of the grid."""
     shape = example_shape(node)
-    return len(shape) == 4 and order.places(shape) == places
+    return len(shape) == 4 and order.grid_size(shape) == size
 
 
-def _is_pointwise(node: fx.Node, places: tuple[int, ...], order: Order) -> bool:
-    """Whether a value stands on the grid and depends, at each place, on what its operands hold there (and on no order of the
-    places: statistics of a batch norm in training)."""
-    if node.op != "call_function" or not is_tensor(node) or not stands_on(node, places, order):
+def _is_pointwise(node: fx.Node, size: tuple[int, ...], order: Order) -> bool:
+    """Whether a value lies on the grid, and its entry at a position depends only on the operands' entries at that position."""
+    if node.op != "call_function" or not is_tensor(node) or not stands_on(node, size, order):
         return False
     name, first = op_name(node), node.args[0] if node.args else None
     if name == "permute":
         return permutation(node, 4) == order.permutation
     if name in LAST_DIMENSION or name in ("conv2d", "batch_norm"):
-        return is_tensor(first) and _mixes_channels_alone(node, order) and stands_on(first, places, order)
+        return is_tensor(first) and _mixes_channels_alone(node, order) and stands_on(first, size, order)
     if RULES.get(name) not in (elementwise, like_first):
         return False
-    return all(_fits(n, places, order) for n in node.all_input_nodes if is_tensor(n))
+    return all(_fits(n, size, order) for n in node.all_input_nodes if is_tensor(n))
 
 
 def _mixes_channels_alone(node: fx.Node, order: Order) -> bool:
@@ -147,12 +148,12 @@ def _mixes_channels_alone(node: fx.Node, order: Order) -> bool:
         return order is LAST and (name == "linear" or len(call_argument(node, 1, "normalized_shape", ())) == 1)
     if order is LAST:
         return False
-    return name == "batch_norm" or sees_one_place(node)
+    return name == "batch_norm" or is_pointwise_conv2d(node)
 
 
-def _fits(operand: fx.Node, places: tuple[int, ...], order: Order) -> bool:
-    """Whether an operand has an entry for each place of the grid, or one for all."""
+def _fits(operand: fx.Node, size: tuple[int, ...], order: Order) -> bool:
+    """Whether an operand has an entry for each position of the grid, or one for all."""
     shape = example_shape(operand)
     behind = 3 - order.first - 1  # dimensions behind the grid
     grid = shape[-2 - behind : len(shape) - behind]
-    return grid in (places[1:], (1, 1)) or len(shape) <= behind or set(shape) <= {1}
+    return grid in (size[1:], (1, 1)) or len(shape) <= behind or set(shape) <= {1}

@@ -1,6 +1,6 @@
 """Tensors that are made empty and filled range by range become concatenations.
 
-Start at :func:`filled_to_cat`. Keys of which only a part is rotated are written so.
+Start at :func:`slice_writes_to_cat`. Keys that are rotated only in part are written this way.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class _Filled(NamedTuple):
     ranges: list[_Range]
 
 
-def filled_to_cat(graph: fx.Graph) -> None:
-    """Turn ranges of one dimension that are written into a new tensor, and are all of it, into a concatenation."""
+def slice_writes_to_cat(graph: fx.Graph) -> None:
+    """Replace, in place, writes of ranges that together fill a new tensor by a concatenation."""
     for node in list(graph.nodes):
         if not _is_write(node) or any(_is_write(user) and user.args[0] is node for user in node.users):
             continue

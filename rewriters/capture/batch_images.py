@@ -20,7 +20,7 @@ from rewriters.graph.nodes import AxisError, op_name
 
 
 def batched(graph: fx.Graph, images: Collection[fx.Node], examples: Sequence[Tensor]) -> fx.Graph:
-    """The graph that does for a batch of images what ``graph`` does for one; its outputs are stacked.
+    """Return a graph that computes for a batch of images what ``graph`` computes for one, with stacked outputs.
 
     Args:
         graph: The graph for one image.

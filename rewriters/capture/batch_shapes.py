@@ -9,7 +9,7 @@ from rewriters.graph.nodes import AxisError, int_argument, ints_argument, op_nam
 
 
 def permute(work: Batching, node: fx.Node) -> fx.Node:
-    """All dimensions in another order."""
+    """Permute all dimensions."""
     source = operand(node)
     shape = work.shape(source)
     rank = len(shape.sizes)
@@ -20,7 +20,7 @@ def permute(work: Batching, node: fx.Node) -> fx.Node:
 
 
 def transpose(work: Batching, node: fx.Node) -> fx.Node:
-    """Two dimensions in each other's place."""
+    """Swap two dimensions."""
     source = operand(node)
     shape = work.shape(source)
     first, second = (int_argument(node, at, name) % len(shape.sizes) for at, name in ((1, "dim0"), (2, "dim1")))
@@ -30,7 +30,7 @@ def transpose(work: Batching, node: fx.Node) -> fx.Node:
 
 
 def unsqueeze(work: Batching, node: fx.Node) -> fx.Node:
-    """A further dimension of size 1."""
+    """Add a dimension of size 1."""
     source = operand(node)
     before = work.shape(source)
     dim = int_argument(node, 1, "dim") % (len(before.sizes) + 1)
@@ -42,7 +42,7 @@ def unsqueeze(work: Batching, node: fx.Node) -> fx.Node:
 
 
 def regroup(work: Batching, node: fx.Node) -> fx.Node:
-    """The same entries in the shape that they have for one image."""
+    """View the entries in the shape that they have for one image."""
     source = operand(node)
     before, after = work.shape(source), work.shape(node)
     if before.rest == after.rest:
@@ -51,7 +51,7 @@ def regroup(work: Batching, node: fx.Node) -> fx.Node:
 
 
 def expand(work: Batching, node: fx.Node) -> fx.Node:
-    """Dimensions of size 1 repeated, and further ones in front."""
+    """Expand dimensions of size 1, and add dimensions in front."""
     source = operand(node)
     after = work.shape(node)
     if source not in work.batched:
@@ -60,7 +60,7 @@ def expand(work: Batching, node: fx.Node) -> fx.Node:
 
 
 def repeat(work: Batching, node: fx.Node) -> fx.Node:
-    """Every dimension a number of times."""
+    """Repeat every dimension a number of times."""
     source = operand(node)
     after = work.shape(node)
     times = ints_argument(node, 1, "repeats")

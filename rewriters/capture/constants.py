@@ -1,4 +1,4 @@
-"""Constant folding: what a model computes from constants of the call is computed at once, not written into the graph.
+"""Constant folding: results that depend only on constants of the call are computed during capture, not by the graph.
 
 Start at :class:`FoldingConstants`. Lengths that Python reads from such values (``.tolist()``), and the tables and indices
 that it makes of them, become constants of the program.
@@ -19,7 +19,7 @@ MAKERS = frozenset({torch.arange, torch.tensor, torch.zeros, torch.ones, torch.f
 
 
 class FoldingConstants(TorchFunctionMode):
-    """While it is active, functions of plain tensors and numbers give plain tensors; traced tensors are of other types."""
+    """While active, functions of plain tensors and numbers return plain tensors; traced tensors have other types."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

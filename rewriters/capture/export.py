@@ -4,7 +4,7 @@ Start at :func:`capture`. The model is traced by ``torch.export`` (non-strict) w
 inputs dynamic. The graph comes back at ATen level with placeholders for the flattened inputs, ``get_attr`` nodes
 under the model's own parameter names and the module path of every node in ``meta["nn_module_stack"]``. Export's own
 guards and assertions are left behind: which calls a capture may serve is decided by :class:`madtp.calls.call.Signature`
-and :class:`madtp.calls.size_limits.Limits` instead.
+and :class:`madtp.calls.size_limits.SizeLimits` instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from madtp.calls.call import Call
 from madtp.calls.image_positions import IMAGE_POSITIONS
 from madtp.calls.objects import ResultSpec
 from madtp.calls.packed_images import taking_one_image
-from madtp.calls.size_limits import Limits, limits_of
+from madtp.calls.size_limits import SizeLimits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
 from rewriters.capture.constants import FoldingConstants
@@ -43,7 +43,7 @@ class Capture:
 
     Attributes:
         graph: Maps the flattened inputs to the flattened outputs.
-        constants: Tensors that the graph holds beside parameters and buffers, by the names that it gets them by.
+        constants: Tensors that the graph holds besides parameters and buffers, by their names in it.
         out_spec: Structure of the outputs.
         dynamic: Free dimensions of each input leaf.
         example: The call that was traced.
@@ -57,7 +57,7 @@ class Capture:
     dynamic: tuple[tuple[int, ...], ...]
     example: Call
     returned: ResultSpec | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: SizeLimits = field(default_factory=SizeLimits)
 
 
 def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
@@ -147,7 +147,7 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 @contextmanager
 def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
-    """Whatever ``model`` itself raises inside the block becomes an :class:`ExampleInputsError`."""
+    """Turn what ``model`` itself raises inside the block into an :class:`ExampleInputsError`."""
     try:
         yield
     except Exception as error:

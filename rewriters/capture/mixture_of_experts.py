@@ -168,7 +168,7 @@ def _describe(path: str, frame: _Frame, output: object) -> RowwiseModule | None:
     if not results or any(one is not None and not isinstance(one, Tensor) for one in returned):
         return None
     numbers = iter(range(len(results)))
-    places = tuple(next(numbers) if isinstance(one, Tensor) else None for one in returned)
+    result_numbers = tuple(next(numbers) if isinstance(one, Tensor) else None for one in returned)
     rank = results[0].dim() - 1
     rows = results[0].shape[:rank]
     leaves, spec = pytree.tree_flatten((frame.args, frame.kwargs))
@@ -187,7 +187,7 @@ def _describe(path: str, frame: _Frame, output: object) -> RowwiseModule | None:
         constants=others,
         rank=rank,
         results=forms,
-        places=None if isinstance(output, Tensor) else places,
+        result_numbers=None if isinstance(output, Tensor) else result_numbers,
         macs=0.0,
     )
 

@@ -67,9 +67,9 @@ def _operation(form: RowwiseModule, forward: Callable[..., Any]) -> Callable[...
         if spec != form.spec or others != form.constants:
             raise ValueError(f"{form.path} is called in different ways")
         results = torch.ops.madtp.rowwise(operands, form.path)
-        if form.places is None:
+        if form.result_numbers is None:
             return results[0]
-        return tuple(None if number is None else results[number] for number in form.places)
+        return tuple(None if number is None else results[number] for number in form.result_numbers)
 
     return operation
 
@@ -96,15 +96,19 @@ def call_rowwise_modules(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             call = graph.call_module(form.path, args, kwargs)
         values = node.meta["val"]
-        returned = values[0] if form.places is None else [None if n is None else values[n] for n in form.places]
+        returned = (
+            values[0]
+            if form.result_numbers is None
+            else [None if n is None else values[n] for n in form.result_numbers]
+        )
         call.meta = {**node.meta, "val": returned}
         for user in list(node.users):
             assert user.target is operator.getitem
-            if form.places is None:
+            if form.result_numbers is None:
                 user.replace_all_uses_with(call)
                 graph.erase_node(user)
             else:
                 number = user.args[1]
                 assert isinstance(number, int)
-                user.args = (call, form.places.index(number))
+                user.args = (call, form.result_numbers.index(number))
         graph.erase_node(node)

@@ -1,6 +1,6 @@
-"""Leave a model as it was: forget what its modules store while they are traced or tried, such as a cached mask.
+"""Restore a model after tracing or a trial: discard what its modules stored meanwhile, such as a cached mask.
 
-Start at :func:`preserved_attributes`. What they store holds tensors without values, which later calls would find.
+Start at :func:`preserved_attributes`. It would hold tensors without values, which later calls would read.
 """
 
 from __future__ import annotations

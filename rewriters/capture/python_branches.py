@@ -1,4 +1,4 @@
-"""Branches of a model's Python on the value of a tensor, fixed to the way they go on the example inputs.
+"""Python branches on the value of a tensor, fixed to the outcome that they have on the example inputs.
 
 Start at :func:`record_answers`. No graph can hold such an ``if``. The model is run once, and each answer is recorded by the
 line of code that asks. Tracing then gives the same answers, and leaves a check of each in the graph. Only yes and no are

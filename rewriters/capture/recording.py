@@ -25,10 +25,10 @@ from rewriters.capture.scope import Region
 
 @dataclass(frozen=True)
 class ImagePositions:
-    """Where image features were written into a text sequence.
+    """The image positions of a text sequence.
 
     Attributes:
-        place: Place of the sequence ``[B, N, C]`` in the call.
+        place: Path of the sequence ``[B, N, C]`` in the call.
         positions: True at the image positions, ``[B, N]``.
     """
 

@@ -60,8 +60,10 @@ def _reads_ids(embedding: fx.Node) -> bool:
 
 
 def is_pooling(attention: fx.Node) -> bool:
-    """Whether attention condenses tokens: into one, or into latents, which descend from parameters but for what attention
-    read into them."""
+    """Whether attention condenses tokens into one, or into latents.
+
+    Latents descend from parameters, except for what attention added to them.
+    """
     if example_shape(operand(attention))[2] == 1:
         return True
 
@@ -73,7 +75,7 @@ def is_pooling(attention: fx.Node) -> bool:
 
 
 def is_pooled_by_layer(weights: fx.Node) -> bool:
-    """Whether weights of tokens have a row for each channel of a learned layer on them: what they weigh is condensed."""
+    """Whether a learned layer gives the weights of tokens a row for each of its channels, so that the result is condensed."""
     shape = example_shape(weights)
     if len(shape) < 3 or shape[-2] == shape[-1]:
         return False

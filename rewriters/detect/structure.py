@@ -44,7 +44,7 @@ class Sublayer:
         path: module path.
         stream: index of its stream.
         source: index of the stream that the keys of cross-attention come from; None if they come from none.
-        scores: what the attention tells of the tokens (see :class:`~rewriters.plan.plan.SitePlan`).
+        scores: what the attention shows of the tokens (see :class:`~rewriters.plan.plan.SitePlan`).
     """
 
     attention: fx.Node
@@ -74,7 +74,7 @@ class Stream:
         width: C.
         special: positions of learned tokens (class token, registers).
         sublayers: its attention sublayers, in order.
-        flow: where its tokens go from the first site on.
+        flow: the path of its tokens from the first site on.
         parts: number of images of one sample that are stacked in the batch; 1 for one.
         layout: how tokens of several modalities are arranged; None if there is one modality.
     """
@@ -95,7 +95,7 @@ class Unplaced:
 
     Attributes:
         attention: the attention, or the softmax that is taken to be one.
-        node: where the search ended.
+        node: the node at which the search ended.
         reason: what was found there.
         help: what would help.
     """

@@ -1,4 +1,4 @@
-"""Windows: attention of a residual stream's tokens that is not attention of each token to each.
+"""Windows: attention in which the tokens of a residual stream do not attend to each of them.
 
 Start at :func:`scores_on_grid`: queries and keys are taken in windows of the grid, or computed by convolutions.
 :func:`has_mixed_keys`: each token asks, but the keys are mixtures of tokens. :func:`moves_to_residual` leads from the windows

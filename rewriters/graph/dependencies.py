@@ -1,4 +1,4 @@
-"""What a value is computed from: parameters alone, or inputs too."""
+"""Whether a value is computed from parameters alone, or from inputs too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rewriters.graph.walk import ancestors, has_values
 
 
 def value_ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """Yields ``node`` and all nodes that it gets values from; sizes do not count."""
+    """Yield ``node`` and all nodes that it gets values from; sizes do not count."""
     return ancestors(node, among=has_values)
 
 

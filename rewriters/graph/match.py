@@ -1,4 +1,4 @@
-"""Why a pattern does not fit: what each search for a spelling tells of its nearest miss.
+"""Why a pattern does not fit: the nearest miss of each search for a spelling.
 
 Start at :func:`attempt`, which wraps the search at one candidate (a softmax that may be attention). What does not fit raises
 :class:`NoMatch`; the miss that came farthest is kept at the candidate, where :func:`nearest_miss` finds it.

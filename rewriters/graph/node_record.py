@@ -1,4 +1,4 @@
-"""What a pass leaves at a node for later passes, as one typed record.
+"""Facts that a pass records at a node for later passes.
 
 Start at :func:`record`. torch keeps its own facts in ``node.meta`` (``"val"``, ``"nn_module_stack"``); everything that
 the rewriter adds is a field of :class:`NodeRecord`. Copies of a graph copy ``meta`` shallowly, so a record is frozen and
@@ -31,7 +31,7 @@ class RowwiseModule:
         constants: Position and value of each leaf of the call that is not a tensor.
         rank: Number of leading dimensions that are rows.
         results: Data type and sizes behind the rows of each result.
-        places: For each entry of the tuple that it returns, the number of a result or None; None as a whole if it
+        result_numbers: For each entry of the tuple that it returns, the number of a result or None; None as a whole if it
             returns a single tensor.
         macs: Multiply-accumulates per row.
     """
@@ -41,7 +41,7 @@ class RowwiseModule:
     constants: tuple[tuple[int, Any], ...]
     rank: int
     results: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
-    places: tuple[int | None, ...] | None
+    result_numbers: tuple[int | None, ...] | None
     macs: float
 
 
@@ -52,8 +52,8 @@ class NodeRecord:
     Attributes:
         number: Value of a scalar constant of the graph.
         modalities: Modalities that a floating-point input of a region descends from.
-        image_positions: For an input that holds a text sequence: the input that is true where image features were
-            written into it.
+        image_positions: For an input that holds a text sequence: the input that is true at its
+            image positions.
         cache_paths: On the output node: path, in the returned object, of each output that a later call reads again,
             by position among the outputs.
         rowwise: The submodule that the operation stands for.

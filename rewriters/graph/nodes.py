@@ -1,4 +1,4 @@
-"""What every stage asks of one node: its operation, its arguments, the shape of its value."""
+"""Properties of one node that every stage reads: its operation, its arguments, the shape of its value."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Predicate = Callable[[fx.Node], bool]
 
 
 def walk(starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
-    """Yields every node that is reached from ``starts``, once, nearest first.
+    """Yield every node that is reached from ``starts``, once, nearest first.
 
     Args:
         starts: nodes to start at; they are yielded first.
@@ -37,7 +37,7 @@ def walk(starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node
 
 
 def ancestors(*starts: fx.Node, through: Predicate | None = None, among: Predicate | None = None) -> Iterator[fx.Node]:
-    """Yields ``starts`` and the nodes that they are computed from, nearest first.
+    """Yield ``starts`` and the nodes that they are computed from, nearest first.
 
     Args:
         starts: nodes to start at.
@@ -50,7 +50,7 @@ def ancestors(*starts: fx.Node, through: Predicate | None = None, among: Predica
 def descendants(
     *starts: fx.Node, through: Predicate | None = None, among: Predicate | None = None
 ) -> Iterator[fx.Node]:
-    """Yields ``starts`` and the nodes that are computed from them, nearest first; arguments as for :func:`ancestors`."""
+    """Yield ``starts`` and the nodes that are computed from them, nearest first; arguments as for :func:`ancestors`."""
     return walk(starts, lambda node: _going_on(node, node.users, through, among))
 
 
@@ -63,7 +63,7 @@ def _going_on(
 
 
 def operand_chain(value: Any, through: Predicate) -> Iterator[fx.Node]:
-    """Yields ``value``, its first operand, the first operand of that, and so on; nothing if ``value`` is not a node.
+    """Yield ``value``, its first operand, the first operand of that, and so on; nothing if ``value`` is not a node.
 
     Args:
         value: an argument of a node.

@@ -1,4 +1,4 @@
-"""Restoration: where a graph needs every position, scatter the tokens back to their places.
+"""Restoration: where a graph needs every position, scatter the tokens back to their original positions.
 
 Start at :class:`Restoration`. Tokens are scattered back in the space of the residual stream, where the last state of
 a dropped token means the same as that of a survivor. What the graph computes from there on, token by token, is

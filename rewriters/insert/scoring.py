@@ -1,4 +1,4 @@
-"""Scoring: the attention of a site's block becomes the site's own, which tells it how much attention each token gets.
+"""Scoring: replace the attention of a site's block by the site's own, which measures how much attention each token gets.
 
 Start at :func:`insert_attention`; :func:`insert_windows` is for attention in windows of the grid, which runs on all tokens.
 """
@@ -35,7 +35,7 @@ SITES = "madtp.sites"
 
 @dataclass(frozen=True)
 class ScoringOperands:
-    """What the attention of a site is told about the tokens.
+    """Operands about the tokens that the attention of a site receives.
 
     Attributes:
         state: Their state; None where no token was dropped yet.
@@ -53,7 +53,7 @@ class ScoringOperands:
 
 
 def insert_attention(insertion: Insertion, node: fx.Node, site: SitePlan, readouts: tuple[fx.Node, ...]) -> None:
-    """Put the site's attention in the place of ``node``; an attention map that keeps its spelling is observed instead."""
+    """Replace ``node`` by the site's attention; an attention map that keeps its spelling is observed instead."""
     outcome = Outcome()
     if runs_along(node, insertion.labels):
         try:
@@ -110,7 +110,7 @@ def _observe_map(insertion: Insertion, node: fx.Node, site: SitePlan, operands: 
 def insert_windows(
     insertion: Insertion, node: fx.Node, site: SitePlan, *, source: Source | None, sections: DenseSections
 ) -> None:
-    """Put the site's attention in the place of ``node``, which is attention in windows of the grid.
+    """Replace ``node``, attention in windows of the grid, by the site's attention.
 
     Args:
         insertion: The graph.

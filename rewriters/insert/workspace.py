@@ -87,7 +87,7 @@ def site_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class InsertedSite:
-    """What stands around a site.
+    """The values around a site.
 
     Attributes:
         value: The residual value in front of it.
@@ -117,7 +117,7 @@ class Insertion:
         plan: What is inserted.
         labels: Axis labels of the nodes, for the cost model too.
         states: The node of each token state, by source.
-        sites: What stands around each inserted site, by its name.
+        sites: The values around each inserted site, by its name.
         site_values: Residual values in front of sites.
         statistics: What the attention of a site's block says about the tokens, by site.
         replaced: Nodes that stand for others now.

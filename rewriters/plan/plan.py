@@ -63,9 +63,9 @@ class SitePlan:
         causal: Whether tokens see only earlier ones.
         segments: The segments of a stream that several modalities share.
         parts: How the segments were concatenated, if they were.
-        mask: Node ``[B, N, ...]`` that is true where segment 1 was written into segment 0, if it was.
+        mask: Node ``[B, N, ...]`` that is true at the positions of segment 1, if it was merged into segment 0 by a mask.
         keeps_last: Whether the last token of each sample that is not padding survives; a language model goes on from it.
-        scores: What the block's attention tells of its tokens: ``"attention"`` (all of them), ``"windows"`` (those within
+        scores: What the block's attention shows of its tokens: ``"attention"`` (all of them), ``"windows"`` (those within
             a window of the grid), or ``"none"`` (its keys are not tokens).
     """
 

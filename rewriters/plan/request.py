@@ -24,7 +24,7 @@ class Request:
         model: The module of ``region``.
         call: A call of ``model``; the program serves calls like it.
         config: How to prune.
-        region: What ``model`` is of the whole model. Sites and modules are named from there.
+        region: Where ``model`` lies in the whole model, from which sites and modules are named.
         serial: Number of the program; it keeps the names of its constants distinct.
         existing_sites: Names of the sites that the pruned model has already, to which a further program adds none; None
             for the first program of a region.

@@ -47,7 +47,7 @@ def assemble(request: Request, rewritten: RewrittenRegions) -> PrunedModel:
     for each in rewritten.regions:
         region = each.region
         programs = pruned.replace_forward(
-            region.path, _builder(each, config), embeddings=region.embeddings, apart=region.per_image
+            region.path, _builder(each, config), embeddings=region.embeddings, per_image=region.per_image
         )
         programs.add(each.program, each.call)
         for inner in each.inner:

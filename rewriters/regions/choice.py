@@ -1,7 +1,7 @@
 """Regions: which submodules of a model are rewritten where it does not export whole, or where Python stays in charge.
 
-Start at :func:`rewrite_regions`. The whole model is tried first, but for one with a ``generate`` method, which calls its
-submodules as it likes. Otherwise the model is run once, and a walk goes down its module tree to the largest submodules
+Start at :func:`rewrite_regions`. The whole model is tried first, unless it has a ``generate`` method, which may call its
+submodules in any way. Otherwise the model is run once, and a walk goes down its module tree to the largest submodules
 that export as they were called there, and that hold transformer blocks.
 """
 

@@ -48,7 +48,7 @@ def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
     )
     if not rewritten.whole:
         report.regions = tuple(r.region.path for r in rewritten.regions)
-        report.apart = tuple(r.region.path for r in rewritten.regions if r.region.per_image is not None)
+        report.per_image_regions = tuple(r.region.path for r in rewritten.regions if r.region.per_image is not None)
     for region in rewritten.regions:
         add_region(report, region)
     if any(site.keeps_last for site in plan.sites):

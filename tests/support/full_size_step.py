@@ -1,7 +1,7 @@
 """Run a training step of the full-size BLIP-NLVR model at batch 2 on the CPU, and print its peak memory.
 
-``tests/madtp/programs/test_gradient_checkpointing.py`` runs it. By hand: ``python tests/support/full_size_step.py
-[--checkpointing]``.
+``tests/madtp/programs/test_gradient_checkpointing.py`` runs it. By hand:
+``python tests/support/full_size_step.py [--checkpointing]``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from zoo.blip.text import (
     TextLayer,
     init_weights,
     key_mask,
-    one_source,
+    single_source_attention,
 )
 
 KeysValues = tuple[Tensor, Tensor]
@@ -100,7 +100,7 @@ class TextDecoder(nn.Module):
     def __init__(self, config: TextConfig, source_width: int, *, begin_id: int, end_id: int) -> None:
         super().__init__()
         self.begin_id, self.end_id = begin_id, end_id
-        self.bert = TextEncoder(config, one_source(config, source_width))
+        self.bert = TextEncoder(config, single_source_attention(config, source_width))
         self.cls = LanguageHead(config)
         self.cls.apply(init_weights)
         self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight

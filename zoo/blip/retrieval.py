@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from madtp.errors import DataError
 from zoo.blip.checkpoint import MOMENTUM_TABLE, PRUNING_ROWS, RETRIEVAL_TABLES
 from zoo.blip.config import BlipConfig
-from zoo.blip.text import TextEncoder, key_mask, one_source
+from zoo.blip.text import TextEncoder, key_mask, single_source_attention
 from zoo.blip.vision import build_vision_tower
 from zoo.checkpoints.key_table import KeyTable, Row
 
@@ -58,7 +58,7 @@ class BlipRetrieval(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = build_vision_tower(config.vision)
-        self.text_encoder = TextEncoder(config.text, one_source(config.text, config.vision.width))
+        self.text_encoder = TextEncoder(config.text, single_source_attention(config.text, config.vision.width))
         self.vision_proj = nn.Linear(config.vision.width, config.embedding)
         self.text_proj = nn.Linear(config.text.width, config.embedding)
         self.itm_head = nn.Linear(config.text.width, MATCHES)

@@ -180,7 +180,7 @@ class TextEncoder(nn.Module):
 
     Args:
         config: Sizes.
-        make_cross_attention: Makes the sublayer that reads the source; see :func:`one_source`.
+        make_cross_attention: Makes the sublayer that reads the source; see :func:`single_source_attention`.
     """
 
     def __init__(self, config: TextConfig, make_cross_attention: MakeCrossAttention) -> None:
@@ -208,8 +208,8 @@ class TextEncoder(nn.Module):
         return encoded
 
 
-def one_source(config: TextConfig, source_width: int) -> MakeCrossAttention:
-    """Layers that attend to one source [B, S, V], each alike."""
+def single_source_attention(config: TextConfig, source_width: int) -> MakeCrossAttention:
+    """Return a maker of cross-attention to a single source ``[B, S, V]``, the same in each layer."""
     return lambda number: CrossAttention(config, source_width)
 
 

@@ -57,7 +57,7 @@ class StatementTokenizer:
         return ids, mask
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens; an apostrophe between words joins them, as in "man's"."""
+        """Return the text of ids, without special tokens; an apostrophe between words joins them, as in "man's"."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True).replace(" ' ", "'")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo.blip.checkpoint import PRUNING_ROWS, VQA_TABLES
 from zoo.blip.config import BlipConfig
 from zoo.blip.decoder import TextDecoder
-from zoo.blip.text import TextEncoder, key_mask, one_source
+from zoo.blip.text import TextEncoder, key_mask, single_source_attention
 from zoo.blip.vision import build_vision_tower
 from zoo.checkpoints.key_table import KeyTable, Row
 
@@ -43,7 +43,7 @@ class BlipVqa(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = build_vision_tower(config.vision)
-        self.text_encoder = TextEncoder(config.text, one_source(config.text, config.vision.width))
+        self.text_encoder = TextEncoder(config.text, single_source_attention(config.text, config.vision.width))
         self.text_decoder = TextDecoder(config.text, config.text.width, begin_id=config.decode_id, end_id=config.end_id)
 
     def forward(

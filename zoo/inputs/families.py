@@ -20,11 +20,11 @@ from zoo.inputs.patches import (
     blocks,
     frames,
     grid_of_blocks,
-    ids_behind,
+    ids_after_image,
     ids_of_merged,
     large_patches,
     moving_patches,
-    patch_places,
+    patch_positions,
     patches_by_sample,
     pooled_grid,
     pooled_patches,
@@ -67,15 +67,15 @@ def _ranks(draft: InputsDraft) -> Tensor:
     return torch.rand(draft.batch, (height // rows) * (width // columns), generator=draft.generator)
 
 
-def _query_places(draft: InputsDraft) -> Tensor | None:
-    """Ids behind one place for each query token: [B, T]."""
-    return ids_behind(draft, int(draft.config.num_query_tokens))
+def _ids_after_queries(draft: InputsDraft) -> Tensor | None:
+    """Ids after one slot for each query token: ``[B, T]``."""
+    return ids_after_image(draft, int(draft.config.num_query_tokens))
 
 
-def _query_places_of_clips(draft: InputsDraft) -> Tensor | None:
-    """Ids behind one place for each query token of each frame: [B, T]."""
+def _ids_after_clip_queries(draft: InputsDraft) -> Tensor | None:
+    """Ids after one slot for each query token of each frame: ``[B, T]``."""
     token = int(draft.config.video_token_index)
-    return ids_behind(draft, int(draft.config.num_query_tokens) * draft.made["pixel_values"].shape[1], token)
+    return ids_after_image(draft, int(draft.config.num_query_tokens) * draft.made["pixel_values"].shape[1], token)
 
 
 def _ids_to_write(draft: InputsDraft) -> Tensor | None:
@@ -113,7 +113,7 @@ def _kosmos_ids(draft: InputsDraft) -> Tensor | None:
     return None if ids is None else torch.cat([places, ids], dim=1)
 
 
-def _kosmos_places(draft: InputsDraft) -> Tensor:
+def _kosmos_image_mask(draft: InputsDraft) -> Tensor:
     places = torch.zeros_like(draft.made["input_ids"], dtype=torch.bool)
     places[:, : draft.image_tokens] = True
     return places
@@ -151,10 +151,10 @@ def _tile_attention(draft: InputsDraft) -> Tensor | None:
     return torch.ones(draft.batch, length, 1, int(draft.vision.max_num_tiles), dtype=torch.long)
 
 
-def _places_of_patches(draft: InputsDraft) -> Tensor | None:
-    """Ids behind one place for each patch, for models that take patches by another name: [B, T]."""
+def _ids_after_patches(draft: InputsDraft) -> Tensor | None:
+    """Ids after one slot for each patch, for models that take patches by another name: ``[B, T]``."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
-    return ids_behind(draft, (height // rows) * (width // columns))
+    return ids_after_image(draft, (height // rows) * (width // columns))
 
 
 def _every_tile(draft: InputsDraft) -> Tensor:
@@ -178,7 +178,7 @@ def _characters(draft: InputsDraft) -> Tensor:
 
 _COUNTED = {"pixel_values": _one_image, "pixel_mask": None}
 _TILED = {"pixel_values": tiles}
-_QUERIES = {"input_ids": _query_places, "decoder_input_ids": _ids_to_write}
+_QUERIES = {"input_ids": _ids_after_queries, "decoder_input_ids": _ids_to_write}
 _QUESTIONS: Mapping[str, Maker | None] = {
     "qformer_input_ids": lambda draft: draft.words(8),
     "qformer_attention_mask": lambda draft: torch.ones(draft.batch, 8, dtype=torch.long),
@@ -188,7 +188,7 @@ _QFORMER: Mapping[str, Maker | None] = {
     "encoder_hidden_states": lambda draft: draft.normal(16, int(draft.config.encoder_hidden_size)),
     "attention_mask": None,
 }
-_PLACED = {"pixel_values": patches_by_sample, "image_position_ids": patch_places}
+_PLACED = {"pixel_values": patches_by_sample, "image_position_ids": patch_positions}
 _SQUARES = {"pixel_values": square_patches}
 _STRIPS: Mapping[str, Maker | None] = {"pixel_values": strip, "target_sizes": shapes}
 
@@ -208,7 +208,7 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
     "colmodernvbert": _COUNTED,
     "colqwen2": {"pixel_values": patches_by_sample, "input_ids": ids_of_merged},
     "depth_pro": {"pixel_values": _overview},
-    "fuyu": {"image_patches": _flat_patches, "pixel_values": None, "input_ids": _places_of_patches},
+    "fuyu": {"image_patches": _flat_patches, "pixel_values": None, "input_ids": _ids_after_patches},
     "gemma4": _PLACED,
     "gemma4_unified": {**_PLACED, "pixel_values": large_patches},
     "granite4_vision": _TILED,
@@ -223,9 +223,9 @@ TRANSFORMERS: dict[str, Mapping[str, Maker | None]] = {
         **_QFORMER,
         "attention_mask": lambda draft: torch.ones(draft.batch, draft.made["input_ids"].shape[1] + 4, dtype=torch.long),
     },
-    "instructblipvideo": {**_QUERIES, **_QUESTIONS, "pixel_values": frames, "input_ids": _query_places_of_clips},
+    "instructblipvideo": {**_QUERIES, **_QUESTIONS, "pixel_values": frames, "input_ids": _ids_after_clip_queries},
     "kimi_k25": _SQUARES,
-    "kosmos2": {"input_ids": _kosmos_ids, "image_embeds_position_mask": _kosmos_places},
+    "kosmos2": {"input_ids": _kosmos_ids, "image_embeds_position_mask": _kosmos_image_mask},
     "llava": {"image_sizes": lambda draft: sizes(draft) if draft.vision.model_type == "pixtral" else None},
     "llava_next": _TILED,
     "llava_next_video": _TILED,

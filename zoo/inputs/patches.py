@@ -74,7 +74,7 @@ def patches_by_sample(draft: InputsDraft) -> Tensor:
     return draft.normal(draft.patches, draft.channels * depth * height * width)
 
 
-def patch_places(draft: InputsDraft) -> Tensor:
+def patch_positions(draft: InputsDraft) -> Tensor:
     """Column and row of each patch: [B, N, 2]."""
     rows, columns = draft.grid
     places = torch.stack([torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)], dim=-1)
@@ -82,17 +82,17 @@ def patch_places(draft: InputsDraft) -> Tensor:
 
 
 def ids_of_merged(draft: InputsDraft) -> Tensor | None:
-    """Ids behind a place for each merged block of patches: [B, T]."""
+    """Ids after a slot for each merged block of patches: ``[B, T]``."""
     merge = int(first(draft.vision, "spatial_merge_size", default=1))
-    return ids_behind(draft, draft.patches // merge**2)
+    return ids_after_image(draft, draft.patches // merge**2)
 
 
-def ids_behind(draft: InputsDraft, places: int, token: int | None = None) -> Tensor | None:
-    """Ids behind that many places for one sample's images, which the id ``token`` stands for: [B, T]."""
-    draft.image_tokens = places
+def ids_after_image(draft: InputsDraft, slots: int, token: int | None = None) -> Tensor | None:
+    """Ids after ``slots`` image slots, which hold the id ``token``: ``[B, T]``."""
+    draft.image_tokens = slots
     ids = input_ids(draft)
     token = (draft.image_token or 0) if token is None else token
-    return None if ids is None else torch.cat([torch.full((draft.batch, places), token), ids], dim=1)
+    return None if ids is None else torch.cat([torch.full((draft.batch, slots), token), ids], dim=1)
 
 
 def pooled_patches(draft: InputsDraft) -> Tensor:

@@ -108,7 +108,7 @@ class PatchHeads(nn.Module):
 
 
 class ContentHeads(nn.Module):
-    """A linear head that reads off a feature which kinds of things (size, colour, shape) there are, and of which two."""
+    """A linear head that predicts which kinds of things (size, colour, shape) there are, and which occur twice."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """SampleFeatures with the features that the copy gives them.
+    """Samples with the features that the momentum copy gives them.
 
     Attributes:
         image: Features of images, ``[B, E]``.

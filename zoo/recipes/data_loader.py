@@ -44,17 +44,17 @@ class Loader:
         self._pool: ProcessPoolExecutor | None = None
 
     def open(self, step: int, rows: range) -> list[tuple[Sample[Any], float]]:
-        """Return the samples at these places of a step's batch, each with a draw that is uniform in [0, 1)."""
-        places = self.places(step)[rows.start : rows.stop]
+        """Return the samples of these rows of a step's batch, each with a draw that is uniform in [0, 1)."""
+        indices = self.indices(step)[rows.start : rows.stop]
         seeds = [(self.seed * 1_000_003 + step) * self.samples_per_step + row for row in rows]
         if not self.workers:
-            samples: Sequence[Sample[Any]] = [self.data[place] for place in places]
+            samples: Sequence[Sample[Any]] = [self.data[index] for index in indices]
         else:
-            samples = list(self._processes().map(_open, places, seeds))
+            samples = list(self._processes().map(_open, indices, seeds))
         return [(sample, _draw(seed)) for sample, seed in zip(samples, seeds, strict=True)]
 
-    def places(self, step: int) -> list[int]:
-        """Return the places of a step's samples in the data set."""
+    def indices(self, step: int) -> list[int]:
+        """Return the indices of a step's samples in the data set."""
         epoch, place = divmod(step, len(self.data) // self.samples_per_step)
         first = place * self.samples_per_step
         return _order(len(self.data), self.seed, epoch)[first : first + self.samples_per_step]

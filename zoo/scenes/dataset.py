@@ -95,7 +95,7 @@ class SceneDataset(Dataset[Item]):
     Args:
         split: "train", "val" or "test"; no two splits share an item.
         size: Number of items.
-        seed: Edition of the data set; there is no end of them.
+        seed: Edition of the data set; any integer gives one.
         image_size: Side of the pictures in pixels. Pictures are drawn at 96 pixels and resampled to other sizes.
 
     Raises:

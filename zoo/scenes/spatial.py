@@ -17,17 +17,17 @@ Places = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Whether some object that ``one`` names stands in the relation to some object that ``other`` names.
+    """Whether some object that ``first`` names stands in the relation to some object that ``second`` names.
 
     Attributes:
-        one: The phrase that comes first.
-        other: The phrase that comes second.
+        first: The phrase that comes first.
+        second: The phrase that comes second.
         holds: Whether the relation holds.
         places: Centres x, y of the two objects that decide it, in the same order, as fractions of the picture.
     """
 
-    one: Phrase
-    other: Phrase
+    first: Phrase
+    second: Phrase
     holds: bool
     places: Places
 

@@ -194,9 +194,11 @@ def _spatial(census: Census, draws: Draws) -> Fillings:
     sharing = draws.weighted(("nothing", "colour", "shape"), (3, 1, 1))
     fillings = Fillings([], [])
     for relation in relations(census.pair.pictures[side], number, sharing):
-        one, other = relation.one.words(), relation.other.words()
+        one, other = relation.first.words(), relation.second.words()
         text = f"a {one} is {RELATIONS[number]} a {other} in the {SIDES[side]} image"
-        (fillings.true if relation.holds else fillings.false).append(Filling(text, relation.one, 1.0, relation.places))
+        (fillings.true if relation.holds else fillings.false).append(
+            Filling(text, relation.first, 1.0, relation.places)
+        )
     return fillings
 
 

@@ -51,5 +51,5 @@ def test_counts_follow_from_the_sites(count: TokenCount, tokens: list[int]) -> N
 def test_a_range_takes_the_survivors_that_stand_in_it() -> None:
     index = torch.tensor([[0, 1, 5], [0, 8, 9]])
     valid: Tensor = torch.tensor([[True, True, True], [True, True, False]])
-    state = TokenState(index, valid, torch.zeros_like(valid), None, 10, 3, 2)
+    state = TokenState(full_length=10, length=3, batch=2, index=index, valid=valid, merged=torch.zeros_like(valid))
     assert counts({"a": state}).of(RangeCount(SiteCount("a"), 1, 9)).tolist() == [2, 1]

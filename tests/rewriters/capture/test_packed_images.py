@@ -51,7 +51,7 @@ def made(request: pytest.FixtureRequest) -> Made:
 def test_the_tower_is_a_region_with_all_its_sites(made: Made) -> None:
     report = made[2].report
     assert report.regions == ("vision", "text")
-    assert report.apart == ("vision",)
+    assert report.per_image_regions == report.apart == ("vision",)  # the second is the older name
     assert "images apart" in str(report)
     assert [s.name for s in report.sites if s.modality == "image"] == [f"vision.blocks.{i}" for i in range(2)]
     assert not report.refusals
@@ -140,7 +140,7 @@ def test_images_that_mingle_in_other_sizes_only_are_found_when_these_come() -> N
             return super().forward(rows - rows.mean(0) if bool((sizes == 8).any()) else rows, sizes)
 
     model, _, pruned = _made(Late(), rows)
-    assert pruned.report.apart == ("vision",)
+    assert pruned.report.per_image_regions == ("vision",)
     inputs = rows(((8, 2), (4, 4)))
     assert gap(model(**inputs)["states"], pruned(**inputs)["states"]) < 1e-5
     assert any("do not come apart" in note for note in pruned.report.notes)
@@ -168,7 +168,7 @@ Alone = tuple[nn.Module, Callable[..., Tensors], madtp.PrunedModel]
 
 def test_a_tower_can_be_the_whole_model(tower: Alone) -> None:
     report = tower[2].report
-    assert report.apart == ("",)
+    assert report.per_image_regions == ("",)
     assert [s.name for s in report.sites] == ["blocks.0", "blocks.1"]
     assert not report.refusals
     assert f"images apart: {report.model}" in str(report)

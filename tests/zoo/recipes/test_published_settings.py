@@ -123,8 +123,8 @@ def test_samples_follow_from_seed_and_step_also_in_other_processes(tmp_path: Pat
     assert first[1][0].record == second[0][0].record
     assert torch.equal(first[1][0].images, second[0][0].images)
     assert first[1][1] == second[0][1]
-    assert sorted(one.places(0) + one.places(1)) == [0, 1, 2, 3]
-    assert one.places(0) + one.places(1) != one.places(2) + one.places(3)
+    assert sorted(one.indices(0) + one.indices(1)) == [0, 1, 2, 3]
+    assert one.indices(0) + one.indices(1) != one.indices(2) + one.indices(3)
 
 
 def test_batches_of_questions_hold_all_answers_with_their_shares(tmp_path: Path) -> None:
