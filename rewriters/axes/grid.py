@@ -67,11 +67,11 @@ WHOLE_MAPS = frozenset("conv1d conv2d avg_pool1d avg_pool2d max_pool2d adaptive_
 
 
 def track(node: fx.Node, known: Mapping[fx.Node, Tracking]) -> Tracking | None:
-    """Where the tokens of a stream stand in ``node``.
+    """Find where the tokens of a stream are in ``node``.
 
     Args:
         node: The operation.
-        known: Where they stand in earlier nodes.
+        known: Where they are in earlier nodes.
 
     Returns:
         None if the operation reads no tokens of the stream.

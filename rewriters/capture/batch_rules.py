@@ -1,6 +1,6 @@
 """How each operation on one image is written for several images; start at :func:`rule_of`.
 
-Sizes and dimensions in the arguments are those of one image. ``lead`` is 1 where the batch stands in the place of the
+Sizes and dimensions in the arguments are those of one image. ``lead`` is 1 where the batch takes the place of the
 first dimension, so dimension d of one image is dimension d + 1 - lead of several.
 """
 
@@ -17,7 +17,7 @@ from rewriters.capture.batching import Batching, Rule, Shape, aten, operand_list
 from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
 from rewriters.graph.op_sets import NATIVE_NORMS, RESHAPES, SPLITS
 
-# Work on the last dimensions of their first operand, whatever stands in front.
+# Work on the last dimensions of their first operand, whatever the others are.
 LAST = frozenset("linear embedding".split())
 POINTWISE = frozenset(
     "to _to_copy clone contiguous detach alias dropout type_as zeros_like ones_like full_like masked_fill where "

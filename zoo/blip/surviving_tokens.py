@@ -30,7 +30,7 @@ def surviving_mask(model: object, tower: str) -> Tensor | None:
 
 
 def aside(model: object) -> AbstractContextManager[None]:
-    """Return a context in which calls of a model do not change what :func:`surviving_mask` tells of the call before."""
+    """Return a context in which calls of a model do not change the :func:`surviving_mask` of the call before."""
     return model.aside() if isinstance(model, PrunedModel) else nullcontext()
 
 
