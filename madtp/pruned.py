@@ -158,18 +158,18 @@ class PrunedModel(nn.Module):
         embeddings: str = "",
         per_image: PerImageArguments | None = None,
     ) -> ProgramCache:
-        """Run a module of the host by programs from now on. :func:`madtp.rewrite` calls this.
+        """Let programs run in place of a module of the host. :func:`madtp.rewrite` calls this.
 
         Args:
             path: the path of the module; empty for the whole host.
             build_program: builds a program for one more kind of call.
-            inner: the module lies inside another one that programs stand for.
-            embeddings: place in its call of the text embeddings, if programs have to be told at which positions these hold
+            inner: the module lies inside another one that programs replace.
+            embeddings: path in its call of the text embeddings, if programs need to know at which positions these hold
                 image features.
             per_image: which arguments hold the images, if calls are split into images. None if they are not.
 
         Returns:
-            The programs of the module, of which there are none yet.
+            The program cache of the module, still empty.
         """
         programs = ProgramCache(path, self._host, build_program, inner=inner, per_image=per_image)
         if not path and per_image is None:

@@ -195,7 +195,7 @@ def choose_plan(request: Request, structure: Structure, captured: Capture) -> Pl
 
 
 def _with_constants(model: nn.Module, captured: Capture) -> nn.Module:
-    """The model with the constants of the capture beside its parameters, for evaluating parts of the graph."""
+    """The model with the constants of the capture next to its parameters, for evaluating parts of the graph."""
     root = share(model)
     root.__dict__.update(captured.constants)
     return root

@@ -76,7 +76,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True)
 class FlattenedObjects:
-    """Where objects stood in nested containers before they were replaced by lists of their tensors.
+    """Where nested containers held objects before these were replaced by lists of their tensors.
 
     Attributes:
         spec: structure of the containers, with objects as leaves.
@@ -220,7 +220,7 @@ def flatten_objects(values: object, sizes: Collection[str] | None = ()) -> tuple
         sizes: as in :func:`flatten_object`.
 
     Raises:
-        CannotFlatten: from :func:`flatten_object`, or because one object stands in two places.
+        CannotFlatten: from :func:`flatten_object`, or because one object occurs twice.
     """
     leaves, spec = _leaves(values)
     specs: list[tuple[int, ObjectSpec]] = []
@@ -350,7 +350,7 @@ def on_tensors(module: nn.Module, objects: FlattenedObjects | None, sizes: Colle
 
     Args:
         module: is left as it is.
-        objects: where objects stand in the call; None if there are none.
+        objects: where the call holds objects; None if there are none.
         sizes: paths of numbers in objects that are sizes, where the module is not traced.
     """
     copy = share(module)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from madtp.pictures.page import Measurement, format_macs, format_reduction, format_tokens
+from madtp.pictures.page import Measurement, measurement_cells
 
 
 def measurement_table(measurements: Sequence[Measurement], note: str) -> Table:
@@ -20,13 +20,5 @@ def measurement_table(measurements: Sequence[Measurement], note: str) -> Table:
     table.add_column("text tokens\nafter each layer")
     table.add_column("ms per sample", justify="right")
     for m in measurements:
-        table.add_row(
-            m.model,
-            f"{100 * m.accuracy:.1f}%",
-            format_macs(m.macs),
-            format_reduction(m.reduction),
-            format_tokens(m.image_tokens),
-            format_tokens(m.text_tokens),
-            f"{m.milliseconds:.2f}",
-        )
+        table.add_row(m.model, *measurement_cells(m))
     return table

@@ -133,7 +133,7 @@ def random_scores(scores: Tensor, seed: int) -> Tensor:
 def survivor_order(
     survivors: Tensor, scores: Tensor, candidates: Tensor, rule: Literal["position", "topk"] = "position"
 ) -> Tensor:
-    """Return the order in which survivors stand in the pruned stream; the merged token follows them.
+    """Return the order of survivors in the pruned stream; the merged token follows them.
 
     Args:
         survivors: ``[B, N]`` bool, protected tokens included.
@@ -164,7 +164,7 @@ def sorted_positions(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
     """Return where the authors' code reads the attention mask after pruning (``mask_order="sorted"``).
 
     It reads the mask at the protected tokens, then at the ``count`` best candidates and the next one by falling importance,
-    whatever order the tokens stand in. The last position stands for the merged token.
+    whatever the order of the tokens. The last position stands for the merged token.
 
     Args:
         scores: S ``[B, N]``.

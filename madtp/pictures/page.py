@@ -89,8 +89,9 @@ def format_reduction(reduction: float) -> str:
     return f"−{100 * reduction:.1f}%" if reduction else "–"
 
 
-def _table_row(m: Measurement) -> str:
-    cells = (
+def measurement_cells(m: Measurement) -> tuple[str, ...]:
+    """Format the numbers of a measurement, from the accuracy to the time."""
+    return (
         f"{100 * m.accuracy:.1f}%",
         format_macs(m.macs),
         format_reduction(m.reduction),
@@ -98,6 +99,10 @@ def _table_row(m: Measurement) -> str:
         format_tokens(m.text_tokens),
         f"{m.milliseconds:.2f}",
     )
+
+
+def _table_row(m: Measurement) -> str:
+    cells = measurement_cells(m)
     return f"<tr><th scope='row'>{html.escape(m.model)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 

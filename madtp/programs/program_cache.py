@@ -66,14 +66,14 @@ class _Entry:
 
 
 class ProgramCache:
-    """The programs that stand for calls of one module.
+    """The programs that serve calls of one module.
 
     Attributes:
         path: the path of the module in ``host``; empty for the host itself.
         module: the module whose calls are served.
         host: the module tree that programs run on.
         build_program: builds a program for a further call.
-        inner: the module lies inside another one that programs stand for, so that nothing was rewritten and checked for it
+        inner: the module lies inside another one that programs replace, so that nothing was rewritten and checked for it
             in advance.
         per_image: which arguments hold the images, if calls are split into images, a batch of which a program takes. None if
             they are not.

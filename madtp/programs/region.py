@@ -33,8 +33,8 @@ class PrunedRegion(ReplacedForward):
         programs: the programs of the region.
         control: the control of the pruned model.
         notes: take remarks on calls that run unpruned.
-        embeddings: place in a call, as pytree names it, of the text embeddings ``[B, N, C]``; programs have to be told at
-            which positions these hold image features. Empty if they need not be told.
+        embeddings: path in a call, as pytree names it, of the text embeddings ``[B, N, C]``; programs need to know at
+            which positions these hold image features. Empty if they do not.
         failed: signatures of the calls that could not be rewritten.
         failure: why the last of them could not be rewritten.
         prunes_caches: whether programs may prune what a key/value cache keeps.

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class ReplacedForward:
-    """Takes the place of ``module.forward``, and looks like it to whoever inspects its signature.
+    """Takes the place of ``module.forward``, and has its signature.
 
     Attributes:
         module: the module whose forward is replaced.
@@ -24,7 +24,7 @@ class ReplacedForward:
 
 @contextmanager
 def original_forwards(root: nn.Module) -> Iterator[None]:
-    """Inside the block the modules of a tree have the forwards that were replaced."""
+    """Restore the replaced forwards of a tree's modules inside the block."""
     changed = [module for module in root.modules() if isinstance(module.__dict__.get("forward"), ReplacedForward)]
     replacements = [module.__dict__.pop("forward") for module in changed]
     try:

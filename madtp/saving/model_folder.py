@@ -96,7 +96,7 @@ def describe_base(path: Path) -> dict[str, str]:
 
 
 def shorten(items: list[str]) -> str:
-    """The first few of a list, for a message."""
+    """Return the first few of a list, for a message."""
     return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")
 
 

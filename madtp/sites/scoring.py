@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Scores = Literal["attention", "windows", "none"]
-"""What a block's attention tells of its tokens: of all of them, of those in windows of a grid, or nothing."""
+"""Which tokens a block's attention scores: all of them, those within windows of a grid, or none."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class BlockAttention(NamedTuple):
 def grid_attention(
     tokens: Tensor, received: Tensor | None, state: TokenState | None, dims: tuple[int, int]
 ) -> BlockAttention:
-    """Return what attention on the grid of all tokens tells of the survivors.
+    """Return the statistics of the survivors from attention on the grid of all tokens.
 
     Args:
         tokens: ``[B, N, C]``.
@@ -117,7 +117,7 @@ class TokenRoles:
     Attributes:
         valid: ``[B, N]`` bool, False on padding; None if no token is padding.
         counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding.
-        class_slot: ``[B]`` slot of the class token, or of the token that stands in for it; None if there is none.
+        class_slot: ``[B]`` slot of the class token, or of the token that replaces it; None if there is none.
     """
 
     valid: Tensor | None

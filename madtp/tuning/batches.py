@@ -13,7 +13,7 @@ from madtp.pruned import PrunedModel
 
 
 def as_call(pruned: PrunedModel, batch: Inputs) -> Call:
-    """One batch as a call of the model.
+    """Return one batch as a call of the model.
 
     Raises:
         ExampleInputsError: it does not fit the model.
@@ -24,7 +24,7 @@ def as_call(pruned: PrunedModel, batch: Inputs) -> Call:
 
 
 def calls_of(pruned: PrunedModel, batches: Iterable[Inputs]) -> list[Call]:
-    """Batches as calls of the model.
+    """Return batches as calls of the model.
 
     Raises:
         ExampleInputsError: there are none, or they do not fit the model.

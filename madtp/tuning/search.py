@@ -32,7 +32,7 @@ RESOLUTION = 1e-6
 
 @dataclass(frozen=True)
 class Measurement:
-    """One evaluation.
+    """One evaluation of a setting.
 
     Attributes:
         value: the value of the knob.

@@ -56,10 +56,10 @@ from rewriters.graph.nodes import (
     permutation,
     tensor_operands,
 )
-from rewriters.graph.op_sets import CONCATENATIONS, PARTS, PERMUTATIONS, VIEWS
+from rewriters.graph.op_sets import CONCATENATIONS, NORMS, PADS, PARTS, PERMUTATIONS, VECTOR_NORMS, VIEWS
 
 # These move or write tokens without mixing them.
-SCATTERS = frozenset("masked_scatter index_put index_put_ roll pad constant_pad_nd".split())
+SCATTERS = PADS | frozenset("masked_scatter index_put index_put_ roll".split())
 # These mix the tokens of a sample, but not samples.
 MIXING = (EVERY_POSITION | {"conv1d", "conv2d"}) - SCATTERS
 # The results of these are maps ``[B, C, ...]`` again.
@@ -67,11 +67,11 @@ WHOLE_MAPS = frozenset("conv1d conv2d avg_pool1d avg_pool2d max_pool2d adaptive_
 
 
 def track(node: fx.Node, known: Mapping[fx.Node, Tracking]) -> Tracking | None:
-    """Where the tokens of a stream stand in ``node``.
+    """Find where the tokens of a stream are in ``node``.
 
     Args:
         node: The operation.
-        known: Where they stand in earlier nodes.
+        known: Where they are in earlier nodes.
 
     Returns:
         None if the operation reads no tokens of the stream.
@@ -134,12 +134,12 @@ def _single(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Trac
         if not is_plain(labels[dim_argument(node, 1, len(labels), default=-1)]):
             raise AxisError(f"{name} over tokens")
         return own
-    if name in ("linear", "layer_norm", "rms_norm") or (name == "matmul" and len(node.args) == 2):
-        count = len(items(node, 1)) if name in ("layer_norm", "rms_norm") else 1
+    if name in NORMS | {"linear"} or (name == "matmul" and len(node.args) == 2):
+        count = len(items(node, 1)) if name in NORMS else 1
         return _channels(node, own, labels, count)
     if RULES.get(name) is reduce:
         return _reduced(node, name, own, labels)
-    if name in ("select", "slice", "roll", "flip", "pad", "constant_pad_nd"):
+    if name in PADS | {"select", "slice", "roll", "flip"}:
         return _moved(node, name, own, labels)
     raise AxisError(f"it is not known where {name} takes tokens")
 
@@ -192,7 +192,7 @@ def _channels(node: fx.Node, own: TrackedValue, labels: Labels, count: int) -> T
 
 def _reduced(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> TrackedValue:
     """Reduces some dimensions; over tokens the result is a mixture."""
-    gone = dims_argument(node, 2 if name in ("linalg_vector_norm", "norm") else 1, len(labels))
+    gone = dims_argument(node, 2 if name in VECTOR_NORMS else 1, len(labels))
     if not gone:
         return MIXED
     keep = len(example_shape(node)) == len(labels)
@@ -223,14 +223,14 @@ def _moved(node: fx.Node, name: str, own: TrackedValue, labels: Labels) -> Track
         result = Labels((Factor(TOKENS, n),) if d in along else labels[d] for d, n in enumerate(shape))
     if own.moves is None:
         return TrackedValue(result, None)
-    arguments = node.args[1:2] if name in ("pad", "constant_pad_nd") else node.args[1:]
+    arguments = node.args[1:2] if name in PADS else node.args[1:]
     if not isinstance(node.target, OpOverload):
         raise TypeError(f"{node.target} is not an operation of torch")
     return TrackedValue(result, Taken(own.moves, axis_sizes(result), node.target, _hashable(arguments)))
 
 
 def _moved_dims(node: fx.Node, name: str, rank: int) -> list[int]:
-    if name in ("pad", "constant_pad_nd"):
+    if name in PADS:
         pads = items(node, 1)
         if name == "pad" and call_argument(node, 2, "mode", "constant") != "constant":
             raise AxisError("a pad that repeats tokens")

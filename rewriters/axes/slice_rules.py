@@ -42,12 +42,13 @@ from rewriters.axes.readouts import (
 from rewriters.axes.sources import BatchPart, Rest, TokenRange
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError, call_argument, example_shape, example_size, int_argument, op_name, operand
+from rewriters.graph.op_sets import VECTOR_NORMS
 
 
 def reduce(node: fx.Node, labels: LabelMap) -> Outcome:
     """A reduction; over a token axis it is a pooling readout."""
     own = labels.of(node.args[0])
-    position = 2 if op_name(node) in ("linalg_vector_norm", "norm") else 1
+    position = 2 if op_name(node) in VECTOR_NORMS else 1
     dims = dims_argument(node, position, len(own))
     if not dims:
         raise AxisError("a reduction over all dimensions")

@@ -1,4 +1,4 @@
-"""Token moves: where the tokens of a stream stand in a value, while all of them are there.
+"""Token moves: where the tokens of a stream are in a value, before any is pruned.
 
 Start at :class:`TrackedValue`. It says along what each dimension of a value runs, and by which :data:`TokenMoves` a number
 for each token, ``[B, N]``, gets to the places of the tokens in it. ``grid.py`` follows values through operations.
@@ -24,7 +24,7 @@ TOKENS = Axis("tokens", "grid")
 
 @dataclass(frozen=True)
 class GridTokens:
-    """The tokens of a residual value: their source and where the batch and the tokens stand in it."""
+    """The tokens of a residual value: their source, and the dimensions of batch and tokens."""
 
     source: Source
     batch_dim: int

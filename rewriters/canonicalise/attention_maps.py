@@ -34,7 +34,7 @@ from rewriters.graph.nodes import (
     operand,
     tensor_operands,
 )
-from rewriters.graph.op_sets import PRODUCTS, SOFTMAXES
+from rewriters.graph.op_sets import FILLS, PRODUCTS, SOFTMAXES
 from rewriters.graph.walk import ancestors, walk
 
 aten = torch.ops.aten
@@ -92,7 +92,7 @@ def masks_of_map(product: fx.Node) -> list[MapMask]:
 
     def onward(node: fx.Node) -> Iterator[fx.Node]:
         name, operands = op_name(node), tensor_operands(node)
-        number = constant_number(node.args[2]) if name in ("masked_fill", "where") else None
+        number = constant_number(node.args[2]) if name in FILLS else None
         if number is not None:
             fills = name == "masked_fill"
             if number <= HIDDEN:

@@ -16,7 +16,7 @@ from rewriters.canonicalise.attention_masks import Mask
 from rewriters.graph.match import NoMatch, described, farthest, operation
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import example_shape, is_tensor, op_name, tensor_operands
-from rewriters.graph.op_sets import ATTENTION, KEEPS_VALUES, PRODUCTS, RESHAPES, SAME_VALUES
+from rewriters.graph.op_sets import ATTENTION, FILLS, KEEPS_VALUES, PRODUCTS, RESHAPES, SAME_VALUES
 from rewriters.graph.walk import operand_chain, walk
 
 # What the operation before the softmax may be; anything else is a miss that says so.
@@ -73,7 +73,7 @@ def read_scores(value: Argument, user: fx.Node, steps: Steps) -> Scores:
         return _sum(node, (*steps, "mask"))
     if name == "sub" and not node.kwargs:
         return _difference(node, (*steps, "mask"))
-    if name in ("masked_fill", "where"):
+    if name in FILLS:
         return _filled(node, (*steps, "mask"))
     passed = operation(node)
     if any(is_tensor(n) and has_scores(n) for n in passed.all_input_nodes):

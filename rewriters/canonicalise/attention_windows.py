@@ -25,7 +25,7 @@ _PASSED = _IN_PLACE | PERMUTATIONS | PARTS | {"select", "getitem"}
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """How windows and heads stand in operands of rank 5.
+    """The dimensions of windows and heads in operands of rank 5.
 
     Attributes:
         heads_dim: the dimension of heads, 1 or 2; windows have the other one.
@@ -48,7 +48,7 @@ class WindowLayout:
 
 
 def window_layout(operands: list[fx.Node]) -> WindowLayout:
-    """How windows and heads stand in queries, keys and values of rank 5.
+    """Find the dimensions of windows and heads in queries, keys and values of rank 5.
 
     Raises:
         AxisError: the graph does not tell, or the operands do not agree.
@@ -65,7 +65,7 @@ def window_layout(operands: list[fx.Node]) -> WindowLayout:
 
 def _heads_dim(value: fx.Node) -> int | None:
     """The dimension of heads, 1 or 2, of queries, keys or values of rank 5; None where nothing tells it."""
-    # Where the dimensions of ``value`` stand in the node that the walk has come to.
+    # Dimensions of the node that the walk has reached, by dimension of ``value``.
     places = list(range(5))
     for node in operand_chain(value, lambda n: n.op == "call_function" and op_name(n) in _PASSED):
         name = op_name(node)

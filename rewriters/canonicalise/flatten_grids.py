@@ -76,7 +76,7 @@ def flatten_grids(graph: fx.Graph) -> None:
 
 
 def _seeds(node: fx.Node) -> tuple[fx.Node, ...]:
-    """A residual value that may stand on a grid, and what was added to it; none if ``node`` leads to no such value."""
+    """A residual value that may lie on a grid, and what was added to it; none if ``node`` leads to no such value."""
     if is_attention(node):
         residual = residual_of(node)
         return (residual.before, residual.after) if len(example_shape(residual.before)) == 4 else ()
@@ -113,10 +113,10 @@ class _Grid:
     """Values on one grid, each place of which is computed by itself.
 
     Attributes:
-        nodes: the values, and how they stand on the grid.
+        nodes: the values and their orders of dimensions.
         entry: a value of the grid that they are computed from.
         entry_order: how it stands there.
-        flat: what stands for a value now, with both dimensions of the grid as one.
+        flat: the replacement of a value, with both dimensions of the grid flattened.
     """
 
     nodes: dict[fx.Node, Order]
@@ -125,7 +125,7 @@ class _Grid:
     flat: dict[tuple[fx.Node, Order], fx.Node] = field(default_factory=dict)
 
     def of(self, node: fx.Node) -> fx.Node:
-        """What stands for a value now."""
+        """The flat value that replaces ``node``."""
         return self.flat[node, self.nodes[node]]
 
 

@@ -23,8 +23,10 @@ from rewriters.graph.nodes import (
 )
 from rewriters.graph.op_sets import NORMS, SIZED_VIEWS
 
-# They mix channels that stand last.
+# They mix channels that come last.
 LAST_DIMENSION = NORMS | {"linear"}
+# They need channels in dimension 1.
+CHANNELS_FIRST = frozenset("conv2d batch_norm".split())
 # Views that can make a grid of flat tokens.
 GRID_VIEWS = SIZED_VIEWS | {"unflatten"}
 
@@ -109,7 +111,7 @@ def _tells_channels(found: dict[fx.Node, Order]) -> bool:
     for node, order in found.items():
         if order is LAST and op_name(node) in LAST_DIMENSION:
             return True
-        if order is FIRST and (op_name(node) in ("conv2d", "batch_norm") or any(_reads_maps(u) for u in node.users)):
+        if order is FIRST and (op_name(node) in CHANNELS_FIRST or any(_reads_maps(u) for u in node.users)):
             return True
     return False
 
@@ -118,7 +120,7 @@ def _reads_maps(user: fx.Node) -> bool:
     """Whether ``user`` takes maps ``[B, C, H, W]``: it convolves them, or flattens them into tokens."""
     if op_name(user) == "flatten":
         return normal_dim(int_argument(user, 1, "start_dim", 0), 4) == 2
-    return op_name(user) in ("conv2d", "batch_norm")
+    return op_name(user) in CHANNELS_FIRST
 
 
 def stands_on(node: fx.Node, size: tuple[int, ...], order: Order) -> bool:
@@ -134,7 +136,7 @@ def _is_pointwise(node: fx.Node, size: tuple[int, ...], order: Order) -> bool:
     name, first = op_name(node), node.args[0] if node.args else None
     if name == "permute":
         return permutation(node, 4) == order.permutation
-    if name in LAST_DIMENSION or name in ("conv2d", "batch_norm"):
+    if name in LAST_DIMENSION or name in CHANNELS_FIRST:
         return is_tensor(first) and _mixes_channels_alone(node, order) and stands_on(first, size, order)
     if RULES.get(name) not in (elementwise, like_first):
         return False

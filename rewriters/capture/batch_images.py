@@ -42,7 +42,7 @@ def batched(graph: fx.Graph, images: Collection[fx.Node], examples: Sequence[Ten
             work.env[node] = new = work.graph.node_copy(node, lambda n: work.env[n])
             new.meta = dict(node.meta)
         elif node.users or has_effect(node):
-            work.env[node] = new = rule_of(work, node)(work, node)
+            work.env[node] = new = rule_of(node)(work, node)
             work.batched.add(node)
             _check(work, node, new)
     return work.graph

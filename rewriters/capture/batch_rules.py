@@ -1,6 +1,6 @@
 """How each operation on one image is written for several images; start at :func:`rule_of`.
 
-Sizes and dimensions in the arguments are those of one image. ``lead`` is 1 where the batch stands in the place of the
+Sizes and dimensions in the arguments are those of one image. ``lead`` is 1 where the batch takes the place of the
 first dimension, so dimension d of one image is dimension d + 1 - lead of several.
 """
 
@@ -17,13 +17,13 @@ from rewriters.capture.batching import Batching, Rule, Shape, aten, operand_list
 from rewriters.graph.nodes import AxisError, call_argument, op_name, operand
 from rewriters.graph.op_sets import NATIVE_NORMS, RESHAPES, SPLITS
 
-# Work on the last dimensions of their first operand, whatever stands in front.
+# Work on the last dimensions of their first operand, whatever the others are.
 LAST = frozenset("linear embedding".split())
 POINTWISE = frozenset(
     "to _to_copy clone contiguous detach alias dropout type_as zeros_like ones_like full_like masked_fill where "
     "lift_fresh_copy alpha_dropout rand_like".split()
 )
-CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+SPATIAL_DIMS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 # Take dimensions: position and name of the argument, and its default (None: there has to be one).
 DIMS: dict[str, tuple[int, str, Any]] = {
     "softmax": (1, "dim", None),
@@ -52,7 +52,7 @@ DIMS: dict[str, tuple[int, str, Any]] = {
 REDUCTIONS = frozenset("sum mean amax amin".split())
 
 
-def rule_of(work: Batching, node: fx.Node) -> Rule:
+def rule_of(node: fx.Node) -> Rule:
     """The rule for an operation.
 
     Raises:
@@ -206,7 +206,7 @@ def _convolution(work: Batching, node: fx.Node) -> fx.Node:
     source = operand(node)
     _only(work, node, source)
     shape, after = work.shape(source), work.shape(node)
-    if len(shape.sizes) == CONVOLUTIONS[op_name(node)] + 1:
+    if len(shape.sizes) == SPATIAL_DIMS[op_name(node)] + 1:
         return _on(work, node, work.in_front(source), after.sizes, after)
     if shape.lead:
         return work.emit(node.target, *work.mapped(node.args), **work.mapped(node.kwargs))
@@ -309,7 +309,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(LAST, _last),
     **dict.fromkeys(NATIVE_NORMS, _norm),
     **dict.fromkeys(RESHAPES, _view),
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(SPATIAL_DIMS, _convolution),
     **dict.fromkeys(("permute", "t", "numpy_T", "movedim"), shapes.permute),
     **dict.fromkeys(("transpose", "swapaxes"), shapes.transpose),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),

@@ -212,7 +212,7 @@ def _inputs(program: torch.export.ExportedProgram) -> dict[int, Any]:
 
 
 def _own_constants(graph: fx.Graph, module: fx.GraphModule, named: Collection[str]) -> dict[str, Tensor]:
-    """What the graph holds beside parameters and buffers, under plain names that no module has to have."""
+    """What the graph holds besides parameters and buffers, under plain names that need not exist in a module."""
     constants: dict[str, Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in named:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from rewriters.graph.node_record import RowwiseModule, record, rowwise_module, set_record
 
-# The submodules that the operation stands for while a model is traced, by path.
+# The submodules that the operation represents while a model is traced, by path.
 _traced: dict[str, RowwiseModule] = {}
 
 
@@ -75,7 +75,7 @@ def _operation(form: RowwiseModule, forward: Callable[..., Any]) -> Callable[...
 
 
 def record_rowwise(graph: fx.Graph, found: Sequence[RowwiseModule]) -> None:
-    """Record at each operation which submodule it stands for."""
+    """Record at each operation which submodule it represents."""
     forms = {form.path: form for form in found}
     for node in graph.nodes:
         if node.target is torch.ops.madtp.rowwise.default:
@@ -83,7 +83,7 @@ def record_rowwise(graph: fx.Graph, found: Sequence[RowwiseModule]) -> None:
 
 
 def call_rowwise_modules(graph: fx.Graph) -> None:
-    """Replace each operation, in place, by a call of the submodule that it stands for."""
+    """Replace each operation, in place, by a call of the submodule that it represents."""
     for node in list(graph.nodes):
         if node.target is not torch.ops.madtp.rowwise.default:
             continue

@@ -1,7 +1,7 @@
 """Find out whether a module that takes all images in one sequence computes each of them by itself.
 
 Start at :func:`per_image_call`. Names of arguments tell nothing. An integer argument ``[images, k]`` is a table of image
-sizes if the products of its rows fit the length of another argument, in which the images stand one after the other, or if
+sizes if the products of its rows fit the length of another argument, which holds the images one after the other, or if
 another argument has one entry per row, an image that was padded. The module is then run on the images one by one, on
 the first one among others, and on images of other sizes.
 """

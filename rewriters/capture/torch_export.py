@@ -130,7 +130,7 @@ def _growing(leaf: Any) -> tuple[int, ...]:
 
 
 def _lengths(tensor: Tensor) -> tuple[int, ...]:
-    """Batch and token dimensions that a tensor inside a model may have: of a stream [B, N, C], of a mask, of ids."""
+    """Batch and token dimensions that a tensor inside a model may have: of a stream ``[B, N, C]``, of a mask, of ids."""
     dims: tuple[int, ...]
     if tensor.dtype.is_floating_point and tensor.dim() == 3:
         dims = (0, 1)

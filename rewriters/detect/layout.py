@@ -1,8 +1,8 @@
 """Layout: how the tokens of a stream that several modalities share are arranged.
 
-Start at :func:`find_layout`. Either parts were concatenated along the tokens, or a mask says at which positions the features
-of one modality stand in the sequence of another, in the graph or in front of it. The walk goes back from the stream's first
-residual value.
+Start at :func:`find_layout`. Either parts were concatenated along the tokens, or a mask gives the positions at which features
+of one modality were merged into the sequence of another, in the graph or in front of it. The walk goes back from the stream's
+first residual value.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Layout:
 
     Attributes:
         segments: the modality of each.
-        parts: operands of the concatenation that they come from; none if a mask tells segments apart.
+        parts: operands of the concatenation that they come from; none if a mask separates the segments.
         mask: [B, N, ...], true at the positions of segment 1; None for a concatenation.
     """
 

@@ -80,7 +80,7 @@ def _unrecognised(attention: fx.Node, miss: Miss | None, order: dict[fx.Node, in
 
 
 def _misplaced(attention: fx.Node, reason: str, order: dict[fx.Node, int]) -> Unplaced:
-    """Attention that stands on no stream. Where its map keeps a spelling of its own, that may be why."""
+    """Attention that belongs to no stream. An attention map in an unusual spelling may be the reason."""
     miss = map_miss(attention) if op_name(attention) == "weigh" else None
     if miss is None:
         return Unplaced(attention, attention, reason, ON_A_STREAM)
@@ -191,7 +191,7 @@ def _stream_of(sublayer: Sublayer, streams: list[Stream]) -> Stream | None:
 
 
 def _continues(sublayer: Sublayer, stream: Stream) -> bool:
-    """Whether ``sublayer`` stands on the residual chain of ``stream``: no projection, no concatenation in between."""
+    """Whether ``sublayer`` belongs to the residual chain of ``stream``: no projection, no concatenation in between."""
     value = sublayer.block_input
     if sublayer.width(value) != stream.width:
         return False

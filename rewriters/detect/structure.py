@@ -1,4 +1,4 @@
-"""What is found in a graph: attention sublayers, the residual streams they stand on, and attention that fits nowhere.
+"""What is found in a graph: attention sublayers, the residual streams they belong to, and attention that fits nowhere.
 
 Start at :class:`Structure`; :func:`rewriters.detect.streams.detect` makes it.
 """
@@ -91,7 +91,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Attention that stands on no known structure, or has no known spelling.
+    """Attention in an unknown structure, or in an unknown spelling.
 
     Attributes:
         attention: the attention, or the softmax that is taken to be one.

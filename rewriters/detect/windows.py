@@ -20,7 +20,7 @@ from rewriters.graph.nodes import example_shape, op_name, operand
 
 
 class HasTokenDims(Protocol):
-    """Where batch and tokens stand in a residual value."""
+    """The dimensions of batch and tokens in a residual value."""
 
     @property
     def batch_dim(self) -> int: ...
@@ -45,12 +45,12 @@ class AttentionSpan:
     value: fx.Node
 
     def tracked_inside(self, dims: HasTokenDims) -> dict[fx.Node, Tracking]:
-        """Where tokens stand from the block's input to its attention."""
+        """Where tokens are, from the block's input to its attention."""
         first = start(example_shape(self.block_input), dims.batch_dim, dims.token_dim, "block")
         return self._track({self.block_input: first}, self.block_input, self.attention)
 
     def tracked_behind(self, known: Tracking | None) -> Tracking | None:
-        """Where the tokens of the attention's output, which stand there as ``known`` says, stand in the residual value."""
+        """Where the tokens of the attention's output, at first as in ``known``, are in the residual value."""
         if not isinstance(known, TrackedValue) or known.labels is None:
             return None
         sizes = tuple(
@@ -79,7 +79,7 @@ def has_mixed_keys(span: AttentionSpan, dims: HasTokenDims) -> bool:
 
 
 def scores_on_grid(span: AttentionSpan, dims: HasTokenDims) -> Scores | None:
-    """What attention on a grid tells of the tokens of a residual stream; None if it is not attention of these tokens."""
+    """Which tokens of a residual stream attention on a grid scores; None if it is not attention of these tokens."""
     if op_name(span.attention) != "attention":
         return None
     known = span.tracked_inside(dims)
@@ -96,7 +96,7 @@ def scores_on_grid(span: AttentionSpan, dims: HasTokenDims) -> Scores | None:
 
 
 def moves_to_residual(span: AttentionSpan, dims: HasTokenDims) -> TokenMoves | None:
-    """How what is known of each key ``[B', 1, K, 1]`` gets to the places of the tokens in the residual value."""
+    """The moves that bring a number for each key, ``[B', 1, K, 1]``, to the tokens of the residual value."""
     residual = span.tracked_behind(span.tracked_inside(dims).get(span.attention))
     return residual.moves if isinstance(residual, TrackedValue) else None
 

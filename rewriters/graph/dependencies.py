@@ -20,7 +20,7 @@ def is_learned(node: fx.Node) -> bool:
 
 
 def given_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes that are not :func:`is_learned`, in one pass over the graph."""
+    """Return all nodes that are not :func:`is_learned`, in one pass over the graph."""
     given: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or any(n in given and has_values(n) for n in node.all_input_nodes):

@@ -154,7 +154,7 @@ def _scattered(graph: fx.Graph, write: fx.Node, chain: list[fx.Node], order: dic
 def _renew(
     graph: fx.Graph, whole: fx.Node, owner: fx.Node, views: list[fx.Node], order: dict[fx.Node, int]
 ) -> dict[fx.Node, fx.Node]:
-    """The owner's new value, and the views of it that stand for those of the old value."""
+    """The owner's new value, and the views of it that replace those of the old value."""
     renewed, last = {owner: whole}, whole
     for view in views:
         with graph.inserting_after(last):

@@ -87,7 +87,7 @@ def operation(node: fx.Node) -> fx.Node:
 
 
 def described(node: fx.Node) -> str:
-    """An operation as a message names it: ``aten.sort``, with what is known of why it has no plainer form."""
+    """An operation as a message names it: ``aten.sort``, with the reason, if known, why it has no plainer form."""
     namespace = getattr(node.target, "namespace", None)
     name = f"{namespace}.{op_name(node)}" if namespace else op_name(node)
     miss = nearest_miss(node)

@@ -56,7 +56,7 @@ class NodeRecord:
             image positions.
         cache_paths: On the output node: path, in the returned object, of each output that a later call reads again,
             by position among the outputs.
-        rowwise: The submodule that the operation stands for.
+        rowwise: The submodule that the operation represents.
         special_cut: Whether a slice separates learned tokens from those behind them.
         site_attention: Whether a module call computes the attention of a site's block.
         nearest_miss: Where the search for a known pattern that starts at the node came farthest and failed.
@@ -89,7 +89,7 @@ def set_record(node: fx.Node, new: NodeRecord) -> None:
 
 
 def rowwise_module(node: fx.Node) -> RowwiseModule:
-    """The submodule that a row-by-row operation stands for."""
+    """The submodule that a row-by-row operation represents."""
     module = record(node).rowwise
     assert module is not None, f"{node.name} does not stand for a module"
     return module

@@ -45,3 +45,8 @@ ATTENTION = frozenset("attention weigh".split())
 # Steps of attention maps that keep their spelling (``madtp/tokens/attention_maps.py``).
 MAP_STEPS = frozenset("shares total weigh".split())
 CONVOLUTIONS = frozenset("conv1d conv2d conv3d".split())
+PADS = frozenset("pad constant_pad_nd".split())
+# Reductions that take the order of the norm before the dimensions.
+VECTOR_NORMS = frozenset("linalg_vector_norm norm".split())
+# Operations that put a number where a mask says so.
+FILLS = frozenset("masked_fill where".split())

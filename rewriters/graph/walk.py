@@ -77,7 +77,7 @@ def operand_chain(value: Any, through: Predicate) -> Iterator[fx.Node]:
 
 
 def behind(value: Any, names: Collection[str]) -> Any:
-    """What ``value`` is computed from by operations of ``names`` alone, each from its first operand.
+    """Return what ``value`` is computed from by operations of ``names`` alone, each from its first operand.
 
     It is ``value`` itself if another operation computes it, and may be an argument that is not a node.
     """
@@ -97,7 +97,7 @@ def is_not_size(node: fx.Node) -> bool:
 
 
 def positions(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The place of every node in the order of the graph.
+    """Return the position of every node in the order of the graph.
 
     To compare two nodes, ``first < second`` does; positions are for slices of ``list(graph.nodes)``.
     """

@@ -37,7 +37,7 @@ class DenseSections:
     """What runs on all tokens of pruned streams in a graph under insertion.
 
     Attributes:
-        tracked: Where tokens stand in the values of the sections.
+        tracked: Where tokens are in the values of the sections.
         handled: Attention nodes whose dropped keys are hidden already.
     """
 
@@ -51,7 +51,7 @@ class DenseSections:
         self.tracked[node] = start(example_shape(node), batch_dim, token_dim, source)
 
     def follow(self, node: fx.Node) -> None:
-        """Learn where tokens stand in a node that runs on all of them."""
+        """Find where tokens are in a node that runs on all of them."""
         if node in self.insertion.labels or node in self.tracked or node.op != "call_function":
             return
         found = track(node, self.tracked)

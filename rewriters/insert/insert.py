@@ -170,7 +170,7 @@ def _hoist_readouts(places: list[_Place]) -> None:
 
 
 def _computed_behind(node: fx.Node, border: fx.Node) -> list[fx.Node]:
-    """``node`` and what it is computed from, in the order of the graph, but for what stands in front of ``border``."""
+    """``node`` and what it is computed from, in the order of the graph, except for what comes before ``border``."""
 
     def is_behind(other: fx.Node) -> bool:
         return other.op != "placeholder" and not other < border
@@ -226,7 +226,7 @@ def _insert_site(insertion: Insertion, value: fx.Node, place: _Place, sections: 
 
 
 def _repair(insertion: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:
-    """Apply the rule of ``node`` and carry its repairs out; returns the node that now stands for it."""
+    """Apply the rule of ``node`` and carry its repairs out; return the node that replaces it."""
     try:
         outcome = apply(node, insertion.labels)
     except AxisError as error:

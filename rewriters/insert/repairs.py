@@ -93,7 +93,7 @@ def length(insertion: Insertion, source: Source, before: fx.Node) -> fx.Node:
 
 
 def remap_readout(insertion: Insertion, node: fx.Node, readout: Readout) -> fx.Node:
-    """Remap a readout to the tokens that survive; returns the node that now stands for ``node``."""
+    """Remap a readout to the tokens that survive; return the node that replaces ``node``."""
     graph = insertion.graph
     # A prefix is protected, so it stands where it stood; parts of the batch and concatenations have states of their own.
     if isinstance(readout, (PrefixReadout, BatchReadout, ConcatenationReadout)):

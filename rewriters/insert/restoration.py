@@ -273,7 +273,7 @@ class Restoration:
         return new
 
     def _current(self, node: fx.Node, before: fx.Node) -> fx.Node:
-        """What stands for an operand of the captured graph now, with all its tokens."""
+        """The node that replaces an operand of the captured graph, with all its tokens."""
         return self.with_all_tokens(self.insertion.current(node), before)
 
 

@@ -120,7 +120,7 @@ class Insertion:
         sites: The values around each inserted site, by its name.
         site_values: Residual values in front of sites.
         statistics: What the attention of a site's block says about the tokens, by site.
-        replaced: Nodes that stand for others now.
+        replaced: Nodes that replace others.
         aligned: Side inputs that are gathered along a state, by what was asked for.
         aligned_for: The gathered side input that a node reads in place of a captured operand, by node and operand.
         lengths: The node that holds the present length, by source.

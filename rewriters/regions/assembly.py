@@ -33,7 +33,7 @@ def assemble(request: Request, rewritten: RewrittenRegions) -> PrunedModel:
     """The pruned model: a copy of the host's module tree in which programs run instead of the rewritten regions.
 
     Args:
-        request: Of the whole model.
+        request: The request for the whole model.
         rewritten: Its regions.
     """
     model, config, plan = request.model, request.config, rewritten.plan

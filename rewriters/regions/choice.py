@@ -51,7 +51,7 @@ class RewrittenRegions:
 
     Attributes:
         regions: The rewritten regions.
-        refusals: Of submodules that are not rewritten.
+        refusals: Refusals of submodules that are not rewritten.
     """
 
     regions: list[RewrittenRegion]
@@ -72,7 +72,7 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
     """Rewrite a model as a whole or by regions.
 
     Args:
-        request: Of the whole model.
+        request: The request for the whole model.
         rejected: Paths of regions (the whole model is ``""``) that failed a check, with the reason; what lies below them
             is tried.
 

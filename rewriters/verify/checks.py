@@ -39,7 +39,7 @@ class Case:
 
     Attributes:
         model: The original module.
-        program: What is to compute the same.
+        program: The program that must compute the same.
         root: The module tree that the program runs on.
         control: The control of its sites.
         call: The example call, opened.

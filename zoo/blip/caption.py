@@ -21,8 +21,8 @@ class CaptionOutput(NamedTuple):
     """What :class:`BlipCaption` returns.
 
     Attributes:
-        logits: [B, T, vocabulary] of the token after each; None without text.
-        image_tokens: [B, N, V].
+        logits: ``[B, T, vocabulary]`` of the token after each; None without text.
+        image_tokens: ``[B, N, V]``.
     """
 
     logits: Tensor | None
@@ -49,9 +49,9 @@ class BlipCaption(nn.Module):
         """Encode images, and score captions.
 
         Args:
-            images: Normalised, [B, 3, H, W].
-            input_ids: Captions [B, T], [DEC] first; None to encode the images only.
-            attention_mask: [B, T], 1 for a token, 0 for padding, which stands at the end.
+            images: Normalised, ``[B, 3, H, W]``.
+            input_ids: Captions ``[B, T]``, [DEC] first; None to encode the images only.
+            attention_mask: ``[B, T]``, 1 for a token, 0 for padding, which stands at the end.
         """
         tokens = self.visual_encoder(images)
         if input_ids is None:

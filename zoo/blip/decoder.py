@@ -30,9 +30,9 @@ class DecoderState:
     """The key/value cache of a decoder between two steps.
 
     Attributes:
-        text: Keys and values [B, H, T, D] of the text so far, by layer; empty before the first step.
-        source: Keys and values [B, H, S, D] of the source, by layer.
-        source_mask: [B, 1, 1, S] bool, True for a token; None if all are.
+        text: Keys and values ``[B, H, T, D]`` of the text so far, by layer; empty before the first step.
+        source: Keys and values ``[B, H, S, D]`` of the source, by layer.
+        source_mask: ``[B, 1, 1, S]`` bool, True for a token; None if all are.
         length: T, the number of tokens so far.
     """
 
@@ -52,7 +52,7 @@ def _select(pairs: tuple[KeysValues, ...], rows: Tensor) -> tuple[KeysValues, ..
 
 
 class HeadTransform(nn.Module):
-    """[B, T, C] -> [B, T, C], in front of the vocabulary."""
+    """``[B, T, C]`` -> ``[B, T, C]``, in front of the vocabulary."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class HeadTransform(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Logits over the vocabulary, [B, T, C] -> [B, T, vocabulary]; the checkpoint names the bias twice."""
+    """Logits over the vocabulary, ``[B, T, C]`` -> ``[B, T, vocabulary]``; the checkpoint names the bias twice."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -111,13 +111,13 @@ class TextDecoder(nn.Module):
         """Return the logits of the token after each.
 
         Args:
-            input_ids: [B, T] long.
-            attention_mask: [B, T], 1 for a token, 0 for padding, which stands at the end.
-            source: [B, S, V].
-            source_mask: [B, S], 1 for a token; None for a source without padding.
+            input_ids: ``[B, T]`` long.
+            attention_mask: ``[B, T]``, 1 for a token, 0 for padding, which stands at the end.
+            source: ``[B, S, V]``.
+            source_mask: ``[B, S]``, 1 for a token; None for a source without padding.
 
         Returns:
-            [B, T, vocabulary].
+            ``[B, T, vocabulary]``.
         """
         mask = causal(input_ids.shape[1], 0, input_ids.device) & key_mask(attention_mask)
         states = self.bert(input_ids, mask, source, None if source_mask is None else key_mask(source_mask))
@@ -133,11 +133,11 @@ class TextDecoder(nn.Module):
         """Feed the next tokens.
 
         Args:
-            input_ids: [B, T] long, without padding.
+            input_ids: ``[B, T]`` long, without padding.
             state: From :meth:`start` or the step before.
 
         Returns:
-            The logits [B, vocabulary] of the token after them, and the new state.
+            The logits ``[B, vocabulary]`` of the token after them, and the new state.
         """
         x: Tensor = self.bert.embeddings(input_ids, state.length)
         mask = causal(input_ids.shape[1], state.length, input_ids.device)

@@ -29,7 +29,7 @@ class Captioner(Protocol):
     text_decoder: TextDecoder
 
     def __call__(self, images: Tensor) -> CaptionOutput:
-        """Encode images [B, 3, H, W]."""
+        """Encode images ``[B, 3, H, W]``."""
 
 
 class Answerer(Protocol):
@@ -38,7 +38,7 @@ class Answerer(Protocol):
     text_decoder: TextDecoder
 
     def __call__(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> VqaOutput:
-        """Encode questions [B, T] (mask [B, T], 1: token) about images [B, 3, H, W]."""
+        """Encode questions ``[B, T]`` (mask ``[B, T]``, 1: token) about images ``[B, 3, H, W]``."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class _Search:
     """The K best unfinished texts of each sample, and the best finished ones.
 
     Attributes:
-        ids: [B * K, T].
-        scores: [B, K], log-probabilities.
+        ids: ``[B * K, T]``.
+        scores: ``[B, K]``, log-probabilities.
         going: Samples whose finished texts may still be beaten.
     """
 
@@ -104,7 +104,7 @@ class _Search:
         self.done = False
 
     def advance(self, words: Tensor) -> Tensor:
-        """Add a word to every text, by log-probabilities [B * K, W]; return which rows [B * K] the new texts come from."""
+        """Add a word to every text, by log-probabilities ``[B * K, W]``; return the rows ``[B * K]`` that new texts extend."""
         count, length = self.beams.count, self.ids.shape[1] + 1
         if length <= self.beams.min_length:
             words = words.index_fill(1, torch.tensor([self.end_id], device=words.device), -torch.inf)
@@ -134,7 +134,7 @@ def beam_search(decoder: TextDecoder, prompt: Tensor, state: DecoderState, beams
 
     Args:
         decoder: The decoder.
-        prompt: [B, T] long, without padding.
+        prompt: ``[B, T]`` long, without padding.
         state: ``decoder.start(...)`` for the B samples.
         beams: How to search.
 
@@ -156,7 +156,7 @@ def beam_search(decoder: TextDecoder, prompt: Tensor, state: DecoderState, beams
 
 @torch.no_grad()
 def write_captions(model: Captioner, images: Tensor, prompt: Tensor, beams: Beams | None = None) -> list[Tensor]:
-    """Return captions of images [B, 3, H, W]: ids behind the prompt [T] ([DEC] first), without end.
+    """Return captions of images ``[B, 3, H, W]``: ids after the prompt ``[T]`` ([DEC] first), without end.
 
     The default beams are the published ones, of 10 to 30 tokens.
     """
@@ -171,7 +171,7 @@ def write_captions(model: Captioner, images: Tensor, prompt: Tensor, beams: Beam
 def write_answers(
     model: Answerer, images: Tensor, input_ids: Tensor, attention_mask: Tensor, beams: Beams | None = None
 ) -> list[Tensor]:
-    """Return answers to questions [B, T] about images [B, 3, H, W]: ids without end."""
+    """Return answers to questions ``[B, T]`` about images ``[B, 3, H, W]``: ids without end."""
     states = model(images, input_ids, attention_mask).question_states
     prompt = torch.full((len(images), 1), model.text_decoder.begin_id, device=images.device)
     state = model.text_decoder.start(states, attention_mask)
@@ -193,15 +193,15 @@ def rank_answers(
 
     Args:
         model: Dense or rewritten.
-        images: [B, 3, H, W].
-        input_ids: Questions [B, T].
-        attention_mask: [B, T], 1 for a token.
-        answer_ids: The list [A, L], [DEC] first.
-        answer_mask: [A, L], 1 for a token.
+        images: ``[B, 3, H, W]``.
+        input_ids: Questions ``[B, T]``.
+        attention_mask: ``[B, T]``, 1 for a token.
+        answer_ids: The list ``[A, L]``, [DEC] first.
+        answer_mask: ``[A, L]``, 1 for a token.
         candidates: How many answers, those with the most probable first words, are scored whole.
 
     Returns:
-        [B] long, places in the list.
+        ``[B]`` long, places in the list.
     """
     decoder = model.text_decoder
     batch, candidates = len(images), min(candidates, len(answer_ids))

@@ -18,14 +18,14 @@ def next_token_losses(
     """Return the cross-entropy of each token given those before it.
 
     Args:
-        logits: [B, T, W] of the token after each.
-        input_ids: [B, T].
-        attention_mask: [B, T], 1 for a token, 0 for padding.
+        logits: ``[B, T, W]`` of the token after each.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``, 1 for a token, 0 for padding.
         prompt: Number of tokens at the start that are given, not predicted.
         smoothing: Share of the target that is spread over all words.
 
     Returns:
-        Losses [B, T - 1], 0 where no token is predicted, and where one is, [B, T - 1] bool.
+        Losses ``[B, T - 1]``, 0 where no token is predicted, and a mask ``[B, T - 1]`` bool, True where one is.
     """
     targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
     targets[:, :prompt] = IGNORED
@@ -48,9 +48,9 @@ def answer_loss(
     """Return the weighted sum of the answers' losses, divided by the number of questions; a scalar.
 
     Args:
-        logits: [A, L, W] of the token after each.
-        answer_ids: [A, L].
-        answer_mask: [A, L], 1 for a token, 0 for padding.
+        logits: ``[A, L, W]`` of the token after each.
+        answer_ids: ``[A, L]``.
+        answer_mask: ``[A, L]``, 1 for a token, 0 for padding.
         weights: [A].
         questions: How many questions the answers belong to.
         smoothing: Share of the target that is spread over all words.

@@ -28,7 +28,7 @@ class Matcher(Protocol):
     def __call__(
         self, *, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, image_mask: Tensor | None = None
     ) -> RetrievalOutput:
-        """Match encoded images [B, N, V] with texts [B, T]; masks [B, N], [B, T], 1 for a token."""
+        """Match encoded images ``[B, N, V]`` with texts ``[B, T]``; masks ``[B, N]``, ``[B, T]``, 1 for a token."""
 
 
 def matching_loss(
@@ -41,9 +41,9 @@ def matching_loss(
     Args:
         model: The model that is trained.
         found: What it returned for the pairs.
-        input_ids: [B, T].
-        attention_mask: [B, T].
-        samples: [B] long, the image of each pair. Other pairs of the same image are not drawn as wrong ones.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``.
+        samples: ``[B]`` long, the image of each pair. Other pairs of the same image are not drawn as wrong ones.
 
     Raises:
         DataError: All pairs are of one image, or the model was not asked for pairs.
@@ -77,7 +77,9 @@ def match(
     attention_mask: Tensor,
     image_mask: Tensor | None = None,
 ) -> Tensor:
-    """Return logits [B, 2] of encoded images [B, N, V] with texts [B, T]; masks [B, N] (None: all are tokens) and [B, T].
+    """Return logits ``[B, 2]`` of encoded images ``[B, N, V]`` with texts ``[B, T]``.
+
+    Masks are ``[B, N]`` (None: all are tokens) and ``[B, T]``.
 
     What a rewritten model recorded of the call before stays; see :meth:`madtp.PrunedModel.aside`.
     """
@@ -112,8 +114,8 @@ def matching_distance(
         dense: The teacher.
         found: What the student returned for the pairs.
         wanted: What the teacher returned for them.
-        input_ids: [B, T].
-        attention_mask: [B, T].
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``.
 
     Raises:
         DataError: The models were not asked for pairs.
@@ -134,11 +136,11 @@ def matching_distance(
 
 @torch.no_grad()
 def _similar(found: RetrievalOutput) -> Tensor:
-    """Similarities [B, B] of the images of a call with its texts, as logits."""
+    """Similarities ``[B, B]`` of the images of a call with its texts, as logits."""
     return found.scale * cast(Tensor, found.image_features) @ cast(Tensor, found.text_features).T
 
 
 def _draw(similar: Tensor, forbidden: Tensor) -> Tensor:
-    """For each row one column [B] that is not forbidden, by the softmax of the similarities [B, B]."""
+    """For each row one column ``[B]`` that is not forbidden, by the softmax of the similarities ``[B, B]``."""
     likely = similar.float().masked_fill(forbidden, -torch.inf).softmax(dim=1)
     return torch.multinomial(likely, 1)[:, 0]

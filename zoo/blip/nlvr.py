@@ -39,7 +39,7 @@ class BlipNlvr(nn.Module):
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, ANSWERS))
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised image pairs [B, 2, 3, H, W] -> tokens of the first and of the second images [B, N, V]."""
+        """Normalised image pairs ``[B, 2, 3, H, W]`` -> tokens of the first and of the second images ``[B, N, V]``."""
         batch = images.shape[0]
         tokens = self.visual_encoder(images.transpose(0, 1).flatten(0, 1))
         # Explicit sizes: chunk(2) would leave a guard on the batch that torch.export cannot solve.
@@ -47,12 +47,12 @@ class BlipNlvr(nn.Module):
         return first, second
 
     def classify(self, input_ids: Tensor, attention_mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Statements [B, T], mask [B, T] (1: token), encoded images [B, N, V] -> logits [B, 2] (index 1: true)."""
+        """Statements ``[B, T]``, mask ``[B, T]``, images ``[B, N, V]`` -> logits ``[B, 2]`` (mask 1: token; index 1: true)."""
         tokens = self.text_encoder(input_ids, key_mask(attention_mask), first, second)
         logits: Tensor = self.cls_head(tokens[:, 0])
         return logits
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Image pairs [B, 2, 3, H, W], statements [B, T], mask [B, T] (1: token) -> logits [B, 2] (index 1: true)."""
+        """Image pairs ``[B, 2, 3, H, W]``, statements ``[B, T]`` and mask -> logits; see :meth:`classify`."""
         first, second = self.encode_images(images)
         return self.classify(input_ids, attention_mask, first, second)

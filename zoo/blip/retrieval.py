@@ -28,12 +28,12 @@ class RetrievalOutput(NamedTuple):
     """What :class:`BlipRetrieval` returns; None where the arguments for it were left out.
 
     Attributes:
-        image_features: [B, E], of length 1.
-        text_features: [B, E], of length 1.
-        match_logits: [B, 2]; index 1 says that the text fits the image.
+        image_features: ``[B, E]``, of length 1.
+        text_features: ``[B, E]``, of length 1.
+        match_logits: ``[B, 2]``; index 1 says that the text fits the image.
         scale: The factor on products of features, a scalar.
-        image_tokens: [B, N, V], for further calls.
-        match_features: [B, C], what the matching head reads.
+        image_tokens: ``[B, N, V]``, for further calls.
+        match_features: ``[B, C]``, what the matching head reads.
     """
 
     image_features: Tensor | None
@@ -75,11 +75,11 @@ class BlipRetrieval(nn.Module):
         """Compare images and texts, pair by pair; images alone, or texts alone, are only encoded.
 
         Args:
-            images: normalised, [B, 3, H, W].
-            input_ids: [B, T] long, [CLS] first.
-            attention_mask: [B, T], 1 for a token, 0 for padding.
-            image_tokens: [B, N, V] of an earlier call, instead of ``images``: then only matching is computed.
-            image_mask: [B, N] of ``image_tokens``, 1 for a token; None for all.
+            images: normalised, ``[B, 3, H, W]``.
+            input_ids: ``[B, T]`` long, [CLS] first.
+            attention_mask: ``[B, T]``, 1 for a token, 0 for padding.
+            image_tokens: ``[B, N, V]`` of an earlier call, instead of ``images``: then only matching is computed.
+            image_mask: ``[B, N]`` of ``image_tokens``, 1 for a token; None for all.
         """
         if (images is None and input_ids is None) or (images is not None and image_tokens is not None):
             raise DataError("pass images, or input_ids, or input_ids with either images or image_tokens.")
@@ -100,6 +100,6 @@ class BlipRetrieval(nn.Module):
         return RetrievalOutput(image_features, text_features, match_logits, scale, image_tokens, match_features)
 
     def _marked(self, input_ids: Tensor) -> Tensor:
-        """[ENC] in the place of the first token, [B, T]."""
+        """[ENC] in the place of the first token, ``[B, T]``."""
         first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
         return input_ids.masked_fill(first, self.config.encode_id)

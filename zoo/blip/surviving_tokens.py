@@ -23,14 +23,14 @@ def surviving_mask(model: object, tower: str) -> Tensor | None:
         tower: The path of the module that the tokens come from.
 
     Returns:
-        [B, N], 1 for a survivor; None if all tokens survived.
+        ``[B, N]``, 1 for a survivor; None if all tokens survived.
     """
     mask = model.surviving(tower) if isinstance(model, PrunedModel) else None
     return None if mask is None or bool(mask.all()) else mask.long()
 
 
 def aside(model: object) -> AbstractContextManager[None]:
-    """Return a context in which calls of a model do not change what :func:`surviving_mask` tells of the call before."""
+    """Return a context in which calls of a model do not change the :func:`surviving_mask` of the call before."""
     return model.aside() if isinstance(model, PrunedModel) else nullcontext()
 
 
@@ -40,11 +40,11 @@ def surviving_tokens(model: object, tower: str, tokens: Tensor, multiple: int = 
     Args:
         model: See :func:`surviving_mask`.
         tower: See :func:`surviving_mask`.
-        tokens: What the call returned, [B, N, C], without padding.
+        tokens: What the call returned, ``[B, N, C]``, without padding.
         multiple: See :func:`compacted`.
 
     Returns:
-        The tokens [B, K, C] in their order, and their mask [B, K], 1 for a token; None if all are tokens. K is the count of
+        The tokens ``[B, K, C]`` in order, and their mask ``[B, K]``, 1 for a token; None if all are tokens. K is the count of
         the fullest sample, rounded up.
     """
     mask = surviving_mask(model, tower)
@@ -55,8 +55,8 @@ def compacted(tokens: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, 
     """Return the tokens under a mask without the others between them; see :func:`surviving_tokens`.
 
     Args:
-        tokens: [B, N, C].
-        mask: [B, N], 1 for a survivor.
+        tokens: ``[B, N, C]``.
+        mask: ``[B, N]``, 1 for a survivor.
         multiple: K is a multiple of it, or N. A rewritten model is captured once for each number of tokens it is given, so
             few different numbers mean few captures.
     """

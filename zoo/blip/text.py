@@ -26,7 +26,7 @@ MakeCrossAttention = Callable[[int], nn.Module]
 
 
 class TextEmbeddings(nn.Module):
-    """Word plus position embeddings, normalised: ids [B, T] -> [B, T, C]."""
+    """Word plus position embeddings, normalised: ids ``[B, T]`` -> ``[B, T, C]``."""
 
     position_ids: Tensor
 
@@ -55,7 +55,7 @@ class TextEmbeddings(nn.Module):
 class AttentionHeads(nn.Module):
     """Multi-head attention without output projection.
 
-    Queries come from x [B, T, C], keys and values from source [B, S, V].
+    Queries come from x ``[B, T, C]``, keys and values from source ``[B, S, V]``.
     """
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
@@ -71,27 +71,27 @@ class AttentionHeads(nn.Module):
         return torch.unflatten(x, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def queries(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, H, T, D]."""
+        """``[B, T, C]`` -> ``[B, H, T, D]``."""
         return self._split_heads(self.query(x))
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, V] -> keys and values, each [B, H, S, D]."""
+        """``[B, S, V]`` -> keys and values, each ``[B, H, S, D]``."""
         return self._split_heads(self.key(source)), self._split_heads(self.value(source))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return [B, T, C]; ``mask`` (bool, broadcast to [B, H, T, S]) is True where a key may be attended."""
+        """Return ``[B, T, C]``; ``mask`` (bool, broadcast to ``[B, H, T, S]``) is True where a key may be attended."""
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
         )
         return out.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return [B, T, C]; for ``mask`` see :meth:`attend`."""
+        """Return ``[B, T, C]``; for ``mask`` see :meth:`attend`."""
         return self.attend(self.queries(x), *self.keys_values(source), mask)
 
 
 class ResidualOutput(nn.Module):
-    """Projection, residual add and norm that close a sublayer: LayerNorm(residual + dense(x)), [B, T, C]."""
+    """Projection, residual add and norm that close a sublayer: LayerNorm(residual + dense(x)), ``[B, T, C]``."""
 
     def __init__(self, config: TextConfig, in_width: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class ResidualOutput(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention sublayer, [B, T, C] -> [B, T, C]."""
+    """Self-attention sublayer, ``[B, T, C]`` -> ``[B, T, C]``."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention sublayer, [B, T, C] with source [B, S, V] -> [B, T, C]."""
+    """Cross-attention sublayer, ``[B, T, C]`` with source ``[B, S, V]`` -> ``[B, T, C]``."""
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
         super().__init__()
@@ -126,13 +126,13 @@ class CrossAttention(nn.Module):
         self.output = ResidualOutput(config, config.width)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``mask`` (bool, broadcast to [B, H, T, S]) is True for a token; None if there is no padding."""
+        """``mask`` (bool, broadcast to ``[B, H, T, S]``) is True for a token; None if there is no padding."""
         out: Tensor = self.output(self.self(x, source, mask), x)
         return out
 
 
 class Intermediate(nn.Module):
-    """First half of the feed-forward sublayer, [B, T, C] -> [B, T, mlp_width]."""
+    """First half of the feed-forward sublayer, ``[B, T, C]`` -> ``[B, T, mlp_width]``."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -193,13 +193,13 @@ class TextEncoder(nn.Module):
         """Encode texts.
 
         Args:
-            input_ids: [B, T] long, T at most ``config.positions``.
-            mask: bool, broadcast to [B, H, T, T]: True where a token may be attended.
-            source: What the cross-attentions read: tokens [B, S, V] and their mask for :class:`CrossAttention`, two images
-                [B, S, V] for :class:`~zoo.blip.twin.TwinCrossAttention`. Nothing leaves the cross-attentions out.
+            input_ids: ``[B, T]`` long, T at most ``config.positions``.
+            mask: bool, broadcast to ``[B, H, T, T]``: True where a token may be attended.
+            source: What the cross-attentions read: tokens ``[B, S, V]`` and their mask for :class:`CrossAttention`, two images
+                ``[B, S, V]`` for :class:`~zoo.blip.twin.TwinCrossAttention`. Nothing leaves the cross-attentions out.
 
         Returns:
-            [B, T, C].
+            ``[B, T, C]``.
 
         Raises:
             DataError: T exceeds ``config.positions``.
@@ -214,7 +214,7 @@ def single_source_attention(config: TextConfig, source_width: int) -> MakeCrossA
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:
-    """[B, S] (1: token) -> [B, 1, 1, S] bool."""
+    """``[B, S]`` (1: token) -> ``[B, 1, 1, S]`` bool."""
     return attention_mask.to(torch.bool)[:, None, None, :]
 
 

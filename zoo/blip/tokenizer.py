@@ -50,7 +50,7 @@ class StatementTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def __call__(self, statements: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids [B, T] and attention mask [B, T] (1: token), both long."""
+        """Ids ``[B, T]`` and attention mask ``[B, T]`` (1: token), both long."""
         encoded = self._tokenizer.encode_batch(list(statements))
         ids = torch.tensor([item.ids for item in encoded], dtype=torch.long)
         mask = torch.tensor([item.attention_mask for item in encoded], dtype=torch.long)

@@ -23,7 +23,7 @@ class TwinOutput(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
-        """Merge the projections, each [B, T, C], into one."""
+        """Merge the projections, each ``[B, T, C]``, into one."""
         return (first + second) / 2
 
     def forward(self, first: Tensor, second: Tensor, residual: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class TwinOutput(nn.Module):
 
 
 class MergedTwinOutput(TwinOutput):
-    """As :class:`TwinOutput`, merging by a linear layer on the concatenation [B, T, 2C]."""
+    """As :class:`TwinOutput`, merging by a linear layer on the concatenation ``[B, T, 2C]``."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__(config)
@@ -54,7 +54,7 @@ class TwinCrossAttention(nn.Module):
         self.output = MergedTwinOutput(config) if number >= config.merge_from_layer else TwinOutput(config)
 
     def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Texts [B, T, C] and tokens of both images, each [B, S, V] -> [B, T, C]."""
+        """Texts ``[B, T, C]`` and tokens of both images, each ``[B, S, V]`` -> ``[B, T, C]``."""
         out: Tensor = self.output(self.self0(x, first), self.self1(x, second), x)
         return out
 

@@ -12,7 +12,7 @@ VISION_LAYER_NORM_EPS = 1e-6
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """timm's VisionTransformer without head: images [B, 3, H, W] -> normalised tokens [B, N, V], class token first."""
+    """timm's VisionTransformer without head: images ``[B, 3, H, W]`` -> normalised tokens ``[B, N, V]``, class token first."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(

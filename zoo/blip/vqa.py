@@ -22,8 +22,8 @@ class VqaOutput(NamedTuple):
     """What :class:`BlipVqa` returns.
 
     Attributes:
-        logits: [A, L, vocabulary] of the token after each token of an answer; None without answers.
-        question_states: [B, T, C].
+        logits: ``[A, L, vocabulary]`` of the token after each token of an answer; None without answers.
+        question_states: ``[B, T, C]``.
     """
 
     logits: Tensor | None
@@ -58,11 +58,11 @@ class BlipVqa(nn.Module):
         """Encode questions, and score answers.
 
         Args:
-            images: normalised, [B, 3, H, W].
-            input_ids: questions [B, T], [ENC] first.
-            attention_mask: [B, T], 1 for a token, 0 for padding.
-            answer_ids: [A, L], [DEC] first.
-            answer_mask: [A, L], 1 for a token, 0 for padding, which stands at the end.
+            images: normalised, ``[B, 3, H, W]``.
+            input_ids: questions ``[B, T]``, [ENC] first.
+            attention_mask: ``[B, T]``, 1 for a token, 0 for padding.
+            answer_ids: ``[A, L]``, [DEC] first.
+            answer_mask: ``[A, L]``, 1 for a token, 0 for padding, which stands at the end.
             owners: [A], the question that each answer belongs to; None means one answer a question, in order.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -46,7 +46,7 @@ class KeyTable:
         rows: The first that matches a key is applied; keys that match none keep their name.
         ignored: Keys that a file may hold and the model does not use.
         optional: Keys of the model that a file may lack.
-        position_grids: Position embeddings [1, 1 + side * side, C] or [1 + side * side, C] (class token first), by the
+        position_grids: Position embeddings ``[1, 1 + side * side, C]`` or ``[1 + side * side, C]`` (class token first), by the
             model's names, that are resized when the side differs.
     """
 

@@ -117,7 +117,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
-    """Resize [1, 1 + m * m, C] to ``shape`` [1, 1 + n * n, C] by bicubic interpolation; the class token stays as it is.
+    """Resize ``[1, 1 + m * m, C]`` to ``shape`` ``[1, 1 + n * n, C]`` by bicubic interpolation; the class token stays as it is.
 
     Both may lack the first dimension. A tensor that is not such a grid, or whose width differs, is returned unchanged, for the
     shape check to name.

@@ -25,8 +25,8 @@ class ClipOutput(NamedTuple):
     """What :class:`Clip` returns.
 
     Attributes:
-        image_features: [B, E], of length 1; None without images.
-        text_features: [B, E], of length 1; None without texts.
+        image_features: ``[B, E]``, of length 1; None without images.
+        text_features: ``[B, E]``, of length 1; None without texts.
         scale: The factor on products of features, a scalar.
     """
 
@@ -43,7 +43,7 @@ class QuickGelu(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """[B, N, C] -> [B, N, C]."""
+    """``[B, N, C]`` -> ``[B, N, C]``."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Block(nn.Module):
         nn.init.normal_(self.mlp.c_proj.weight, std=adding)
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
-        """``hidden`` [N, N] bool is True where a token may not be attended."""
+        """``hidden`` ``[N, N]`` bool is True where a token may not be attended."""
         normed = self.ln_1(x)
         x = x + self.attn(normed, normed, normed, need_weights=False, attn_mask=hidden)[0]
         out: Tensor = x + self.mlp(self.ln_2(x))
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """The blocks in order, [B, N, C] -> [B, N, C]."""
+    """The blocks in order, ``[B, N, C]`` -> ``[B, N, C]``."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Tower(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Images [B, 3, H, W] -> features [B, E] of the class token, not normalised."""
+    """Images ``[B, 3, H, W]`` -> features ``[B, E]`` of the class token, not normalised."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Clip(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None) -> ClipOutput:
-        """Encode images [B, 3, H, W], texts [B, T], or both.
+        """Encode images ``[B, 3, H, W]``, texts ``[B, T]``, or both.
 
         A text ends with the highest id of the vocabulary. Its feature is read there, and what follows does not matter.
         """

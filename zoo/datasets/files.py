@@ -75,7 +75,7 @@ class Entry:
 
 
 def entries(value: Any, place: str) -> list[Entry]:
-    """The objects of a JSON list.
+    """Return the objects of a JSON list.
 
     Raises:
         DataError: It is not a list, or holds something other than objects.

@@ -34,7 +34,7 @@ ImageSource = Callable[[str], Image.Image]
 """Opens an image of a data set by its name, in RGB."""
 
 Transform = Callable[[Image.Image], Tensor]
-"""Makes the tensor [3, H, W] that models take from an image."""
+"""Makes the tensor ``[3, H, W]`` that models take from an image."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample(Generic[R]):
-    """A record and its transformed images, [I, 3, H, W] in the order of the record."""
+    """A record and its transformed images, ``[I, 3, H, W]`` in the order of the record."""
 
     record: R
     images: Tensor
@@ -133,7 +133,7 @@ class DataSet(Dataset[Sample[R]], Generic[R]):
         return Sample(record, torch.stack([transform(self._source(name)) for name in record.images]))
 
     def with_records(self, records: Sequence[Any]) -> DataSet[Any]:
-        """The same images with other records."""
+        """Return the same images with other records."""
         return DataSet(self.name, self.split, records, self._source, self.transform)
 
 
@@ -149,6 +149,6 @@ def one_caption_each(data: DataSet[CaptionedImage]) -> DataSet[CaptionedImage]:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as uint8, [3, H, W]."""
+    """Return an RGB image as uint8, ``[3, H, W]``."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()

@@ -60,8 +60,8 @@ def _check(draft: InputsDraft) -> None:
 
 
 def pixel_values(draft: InputsDraft) -> Tensor:
-    """Images [B, C, H, W]; flattened patches where the model wants them with their grid, or with their shapes; clips
-    [B, frames, C, H, W] where it counts frames."""
+    """Images ``[B, C, H, W]``; flattened patches where the model wants them with their grid, or with their shapes; clips
+    ``[B, frames, C, H, W]`` where it counts frames."""
     if "image_grid_thw" in draft.arguments:
         return _patches_of_all(draft)
     if "spatial_shapes" in draft.arguments:
@@ -72,40 +72,40 @@ def pixel_values(draft: InputsDraft) -> Tensor:
 
 
 def _patches_of_all(draft: InputsDraft) -> Tensor:
-    """Patches of all images in one sequence: [B * N, C * frames * P * P]."""
+    """Patches of all images in one sequence: ``[B * N, C * frames * P * P]``."""
     height, width = draft.patch_size
     frames = int(first(draft.vision, "temporal_patch_size", "patch_temporal", default=1))
     return draft.normal(draft.patches, draft.channels * frames * height * width).flatten(0, 1)
 
 
 def grid(draft: InputsDraft) -> Tensor:
-    """Frames, rows and columns of each image's patches: [B, 3]."""
+    """Frames, rows and columns of each image's patches: ``[B, 3]``."""
     return torch.tensor([[1, *draft.grid]]).repeat(draft.batch, 1)
 
 
 def sizes(draft: InputsDraft) -> Tensor | None:
-    """Height and width of each image: [B, 2]."""
+    """Height and width of each image: ``[B, 2]``."""
     return torch.tensor([draft.image_size]).repeat(draft.batch, 1) if "pixel_values" in draft.made else None
 
 
 def shapes(draft: InputsDraft) -> Tensor:
-    """Rows and columns of each image's patches: [B, 2]."""
+    """Rows and columns of each image's patches: ``[B, 2]``."""
     return torch.tensor([draft.grid]).repeat(draft.batch, 1)
 
 
 def every_patch(draft: InputsDraft) -> Tensor | None:
-    """Every patch is part of the image: [B, N]."""
+    """Every patch is part of the image: ``[B, N]``."""
     return torch.ones(draft.batch, draft.patches, dtype=torch.long) if "spatial_shapes" in draft.arguments else None
 
 
 def second_view(draft: InputsDraft) -> Tensor | None:
-    """The image once more, larger: [B, C, H, W]."""
+    """The image once more, larger: ``[B, C, H, W]``."""
     config = first(draft.config, "high_res_vision_config")
     return None if config is None else draft.normal(draft.channels, *pair(config.image_size))
 
 
 def videos(draft: InputsDraft) -> Tensor | None:
-    """Clips [B, frames, C, H, W] for a model that takes nothing else."""
+    """Clips ``[B, frames, C, H, W]`` for a model that takes nothing else."""
     if draft.arguments["pixel_values_videos"].default is not inspect.Parameter.empty:
         return None
     return draft.images(int(first(draft.vision, "num_frames", "frames_per_clip", default=4)))
@@ -128,7 +128,7 @@ def count_image_tokens(draft: InputsDraft) -> int:
 
 
 def input_ids(draft: InputsDraft) -> Tensor | None:
-    """Image placeholders, then random ordinary ids ended by the end-of-text id: [B, T]. The last sample ends early."""
+    """Image placeholders, then random ordinary ids ended by the end-of-text id: ``[B, T]``. The last sample ends early."""
     if not getattr(draft.text, "vocab_size", None):
         return None
     ids = draft.words(draft.length)
@@ -152,7 +152,7 @@ def padded(draft: InputsDraft) -> bool:
 
 
 def attention_mask(draft: InputsDraft) -> Tensor | None:
-    """Ones [B, T], zeros behind the last sample's text."""
+    """Ones ``[B, T]``, zeros behind the last sample's text."""
     ids = draft.made.get("input_ids")
     if ids is None:
         return None
@@ -163,12 +163,12 @@ def attention_mask(draft: InputsDraft) -> Tensor | None:
 
 
 def decoder_input_ids(draft: InputsDraft) -> Tensor | None:
-    """Ordinary ids [B, T / 2] for the decoder of an encoder-decoder."""
+    """Ordinary ids ``[B, T / 2]`` for the decoder of an encoder-decoder."""
     return draft.words(max(2, draft.length // 2))
 
 
 def bbox(draft: InputsDraft) -> Tensor | None:
-    """A box (left, top, right, bottom) for each token [B, T, 4], on a grid of a thousand."""
+    """A box (left, top, right, bottom) for each token ``[B, T, 4]``, on a grid of a thousand."""
     ids = draft.made.get("input_ids")
     if ids is None:
         return None
@@ -178,7 +178,7 @@ def bbox(draft: InputsDraft) -> Tensor | None:
 
 
 def ones_like_image(draft: InputsDraft) -> Tensor | None:
-    """Every pixel is part of the image: [B, H, W]."""
+    """Every pixel is part of the image: ``[B, H, W]``."""
     images = draft.made.get("pixel_values")
     return None if images is None else torch.ones(draft.batch, *images.shape[-2:], dtype=torch.long)
 
@@ -188,7 +188,7 @@ def _regions(draft: InputsDraft, field: str) -> Tensor:
 
 
 def image_token_types(draft: InputsDraft) -> Tensor | None:
-    """1 where a token stands for a piece of an image, else 0: [B, T]."""
+    """1 where a token stands for a piece of an image, else 0: ``[B, T]``."""
     ids = draft.made.get("input_ids")
     return None if ids is None or draft.image_token is None else (ids == draft.image_token).long()
 

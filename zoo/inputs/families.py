@@ -40,29 +40,29 @@ def configured(makers: Mapping[str, Maker | None]) -> ExampleInputs:
 
 
 def _one_image(draft: InputsDraft) -> Tensor:
-    """One image a sample, counted: [B, 1, C, H, W]."""
+    """One image a sample, counted: ``[B, 1, C, H, W]``."""
     return draft.images(1)
 
 
 def _two_images(draft: InputsDraft) -> Tensor:
-    """Two images a sample: [B, 2, C, H, W]."""
+    """Two images a sample: ``[B, 2, C, H, W]``."""
     return draft.images(2)
 
 
 def _half(draft: InputsDraft) -> Tensor:
-    """The upper or the lower half of a picture: [B, C, H / 2, W]."""
+    """The upper or the lower half of a picture: ``[B, C, H / 2, W]``."""
     height, width = draft.image_size
     return draft.normal(draft.channels, height // 2, width)
 
 
 def _flat_patches(draft: InputsDraft) -> Tensor:
-    """Flattened patches [B, N, P * P * C]."""
+    """Flattened patches ``[B, N, P * P * C]``."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
     return draft.normal((height // rows) * (width // columns), rows * columns * draft.channels)
 
 
 def _ranks(draft: InputsDraft) -> Tensor:
-    """The order in which patches are hidden, so that every call hides the same: [B, N]."""
+    """The order in which patches are hidden, so that every call hides the same: ``[B, N]``."""
     (height, width), (rows, columns) = draft.image_size, draft.patch_size
     return torch.rand(draft.batch, (height // rows) * (width // columns), generator=draft.generator)
 
@@ -84,7 +84,7 @@ def _ids_to_write(draft: InputsDraft) -> Tensor | None:
 
 
 def _choices(draft: InputsDraft) -> Tensor | None:
-    """Two texts a sample: [B, 2, T]."""
+    """Two texts a sample: ``[B, 2, T]``."""
     ids = input_ids(draft)
     return None if ids is None else torch.stack([ids, ids.flip(0)], dim=1)
 
@@ -120,14 +120,14 @@ def _kosmos_image_mask(draft: InputsDraft) -> Tensor:
 
 
 def _pix2struct_patches(draft: InputsDraft) -> Tensor:
-    """Patches behind their row and column: [B, 16, 2 + what a patch holds]."""
+    """Patches behind their row and column: ``[B, 16, 2 + what a patch holds]``."""
     rows = torch.arange(1, 5).repeat_interleave(4)
     places = torch.stack([rows, torch.arange(1, 5).repeat(4)], dim=-1).expand(draft.batch, -1, -1).float()
     return torch.cat([places, draft.normal(16, int(draft.vision.patch_embed_hidden_size))], dim=-1)
 
 
 def _all_prefix(draft: InputsDraft) -> Tensor:
-    """No token is of the part that is predicted: [B, T]."""
+    """No token is of the part that is predicted: ``[B, T]``."""
     return torch.zeros_like(draft.made["input_ids"])
 
 
@@ -136,7 +136,7 @@ def _over_patches(draft: InputsDraft) -> Tensor:
 
 
 def _one_tile(draft: InputsDraft) -> Tensor:
-    """One image of the most tiles a sample: [B, 1, tiles, C, H, W]."""
+    """One image of the most tiles a sample: ``[B, 1, tiles, C, H, W]``."""
     return draft.images(1, int(draft.vision.max_num_tiles))
 
 
@@ -158,12 +158,12 @@ def _ids_after_patches(draft: InputsDraft) -> Tensor | None:
 
 
 def _every_tile(draft: InputsDraft) -> Tensor:
-    """Every tile is part of the image: [B, tiles]."""
+    """Every tile is part of the image: ``[B, tiles]``."""
     return torch.ones(draft.made["pixel_values"].shape[:2], dtype=torch.bool)
 
 
 def _overview(draft: InputsDraft) -> Tensor:
-    """Images so large that the smallest copy of them is still one patch: [B, C, H, W]."""
+    """Images so large that the smallest copy of them is still one patch: ``[B, C, H, W]``."""
     side = int(draft.config.patch_size / min(draft.config.scaled_images_ratios))
     return draft.normal(3, side, side)
 

@@ -18,12 +18,12 @@ FRAMES = 4
 
 
 def frames(draft: InputsDraft) -> Tensor:
-    """A clip of as many frames as the model counts: [B, frames, C, H, W]."""
+    """A clip of as many frames as the model counts: ``[B, frames, C, H, W]``."""
     return draft.images(int(first(draft.vision, "num_frames", default=FRAMES)))
 
 
 def tiles(draft: InputsDraft) -> Tensor:
-    """The whole image and the tiles that its model cuts an image of this size into: [B, 1 + tiles, C, H, W]."""
+    """The whole image and the tiles that its model cuts an image of this size into: ``[B, 1 + tiles, C, H, W]``."""
     count = getattr(sys.modules[type(draft.model).__module__], "image_size_to_num_patches", None)
     pinpoints = first(draft.config, "image_grid_pinpoints")
     if count is None or pinpoints is None:
@@ -33,12 +33,12 @@ def tiles(draft: InputsDraft) -> Tensor:
 
 
 def square_patches(draft: InputsDraft) -> Tensor:
-    """Patches of all images, each an image of its own: [B * N, C, P, P]."""
+    """Patches of all images, each an image of its own: ``[B * N, C, P, P]``."""
     return draft.normal(draft.patches, draft.channels, *draft.patch_size).flatten(0, 1)
 
 
 def strip(draft: InputsDraft) -> Tensor:
-    """Patches of all images beside each other in one strip: [1, C, P, B * N * P]."""
+    """Patches of all images beside each other in one strip: ``[1, C, P, B * N * P]``."""
     height, width = draft.patch_size
     return torch.cat(list(draft.normal(draft.channels, height, draft.patches * width)), dim=-1)[None]
 
@@ -51,31 +51,31 @@ def blocks(draft: InputsDraft) -> Tensor:
 
 
 def grid_of_blocks(draft: InputsDraft) -> Tensor:
-    """Frames, rows and columns of each image's blocks: [B, 3]."""
+    """Frames, rows and columns of each image's blocks: ``[B, 3]``."""
     merge = int(first(draft.vision, "spatial_merge_size", default=1))
     return torch.tensor([[1, *(side // merge for side in draft.grid)]]).repeat(draft.batch, 1)
 
 
 def large_patches(draft: InputsDraft) -> Tensor:
-    """Flattened patches of as many pixels as become one token: [B, N, pixels * C]."""
+    """Flattened patches of as many pixels as become one token: ``[B, N, pixels * C]``."""
     (height, width), pooled = draft.patch_size, int(draft.vision.pooling_kernel_size)
     return draft.normal(draft.patches, draft.channels * height * width * pooled**2)
 
 
 def moving_patches(draft: InputsDraft) -> Tensor:
-    """Patches with their frames, channels last: [16 of each image, frames, P, P, C]."""
+    """Patches with their frames, channels last: ``[16 of each image, frames, P, P, C]``."""
     depth = int(draft.vision.temporal_patch_size)
     return draft.normal(16, depth, *draft.patch_size, draft.channels).flatten(0, 1)
 
 
 def patches_by_sample(draft: InputsDraft) -> Tensor:
-    """Flattened patches [B, N, C * frames * P * P]."""
+    """Flattened patches ``[B, N, C * frames * P * P]``."""
     (height, width), depth = draft.patch_size, int(first(draft.vision, "temporal_patch_size", default=1))
     return draft.normal(draft.patches, draft.channels * depth * height * width)
 
 
 def patch_positions(draft: InputsDraft) -> Tensor:
-    """Column and row of each patch: [B, N, 2]."""
+    """Column and row of each patch: ``[B, N, 2]``."""
     rows, columns = draft.grid
     places = torch.stack([torch.arange(columns).repeat(rows), torch.arange(rows).repeat_interleave(columns)], dim=-1)
     return places.expand(draft.batch, -1, -1).clone()
@@ -103,6 +103,6 @@ def pooled_patches(draft: InputsDraft) -> Tensor:
 
 
 def pooled_grid(draft: InputsDraft) -> Tensor:
-    """Rows and columns of pooled tokens, and none of a second resolution: [B, 4]."""
+    """Rows and columns of pooled tokens, and none of a second resolution: ``[B, 4]``."""
     rows, columns = (side // draft.patch_size[0] // 2 for side in draft.image_size)
     return torch.tensor([[rows, columns, 0, 0]]).repeat(draft.batch, 1)

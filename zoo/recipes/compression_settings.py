@@ -1,4 +1,4 @@
-"""What every recipe that compresses can be told: :class:`CompressionSettings`."""
+"""Settings that every compression recipe shares: :class:`CompressionSettings`."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _held_out_task(name: str, data: str, *, split: str, items: int, seed: int) -
 def write_release(
     model: nn.Module, path: Path, card: Mapping[str, object], test: Callable[[Path], dict[str, object]]
 ) -> None:
-    """Write a model's weights in float16 and, beside them, a JSON card with what the file scores when loaded again.
+    """Write a model's weights in float16 and a JSON card next to them, with the scores of the file when loaded again.
 
     Args:
         model: The model.

@@ -87,7 +87,7 @@ def _by_head(projected: Tensor, heads: int) -> Tensor:
 
 
 def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, Tensor]:
-    """Merge tokens at even places into the most similar tokens at odd places.
+    """Merge tokens at even positions into the most similar tokens at odd positions.
 
     Args:
         x: Tokens, ``[B, N, C]``. The first one is never merged away.

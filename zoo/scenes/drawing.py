@@ -28,10 +28,10 @@ class Annotation:
     """What each patch of both pictures shows, P patches in rows.
 
     Attributes:
-        labels: [2, 4, P] int64. Colour, shape and size of the object that covers most of the patch, each counted from 1
+        labels: ``[2, 4, P]`` int64. Colour, shape and size of the object that covers most of the patch, each counted from 1
             with 0 for background; last, 1 where an object's centre lies.
-        outline: [2, P, PATCH * PATCH] bool, the pixels of the patch that objects cover.
-        centre: [2, P, 2] float32, from the middle of the picture to the centre (x, y) of the patch's object, on background
+        outline: ``[2, P, PATCH * PATCH]`` bool, the pixels of the patch that objects cover.
+        centre: ``[2, P, 2]`` float32, from the middle of the picture to the centre (x, y) of the patch's object, on background
             to the middle of the patch, in patch sides.
     """
 
@@ -41,7 +41,7 @@ class Annotation:
 
 
 def draw_pictures(pair: Pair, draws: Draws) -> tuple[npt.NDArray[np.uint8], Annotation]:
-    """Draw both pictures, uint8 [2, 3, CANVAS, CANVAS], and note what their patches show."""
+    """Draw both pictures, uint8 ``[2, 3, CANVAS, CANVAS]``, and note what their patches show."""
     canvas = np.empty((2, 3, CANVAS, CANVAS), dtype=np.float32)
     patches = GRID * GRID
     annotation = Annotation(

@@ -25,7 +25,7 @@ class Phrase:
     shape: int | None
 
     def fits(self, thing: Thing) -> bool:
-        """Say whether a thing is one that the phrase names."""
+        """Return whether the phrase names a thing."""
         return (
             (self.size is None or self.size == thing.size)
             and (self.colour is None or self.colour == thing.colour)

@@ -1,4 +1,4 @@
-"""Captions of, and questions about, one picture of a scene: :func:`captions`, :func:`draw_question`.
+"""Captions and questions for one picture of a scene: :func:`captions`, :func:`draw_question`.
 
 A caption names everything that is there, in one of four orders, so that it tells a picture from nearly all others. Questions
 are of four kinds; the answers to those that ask for yes or no are balanced by a coin, numbers by drawing the number first, and

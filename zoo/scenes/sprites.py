@@ -22,7 +22,7 @@ _TILT = np.deg2rad(16.0)
 
 @cache
 def sprite(shape: int, radius: int, angle: int) -> Plane:
-    """Return coverage in [0, 1] of a shape, [2 * radius + 1, 2 * radius + 1]."""
+    """Return coverage in [0, 1] of a shape, ``[2 * radius + 1, 2 * radius + 1]``."""
     side = 2 * radius + 1
     fine = side * _SUPERSAMPLING
     axis = ((np.arange(fine) + 0.5) / fine * side - side / 2) / (radius + 0.5)
@@ -89,6 +89,6 @@ def _clouds(generator: np.random.Generator) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def grain() -> Plane:
-    """Return a field of unit Gaussian noise [3, 4 * CANVAS, 4 * CANVAS], from which pictures cut their noise."""
+    """Return a field of unit Gaussian noise ``[3, 4 * CANVAS, 4 * CANVAS]``, from which pictures cut their noise."""
     generator = np.random.Generator(np.random.Philox(20240618))
     return generator.standard_normal((3, 4 * CANVAS, 4 * CANVAS), dtype=np.float32)

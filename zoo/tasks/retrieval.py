@@ -53,16 +53,16 @@ class CaptionedImages:
         texts = [self.data.records[index].captions[0] for index in samples]
         return {"images": self.images(samples), **self.texts(texts)}
 
-    def images(self, places: Sequence[int]) -> Tensor:
-        """Return the images at these places of the data set, ``[B, 3, H, W]``."""
-        return torch.cat([self.data[place].images for place in places]).to(self.device)
+    def images(self, positions: Sequence[int]) -> Tensor:
+        """Return the images at these positions of the data set, ``[B, 3, H, W]``."""
+        return torch.cat([self.data[position].images for position in positions]).to(self.device)
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return texts as arguments of the model, ``[B, T]``."""
         raise NotImplementedError
 
     def captions_of(self, samples: range) -> list[int]:
-        """Return the places of these images' captions among all captions."""
+        """Return the positions of these images' captions among all captions."""
         return [place for place, owner in enumerate(self.owners) if owner in samples]
 
 
