@@ -225,7 +225,7 @@ class PrunedModel(nn.Module):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
             )
-        Notes(self.report).add(f"calls that run unpruned: {MANY_WAYS}")
+        Notes(self.report).unpruned(type(self._host).__name__, MANY_WAYS)
         self._control.clear_record()
         return self._host(*args, **kwargs)
 

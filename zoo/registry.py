@@ -140,7 +140,7 @@ def checkpoint_path(entry: ModelEntry, checkpoint: str | Path) -> Path:
         return path
     names = ", ".join(map(repr, entry.checkpoints)) or "none"
     raise CheckpointError(
-        f"{str(checkpoint)!r} is neither a file, nor the folder of a saved pruned model, nor an embedded checkpoint of "
+        f"{str(checkpoint)!r} is neither a file, nor a saved folder, nor a shipped checkpoint of "
         f"{entry.name} (it has: {names})."
     )
 

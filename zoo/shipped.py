@@ -20,7 +20,7 @@ from torch import Tensor
 
 from madtp.errors import CheckpointError, ConfigError
 from madtp.saving.eight_bit import pack, unpack
-from madtp.saving.model_folder import BASE, EIGHT_BIT, STORED, describe_base, read_folder, write_folder
+from madtp.saving.model_folder import BASE, CONFIG, EIGHT_BIT, STORED, describe_base, read_folder, write_folder
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
@@ -44,11 +44,13 @@ class ShippedCheckpoint:
             that :func:`madtp.save` wrote.
         size: Its length in bytes.
         sha256: The hash of its content, in hexadecimal digits.
+        config_sha256: That of the ``config.json`` beside it, which a pruned model has.
     """
 
     file: str
     size: int
     sha256: str
+    config_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -77,20 +79,29 @@ class ShippedCheckpoint:
         """
         path = weights_folder(model) / self.file
         if not path.is_file():
-            raise CheckpointError(f"The embedded checkpoint {path} is not there; install the package again.")
+            raise CheckpointError(f"The shipped checkpoint {path} is not there; install the package again.")
         size = path.stat().st_size
         if size != self.size:
             raise CheckpointError(
-                f"The embedded checkpoint {path} is damaged: it has {size:,} bytes and was shipped with {self.size:,}; "
+                f"The shipped checkpoint {path} is damaged: it has {size:,} bytes and was shipped with {self.size:,}; "
                 "install the package again."
             )
         digest = _sha256(path)
         if digest != self.sha256:
             raise CheckpointError(
-                f"The embedded checkpoint {path} is damaged or was changed: its SHA-256 is {digest} and was shipped as "
+                f"The shipped checkpoint {path} is damaged or was changed: its SHA-256 is {digest} and was shipped as "
                 f"{self.sha256}; install the package again, or pass a changed file by its path."
             )
+        if self.config_sha256 is not None:
+            self._verify_config(path.parent / CONFIG)
         return path.parent if self.is_pruned else path
+
+    def _verify_config(self, path: Path) -> None:
+        if not path.is_file() or _sha256(path) != self.config_sha256:
+            raise CheckpointError(
+                f"The shipped {path} is missing or was changed; install the package again, or pass a changed folder by "
+                "its path."
+            )
 
 
 def shipped_checkpoints(model: str) -> tuple[ShippedCheckpoint, ...]:
@@ -103,7 +114,10 @@ def measured_index() -> dict[str, dict[str, dict[str, int | str]]]:
     index: dict[str, dict[str, dict[str, int | str]]] = {}
     for path in sorted(_ALL.glob("*/**/*.safetensors")):
         model, file = path.relative_to(_ALL).parts[0], path.relative_to(_ALL).as_posix().partition("/")[2]
-        index.setdefault(model, {})[file] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        facts: dict[str, int | str] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        if "/" in file:
+            facts["config_sha256"] = _sha256(path.parent / CONFIG)
+        index.setdefault(model, {})[file] = facts
     return index
 
 

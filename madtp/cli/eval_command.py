@@ -39,9 +39,7 @@ def eval_command(
     model: Annotated[str, typer.Option("--model", "-m", help="Name of a model of the zoo.", show_default=False)] = "",
     checkpoint: Annotated[
         str | None,
-        typer.Option(
-            "--checkpoint", "-k", help="Embedded weights, a file, or a saved folder. Default: random weights."
-        ),
+        typer.Option("--checkpoint", "-k", help="Shipped weights, a file, or a saved folder. Default: random weights."),
     ] = None,
     data: Annotated[str, typer.Option("--data", "-d", help="Name of a data set; see --list.")] = "scenes",
     root: Annotated[Path | None, typer.Option(help="Folder with annotations and images.", show_default=False)] = None,

@@ -30,7 +30,7 @@ def models_command(
     from madtp.cli.console import error_console, output_console
 
     names = zoo.list_models(pattern)
-    table = Table("model", "image", "embedded weights", "what it is", box=None, pad_edge=False, header_style="bold")
+    table = Table("model", "image", "shipped weights", "what it is", box=None, pad_edge=False, header_style="bold")
     for name in names:
         entry = zoo.describe(name)
         table.add_row(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,13 @@ SHOWN = 3
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
     """Write a model. One that the folder already holds is replaced in one step; other files stay.
 
+    Of several writers at a time, the last one wins.
+
     Raises:
-        CheckpointError: the folder cannot be written, or its ``config.json`` belongs to something else.
+        CheckpointError: the folder cannot be written, its ``config.json`` belongs to something else, or another writer has
+            replaced the model at the same moment.
     """
+    started = time.time()
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
     try:
@@ -47,13 +53,22 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
         file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
         content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
         write_text(folder / CONFIG, json.dumps(content, indent=1, allow_nan=False) + "\n")
-        for old in folder.glob("model-*.safetensors"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
-    except OSError as error:
+        _remove_older(folder, name, started)
+        replaced = not (folder / name).is_file()
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be written ({error}); free space there or choose another folder."
         ) from error
+    if replaced:
+        raise CheckpointError(f"another process saved into {folder} at the same moment; save again.")
+
+
+def _remove_older(folder: Path, name: str, started: float) -> None:
+    """Remove tensors of earlier models; those written since ``started`` may be the ones that another writer names next."""
+    for path in folder.glob("model-*.safetensors"):
+        with suppress(FileNotFoundError):
+            if path.name != name and path.stat().st_mtime < started:
+                path.unlink()
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -127,11 +142,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_base(folder: Path, base: Mapping[str, str]) -> dict[str, Tensor]:
-    path = folder.parent / Path(base["file"]).name
+def _read_base(folder: Path, base: object) -> dict[str, Tensor]:
+    name, digest = (base.get("file"), base.get("sha256")) if isinstance(base, dict) else (None, None)
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: its entry '{BASE}' does not name a file; copy it again.")
+    path = folder.parent / name
     if not path.is_file():
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which is missing; copy both.")
-    if _digest(path) != base["sha256"]:
+    if _digest(path) != digest:
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which has changed; copy both again.")
     return unpack(load_file(path))
 

@@ -212,11 +212,10 @@ def _site_from(values: Mapping[str, Any]) -> SitePlan:
 
 
 def _refusal_from(values: Mapping[str, Any]) -> Refusal:
-    policy = values.get("policy")
-    if values.get("by_policy"):  # as plans were written before policies had names
-        policy = Policy.TOWERS
-    known = {name: value for name, value in values.items() if name != "by_policy"}
-    return Refusal(**{**known, "policy": None if policy is None else Policy(policy)})
+    fields = dict(values)
+    by_policy = fields.pop("by_policy", False)  # as plans were written before policies had names
+    policy = fields.get("policy", Policy.TOWERS.value if by_policy else None)
+    return Refusal(**{**fields, "policy": None if policy is None else Policy(policy)})
 
 
 def _from_outside(site: SitePlan, region: Region) -> SitePlan:

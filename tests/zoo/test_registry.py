@@ -17,6 +17,7 @@ from torch import nn
 import madtp
 import zoo
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
+from madtp.saving.model_folder import write_folder
 from zoo import registry, shipped
 from zoo.shipped import ShippedCheckpoint
 
@@ -176,6 +177,19 @@ def test_a_changed_embedded_file_is_refused(tmp_path: Path, monkeypatch: pytest.
     path.unlink()
     with pytest.raises(CheckpointError, match="is not there; install the package again"):
         zoo.create("tiny", "dense")
+
+
+@pytest.mark.usefixtures("empty_zoo")
+def test_a_changed_config_of_a_shipped_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "_ALL", tmp_path)
+    write_folder(tmp_path / "tiny" / "pruned-80", {"weight": torch.ones(2)}, {"gain": 1.0})
+    ((file, facts),) = shipped.measured_index()["tiny"].items()
+    checkpoint = ShippedCheckpoint(file, **facts)  # type: ignore[arg-type]
+    assert checkpoint.verified("tiny") == tmp_path / "tiny" / "pruned-80"
+    config = tmp_path / "tiny" / "pruned-80" / "config.json"
+    config.write_text(config.read_text().replace('"gain": 1.0', '"gain": 0.0'))
+    with pytest.raises(CheckpointError, match=r"config\.json is missing or was changed; install the package again"):
+        checkpoint.verified("tiny")
 
 
 @pytest.mark.usefixtures("empty_zoo")

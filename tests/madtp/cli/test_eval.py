@@ -183,7 +183,7 @@ def test_two_processes_evaluate_as_one_does(tmp_path: Path) -> None:
         (("-d", "nlvr2"), "lies in files"),
         (("-d", "nlvr2", "--root", "/none"), "/none is not a folder"),
         (("--split", "dev"), "scenes has no split 'dev'"),
-        (("-k", "best"), "'best' is neither a file nor an embedded checkpoint"),
+        (("-k", "best"), "'best' is neither a file, nor a saved folder, nor a shipped checkpoint"),
         (("--vocabulary", "/none.txt"), "no vocabulary file /none.txt"),
         (("-d", "other"), "no data set 'other'"),
     ],

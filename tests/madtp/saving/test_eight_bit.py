@@ -97,3 +97,10 @@ def test_a_folder_is_read_with_its_base_alone(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"difference from .*dense\.safetensors, which is missing; copy both"):
         read_folder(tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("base", ["x", {}, [1], {"file": 3}, {"file": "../other.safetensors", "sha256": ""}])
+def test_a_damaged_entry_of_the_base_is_named(tmp_path: Path, base: object) -> None:
+    write_folder(tmp_path / "pruned", pack({"a": torch.randn(4, 4)}, is_matrix), {STORED: EIGHT_BIT, BASE: base})
+    with pytest.raises(CheckpointError, match="its entry 'base' does not name a file"):
+        read_folder(tmp_path / "pruned")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,19 @@ def test_objects_that_json_cannot_hold_ask_for_inputs() -> None:
 def test_malformed_records_are_refused(content: dict[str, Any]) -> None:
     with pytest.raises(ExampleInputsError, match="malformed"):
         replay_call(content)
+
+
+def test_one_of_two_writers_at_a_time_wins(tmp_path: Path) -> None:
+    def write(value: float) -> None:
+        for number in range(10):
+            with suppress(CheckpointError):  # the other one replaced it at the same moment, and said so
+                write_folder(tmp_path / "model", {"weight": torch.full((64, 64), value + number)}, {})
+
+    for _ in range(5):
+        writers = [threading.Thread(target=write, args=(value,)) for value in (0.0, 100.0)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert read_folder(tmp_path / "model")[0]["weight"].unique().numel() == 1
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) < 10

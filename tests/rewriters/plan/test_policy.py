@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp.config import PruningConfig
+from madtp.errors import PlanError
 from rewriters.axes.sources import Rest, TokenRange
 from rewriters.detect.layout import find_layout
 from rewriters.graph.nodes import AxisError, op_name
@@ -172,6 +173,13 @@ def test_refusals_of_plans_without_named_policies_are_read(by_policy: bool) -> N
     values = Plan((), (), 1, 1, "interleaved").to_dict()
     read = Plan.from_dict({**values, "refusals": [refusal]})
     assert read.refusals[0].report().by_policy is by_policy
+
+
+@pytest.mark.parametrize("refusal", ["x", None, 3])
+def test_a_refusal_that_is_not_an_object_is_malformed(refusal: object) -> None:
+    values = Plan((), (), 1, 1, "interleaved").to_dict()
+    with pytest.raises(PlanError, match="the plan is malformed"):
+        Plan.from_dict({**values, "refusals": [refusal]})
 
 
 def test_a_causal_text_read_at_every_position_is_left_alone() -> None:
