@@ -54,7 +54,7 @@ def official(name: str, path: Path) -> dict[str, Tensor]:
 @pytest.fixture
 def small_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zoo with small models only."""
-    monkeypatch.setattr(registry, "_entries", {})
+    monkeypatch.setattr(registry.MODELS, "_entries", {})
     half = (0.5, 0.5, 0.5)
     for name in ("nlvr", "retrieval", "caption", "vqa", "clip"):
         zoo.register(name, description=name, input_size=(3, 32, 32), mean=half, std=half, licence="none", paper="none")(
