@@ -110,7 +110,10 @@ def test_cards_become_a_table(script: ModuleType, tmp_path: Path) -> None:
 
 
 def test_recalls_at_one_are_shown_as_their_mean(script: ModuleType) -> None:
-    assert script.main_metric({"metrics": {"text_r1": 0.5, "image_r1": 0.75, "mean_recall": 1.0}}) == ("recall@1", 0.625)
+    assert script.main_metric({"metrics": {"text_r1": 0.5, "image_r1": 0.75, "mean_recall": 1.0}}) == (
+        "recall@1",
+        0.625,
+    )
 
 
 @pytest.mark.parametrize(("slope", "expected"), [(10.0, 7), (-10.0, 3)])
