@@ -6,7 +6,6 @@ matrices in eight bits, and then :func:`write_index`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -20,7 +19,16 @@ from torch import Tensor
 
 from madtp.errors import CheckpointError, ConfigError
 from madtp.saving.eight_bit import pack, unpack
-from madtp.saving.model_folder import BASE, CONFIG, EIGHT_BIT, STORED, describe_base, read_folder, write_folder
+from madtp.saving.model_folder import (
+    BASE,
+    CONFIG,
+    EIGHT_BIT,
+    STORED,
+    describe_base,
+    read_folder,
+    sha256_of,
+    write_folder,
+)
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
@@ -86,7 +94,7 @@ class ShippedCheckpoint:
                 f"The shipped checkpoint {path} is damaged: it has {size:,} bytes and was shipped with {self.size:,}; "
                 "install the package again."
             )
-        digest = _sha256(path)
+        digest = sha256_of(path)
         if digest != self.sha256:
             raise CheckpointError(
                 f"The shipped checkpoint {path} is damaged or was changed: its SHA-256 is {digest} and was shipped as "
@@ -97,7 +105,7 @@ class ShippedCheckpoint:
         return path.parent if self.is_pruned else path
 
     def _verify_config(self, path: Path) -> None:
-        if not path.is_file() or _sha256(path) != self.config_sha256:
+        if not path.is_file() or sha256_of(path) != self.config_sha256:
             raise CheckpointError(
                 f"The shipped {path} is missing or was changed; install the package again, or pass a changed folder by "
                 "its path."
@@ -114,9 +122,9 @@ def measured_index() -> dict[str, dict[str, dict[str, int | str]]]:
     index: dict[str, dict[str, dict[str, int | str]]] = {}
     for path in sorted(_ALL.glob("*/**/*.safetensors")):
         model, file = path.relative_to(_ALL).parts[0], path.relative_to(_ALL).as_posix().partition("/")[2]
-        facts: dict[str, int | str] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        facts: dict[str, int | str] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         if "/" in file:
-            facts["config_sha256"] = _sha256(path.parent / CONFIG)
+            facts["config_sha256"] = sha256_of(path.parent / CONFIG)
         index.setdefault(model, {})[file] = facts
     return index
 
@@ -152,7 +160,3 @@ def _is_matrix(name: str, value: Tensor) -> bool:
 def _index() -> dict[str, dict[str, dict[str, Any]]]:
     content: dict[str, dict[str, dict[str, Any]]] = json.loads(_INDEX.read_text(encoding="utf-8"))
     return content
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ from torch import Tensor
 from madtp.atomic_files import draft_of, publish, write_text
 from madtp.errors import CheckpointError
 from madtp.saving.eight_bit import unpack
+
+try:
+    import fcntl
+except ImportError:  # a system without file locks
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "madtp-pruned-model"
 VERSION = 1
@@ -38,37 +43,41 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
     Of several writers at a time, the last one wins.
 
     Raises:
-        CheckpointError: the folder cannot be written, its ``config.json`` belongs to something else, or another writer has
-            replaced the model at the same moment.
+        CheckpointError: the folder cannot be written, or its ``config.json`` belongs to something else.
     """
-    started = time.time()
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
     try:
         with draft_of(folder / "model.safetensors") as draft:
             save_file(stored, draft, metadata={"format": FORMAT})
-            digest, size = _digest(draft), draft.stat().st_size
+            digest, size = sha256_of(draft), draft.stat().st_size
             name = f"model-{digest[:12]}.safetensors"
-            publish(draft, folder / name)
-        file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
-        content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
-        write_text(folder / CONFIG, json.dumps(content, indent=1, allow_nan=False) + "\n")
-        _remove_older(folder, name, started)
-        replaced = not (folder / name).is_file()
+            file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
+            content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
+            with _one_writer(folder):
+                publish(draft, folder / name)
+                write_text(folder / CONFIG, json.dumps(content, indent=1, allow_nan=False) + "\n")
+                for old in folder.glob("model-*.safetensors"):
+                    if old.name != name:
+                        old.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be written ({error}); free space there or choose another folder."
         ) from error
-    if replaced:
-        raise CheckpointError(f"another process saved into {folder} at the same moment; save again.")
 
 
-def _remove_older(folder: Path, name: str, started: float) -> None:
-    """Remove tensors of earlier models; those written since ``started`` may be the ones that another writer names next."""
-    for path in folder.glob("model-*.safetensors"):
-        with suppress(FileNotFoundError):
-            if path.name != name and path.stat().st_mtime < started:
-                path.unlink()
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Let others that save into the folder wait, where the system has file locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,7 +102,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     found = path.stat().st_size
     if found != size:
         raise CheckpointError(f"{path} is damaged: it has {found} of {size} bytes; copy it again.")
-    if _digest(path) != digest:
+    if sha256_of(path) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again.")
     try:
         tensors = load_file(path)
@@ -107,7 +116,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def describe_base(path: Path) -> dict[str, str]:
     """Return the entry :data:`BASE` of a folder next to ``path`` that stores the difference from the tensors in that file."""
-    return {"file": path.name, "sha256": _digest(path)}
+    return {"file": path.name, "sha256": sha256_of(path)}
 
 
 def shorten(items: list[str]) -> str:
@@ -149,7 +158,7 @@ def _read_base(folder: Path, base: object) -> dict[str, Tensor]:
     path = folder.parent / name
     if not path.is_file():
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which is missing; copy both.")
-    if _digest(path) != digest:
+    if sha256_of(path) != digest:
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which has changed; copy both again.")
     return unpack(load_file(path))
 
@@ -192,7 +201,8 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     return stored, aliases
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

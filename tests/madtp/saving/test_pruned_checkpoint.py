@@ -208,7 +208,7 @@ def test_overwriting_replaces_the_model_and_leaves_other_files(other: PrunedMode
     "place",
     [
         "saving.model_folder.save_file",
-        "saving.model_folder._digest",
+        "saving.model_folder.sha256_of",
         "saving.model_folder.publish",
         "saving.model_folder.json.dumps",
         "atomic_files.os.replace",
