@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from madtp.api import count_macs, rewrite
+    from madtp.api import Plan, count_macs, rewrite
     from madtp.config import PruningConfig
     from madtp.errors import MadtpError
     from madtp.pruned import PrunedModel
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MadtpError",
+    "Plan",
     "PrunedModel",
     "PruningConfig",
     "__version__",
@@ -45,6 +46,7 @@ _HOMES = {
     "teach": "madtp.tuning.teaching",
     "PruningConfig": "madtp.config",
     "MadtpError": "madtp.errors",
+    "Plan": "madtp.api",
     "PrunedModel": "madtp.pruned",
 }
 

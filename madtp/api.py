@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,10 +18,10 @@ from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError
 from madtp.pruned import PrunedModel
 from rewriters.pipeline import price_dense
+from rewriters.plan.plan import Plan
 from rewriters.regions.rewrite import rewrite_model
 
-if TYPE_CHECKING:
-    from rewriters.plan.plan import Plan
+__all__ = ["Plan", "count_macs", "rewrite"]
 
 
 def rewrite(
@@ -41,7 +40,8 @@ def rewrite(
             ones. May be left out where the zoo knows the architecture.
         config: How to prune; by default ``PruningConfig()``. The zoo may add protected positions for architectures that it
             knows. If the model takes token ids alone and nothing else can be pruned, its text is pruned.
-        plan: An edited :class:`~rewriters.plan.plan.Plan` to follow, in place of a new one.
+        plan: An edited :class:`~rewriters.plan.plan.Plan` to follow, in place of a new one:
+            ``Plan.from_dict(pruned.report.plan).without(["blocks.0"])``.
 
     Returns:
         A :class:`~madtp.pruned.PrunedModel`, called exactly as ``model`` is.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import networkx
@@ -133,6 +133,8 @@ class RewriteReport:
             and needs no site.
         notes: Remarks, such as on later calls that run unpruned.
         unpruned: The calls that run unpruned, as data; each is a remark in ``notes``, too.
+        plan: The plan that was followed, in JSON types. ``madtp.Plan.from_dict(report.plan)`` makes one to edit, which
+            ``madtp.rewrite(model, inputs, plan=...)`` follows.
     """
 
     model: str
@@ -148,6 +150,7 @@ class RewriteReport:
     pooling: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     unpruned: list[UnprunedCalls] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def apart(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,8 @@ from madtp.atomic_files import draft_of, publish, write_text
 from madtp.errors import CheckpointError
 from madtp.saving.eight_bit import unpack
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # a system without file locks
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "madtp-pruned-model"
 VERSION = 1
@@ -69,7 +68,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
 @contextmanager
 def _one_writer(folder: Path) -> Iterator[None]:
     """Let others that save into the folder wait, where the system has file locks."""
-    if fcntl is None:
+    if sys.platform == "win32":
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)

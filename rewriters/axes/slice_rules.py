@@ -40,6 +40,7 @@ from rewriters.axes.readouts import (
     RestReadout,
 )
 from rewriters.axes.sources import BatchPart, Rest, TokenRange
+from rewriters.graph.match import because
 from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError, call_argument, example_shape, example_size, int_argument, op_name, operand
 from rewriters.graph.op_sets import VECTOR_NORMS
@@ -59,7 +60,7 @@ def reduce(node: fx.Node, labels: LabelMap) -> Outcome:
         return Outcome(labels=rest)
     axis = token_axis(own[mixed[0]])
     if len(set(dims)) > 1 or axis is None or op_name(node) not in ("mean", "amax"):
-        raise AxisError(f"{op_name(node)} over {axes_of(own[mixed[0]])}")
+        raise AxisError(f"{op_name(node)} over {axes_of(own[mixed[0]])}{because(node)}")
     return Outcome(labels=rest, readout=PoolingReadout(axis=axis, dim=mixed[0], batch_dim=own.batch_dim()))
 
 

@@ -65,6 +65,7 @@ from rewriters.axes.slice_rules import (
     slice_,
     split,
 )
+from rewriters.graph.match import because
 from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
 from rewriters.graph.op_sets import CASTS, CONCATENATIONS, PARTS, SIZED_VIEWS
@@ -294,10 +295,10 @@ def apply(node: fx.Node, labels: LabelMap) -> Outcome:
     if node.op != "call_function":
         raise AxisError(f"a {node.op} node")
     if op_name(node) in EVERY_POSITION:
-        raise AxisError(f"{op_name(node)} needs every position")
+        raise AxisError(f"{op_name(node)} needs every position{because(node)}")
     rule = RULES.get(op_name(node))
     if rule is None:
-        raise AxisError(f"no rule for the operation {op_name(node)}")
+        raise AxisError(f"no rule for the operation {op_name(node)}{because(node)}")
     try:
         return rule(node, labels)
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:

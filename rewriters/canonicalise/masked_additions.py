@@ -8,7 +8,6 @@ positions and zeros elsewhere: ``z`` is a side input along the tokens like any o
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,14 @@ from torch import fx
 from torch.fx.node import Argument, Target
 
 from rewriters.graph.emit import emit
-from rewriters.graph.nodes import AxisError, example_shape, is_tensor, op_name
+from rewriters.graph.match import NoMatch, attempt
+from rewriters.graph.nodes import example_shape, is_tensor, op_name
 from rewriters.graph.op_sets import CASTS, COPIES, RESHAPES
 from rewriters.graph.walk import behind
 
 aten = torch.ops.aten
+
+ONE_ROW_EACH = "x[mask] = x[mask] + rows, by a mask [B, N] of tokens [B, N, C], with a row for each of its true entries"
 
 
 @dataclass(frozen=True)
@@ -37,34 +39,36 @@ def whole_additions(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) not in readers:
             continue
-        with suppress(AxisError):  # sizes that depend on data: nothing is known of these rows
-            found = readers[op_name(node)](node)
-            if found is not None:
-                _replace(graph, node, found)
+        with attempt(node, ONE_ROW_EACH):  # sizes that depend on data: nothing is known of these rows
+            _replace(graph, node, readers[op_name(node)](node))
 
 
-def _put(node: fx.Node) -> _Addition | None:
-    """What a write to selected rows adds to them; None if it does anything else."""
+def _put(node: fx.Node) -> _Addition:
+    """What a write to selected rows adds to them; raises :class:`NoMatch` if it does anything else."""
     mask = _mask(node)
     if mask is None:
-        return None
+        raise NoMatch(node, "its places are not a mask [B, N] of tokens [B, N, C]", ONE_ROW_EACH)
     if len(node.args) > 3 and node.args[3]:
-        rows = _fitting(node.args[2], node.args[0])
-        return None if rows is None else _Addition(mask, rows)
-    return _added(node.args[2], node.args[0], mask)
+        return _Addition(mask, _fitting(node.args[2], node.args[0], node))
+    return _added(node.args[2], node.args[0], mask, node)
 
 
-def _scattered(node: fx.Node) -> _Addition | None:
+def _scattered(node: fx.Node) -> _Addition:
     """The same for rows that are written one element after the other, by the mask along the channels."""
     base, channel_mask, value = node.args
     mask = _per_token(channel_mask)
-    return None if mask is None else _added(behind(value, COPIES | RESHAPES), base, mask)
+    if mask is None:
+        raise NoMatch(node, "its mask differs from channel to channel", ONE_ROW_EACH)
+    return _added(behind(value, COPIES | RESHAPES), base, mask, node)
 
 
-def _added(value: Argument, base: Argument, mask: fx.Node) -> _Addition | None:
-    """What is added where ``value`` is ``base[mask] + rows``; None if it is anything else."""
+def _added(value: Argument, base: Argument, mask: fx.Node, write: fx.Node) -> _Addition:
+    """What ``write`` adds where ``value`` is ``base[mask] + rows``; raises :class:`NoMatch` if it is anything else."""
+    steps = ("a write by a mask",)
     if not isinstance(value, fx.Node) or op_name(value) != "add" or value.kwargs or len(value.args) != 2:
-        return None
+        raise NoMatch(
+            write, "it replaces rows that a mask selects, or scales what it adds to them", ONE_ROW_EACH, steps
+        )
     for read, rows in (value.args, value.args[::-1]):
         if not isinstance(read, fx.Node) or op_name(read) != "index":
             continue
@@ -72,9 +76,8 @@ def _added(value: Argument, base: Argument, mask: fx.Node) -> _Addition | None:
             continue
         chosen = _mask(read)
         if chosen is not None and _per_token(chosen) is _per_token(mask):
-            fitting = _fitting(rows, base)
-            return None if fitting is None else _Addition(chosen, fitting)
-    return None
+            return _Addition(chosen, _fitting(rows, base, write))
+    raise NoMatch(write, "what it adds to are not the rows that it replaces", ONE_ROW_EACH, (*steps, "an addition"))
 
 
 def _per_token(mask: Argument) -> fx.Node | None:
@@ -120,13 +123,15 @@ def _mask(node: fx.Node) -> fx.Node | None:
     return first if base.meta["val"].dim() == 3 and all(i is None for i in others) else None
 
 
-def _fitting(rows: Argument, base: Argument) -> fx.Node | None:
-    """``rows`` if there is one for each selected position, of the type of ``base``; None if they are spread over several."""
-    if not is_tensor(rows) or not is_tensor(base):
-        return None
-    have, want = example_shape(rows), example_shape(base)
-    fits = len(have) == 2 and have[0] != 1 and have[1] == want[2] and rows.meta["val"].dtype == base.meta["val"].dtype
-    return rows if fits else None
+def _fitting(rows: Argument, base: Argument, write: fx.Node) -> fx.Node:
+    """``rows`` if there is one for each selected position, of the type of ``base``; :class:`NoMatch` if they are spread."""
+    if is_tensor(rows) and is_tensor(base):
+        have, want = example_shape(rows), example_shape(base)
+        same_type = rows.meta["val"].dtype == base.meta["val"].dtype
+        if len(have) == 2 and have[0] != 1 and have[1] == want[2] and same_type:
+            return rows
+    steps = ("a write by a mask", "an addition")
+    raise NoMatch(write, "it does not add one row of the tokens' type to each of them", ONE_ROW_EACH, steps)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, found: _Addition) -> None:

@@ -11,9 +11,11 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from rewriters.graph.match import NoMatch, attempt
 from rewriters.graph.nodes import call_argument, is_tensor, known_size, normal_dim, op_name, operand
 
 # They make a tensor whose entries matter to nobody once all of them are written.
+FILLED = "ranges of one dimension that fill a new tensor, each entry written once"
 MAKERS = frozenset(
     "empty zeros ones full new_empty new_zeros new_ones new_full empty_like zeros_like ones_like".split()
 )
@@ -39,23 +41,25 @@ def slice_writes_to_cat(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not _is_write(node) or any(_is_write(user) and user.args[0] is node for user in node.users):
             continue
-        filled = _filled_by(node)
-        if filled is None:
-            continue
-        with graph.inserting_before(node):
-            parts = [written.part for written in filled.ranges]
-            joined = graph.call_function(torch.ops.aten.cat.default, (parts, filled.dim))
-        joined.meta = dict(node.meta)
-        node.replace_all_uses_with(joined)
-        graph.erase_node(node)
+        with attempt(node, FILLED):
+            _join(graph, node, _filled_by(node))
+
+
+def _join(graph: fx.Graph, last: fx.Node, filled: _Filled) -> None:
+    with graph.inserting_before(last):
+        parts = [written.part for written in filled.ranges]
+        joined = graph.call_function(torch.ops.aten.cat.default, (parts, filled.dim))
+    joined.meta = dict(last.meta)
+    last.replace_all_uses_with(joined)
+    graph.erase_node(last)
 
 
 def _is_write(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) == "slice_scatter"
 
 
-def _filled_by(last: fx.Node) -> _Filled | None:
-    """The ranges that a chain of writes fills; None if something is left, or written twice."""
+def _filled_by(last: fx.Node) -> _Filled:
+    """The ranges that a chain of writes fills; raises :class:`NoMatch` if something is left, or written twice."""
     node: Argument = last
     dims: set[int] = set()
     ranges: list[_Range] = []
@@ -65,19 +69,25 @@ def _filled_by(last: fx.Node) -> _Filled | None:
         size, start, end = value.shape[dim], call_argument(node, 3, "start", None), call_argument(node, 4, "end", None)
         known = isinstance(size, int) and all(n is None or isinstance(n, int) for n in (start, end))
         part = _without_expansion(operand(node, 1))
-        if not known or call_argument(node, 5, "step", 1) != 1 or part.meta["val"].dtype != value.dtype:
-            return None
+        if not known or call_argument(node, 5, "step", 1) != 1:
+            raise NoMatch(node, "a range is written whose place is not known, or not every entry of it", FILLED)
+        if part.meta["val"].dtype != value.dtype:
+            raise NoMatch(node, "values of another type are written", FILLED)
         start, end, _ = slice(start, end).indices(size)
         dims.add(dim)
         ranges.append(_Range(start, end, part))
         node = node.args[0]
-    if len(dims) != 1 or not is_tensor(node) or op_name(node) not in MAKERS:
-        return None
+    if not is_tensor(node) or op_name(node) not in MAKERS:
+        raise NoMatch(last, "ranges are written to a tensor that holds values", FILLED)
+    if len(dims) != 1:
+        raise NoMatch(last, "ranges of several dimensions are written", FILLED)
     dim = dims.pop()
     ranges.sort(key=lambda written: written[:2])
     borders = [0, *(written.end for written in ranges)]
     whole = borders[-1] == last.meta["val"].shape[dim]
-    return _Filled(dim, ranges) if whole and [written.start for written in ranges] == borders[:-1] else None
+    if not whole or [written.start for written in ranges] != borders[:-1]:
+        raise NoMatch(last, "the ranges that are written leave a gap or overlap", FILLED)
+    return _Filled(dim, ranges)
 
 
 def _without_expansion(part: fx.Node) -> fx.Node:

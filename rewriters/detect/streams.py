@@ -23,7 +23,7 @@ from rewriters.detect.layout import find_layout
 from rewriters.detect.modality import is_pooled_by_layer, is_pooling, special_positions, stream_modality
 from rewriters.detect.structure import TOKEN_DIMS, Stream, Structure, Sublayer, Unplaced
 from rewriters.detect.windows import AttentionSpan, has_mixed_keys, scores_on_grid
-from rewriters.graph.match import Miss, nearest_miss
+from rewriters.graph.match import Miss, because, nearest_miss
 from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, module_path, op_name, operand
 from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
 from rewriters.graph.residual import gets_values_from, residual_of
@@ -93,11 +93,8 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
     block_input = residual.before
     shape = example_shape(block_input)
     if len(shape) != 3:
-        miss = nearest_miss(node)
-        because = "" if miss is None else f" ({miss.reason})"
-        raise AxisError(
-            f"its residual stream has {len(shape)} dimensions; [B, N, C], [N, B, C] or [B, C, N] is needed{because}"
-        )
+        needed = f"[B, N, C], [N, B, C] or [B, C, N] is needed{because(node)}"
+        raise AxisError(f"its residual stream has {len(shape)} dimensions; {needed}")
     between = nodes[order[block_input] + 1 : order[node]]
     behind = _value_behind(residual.after, node, block_input)
     value = behind.value

@@ -90,5 +90,10 @@ def described(node: fx.Node) -> str:
     """An operation as a message names it: ``aten.sort``, with the reason, if known, why it has no plainer form."""
     namespace = getattr(node.target, "namespace", None)
     name = f"{namespace}.{op_name(node)}" if namespace else op_name(node)
+    return name + because(node)
+
+
+def because(node: fx.Node) -> str:
+    """Why ``node`` has no plainer form, in parentheses to follow its name; empty if nothing is known."""
     miss = nearest_miss(node)
-    return name if miss is None else f"{name} ({miss.reason})"
+    return "" if miss is None else f" ({miss.reason})"

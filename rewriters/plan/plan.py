@@ -198,8 +198,8 @@ class Plan:
         """The part of the plan that lies in a region."""
         return dataclasses.replace(self, sites=tuple(s for s in self.sites if region.holds(s.name)), refusals=())
 
-    def without(self, names: Sequence[str], refusals: Sequence[Refusal]) -> Plan:
-        """The plan with some sites turned into refusals."""
+    def without(self, names: Sequence[str], refusals: Sequence[Refusal] = ()) -> Plan:
+        """The plan without the sites of some names, and with refusals in their place if there are any."""
         kept = tuple(s for s in self.sites if s.name not in names)
         return dataclasses.replace(self, sites=kept, refusals=(*self.refusals, *refusals))
 

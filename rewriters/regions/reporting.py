@@ -45,6 +45,7 @@ def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
         blocks=[],
         streams=[],
         network=nx.DiGraph(),
+        plan=plan.to_dict(),
     )
     if not rewritten.whole:
         report.regions = tuple(r.region.path for r in rewritten.regions)

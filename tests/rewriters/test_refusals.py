@@ -295,6 +295,15 @@ def test_plan_survives_json_and_can_be_edited() -> None:
     assert {s.layer for s in pruned.report.sites} == {1, 2}
 
 
+def test_a_report_has_the_plan_that_was_followed() -> None:
+    _, _, plan = planned("vit")
+    pruned = madtp.rewrite(vit(), (pixels(),))
+    assert Plan.from_dict(json.loads(json.dumps(pruned.report.plan))) == plan
+    dropped = plan.sites[1].name
+    fewer = madtp.rewrite(vit(), (pixels(),), plan=madtp.Plan.from_dict(pruned.report.plan).without([dropped]))
+    assert [s.name for s in fewer.report.sites] == [s.name for s in pruned.report.sites if s.name != dropped]
+
+
 def test_a_malformed_plan_is_refused() -> None:
     _, _, plan = planned("vit")
     values = plan.to_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from attention_spellings import (
     spelled_case,
 )
 from masked_oracle import expected, leaves, survivors
-from rewritten_models import eager_arithmetic, gap
+from rewritten_models import gap
 from torch import Tensor, fx, nn
 
 import madtp
@@ -31,11 +30,7 @@ from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import capture
 from rewriters.graph.nodes import op_name
 
-
-@pytest.fixture(autouse=True)
-def plain_attention() -> Iterator[None]:
-    with eager_arithmetic():
-        yield
+pytestmark = pytest.mark.usefixtures("plain_attention")
 
 
 def canonical(model: nn.Module, call: dict[str, Any]) -> fx.Graph:
