@@ -134,21 +134,31 @@ def write_index() -> None:
     _INDEX.write_text(json.dumps(measured_index(), indent=1) + "\n", encoding="utf-8")
 
 
-def pack_weights(model: str) -> None:
+def pack_weights(model: str, exact: tuple[str, ...] = ()) -> None:
     """Store the matrices among a model's shipped weights in eight bits, and every other tensor as it is.
 
     Pruned weights are stored as the difference from the dense ones, which they were trained from. Position embeddings and what
     pruning adds to the model are left alone. Weights that are packed already do not change.
+
+    Args:
+        model: The name of the model.
+        exact: Parts of the names of tensors to leave as they are, too. Compare the scores before and after; where they
+            differ, what reads and writes words and patches counts most:
+            ``("embeddings", "cls.predictions", "patch_embed")``.
     """
+
+    def chosen(name: str, value: Tensor) -> bool:
+        return _is_matrix(name, value) and not any(part in name for part in exact)
+
     dense = weights_folder(model) / "dense.safetensors"
     folders = [path for path in sorted(weights_folder(model).iterdir()) if path.is_dir()]
     pruned = [(path, *read_folder(path)) for path in folders]
-    save_file(pack(load_file(dense), _is_matrix), dense)
+    save_file(pack(load_file(dense), chosen), dense)
     base = unpack(load_file(dense))
     for path, tensors, description in pruned:
         if description.get(STORED) != EIGHT_BIT:
             stored = {**description, STORED: EIGHT_BIT, BASE: describe_base(dense)}
-            write_folder(path, pack(tensors, _is_matrix, base), stored)
+            write_folder(path, pack(tensors, chosen, base), stored)
 
 
 def _is_matrix(name: str, value: Tensor) -> bool:
