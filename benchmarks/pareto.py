@@ -30,10 +30,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from rich.console import Console
-from speed import median_times
 from torch import nn
 
 import zoo
+from madtp.benchmark import median_seconds
 from zoo.recipes.controls import reopen
 from zoo.recipes.model_card import held_out_calls, test_task
 
@@ -181,7 +181,7 @@ def time_models(runs: Path, results: Sequence[Result], *, batch: int, rounds: in
         models = {result: reopen(folder) for result, folder in stored.items()} | {dense: zoo.create(TASKS[task], DENSE)}
         (given,) = held_out_calls(TASKS[task], DATA[task], split="test", items=batch, seed=0, batch_size=batch)
         runs_of = {str(result.key): partial(_run, model, given) for result, model in models.items()}
-        ms = {key: round(seconds / batch * 1e3, 3) for key, seconds in median_times(runs_of, rounds).items()}
+        ms = {key: round(seconds / batch * 1e3, 3) for key, seconds in median_seconds(runs_of, rounds).items()}
         about = f"batch {batch}, {threads} CPU thread{'s' * (threads > 1)}, {rounds} rounds"
         for result in models:
             own, reference = ms[str(result.key)], ms[str(dense.key)]

@@ -29,10 +29,10 @@ NAMES = re.compile(
 # Folders and files of each package in the order in which they build on each other: none imports a later one.
 ORDER = {
     "madtp": "errors atomic_files processes config calls method tokens cost sites report programs pruned tuning saving "
-    "pictures training evaluation survey api demo cli __main__",
+    "pictures training evaluation survey benchmark api demo cli __main__",
     "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions",
     "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs examples small blip "
-    "clip transforms tasks objectives recipes",
+    "clip transforms tasks objectives recipes benchmark",
 }
 # Loading rewrites the model that a folder was saved from: the one call from a lower folder to the public entry.
 UPWARDS = frozenset((("madtp/saving/checkpoint.py", "madtp.api"),))

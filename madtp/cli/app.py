@@ -16,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from madtp.cli import (
+    bench_command,
     convert_command,
     demo_command,
     eval_command,
@@ -103,6 +104,7 @@ app.command("train", help=training_commands.TRAIN_HELP)(training_commands.train_
 app.command("compress", help=training_commands.COMPRESS_HELP)(training_commands.compress_command)
 app.command("convert", help=convert_command.HELP)(convert_command.convert_command)
 app.command("eval", help=eval_command.HELP)(eval_command.eval_command)
+app.command("bench", help=bench_command.HELP)(bench_command.bench_command)
 app.command("survey", help=survey_command.HELP)(survey_command.survey_command)
 app.command("models", help=models_command.HELP)(models_command.models_command)
 

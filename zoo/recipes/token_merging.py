@@ -8,6 +8,7 @@ width of a head.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -120,19 +121,36 @@ def merge(x: Tensor, parts: Tensor, keys: Tensor, merged: int) -> tuple[Tensor, 
     return joined[..., :-1] / joined[..., -1:], joined[..., -1].detach()
 
 
-def merge_tokens(model: nn.Module, merged: int) -> None:
-    """Let the vision tower of BLIP or CLIP merge ``merged`` tokens in each block.
+def merge_tokens(model: nn.Module, merged: int | Sequence[int]) -> None:
+    """Let the vision tower of BLIP or CLIP, or a tower of timm, merge ``merged`` tokens in each block.
 
     The model is changed in place and keeps its parameters.
+
+    Args:
+        model: A model whose vision tower has blocks of timm or CLIP.
+        merged: Number of tokens, one for all blocks or one for each.
+
+    Raises:
+        ConfigError: The model has no such tower, or the numbers are not as many as its blocks.
+    """
+    blocks, kind = _blocks_of(model)
+    numbers = [merged] * len(blocks) if isinstance(merged, int) else list(merged)
+    if len(numbers) != len(blocks):
+        raise ConfigError(f"merged has {len(numbers)} numbers, and the vision tower has {len(blocks)} blocks.")
+    parts: list[Tensor] = []
+    for place, number in enumerate(numbers):
+        block = blocks[place]
+        plain = block.block if isinstance(block, MergingBlock) else block
+        blocks[place] = kind(plain, number, place == 0, parts)
+
+
+def blocks_that_merge(model: nn.Module) -> int:
+    """Return how many blocks :func:`merge_tokens` changes.
 
     Raises:
         ConfigError: The model has no such tower.
     """
-    blocks, kind = _blocks_of(model)
-    parts: list[Tensor] = []
-    for number, block in enumerate(blocks):
-        plain = block.block if isinstance(block, MergingBlock) else block
-        blocks[number] = kind(plain, merged, number == 0, parts)
+    return len(_blocks_of(model)[0])
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -145,12 +163,20 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _blocks_of(model: Any) -> tuple[nn.ModuleList, type[MergingBlock]]:
+def _blocks_of(model: Any) -> tuple[nn.ModuleList | nn.Sequential, type[MergingBlock]]:
     if isinstance(model, Clip):
         return model.visual.transformer.resblocks, _ClipBlock
-    tower = getattr(model, "visual_encoder", None)
-    if tower is None or not hasattr(tower, "blocks"):
+    tower = getattr(model, "visual_encoder", model)
+    blocks = getattr(tower, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not all(map(_fits, blocks)):
         raise ConfigError(
             f"{type(model).__name__} has no vision tower of timm's or CLIP's blocks, which the merging control is for."
         )
-    return tower.blocks, _TimmBlock
+    return blocks, _TimmBlock
+
+
+def _fits(block: nn.Module) -> bool:
+    plain = block.block if isinstance(block, MergingBlock) else block
+    return all(hasattr(plain, part) for part in ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")) and hasattr(
+        plain.attn, "qkv"
+    )

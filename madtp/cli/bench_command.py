@@ -1,0 +1,190 @@
+"""``madtp bench``: what pruning saves in time, variants of a model taking turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from madtp.benchmark import BenchmarkResult, Clock
+    from zoo.benchmark import BenchmarkSettings
+
+HELP = """Measure how much time pruning saves.
+
+MODEL is a model of the zoo, or one of timm with random weights. Its variants
+take turns in one process: dense, rewritten without pruning, pruned at each
+--reduction and as each pruned --checkpoint, by fixed counts, and at equal
+MACs by uniform counts and by token merging. The floor runs the dense layers
+on the token counts of the pruned model, packed and without scoring: no
+implementation with these counts can be much faster.
+
+The samples of a batch differ. Strengths are calibrated on other samples. The
+result, a JSON file, is written after every round, so Ctrl-C leaves what was
+measured. On a busy machine, CPU time is less disturbed than wall time.
+
+[bold]Examples[/bold]
+
+  madtp bench blip_nlvr_mini --batch 32
+  madtp bench blip_nlvr_mini -k dense -k pruned-50 -k pruned-80 --batch 32
+  madtp bench blip_nlvr --batch 1 --batch 8 --rounds 9 --plot speed.png
+  madtp bench timm:vit_base_patch16_384 --batch 8 --dtype bfloat16 --threads 2
+  madtp bench blip_nlvr_mini --batch 8 --training --memory
+  madtp bench blip_nlvr_mini --variant pruned --variant floor --seconds 60
+  madtp bench --list
+"""
+
+
+def bench_command(
+    model: Annotated[str, typer.Argument(help="Name of a model of the zoo or of timm.", show_default=False)] = "",
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option("--checkpoint", "-k", help="Weights, dense or pruned. Default: shipped dense ones, else random."),
+    ] = None,
+    reduction: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--reduction",
+            "-r",
+            min=0.01,
+            max=0.99,
+            help="Fraction of the MACs to save. Default: 0.5 and 0.8, and none with a pruned --checkpoint.",
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", "-b", min=1, help="Samples in a batch. Default: 1 and 8.")
+    ] = None,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Batches of each size in a round. Default: as many as hold 4 samples.")
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=2, help="Samples to calibrate on. Default: 64 of data, 16 drawn ones.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=0, help="Rounds before them that do not.")] = 1,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Begin no further round after this time, for each batch size.", show_default=False),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    clock: Annotated[
+        str,
+        typer.Option(help="Times to compare: wall, or cpu (of all threads). Default: cpu with one thread, else wall."),
+    ] = "",
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Variant to measure beside dense; see --list. Default: all.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Add the dense model by torch.compile, which compiles as it warms up.")
+    ] = False,
+    training: Annotated[bool, typer.Option("--training", help="Time a forward with its backward, too.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Find the peak memory of a call, too.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of samples and random weights.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("benchmark.json"),
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up against MAC ratio to this file.", show_default=False)
+    ] = None,
+    list_variants: Annotated[bool, typer.Option("--list", help="List the variants and exit.")] = False,
+) -> None:
+    """Entry point of the command; see ``HELP``."""
+    from madtp.cli.console import output_console
+    from zoo.benchmark import BenchmarkSettings
+
+    if list_variants:
+        output_console.print(_variants())
+        return
+    if not model:
+        raise typer.BadParameter("name a model; `madtp models` lists them", param_hint="MODEL")
+    if clock not in ("", "wall", "cpu"):
+        raise typer.BadParameter(f"{clock!r} is neither wall nor cpu", param_hint="--clock")
+    checkpoints = tuple(checkpoint or ())
+    settings = BenchmarkSettings(
+        model=model,
+        checkpoints=checkpoints,
+        reductions=_reductions(reduction, checkpoints),
+        batch_sizes=tuple(dict.fromkeys(batch or (1, 8))),
+        batches=batches,
+        calibration_samples=calibration_samples,
+        rounds=rounds,
+        warm_up=warm_up,
+        seconds=seconds,
+        threads=threads,
+        dtype=dtype,
+        seed=seed,
+        variants=tuple(variant or ()),
+        compiled=compiled,
+        training=training,
+        memory=memory,
+    )
+    _measure(settings, output, plot, "cpu" if clock == "cpu" or (not clock and threads == 1) else "wall")
+
+
+def _reductions(asked: list[float] | None, checkpoints: tuple[str, ...]) -> tuple[float, ...]:
+    if asked is not None:
+        return tuple(dict.fromkeys(asked))
+    return () if any(name != "dense" for name in checkpoints) else (0.5, 0.8)
+
+
+def _measure(settings: BenchmarkSettings, output: Path, plot: Path | None, clock: Clock) -> None:
+    """Measure with a progress bar; print and draw what there is, also after an interruption."""
+    import shlex
+    import sys
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from madtp.cli.console import error_console
+    from zoo.benchmark import measure
+
+    latest: list[BenchmarkResult] = []
+
+    def save(result: BenchmarkResult) -> None:
+        latest[:] = [result]
+        result.write(output, clock)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=error_console, transient=True) as progress:
+            bar = progress.add_task(settings.model, total=None)
+            measure(
+                settings,
+                shlex.join(sys.argv),
+                save=save,
+                notify=lambda doing, done, total: progress.update(
+                    bar, description=doing, completed=done, total=total or None
+                ),
+            )
+    finally:
+        if latest:
+            _show(latest[0], settings, output, plot, clock)
+
+
+def _show(result: BenchmarkResult, settings: BenchmarkSettings, output: Path, plot: Path | None, clock: Clock) -> None:
+    from madtp.benchmark.plot import draw_speed_ups
+    from madtp.benchmark.table import comparison_tables, conditions, token_table
+    from madtp.cli.console import error_console, output_console
+
+    output_console.print(token_table(result))
+    for table in comparison_tables(result, settings.model, clock):
+        output_console.print(table)
+    output_console.print(conditions(result), markup=False, soft_wrap=True)
+    for name, note in result.notes.items():
+        error_console.print(f"{name}: {note}", markup=False, soft_wrap=True)
+    if plot is not None:
+        draw_speed_ups(result, plot, settings.model, clock)
+        error_console.print(f"plot drawn to {plot}", soft_wrap=True)
+    error_console.print(f"results written to {output}", soft_wrap=True)
+
+
+def _variants() -> Table:
+    from rich.table import Table
+
+    from zoo.benchmark import VARIANTS
+
+    table = Table("variant", "what it is", box=None, pad_edge=False, header_style="bold")
+    for variant in VARIANTS:
+        table.add_row(variant.name, variant.description + (" (by --compile)" if variant.optional else ""))
+    return table
