@@ -7,6 +7,7 @@ record of the example call. ``madtp/saving/model_folder.py`` knows the files.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 import madtp
 from madtp.calls.call import Call, Inputs
-from madtp.calls.copies import share
 from madtp.calls.record import replay_call
 from madtp.config import PruningConfig
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
@@ -179,9 +179,7 @@ def _rewrite_as(
     width: int,
 ) -> PrunedModel:
     """Rewrite with the saved sites, which may come from an edited plan."""
-    from madtp.api import example_call, rewrite
-    from rewriters.plan.request import Request
-    from rewriters.regions.choice import rewrite_regions
+    from madtp.api import Plan, rewrite
 
     pruned = rewrite(host, inputs, config=config)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
@@ -194,7 +192,7 @@ def _rewrite_as(
             f"{folder} prunes at {len(missing)} sites that this model does not have ({shorten(missing)}); pass the model "
             "that was saved, and example_inputs of the same kind."
         )
-    plan = rewrite_regions(Request(share(host), example_call(host, inputs), config)).plan
+    plan = Plan.from_dict(pruned.report.plan)
     kept = []
     for site in plan.sites:
         if site.name in wanted:
@@ -207,7 +205,9 @@ def _rewrite_as(
 
 
 def _plain(site: Mapping[str, Any]) -> dict[str, Any]:
-    return {**site, "protected": list(site["protected"])}
+    """A site as its file holds it: lists for tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(site))
+    return plain
 
 
 def _refuse_nan(owner: str, tensors: Mapping[str, Tensor]) -> None:

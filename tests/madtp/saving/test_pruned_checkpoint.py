@@ -177,7 +177,26 @@ def test_frozen_counts_are_kept(tmp_path: Path) -> None:
     assert all(len(set(counts.tolist())) == 1 for counts in loaded.token_counts().values())
 
 
-def test_an_edited_plan_is_followed(tmp_path: Path) -> None:
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that torch.export traces."""
+    traced: list[str] = []
+    export = torch.export.export
+
+    def recorded(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        traced.append(type(model).__name__)
+        return export(model, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", recorded)
+    return traced
+
+
+def test_loading_traces_the_model_once(folder: Path, exports: list[str]) -> None:
+    madtp.load(folder, vit(2))
+    assert len(exports) == 1
+
+
+def test_an_edited_plan_is_followed(tmp_path: Path, exports: list[str]) -> None:
     import dataclasses
 
     from madtp.calls.call import Call
@@ -189,7 +208,9 @@ def test_an_edited_plan_is_followed(tmp_path: Path) -> None:
     plan = rewrite_region(Request(share(vit(2)), call, config)).plan
     edited = dataclasses.replace(plan, sites=(dataclasses.replace(plan.sites[1], protected=(0, 9)),))
     first = madtp.rewrite(vit(2), (images(2, 0),), config=config, plan=edited)
+    exports.clear()
     loaded = madtp.load(madtp.save(first, tmp_path / "plan"), vit(2))
+    assert len(exports) == 2, "once to find the sites, once to prune at the saved ones"
     assert [site.name for site in loaded.report.sites] == ["blocks.1"]
     assert loaded.report.sites[0].protected == (0, 9)
     assert torch.equal(outputs(loaded), outputs(first))
