@@ -80,7 +80,9 @@ def compression_learner(
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     teacher = _teacher(objective) if settings.distillation else None
     example = source.batch(0, range(min(4, source.samples_per_step)))
-    pruned = madtp.rewrite(objective.module, objective.inputs(example), config=settings.config(training.seed))
+    # A wrapper that was just made is in training mode, its model is not: no later call would be of that kind.
+    module = objective.module.eval()
+    pruned = madtp.rewrite(module, objective.inputs(example), config=settings.config(training.seed))
     objective.attach(pruned)
     state: dict[str, object] = {}
     steering = Steering(pruned, settings.budget, training.steps, state)

@@ -187,9 +187,10 @@ def test_dense_controls_take_the_size_whose_macs_are_nearest(tmp_path: Path, nam
 
 
 @pytest.mark.slow
-def test_without_training_and_with_fixed_counts(tmp_path: Path) -> None:
+def test_without_training_and_with_fixed_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = SETTINGS["blip_vqa_mini"]
     controls.training_free(settings, TRAINING, tmp_path / "free")
+    assert "capturing ManyQuestions" not in caplog.text, "alignment tokens are taught by the program of the rewrite"
     found = card(tmp_path / "free")
     assert found["training"]["steps"] == 0
     assert found["calibration"]["reduction"] == pytest.approx(0.5, abs=0.02)
