@@ -130,7 +130,3 @@ SETTINGS = {
         "clip_vit_b16", "flickr30k", transformers, flickr30k, RECALLS, sites=CLIP_TOWERS
     ),
 }
-
-
-def mini(model: str) -> str:
-    return "clip_mini" if model.startswith("clip") else f"{model}_mini"

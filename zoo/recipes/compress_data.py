@@ -89,6 +89,14 @@ DataLearner: TypeAlias = CompressionLearner[AnyPaperObjective, CompressDataSetti
 def build(settings: Mapping[str, object], training: TrainingConfig) -> DataLearner:
     """Return the learner that :func:`madtp.training.engine.fit` trains."""
     chosen = from_plain(CompressDataSettings, settings, "settings")
+    objective, source = objective_and_source(chosen, training)
+    return compression_learner(objective, source, chosen, training)
+
+
+def objective_and_source(
+    chosen: CompressDataSettings, training: TrainingConfig
+) -> tuple[AnyPaperObjective, SampleSource]:
+    """Return what the model of these settings learns, and where its samples come from."""
     torch.manual_seed(training.seed)
     model = zoo.create(chosen.model, chosen.checkpoint)
     data = _training_data(chosen)
@@ -98,7 +106,7 @@ def build(settings: Mapping[str, object], training: TrainingConfig) -> DataLearn
     def batch(step: int, rows: range) -> Batch:
         return objective.batch([objective.vary(sample, draw) for sample, draw in loader.open(step, rows)])
 
-    source = SampleSource(
+    return objective, SampleSource(
         batch=batch,
         samples_per_step=chosen.samples_per_step,
         sample_name="samples",
@@ -106,7 +114,6 @@ def build(settings: Mapping[str, object], training: TrainingConfig) -> DataLearn
         scores=lambda outputs, batches: {},
         padding=PADDING,
     )
-    return compression_learner(objective, source, chosen, training)
 
 
 def _training_data(chosen: CompressDataSettings) -> DataSet[Any]:

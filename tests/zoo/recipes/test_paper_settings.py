@@ -1,7 +1,7 @@
 """The paper's settings, each from a published checkpoint and data in the published format to a pruned model's metrics.
 
-By the command line: load strictly, rewrite, calibrate to half of the MACs, evaluate. Mini models in every run, models of base
-size with `-m heavy`. Weights are random and data small, as neither can be shipped; the formats are exact.
+By the command line: load strictly, rewrite, calibrate to half of the MACs, evaluate. Models of two blocks a tower in every run,
+of base size with `-m heavy`. Weights are random and data small, as neither can be shipped; the formats are exact.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import published_checkpoints
 import pytest
 import torch
-from paper_settings import IMAGES, SETTINGS, WORDS, Setting, mini
+from paper_settings import IMAGES, SETTINGS, WORDS, Setting
 from project_paths import ROOT
+from shallow_models import shallow
 from typer.testing import CliRunner
 
 import madtp
@@ -53,10 +54,11 @@ def check(setting: Setting, content: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow_zoo")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_with_its_mini_model(tmp_path: Path, name: str) -> None:
+def test_a_setting_with_a_shallow_model(tmp_path: Path, name: str) -> None:
     setting = SETTINGS[name]
-    check(setting, evaluated(setting, mini(setting.model), tmp_path, 126))
+    check(setting, evaluated(setting, shallow(setting.model), tmp_path, 126))
 
 
 @pytest.mark.heavy

@@ -1,4 +1,4 @@
-"""The config files of the paper's settings: valid as they are, and run for a step with the mini model on small files."""
+"""The config files of the paper's settings: valid as they are, and run for a step with a shallow model on small files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import paper_settings
 import published_checkpoints
 import pytest
 import torch
+from shallow_models import shallow
 
 import zoo
 from madtp.config import PruningConfig
@@ -19,7 +20,7 @@ from madtp.training import TrainingConfig, train
 from madtp.training.config import from_plain
 from madtp.training.progress import Progress
 from madtp.training.run import read_config
-from zoo.recipes.compress_data import CompressDataSettings, build
+from zoo.recipes.compress_data import CompressDataSettings, build, objective_and_source
 from zoo.recipes.data_loader import Loader
 
 RECIPES = Path(zoo.__file__).parent / "recipes"
@@ -62,7 +63,7 @@ def test_a_recipe_holds_what_was_published(name: str) -> None:
 
 
 def small(name: str, folder: Path) -> dict[str, Any]:
-    """The recipe for the mini model, on small files, for one step of four samples."""
+    """The recipe for a shallow model, on small files, for one step of four samples."""
     torch.manual_seed(0)
     content = read_config(RECIPES / f"{name}.toml")
     settings = content["settings"]
@@ -70,7 +71,7 @@ def small(name: str, folder: Path) -> dict[str, Any]:
     setting = next(
         s for s in paper_settings.SETTINGS.values() if s.model == settings["model"].replace("l14_336", "b16")
     )
-    model = paper_settings.mini(settings["model"])
+    model = shallow(settings["model"])
     changes = {
         "model": model,
         "checkpoint": str(setting.weights(model, folder)),
@@ -97,6 +98,7 @@ def small(name: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow_zoo")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.heavy] * name.endswith("flickr")) for name in PUBLISHED]
 )
@@ -127,15 +129,18 @@ def test_samples_follow_from_seed_and_step_also_in_other_processes(tmp_path: Pat
     assert one.indices(0) + one.indices(1) != one.indices(2) + one.indices(3)
 
 
+@pytest.mark.usefixtures("shallow_zoo")
 def test_batches_of_questions_hold_all_answers_with_their_shares(tmp_path: Path) -> None:
     content = small("blip_vqa", tmp_path)
-    learner = build(content["settings"], TrainingConfig.from_dict(content["training"]))
-    batch = learner.batch(0, range(4))
+    settings = from_plain(CompressDataSettings, content["settings"], "settings")
+    _, source = objective_and_source(settings, TrainingConfig.from_dict(content["training"]))
+    batch = source.batch(0, range(4))
     assert batch["owners"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch["weights"].tolist() == pytest.approx([0.7, 0.3] * 4)
     assert batch["answer_ids"].shape[0] == 8
 
 
+@pytest.mark.usefixtures("shallow_zoo")
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     dataset_files.coco_list(tmp_path, "val")
     content = small("blip_caption_coco", tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from shallow_models import shallow
 
 import madtp
 import zoo
@@ -47,6 +48,7 @@ def test_a_run_leaves_weights_that_the_zoo_loads_and_a_card(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shallow_zoo")
 def test_a_compression_leaves_a_taught_model_that_loads_and_a_card(tmp_path: Path) -> None:
     content: dict[str, Any] = {
         "recipe": "zoo.recipes.compress_scenes",
@@ -54,7 +56,8 @@ def test_a_compression_leaves_a_taught_model_that_loads_and_a_card(tmp_path: Pat
         "settings": {
             "reduction": 0.3,
             "start_reduction": 0.25,
-            "model": "blip_nlvr_mini",
+            "model": shallow("blip_nlvr"),
+            "checkpoint": None,
             "pictures_per_step": 2,
             "texts_per_picture": 2,
             "teaching_samples": 2,
