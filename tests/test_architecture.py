@@ -7,6 +7,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 
 import networkx as nx
@@ -137,6 +138,19 @@ def test_dependencies_run_one_way() -> None:
         forbidden = {"zoo"} if name.startswith("rewriters/") else {"zoo", "rewriters"}
         found = {module.partition(".")[0] for module in imported(path)} & forbidden
         assert not found, f"{name} imports {sorted(found)}"
+
+
+def test_the_environment_without_extras_tests_all_that_could_import_one() -> None:
+    """Only the zoo imports them, so its own tests run there, and those of all folders that import it."""
+    tox = ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    tested = tox["testenv:noextras"]["set_env"].partition("MADTP_TEST_PATHS =")[2].replace("\\", " ").split()
+    assert all((ROOT / path).exists() for path in tested)
+    for name, path in sources("madtp", "rewriters"):
+        if "zoo" in {module.partition(".")[0] for module in imported(path)} and name.count("/") > 1:
+            folder = "/".join(name.split("/")[:2])
+            assert f"tests/{folder}" in tested, f"{name} imports the zoo"
+    assert {"tests/zoo", "tests/test_architecture.py"} <= set(tested)
 
 
 def test_files_stay_short() -> None:
