@@ -35,6 +35,20 @@ def reading() -> tuple[Reader, Tensors, madtp.PrunedModel]:
         return model, inputs, madtp.rewrite(model, inputs, config=CONFIG)
 
 
+@pytest.fixture(scope="module")
+def peeking() -> tuple[Reader, Tensors, madtp.PrunedModel]:
+    model, inputs = reader(Peeking)
+    with eager_arithmetic():
+        return model, inputs, madtp.rewrite(model, inputs, config=CONFIG)
+
+
+def _copied(pruned: madtp.PrunedModel) -> madtp.PrunedModel:
+    """A copy, with the programs so far, for a test that captures more of them or leaves others another state."""
+    own = copy.deepcopy(pruned)
+    own.temperature = CONFIG.temperature
+    return own
+
+
 def _steps(batch: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(10, 90, (batch, n), generator=generator) for n in STEPS]
@@ -144,9 +158,12 @@ def test_code_that_knows_nothing_of_pruning_cannot_attend_to_what_was_dropped(
         assert not pruned(None, ids, mask, memory).isnan().any()
 
 
-def test_a_step_that_no_program_serves_is_never_wrong(caplog: pytest.LogCaptureFixture) -> None:
-    model, inputs = reader(Peeking)
-    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+def test_a_step_that_no_program_serves_is_never_wrong(
+    peeking: tuple[Reader, Tensors, madtp.PrunedModel],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, inputs, rewritten = peeking
+    pruned = _copied(rewritten)
     assert torch.equal(pruned.generate(**inputs), model.generate(**inputs)), "the whole of it runs unpruned"
     assert "runs once more, unpruned" in caplog.text
     memory = Memory()
@@ -155,9 +172,11 @@ def test_a_step_that_no_program_serves_is_never_wrong(caplog: pytest.LogCaptureF
     assert pruned.token_counts(), "calls that keep nothing are"
 
 
-def test_a_kept_object_with_dropped_tokens_is_an_error_where_no_program_serves() -> None:
-    model, inputs = reader(Peeking)
-    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+def test_a_kept_object_with_dropped_tokens_is_an_error_where_no_program_serves(
+    peeking: tuple[Reader, Tensors, madtp.PrunedModel],
+) -> None:
+    _, inputs, rewritten = peeking
+    pruned = _copied(rewritten)
     memory = Memory()
     pruned(**inputs, memory=memory)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
@@ -203,9 +222,11 @@ class Sliding(Memory):
         return key, value
 
 
-def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept() -> None:
-    model, inputs = reader()
-    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept(
+    reading: tuple[Reader, Tensors, madtp.PrunedModel],
+) -> None:
+    _, inputs, rewritten = reading
+    pruned = _copied(rewritten)
     plain, counted = Memory(), Sliding()
     wanted, found = _read(pruned, inputs, plain), _read(pruned, inputs, counted)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
@@ -218,9 +239,11 @@ def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept() -> None:
     assert pruned._host.get_submodule("madtp").programs == programs, "steps of a longer text are served by one program"
 
 
-def test_what_a_full_window_pushes_out_is_no_longer_followed() -> None:
-    model, inputs = reader()
-    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+def test_what_a_full_window_pushes_out_is_no_longer_followed(
+    reading: tuple[Reader, Tensors, madtp.PrunedModel],
+) -> None:
+    _, inputs, rewritten = reading
+    pruned = _copied(rewritten)
     memory = Sliding()
     pruned(**inputs, memory=memory)
     mask = torch.ones(3, 24 + 20, dtype=torch.long)
