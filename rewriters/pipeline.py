@@ -40,6 +40,7 @@ from rewriters.insert.insert import insert
 from rewriters.insert.kv_cache import hide_dead
 from rewriters.insert.workspace import Insertion, InsertRefusal
 from rewriters.lower.lift import lift
+from rewriters.lower.packing import pack
 from rewriters.lower.pricing import cost_table
 from rewriters.plan.make_plan import make_plan
 from rewriters.plan.plan import Plan, Refusal
@@ -256,6 +257,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
     """The program of a finished graph: priced, with calls of the host's own modules, compiled to a Python function."""
     graph, region = insertion.graph, request.region
     table = cost_table(insertion, captured).under(region.inside, PREFIX)
+    padded = pack(insertion, request.config)
     constants = _place_constants(graph, captured, request.serial)
     call_rowwise_modules(graph)
     lift(graph, request.model)
@@ -271,6 +273,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
         marked=insertion.marked,
         limits=captured.limits,
         given=captured.example.sizes(),
+        padded=padded,
     )
 
 

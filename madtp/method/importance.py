@@ -111,25 +111,28 @@ def importance_terms(
         candidates: ``[B, N]`` bool, the tokens that pruning may take.
         config: the fields ``alignment``, ``guidance_score`` and ``class_score`` are read.
     """
+    outside = ~candidates
+    count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
     alignment = None
     if guidance is not None and config.alignment:
+        best = guidance.float().amax(dim=-1)
         if config.guidance_score == "softmax":
-            alignment = guidance_share(guidance, candidates)
+            alignment = _masked_softmax(_standardise(best, outside, count), outside)
         else:
-            best = guidance.float().amax(dim=-1).masked_fill(~candidates, 0.0)
+            best = best.masked_fill(outside, 0.0)
             total = best.sum(dim=1, keepdim=True)
             alignment = best / torch.where(total == 0, torch.ones_like(total), total)
     class_attention = None
     if statistics.class_row is not None and statistics.output_norms is not None:
         norms = statistics.output_norms.float()
-        diversity = norms / norms.sum(dim=1, keepdim=True).clamp_min(TINY)
-        class_attention = (statistics.class_row.float() * diversity).sum(dim=1).masked_fill(~candidates, 0.0)
-        if config.class_score == "normalised":
-            class_attention = _normalise(class_attention, candidates)
+        seen = (statistics.class_row.float() * norms).sum(dim=1) / norms.sum(dim=1).clamp_min(TINY)
+        class_attention = (
+            _normalise(seen, outside) if config.class_score == "normalised" else seen.masked_fill(outside, 0)
+        )
     if statistics.received is not None:
-        self_attention = _normalise(statistics.received.float(), candidates)
+        self_attention = _normalise(statistics.received.float(), outside)
     elif alignment is None and class_attention is None:
-        self_attention = _normalise(torch.zeros_like(candidates, dtype=torch.float32), candidates)
+        self_attention = _normalise(torch.zeros_like(candidates, dtype=torch.float32), outside)
     else:
         self_attention = None
     return ImportanceTerms(self_attention, alignment, class_attention)
@@ -148,29 +151,27 @@ def guidance_share(guidance: Tensor, candidates: Tensor) -> Tensor:
     Returns:
         s2 ``[B, N]`` float32, zero outside the candidates.
     """
-    return _masked_softmax(_standardise(guidance.float().amax(dim=-1), candidates), candidates)
-
-
-def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the tokens in ``mask``: zero elsewhere, and zero (not NaN) for a sample whose mask is empty."""
-    filled = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return filled.softmax(dim=1) * mask
-
-
-def _standardise(values: Tensor, candidates: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the candidates of a sample; zeros where values differ by rounding only."""
     count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
-    values = values.masked_fill(~candidates, 0.0)
-    centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~candidates, 0.0)
-    variance = centred.square().sum(dim=1, keepdim=True) / count
-    alike = variance <= (1e-5 * values.abs().amax(dim=1, keepdim=True) + TINY).square()
-    # The square root has no finite gradient at zero, even where its result is masked out afterwards.
-    return (centred / variance.masked_fill(alike, 1.0).sqrt()).masked_fill(alike, 0.0)
+    outside = ~candidates
+    return _masked_softmax(_standardise(guidance.float().amax(dim=-1), outside, count), outside)
 
 
-def _normalise(values: Tensor, candidates: Tensor) -> Tensor:
+def _masked_softmax(scores: Tensor, outside: Tensor) -> Tensor:
+    """Softmax over the tokens that are not ``outside``: zero elsewhere, and zero (not NaN) for a sample that has none."""
+    return scores.masked_fill(outside, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(outside, 0.0)
+
+
+def _standardise(values: Tensor, outside: Tensor, count: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the ``count [B, 1]`` candidates of a sample; zeros if values differ by rounding."""
+    values = values.masked_fill(outside, 0.0)
+    centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(outside, 0.0)
+    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count.sqrt()
+    rounding = 1e-5 * torch.linalg.vector_norm(values, float("inf"), dim=1, keepdim=True) + TINY
+    scaled: Tensor = centred / deviation.masked_fill(deviation <= rounding, float("inf"))
+    return scaled
+
+
+def _normalise(values: Tensor, outside: Tensor) -> Tensor:
     """Non-negative values divided by their sum; equal shares where all are zero, as in a class row that sees nothing."""
-    values = values.masked_fill(~candidates, 0.0)
-    total = values.sum(dim=1, keepdim=True)
-    shares = candidates / candidates.sum(dim=1, keepdim=True).clamp_min(1)
-    return torch.where(total > TINY, values / total.clamp_min(TINY), shares)
+    values = (values + TINY).masked_fill(outside, 0.0)
+    return values / values.sum(dim=1, keepdim=True).clamp_min(TINY)

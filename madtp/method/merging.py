@@ -7,9 +7,8 @@ Symbols: B samples, N tokens *with* class token and padding, C width of the resi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from madtp.method.importance import TINY
@@ -28,11 +27,10 @@ def merge_weights(scores: Tensor, dropped: Tensor) -> Tensor:
         w ``[B, N]`` float32. It sums to one over the dropped tokens and is zero elsewhere, and zero throughout for a sample
         that drops nothing.
     """
-    weights = scores.float() * dropped
+    weights = (scores.float() + TINY) * dropped
     total = weights.sum(dim=1, keepdim=True)
-    usable = total.abs() > TINY
-    shares = dropped / dropped.sum(dim=1, keepdim=True).clamp_min(1)
-    return torch.where(usable, weights / torch.where(usable, total, torch.ones_like(total)), shares)
+    # Importance is negative under one option of the authors' code.
+    return weights / total.masked_fill(total.abs() < TINY, TINY)
 
 
 def merged_token(tokens: Tensor, weights: Tensor) -> Tensor:
@@ -48,9 +46,21 @@ def merged_token(tokens: Tensor, weights: Tensor) -> Tensor:
     return weights.to(tokens.dtype).unsqueeze(1) @ tokens
 
 
+class MergedPosition(NamedTuple):
+    """What stands for the merged token of each sample.
+
+    Attributes:
+        slot: ``[B]`` int64, the member whose entry in masks it takes.
+        exists: ``[B]`` bool, whether the merged token is valid.
+    """
+
+    slot: Tensor
+    exists: Tensor
+
+
 def merged_position(
     scores: Tensor, dropped: Tensor, valid: Tensor, rule: Literal["any", "best"] = "any"
-) -> tuple[Tensor, Tensor]:
+) -> MergedPosition:
     """Return which position stands for the merged token in masks, and whether the merged token is valid.
 
     Attention masks, position tables and the like have no entry for a merged token. It takes the entry of one of its members.
@@ -63,8 +73,10 @@ def merged_position(
             ``"best"``: the member of the highest importance, padding or not, as in the authors' code.
 
     Returns:
-        The position ``[B]`` (int64), and the validity ``[B]`` (bool). They are 0 and False where nothing is dropped.
+        Both are 0 and False where nothing is dropped.
     """
     members = dropped & valid if rule == "any" else dropped
     position = scores.float().masked_fill(~members, float("-inf")).argmax(dim=1)
-    return position, (valid & members).gather(1, position.unsqueeze(1)).squeeze(1)
+    if rule == "any":
+        return MergedPosition(position, members.any(dim=1))
+    return MergedPosition(position, (valid & members).gather(1, position.unsqueeze(1)).squeeze(1))

@@ -42,7 +42,10 @@ def threshold(guidance: Tensor | None, scores: Tensor, candidates: Tensor, tempe
     scores = scores.float().masked_fill(~candidates, 0.0)
     if guidance is None:
         return scores.sum(dim=1) / candidates.sum(dim=1).clamp_min(1)
-    votes = (guidance.float() / temperature).masked_fill(~candidates.unsqueeze(-1), LOWEST).softmax(dim=1)
+    liking = guidance.float()
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        liking = liking / temperature
+    votes = liking.masked_fill(~candidates.unsqueeze(-1), LOWEST).softmax(dim=1)
     # The batched product gives the same sum as an einsum and is faster on CPUs.
     return torch.bmm(scores.unsqueeze(1), votes).squeeze(1).amin(dim=1)
 
@@ -77,9 +80,13 @@ def keep_mask(
     kept = scores > gain * theta.unsqueeze(1)
     floor = min(min_tokens, scores.shape[1])
     if floor:
-        # The sort is stable because ``topk`` picks among equal tokens by the length, which the rest of the batch decides.
-        ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
-        kept = kept.scatter(1, ranked[:, :floor], True)
+        ranked = scores.masked_fill(~candidates, float("-inf"))
+        if floor == 1:
+            best = ranked.argmax(dim=1, keepdim=True)  # of equal tokens the first
+        else:
+            # The sort is stable because ``topk`` picks among equal tokens by the length, which the rest of the batch decides.
+            best = ranked.argsort(dim=1, descending=True, stable=True)[:, :floor]
+        kept = kept.scatter(1, best, True)
     return _all_if_too_few_dropped(kept & candidates, candidates, smallest_drop)
 
 

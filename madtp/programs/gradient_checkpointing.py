@@ -20,9 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from madtp.programs.program import CompiledForward, compile_graph
-from madtp.sites.scoring import ScoringAttention
+from madtp.sites.scoring import PackedScoringAttention, ScoringAttention
 from madtp.sites.site import PruningSite
 from madtp.tokens.attention import attention
+from madtp.tokens.packed_attention import packed_attention
 
 _STATEMENTS = ("call_module", "call_function", "call_method")
 
@@ -134,7 +135,7 @@ def _cut_between_attentions(stretch: list[fx.Node], root: nn.Module) -> list[lis
 
 
 def _attends(node: fx.Node, root: nn.Module) -> bool:
-    return node.target is attention or _calls(node, root, ScoringAttention)
+    return node.target in (attention, packed_attention) or _calls(node, root, ScoringAttention, PackedScoringAttention)
 
 
 def _runs_once(node: fx.Node, root: nn.Module) -> bool:

@@ -42,6 +42,7 @@ class Program:
         returned: how to close the objects that it returns opened. None if it returns none.
         marked: the tensors of these objects that may hold marks of dropped tokens, by path.
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
+        padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
 
     repeats: ClassVar[int] = 1
@@ -56,6 +57,7 @@ class Program:
     marked: Mapping[str, MarkedAxes] = field(default_factory=dict)
     limits: SizeLimits = field(default_factory=SizeLimits)
     given: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
     checkpointed_forward: CompiledForward | None = None
 
     @property

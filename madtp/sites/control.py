@@ -33,9 +33,10 @@ class Observation(NamedTuple):
     Attributes:
         site: name of the site, ``site[modality]`` for a segment of a stream that several modalities share.
         query: the site's query projection.
-        block_input: ``[B, N, C]`` residual stream X at the block's input.
-        tokens: ``[B, N, C]`` residual stream behind the self-attention.
+        block_input: rows ``[T, C]`` of the residual stream X at the block's input.
+        tokens: rows ``[T, C]`` of the residual stream behind the self-attention; what follows is computed from them.
         candidates: ``[B, N]`` bool, the tokens that pruning may take.
+        state: says which token of which sample each row is.
     """
 
     site: str
@@ -43,6 +44,7 @@ class Observation(NamedTuple):
     block_input: Tensor
     tokens: Tensor
     candidates: Tensor
+    state: TokenState
 
 
 class FeatureKey(NamedTuple):

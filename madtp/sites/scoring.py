@@ -21,10 +21,12 @@ from madtp.sites.control import PruningControl
 from madtp.tokens.attention import (
     AttentionInputs,
     AttentionOptions,
-    attention_with_statistics,
+    mask_of_survivors,
     plain_attention,
     valid_keys,
 )
+from madtp.tokens.packed_attention import packed_attention, packed_attention_with_statistics
+from madtp.tokens.scored_attention import Slot, attention_with_statistics
 from madtp.tokens.segments import SegmentMap, special_slots
 from madtp.tokens.state import TokenState, positions_of, slots_of, unpruned_state
 
@@ -85,26 +87,25 @@ class BlockAttention(NamedTuple):
     Attributes:
         statistics: what the importance needs. None while pruning is off.
         valid: ``[B, N]`` bool, False on padding. None if no token is padding, or while pruning is off.
+        protected: ``[B, N]`` bool, the tokens that are never pruned. None if that was not asked.
     """
 
     statistics: AttentionStatistics | None = None
     valid: Tensor | None = None
+    protected: Tensor | None = None
 
 
-def grid_attention(
-    tokens: Tensor, received: Tensor | None, state: TokenState | None, dims: tuple[int, int]
-) -> BlockAttention:
+def grid_attention(received: Tensor | None, state: TokenState | None, dims: tuple[int, int]) -> BlockAttention:
     """Return the statistics of the survivors from attention on the grid of all tokens.
 
     Args:
-        tokens: ``[B, N, C]``.
         received: the attention that each of the N0 original tokens received. None if that is not known.
-        state: state of ``tokens``; None at the first site of a stream.
+        state: state of the tokens; None at the first site of a stream.
         dims: the dimensions of B and N0 in ``received``, which has a third dimension of size 1.
     """
     valid = None if state is None else state.valid
     if received is not None:
-        received = received.movedim(dims, (0, 1)).reshape(tokens.size(0), -1)
+        received = received.movedim(dims, (0, 1)).flatten(1)
         if state is not None and state.index is not None:
             received = received.gather(1, state.index)
     return BlockAttention(AttentionStatistics(received, None, None), valid)
@@ -116,13 +117,16 @@ class TokenRoles:
 
     Attributes:
         valid: ``[B, N]`` bool, False on padding; None if no token is padding.
+        protected: ``[B, N]`` bool, the tokens that are never pruned.
         counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding.
-        class_slot: ``[B]`` slot of the class token, or of the token that replaces it; None if there is none.
+        class_slot: slot of the class token, or of the token that replaces it, ``[B]`` or one for all samples; None if there
+            is none.
     """
 
     valid: Tensor | None
+    protected: Tensor
     counted: Tensor
-    class_slot: Tensor | None
+    class_slot: Slot | None
 
 
 class _Scoring(nn.Module):
@@ -152,9 +156,9 @@ class _Scoring(nn.Module):
         """
         valid = self._valid(state, shown)
         guarded = protected_readouts(readouts, self.control.config)
-        present = torch.ones(state.batch, state.length, dtype=torch.bool, device=device) if valid is None else valid
-        counted = present & ~protected_slots(self.spec, state, guarded, segments, present)
-        return TokenRoles(valid, counted, self._class_slot(state, readouts, valid, segments, device))
+        protected = protected_slots(self.spec, state, guarded, segments, valid, device)
+        counted = ~protected if valid is None else valid & ~protected
+        return TokenRoles(valid, protected, counted, self._class_slot(state, readouts, valid, segments, device))
 
     def _valid(self, state: TokenState, shown: Callable[[], Tensor | None]) -> Tensor | None:
         if self.control.config.padding == "scored":
@@ -174,11 +178,13 @@ class _Scoring(nn.Module):
         valid: Tensor | None,
         segments: SegmentMap | None,
         device: torch.device,
-    ) -> Tensor | None:
+    ) -> Slot | None:
         batch = state.batch
         position = self.spec.class_position
         if self.spec.causal and self.control.config.causal_class_row == "first":
-            return torch.zeros(batch, dtype=torch.long, device=device)
+            return 0
+        if position == 0 and not (self.spec.causal and readouts):
+            return 0  # survivors stand in the order of their positions, or protected ones stand first
         if position is not None and not (self.spec.causal and readouts):
             return slots_of(state, torch.full((batch,), _from_start(position, state), device=device))
         if readouts:
@@ -232,7 +238,52 @@ class ScoringAttention(_Scoring):
             query.device,
         )
         output, statistics = attention_with_statistics(inputs, counted=roles.counted, class_slot=roles.class_slot)
-        return output, BlockAttention(statistics, roles.valid)
+        return output, BlockAttention(statistics, roles.valid, roles.protected)
+
+
+class PackedScoringAttention(_Scoring):
+    """The self-attention of a block of a packed stream that is followed by a site."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        causal: bool = False,
+        *,
+        state: TokenState,
+        readouts: tuple[Position, ...] = (),
+        segments: SegmentMap | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[Tensor, BlockAttention]:
+        """Compute the attention as :func:`madtp.tokens.packed_attention.packed_attention` does, and observe it.
+
+        Args:
+            query: rows ``[1, H, T, D]``, and so are ``key`` and ``value``; ``mask``, ``dropout_p``, ``causal`` and ``options``
+                are as in :func:`~madtp.tokens.packed_attention.packed_attention`.
+            state: state of the rows.
+            readouts: as in :class:`ScoringAttention`, and so are ``segments``.
+
+        Returns:
+            The output ``[1, H, T, D]``, and what the site needs of the attention.
+        """
+        inputs = AttentionInputs(query, key, value, mask, dropout_p, causal, **options)
+        if not self.control.active:
+            output = packed_attention(
+                query, key, value, mask, dropout_p, causal, query_state=state, key_state=state, **options
+            )
+            return output, BlockAttention()
+
+        def shown() -> Tensor | None:
+            return valid_keys(mask_of_survivors(inputs, state, state, None)[0], state.batch, state.length)
+
+        roles = self.roles(state, readouts, segments, shown, query.device)
+        output, statistics = packed_attention_with_statistics(
+            inputs, state, counted=roles.counted, class_slot=roles.class_slot
+        )
+        return output, BlockAttention(statistics, roles.valid, roles.protected)
 
 
 class ScoringMap(_Scoring):
@@ -266,7 +317,7 @@ class ScoringMap(_Scoring):
             weights.device,
         )
         statistics = attention_statistics(weights.float().abs(), output.float(), roles.counted, roles.class_slot)
-        return BlockAttention(statistics, roles.valid)
+        return BlockAttention(statistics, roles.valid, roles.protected)
 
 
 def _from_start(position: int, state: TokenState) -> int:
@@ -290,7 +341,8 @@ def protected_slots(
     state: TokenState,
     readouts: tuple[Position, ...],
     segments: SegmentMap | None,
-    valid: Tensor,
+    valid: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """Return which slots hold protected tokens, ``[B, N]``; these may be padding of the text, but never padding slots.
 
@@ -299,21 +351,25 @@ def protected_slots(
         state: the state of the tokens.
         readouts: original positions that must survive, from :func:`protected_readouts`.
         segments: which token belongs to which segment; None if the stream has no segments.
-        valid: ``[B, N]`` bool, False on padding.
+        valid: ``[B, N]`` bool, False on padding; None if there is none.
+        device: the device of the tokens.
     """
-    device = valid.device
     index = positions_of(state, device)
-    protected = torch.zeros_like(index, dtype=torch.bool)
+    found: list[Tensor] = []
     if segments is not None:
-        protected = special_slots(segments, [segment.protected for segment in spec.segments], state)
-    for position in spec.protected:
-        protected = protected | (index == _from_start(position, state))
+        found.append(special_slots(segments, [segment.protected for segment in spec.segments], state))
+    found += [index == _from_start(position, state) for position in spec.protected]
     for positions in readouts:
         wanted = positions[:, None].to(index.dtype) if isinstance(positions, Tensor) else positions
-        protected = protected | (index == wanted)
+        found.append(index == wanted)
     if spec.keeps_last:
         slots = torch.arange(state.length, device=device)
-        protected = protected | (slots == last_slots(state, valid, device)[:, None])
+        found.append(slots == last_slots(state, valid, device)[:, None])
+    if not found:
+        return torch.zeros(state.batch, state.length, dtype=torch.bool, device=device)
+    protected = found[0]
+    for one in found[1:]:
+        protected = protected | one
     if state.valid is not None:
         protected = protected & state.valid
     return protected if state.merged is None else protected & ~state.merged

@@ -24,6 +24,7 @@ from madtp.method.threshold import straight_through_gate, threshold
 from madtp.sites.control import FeatureKey, Observation, PruningControl
 from madtp.sites.scoring import (
     BlockAttention,
+    PackedScoringAttention,
     Position,
     ScoringAttention,
     ScoringMap,
@@ -33,6 +34,7 @@ from madtp.sites.scoring import (
 )
 from madtp.sites.window_attention import WindowAttention
 from madtp.tokens.assembly import Decision, assemble
+from madtp.tokens.packing import in_rows, in_slots
 from madtp.tokens.segments import SegmentMap, segment_slots
 from madtp.tokens.state import TokenState, hide_dropped, unpruned_state
 
@@ -80,6 +82,7 @@ class PruningSite(nn.Module):
         query: the map C -> d_e from the residual stream to the queries; absent without alignment tokens. See
             :func:`madtp.method.guidance.query_projection`.
         attention: replaces the block's self-attention.
+        packed_attention: replaces it where its tokens are packed rows.
         windows: replaces it where it runs in windows of a grid.
         map: observes an attention map that keeps its own spelling.
     """
@@ -89,6 +92,7 @@ class PruningSite(nn.Module):
         self.spec = spec
         self.control = control
         self.attention = ScoringAttention(spec, control)
+        self.packed_attention = PackedScoringAttention(spec, control)
         self.windows = WindowAttention(control)
         self.map = ScoringMap(spec, control)
         if control.config.alignment:
@@ -107,44 +111,65 @@ class PruningSite(nn.Module):
         """Prune.
 
         Args:
-            tokens: ``[B, N, C]`` residual stream behind the self-attention.
-            block_input: X ``[B, N, C]``, residual stream at the block's input, before its first norm.
+            tokens: residual stream behind the self-attention: packed rows ``[1, T, C]``, or ``[B, N, C]`` while nothing was
+                pruned.
+            block_input: X, residual stream at the block's input, before its first norm, of the same shape.
             attention: what this site's ``attention``, ``windows`` or ``map`` observed.
             state: the state of ``tokens``; None at the first site of a stream.
             readouts: original positions that the graph reads, ``[B]`` or one for all samples; they survive.
             segments: which token belongs to which segment; None if the stream has no segments.
 
         Returns:
-            The surviving tokens ``[B, N', C]`` and their state.
+            The surviving tokens as packed rows ``[1, T', C]``, and their state; what it was given if nothing is pruned.
         """
-        control, config = self.control, self.control.config
         before = state if state is not None else unpruned_state(tokens.size(0), tokens.size(1))
-        after = before
-        if control.active and attention.statistics is not None:
-            valid = _all_valid(tokens) if attention.valid is None else attention.valid
-            protected = protected_slots(self.spec, before, protected_readouts(readouts, config), segments, valid)
-            candidates = candidates_of(valid, protected, config)
-            groups, unpruned = self._groups(candidates, before, segments)
-            scores, kept, tokens = self._judge_all(groups, tokens, block_input, attention.statistics, before)
-            survivors = kept | protected | unpruned
-            if not config.merge:
-                survivors = _never_nothing(survivors, scores, candidates)
-            if not bool(survivors.all()):
-                decision = Decision(survivors, [group.candidates for group in groups], valid, scores)
-                if control.in_place:
-                    after = hide_dropped(before, survivors)
-                else:
-                    tokens, after = assemble(tokens, before, decision, config, causal=self.spec.causal)
-        control.record.states[self.spec.name] = after
-        return tokens, after
+        after, rows = before, tokens
+        if self.control.active and attention.statistics is not None:
+            rows, after = self._prune(
+                tokens.flatten(0, 1), block_input.flatten(0, 1), attention, before, readouts, segments
+            )
+        self.control.record.states[self.spec.name] = after
+        if after.index is None:  # while nothing was pruned, values keep the form that they have in the original
+            return rows.view_as(tokens), after
+        return rows.reshape(1, -1, tokens.size(2)), after
+
+    def _prune(
+        self,
+        rows: Tensor,
+        block_input: Tensor,
+        attention: BlockAttention,
+        before: TokenState,
+        readouts: tuple[Position, ...],
+        segments: SegmentMap | None,
+    ) -> tuple[Tensor, TokenState]:
+        """Prune rows ``[T, C]``; ``block_input`` has the same shape."""
+        assert attention.statistics is not None
+        config, device = self.control.config, rows.device
+        valid, protected = attention.valid, attention.protected
+        if protected is None:
+            guarded = protected_readouts(readouts, config)
+            protected = protected_slots(self.spec, before, guarded, segments, valid, device)
+        if valid is None:
+            valid = torch.ones(before.batch, before.length, dtype=torch.bool, device=device)
+        candidates = candidates_of(valid, protected, config)
+        groups, unpruned = self._groups(candidates, before, segments)
+        scores, kept, rows = self._judge_all(groups, rows, block_input, attention.statistics, before)
+        survivors = kept | protected if unpruned is None else kept | protected | unpruned
+        if not config.merge:
+            survivors = _never_nothing(survivors, scores, candidates)
+        if self.control.in_place:
+            return rows, before if bool(survivors.all()) else hide_dropped(before, survivors)
+        decision = Decision(survivors, [group.candidates for group in groups], valid, scores)
+        return assemble(rows, before, decision, config, causal=self.spec.causal)
 
     def _groups(
         self, candidates: Tensor, state: TokenState, segments: SegmentMap | None
-    ) -> tuple[list[CandidateGroup], Tensor]:
-        """The candidates that are judged together, and the tokens ``[B, N]`` of segments that are not pruned."""
-        unpruned = torch.zeros_like(candidates)
+    ) -> tuple[list[CandidateGroup], Tensor | None]:
+        """The candidates that are judged together, and the tokens ``[B, N]`` of segments that are not pruned, if there are
+        segments."""
         if segments is None:
-            return [CandidateGroup(self.spec.name, self.spec.modality, candidates)], unpruned
+            return [CandidateGroup(self.spec.name, self.spec.modality, candidates)], None
+        unpruned = torch.zeros_like(candidates)
         slots = segment_slots(segments, state)
         groups = []
         for number, segment in enumerate(self.spec.segments):
@@ -164,21 +189,26 @@ class PruningSite(nn.Module):
         statistics: AttentionStatistics,
         state: TokenState,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Importance S ``[B, N]``, candidates ``[B, N]`` that survive, and the tokens times the gates of all groups."""
+        """Importance S ``[B, N]``, candidates ``[B, N]`` that survive, and the tokens ``[T, C]`` times the gates of all
+        groups."""
         control = self.control
         guidance = None
         if control.config.alignment and control.alignment is not None:
-            guidance = control.alignment(block_input, self.query)
-        kept = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        scores = torch.zeros_like(kept, dtype=torch.float32)
+            guidance = in_slots(control.alignment(block_input, self.query), state)
+        kept: Tensor | None = None
+        scores: Tensor | None = None
         for group in groups:
             if control.observer is not None:
-                control.observer(Observation(group.key, self.query, block_input, tokens, group.candidates))
+                seen = Observation(group.key, self.query, block_input, tokens, group.candidates, state)
+                control.observer(seen)
             judged = self._judge(group, block_input, statistics, guidance, state)
-            scores = judged.scores if len(groups) == 1 else torch.where(group.candidates, judged.scores, scores)
-            kept = kept | judged.kept
+            scores = judged.scores if scores is None else torch.where(group.candidates, judged.scores, scores)
+            kept = judged.kept if kept is None else kept | judged.kept
             if judged.gate is not None:
-                tokens = tokens * judged.gate.unsqueeze(-1).to(tokens.dtype)
+                tokens = tokens * in_rows(judged.gate, state).unsqueeze(-1).to(tokens.dtype)
+        if scores is None or kept is None:  # no segment is pruned
+            kept = torch.zeros(state.batch, state.length, dtype=torch.bool, device=tokens.device)
+            scores = torch.zeros_like(kept, dtype=torch.float32)
         return scores, kept, tokens
 
     def _judge(
@@ -191,7 +221,7 @@ class PruningSite(nn.Module):
     ) -> _Judgement:
         control, config = self.control, self.control.config
         if guidance is not None and control.collects_features():
-            features = pooled_features(self.query(block_input), guidance, group.candidates)
+            features = pooled_features(in_slots(self.query(block_input), state), guidance, group.candidates)
             control.record.features[FeatureKey(self.spec.name, group.modality)] = features
         terms = importance_terms(statistics, guidance, group.candidates, config)
         scores = terms.mean()
@@ -218,10 +248,6 @@ class PruningSite(nn.Module):
         if group.key in control.static_counts:
             counts = torch.full((scores.size(0),), control.static_counts[group.key], device=scores.device)
         return select(terms, scores, theta, group.candidates, control.config, gain=control.gain, counts=counts)
-
-
-def _all_valid(tokens: Tensor) -> Tensor:
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from madtp.sites.control import PruningControl
-from madtp.tokens.attention import AttentionInputs, AttentionOptions, attention_with_statistics, plain_attention
+from madtp.tokens.attention import AttentionInputs, AttentionOptions, plain_attention
 from madtp.tokens.grid import hide
+from madtp.tokens.scored_attention import attention_with_statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -4,6 +4,8 @@ Takes tensors along the tokens of a stream together with its :class:`~madtp.toke
 operation gives, for the tokens that survived. Rewritten graphs call these functions, so their names appear in
 ``pruned.code()``.
 
-Start at ``state.py``. ``assembly.py`` makes the next state at a site; ``attention.py`` is attention over survivors;
-``segments.py`` has ranges and concatenations, ``grid.py`` blocks that need the grid, ``cache_marks.py`` key/value caches.
+Start at ``state.py``. A pruned stream has a padded form and a packed one (``packed_rows.py``); ``packing.py`` goes between
+them. ``assembly.py`` makes the next state at a site. Attention over survivors is in ``attention.py`` and, for packed rows,
+``packed_attention.py``; ``scored_attention.py`` also gathers what the importance needs. ``segments.py`` has ranges and
+concatenations, ``grid.py`` blocks that need the grid, ``cache_marks.py`` key/value caches.
 """

@@ -1,22 +1,30 @@
-"""Assembly of a pruned stream: survivors, merged tokens and padding, and the state that says what the slots hold.
+"""Assembly of a pruned stream: survivors and merged tokens as packed rows, and the state that says what they are.
 
 Start at :func:`assemble`.
 
-Axis legend: B samples, N slots now, N' slots afterwards, G groups of which each gets its own merged token, C width.
+Axis legend: B samples, T rows of all samples, N slots of a sample, K survivors of all samples, G groups of which each gets its
+own merged token, C width; T', N' the same afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from madtp.config import PruningConfig
-from madtp.method.merging import merge_weights, merged_position, merged_token
+from madtp.method.merging import MergedPosition, merge_weights, merged_position
 from madtp.method.selection import sorted_positions, survivor_order
+from madtp.tokens.packed_rows import packed_rows
+from madtp.tokens.packing import lengths_of
 from madtp.tokens.state import Quirks, TokenState, positions_of
+
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -41,80 +49,166 @@ class Decision:
         return torch.stack(list(self.groups)).any(0)
 
 
-@dataclass(frozen=True)
-class _Merged:
-    """The merged token of a group: value ``[B, 1, C]``, position ``[B, 1]`` it stands for, whether there is one ``[B]``."""
-
-    value: Tensor
-    position: Tensor
-    exists: Tensor
-
-
 def assemble(
     tokens: Tensor, state: TokenState, decision: Decision, config: PruningConfig, *, causal: bool
 ) -> tuple[Tensor, TokenState]:
-    """Put together the pruned stream: survivors first, then one merged token per group, then padding slots.
+    """Put together the pruned stream: of each sample the survivors, then one merged token per group.
 
     Args:
-        tokens: ``[B, N, C]`` along ``state``.
+        tokens: rows ``[T, C]`` along ``state``.
         state: before pruning.
         decision: which of the tokens survive.
         config: the fields ``merge``, ``order`` and the official rules for masks and readouts are read.
         causal: tokens see only earlier ones.
 
     Returns:
-        tokens ``[B, N', C]`` and their state, whose tensors moved by the same indices.
+        rows ``[T', C]`` and their state. Nothing changes where nothing is dropped.
     """
-    batch, count, _ = tokens.shape
-    device = tokens.device
-    survivors, candidates = decision.survivors, decision.candidates
-    index = positions_of(state, device)
-    merged = torch.zeros_like(survivors) if state.merged is None else state.merged
-    order = survivor_order(survivors, decision.scores, candidates, config.order)
+    dropped = [group & ~decision.survivors for group in decision.groups] if config.merge else []
+    merged = [merged_position(decision.scores, one, decision.valid, config.merged_mask) for one in dropped]
+    # Here the host waits for the decision: it has to know how long the result is, and keeps account of where tokens go.
+    survivors = decision.survivors.cpu().numpy()
+    members = [one.cpu().numpy() for one in dropped]
+    exist = np.stack([one.exists.cpu().numpy() for one in merged], 1) if merged else survivors[:, :0]
     counts = survivors.sum(1)
-    totals = counts
-    exist = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-    if config.merge:
-        made = [_merge(tokens, index, group & ~survivors, decision, config, causal) for group in decision.groups]
-        exist = torch.stack([one.exists for one in made], 1)
-        totals = counts + exist.sum(1)
-        tokens = torch.cat([tokens, *(one.value for one in made)], 1)
-        index = torch.cat([index, *(one.position for one in made)], 1)
-        merged = torch.cat([merged, torch.ones_like(exist)], 1)
-    length = int(totals.max())
-    slots = torch.arange(length, device=device).expand(batch, length)
-    # Merged tokens follow in the order of their groups; one that stands for nothing comes last and is padding.
-    ranks = exist.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    behind = (slots - counts[:, None]).clamp(0, ranks.size(1) - 1)
-    last = (count + ranks.gather(1, behind)).clamp(max=tokens.size(1) - 1)
-    source = torch.nn.functional.pad(order, (0, ranks.size(1)))[:, :length]
-    source = torch.where(slots < counts[:, None], source, last)
-    filled = slots < totals[:, None]
-    after = TokenState(
-        index=index.gather(1, source),
-        valid=None if bool(filled.all()) else filled,
-        merged=merged.gather(1, source),
-        mask_index=_mask_index(state, decision, config, causal=causal, length=length),
+    if counts.tolist() == list(lengths_of(state)):
+        return tokens, state
+    moves = _moves(state, decision, config, survivors, exist)
+    after = _next_state(state, decision, config, moves, merged, causal=causal)
+    rows = tokens.index_select(0, moves.picked.to(tokens.device))
+    if exist.any():
+        values = _merged_tokens(tokens, state, decision, dropped, members)
+        target = torch.from_numpy(moves.merged_rows).to(tokens.device)
+        rows.index_copy_(0, target, values[torch.from_numpy(np.flatnonzero(exist)).to(tokens.device)].to(rows.dtype))
+    return rows, after
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Where tokens go; slots are counted over all samples.
+
+    Attributes:
+        lengths: ``[B]`` slots of each sample afterwards, without padding.
+        slots: N', the number of slots of a sample afterwards.
+        source: ``[K]`` slots that survivors leave.
+        target: ``[K]`` slots that they get.
+        merged_target: slots that merged tokens get, those of the first sample first.
+        merged_rows: the rows that they get.
+        picked: ``[T']`` row that each row comes from; that of a merged token does not matter.
+    """
+
+    lengths: Numbers
+    slots: int
+    source: Numbers
+    target: Numbers
+    merged_target: Numbers
+    merged_rows: Numbers
+    picked: Tensor
+
+
+def _moves(state: TokenState, decision: Decision, config: PruningConfig, survivors: Numbers, exist: Numbers) -> _Moves:
+    """Survivors fill the first slots of their sample; merged tokens follow in the order of their groups."""
+    batch, slots_before = survivors.shape
+    counts = survivors.sum(1)
+    lengths = counts + exist.sum(1)
+    slots = int(lengths.max(initial=0))
+    first = np.arange(batch) * slots
+    skipped = first - (lengths.cumsum() - lengths)
+    source = _in_order(decision, config, survivors, counts)
+    sample = source // max(1, slots_before)
+    rank = np.arange(len(source)) - np.repeat(counts.cumsum() - counts, counts)
+    target = first[sample] + rank
+    merged_target = (first[:, None] + counts[:, None] + exist.cumsum(1) - 1)[exist]
+    merged_rows = merged_target - np.repeat(skipped, exist.sum(1))
+    picked = np.zeros(int(lengths.sum()), dtype=np.int64)
+    picked[target - skipped[sample]] = source - _skipped_before(state)[sample]
+    return _Moves(lengths, slots, source, target, merged_target, merged_rows, torch.from_numpy(picked))
+
+
+def _in_order(decision: Decision, config: PruningConfig, survivors: Numbers, counts: Numbers) -> Numbers:
+    """The slots of survivors, sample by sample in the order in which they are to stand."""
+    if config.order == "position":
+        return np.flatnonzero(survivors)
+    order = survivor_order(decision.survivors, decision.scores, decision.candidates, config.order).cpu().numpy()
+    batch, slots = survivors.shape
+    chosen: Numbers = (order + np.arange(batch)[:, None] * slots)[np.arange(slots) < counts[:, None]]
+    return chosen
+
+
+def _skipped_before(state: TokenState) -> Numbers:
+    """``[B]`` padding slots of the samples before each."""
+    lengths = np.array(lengths_of(state), dtype=np.int64)
+    return np.arange(len(lengths)) * state.length - (lengths.cumsum() - lengths)
+
+
+def _next_state(
+    state: TokenState,
+    decision: Decision,
+    config: PruningConfig,
+    moves: _Moves,
+    merged: Sequence[MergedPosition],
+    *,
+    causal: bool,
+) -> TokenState:
+    batch, device = len(moves.lengths), decision.survivors.device
+    before = positions_of(state, torch.device("cpu")) if state.index is None else state.index.cpu()
+    index = np.zeros(batch * moves.slots, dtype=np.int64)
+    index[moves.target] = before.numpy().reshape(-1)[moves.source]
+    is_merged = np.zeros(batch * moves.slots, dtype=bool)
+    if state.merged is not None:
+        is_merged[moves.target] = state.merged.cpu().numpy().reshape(-1)[moves.source]
+    if len(moves.merged_target):
+        index[moves.merged_target] = _merged_positions(before, decision, config, merged, causal=causal)
+        is_merged[moves.merged_target] = True
+    filled = np.arange(moves.slots) < moves.lengths[:, None]
+    shape = (batch, moves.slots)
+    return TokenState(
+        index=torch.from_numpy(index.reshape(shape)).to(device),
+        valid=None if filled.all() else torch.from_numpy(filled).to(device),
+        merged=torch.from_numpy(is_merged.reshape(shape)).to(device),
+        mask_index=_mask_index(state, decision, config, causal=causal, length=moves.slots),
         full_length=state.full_length,
-        length=length,
+        length=moves.slots,
         batch=batch,
         quirks=Quirks(reads_slots=config.readout == "original", ignores_cross_masks=config.cross_mask == "ignored"),
+        rows=packed_rows(moves.lengths.tolist(), moves.slots, device),
     )
-    return tokens.gather(1, source[:, :, None].expand(-1, -1, tokens.size(2))), after
 
 
-def _merge(
-    tokens: Tensor, index: Tensor, dropped: Tensor, decision: Decision, config: PruningConfig, causal: bool
-) -> _Merged:
-    """Merge the ``dropped [B, N]`` tokens of one group; ``index [B, N]`` has the original positions."""
-    weights = merge_weights(decision.scores, dropped)
-    slot, exists = merged_position(decision.scores, dropped, decision.valid, config.merged_mask)
+def _merged_positions(
+    before: Tensor, decision: Decision, config: PruningConfig, merged: Sequence[MergedPosition], *, causal: bool
+) -> Numbers:
+    """The original positions that merged tokens stand for, those of the first sample first."""
+    exist = np.stack([one.exists.cpu().numpy() for one in merged], 1)
     if causal and config.causal_mask == "gathered":
         # A merged token sees what its last member sees, and no earlier token sees it.
-        position = index.masked_fill(~dropped, -1).amax(1, keepdim=True).clamp(min=0)
+        members = [(group & ~decision.survivors).cpu().numpy() for group in decision.groups]
+        last = [np.where(one, before.numpy(), -1).max(1).clip(min=0) for one in members]
+        positions: Numbers = np.stack(last, 1)
     else:
-        position = index.gather(1, slot[:, None])
-    return _Merged(merged_token(tokens, weights).to(tokens.dtype), position, exists)
+        slots = np.stack([one.slot.cpu().numpy() for one in merged], 1)
+        positions = np.take_along_axis(before.numpy(), slots, 1)
+    chosen: Numbers = positions[exist]
+    return chosen
+
+
+def _merged_tokens(
+    tokens: Tensor, state: TokenState, decision: Decision, dropped: Sequence[Tensor], members: Sequence[Numbers]
+) -> Tensor:
+    """The merged token of each group of each sample, ``[B * G, C]`` float32: sum_j w_j x_j over its members."""
+    skipped, groups = _skipped_before(state), len(dropped)
+    rows, weights, targets = [], [], []
+    for number, (one, own) in enumerate(zip(dropped, members, strict=True)):
+        slots = np.flatnonzero(own)
+        sample = slots // own.shape[1]
+        rows.append(slots - skipped[sample])
+        targets.append(sample * groups + number)
+        weights.append(merge_weights(decision.scores, one).flatten()[torch.from_numpy(slots).to(tokens.device)])
+    chosen = tokens.index_select(0, torch.from_numpy(np.concatenate(rows)).to(tokens.device))
+    weighted = chosen * torch.cat(weights).unsqueeze(1)
+    target = torch.from_numpy(np.concatenate(targets)).to(tokens.device)
+    sums = weighted.new_zeros(len(skipped) * groups, tokens.size(1))
+    return sums.index_add(0, target, weighted)
 
 
 def _mask_index(

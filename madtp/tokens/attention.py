@@ -1,24 +1,22 @@
 """Attention over the tokens that survive, and the statistics that pruning reads off it.
 
 Start at :func:`attention`, the one attention node of a rewritten graph: it stands for every spelling of attention that the
-rewriter recognises. :class:`AttentionInputs` holds what such a node is given. :func:`attention_with_statistics` also yields
-what the importance needs (``docs/method.md``, "Importance"). It walks over blocks of samples and queries, so the attention map
-of all heads never exists as a whole.
+rewriter recognises. :class:`AttentionInputs` holds what such a node is given. ``scored_attention.py`` also yields what the
+importance needs, and ``packed_attention.py`` runs on packed rows.
 
 Axis legend: B samples, H heads, Q queries, K keys, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madtp.method.importance import AttentionStatistics
 from madtp.tokens.state import TokenState, gather_positions
 
 if TYPE_CHECKING:
@@ -27,10 +25,6 @@ if TYPE_CHECKING:
 # An additive mask below this value hides a key: models use -10000 or the smallest number of the dtype.
 HIDDEN = -1000.0
 QUERY_BLOCK = 128
-# Probabilities per block on a CPU: as many as stay in its cache.
-CPU_BLOCK = 2**19
-
-Operand = TypeVar("Operand", Tensor, Tensor | None)
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -86,7 +80,7 @@ class AttentionInputs:
         return replace(self, key=_each_head(self.key, heads), value=_each_head(self.value, heads), grouped=False)
 
 
-class _Block(NamedTuple):
+class ProbabilityBlock(NamedTuple):
     """Probabilities ``[B, H, stop - start, K]`` of the queries from ``start`` to ``stop``."""
 
     start: int
@@ -143,8 +137,8 @@ def plain_attention(inputs: AttentionInputs) -> Tensor:
             enable_gqa=inputs.grouped,
         )
     inputs = inputs.ungrouped()
-    blocks = _blocks(inputs, _queries_without_keys(inputs), QUERY_BLOCK)
-    return _joined([_weighted(block.probabilities, inputs.value, inputs.dropout_p) for block in blocks], 2)
+    blocks = probability_blocks(inputs, queries_without_keys(inputs), QUERY_BLOCK)
+    return joined([weighted(block.probabilities, inputs.value, inputs.dropout_p) for block in blocks], 2)
 
 
 def mask_of_survivors(
@@ -204,6 +198,17 @@ def join_masks(mask: Tensor, visible: Tensor) -> Tensor:
     return mask.masked_fill(~visible, float("-inf"))
 
 
+def hides_nothing(mask: Tensor) -> bool:
+    """Whether a mask ``[B, 1, 1, K]`` hides no key, as the padding mask of texts that are equally long.
+
+    A mask keeps torch from its faster kernels. The answer is always False where it would take a host that waits, or where
+    the mask has a gradient.
+    """
+    if mask.device.type != "cpu" or mask.requires_grad or mask.size(1) > 1 or mask.size(2) > 1:
+        return False
+    return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
+
+
 def valid_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """Return which keys some query of some head sees, ``[B, K]``, or None if all: the others are padding."""
     if mask is None or mask.size(-1) == 1:
@@ -213,102 +218,13 @@ def valid_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     return seen.expand(batch, length)
 
 
-def attention_with_statistics(
-    inputs: AttentionInputs, *, counted: Tensor | None, class_slot: Tensor | None
-) -> tuple[Tensor, AttentionStatistics]:
-    """Return the output of an attention together with the statistics of DTP.
-
-    Args:
-        inputs: with a mask over the tokens that are present.
-        counted: ``[B, Q]`` bool, the queries that count in the attention that a key receives. None for all.
-        class_slot: ``[B]`` slot whose row is the class attention. None if the stream has no such token.
-
-    Returns:
-        output ``[B, H, Q, Dv]`` and its statistics.
-    """
-    inputs = inputs.ungrouped()
-    if inputs.mask is not None:
-        inputs = replace(inputs, mask=inputs.mask[(None,) * (4 - inputs.mask.dim())])
-    batch, heads, queries, _ = inputs.query.shape
-    empty = _queries_without_keys(inputs)
-    # On other devices the question would make the host wait.
-    if empty is not None and empty.device.type == "cpu" and not bool(empty.any()):
-        empty = None
-    block = _rows_per_block(inputs.query, heads * inputs.key.size(2))
-    samples = max(1, block // queries)
-    outputs, receiveds, class_rows = [], [], []
-    for part, empty_part, counted_part, slot_part in zip(
-        _split_inputs(inputs, samples),
-        _split_samples(empty, batch, samples),
-        _split_samples(counted, batch, samples),
-        _split_samples(class_slot, batch, samples),
-        strict=True,
-    ):
-        blocks = _blocks(part, empty_part, min(block, queries))
-        output, received, class_row = _collect(blocks, part, counted_part, slot_part)
-        outputs.append(output)
-        receiveds.append(received)
-        class_rows.append(class_row)
-    output = _joined(outputs, 0)
-    class_rows_of_all = None if class_slot is None else _joined(class_rows, 0)
-    return output, AttentionStatistics(_joined(receiveds, 0), class_rows_of_all, output.float().norm(dim=-1))
-
-
-def _rows_per_block(query: Tensor, probabilities: int) -> int:
-    """Rows of a block, over samples and queries; a row is the ``probabilities`` of one query in all heads."""
-    if query.device.type == "cpu":
-        return max(1, CPU_BLOCK // probabilities)
-    return query.size(0) * QUERY_BLOCK
-
-
-def _split_inputs(inputs: AttentionInputs, samples: int) -> list[AttentionInputs]:
-    """The inputs of every ``samples`` samples."""
-    batch = inputs.query.size(0)
-    operands = zip(
-        _split_samples(inputs.query, batch, samples),
-        _split_samples(inputs.key, batch, samples),
-        _split_samples(inputs.value, batch, samples),
-        _split_samples(inputs.mask, batch, samples),
-        strict=True,
-    )
-    return [replace(inputs, query=q, key=k, value=v, mask=mask) for q, k, v, mask in operands]
-
-
-def _split_samples(operand: Operand, batch: int, samples: int) -> Sequence[Operand]:
-    """The part of an operand for every ``samples`` samples; the same for all where it has no entries per sample."""
-    if operand is None or operand.size(0) != batch:
-        return [operand] * max(1, -(-batch // samples))
-    return torch.split(operand, samples)
-
-
-def _collect(
-    blocks: Iterator[_Block], inputs: AttentionInputs, counted: Tensor | None, class_slot: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[B, H, Q, Dv]``, attention received ``[B, K]`` and class row ``[B, H, K]`` (zeros without ``class_slot``)."""
-    value = inputs.value
-    batch, heads, keys, _ = value.shape
-    outputs: list[Tensor] = []
-    received = value.new_zeros(batch, keys, dtype=torch.float32)
-    class_row = value.new_zeros(batch, heads, keys, dtype=torch.float32)
-    for start, stop, probabilities in blocks:
-        strongest = probabilities.amax(1)
-        if counted is not None:
-            strongest = strongest * counted[:, start:stop, None]
-        received = received + strongest.sum(1)
-        if class_slot is not None:
-            local = class_slot - start
-            inside = (local >= 0) & (local < stop - start)
-            picked = probabilities[torch.arange(batch, device=value.device), :, local.clamp(0, stop - start - 1)]
-            class_row = class_row + picked * inside[:, None, None]
-        outputs.append(_weighted(probabilities, value, inputs.dropout_p))
-    return _joined(outputs, 2), received, class_row
-
-
-def _weighted(probabilities: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+def weighted(probabilities: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+    """Return the values weighted by probabilities, which dropout thins."""
     return F.dropout(probabilities.to(value.dtype), dropout_p, dropout_p > 0) @ value
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """Return ``parts`` concatenated; a single one as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -317,7 +233,7 @@ def _each_head(operand: Tensor, heads: int) -> Tensor:
     return operand if operand.size(1) == heads else operand.repeat_interleave(heads // operand.size(1), 1)
 
 
-def _queries_without_keys(inputs: AttentionInputs) -> Tensor | None:
+def queries_without_keys(inputs: AttentionInputs) -> Tensor | None:
     """Which queries see no key at all, such as padding on the left: ``[..., Q, 1]``, or 1 in place of Q.
 
     None without a mask, as then every query sees a key.
@@ -336,7 +252,7 @@ def _later_keys(start: int, stop: int, keys: int, device: torch.device) -> Tenso
     return torch.arange(start, stop, device=device)[:, None] < torch.arange(keys, device=device)[None]
 
 
-def _blocks(inputs: AttentionInputs, empty: Tensor | None, size: int) -> Iterator[_Block]:
+def probability_blocks(inputs: AttentionInputs, empty: Tensor | None, size: int) -> Iterator[ProbabilityBlock]:
     """Probabilities of ``size`` queries at a time, in float32 at least.
 
     They are zeros for ``empty`` queries, which see no key, as in torch's own attention.
@@ -356,10 +272,12 @@ def _blocks(inputs: AttentionInputs, empty: Tensor | None, size: int) -> Iterato
             scores = scores.masked_fill_(~shown, float("-inf")) if shown.dtype == torch.bool else scores + shown
         dtype = torch.promote_types(scores.dtype, torch.float32)
         if empty is None:
-            yield _Block(start, stop, scores.softmax(-1, dtype=dtype))
+            yield ProbabilityBlock(start, stop, scores.softmax(-1, dtype=dtype))
         else:
             zeros = _rows(empty, start, stop)
-            yield _Block(start, stop, scores.masked_fill(zeros, 0).softmax(-1, dtype=dtype).masked_fill(zeros, 0))
+            yield ProbabilityBlock(
+                start, stop, scores.masked_fill(zeros, 0).softmax(-1, dtype=dtype).masked_fill(zeros, 0)
+            )
 
 
 def _rows(mask: Tensor, start: int, stop: int) -> Tensor:

@@ -135,7 +135,7 @@ def range_state(state: TokenState, start: int | None, end: int | None) -> TokenS
         length = len(range(*slice(start, end).indices(state.full_length)))
         return replace(state, full_length=length, length=length)
     cut = _range(state, start, end)
-    inner = map_tensors(state, lambda tensor: tensor.gather(1, cut.slots))
+    inner = map_tensors(replace(state, rows=None), lambda tensor: tensor.gather(1, cut.slots))
     assert inner.index is not None
     return replace(
         inner,

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from madtp.tokens.packed_rows import PackedRows, packed_rows, part_of_rows
+
 
 @dataclass(frozen=True)
 class Quirks:
@@ -46,6 +48,7 @@ class TokenState:
         mask_index: ``[B, N]`` positions at which attention masks are read where they differ from ``index``, as in the
             authors' code (``mask_order="sorted"``, ``causal_mask="cropped"``). None elsewhere.
         quirks: further behaviour of the authors' code.
+        rows: where the rows of the packed form stand; None if they are the slots, padding included.
     """
 
     full_length: int
@@ -56,6 +59,7 @@ class TokenState:
     merged: Tensor | None = None
     mask_index: Tensor | None = None
     quirks: Quirks = Quirks()
+    rows: PackedRows | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -95,7 +99,7 @@ def hide_dropped(state: TokenState, survivors: Tensor) -> TokenState:
     """Return the state in which every token keeps its slot and all but ``survivors [B, N]`` are padding."""
     index, merged = positions_of(state, survivors.device), state.merged
     return replace(
-        state, index=index, valid=survivors, merged=torch.zeros_like(survivors) if merged is None else merged
+        state, index=index, valid=survivors, merged=torch.zeros_like(survivors) if merged is None else merged, rows=None
     )
 
 
@@ -253,6 +257,7 @@ def masked_mean(
 
 def suffix_state(state: TokenState, start: int) -> TokenState:
     """Return the state of ``values[start:]`` where the first ``start`` tokens are protected, so that they still come first."""
+    state = replace(state, rows=None)
     length, full = state.length - start, state.full_length - start
     if state.index is None:
         return replace(state, full_length=full, length=length)
@@ -264,8 +269,9 @@ def suffix_state(state: TokenState, start: int) -> TokenState:
 
 def _rows(state: TokenState, start: int, end: int) -> TokenState:
     """The state of the samples ``start`` to ``end``."""
-    count = len(range(*slice(start, end).indices(state.batch)))
-    return replace(map_tensors(state, lambda tensor: tensor[start:end]), batch=count)
+    first, last, _ = slice(start, end).indices(state.batch)
+    rows = None if state.rows is None else part_of_rows(state.rows, state.length, first, last)
+    return replace(map_tensors(state, lambda tensor: tensor[start:end]), batch=max(0, last - first), rows=rows)
 
 
 def map_tensors(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
@@ -296,7 +302,12 @@ def batch_split(state: TokenState, sizes: int | Sequence[int], part: int) -> Tok
 
 def batch_repeat(state: TokenState, times: int) -> TokenState:
     """Return the state of ``values.repeat_interleave(times)`` along the batch."""
-    return replace(map_tensors(state, lambda tensor: tensor.repeat_interleave(times, 0)), batch=state.batch * times)
+    rows = None
+    if state.rows is not None:
+        lengths = [length for length in state.rows.lengths for _ in range(times)]
+        rows = packed_rows(lengths, state.length, state.rows.slots.device)
+    repeated = map_tensors(state, lambda tensor: tensor.repeat_interleave(times, 0))
+    return replace(repeated, batch=state.batch * times, rows=rows)
 
 
 def restore(

@@ -26,6 +26,7 @@ from madtp.method.guidance import AlignmentTokens
 from madtp.method.importance import TINY, guidance_share
 from madtp.pruned import PrunedModel
 from madtp.sites.control import Observation
+from madtp.tokens.packing import in_slots
 from madtp.tuning.batches import calls_of, evaluating
 
 TOP = 4
@@ -179,13 +180,13 @@ def _examples(pruned: PrunedModel, call: Call, objective: SaliencyObjective) -> 
         gradients = torch.autograd.grad(value, [site.tokens for site in observed], allow_unused=True)
     examples = []
     for site, gradient in zip(observed, gradients, strict=True):
-        saliency = None if gradient is None else _saliency(gradient, site.candidates)
+        saliency = None if gradient is None else _saliency(in_slots(gradient, site.state), site.candidates)
         if saliency is not None and bool(saliency.any()):
             examples.append(
                 _Example(
                     site=site.site,
                     query=site.query,
-                    block_input=site.block_input.detach(),
+                    block_input=in_slots(site.block_input.detach(), site.state),
                     candidates=site.candidates,
                     saliency=saliency,
                 )

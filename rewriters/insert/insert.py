@@ -65,9 +65,11 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
         except AxisError as error:
             raise InsertRefusal(node, str(error), insertion.labels.sites_reaching(node)) from error
         restoration.taint_replacements(node)
-    # What only an output reads is computed for all tokens now, and its copy over the survivors is dead.
+    # What only an output reads is computed for all tokens now, and its copy over the survivors is dead. Token states stay: a
+    # later stage may need those that nothing reads yet.
+    states = set(insertion.states.values())
     graph.eliminate_dead_code(
-        is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or has_effect(n)
+        is_impure_node=lambda n: n.op in ("placeholder", "output", "call_module") or n in states or has_effect(n)
     )
     graph.lint()
     return insertion
@@ -200,29 +202,37 @@ def _insert_site(insertion: Insertion, value: fx.Node, place: _Place, sections: 
         if site.token_dim != 1:
             tokens = graph.call_function(aten.transpose.int, (tokens, site.token_dim, 1))
             source = graph.call_function(aten.transpose.int, (source, site.token_dim, 1))
-        statistics = attention_statistics(
-            insertion, site, tokens=tokens, state=state, moves=place.moves, sections=sections
-        )
+        statistics = attention_statistics(insertion, site, state=state, moves=place.moves, sections=sections)
         call = graph.call_module(
             f"{SITES}.{site_key(site.name)}",
             (tokens, source, statistics, state, place.readouts, insertion.segment_maps.get(site.stream)),
         )
-        pruned = graph.call_function(operator.getitem, (call, 0))
+        pruned = rows = graph.call_function(operator.getitem, (call, 0))
         new_state = graph.call_function(operator.getitem, (call, 1))
         if site.token_dim != 1:
-            pruned = graph.call_function(aten.transpose.int, (pruned, site.token_dim, 1))
+            pruned = graph.call_function(aten.transpose.int, (rows, site.token_dim, 1))
     call.meta["nn_module_stack"] = value.meta.get("nn_module_stack", {})
     pruned.meta = {"val": value.meta["val"], "nn_module_stack": value.meta.get("nn_module_stack", {})}
     for user in users:
         user.replace_input_with(value, pruned)
     shape = tuple(sum((f.size for f in d), 0) if len(d) == 1 else 0 for d in insertion.labels.of(value))
     insertion.labels[pruned] = seed(shape, site.batch_dim, site.token_dim, site.name)
+    for transposed, original in ((tokens, value), (source, block_input), (rows, pruned)):
+        _label_transposed(insertion, transposed, original, site.token_dim)
     insertion.states[site.name] = new_state
     insertion.replaced[value] = pruned
     insertion.sites[site.name] = InsertedSite(value, state, block_input)
     insertion.site_values.add(value)
     if previous is not None:
         insertion.labels.parent[site.name] = previous
+
+
+def _label_transposed(insertion: Insertion, transposed: fx.Node, value: fx.Node, token_dim: int) -> None:
+    """Label ``value`` with its tokens brought to dimension 1."""
+    known = insertion.labels.tensor(value)
+    if known is not None and transposed is not value:
+        order = {token_dim: 1, 1: token_dim}
+        insertion.labels[transposed] = Labels(known[order.get(d, d)] for d in range(len(known)))
 
 
 def _repair(insertion: Insertion, node: fx.Node, restoration: Restoration) -> fx.Node:

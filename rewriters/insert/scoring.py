@@ -157,7 +157,6 @@ def attention_statistics(
     insertion: Insertion,
     site: SitePlan,
     *,
-    tokens: fx.Node,
     state: fx.Node | None,
     moves: TokenMoves | None,
     sections: DenseSections,
@@ -167,8 +166,7 @@ def attention_statistics(
     Args:
         insertion: The graph.
         site: The site.
-        tokens: The residual value, ``[B, N, C]``.
-        state: State of these tokens; None where no token was dropped yet.
+        state: State of its tokens; None where no token was dropped yet.
         moves: How numbers get from windows back to the tokens of the grid.
         sections: What runs on all tokens.
     """
@@ -177,7 +175,7 @@ def attention_statistics(
     received = None
     if site.scores == "windows" and moves is not None:
         received = sections.move(insertion.statistics[site.name], moves)
-    return insertion.graph.call_function(grid_attention, (tokens, received, state, (site.batch_dim, site.token_dim)))
+    return insertion.graph.call_function(grid_attention, (received, state, (site.batch_dim, site.token_dim)))
 
 
 def _segments(insertion: Insertion, site: SitePlan, before: fx.Node) -> fx.Node | None:

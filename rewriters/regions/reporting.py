@@ -33,6 +33,8 @@ KEEPS_LAST = (
     "from the last state these had; PruningConfig(towers=('image',)) leaves text alone"
 )
 
+PADDED = "{} runs on a padded batch in part, which costs time: {}"
+
 
 def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
     """What was found in a model and done to it."""
@@ -52,6 +54,7 @@ def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
         report.per_image_regions = tuple(r.region.path for r in rewritten.regions if r.region.per_image is not None)
     for region in rewritten.regions:
         add_region(report, region)
+        report.notes += [PADDED.format(region.region.path or report.model, why) for why in region.program.padded]
     if any(site.keeps_last for site in plan.sites):
         report.notes.append(KEEPS_LAST)
     return report

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.method.importance import attention_statistics
-from madtp.tokens import attention
+from madtp.tokens import attention, scored_attention
 
 SIZES = st.fixed_dictionaries(
     {
@@ -21,6 +21,8 @@ SIZES = st.fixed_dictionaries(
         "heads": st.integers(1, 3),
         "tokens": st.integers(1, 9),
         "block": st.integers(1, 60),
+        "whole": st.sampled_from((0, 10**6)),
+        "small": st.sampled_from((0, 10**6)),
         "mask": st.sampled_from(
             ("none", "keys", "rows", "added", "heads", "shared", "causal", "keys, causal", "added, causal")
         ),
@@ -51,9 +53,11 @@ def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, in
     mask, causal = mask_of(kind.removesuffix(", causal"), batch, heads, tokens), "causal" in kind
     rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens, (batch,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "CPU_BLOCK", drawn["block"])
+        patch.setattr(scored_attention, "CPU_BLOCK", drawn["block"])
+        patch.setattr(scored_attention, "WHOLE_MAP", drawn["whole"])
+        patch.setattr(scored_attention, "SMALL_MAP", drawn["small"])
         inputs = attention.AttentionInputs(query, key, value, mask, 0.0, causal)
-        output, found = attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+        output, found = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
     added = mask.double() if mask is not None and mask.is_floating_point() else mask
     if mask is None or not causal:  # torch's own does not take both
         torch.testing.assert_close(output, F.scaled_dot_product_attention(query, key, value, added, is_causal=causal))
@@ -75,16 +79,37 @@ def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, in
 def test_a_large_batch_is_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU no map is larger than a block, whatever the batch."""
     sizes: list[int] = []
-    blocks = attention._blocks
+    blocks = attention.probability_blocks
 
     def watched(*given: Any) -> Iterator[Any]:
         for block in blocks(*given):
             sizes.append(block.probabilities.numel())
             yield block
 
-    monkeypatch.setattr(attention, "_blocks", watched)
-    query = torch.randn(64, 4, 100, 8)
+    monkeypatch.setattr(scored_attention, "probability_blocks", watched)
+    query = torch.randn(64, 4, 100, 8, requires_grad=True)
     inputs = attention.AttentionInputs(query, query, query, None, 0.0, False)
-    attention.attention_with_statistics(inputs, counted=None, class_slot=None)
+    scored_attention.attention_with_statistics(inputs, counted=None, class_slot=None)
     assert sum(sizes) == 64 * 4 * 100 * 100
-    assert max(sizes) <= attention.CPU_BLOCK
+    assert max(sizes) <= scored_attention.CPU_BLOCK
+
+
+@torch.no_grad()
+@settings(deadline=None)
+@given(SIZES)
+def test_maps_in_shared_memory_give_the_same(drawn: dict[str, int | str]) -> None:
+    """Sample by sample, and head by head where the map is large."""
+    batch, heads, tokens = drawn["batch"], drawn["heads"], drawn["tokens"]
+    torch.manual_seed(drawn["seed"])
+    # As a projection to queries, keys and values gives them: not contiguous.
+    query, key, value = torch.randn(batch, tokens, 3, heads, 4).permute(2, 0, 3, 1, 4)
+    rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens + 1, (batch,))  # one slot that is not there
+    inputs = attention.AttentionInputs(query, key, value, None, 0.0, False, scale=0.7)
+    wanted, expected = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scored_attention, "WHOLE_MAP", drawn["whole"])
+        patch.setattr(scored_attention, "SMALL_MAP", 0)
+        output, found = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+    torch.testing.assert_close(output, wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,251 @@
+"""Attention over packed rows: a sample's rows attend to the rows of the same sample.
+
+Start at :func:`packed_attention`, the attention node of a packed stream, and :func:`packed_attention_with_statistics`, its
+form in front of a site. Samples with the same number of rows share one call of torch's attention; otherwise each has a call of
+its own, so nothing is computed for padding and no mask keeps a fused kernel away.
+
+Axis legend: B samples, H heads, Q and K queries and keys of a sample, T rows of all samples, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from madtp.method.importance import AttentionStatistics
+from madtp.tokens.attention import AttentionInputs, AttentionOptions, hides_nothing, join_masks, plain_attention
+from madtp.tokens.packing import in_rows, in_slots, lengths_of, row_positions, side_input_rows
+from madtp.tokens.scored_attention import (
+    WHOLE_MAP,
+    Observed,
+    Scratch,
+    Slot,
+    attention_with_statistics,
+    is_plain,
+    observe_heads,
+    observe_sample,
+    shares_memory,
+)
+from madtp.tokens.state import TokenState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    *,
+    query_state: TokenState | None = None,
+    key_state: TokenState | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor:
+    """Scaled dot-product attention where queries, keys or both are packed rows.
+
+    Args:
+        query: ``[1, H, T, D]`` rows of ``query_state``; ``[B, H, Q, D]`` without one, or while nothing was pruned.
+        key: ``[1, H, T, D]`` rows of ``key_state``; ``[B, H, K, D]`` without one, or while nothing was pruned.
+        value: as ``key``.
+        mask: boolean (True where a query sees a key) or additive, broadcastable to ``[B, H, Q0, K0]``: over the *original*
+            tokens.
+        dropout_p: dropout probability of the attention weights.
+        causal: a token sees only earlier ones.
+        query_state: state of the rows of the queries; None if they are not packed.
+        key_state: state of the rows of the keys; None if they are not packed.
+        **options: see :class:`~madtp.tokens.attention.AttentionOptions`.
+
+    Returns:
+        In the form of the queries: ``[1, H, T, Dv]`` or ``[B, H, Q, Dv]``.
+    """
+    inputs = AttentionInputs(query, key, value, mask, dropout_p, causal, **options)
+    query_state, key_state = _packed(query_state), _packed(key_state)
+    inputs = _without_idle_mask(inputs, key_state)
+    if _is_regular(query_state) and _is_regular(key_state):
+        slots = in_batch(inputs, query_state, key_state).over_survivors(query_state, key_state, None)
+        output = plain_attention(slots)
+        return output if query_state is None else _in_rows(output)
+    inputs = inputs.ungrouped()
+    if is_plain(inputs):
+        operands = zip(
+            _each(query, query_state), _each(inputs.key, key_state), _each(inputs.value, key_state), strict=True
+        )
+        outputs = [F.scaled_dot_product_attention(q, k, v, scale=inputs.scale) for q, k, v in operands]
+    else:
+        outputs = [plain_attention(one) for one in each_sample(inputs, query_state, key_state)]
+    return torch.cat(outputs, 0) if query_state is None else _joined_rows(outputs)
+
+
+def packed_attention_with_statistics(
+    inputs: AttentionInputs, state: TokenState, *, counted: Tensor, class_slot: Slot | None
+) -> tuple[Tensor, AttentionStatistics]:
+    """Return the output of a self-attention of packed rows together with the statistics of DTP.
+
+    Args:
+        inputs: rows ``[1, H, T, D]``, or ``[B, H, N, D]`` while nothing was pruned, with a mask over the original tokens.
+        state: state of the rows.
+        counted: ``[B, N]`` bool, the queries that count in the attention that a key receives.
+        class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
+            token.
+
+    Returns:
+        output in the form of the queries, and the statistics in the padded form, with zeros on padding.
+    """
+    if state.index is None:
+        return attention_with_statistics(inputs, counted=counted, class_slot=class_slot)
+    inputs = _without_idle_mask(inputs, state)
+    if _is_regular(state):
+        slots = in_batch(inputs, state, state).over_survivors(state, state, None)
+        output, statistics = attention_with_statistics(slots, counted=counted, class_slot=class_slot)
+        return _in_rows(output), statistics
+    observed = _observe_each(inputs.ungrouped(), state, counted, class_slot)
+    outputs, received, rows = zip(*observed, strict=True)
+    class_rows = [row for row in rows if row is not None]
+    output = torch.cat(outputs, 0)
+    statistics = AttentionStatistics(
+        received=in_slots(torch.cat(received), state),
+        class_row=in_slots(torch.cat(class_rows, 1).t(), state).transpose(1, 2) if class_rows else None,
+        output_norms=in_slots(output.float().norm(dim=-1), state).transpose(1, 2) if class_rows else None,
+    )
+    return output.unsqueeze(0).transpose(1, 2), statistics
+
+
+def _observe_each(
+    inputs: AttentionInputs, state: TokenState, counted: Tensor, class_slot: Slot | None
+) -> Iterator[Observed]:
+    """The output and statistics of each sample."""
+    # On a CPU the host does not wait for this.
+    slots = class_slot.tolist() if isinstance(class_slot, Tensor) else [class_slot] * state.batch
+    lengths = lengths_of(state)
+    weights = torch.split(in_rows(counted, state).to(torch.float32), list(lengths))
+    if not is_plain(inputs):
+        for one, weight, slot in zip(each_sample(inputs, state, state), weights, slots, strict=True):
+            yield observe_sample(one, weight, slot)
+        return
+    heads, width = inputs.query.size(1), inputs.query.size(3)
+    query = inputs.query * (width**-0.5 if inputs.scale is None else inputs.scale)
+    operands = (_each(rows.squeeze(0), state) for rows in (query, inputs.key, inputs.value))
+    largest = min(WHOLE_MAP, heads * max(lengths) ** 2)
+    scratch = Scratch(query, largest) if shares_memory(inputs) else None
+    for q, k, v, weight, slot in zip(*operands, weights, slots, strict=True):
+        if heads * q.size(1) * k.size(1) <= WHOLE_MAP:
+            yield observe_heads(q, k, v, weight, slot, scratch)
+        else:
+            yield observe_sample(replace(inputs, query=q[None], key=k[None], value=v[None], scale=1.0), weight, slot)
+
+
+def _without_idle_mask(inputs: AttentionInputs, key_state: TokenState | None) -> AttentionInputs:
+    """The inputs without a mask that hides no surviving key, as the padding mask of a text whose padding was dropped."""
+    mask = inputs.mask
+    if mask is None or key_state is None or (key_state.rows is None and key_state.valid is not None):
+        return inputs
+    full = mask[(None,) * (4 - mask.dim())]
+    if full.size(1) > 1 or full.size(2) > 1:
+        return inputs
+    return replace(inputs, mask=None) if hides_nothing(side_input_rows(full, key_state, 3, 0, 4)) else inputs
+
+
+def _packed(state: TokenState | None) -> TokenState | None:
+    """The state of packed rows; None for values that keep their batch, as all do while nothing was pruned."""
+    return None if state is None or state.index is None else state
+
+
+def _is_regular(state: TokenState | None) -> bool:
+    """Whether all samples have equally many rows."""
+    return state is None or state.rows is None
+
+
+def in_batch(inputs: AttentionInputs, query_state: TokenState | None, key_state: TokenState | None) -> AttentionInputs:
+    """Return the inputs with a batch dimension ``[B, H, N, D]``, as views; all samples have equally many rows."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if query_state is not None:
+        query = _batched(query, query_state)
+    if key_state is not None:
+        key, value = _batched(key, key_state), _batched(value, key_state)
+    return replace(inputs, query=query, key=key, value=value)
+
+
+def _batched(rows: Tensor, state: TokenState) -> Tensor:
+    slots: Tensor = rows.unflatten(2, (state.batch, state.length))
+    return slots.squeeze(0).transpose(0, 1)
+
+
+def _in_rows(output: Tensor) -> Tensor:
+    """``[B, H, N, D]`` as rows ``[1, H, T, D]``; a view where the kernel put a token's heads next to each other."""
+    return output.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+
+
+def _joined_rows(outputs: list[Tensor]) -> Tensor:
+    """Outputs ``[1, H, Q, D]`` of the samples as rows ``[1, H, T, D]``, a token's heads next to each other."""
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
+
+
+def each_sample(
+    inputs: AttentionInputs, query_state: TokenState | None, key_state: TokenState | None
+) -> list[AttentionInputs]:
+    """Return the inputs of each sample, ``[1, H, Q, D]`` and ``[1, H, K, D]``, each with a mask over its own tokens."""
+    inputs = inputs.ungrouped()
+    queries = _each(inputs.query, query_state)
+    keys, values = _each(inputs.key, key_state), _each(inputs.value, key_state)
+    masks = _masks(inputs, query_state, key_state, [query.size(2) for query in queries])
+    return [
+        replace(inputs, query=query, key=key, value=value, mask=mask, causal=False)
+        for query, key, value, mask in zip(queries, keys, values, masks, strict=True)
+    ]
+
+
+def _each(values: Tensor, state: TokenState | None) -> tuple[Tensor, ...]:
+    """The values of each sample: of rows ``[..., T, D]``, or of a batch ``[B, H, N, D]``."""
+    return torch.split(values, 1) if state is None else torch.split(values, list(lengths_of(state)), -2)
+
+
+def _masks(
+    inputs: AttentionInputs, query_state: TokenState | None, key_state: TokenState | None, queries: list[int]
+) -> list[Tensor | None]:
+    """The mask of each sample; causality becomes a part of it, and padding that takes up slots is hidden."""
+    batch = len(queries)
+    masks: list[Tensor | None] = [None] * batch
+    if inputs.mask is not None:
+        masks = list(_mask_of_each(inputs.mask[(None,) * (4 - inputs.mask.dim())], query_state, key_state, batch))
+    if inputs.causal:
+        rows = _positions(query_state, inputs.query, batch)
+        columns = _positions(key_state, inputs.key, batch)
+        for sample, mask in enumerate(masks):
+            order = rows[sample][:, None] >= columns[sample][None]
+            masks[sample] = order[None, None] if mask is None else join_masks(mask, order)
+    if key_state is not None and key_state.rows is None and key_state.valid is not None:
+        for sample, mask in enumerate(masks):
+            valid = key_state.valid[sample : sample + 1, None, None]
+            masks[sample] = valid if mask is None else join_masks(mask, valid)
+    return masks
+
+
+def _mask_of_each(
+    mask: Tensor, query_state: TokenState | None, key_state: TokenState | None, batch: int
+) -> tuple[Tensor, ...]:
+    """The rows and columns ``[1, H, Q, K]`` of a mask over the original tokens that belong to each sample."""
+    if key_state is not None and mask.size(2) == 1:
+        return torch.split(side_input_rows(mask, key_state, 3, 0, 4), list(lengths_of(key_state)), 3)
+    if query_state is not None and mask.size(3) == 1:
+        return torch.split(side_input_rows(mask, query_state, 2, 0, 4), list(lengths_of(query_state)), 2)
+    parts = torch.split(mask.expand(batch, -1, -1, -1), 1)
+    for state, dim in ((query_state, 2), (key_state, 3)):
+        if state is not None and mask.size(dim) > 1:
+            positions = torch.split(row_positions(state, mask.device), list(lengths_of(state)))
+            parts = tuple(part.index_select(dim, own) for part, own in zip(parts, positions, strict=True))
+    return parts
+
+
+def _positions(state: TokenState | None, values: Tensor, batch: int) -> tuple[Tensor, ...]:
+    """Original positions of the tokens of each sample."""
+    if state is None:
+        return (torch.arange(values.size(2), device=values.device),) * batch
+    return torch.split(row_positions(state, values.device), list(lengths_of(state)))

@@ -1,0 +1,208 @@
+"""Pruned streams run as packed rows, and compute what they compute on a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from case_models import CASES
+from model_case import Case
+from rewritten_models import gap, gradients
+from torch import Tensor, nn
+
+import madtp
+from madtp import PruningConfig
+from madtp.tokens import packing as runtime
+from rewriters.lower import packing
+
+CONFIG = PruningConfig(alignment_tokens=8)
+
+
+def rewritten(model: nn.Module, inputs: dict[str, Tensor], packed: bool) -> madtp.PrunedModel:
+    """The rewritten model, all of whose programs are packed or padded."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not packed:
+            patch.setattr(packing, "follows_tokens", lambda config: False)
+        return madtp.rewrite(model, inputs, config=CONFIG)
+
+
+def leaves(output: object) -> dict[str, Tensor]:
+    found = torch.utils._pytree.tree_flatten_with_path(output)[0]
+    return {str(path): leaf for path, leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
+def conversions(pruned: madtp.PrunedModel) -> list[str]:
+    """The functions that go from one form to the other in the graph of the last call."""
+    assert pruned._whole is not None
+    (entry,) = pruned._whole.entries.values()
+    both = (runtime.to_rows, runtime.to_slots, runtime.folded_to_rows, runtime.folded_to_slots)
+    return [node.target.__name__ for node in entry.program.graph.nodes if node.target in both]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_rows_equal_a_padded_batch(name: str) -> None:
+    case: Case = CASES[name]
+    torch.manual_seed(1)
+    model, example = case.build(), case.inputs(2, 6)
+    both = [rewritten(model, example, packed) for packed in (True, False)]
+    inputs = case.inputs(5, 7)
+    for gain in (0.0, 0.9, 1.2):
+        for pruned in both:
+            pruned.gain = gain
+        outputs = []
+        with torch.no_grad():
+            for pruned in both:
+                outputs.append(leaves(pruned(**inputs)))
+        assert outputs[0].keys() == outputs[1].keys()
+        assert all(gap(outputs[1][n], outputs[0][n]) < 2e-5 for n in outputs[0])
+        counts, wanted = (pruned.token_counts() for pruned in both)
+        assert all(torch.equal(wanted[n], counts[n]) for n in wanted)
+        kept, wanted = (pruned.kept_tokens() for pruned in both)
+        assert all(torch.equal(wanted[n], kept[n]) for n in wanted)
+    packed, padded = (gradients(pruned, lambda p=pruned: leaves(p(**inputs))) for pruned in both)
+    assert packed.keys() == padded.keys()
+    assert all(gap(padded[n], packed[n]) < 1e-4 for n in padded)
+
+
+class Block(nn.Module):
+    """A pre-norm block whose attention reads ``change(normed tokens)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        y = change(self.first(x))
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(F.gelu(self.up(self.second(x))))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a block's input is changed by: per sample ``[B, 16]``, per position ``[N, 16]``, and the index of the block."""
+
+    sample: Tensor
+    position: Tensor
+
+
+Change = Callable[[Tensor, Given], Tensor]
+
+
+def conditioned(x: Tensor, given: Given) -> Tensor:
+    return x * (1 + given.sample[:, None])
+
+
+def conditioned_from_the_left(x: Tensor, given: Given) -> Tensor:
+    return given.sample.unsqueeze(1) + x
+
+
+def positions_added(x: Tensor, given: Given) -> Tensor:
+    return x + given.position
+
+
+def positions_of_each_sample(x: Tensor, given: Given) -> Tensor:
+    return x + given.position * given.sample[:, :1, None]
+
+
+def reshaped_by_size(x: Tensor, given: Given) -> Tensor:
+    return x.view(x.shape[0], x.shape[1], 4, 4).transpose(2, 3).reshape(x.size(0), x.size(1), -1)
+
+
+def folded(x: Tensor, given: Given) -> Tensor:
+    return (x.reshape(-1, 16) * 2).view(x.shape)
+
+
+def tokens_first(x: Tensor, given: Given) -> Tensor:
+    return (x.transpose(0, 1).reshape(-1, 16) * 2).reshape(x.size(1), x.size(0), 16).transpose(0, 1)
+
+
+def joined_with_a_constant(x: Tensor, given: Given) -> Tensor:
+    return torch.cat((x[..., :8], given.sample[:, None, 8:].expand(-1, x.size(1), -1)), -1)
+
+
+def matrix_of_each_sample(x: Tensor, given: Given) -> Tensor:
+    return x @ (given.sample[:, :, None] * given.sample[:, None, :])
+
+
+class Conditioned(nn.Module):
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.change = change
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, lambda y: self.change(y, Given(sample, position)))
+        return x[:, 0]
+
+
+def call_of(batch: int) -> dict[str, Tensor]:
+    scale = torch.logspace(-1, 0.5, batch)[:, None, None]
+    return {
+        "x": torch.randn(batch, 11, 16) * scale,
+        "sample": torch.randn(batch, 16),
+        "position": torch.randn(11, 16),
+    }
+
+
+PACKED = [
+    conditioned,
+    conditioned_from_the_left,
+    positions_added,
+    positions_of_each_sample,
+    reshaped_by_size,
+    folded,
+    tokens_first,
+    joined_with_a_constant,
+]
+
+
+def check(pruned: madtp.PrunedModel, model: nn.Module) -> None:
+    pruned.gain = 1.1
+    call = call_of(6)
+    with torch.no_grad():
+        together = pruned(**call)
+        counts = pruned.token_counts()["blocks.2"]
+        assert len(set(counts.tolist())) > 1
+        for one in range(6):
+            alone = {**call, "x": call["x"][one : one + 1], "sample": call["sample"][one : one + 1]}
+            assert gap(pruned(**alone), together[one : one + 1]) < 1e-5
+        with pruned.dense():
+            assert gap(model(**call), pruned(**call)) < 1e-6
+
+
+@pytest.mark.parametrize("change", PACKED, ids=lambda change: change.__name__)
+def test_what_belongs_to_a_sample_or_a_position_is_read_row_by_row(change: Change) -> None:
+    torch.manual_seed(3)
+    model = Conditioned(change).eval()
+    pruned = madtp.rewrite(model, call_of(2), config=CONFIG)
+    assert len(pruned.report.sites) == 3
+    assert not conversions(pruned)
+    assert not any("padded" in note for note in pruned.report.notes)
+    check(pruned, model)
+
+
+def test_an_operation_without_a_packed_form_runs_padded_and_is_told() -> None:
+    torch.manual_seed(3)
+    model = Conditioned(matrix_of_each_sample).eval()
+    pruned = madtp.rewrite(model, call_of(2), config=CONFIG)
+    assert len(pruned.report.sites) == 3
+    assert conversions(pruned)
+    (note,) = [note for note in pruned.report.notes if "padded" in note]
+    assert "multiplies each sample by a matrix of its own (2 times)" in note
+    check(pruned, model)
+
+
+def test_options_that_read_by_slots_keep_the_padded_form() -> None:
+    torch.manual_seed(3)
+    model = Conditioned(conditioned).eval()
+    config = PruningConfig(alignment_tokens=8, readout="original")
+    pruned = madtp.rewrite(model, call_of(2), config=config)
+    assert any("padded" in note and "authors' code" in note for note in pruned.report.notes)
