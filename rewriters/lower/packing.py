@@ -287,6 +287,8 @@ class _Packer:
             if call_argument(node, 4, "step", 1) != 1:
                 raise NotPacked("every other sample")
             sizes = (call_argument(node, 2, "start", None), call_argument(node, 3, "end", None))
+        for part in _present(layouts):  # while the node still says how it cuts
+            self.insertion.state(part.source, node)
         node.args = (values, self._state(layout.source, node), *sizes, layout.token_dim, layout.batch_dim)
         node.kwargs = {}
         node.target = _BATCH_CUTS[name]
@@ -329,7 +331,7 @@ class _Packer:
 
     def _state(self, source: Source, before: fx.Node) -> fx.Node:
         """The node of a token state, which is moved in front of ``before`` if it stands behind."""
-        state = self.insertion.states[source]
+        state = self.insertion.state(source, before)
         late = ancestors(state, among=lambda node: node.op != "placeholder" and not node < before)
         for node in sorted(late):
             if not node < before:

@@ -30,7 +30,7 @@ from rewriters.axes.labels import Dim, ResultLabels, axes_of, unlabelled
 from rewriters.axes.sources import BatchPart, Bound, Concatenation, Rest, Source, TokenRange
 from rewriters.capture.export import Capture
 from rewriters.graph.node_record import record, rowwise_module
-from rewriters.graph.nodes import example_size, int_argument, is_tensor, module_path, op_name, operand
+from rewriters.graph.nodes import call_argument, example_size, int_argument, is_tensor, module_path, op_name, operand
 from rewriters.insert.workspace import Insertion, Size, site_key
 
 NORM_COST = {"layer_norm": 5, "group_norm": 5, "rms_norm": 5, "batch_norm": 2}
@@ -114,7 +114,7 @@ def _batch_part_count(insertion: Insertion, source: BatchPart, parent: TokenCoun
     dim = insertion.labels.of(whole).batch_dim()
     total = example_size(whole.meta["val"].shape[dim])
     if op_name(node) == "slice":
-        start = node.args[2] if len(node.args) > 2 else 0
+        start = call_argument(node, 2, "start", None) or 0
         first = example_size(start.meta["val"] if isinstance(start, fx.Node) else start)
         last = first + example_size(node.meta["val"].shape[dim])
     else:

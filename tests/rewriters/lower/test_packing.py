@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -206,3 +206,47 @@ def test_options_that_read_by_slots_keep_the_padded_form() -> None:
     config = PruningConfig(alignment_tokens=8, readout="original")
     pruned = madtp.rewrite(model, call_of(2), config=config)
     assert any("padded" in note and "authors' code" in note for note in pruned.report.notes)
+
+
+class Halved(Conditioned):
+    """Two images of each sample, stacked, whose tokens meet behind the blocks."""
+
+    def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__(conditioned)
+        self.cut = cut
+
+    def forward(self, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        for block in list(self.blocks)[:2]:
+            x = block(x, lambda y: y + position)
+        first, second = self.cut(x)
+        first, second = (self.blocks[2](half * 2, lambda y: y + sample[:, None]) for half in (first, second))
+        return first[:, 0] - second[:, 0]
+
+
+def chunked(x: Tensor) -> Sequence[Tensor]:
+    return x.chunk(2)
+
+
+def split(x: Tensor) -> Sequence[Tensor]:
+    return x.split(x.shape[0] // 2)
+
+
+def sliced(x: Tensor) -> Sequence[Tensor]:
+    return x[: x.shape[0] // 2], x[x.shape[0] // 2 :]
+
+
+@pytest.mark.parametrize("cut", [chunked, split, sliced], ids=lambda cut: cut.__name__)
+def test_halves_of_a_batch_are_stretches_of_rows(cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    torch.manual_seed(3)
+    model = Halved(cut).eval()
+    calls = [{**call_of(batch), "sample": torch.randn(batch // 2, 16)} for batch in (4, 8)]
+    pruned = madtp.rewrite(model, calls[0], config=CONFIG)
+    assert len(pruned.report.sites) == 4
+    assert not conversions(pruned)
+    pruned.gain = 1.1
+    with torch.no_grad():
+        together = pruned(**calls[1])
+        assert len(set(pruned.token_counts()["blocks.1"].tolist())) > 1
+        for one in range(4):
+            alone = {"x": calls[1]["x"][one::4], "sample": calls[1]["sample"][one : one + 1]}
+            assert gap(pruned(**alone, position=calls[1]["position"]), together[one : one + 1]) < 1e-5
