@@ -10,21 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from madtp.config import PruningConfig
 from madtp.method.merging import MergedPosition, merge_weights, merged_position
 from madtp.method.selection import sorted_positions, survivor_order
-from madtp.tokens.packed_rows import packed_rows
+from madtp.tokens.packed_rows import Numbers, packed_rows, padding_before
 from madtp.tokens.packing import lengths_of
 from madtp.tokens.state import Quirks, TokenState, positions_of
-
-Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,11 @@ def assemble(
     if counts.tolist() == list(lengths_of(state)):
         return tokens, state
     moves = _moves(state, decision, config, survivors, exist)
-    after = _next_state(state, decision, config, moves, merged, causal=causal)
+    before = positions_of(state, torch.device("cpu")).cpu()
+    stands_for = None
+    if exist.any():
+        stands_for = _merged_positions(before.numpy(), merged, members, config, causal=causal)[exist]
+    after = _next_state(state, decision, config, moves, before.numpy(), stands_for, causal=causal)
     rows = tokens.index_select(0, moves.picked.to(tokens.device))
     if exist.any():
         values = _merged_tokens(tokens, state, decision, dropped, members)
@@ -113,7 +113,7 @@ def _moves(state: TokenState, decision: Decision, config: PruningConfig, survivo
     lengths = counts + exist.sum(1)
     slots = int(lengths.max(initial=0))
     first = np.arange(batch) * slots
-    skipped = first - (lengths.cumsum() - lengths)
+    skipped = padding_before(lengths, slots)
     source = _in_order(decision, config, survivors, counts)
     sample = source // max(1, slots_before)
     rank = np.arange(len(source)) - np.repeat(counts.cumsum() - counts, counts)
@@ -137,8 +137,7 @@ def _in_order(decision: Decision, config: PruningConfig, survivors: Numbers, cou
 
 def _skipped_before(state: TokenState) -> Numbers:
     """``[B]`` padding slots of the samples before each."""
-    lengths = np.array(lengths_of(state), dtype=np.int64)
-    return np.arange(len(lengths)) * state.length - (lengths.cumsum() - lengths)
+    return padding_before(np.array(lengths_of(state), dtype=np.int64), state.length)
 
 
 def _next_state(
@@ -146,19 +145,20 @@ def _next_state(
     decision: Decision,
     config: PruningConfig,
     moves: _Moves,
-    merged: Sequence[MergedPosition],
+    before: Numbers,
+    stands_for: Numbers | None,
     *,
     causal: bool,
 ) -> TokenState:
+    """The state afterwards; ``before [B, N]`` are the positions so far, ``stands_for`` those of merged tokens, if any."""
     batch, device = len(moves.lengths), decision.survivors.device
-    before = positions_of(state, torch.device("cpu")) if state.index is None else state.index.cpu()
     index = np.zeros(batch * moves.slots, dtype=np.int64)
-    index[moves.target] = before.numpy().reshape(-1)[moves.source]
+    index[moves.target] = before.reshape(-1)[moves.source]
     is_merged = np.zeros(batch * moves.slots, dtype=bool)
     if state.merged is not None:
         is_merged[moves.target] = state.merged.cpu().numpy().reshape(-1)[moves.source]
-    if len(moves.merged_target):
-        index[moves.merged_target] = _merged_positions(before, decision, config, merged, causal=causal)
+    if stands_for is not None:
+        index[moves.merged_target] = stands_for
         is_merged[moves.merged_target] = True
     filled = np.arange(moves.slots) < moves.lengths[:, None]
     shape = (batch, moves.slots)
@@ -176,20 +176,19 @@ def _next_state(
 
 
 def _merged_positions(
-    before: Tensor, decision: Decision, config: PruningConfig, merged: Sequence[MergedPosition], *, causal: bool
+    before: Numbers,
+    merged: Sequence[MergedPosition],
+    members: Sequence[Numbers],
+    config: PruningConfig,
+    *,
+    causal: bool,
 ) -> Numbers:
-    """The original positions that merged tokens stand for, those of the first sample first."""
-    exist = np.stack([one.exists.cpu().numpy() for one in merged], 1)
+    """The original position ``[B, G]`` that the merged token of each group stands for; ``members [B, N]`` are dropped."""
     if causal and config.causal_mask == "gathered":
         # A merged token sees what its last member sees, and no earlier token sees it.
-        members = [(group & ~decision.survivors).cpu().numpy() for group in decision.groups]
-        last = [np.where(one, before.numpy(), -1).max(1).clip(min=0) for one in members]
-        positions: Numbers = np.stack(last, 1)
-    else:
-        slots = np.stack([one.slot.cpu().numpy() for one in merged], 1)
-        positions = np.take_along_axis(before.numpy(), slots, 1)
-    chosen: Numbers = positions[exist]
-    return chosen
+        return np.stack([np.where(own, before, -1).max(1).clip(min=0) for own in members], 1)
+    slots = np.stack([one.slot.cpu().numpy() for one in merged], 1)
+    return np.take_along_axis(before, slots, 1)
 
 
 def _merged_tokens(

@@ -14,10 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,15 @@ def packed_rows(lengths: Sequence[int], slots: int, device: torch.device) -> Pac
     counts = np.array(lengths, dtype=np.int64)
     if (counts == slots).all():
         return None
-    samples = np.repeat(np.arange(len(counts)), counts)
-    skipped = np.arange(len(counts)) * slots - (counts.cumsum() - counts)
+    samples, skipped = np.repeat(np.arange(len(counts)), counts), padding_before(counts, slots)
     moved = (samples, np.arange(len(samples)) + skipped[samples], skipped)
     return PackedRows(tuple(lengths), *(torch.from_numpy(one).to(device) for one in moved))
+
+
+def padding_before(lengths: Numbers, slots: int) -> Numbers:
+    """Return ``[B]``, the padding slots of the samples before each, if each fills its first ``lengths`` of ``slots``."""
+    skipped: Numbers = np.arange(len(lengths)) * slots - (lengths.cumsum() - lengths)
+    return skipped
 
 
 def part_of_rows(rows: PackedRows, slots: int, start: int, end: int) -> PackedRows:

@@ -194,7 +194,7 @@ def batch_entries(state: TokenState) -> int:
 
 def row_entries(state: TokenState) -> int:
     """Return the size of the token dimension of packed values: T, or N while nothing was pruned."""
-    return state.length if state.index is None else sum(lengths_of(state))
+    return state.length if state.index is None else total_rows(state)
 
 
 def total_rows(state: TokenState) -> int:

@@ -259,9 +259,9 @@ def _in_blocks(inputs: AttentionInputs, counted: Tensor | None, class_slot: Slot
     if heads * queries * keys <= WHOLE_MAP:
         block = max(block, queries)
     samples = max(1, block // max(1, queries))
-    inputs_parts = _split_inputs(inputs, samples)
     if samples >= batch:
         return _collect(inputs, empty, counted, class_slot, min(block, queries))
+    inputs_parts = _split_inputs(inputs, samples)
     parts = [
         _collect(part, empty_part, counted_part, slot_part, min(block, queries))
         for part, empty_part, counted_part, slot_part in zip(

@@ -68,7 +68,7 @@ from rewriters.axes.slice_rules import (
 from rewriters.graph.match import because
 from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
-from rewriters.graph.op_sets import CASTS, CONCATENATIONS, PARTS, SIZED_VIEWS
+from rewriters.graph.op_sets import CASTS, CONCATENATIONS, ELEMENTWISE, PARTS, SIZED_VIEWS
 
 
 def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -218,18 +218,8 @@ constant_pad_nd
 )
 
 
-_ELEMENTWISE = """
-abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
-clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
-hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
-logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
-remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
-zeros_like __and__ __or__ __xor__
-""".split()
-
-
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(CASTS, like_first),
     **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
     "prelu": prelu,

@@ -28,6 +28,17 @@ SPLITS = frozenset("split split_with_sizes chunk".split())
 PARTS = SPLITS | {"unbind"}
 CONCATENATIONS = frozenset("cat concat".split())
 
+# Each entry of the result depends on the entries at the same (broadcast) place of the operands only.
+ELEMENTWISE = frozenset(
+    """
+abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
+clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 floor floor_divide fmod full_like ge gelu gt
+hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
+logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
+remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
+zeros_like __and__ __or__ __xor__
+""".split()
+)
 # Each entry by itself, times or divided by something, or dropped.
 SCALINGS = frozenset("mul div dropout".split())
 ADDS = frozenset(("add",))

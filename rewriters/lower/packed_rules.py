@@ -24,7 +24,7 @@ from rewriters.axes.arguments import dims_argument, items
 from rewriters.axes.labels import Dim, LabelMap, Labels, axes_of, has_tokens, is_plain
 from rewriters.axes.sources import Source
 from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name
-from rewriters.graph.op_sets import CASTS, CONCATENATIONS, COPIES, SIZED_VIEWS, VECTOR_NORMS
+from rewriters.graph.op_sets import CASTS, CONCATENATIONS, COPIES, ELEMENTWISE, SIZED_VIEWS, VECTOR_NORMS
 
 aten = torch.ops.aten
 
@@ -270,14 +270,6 @@ def squeeze(packed: PackedNode) -> None:
     as_it_is(packed)
 
 
-_ELEMENTWISE = """
-abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
-clone complex contiguous copysign cos detach div dropout elu eq erf exp expand_as expm1 floor floor_divide fmod full_like ge
-gelu gt hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
-logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
-remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
-zeros_like __and__ __or__ __xor__
-""".split()
 # Each row by itself. What they take besides rows is a parameter.
 _ROWS = """
 linear layer_norm rms_norm batch_norm embedding prelu conv1d conv2d index_select topk one_hot
@@ -291,8 +283,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ROWS, with_parameters),
     **dict.fromkeys(_REDUCTIONS, reduction),
     **dict.fromkeys(("gather", "scatter", "stack"), as_it_is),
-    **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **dict.fromkeys(CASTS | COPIES, elementwise),
+    **dict.fromkeys(ELEMENTWISE | CASTS | COPIES | {"expand_as"}, elementwise),
     **dict.fromkeys(("matmul", "bmm", "mm"), matrix_product),
     **dict.fromkeys(CONCATENATIONS, concatenation),
     **dict.fromkeys(SIZED_VIEWS, view),
