@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from madtp.errors import MadtpError
     from madtp.pruned import PrunedModel
     from madtp.saving.checkpoint import load, save
+    from madtp.saving.export import export
     from madtp.tuning.calibration import calibrate
     from madtp.tuning.freezing import freeze
     from madtp.tuning.teaching import teach
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "count_macs",
+    "export",
     "freeze",
     "load",
     "rewrite",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "calibrate": "madtp.tuning.calibration",
     "count_macs": "madtp.api",
+    "export": "madtp.saving.export",
     "freeze": "madtp.tuning.freezing",
     "load": "madtp.saving.checkpoint",
     "save": "madtp.saving.checkpoint",

@@ -33,6 +33,10 @@ class ContinuationError(MadtpError):
     """A call reads a key/value cache that a pruned call filled, and no program can be made for it."""
 
 
+class ExportError(MadtpError):
+    """The model cannot leave Python: it has to be frozen first, or something in it depends on values."""
+
+
 class NoSiteError(RewriteError):
     """No place was found in the model where tokens could be pruned."""
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
+from madtp.calls.compiling import is_compiling
 from madtp.calls.packed_images import PerImageArguments
 from madtp.config import PruningConfig
-from madtp.errors import ConfigError, ContinuationError, MadtpError, RewriteError
+from madtp.errors import ConfigError, ContinuationError, ExportError, MadtpError, RewriteError
 from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images
 from madtp.programs.host_forward import HostForward
 from madtp.programs.host_methods import as_one_call
@@ -34,6 +35,8 @@ from madtp.sites.additions import PREFIX, Additions
 from madtp.sites.control import PruningControl
 from madtp.sites.scoring import SiteSpec
 from madtp.tokens.state import TokenState, kept_positions
+
+HOW_TO_EXPORT = "Fix the counts with madtp.freeze(pruned, batches) first; madtp.export then writes a file."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +217,23 @@ class PrunedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; arguments and return type are the original's."""
+        if not is_compiling():
+            if torch._C._is_tracing():
+                raise ExportError(f"torch.jit.trace would keep the token counts of one input. {HOW_TO_EXPORT}")
+            return self._forward(*args, **kwargs)
+        shapes_vary = self._control.active and not self._control.counts_are_fixed()
+        if shapes_vary and torch.compiler.is_exporting():
+            raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
+        host_forward = self._host.__dict__.get("forward")
+        follows = isinstance(host_forward, HostForward) and host_forward.follows_features
+        if shapes_vary or (follows and not torch.compiler.is_exporting()):
+            return _uncompiled_forward(self, *args, **kwargs)
+        self._control.clear_record()
+        if self._whole is None:
+            return self._host(*args, **kwargs)
+        return self._whole.run_compiled(normalise_call(self._host, args, kwargs))
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = normalise_call(self._host, args, kwargs)
         if self._whole is None:
             return self._host(*args, **kwargs)
@@ -348,3 +368,13 @@ def _strength(name: str, value: float) -> float:
     if not (0 <= number < float("inf")):
         raise ConfigError(f"{name} is {value!r}; it has to be a finite number of at least 0.")
     return number
+
+
+def _forward(pruned: PrunedModel, *args: Any, **kwargs: Any) -> Any:
+    return pruned._forward(*args, **kwargs)
+
+
+# The forward where shapes, or the positions of image features, depend on values: torch.compile breaks the graph around it.
+_uncompiled_forward: Callable[..., Any] = torch.compiler.disable(
+    _forward, reason=f"token counts or image positions depend on the input. {HOW_TO_EXPORT}"
+)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from madtp.calls.compiling import is_compiling
 from madtp.calls.image_positions import IN_PLACE, MOVES, TOKENWISE, moved_mask, token_positions
 
 IDS = "ids"
@@ -207,4 +208,6 @@ def _tensors(leaves: Iterable[object]) -> list[Tensor]:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
+    if tensor.dtype == torch.bool or is_compiling():  # values are not known to a compiler: then masks count as ids
+        return tensor.dtype == torch.bool
+    return bool(((tensor == 0) | (tensor == 1)).all())

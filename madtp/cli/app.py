@@ -20,6 +20,7 @@ from madtp.cli import (
     convert_command,
     demo_command,
     eval_command,
+    export_command,
     inspect_command,
     models_command,
     survey_command,
@@ -105,6 +106,7 @@ app.command("compress", help=training_commands.COMPRESS_HELP)(training_commands.
 app.command("convert", help=convert_command.HELP)(convert_command.convert_command)
 app.command("eval", help=eval_command.HELP)(eval_command.eval_command)
 app.command("bench", help=bench_command.HELP)(bench_command.bench_command)
+app.command("export", help=export_command.HELP)(export_command.export_command)
 app.command("survey", help=survey_command.HELP)(survey_command.survey_command)
 app.command("models", help=models_command.HELP)(models_command.models_command)
 

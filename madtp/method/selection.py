@@ -85,7 +85,7 @@ def select(
         if config.selection == "threshold" and config.batching == "ragged":
             return keep_mask(scores, theta, gain, candidates, min_tokens=config.min_tokens, smallest_drop=least)
         counts = _counts(scores, theta, candidates, config, gain)
-    return keep_best(_ranking(terms, scores, config), counts, candidates, smallest_drop=least)
+    return keep_best(ranking(terms, scores, config), counts, candidates, smallest_drop=least)
 
 
 def _counts(scores: Tensor, theta: Tensor, candidates: Tensor, config: PruningConfig, gain: float | Tensor) -> Tensor:
@@ -97,7 +97,8 @@ def _counts(scores: Tensor, theta: Tensor, candidates: Tensor, config: PruningCo
     return counts.amax().expand_as(counts) if config.batching == "uniform" else counts
 
 
-def _ranking(terms: ImportanceTerms, scores: Tensor, config: PruningConfig) -> Tensor:
+def ranking(terms: ImportanceTerms, scores: Tensor, config: PruningConfig) -> Tensor:
+    """Return what tokens are ranked by where they are chosen by count, ``[B, N]``; arguments as for :func:`select`."""
     if config.selection == "random":
         return random_scores(scores, config.seed)
     if config.selection == "class_attention":

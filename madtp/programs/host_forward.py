@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.compiling import is_compiling
 from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.cost.counting import Counter
-from madtp.errors import MadtpError
+from madtp.errors import ExportError, MadtpError
 from madtp.programs.notes import Notes
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
@@ -47,6 +48,8 @@ class HostForward(ReplacedForward):
         control = self.control
         if control.runs_original:
             return self.original(*args, **kwargs)
+        if is_compiling():
+            return self._compiled(args, kwargs)
         call = normalise_call(self.module, args, kwargs)
         described = call
         with suppress(CannotFlatten):
@@ -60,6 +63,16 @@ class HostForward(ReplacedForward):
             control.begin_program()
             control.record.batch = call.samples()
             return self._counted(described, kind, args, kwargs)
+
+    def _compiled(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """The forward as a compiler follows it: by the regions, whose agreement an earlier call of this kind has shown.
+
+        Raises:
+            ExportError: there was none, or it ran as the original does.
+        """
+        if not any(self.agreements.values()):
+            raise ExportError("call the model once with such inputs before it is compiled or exported.")
+        return self._by_regions(args, kwargs)
 
     def _run(self, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         return self._by_regions(args, kwargs) if self.agreements[kind] else self._by_original(args, kwargs)

@@ -21,7 +21,7 @@ from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
-from madtp.errors import CaptureError, ExampleInputsError
+from madtp.errors import CaptureError, ExampleInputsError, ExportError
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run
 from madtp.programs.replaced_forward import original_forwards
@@ -235,6 +235,22 @@ class ProgramCache:
         plain, tensors = result
         closed: object = program.returned.close(plain, tensors, objects_in((call.args, call.kwargs)))
         return closed
+
+    def run_compiled(self, call: Call) -> object:
+        """Run the latest program for calls like ``call`` while a compiler follows; nothing is recorded.
+
+        Raises:
+            ExportError: no program serves the call, or it takes objects such as key/value caches.
+        """
+        leaves = call.flat()[0]
+        for cached in reversed(self.entries.values()):
+            program = cached.program
+            if program.returned is None and signature(self.module, call, program.dynamic) == cached.signature:
+                return program.run(self.host, leaves)
+        raise ExportError(
+            "no program serves this call: call the model once with such inputs before it is compiled or exported. Calls that "
+            "take or return key/value caches cannot be compiled."
+        )
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:

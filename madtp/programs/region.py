@@ -13,8 +13,9 @@ from contextlib import suppress
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, Signature, normalise_call, signature
+from madtp.calls.compiling import is_compiling
 from madtp.calls.objects import CannotFlatten
-from madtp.errors import ContinuationError, ExampleInputsError, MadtpError, NothingToPruneError
+from madtp.errors import ContinuationError, ExampleInputsError, ExportError, MadtpError, NothingToPruneError
 from madtp.programs.notes import Notes
 from madtp.programs.program import Program
 from madtp.programs.program_cache import BRANCHES, MANY_WAYS, ProgramCache
@@ -72,6 +73,8 @@ class PrunedRegion(ReplacedForward):
             call = normalise_call(self.module, args, kwargs)
         except ExampleInputsError:  # the original says best what is wrong
             return self.original(*args, **kwargs)
+        if is_compiling():
+            return self._compiled(call)
         # Only programs can read a pruned key/value cache: the original would attend to dropped tokens.
         continues = self.programs.continues_pruned(call)
         if self.control.runs_original and not continues:
@@ -91,6 +94,21 @@ class PrunedRegion(ReplacedForward):
         if continues:
             raise self._cannot_continue()
         return self.original(*args, **kwargs)
+
+    def _compiled(self, call: Call) -> object:
+        """Run a program while a compiler follows."""
+        if self.embeddings:
+            told = self._with_image_positions(call)
+            if told is None:
+                raise ExportError(
+                    f"it cannot be followed where image features are written among the tokens of {self.programs.path}."
+                )
+            call = told
+        with self.control.in_program():
+            result = self.programs.run_compiled(call)
+        if self.control.tracker is not None:
+            self.control.tracker.tag_result(call.flat()[0], result)
+        return result
 
     def _with_image_positions(self, call: Call) -> Call | None:
         """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""

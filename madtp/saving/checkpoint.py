@@ -84,6 +84,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
         config = PruningConfig.from_dict(description["pruning"])
         temperature, gain = float(description["temperature"]), float(description["gain"])
         counts = {str(site): int(count) for site, count in description["static_counts"].items()}
+        room = {str(site): int(count) for site, count in description.get("static_room", {}).items()}
         sites = {site["name"]: site for site in description["sites"]}
         width = int(description["alignment_width"])
         identity, recorded = dict(description["model"]), dict(description["example"])
@@ -107,6 +108,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     pruned.temperature, pruned.gain = temperature, gain
     pruned.config = pruned._control.config = config
     pruned._control.static_counts.update(counts)
+    pruned._control.static_room.update(room)
     return pruned
 
 
@@ -125,6 +127,7 @@ def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, o
         "temperature": pruned.temperature,
         "gain": pruned.gain,
         "static_counts": dict(pruned._control.static_counts),
+        "static_room": dict(pruned._control.static_room),
         "sites": [dataclasses.asdict(site.spec) for site in sites],
         "alignment_width": additions_of(host).alignment_width,
         "example": pruned.example,

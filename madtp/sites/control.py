@@ -93,6 +93,9 @@ class PruningControl:
         gradient_checkpointing: forwards with gradients run in pieces, which the backward computes again.
         observer: called by every site with its :class:`Observation`. None if nobody observes.
         static_counts: number of candidates that each site keeps, once :func:`madtp.freeze` has fixed it.
+        static_room: slots that each site has for tokens that survive in any case, fixed with these counts.
+        measured_room: while :func:`madtp.freeze` measures, the largest number of such tokens of any sample so far, by site.
+            None elsewhere.
         record: what the last forward did.
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
             image features. None if no region has to.
@@ -110,6 +113,8 @@ class PruningControl:
     gradient_checkpointing: bool = False
     observer: Callable[[Observation], None] | None = None
     static_counts: dict[str, int] = field(default_factory=dict)
+    static_room: dict[str, int] = field(default_factory=dict)
+    measured_room: dict[str, int] | None = None
     record: ForwardRecord = field(default_factory=ForwardRecord)
     tracker: Tracker | None = None
     runs_original: bool = False
@@ -129,6 +134,10 @@ class PruningControl:
     def active(self) -> bool:
         """Whether sites prune at all."""
         return self.temperature > 0 or self.forced is not None
+
+    def counts_are_fixed(self) -> bool:
+        """Whether sites keep counts that were fixed beforehand (:func:`madtp.freeze`)."""
+        return self.config.batching == "static" and self.forced is None and bool(self.static_counts)
 
     def clear_record(self) -> None:
         """Forget the last forward."""

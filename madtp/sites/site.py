@@ -12,14 +12,15 @@ Axis legend: B samples, N slots, N' slots afterwards, N0 original tokens, C widt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from madtp.calls.compiling import is_compiling
 from madtp.method.guidance import pooled_features, query_projection
 from madtp.method.importance import AttentionStatistics, ImportanceTerms, importance_terms
-from madtp.method.selection import candidates_of, select
+from madtp.method.selection import candidates_of, ranking, select, smallest_drop
 from madtp.method.threshold import straight_through_gate, threshold
 from madtp.sites.control import FeatureKey, Observation, PruningControl
 from madtp.sites.scoring import (
@@ -37,6 +38,7 @@ from madtp.tokens.assembly import Decision, assemble
 from madtp.tokens.packing import in_rows, in_slots
 from madtp.tokens.segments import SegmentMap, segment_slots
 from madtp.tokens.state import TokenState, hide_dropped, unpruned_state
+from madtp.tokens.static_assembly import StaticDecision, StaticGroup, assemble_static, select_static
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,33 @@ class CandidateGroup:
 
 
 @dataclass(frozen=True)
-class _Judgement:
-    """What a site decides about one group.
+class _Scored:
+    """One group with the importance of its tokens.
 
     Attributes:
+        group: the candidates.
+        terms: s1, s2 and s3.
         scores: importance S ``[B, N]``.
-        kept: ``[B, N]`` bool, the survivors among its candidates.
-        gate: ``[B, N]``, the factor that carries gradients to the threshold; None outside of training.
     """
 
+    group: CandidateGroup
+    terms: ImportanceTerms
     scores: Tensor
-    kept: Tensor
-    gate: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Ballot:
+    """What a site's groups are judged by.
+
+    Attributes:
+        scored: the groups.
+        guidance: G ``[B, N, K]``; None without alignment tokens.
+        scores: importance S ``[B, N]`` over all groups.
+    """
+
+    scored: Sequence[_Scored]
+    guidance: Tensor | None
+    scores: Tensor
 
 
 class PruningSite(nn.Module):
@@ -128,7 +145,8 @@ class PruningSite(nn.Module):
             rows, after = self._prune(
                 tokens.flatten(0, 1), block_input.flatten(0, 1), attention, before, readouts, segments
             )
-        self.control.record.states[self.spec.name] = after
+        if not is_compiling():
+            self.control.record.states[self.spec.name] = after
         if after.index is None:  # while nothing was pruned, values keep the form that they have in the original
             return rows.view_as(tokens), after
         return rows.reshape(1, -1, tokens.size(2)), after
@@ -153,14 +171,60 @@ class PruningSite(nn.Module):
             valid = torch.ones(before.batch, before.length, dtype=torch.bool, device=device)
         candidates = candidates_of(valid, protected, config)
         groups, unpruned = self._groups(candidates, before, segments)
-        scores, kept, rows = self._judge_all(groups, rows, block_input, attention.statistics, before)
-        survivors = kept | protected if unpruned is None else kept | protected | unpruned
+        required = protected if unpruned is None else protected | unpruned
+        room = self.control.measured_room
+        if room is not None:
+            room[self.spec.name] = max(room.get(self.spec.name, 0), int(required.sum(1).max()))
+        ballot = self._score_all(groups, rows, block_input, attention.statistics, before)
+        if self.control.counts_are_fixed():
+            whole = valid if attention.valid is not None or before.valid is not None else None
+            return self._keep_counts(ballot, required, whole, rows, before)
+        kept = torch.zeros_like(candidates)
+        for one in ballot.scored:
+            own, rows = self._keep_group(one, ballot.guidance, rows, before)
+            kept = kept | own
+        survivors = kept | required
         if not config.merge:
-            survivors = _never_nothing(survivors, scores, candidates)
+            survivors = _never_nothing(survivors, ballot.scores, candidates)
         if self.control.in_place:
             return rows, before if bool(survivors.all()) else hide_dropped(before, survivors)
-        decision = Decision(survivors, [group.candidates for group in groups], valid, scores)
+        decision = Decision(survivors, [group.candidates for group in groups], valid, ballot.scores)
         return assemble(rows, before, decision, config, causal=self.spec.causal)
+
+    def _keep_counts(
+        self, ballot: _Ballot, required: Tensor, valid: Tensor | None, rows: Tensor, before: TokenState
+    ) -> tuple[Tensor, TokenState]:
+        """Keep as many tokens of every sample as were fixed; ``valid`` is None if no slot is padding."""
+        control, config = self.control, self.control.config
+        groups = [
+            StaticGroup(
+                candidates=one.group.candidates,
+                ranking=ranking(one.terms, one.scores, config).float(),
+                count=control.static_counts[one.group.key],
+            )
+            for one in ballot.scored
+        ]
+        if self.spec.name not in control.static_room and not is_compiling():
+            control.static_room[self.spec.name] = int(required.sum(1).max())
+        room = control.static_room[self.spec.name]
+        decision = StaticDecision(groups=groups, required=required, room=room, scores=ballot.scores, valid=valid)
+        if decision.kept + smallest_drop(config) > before.length or not groups:
+            self._note_counts(ballot, torch.ones_like(required))
+            if valid is None or before.static:
+                return rows, before
+            return rows, replace(hide_dropped(before, valid | required), static=True)
+        selection = select_static(decision)
+        self._note_counts(ballot, selection.survivors)
+        for one in ballot.scored:
+            kept = selection.survivors & one.group.candidates
+            rows = self._gated(one, ballot.guidance, kept, rows, before)
+        return assemble_static(rows, before, decision, selection, merge=config.merge, causal=self.spec.causal)
+
+    def _note_counts(self, ballot: _Ballot, survivors: Tensor) -> None:
+        if is_compiling():  # a compiler would have to return what is recorded
+            return
+        for one in ballot.scored:
+            self.control.record.kept_counts[one.group.key] = (survivors & one.group.candidates).sum(1)
 
     def _groups(
         self, candidates: Tensor, state: TokenState, segments: SegmentMap | None
@@ -181,73 +245,68 @@ class PruningSite(nn.Module):
                 unpruned = unpruned | inside if state.valid is None else unpruned | (inside & state.valid)
         return groups, unpruned
 
-    def _judge_all(
+    def _score_all(
         self,
         groups: Sequence[CandidateGroup],
         tokens: Tensor,
         block_input: Tensor,
         statistics: AttentionStatistics,
         state: TokenState,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Importance S ``[B, N]``, candidates ``[B, N]`` that survive, and the tokens ``[T, C]`` times the gates of all
-        groups."""
+    ) -> _Ballot:
+        """Score the candidates of all groups; ``tokens`` and ``block_input`` are rows ``[T, C]``."""
         control = self.control
         guidance = None
         if control.config.alignment and control.alignment is not None:
             guidance = in_slots(control.alignment(block_input, self.query), state)
-        kept: Tensor | None = None
-        scores: Tensor | None = None
+        scored = []
         for group in groups:
             if control.observer is not None:
                 seen = Observation(group.key, self.query, block_input, tokens, group.candidates, state)
                 control.observer(seen)
-            judged = self._judge(group, block_input, statistics, guidance, state)
-            scores = judged.scores if scores is None else torch.where(group.candidates, judged.scores, scores)
-            kept = judged.kept if kept is None else kept | judged.kept
-            if judged.gate is not None:
-                tokens = tokens * in_rows(judged.gate, state).unsqueeze(-1).to(tokens.dtype)
-        if scores is None or kept is None:  # no segment is pruned
-            kept = torch.zeros(state.batch, state.length, dtype=torch.bool, device=tokens.device)
-            scores = torch.zeros_like(kept, dtype=torch.float32)
-        return scores, kept, tokens
+            if guidance is not None and control.collects_features():
+                features = pooled_features(in_slots(self.query(block_input), state), guidance, group.candidates)
+                control.record.features[FeatureKey(self.spec.name, group.modality)] = features
+            terms = importance_terms(statistics, guidance, group.candidates, control.config)
+            scored.append(_Scored(group, terms, terms.mean()))
+        if not scored:  # no segment is pruned
+            scores = torch.zeros(state.batch, state.length, device=tokens.device)
+            return _Ballot((), guidance, scores)
+        scores = scored[0].scores
+        for one in scored[1:]:
+            scores = torch.where(one.group.candidates, one.scores, scores)
+        return _Ballot(scored, guidance, scores)
 
-    def _judge(
-        self,
-        group: CandidateGroup,
-        block_input: Tensor,
-        statistics: AttentionStatistics,
-        guidance: Tensor | None,
-        state: TokenState,
-    ) -> _Judgement:
-        control, config = self.control, self.control.config
-        if guidance is not None and control.collects_features():
-            features = pooled_features(in_slots(self.query(block_input), state), guidance, group.candidates)
-            control.record.features[FeatureKey(self.spec.name, group.modality)] = features
-        terms = importance_terms(statistics, guidance, group.candidates, config)
-        scores = terms.mean()
-        theta = threshold(guidance, scores, group.candidates, max(control.temperature, 1e-6))
-        kept = self._kept(group, terms, scores, theta, state)
-        control.record.kept_counts[group.key] = kept.sum(1)
-        if not (config.straight_through and self.training):
-            return _Judgement(scores, kept, None)
-        gate = straight_through_gate(scores, theta, control.gain, kept)
-        return _Judgement(scores, kept, torch.where(kept, gate, torch.ones_like(gate)))
-
-    def _kept(
-        self, group: CandidateGroup, terms: ImportanceTerms, scores: Tensor, theta: Tensor, state: TokenState
-    ) -> Tensor:
-        control = self.control
+    def _keep_group(
+        self, scored: _Scored, guidance: Tensor | None, rows: Tensor, state: TokenState
+    ) -> tuple[Tensor, Tensor]:
+        """The candidates ``[B, N]`` of a group that survive, and the rows ``[T, C]`` times their gates."""
+        control, group = self.control, scored.group
         if control.forced is not None:
-            wanted = control.forced[self.spec.name]
-            if state.index is not None:
-                wanted = wanted.gather(1, state.index)
-                assert state.merged is not None
-                wanted = wanted & ~state.merged
-            return wanted & group.candidates
-        counts = None
-        if group.key in control.static_counts:
-            counts = torch.full((scores.size(0),), control.static_counts[group.key], device=scores.device)
-        return select(terms, scores, theta, group.candidates, control.config, gain=control.gain, counts=counts)
+            kept = group.candidates & _forced_slots(control.forced[self.spec.name], state)
+        else:
+            theta = self._theta(scored, guidance)
+            kept = select(scored.terms, scored.scores, theta, group.candidates, control.config, gain=control.gain)
+        control.record.kept_counts[group.key] = kept.sum(1)
+        return kept, self._gated(scored, guidance, kept, rows, state)
+
+    def _theta(self, scored: _Scored, guidance: Tensor | None) -> Tensor:
+        return threshold(guidance, scored.scores, scored.group.candidates, max(self.control.temperature, 1e-6))
+
+    def _gated(self, scored: _Scored, guidance: Tensor | None, kept: Tensor, rows: Tensor, state: TokenState) -> Tensor:
+        """The rows times the factor that carries gradients to the threshold, in training with ``straight_through``."""
+        if not (self.control.config.straight_through and self.training):
+            return rows
+        gate = straight_through_gate(scored.scores, self._theta(scored, guidance), self.control.gain, kept)
+        gate = torch.where(kept, gate, torch.ones_like(gate))
+        return rows * in_rows(gate, state).unsqueeze(-1).to(rows.dtype)
+
+
+def _forced_slots(wanted: Tensor, state: TokenState) -> Tensor:
+    """Which slots ``[B, N]`` hold tokens that are ``wanted [B, N0]``; merged tokens are not."""
+    if state.index is None:
+        return wanted
+    assert state.merged is not None
+    return wanted.gather(1, state.index) & ~state.merged
 
 
 def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:

@@ -170,9 +170,15 @@ def _next_state(
         full_length=state.full_length,
         length=moves.slots,
         batch=batch,
-        quirks=Quirks(reads_slots=config.readout == "original", ignores_cross_masks=config.cross_mask == "ignored"),
+        quirks=quirks_of(config),
         rows=packed_rows(moves.lengths.tolist(), moves.slots, device),
     )
+
+
+def quirks_of(config: PruningConfig) -> Quirks | None:
+    """Return what a configuration has of the authors' code; None for nothing."""
+    quirks = Quirks(reads_slots=config.readout == "original", ignores_cross_masks=config.cross_mask == "ignored")
+    return quirks if quirks.reads_slots or quirks.ignores_cross_masks else None
 
 
 def _merged_positions(

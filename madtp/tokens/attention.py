@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madtp.calls.compiling import is_compiling
 from madtp.tokens.state import TokenState, gather_positions
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def mask_of_survivors(
     columns = None if key_state is None else mask_positions(key_state)
     if rows is None and columns is None:
         return mask if present_mask is None else present_mask, inputs.causal
-    if key_state is not None and key_state is not query_state and key_state.quirks.ignores_cross_masks:
-        mask = None
+    if key_state is not None and key_state is not query_state and key_state.quirks is not None:
+        mask = None if key_state.quirks.ignores_cross_masks else mask
     if inputs.causal:
         row = torch.arange(query.size(2), device=query.device)[None] if rows is None else rows
         column = torch.arange(key.size(2), device=key.device)[None] if columns is None else columns
@@ -201,10 +202,10 @@ def join_masks(mask: Tensor, visible: Tensor) -> Tensor:
 def hides_nothing(mask: Tensor) -> bool:
     """Whether a mask ``[B, 1, 1, K]`` hides no key, as the padding mask of texts that are equally long.
 
-    A mask keeps torch from its faster kernels. The answer is always False where it would take a host that waits, or where
-    the mask has a gradient.
+    A mask keeps torch from its faster kernels. The answer is always False where it would take a host that waits, where a
+    compiler follows, or where the mask has a gradient.
     """
-    if mask.device.type != "cpu" or mask.requires_grad or mask.size(1) > 1 or mask.size(2) > 1:
+    if is_compiling() or mask.device.type != "cpu" or mask.requires_grad or mask.size(1) > 1 or mask.size(2) > 1:
         return False
     return bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
 

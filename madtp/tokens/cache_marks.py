@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, unpruned_state
+from madtp.tokens.state import TokenState, unpruned_state, written_back
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ def mark_dropped(values: Tensor, state: TokenState, dim: int, batch_dim: int) ->
     moved = values.movedim((batch_dim, dim), (0, 1))
     full = moved.new_full((state.batch, state.full_length, *moved.shape[2:]), float("nan"))
     real = torch.ones_like(state.index, dtype=torch.bool) if state.valid is None else state.valid
-    rows, slots = real.nonzero(as_tuple=True)
-    full = full.index_put((rows, state.index[rows, slots]), moved[rows, slots])
-    return full.movedim((0, 1), (batch_dim, dim))
+    return written_back(full, moved, state, real).movedim((0, 1), (batch_dim, dim))
 
 
 def zero_marked(values: Tensor) -> Tensor:

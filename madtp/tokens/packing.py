@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, read_each, slots_of
+from madtp.tokens.state import TokenState, read_each, samples_between, slots_of, written_back
 
 
 def lengths_of(state: TokenState) -> tuple[int, ...]:
@@ -165,12 +165,21 @@ def split_rows(
     if state.index is None:
         return torch.split(rows, sizes if isinstance(sizes, int) else list(sizes), batch_dim)
     if isinstance(sizes, int):
-        sizes = [min(sizes, state.batch - start) for start in range(0, state.batch, sizes)]
-    lengths, counts, start = lengths_of(state), [], 0
+        sizes = equal_parts(state.batch, sizes)
+    counts, start = [], 0
     for size in sizes:
-        counts.append(sum(lengths[start : start + size]))
+        counts.append(rows_before(state, start + size) - rows_before(state, start))
         start += size
     return torch.split(rows, counts, dim)
+
+
+def equal_parts(total: int, size: int) -> list[int]:
+    """Return the sizes of the parts of ``size`` that a total is cut into; the last may be smaller. It may be symbolic."""
+    sizes, left = [], total
+    while left > 0:
+        sizes.append(min(size, left))
+        left -= size
+    return sizes
 
 
 def chunk_rows(rows: Tensor, state: TokenState, chunks: int, dim: int, batch_dim: int) -> Sequence[Tensor]:
@@ -180,11 +189,11 @@ def chunk_rows(rows: Tensor, state: TokenState, chunks: int, dim: int, batch_dim
 
 def slice_rows(rows: Tensor, state: TokenState, start: int | None, end: int | None, dim: int, batch_dim: int) -> Tensor:
     """Return the rows of the samples ``start`` to ``end``."""
-    first, last, _ = slice(start, end).indices(state.batch)
+    first, last = samples_between(state, start, end)
     if state.index is None:
         return rows.narrow(batch_dim, first, max(0, last - first))
-    lengths = lengths_of(state)
-    return rows.narrow(dim, sum(lengths[:first]), sum(lengths[first:last]))
+    start = rows_before(state, first)
+    return rows.narrow(dim, start, rows_before(state, last) - start)
 
 
 def batch_entries(state: TokenState) -> int:
@@ -199,7 +208,12 @@ def row_entries(state: TokenState) -> int:
 
 def total_rows(state: TokenState) -> int:
     """Return T, the number of rows of all samples."""
-    return sum(lengths_of(state))
+    return rows_before(state, state.batch)
+
+
+def rows_before(state: TokenState, sample: int) -> int:
+    """Return the number of rows of the samples before one."""
+    return sample * state.length if state.rows is None else sum(state.rows.lengths[:sample])
 
 
 def batch_size(state: TokenState) -> int:
@@ -257,6 +271,9 @@ def restore_rows(
         merged = in_rows(past_state.merged, past_state)
         # Padding takes up rows only where no slot is ever left out.
         real = ~merged if past_state.valid is None else ~merged & in_rows(past_state.valid, past_state)
+        if past_state.static:
+            full = written_back(full, in_slots(own, past_state), past_state, in_slots(real, past_state))
+            continue
         kept = real.nonzero().squeeze(1)
         place = (samples_of(past_state, own.device) * full.size(1) + row_positions(past_state, own.device))[kept]
         scattered = full.flatten(0, 1).index_copy(0, place, own.index_select(0, kept).to(full.dtype))

@@ -42,6 +42,8 @@ def concatenated_segments(
         like: a tensor on the device of the tokens.
     """
     ids = torch.cat([torch.full((n,), number, device=like.device) for n, number in zip(lengths, numbers, strict=True)])
+    if not any(special):
+        return SegmentMap(ids)
     learned = torch.zeros(ids.shape, dtype=torch.bool, device=like.device)
     offset = 0
     for length, positions in zip(lengths, special, strict=True):
@@ -109,7 +111,8 @@ def _range(state: TokenState, start: int | None, end: int | None) -> _Range:
         inside = inside & state.valid
     order = inside.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     counts = inside.sum(1)
-    length = max(1, int(counts.max()))
+    # With fixed counts the length must not depend on values; a range holds its tokens and merged ones.
+    length = state.length if state.static else max(1, int(counts.max()))
     valid = torch.arange(length, device=inside.device) < counts[:, None]
     return _Range(first, last, order[:, :length], valid)
 
@@ -140,7 +143,7 @@ def range_state(state: TokenState, start: int | None, end: int | None) -> TokenS
     return replace(
         inner,
         index=(inner.index - cut.start).clamp(0, max(0, cut.end - cut.start - 1)),
-        valid=None if bool(cut.valid.all()) else cut.valid,
+        valid=cut.valid if state.static else _unless_all(cut.valid),
         mask_index=None,
         full_length=cut.end - cut.start,
         length=cut.slots.size(1),
@@ -163,13 +166,24 @@ def join_states(parts: Sequence[TokenState | int]) -> TokenState:
         valid.append(everything if state.valid is None else state.valid)
         merged.append(~everything if state.merged is None else state.merged)
         offset += state.full_length
+    static = any(state.static for state in states)
     all_valid = torch.cat(valid, 1)
     return TokenState(
         full_length=full,
         length=length,
         batch=known.batch,
         index=torch.cat(index, 1),
-        valid=None if bool(all_valid.all()) else all_valid,
+        valid=_joined_valid(states, all_valid) if static else _unless_all(all_valid),
         merged=torch.cat(merged, 1),
         quirks=known.quirks,
+        static=static,
     )
+
+
+def _unless_all(valid: Tensor) -> Tensor | None:
+    return None if bool(valid.all()) else valid
+
+
+def _joined_valid(states: Sequence[TokenState], valid: Tensor) -> Tensor | None:
+    """Which slots of a joined stream with fixed counts are valid; None if no part has padding."""
+    return None if all(state.valid is None for state in states) else valid

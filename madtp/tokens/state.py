@@ -47,8 +47,9 @@ class TokenState:
         merged: ``[B, N]`` bool, True where a slot holds a merged token. None if nothing was pruned.
         mask_index: ``[B, N]`` positions at which attention masks are read where they differ from ``index``, as in the
             authors' code (``mask_order="sorted"``, ``causal_mask="cropped"``). None elsewhere.
-        quirks: further behaviour of the authors' code.
+        quirks: what the authors' code does with pruned tokens and the default does not; None for nothing.
         rows: where the rows of the packed form stand; None if they are the slots, padding included.
+        static: counts were fixed beforehand, so shapes must not depend on values.
     """
 
     full_length: int
@@ -58,8 +59,9 @@ class TokenState:
     valid: Tensor | None = None
     merged: Tensor | None = None
     mask_index: Tensor | None = None
-    quirks: Quirks = Quirks()
+    quirks: Quirks | None = None
     rows: PackedRows | None = None
+    static: bool = False
 
     @property
     def counts(self) -> Tensor:
@@ -79,13 +81,35 @@ def kept_positions(state: TokenState) -> Tensor:
     """Return which original tokens survive, ``[B, N0]`` bool; a merged token counts for none of its members."""
     if state.index is None:
         return torch.ones(state.batch, state.full_length, dtype=torch.bool)
-    kept = torch.zeros(state.batch, state.full_length, dtype=torch.bool, device=state.index.device)
-    real = torch.ones_like(kept[:, : state.length]) if state.valid is None else state.valid
+    real = torch.ones_like(state.index, dtype=torch.bool) if state.valid is None else state.valid
     if state.merged is not None:
         real = real & ~state.merged
-    rows, slots = real.nonzero(as_tuple=True)
-    kept[rows, state.index[rows, slots]] = True
-    return kept
+    return _slot_of_each(state, real) >= 0
+
+
+def _slot_of_each(state: TokenState, real: Tensor) -> Tensor:
+    """The slot ``[B, N0]`` in which each original token stands, among the ``real [B, N]`` ones; -1 where there is none."""
+    assert state.index is not None
+    slots = torch.arange(state.length, device=real.device).expand(state.batch, state.length)
+    # Other slots write to a position behind the last.
+    place = state.index.masked_fill(~real, state.full_length)
+    empty = slots.new_full((state.batch, state.full_length + 1), -1)
+    return empty.scatter(1, place, slots)[:, : state.full_length]
+
+
+def written_back(full: Tensor, values: Tensor, state: TokenState, real: Tensor) -> Tensor:
+    """Return ``full [B, N0, ...]`` with the values of tokens written to their original positions.
+
+    Args:
+        full: what other positions hold.
+        values: ``[B, N, ...]`` along ``state``.
+        state: the state of the tokens.
+        real: ``[B, N]`` bool, the slots that are written back.
+    """
+    slot = _slot_of_each(state, real)
+    rows = torch.arange(state.batch, device=slot.device)[:, None]
+    placed = values[rows, slot.clamp_min(0)].to(full.dtype)
+    return torch.where((slot >= 0)[(...,) + (None,) * (full.dim() - 2)], placed, full)
 
 
 def positions_of(state: TokenState, device: torch.device) -> Tensor:
@@ -181,7 +205,7 @@ def slots_of(state: TokenState, positions: Tensor) -> Tensor:
     """Return the slots ``[B]`` that hold the tokens of the original ``positions [B]``, which are protected and so survive."""
     if state.index is None:
         return positions
-    if state.quirks.reads_slots:
+    if state.quirks is not None and state.quirks.reads_slots:
         return positions.clamp(max=state.length - 1)
     hit = state.index == positions[:, None].to(state.index.dtype)
     if state.merged is not None:
@@ -269,9 +293,18 @@ def suffix_state(state: TokenState, start: int) -> TokenState:
 
 def _rows(state: TokenState, start: int, end: int) -> TokenState:
     """The state of the samples ``start`` to ``end``."""
-    first, last, _ = slice(start, end).indices(state.batch)
+    first, last = samples_between(state, start, end)
     rows = None if state.rows is None else part_of_rows(state.rows, state.length, first, last)
     return replace(map_tensors(state, lambda tensor: tensor[start:end]), batch=max(0, last - first), rows=rows)
+
+
+def samples_between(state: TokenState, start: int | None, end: int | None) -> tuple[int, int]:
+    """Return the first sample of ``values[start:end]``, and the one behind its last. The batch size may be symbolic."""
+
+    def bound(at: int) -> int:
+        return max(0, min(at + state.batch if at < 0 else at, state.batch))
+
+    return 0 if start is None else bound(start), state.batch if end is None else bound(end)
 
 
 def map_tensors(state: TokenState, change: Callable[[Tensor], Tensor]) -> TokenState:
@@ -335,7 +368,5 @@ def restore(
             continue
         assert past_state.merged is not None
         real = ~past_state.merged if past_state.valid is None else past_state.valid & ~past_state.merged
-        rows, slots = real.nonzero(as_tuple=True)
-        moved = past.movedim((batch_dim, dim), (0, 1))
-        full = full.index_put((rows, past_state.index[rows, slots]), moved[rows, slots].to(full.dtype))
+        full = written_back(full, past.movedim((batch_dim, dim), (0, 1)), past_state, real)
     return full.movedim((0, 1), (batch_dim, dim))

@@ -130,7 +130,8 @@ class Bench:
                 self.strength(target)
                 model = madtp.rewrite(self.dense, self.calibration[0]).eval()
                 model.gain = self._gains[target]
-            madtp.freeze(model, self.calibration)
+            if model.config.batching != "static":
+                madtp.freeze(model, self.calibration)
             self._frozen[target] = model
         return self._frozen[target]
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
+from case_models import CASES
+from model_case import Case
+from rewritten_models import gap
+from torch import Tensor, nn
 
 import madtp
-from madtp.errors import ConfigError
+from madtp.errors import ConfigError, ExampleInputsError, MadtpError
+from madtp.method.importance import ImportanceTerms
+from madtp.method.threshold import keep_best
+from madtp.sites import site
 
 
 def _pruned() -> tuple[madtp.PrunedModel, torch.Tensor]:
@@ -15,6 +24,10 @@ def _pruned() -> tuple[madtp.PrunedModel, torch.Tensor]:
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5).eval()
     images = torch.randn(4, 3, 64, 64)
     return madtp.rewrite(model, (images,), config=madtp.PruningConfig(temperature=4.0, alignment_tokens=8)), images
+
+
+def _leaves(output: object) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def test_frozen_counts_are_the_same_for_every_sample_and_batch() -> None:
@@ -25,13 +38,119 @@ def test_frozen_counts_are_the_same_for_every_sample_and_batch() -> None:
         with torch.no_grad():
             pruned(batch)
         for name, kept in pruned.token_counts().items():
-            assert set(kept.tolist()) <= {counts[name] + 1, counts[name] + 2}, name
+            assert set(kept.tolist()) == {counts[name] + 2}, name  # with the class token and the merged one
+
+
+class SameCounts:
+    """Lets a model with content-adaptive counts keep as many tokens of each sample as a frozen one has kept."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.counts: list[Tensor] = []
+        keep_counts = site.PruningSite._keep_counts
+
+        def noting(own: site.PruningSite, ballot: site._Ballot, *args: object) -> object:
+            rows, after = keep_counts(own, ballot, *args)
+            self.counts += [own.control.record.kept_counts[one.group.key] for one in ballot.scored]
+            return rows, after
+
+        patch.setattr(site.PruningSite, "_keep_counts", noting)
+        patch.setattr(site, "select", self.select)
+
+    def select(
+        self,
+        terms: ImportanceTerms,
+        scores: Tensor,
+        theta: Tensor,
+        candidates: Tensor,
+        config: madtp.PruningConfig,
+        *,
+        gain: float,
+    ) -> Tensor:
+        return keep_best(scores, self.counts.pop(0), candidates, smallest_drop=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fixed_counts_compute_what_the_same_tokens_compute_as_packed_rows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case: Case = CASES[name]
+    torch.manual_seed(1)
+    model, inputs = case.build(), case.inputs(4, 6)
+    config = madtp.PruningConfig(alignment_tokens=8)
+    packed = madtp.rewrite(model, inputs, config=config).eval()
+    frozen = copy.deepcopy(packed)
+    assert madtp.freeze(frozen, [inputs])
+    same = SameCounts(monkeypatch)
+    outputs = _leaves(frozen(**inputs))
+    kept = frozen.kept_tokens()
+    expected = _leaves(packed(**inputs))
+    assert not same.counts
+    assert all(torch.equal(kept[site], wanted) for site, wanted in packed.kept_tokens().items())
+    assert len(outputs) == len(expected) > 0
+    assert all(gap(a, b) < 2e-5 for a, b in zip(expected, outputs, strict=True))
+    found, wanted = (_gradients(model, values) for model, values in ((frozen, outputs), (packed, expected)))
+    assert found.keys() == wanted.keys()
+    assert all(gap(wanted[name], found[name]) < 1e-4 for name in wanted)
+
+
+def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in outputs)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Readers(nn.Module):
+    """A text tower that is read at positions that the input gives, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.blocks = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False
+        )
+
+    def forward(self, input_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        tokens = self.blocks(self.embedding(input_ids))
+        rows = torch.arange(len(tokens))
+        return tokens[rows, first] + tokens[rows, second]
+
+
+def test_a_sample_with_more_readouts_than_were_seen_is_refused() -> None:
+    torch.manual_seed(0)
+    ids, same = torch.randint(0, 50, (3, 12)), torch.tensor([2, 3, 4])
+    inputs = {"input_ids": ids, "first": same, "second": same.clone()}
+    pruned = madtp.rewrite(Readers().eval(), inputs, config=madtp.PruningConfig(towers=("text",), alignment_tokens=8))
+    pruned._control.static_counts = {site.name: 0 for site in pruned.report.sites}
+    pruned._control.static_room = {site.name: 1 for site in pruned.report.sites}
+    pruned._control.config = pruned.config = madtp.PruningConfig.from_dict(
+        {**pruned.config.to_dict(), "batching": "static"}
+    )
+    pruned(**inputs)
+    with pytest.raises(MadtpError, match="2 tokens that must survive at a site that was frozen to 1"):
+        pruned(input_ids=ids, first=same, second=same + 1)
 
 
 def test_nothing_to_freeze_is_an_error() -> None:
     pruned, images = _pruned()
-    with pytest.raises(ConfigError, match="no batches"):
+    with pytest.raises(ExampleInputsError, match="no batches"):
         madtp.freeze(pruned, [])
+    with pytest.raises(ExampleInputsError, match="one Tensor; pass a list"):
+        madtp.freeze(pruned, images)  # type: ignore[arg-type]
     pruned.temperature = 0.0
     with pytest.raises(ConfigError, match="pruning is off"):
+        madtp.freeze(pruned, [(images,)])
+
+
+def test_a_model_is_frozen_once_and_keeps_its_mode_after_an_error() -> None:
+    pruned, images = _pruned()
+    pruned.train()
+    with pytest.raises(Exception, match=r"shape|size"):
+        madtp.freeze(pruned, [(images,), (images[:, :2],)])
+    assert pruned.training
+    assert pruned.config.batching == "ragged"
+    madtp.freeze(pruned, [(images,)])
+    assert pruned.training
+    with pytest.raises(ConfigError, match="already"):
         madtp.freeze(pruned, [(images,)])

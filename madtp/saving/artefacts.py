@@ -1,0 +1,127 @@
+"""File formats of exported models: how each is written, opened and called. Start at :data:`FORMATS`.
+
+Every format stores one ``ExportedProgram`` of ``torch.export``. An opened artefact is called as the model is, and returns the
+tensors of its output in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from madtp.errors import ExportError
+
+Opened: TypeAlias = Callable[..., list[Tensor]]
+"""An opened artefact: takes what the model takes, returns the tensors among the leaves of its output."""
+
+DESCRIPTION = "madtp.json"
+ONNX_LIMIT = 2**31 - 2**20
+"""Bytes of weights from which an ONNX file cannot hold them."""
+
+
+@dataclass(frozen=True)
+class ArtefactFormat:
+    """A file format.
+
+    Attributes:
+        name: how commands call it.
+        suffix: of its files.
+        write: writes a program with a description to a path.
+        open: opens a file.
+    """
+
+    name: str
+    suffix: str
+    write: Callable[[ExportedProgram, Mapping[str, object], Path], None]
+    open: Callable[[Path], Opened]
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """Return the tensors among the leaves of an output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _write_pt2(program: ExportedProgram, description: Mapping[str, object], path: Path) -> None:
+    torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(description)})
+
+
+def _open_pt2(path: Path) -> Opened:
+    module = torch.export.load(path).module()
+    return lambda *args, **kwargs: tensors_of(module(*args, **kwargs))
+
+
+def _write_aoti(program: ExportedProgram, description: Mapping[str, object], path: Path) -> None:
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": {"madtp": json.dumps(description)}},
+        )
+    except Exception as error:  # compilers fail in many ways
+        raise ExportError(
+            f"AOTInductor could not compile the model ({type(error).__name__}: {_first_line(error)}). It needs a C++ compiler; "
+            "the format pt2 needs none."
+        ) from error
+
+
+def _open_aoti(path: Path) -> Opened:
+    module: Callable[..., object] = torch._inductor.aoti_load_package(str(path))
+    return lambda *args, **kwargs: tensors_of(module(*args, **kwargs))
+
+
+def _write_onnx(program: ExportedProgram, description: Mapping[str, object], path: Path) -> None:
+    size = sum(value.numel() * value.itemsize for value in program.state_dict.values())
+    if size > ONNX_LIMIT:
+        raise ExportError(f"the weights take {size / 2**30:.1f} GiB; an ONNX file holds 2. Use the format pt2 or aoti.")
+    try:
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    except ImportError as error:
+        raise ExportError(f"the ONNX exporter lacks a library ({error}); pip install 'madtp[onnx]'.") from error
+    except Exception as error:  # an operation without a translation, or a library of another version
+        raise ExportError(
+            f"the ONNX exporter failed ({type(error).__name__}: {_first_line(error)}). The formats pt2 and aoti need no ONNX."
+        ) from error
+    assert converted is not None
+    converted.model.metadata_props["madtp"] = json.dumps(description)
+    converted.save(str(path))
+
+
+def _open_onnx(path: Path) -> Opened:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError("ONNX Runtime is not installed; pip install 'madtp[onnx]'.") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        given = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors_of((args, kwargs))]
+        return [torch.from_numpy(value) for value in session.run(None, dict(zip(names, given, strict=True)))]
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+FORMATS: dict[str, ArtefactFormat] = {
+    one.name: one
+    for one in (
+        ArtefactFormat("pt2", ".pt2", _write_pt2, _open_pt2),
+        ArtefactFormat("onnx", ".onnx", _write_onnx, _open_onnx),
+        ArtefactFormat("aoti", ".pt2", _write_aoti, _open_aoti),
+    )
+}
+"""By name: an exported program of PyTorch, ONNX, and a package compiled by AOTInductor."""

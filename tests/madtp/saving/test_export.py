@@ -1,0 +1,241 @@
+"""Frozen models leave Python: torch.export, torch.compile, ONNX and AOTInductor compute what the frozen model computes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+import torch._dynamo
+from case_models import CASES
+from torch import Tensor, nn
+
+import madtp
+from madtp.errors import ConfigError, ExampleInputsError, ExportError
+from madtp.pruned import PrunedModel
+from madtp.saving.export import open_artefact
+
+CONFIG = madtp.PruningConfig(temperature=4.0, alignment_tokens=8)
+EXPORTED = ("vit", "clip_sdpa", "blip_nlvr", "towers_sequence_first_post")
+COMPILED = ("vit", "blip_itm")
+
+
+def small_vit() -> tuple[PrunedModel, Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=64, num_classes=5)
+    images = torch.randn(4, 3, 64, 64)
+    return madtp.rewrite(model.eval(), (images,), config=CONFIG), images
+
+
+@pytest.fixture(scope="module")
+def frozen() -> tuple[PrunedModel, Tensor]:
+    pruned, images = small_vit()
+    madtp.freeze(pruned, [(images,)])
+    return pruned, images
+
+
+def tensors(output: object) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def assert_close(found: object, wanted: object) -> None:
+    for one, other in zip(tensors(found), tensors(wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def frozen_case(name: str) -> tuple[PrunedModel, Mapping[str, Any]]:
+    torch.manual_seed(1)
+    model, inputs = CASES[name].build(), CASES[name].inputs(3, 6)
+    pruned = madtp.rewrite(model, inputs, config=CONFIG).eval()
+    madtp.freeze(pruned, [inputs])
+    return pruned, inputs
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_frozen_models_export(name: str) -> None:
+    pruned, inputs = frozen_case(name)
+    with torch.no_grad():
+        program = torch.export.export(pruned, (), dict(inputs))
+        assert_close(program.module()(**inputs), pruned(**inputs))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_frozen_models_compile_without_a_break(name: str) -> None:
+    pruned, inputs = frozen_case(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(pruned, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(**inputs), pruned(**inputs))
+
+
+def test_a_model_with_pruning_off_exports_as_it_is() -> None:
+    pruned, images = small_vit()
+    pruned.temperature = 0.0
+    with torch.no_grad():
+        assert_close(torch.export.export(pruned, (images,)).module()(images), pruned(images))
+
+
+def test_gradients_flow_through_a_compiled_frozen_model(frozen: tuple[PrunedModel, Tensor]) -> None:
+    pruned, images = frozen
+    torch._dynamo.reset()
+    compiled = torch.compile(pruned, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (compiled, pruned):
+        pruned.zero_grad()
+        run(images).square().sum().backward()
+        gradients.append([p.grad for p in pruned.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 10
+    assert_close(*gradients)
+
+
+def test_a_dynamic_model_breaks_the_graph_once_and_new_counts_do_not_recompile() -> None:
+    pruned, images = small_vit()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(nn.Sequential(nn.Identity(), pruned, nn.ReLU()), backend="aot_eager")
+    with torch.no_grad():
+        for scale in (1.0, 3.0, 9.0):
+            assert_close(compiled(images * scale), pruned(images * scale).relu())
+    counters = torch._dynamo.utils.counters
+    assert 1 <= sum(counters["graph_break"].values()) <= 3
+    assert not counters["recompiles"]
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_tracing_and_exporting_a_dynamic_model_say_what_to_do() -> None:
+    pruned, images = small_vit()
+    with pytest.raises(ExportError, match=r"madtp\.freeze.*madtp\.export"):
+        torch.jit.trace(pruned, (images,))
+    with pytest.raises(ExportError, match=r"madtp\.freeze.*madtp\.export"):
+        torch.export.export(pruned, (images,))
+
+
+def test_other_inputs_than_a_program_was_made_for_are_named(frozen: tuple[PrunedModel, Tensor]) -> None:
+    pruned, _ = frozen
+    with pytest.raises(ExportError, match="call the model once with such inputs"):
+        torch.export.export(pruned, (torch.randn(2, 3, 32, 32),))
+
+
+def test_the_record_is_empty_after_a_compiled_call(frozen: tuple[PrunedModel, Tensor]) -> None:
+    pruned, images = frozen
+    torch._dynamo.reset()
+    with torch.no_grad():
+        pruned(images)
+        torch.compile(pruned, backend="aot_eager")(images)
+    with pytest.raises(madtp.MadtpError, match="no forward has run"):
+        pruned.token_counts()
+
+
+@pytest.mark.parametrize("any_batch", [False, True])
+def test_a_pt2_file_is_called_as_the_model_is(
+    frozen: tuple[PrunedModel, Tensor], tmp_path: Path, any_batch: bool
+) -> None:
+    pruned, images = frozen
+    pruned.train()
+    written = madtp.export(pruned, tmp_path / "vit.pt2", {"x": images}, any_batch=any_batch)
+    assert pruned.training
+    pruned.eval()
+    assert written.format == "pt2"
+    assert written.difference < 1e-5
+    module = torch.export.load(tmp_path / "vit.pt2").module()
+    with torch.no_grad():
+        assert_close(module(x=images), pruned(images))
+        if any_batch:
+            assert_close(module(x=images[:2]), pruned(images[:2]))
+
+
+def test_an_onnx_file_runs_in_onnx_runtime(frozen: tuple[PrunedModel, Tensor], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pruned, images = frozen
+    written = madtp.export(pruned, tmp_path / "vit.onnx", (images,), any_batch=True)
+    assert written.format == "onnx"
+    with torch.no_grad():
+        assert_close(open_artefact(tmp_path / "vit.onnx")(images[:3]), pruned(images[:3]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_a_compiled_package_runs(frozen: tuple[PrunedModel, Tensor], tmp_path: Path) -> None:
+    pruned, images = frozen
+    written = madtp.export(pruned, tmp_path / "vit.pt2", (images,), format="aoti")
+    with torch.no_grad():
+        assert_close(written.open()(images), pruned(images))
+
+
+def test_what_cannot_be_exported_leaves_nothing_behind(
+    frozen: tuple[PrunedModel, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned, images = frozen
+    for path, keywords, error in (
+        ("vit.onnx", {"format": "pt2"}, "ends in .pt2"),
+        ("vit.pt2", {"format": "tflite"}, "format is 'tflite'"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            madtp.export(pruned, tmp_path / path, (images,), **keywords)
+    with pytest.raises(ExampleInputsError):
+        madtp.export(pruned, tmp_path / "vit.pt2", {"pixels": images})
+    dynamic, _ = small_vit()
+    with pytest.raises(ExportError, match=r"madtp\.freeze"):
+        madtp.export(dynamic, tmp_path / "vit.pt2", (images,))
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    with pytest.raises(ExportError, match="RuntimeError: data-dependent"):
+        madtp.export(pruned, tmp_path / "vit.pt2", (images,))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_artefact_that_computes_something_else_is_refused(
+    frozen: tuple[PrunedModel, Tensor], tmp_path: Path
+) -> None:
+    pruned, images = frozen
+    (tmp_path / "vit.pt2").write_text("what was there before")
+    with pytest.raises(ExportError, match="off by"):
+        madtp.export(pruned, tmp_path / "vit.pt2", (images,), tolerance=-1.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["vit.pt2"]
+    assert (tmp_path / "vit.pt2").read_text() == "what was there before"
+
+
+class Named(NamedTuple):
+    """An output with names."""
+
+    scores: Tensor
+    pair: tuple[Tensor, Tensor]
+
+
+def test_outputs_with_names_become_dicts(tmp_path: Path) -> None:
+    class Classifier(nn.Module):
+        def __init__(self, tower: nn.Module) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, x: Tensor) -> Named:
+            scores = self.tower(x)
+            return Named(scores, (scores.exp(), scores.mean(1)))
+
+    torch.manual_seed(0)
+    tower = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=64, num_classes=5)
+    images = torch.randn(4, 3, 64, 64)
+    pruned = madtp.rewrite(Classifier(tower).eval(), (images,), config=CONFIG)
+    madtp.freeze(pruned, [(images,)])
+    madtp.export(pruned, tmp_path / "vit.pt2", (images,))
+    output = torch.export.load(tmp_path / "vit.pt2").module()(images)
+    assert type(output) is dict
+    assert output.keys() == {"scores", "pair"}
+    with torch.no_grad():
+        assert_close(output, pruned(images))
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "vit.pt2").write_bytes(b"not an archive")
+    with pytest.raises(ExportError, match=r"vit\.pt2 cannot be read as pt2"):
+        open_artefact(tmp_path / "vit.pt2")
+    with pytest.raises(ExportError, match="there is no file"):
+        open_artefact(tmp_path / "other.pt2")
