@@ -6,9 +6,13 @@ Python would take another branch stops there, and another program, or the origin
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from madtp.calls.compiling import is_compiling
 from madtp.errors import MadtpError
+
+OTHER_WAY = "the model's Python goes another way on these inputs than it went when the program was captured."
 
 
 class OtherBranch(MadtpError):
@@ -24,7 +28,8 @@ def expect(holds: Tensor) -> None:
     Raises:
         OtherBranch: the condition is false.
     """
+    if is_compiling():  # a check that runs with the compiled graph
+        torch._assert_async(holds, OTHER_WAY)
+        return
     if not bool(holds):
-        raise OtherBranch(
-            "the model's Python goes another way on these inputs than it went when the program was captured."
-        )
+        raise OtherBranch(OTHER_WAY)

@@ -80,6 +80,7 @@ class ProgramCache:
         entries: the programs by serial number, oldest first.
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
+        latest: the program that ran last.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class ProgramCache:
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
+        self.latest: Program | None = None
 
     def continues_pruned(self, call: Call) -> bool:
         """Whether ``call`` reads a key/value cache from which an earlier, pruned call has dropped tokens."""
@@ -217,6 +219,7 @@ class ProgramCache:
     def run(self, program: Program, call: Call) -> object:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
+        self.latest = program
         leaves = call.flattened(program.given).flat()[0]
         if control.gradient_checkpointing and torch.is_grad_enabled():
             if program.checkpointed_forward is None:
@@ -237,13 +240,16 @@ class ProgramCache:
         return closed
 
     def run_compiled(self, call: Call) -> object:
-        """Run the latest program for calls like ``call`` while a compiler follows; nothing is recorded.
+        """Run a program for calls like ``call`` while a compiler follows: the one that ran last, if it is for such calls.
+
+        Nothing is recorded.
 
         Raises:
             ExportError: no program serves the call, or it takes objects such as key/value caches.
         """
         leaves = call.flat()[0]
-        for cached in reversed(self.entries.values()):
+        entries = sorted(self.entries.values(), key=lambda entry: entry.program is not self.latest)
+        for cached in entries:
             program = cached.program
             if program.returned is None and signature(self.module, call, program.dynamic) == cached.signature:
                 return program.run(self.host, leaves)

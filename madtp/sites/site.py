@@ -178,7 +178,8 @@ class PruningSite(nn.Module):
         ballot = self._score_all(groups, rows, block_input, attention.statistics, before)
         if self.control.counts_are_fixed():
             whole = valid if attention.valid is not None or before.valid is not None else None
-            return self._keep_counts(ballot, required, whole, rows, before)
+            varies = bool(readouts) or segments is not None
+            return self._keep_counts(ballot, required, whole, rows, before, varies=varies)
         kept = torch.zeros_like(candidates)
         for one in ballot.scored:
             own, rows = self._keep_group(one, ballot.guidance, rows, before)
@@ -192,9 +193,25 @@ class PruningSite(nn.Module):
         return assemble(rows, before, decision, config, causal=self.spec.causal)
 
     def _keep_counts(
-        self, ballot: _Ballot, required: Tensor, valid: Tensor | None, rows: Tensor, before: TokenState
+        self,
+        ballot: _Ballot,
+        required: Tensor,
+        valid: Tensor | None,
+        rows: Tensor,
+        before: TokenState,
+        *,
+        varies: bool,
     ) -> tuple[Tensor, TokenState]:
-        """Keep as many tokens of every sample as were fixed; ``valid`` is None if no slot is padding."""
+        """Keep as many tokens of every sample as were fixed.
+
+        Args:
+            ballot: the groups.
+            required: ``[B, N]`` bool, the tokens that survive in any case.
+            valid: ``[B, N]`` bool; None if no slot is padding.
+            rows: ``[T, C]`` along ``before``.
+            before: the state before pruning.
+            varies: whether the number of required tokens depends on the sample.
+        """
         control, config = self.control, self.control.config
         groups = [
             StaticGroup(
@@ -207,7 +224,9 @@ class PruningSite(nn.Module):
         if self.spec.name not in control.static_room and not is_compiling():
             control.static_room[self.spec.name] = int(required.sum(1).max())
         room = control.static_room[self.spec.name]
-        decision = StaticDecision(groups=groups, required=required, room=room, scores=ballot.scores, valid=valid)
+        decision = StaticDecision(
+            groups=groups, required=required, room=room, varies=varies, scores=ballot.scores, valid=valid
+        )
         if decision.kept + smallest_drop(config) > before.length or not groups:
             self._note_counts(ballot, torch.ones_like(required))
             if valid is None or before.static:

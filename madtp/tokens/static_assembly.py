@@ -48,6 +48,7 @@ class StaticDecision:
         groups: the candidates, group by group.
         required: ``[B, N]`` bool, the tokens that survive in any case.
         room: slots for these. Where a sample has fewer of them, further candidates fill the slots.
+        varies: whether some sample may have more of them than there is room for.
         scores: importance S ``[B, N]``, the weights of merging.
         valid: ``[B, N]`` bool, False on padding; None if no slot of any sample is padding.
     """
@@ -55,6 +56,7 @@ class StaticDecision:
     groups: Sequence[StaticGroup]
     required: Tensor
     room: int
+    varies: bool
     scores: Tensor
     valid: Tensor | None
 
@@ -93,16 +95,24 @@ def select_static(decision: StaticDecision) -> StaticSelection:
             chosen = torch.zeros_like(group.candidates).scatter(1, best, True) & group.candidates
             rank = rank.masked_fill(chosen, CHOSEN)
     rank = rank.masked_fill(decision.required, float("inf"))
-    if not is_compiling() and int(decision.required.sum(1).max()) > decision.kept:
-        raise MadtpError(
-            f"a sample has {int(decision.required.sum(1).max())} tokens that must survive at a site that was frozen to "
-            f"{decision.kept}; freeze the model with batches that hold such samples."
-        )
+    if decision.varies:
+        _check_room(decision)
     slots = rank.topk(decision.kept, dim=1, sorted=False).indices.sort(dim=1).values
     survivors = torch.zeros_like(decision.required).scatter(1, slots, True)
     if decision.valid is not None:
         survivors = survivors & (decision.valid | decision.required)
     return StaticSelection(slots=slots, survivors=survivors)
+
+
+def _check_room(decision: StaticDecision) -> None:
+    most = decision.required.sum(1).max()
+    if is_compiling():  # a check that runs with the compiled graph
+        torch._assert_async(most <= decision.kept, f"a sample has more than {decision.kept} tokens that must survive")
+    elif int(most) > decision.kept:
+        raise MadtpError(
+            f"a sample has {int(most)} tokens that must survive at a site that was frozen to {decision.kept}; freeze the model "
+            "with batches that hold such samples."
+        )
 
 
 def assemble_static(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_each_way_is_pruned(kind: type[nn.Module]) -> None:
         pruned(inputs)
         assert all(int(count.max()) < 65 for count in pruned.token_counts().values())
     assert not pruned.report.notes
+
+
+@torch.no_grad()
+def test_an_exported_model_keeps_the_way_of_its_example_and_refuses_the_other(tmp_path: Path) -> None:
+    pruned = madtp.rewrite(Guarded().eval(), (images(2, 0),))
+    madtp.freeze(pruned, [(images(2, 1),), (images(2, 1) + 3,)])
+    for inputs, other in ((images(2, 1), images(2, 1) + 3), (images(2, 1) + 3, images(2, 1))):
+        madtp.export(pruned, tmp_path / "model.pt2", (inputs,))
+        module = torch.export.load(tmp_path / "model.pt2").module()
+        assert gap(pruned(inputs), module(inputs)) < 1e-5
+        with pytest.raises(RuntimeError, match="goes another way"):
+            module(other)
 
 
 @torch.no_grad()

@@ -233,6 +233,39 @@ def test_outputs_with_names_become_dicts(tmp_path: Path) -> None:
         assert_close(output, pruned(images))
 
 
+class Readout(nn.Module):
+    """A text tower that is read at two positions that the input gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, input_ids: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        tokens = self.blocks(self.embedding(input_ids))
+        rows = torch.arange(len(tokens))
+        return tokens[rows, first] + tokens[rows, second]
+
+
+def test_a_file_refuses_a_sample_with_more_readouts_than_there_is_room_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    same = torch.tensor([2, 3, 4])
+    inputs = {"input_ids": torch.randint(0, 50, (3, 12)), "first": same, "second": same.clone()}
+    config = madtp.PruningConfig(towers=("text",), alignment_tokens=8, min_tokens=0)
+    pruned = madtp.rewrite(Readout().eval(), inputs, config=config)
+    pruned.gain = 1e6  # keeps the readouts and nothing else
+    madtp.freeze(pruned, [inputs])
+    assert set(pruned._control.static_room.values()) == {1}
+    madtp.export(pruned, tmp_path / "text.pt2", inputs)
+    module = torch.export.load(tmp_path / "text.pt2").module()
+    module(**inputs)
+    with pytest.raises(RuntimeError, match="more than 1 tokens that must survive"):
+        module(**{**inputs, "second": same + 1})
+    with pytest.raises(madtp.MadtpError, match="2 tokens that must survive at a site that was frozen to 1"):
+        pruned(**{**inputs, "second": same + 1})
+
+
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "vit.pt2").write_bytes(b"not an archive")
     with pytest.raises(ExportError, match=r"vit\.pt2 cannot be read as pt2"):

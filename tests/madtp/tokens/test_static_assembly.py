@@ -36,6 +36,7 @@ def decisions(draw: st.DrawFn) -> StaticDecision:
         ],
         required=required,
         room=room,
+        varies=True,
         scores=scores.masked_fill(~candidates, 0.0),
         valid=valid,
     )
