@@ -53,6 +53,9 @@ class PruningConfig:
             where the widths differ; ``"always"`` everywhere, as in the authors' code for dual encoders.
         merge: whether dropped tokens are merged into one token, their mean weighted by importance. False discards them.
             Default True.
+        score_queries: number of evenly spaced queries that say how much attention tokens receive. None, the default, asks all
+            of them. With fewer, attention itself runs by torch's fused kernels, which make no attention map. Where an attention
+            is causal, or has a mask that differs between queries or heads, all queries are asked.
         straight_through: whether a soft mask lets gradients reach the threshold and the importance in training. Default False.
         selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
             ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as
@@ -88,6 +91,7 @@ class PruningConfig:
     alignment_width: int | None = None
     query_projection: QueryProjection = "differing"
     merge: bool = True
+    score_queries: int | None = None
     straight_through: bool = False
     selection: Selection = "threshold"
     keep_ratio: float | None = None
@@ -111,14 +115,20 @@ class PruningConfig:
             object.__setattr__(self, name, _number(name, getattr(self, name), low=0.0))
         for name, low in (("min_tokens", 0), ("alignment_tokens", 1), ("seed", 0)):
             _integer(name, getattr(self, name), low)
-        if self.alignment_width is not None:
-            _integer("alignment_width", self.alignment_width, 1)
+        for name in ("alignment_width", "score_queries"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
         for name in ("alignment", "merge", "straight_through"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
+        if self.score_queries is not None and self.readout == "original":
+            raise ConfigError(
+                "score_queries samples the queries that score tokens, but readout='original' may read the row of a token that "
+                "is not there; leave one of them out"
+            )
         self._check_selection()
 
     def _check_selection(self) -> None:

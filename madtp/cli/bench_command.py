@@ -34,6 +34,7 @@ measured. On a busy machine, CPU time is less disturbed than wall time.
   madtp bench timm:vit_base_patch16_384 --batch 8 --dtype bfloat16 --threads 2
   madtp bench blip_nlvr_mini --batch 8 --training --memory
   madtp bench blip_nlvr_mini --variant pruned --variant floor --seconds 60
+  madtp bench blip_nlvr_mini -k pruned-80 --variant static --variant onnx
   madtp bench --list
 """
 
@@ -186,5 +187,5 @@ def _variants() -> Table:
 
     table = Table("variant", "what it is", box=None, pad_edge=False, header_style="bold")
     for variant in VARIANTS:
-        table.add_row(variant.name, variant.description + (" (by --compile)" if variant.optional else ""))
+        table.add_row(variant.name, variant.description + (" (if asked for)" if variant.optional else ""))
     return table

@@ -26,7 +26,8 @@ from madtp.tokens.attention import (
     valid_keys,
 )
 from madtp.tokens.packed_attention import packed_attention, packed_attention_with_statistics
-from madtp.tokens.scored_attention import Slot, attention_with_statistics
+from madtp.tokens.sampled_scores import attention_with_sampled_statistics
+from madtp.tokens.scored_attention import Slot
 from madtp.tokens.segments import SegmentMap, special_slots
 from madtp.tokens.state import TokenState, positions_of, slots_of, unpruned_state
 
@@ -237,7 +238,9 @@ class ScoringAttention(_Scoring):
             lambda: valid_keys(inputs.mask, query.size(0), key.size(2)),
             query.device,
         )
-        output, statistics = attention_with_statistics(inputs, counted=roles.counted, class_slot=roles.class_slot)
+        output, statistics = attention_with_sampled_statistics(
+            inputs, counted=roles.counted, class_slot=roles.class_slot, queries=self.control.config.score_queries
+        )
         return output, BlockAttention(statistics, roles.valid, roles.protected)
 
 
@@ -281,7 +284,11 @@ class PackedScoringAttention(_Scoring):
 
         roles = self.roles(state, readouts, segments, shown, query.device)
         output, statistics = packed_attention_with_statistics(
-            inputs, state, counted=roles.counted, class_slot=roles.class_slot
+            inputs,
+            state,
+            counted=roles.counted,
+            class_slot=roles.class_slot,
+            queries=self.control.config.score_queries,
         )
         return output, BlockAttention(statistics, roles.valid, roles.protected)
 

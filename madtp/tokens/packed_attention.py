@@ -20,12 +20,12 @@ from torch import Tensor
 from madtp.method.importance import AttentionStatistics
 from madtp.tokens.attention import AttentionInputs, AttentionOptions, hides_nothing, join_masks, plain_attention
 from madtp.tokens.packing import in_rows, in_slots, lengths_of, row_positions, side_input_rows
+from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sampled
 from madtp.tokens.scored_attention import (
     WHOLE_MAP,
     Observed,
     Scratch,
     Slot,
-    attention_with_statistics,
     is_plain,
     observe_heads,
     observe_sample,
@@ -85,7 +85,12 @@ def packed_attention(
 
 
 def packed_attention_with_statistics(
-    inputs: AttentionInputs, state: TokenState, *, counted: Tensor, class_slot: Slot | None
+    inputs: AttentionInputs,
+    state: TokenState,
+    *,
+    counted: Tensor,
+    class_slot: Slot | None,
+    queries: int | None = None,
 ) -> tuple[Tensor, AttentionStatistics]:
     """Return the output of a self-attention of packed rows together with the statistics of DTP.
 
@@ -95,18 +100,21 @@ def packed_attention_with_statistics(
         counted: ``[B, N]`` bool, the queries that count in the attention that a key receives.
         class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
             token.
+        queries: how many queries the statistics are taken from; None for all. See ``sampled_scores.py``.
 
     Returns:
         output in the form of the queries, and the statistics in the padded form, with zeros on padding.
     """
     if state.index is None:
-        return attention_with_statistics(inputs, counted=counted, class_slot=class_slot)
+        return attention_with_sampled_statistics(inputs, counted=counted, class_slot=class_slot, queries=queries)
     inputs = _without_idle_mask(inputs, state)
     if _is_regular(state):
         slots = in_batch(inputs, state, state).over_survivors(state, state, None)
-        output, statistics = attention_with_statistics(slots, counted=counted, class_slot=class_slot)
+        output, statistics = attention_with_sampled_statistics(
+            slots, counted=counted, class_slot=class_slot, queries=queries
+        )
         return _in_rows(output), statistics
-    observed = _observe_each(inputs.ungrouped(), state, counted, class_slot)
+    observed = _observe_each(inputs.ungrouped(), state, counted, class_slot, queries)
     outputs, received, rows = zip(*observed, strict=True)
     class_rows = [row for row in rows if row is not None]
     output = torch.cat(outputs, 0)
@@ -119,7 +127,7 @@ def packed_attention_with_statistics(
 
 
 def _observe_each(
-    inputs: AttentionInputs, state: TokenState, counted: Tensor, class_slot: Slot | None
+    inputs: AttentionInputs, state: TokenState, counted: Tensor, class_slot: Slot | None, queries: int | None
 ) -> Iterator[Observed]:
     """The output and statistics of each sample."""
     # On a CPU the host does not wait for this.
@@ -132,7 +140,12 @@ def _observe_each(
         return
     heads, width = inputs.query.size(1), inputs.query.size(3)
     query = inputs.query * (width**-0.5 if inputs.scale is None else inputs.scale)
-    operands = (_each(rows.squeeze(0), state) for rows in (query, inputs.key, inputs.value))
+    operands = [_each(rows.squeeze(0), state) for rows in (query, inputs.key, inputs.value)]
+    if queries is not None and queries < max(lengths):
+        for q, k, v, weight, slot in zip(*operands, weights, slots, strict=True):
+            output = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0].transpose(0, 1)
+            yield Observed(output, *observe_sampled(q, k, weight, slot, queries))
+        return
     largest = min(WHOLE_MAP, heads * max(lengths) ** 2)
     scratch = Scratch(query, largest) if shares_memory(inputs) else None
     for q, k, v, weight, slot in zip(*operands, weights, slots, strict=True):

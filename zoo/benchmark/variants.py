@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import torch
@@ -17,6 +19,7 @@ import madtp
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
+from madtp.saving.artefacts import FORMATS, Opened
 from zoo.benchmark.bench import Bench, Kept, Target, counted_macs, kept_of, samples_of, set_strength
 from zoo.benchmark.floor import floor_of
 from zoo.benchmark.models import Batch
@@ -121,6 +124,27 @@ def _static(bench: Bench, target: Target) -> Entrant:
     return _of_pruned(bench, model, kept_of(model, bench.batches))
 
 
+def _exported(format: str, bench: Bench, target: Target) -> Entrant:
+    """The frozen model as a file of a format; one file for each size that batches have, as texts differ in length."""
+    model = bench.frozen(target)
+    opened: dict[str, Opened] = {}
+    for batch in bench.batches:
+        if _sizes(batch) not in opened:
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / f"model{FORMATS[format].suffix}"
+                opened[_sizes(batch)] = madtp.export(model, path, batch, format=format).open()
+
+    def call(number: int) -> object:
+        return opened[_sizes(bench.batches[number])](**bench.batches[number])
+
+    kept = kept_of(model, bench.batches)
+    return Entrant(call, model, _mean([one.macs for one in kept]), [one.tokens for one in kept])
+
+
+def _sizes(batch: Batch) -> str:
+    return str({name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)})
+
+
 def _uniform(bench: Bench, target: Target) -> Entrant:
     if all(samples_of(batch) == 1 for batch in bench.batches):
         raise ConfigError("with one sample in a batch it is the same as pruned.")
@@ -202,6 +226,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("rewritten", "pruning switched off (temperature 0)", build=_switched_off),
     Variant("pruned", "each sample keeps its own number of tokens", build_at=_pruned),
     Variant("static", "the same by fixed counts (madtp.freeze)", build_at=_static),
+    Variant("onnx", "static as an ONNX file, by ONNX Runtime", build_at=partial(_exported, "onnx"), optional=True),
+    Variant("aoti", "static, compiled by AOTInductor", build_at=partial(_exported, "aoti"), optional=True),
     Variant(
         "uniform", "every sample keeps as many tokens as the fullest of its batch, at equal MACs", build_at=_uniform
     ),

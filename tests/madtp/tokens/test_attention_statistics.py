@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.method.importance import attention_statistics
-from madtp.tokens import attention, scored_attention
+from madtp.tokens import attention, sampled_scores, scored_attention
 
 SIZES = st.fixed_dictionaries(
     {
@@ -113,3 +113,48 @@ def test_maps_in_shared_memory_give_the_same(drawn: dict[str, int | str]) -> Non
     torch.testing.assert_close(output, wanted)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 12))
+def test_statistics_from_some_queries(drawn: dict[str, int | str], queries: int) -> None:
+    """The output, class row and norms are those of the whole map; what tokens receive comes from evenly spaced queries."""
+    batch, heads, tokens, kind = drawn["batch"], drawn["heads"], drawn["tokens"], drawn["mask"]
+    torch.manual_seed(drawn["seed"])
+    query, key, value = (torch.randn(batch, heads, tokens, 4, dtype=torch.double) for _ in range(3))
+    mask, causal = mask_of(kind.removesuffix(", causal"), batch, heads, tokens), "causal" in kind
+    rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens, (batch,))
+    inputs = attention.AttentionInputs(query, key, value, mask, 0.0, causal)
+    wanted, whole = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+    output, found = sampled_scores.attention_with_sampled_statistics(
+        inputs, counted=rows, class_slot=slot, queries=queries
+    )
+    torch.testing.assert_close(output, wanted, equal_nan=True)
+    torch.testing.assert_close(found.class_row, whole.class_row, check_dtype=False)
+    torch.testing.assert_close(found.output_norms, whole.output_norms, equal_nan=True)
+    if kind not in ("none", "keys") or queries >= tokens:
+        torch.testing.assert_close(found.received, whole.received)
+        return
+    for sample in range(batch):
+        shown = list(range(tokens)) if mask is None else mask[sample, 0, 0].nonzero().flatten().tolist()
+        asked = sorted(
+            {shown[(2 * part + 1) * len(shown) // (2 * queries)] for part in range(queries)} if shown else ()
+        )
+        scores = query[sample][:, asked] @ key[sample][:, shown].transpose(1, 2) / 2
+        strongest = torch.zeros(len(asked), tokens, dtype=torch.double)
+        if shown:
+            strongest[:, shown] = scores.softmax(-1).amax(0)
+        wanted = (strongest * rows[sample, asked].unsqueeze(1)).sum(0)
+        torch.testing.assert_close(found.received[sample], wanted)
+
+
+def test_sampled_queries_of_one_sample_are_those_of_a_batch() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 11, 4) for _ in range(3))
+    rows = torch.rand(1, 11) > 0.3
+    _, batch = sampled_scores.attention_with_sampled_statistics(
+        attention.AttentionInputs(query, key, value, None, 0.0, False), counted=rows, class_slot=3, queries=4
+    )
+    received, class_row = sampled_scores.observe_sampled(query[0] / 2, key[0], rows[0].float(), 3, 4)
+    torch.testing.assert_close(received, batch.received[0])
+    torch.testing.assert_close(class_row, batch.class_row[0])

@@ -21,12 +21,17 @@ from rewriters.lower import packing
 CONFIG = PruningConfig(alignment_tokens=8)
 
 
-def rewritten(model: nn.Module, inputs: dict[str, Tensor], packed: bool) -> madtp.PrunedModel:
+SAMPLED = PruningConfig(alignment_tokens=8, score_queries=4)
+
+
+def rewritten(
+    model: nn.Module, inputs: dict[str, Tensor], packed: bool, config: PruningConfig = CONFIG
+) -> madtp.PrunedModel:
     """The rewritten model, all of whose programs are packed or padded."""
     with pytest.MonkeyPatch.context() as patch:
         if not packed:
             patch.setattr(packing, "follows_tokens", lambda config: False)
-        return madtp.rewrite(model, inputs, config=CONFIG)
+        return madtp.rewrite(model, inputs, config=config)
 
 
 def leaves(output: object) -> dict[str, Tensor]:
@@ -65,6 +70,22 @@ def test_packed_rows_equal_a_padded_batch(name: str) -> None:
     packed, padded = (gradients(pruned, lambda p=pruned: leaves(p(**inputs))) for pruned in both)
     assert packed.keys() == padded.keys()
     assert all(gap(padded[n], packed[n]) < 1e-4 for n in padded)
+
+
+@pytest.mark.parametrize("name", ["vit", "towers_batch_first_post"])
+@torch.no_grad()
+def test_packed_rows_score_by_the_same_queries(name: str) -> None:
+    """Padded samples have masks, and so ask all queries: one sample at a time has none."""
+    case: Case = CASES[name]
+    torch.manual_seed(1)
+    model, inputs = case.build(), case.inputs(4, 6)
+    pruned = rewritten(model, inputs, packed=True, config=SAMPLED).eval()
+    whole = leaves(pruned(**inputs))
+    counts = pruned.token_counts()
+    assert any(len(set(count.tolist())) > 1 for count in counts.values())
+    for sample in range(4):
+        alone = leaves(pruned(**{name: value[sample : sample + 1] for name, value in inputs.items()}))
+        assert all(gap(whole[path][sample : sample + 1], alone[path]) < 2e-5 for path in whole)
 
 
 class Block(nn.Module):

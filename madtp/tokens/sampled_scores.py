@@ -1,0 +1,131 @@
+"""Statistics of DTP from some of the queries, so that the attention itself can run by a kernel that makes no map.
+
+Start at :func:`attention_with_sampled_statistics`. The attention that a key receives, c_j = sum_i max_h A_hij, becomes a sum
+over n evenly spaced queries i; the importance divides c by its sum, so only the shares count. The class row and the norms of
+the output stay exact (``docs/method.md``, "Importance").
+
+Axis legend: B samples, H heads, Q queries, K keys, D head width, n sampled queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from madtp.method.importance import AttentionStatistics
+from madtp.tokens.attention import AttentionInputs, hides_nothing, plain_attention, valid_keys
+from madtp.tokens.scored_attention import Slot, attention_with_statistics, is_plain
+
+
+def attention_with_sampled_statistics(
+    inputs: AttentionInputs, *, counted: Tensor, class_slot: Slot | None, queries: int | None
+) -> tuple[Tensor, AttentionStatistics]:
+    """Return the output of an attention together with the statistics of DTP from ``queries`` of its queries.
+
+    Queries are spaced over the tokens of each sample that are not padding, so that a sample does not depend on its batch. All
+    count where a sample has no more of them, and where the attention has dropout, a softcap, or a mask that differs between
+    queries or heads.
+
+    Args:
+        inputs: those of a self-attention, as in :func:`~madtp.tokens.scored_attention.attention_with_statistics`.
+        counted: ``[B, Q]`` bool, the queries that count in the attention that a key receives.
+        class_slot: as in :func:`~madtp.tokens.scored_attention.attention_with_statistics`.
+        queries: n; None for all.
+
+    Returns:
+        output ``[B, H, Q, Dv]`` and its statistics.
+    """
+    mask = None if inputs.mask is None else inputs.mask[(None,) * (4 - inputs.mask.dim())]
+    unmasked = replace(inputs, mask=None).ungrouped()
+    of_keys = mask is None or (mask.size(1) == 1 and mask.size(2) == 1)
+    if queries is None or inputs.query.size(2) <= queries or not of_keys or not is_plain(unmasked):
+        return attention_with_statistics(inputs, counted=counted, class_slot=class_slot)
+    if mask is not None and hides_nothing(mask):
+        mask = None
+    output = plain_attention(replace(inputs, mask=mask))
+    sample = (
+        _all_alike(unmasked.query, counted, queries) if mask is None else _by_sample(unmasked, mask, counted, queries)
+    )
+    sampled = sample.query
+    if class_slot is not None:
+        sampled = torch.cat([sampled, _query_at(unmasked.query, class_slot)], 2)
+    scale = unmasked.query.size(-1) ** -0.5 if unmasked.scale is None else unmasked.scale
+    probabilities = _softmax((sampled * scale) @ unmasked.key.transpose(2, 3), mask)
+    strongest = probabilities[:, :, :queries].amax(1)
+    received = torch.bmm(sample.weights.to(strongest.dtype).unsqueeze(1), strongest).squeeze(1)
+    if class_slot is None:
+        return output, AttentionStatistics(received, None, None)
+    return output, AttentionStatistics(received, probabilities[:, :, -1], output.float().norm(dim=-1))
+
+
+def observe_sampled(
+    query: Tensor, key: Tensor, counted: Tensor, class_slot: int | None, queries: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention received ``[N]`` and the class row ``[H, N]`` of one sample without padding.
+
+    Args:
+        query: ``[H, N, D]``, scaled.
+        key: ``[H, N, D]``.
+        counted: ``[N]``, one at the queries that count, else zero.
+        class_slot: slot whose row is the class attention; None if there is none.
+        queries: n; all where there are no more.
+    """
+    length = query.size(1)
+    chosen = _evenly_spaced(min(queries, length), length, query.device)
+    sampled = query.index_select(1, chosen)
+    if class_slot is not None:
+        sampled = torch.cat([sampled, query[:, class_slot : class_slot + 1]], 1)
+    probabilities = _softmax(torch.bmm(sampled, key.transpose(1, 2)), None)
+    strongest = probabilities[:, : len(chosen)].amax(0)
+    received = torch.mv(strongest.t(), counted.index_select(0, chosen).to(strongest.dtype))
+    return received, None if class_slot is None else probabilities[:, -1]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some queries ``[B, H, n, D]``, and whether each counts ``[B, n]``."""
+
+    query: Tensor
+    weights: Tensor
+
+
+def _all_alike(query: Tensor, counted: Tensor, queries: int) -> _Sample:
+    """The same positions of all samples, which have no padding."""
+    chosen = _evenly_spaced(queries, query.size(2), query.device)
+    return _Sample(query.index_select(2, chosen), counted.index_select(1, chosen))
+
+
+def _by_sample(inputs: AttentionInputs, mask: Tensor, counted: Tensor, queries: int) -> _Sample:
+    """Positions of each sample, spaced over the keys that its mask shows."""
+    batch, heads, length, width = inputs.query.shape
+    visible = valid_keys(mask, batch, length)
+    assert visible is not None
+    rank = _evenly_spaced(queries, visible.sum(1, keepdim=True), mask.device)
+    slots = visible.to(torch.uint8).argsort(dim=1, descending=True, stable=True).gather(1, rank)
+    # A sample with fewer tokens than queries is asked for some of them twice.
+    fresh = torch.cat([torch.ones_like(rank[:, :1], dtype=torch.bool), rank[:, 1:] != rank[:, :-1]], 1)
+    taken = inputs.query.gather(2, slots[:, None, :, None].expand(batch, heads, queries, width))
+    return _Sample(taken, counted.gather(1, slots) & fresh)
+
+
+def _evenly_spaced(count: int, length: int | Tensor, device: torch.device) -> Tensor:
+    """``count`` positions below ``length``, the middles of equal parts; ``[B, count]`` for lengths ``[B, 1]``."""
+    return (2 * torch.arange(count, device=device) + 1) * length // (2 * count)
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Probabilities in float32 at least; zeros for a query that sees no key."""
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    if mask is None:
+        return scores.softmax(-1, dtype=dtype)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=dtype).nan_to_num(0.0)
+
+
+def _query_at(query: Tensor, slot: Slot) -> Tensor:
+    """The query ``[B, H, 1, D]`` at a slot of each sample."""
+    if isinstance(slot, int):
+        return query[:, :, slot : slot + 1]
+    return query[torch.arange(query.size(0), device=query.device), :, slot].unsqueeze(2)
