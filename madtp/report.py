@@ -39,6 +39,26 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class SiteBalance:
+    """What a site costs and saves on one batch, on the device where it was measured.
+
+    Attributes:
+        site: Name of the site.
+        cost: Seconds to score, select and merge its tokens.
+        saving: Seconds that the next blocks would take for the tokens that it drops.
+    """
+
+    site: str
+    cost: float
+    saving: float
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether it saves at least what it costs."""
+        return self.saving >= self.cost
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """An attention sublayer that was found.
 
@@ -133,6 +153,7 @@ class RewriteReport:
             and needs no site.
         notes: Remarks, such as on later calls that run unpruned.
         unpruned: The calls that run unpruned, as data; each is a remark in ``notes``, too.
+        balances: What each site costs and saves in time; empty until :func:`madtp.calibrate` has measured it.
         plan: The plan that was followed, in JSON types. ``madtp.Plan.from_dict(report.plan)`` makes one to edit, which
             ``madtp.rewrite(model, inputs, plan=...)`` follows.
     """
@@ -150,6 +171,7 @@ class RewriteReport:
     pooling: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     unpruned: list[UnprunedCalls] = field(default_factory=list)
+    balances: list[SiteBalance] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -178,10 +200,16 @@ class RewriteReport:
         sites = Table(title="sites", title_justify="left")
         for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):
             sites.add_column(column)
+        balances = {balance.site: balance for balance in self.balances}
+        if balances:
+            sites.add_column("costs", justify="right")
+            sites.add_column("saves", justify="right")
         for site in self.sites:
             modality = " + ".join(site.segments) or site.modality
             values = (site.name, modality, site.block_kind, site.layer, site.width, site.tokens)
-            sites.add_row(*map(str, values), ", ".join(map(str, site.protected)))
+            balance = balances.get(site.name)
+            times = () if balance is None else (f"{1000 * balance.cost:.2f} ms", f"{1000 * balance.saving:.2f} ms")
+            sites.add_row(*map(str, values), ", ".join(map(str, site.protected)), *times)
         console.print(sites)
         if self.refusals:
             refusals = Table(title="refusals", title_justify="left")

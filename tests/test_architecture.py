@@ -29,8 +29,8 @@ NAMES = re.compile(
 
 # Folders and files of each package in the order in which they build on each other: none imports a later one.
 ORDER = {
-    "madtp": "errors atomic_files processes config calls method tokens cost sites report programs pruned tuning saving "
-    "pictures training evaluation survey benchmark api demo cli __main__",
+    "madtp": "errors atomic_files processes config benchmark calls method tokens cost sites report programs pruned tuning "
+    "saving pictures training evaluation survey api demo cli __main__",
     "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions",
     "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs examples small blip "
     "clip transforms tasks objectives recipes benchmark",

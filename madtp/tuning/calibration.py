@@ -10,19 +10,28 @@ pruning itself costs (alignment tokens) counts against it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from madtp.calls.call import Inputs
+from madtp.calls.call import Call, Inputs
 from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
 from madtp.tuning.batches import calls_of, evaluating
+from madtp.tuning.break_even import break_even
 from madtp.tuning.search import KNOBS, Knob, KnobName, Measurement, Search, dense_macs, has_nan, mac_reduction
+from madtp.tuning.time_search import search_time
 
 __all__ = ["CalibrationResult", "GainController", "calibrate", "dense_macs", "mac_reduction"]
+
+log = logging.getLogger("madtp")
+Objective = Literal["macs", "time"]
+TOLERANCES: dict[str, float] = {"macs": 0.01, "time": 0.03}
+"""How far the result may be off if the caller does not say, by objective."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class CalibrationResult:
             None for fewer than 4 batches.
         evaluations: how often the batches were run.
         steer: the setting that was searched.
+        time_reduction: fraction of the dense time that is saved; None where MACs were the objective.
         history: every evaluation, in order.
     """
 
@@ -54,13 +64,15 @@ class CalibrationResult:
     deviation: float | None
     evaluations: int
     steer: KnobName
+    time_reduction: float | None
     history: tuple[Measurement, ...] = field(repr=False)
 
     def __str__(self) -> str:
         value = {"gain": self.gain, "temperature": self.temperature, "keep_ratio": self.keep_ratio}[self.steer]
         spread = "" if self.deviation is None else f" (standard error {self.deviation:.1%})"
+        time = "" if self.time_reduction is None else f"{self.time_reduction:.1%} less time, "
         return (
-            f"{self.reduction_reached:.1%}{spread} fewer MACs ({self.dense_macs / 1e9:.4g} G dense, "
+            f"{time}{self.reduction_reached:.1%}{spread} fewer MACs ({self.dense_macs / 1e9:.4g} G dense, "
             f"{self.macs / 1e9:.4g} G pruned per sample) at {self.steer} {value:.5g}, on {self.samples} samples in "
             f"{self.evaluations} evaluations"
         )
@@ -71,16 +83,23 @@ def calibrate(
     batches: Iterable[Inputs],
     *,
     reduction: float,
-    tolerance: float = 0.01,
+    objective: Objective = "macs",
+    tolerance: float | None = None,
     steer: KnobName | None = None,
 ) -> CalibrationResult:
-    """Set the pruning strength so that mean MACs over ``batches`` fall by ``reduction``.
+    """Set the pruning strength so that mean MACs, or the time, of ``batches`` fall by ``reduction``.
+
+    The report then tells what each site costs and saves in time on the first batch (``pruned.report.balances``), and the log
+    names sites that cost more than they save.
 
     Args:
         pruned: a model from :func:`madtp.rewrite`. It is run in eval mode; its mode is restored.
         batches: inputs as the model takes them, dicts of keyword arguments or tuples of positional ones. All stay in memory.
-        reduction: fraction of the dense MACs to save, above 0 and below 1 (0.8 saves 80%).
-        tolerance: how far the result may be off, as a fraction of the dense MACs (0.01 is one percentage point).
+        reduction: fraction of the dense MACs, or of the dense time, to save, above 0 and below 1 (0.8 saves 80%).
+        objective: what is to fall: ``"macs"``, or ``"time"`` on this device, for batches of this size. Times are medians of
+            dense and pruned calls in turns, so nothing else should run meanwhile.
+        tolerance: how far the result may be off, as a fraction of the dense MACs (0.01 is one percentage point) or time. None
+            takes 0.01 for MACs and 0.03 for time.
         steer: the setting to change. None takes ``"keep_ratio"`` where the configuration fixes one, else ``"gain"``.
 
     Returns:
@@ -91,6 +110,9 @@ def calibrate(
         ExampleInputsError: there are no batches, or they do not fit the model.
         CalibrationError: the reduction cannot be reached, or weights or outputs are NaN. The model's settings are unchanged.
     """
+    if objective not in TOLERANCES:
+        raise ConfigError(f"objective is {objective!r}; allowed: {', '.join(map(repr, TOLERANCES))}")
+    tolerance = TOLERANCES[objective] if tolerance is None else tolerance
     for name, value in (("reduction", reduction), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
             raise ConfigError(
@@ -100,11 +122,16 @@ def calibrate(
     calls = calls_of(pruned, batches)
     _refuse_nan_weights(pruned)
     before = chosen.read(pruned)
-    search = Search(pruned, calls, chosen, target=reduction, tolerance=tolerance)
     found = False
     try:
         with torch.no_grad(), evaluating(pruned):
-            best = search.run()
+            if objective == "macs":
+                search, timing = Search(pruned, calls, chosen, target=reduction, tolerance=tolerance), None
+                best = search.run()
+            else:
+                search, timing = search_time(pruned, calls, chosen, target=reduction, tolerance=tolerance)
+                best = search.history[-1]
+            _balance_sites(pruned, calls[0])
         found = True
     finally:
         if not found:
@@ -120,8 +147,25 @@ def calibrate(
         deviation=search.deviation(),
         evaluations=len(search.history),
         steer=chosen.name,
+        time_reduction=None if timing is None else timing.reduction,
         history=tuple(search.history),
     )
+
+
+def _balance_sites(pruned: PrunedModel, call: Call) -> None:
+    """Measure what sites cost and save, and name those that do not pay."""
+    pruned.report.balances = break_even(pruned, call)
+    losing = [balance for balance in pruned.report.balances if not balance.worthwhile]
+    if losing:
+        shown = ", ".join(f"{b.site} ({1000 * b.cost:.2f} ms against {1000 * b.saving:.2f})" for b in losing[:3])
+        log.info(
+            "%d of %d sites take more time than they save on batches like the first: %s%s. Larger batches or inputs help, or a "
+            "plan without them: madtp.Plan.from_dict(pruned.report.plan).without([...])",
+            len(losing),
+            len(pruned.report.balances),
+            shown,
+            ", ..." if len(losing) > 3 else "",
+        )
 
 
 def _knob(pruned: PrunedModel, steer: KnobName | None) -> Knob:

@@ -1,0 +1,150 @@
+"""What each site costs in time and what it saves: :func:`break_even`.
+
+A site costs the time to score, select and merge tokens, and what its block's attention takes longer because it is observed. It
+saves the work that the next blocks would do on the tokens that it drops, up to the next site of its stream, which would drop
+them anyway. Costs are measured; savings are multiply-accumulates times the dense model's time for one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from madtp.benchmark.timing import median_seconds
+from madtp.calls.call import Call
+from madtp.programs.program import Run
+from madtp.pruned import PrunedModel
+from madtp.report import SiteBalance, SiteReport
+from madtp.sites.site import PruningSite
+
+ROUNDS = 1
+"""Measurements of which the median counts, after one to warm up; a calibration should not wait long for them."""
+
+
+def break_even(pruned: PrunedModel, call: Call, *, dense_seconds: float | None = None) -> list[SiteBalance]:
+    """Return what each site costs and saves on one batch, in the order of the sites.
+
+    Args:
+        pruned: in eval mode; it is run a few times without gradients.
+        call: the batch.
+        dense_seconds: time of the batch without pruning; None measures it.
+    """
+    rounds: list[dict[str, float]] = []
+    with torch.no_grad():
+        for _ in range(ROUNDS + 1):
+            with _timed_sites(pruned) as spent:
+                pruned(*call.args, **call.kwargs)
+            rounds.append(spent)
+        if dense_seconds is None:
+            dense_seconds = median_seconds({"dense": lambda: _dense_call(pruned, call)}, ROUNDS)["dense"]
+        pruned(*call.args, **call.kwargs)
+    dense = sum(pruned.macs_by_module("all").values())
+    saved = {} if not dense else _saved_macs(pruned)
+    return [
+        SiteBalance(
+            site=name,
+            cost=statistics.median(spent.get(name, 0.0) for spent in rounds[1:]),
+            saving=macs / dense * dense_seconds,
+        )
+        for name, macs in saved.items()
+    ]
+
+
+def _dense_call(pruned: PrunedModel, call: Call) -> object:
+    with pruned.aside(), pruned.dense():
+        return pruned(*call.args, **call.kwargs)
+
+
+@contextmanager
+def _timed_sites(pruned: PrunedModel) -> Iterator[dict[str, float]]:
+    """Inside the block calls of sites are timed; gives the seconds by site."""
+    spent: dict[str, float] = {}
+    handles = []
+    for site in pruned.modules():
+        if isinstance(site, PruningSite):
+            handles += _time_module(site, site.spec.name, spent, plainly=None)
+            for attention in (site.attention, site.packed_attention, site.windows):
+                handles += _time_module(attention, site.spec.name, spent, plainly=pruned)
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _time_module(
+    module: nn.Module, site: str, spent: dict[str, float], *, plainly: PrunedModel | None
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Add the time of a module's calls to ``spent``; if ``plainly``, less what they take with pruning off."""
+    begun: list[float] = []
+
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        begun.append(_now())
+
+    def after(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        taken = _now() - begun.pop()
+        if plainly is not None:
+            start = _now()
+            with plainly._control.unpruned():
+                module.forward(*args, **kwargs)
+            taken -= _now() - start
+        spent[site] = spent.get(site, 0.0) + taken
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _saved_macs(pruned: PrunedModel) -> dict[str, float]:
+    """Multiply-accumulates per sample that each site of the last forward saves, by site."""
+    sites = {site.name: site for site in pruned.report.sites}
+    saved: dict[str, float] = {}
+    record = pruned._control.record
+    for run in record.runs:
+        share = 1.0 if record.batch is None else run.batch() / record.batch
+        counts = {name: state.counts for name, state in run.states.items()}
+        price = _priced(run)
+        own = price(counts)
+        for name in counts:
+            earlier = _site_before(name, list(counts), sites)
+            without = {other: count for other, count in counts.items() if other != name}
+            if earlier is not None and counts[earlier].shape == counts[name].shape:
+                without[name] = counts[earlier]
+            saved[name] = saved.get(name, 0.0) + (price(without) - own) * share
+    return saved
+
+
+def _priced(run: Run) -> Callable[[Mapping[str, torch.Tensor]], float]:
+    """The price of a run's program at other token counts."""
+
+    def price(counts: Mapping[str, torch.Tensor]) -> float:
+        return sum(run.program.cost.price(run.inputs, counts, active=True).values())
+
+    return price
+
+
+def _site_before(name: str, ran: Sequence[str], sites: Mapping[str, SiteReport]) -> str | None:
+    """The site in front of one in its stream."""
+    site = sites.get(name)
+    before = ran[: list(ran).index(name)]
+    for other in reversed(before):
+        found = sites.get(other)
+        if site is not None and found is not None and found.layer < site.layer and _stream(found) == _stream(site):
+            return other
+    return None
+
+
+def _stream(site: SiteReport) -> tuple[str, int, int]:
+    return site.modality, site.width, site.tokens
