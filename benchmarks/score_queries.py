@@ -63,7 +63,9 @@ def reduction(model: PrunedModel, calls: list[dict[str, torch.Tensor]]) -> float
 def run(output: Path, items: int) -> None:
     """Measure what is not in the file yet."""
     results = json.loads(output.read_text()) if output.exists() else {}
-    jobs = [(task, ck, n) for n in QUERIES for ck in CHECKPOINTS for task in TASKS]
+    # Retrieval takes longest, so it comes last.
+    tasks = sorted(TASKS, key=lambda task: task == "retrieval")
+    jobs = [(task, ck, n) for task in tasks for n in QUERIES for ck in CHECKPOINTS]
     for task, checkpoint, queries in track(jobs, "models"):
         key = f"{task} {checkpoint} {queries}"
         if key in results:
