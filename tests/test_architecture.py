@@ -26,6 +26,8 @@ NAMES = re.compile(
     r"|gpt\w*|t5|owl-?vi?t\w*|q-?former|vit))\b"
 )
 
+# A test of transformers models, which skips itself without that library.
+SKIPS = re.compile(r"importorskip\(.transformers")
 
 # Folders and files of each package in the order in which they build on each other: none imports a later one.
 ORDER = {
@@ -140,17 +142,33 @@ def test_dependencies_run_one_way() -> None:
         assert not found, f"{name} imports {sorted(found)}"
 
 
-def test_the_environment_without_extras_tests_all_that_could_import_one() -> None:
-    """Only the zoo imports them, so its own tests run there, and those of all folders that import it."""
+def paths_tested(environment: str) -> list[str]:
+    """The files and folders of tests that an environment of tox runs."""
     tox = ConfigParser()
     tox.read(ROOT / "tox.ini")
-    tested = tox["testenv:noextras"]["set_env"].partition("MADTP_TEST_PATHS =")[2].replace("\\", " ").split()
+    tested = tox[f"testenv:{environment}"]["set_env"].partition("MADTP_TEST_PATHS =")[2].replace("\\", " ").split()
     assert all((ROOT / path).exists() for path in tested)
+    return tested
+
+
+def test_the_environment_without_extras_tests_all_that_could_import_one() -> None:
+    """Only the zoo imports them, so its own tests run there, and those of all folders that import it."""
+    tested = paths_tested("noextras")
     for name, path in sources("madtp", "rewriters"):
         if "zoo" in {module.partition(".")[0] for module in imported(path)} and name.count("/") > 1:
             folder = "/".join(name.split("/")[:2])
             assert f"tests/{folder}" in tested, f"{name} imports the zoo"
     assert {"tests/zoo", "tests/test_architecture.py"} <= set(tested)
+
+
+def test_every_test_runs_with_the_oldest_torch() -> None:
+    """With extras or without them; with extras too, where a test needs transformers."""
+    with_extras, without = (set(paths_tested(environment)) for environment in ("oldest", "noextras"))
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        places = {place.relative_to(ROOT).as_posix() for place in (path, *path.parents) if place.is_relative_to(ROOT)}
+        assert places & (with_extras | without), path
+        if "case_models" in imported(path) or SKIPS.search(path.read_text(encoding="utf-8")):
+            assert places & with_extras, f"{path} skips tests where transformers is missing"
 
 
 def test_files_stay_short() -> None:

@@ -54,8 +54,7 @@ def test_original_checkpoint_loads(subject: Subject) -> None:
 
 
 def test_loaded_weights_are_used(subject: Subject) -> None:
-    model = copy.deepcopy(subject.model)
-    pruned = madtp.rewrite(model, subject.case.inputs(2, 6))
+    model, pruned = copy.deepcopy((subject.model, subject.pruned))
     torch.manual_seed(9)
     changed = {n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in model.state_dict().items()}
     pruned.load_state_dict(changed, strict=False)

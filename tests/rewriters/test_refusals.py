@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from case_models import CASES, vit
+from model_case import DEPTH
 from rewritten_models import gap
 from rewritten_models import subject as rewritten
 from torch import Tensor, nn
@@ -126,10 +127,10 @@ def test_a_head_on_the_grid_reads_all_patches() -> None:
     torch.manual_seed(0)
     model = Grid().eval()
     pruned = madtp.rewrite(model, (pixels(),), config=PruningConfig(gain=2.0))
-    assert len(pruned.report.sites) == 3
+    assert len(pruned.report.sites) == DEPTH
     with torch.no_grad():
         assert pruned(pixels()).shape == (2, 2, 4, 4)
-        assert int(pruned.token_counts()["trunk.blocks.2"].max()) < 16
+        assert int(pruned.token_counts()["trunk.blocks.1"].max()) < 16
         with pruned.dense():
             x = pixels(3)
             assert gap(model(x), pruned(x)) < 1e-5
@@ -172,7 +173,7 @@ class Resampled(nn.Module):
 @pytest.mark.parametrize("latents", [True, False])
 def test_latents_need_no_site_and_other_queries_do(latents: bool) -> None:
     report = madtp.rewrite(Resampled(latents).eval(), (pixels(),)).report
-    assert len(report.sites) == 3
+    assert len(report.sites) == DEPTH
     assert report.pooling == (("readers.0", "readers.1") if latents else ())
     assert [r.block for r in report.refusals] == ([] if latents else ["readers.0", "readers.1"])
 
@@ -219,7 +220,7 @@ def test_what_a_learned_layer_weighs_is_pooled(spelling: Callable[..., Tensor]) 
     model = Condensed(spelling).eval()
     pruned = madtp.rewrite(model, (pixels(),))
     pools = spelling in (by_convolution, by_projection)
-    assert len(pruned.report.sites) == 3
+    assert len(pruned.report.sites) == DEPTH
     assert len(pruned.report.pooling) == int(pools)
     assert not (pools and pruned.report.refusals)
     with pruned.dense():
@@ -258,7 +259,7 @@ class SideBySide(nn.Module):
 
 def test_one_site_prunes_for_attention_side_by_side() -> None:
     report = madtp.rewrite(SideBySide().eval(), (pixels(),)).report
-    assert len(report.sites) == 3
+    assert len(report.sites) == DEPTH
     assert not report.refusals
 
 
@@ -273,7 +274,7 @@ def test_report_reads_as_a_table_and_draws_as_a_graph() -> None:
     kinds = networkx.get_node_attributes(network, "kind")
     assert sorted(set(kinds.values())) == ["cross", "self", "stream"]
     crossing = [n for n, kind in kinds.items() if kind == "cross"]
-    assert len(crossing) == 6
+    assert len(crossing) == 2 * DEPTH
     images = next(n for n, m in networkx.get_node_attributes(network, "modality").items() if m == "image")
     assert all(network.has_edge(images, n) for n in crossing)
 
@@ -292,7 +293,7 @@ def test_plan_survives_json_and_can_be_edited() -> None:
     assert again == plan
     fewer = plan.without([s.name for s in plan.sites if s.layer == 0], ())
     pruned = madtp.rewrite(model, call.kwargs, plan=fewer)
-    assert {s.layer for s in pruned.report.sites} == {1, 2}
+    assert {s.layer for s in pruned.report.sites} == {1}
 
 
 def test_a_report_has_the_plan_that_was_followed() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_case import Tensors, text
+from model_case import DEPTH, Tensors, text
 from region_hosts import Collector, Decoder, Memory, Selector, Vision, captioner, selector
 from rewritten_models import eager_arithmetic, gap
 from torch import Tensor, nn
@@ -56,10 +56,10 @@ def test_a_model_with_python_on_values_is_rewritten_by_its_towers(selecting: Pai
     report = selecting[2].report
     assert report.capture == "regions"
     assert report.regions == ("vision", "text")
-    assert [s.name for s in report.sites] == [f"vision.tower.encoder.layers.{i}" for i in range(3)] + [
-        f"text.encoder.layers.{i}" for i in range(3)
+    assert [s.name for s in report.sites] == [f"vision.tower.encoder.layers.{i}" for i in range(DEPTH)] + [
+        f"text.encoder.layers.{i}" for i in range(DEPTH)
     ]
-    assert [s.modality for s in report.sites] == ["image"] * 3 + ["text"] * 3
+    assert [s.modality for s in report.sites] == ["image"] * DEPTH + ["text"] * DEPTH
     assert all(s.protected == (0,) for s in report.sites), "the host reads the first token of both"
     assert {b.path for b in report.blocks} == {s.name for s in report.sites}
     assert {b.stream for b in report.blocks} == {0, 1}
@@ -117,7 +117,7 @@ def test_generate_prunes_what_it_can(captioning: Pair) -> None:
     assert any("decoder" in name for name in pruned.token_counts())
     assert pruned.generate(inputs["pixels"]).shape == (3, 6)
     counts = pruned.token_counts()
-    assert set(counts) == {f"vision.tower.encoder.layers.{i}" for i in range(3)}, "the record starts anew"
+    assert set(counts) == {f"vision.tower.encoder.layers.{i}" for i in range(DEPTH)}, "the record starts anew"
     assert all(int(c.max()) < 17 for c in counts.values())
 
 
@@ -144,7 +144,7 @@ def test_a_part_called_by_itself_is_a_forward_too(captioning: Pair) -> None:
     _, inputs, pruned = captioning
     pruned(**inputs)
     pruned.vision(inputs["pixels"])
-    assert set(pruned.token_counts()) == {f"vision.tower.encoder.layers.{i}" for i in range(3)}
+    assert set(pruned.token_counts()) == {f"vision.tower.encoder.layers.{i}" for i in range(DEPTH)}
     assert pruned.macs() < sum(pruned.macs_by_module("all").values())
 
 
@@ -216,7 +216,7 @@ def test_calibrate_and_freeze(selecting: Pair) -> None:
 def test_a_plan_of_regions_can_be_edited(selecting: Pair) -> None:
     model, inputs, _ = selecting
     plan = Plan.from_dict(rewrite_regions(Request(model, madtp.calls.call.Call((), inputs), CONFIG)).plan.to_dict())
-    fewer = plan.without(["text.encoder.layers.0", "vision.tower.encoder.layers.2"], ())
+    fewer = plan.without(["text.encoder.layers.0", "vision.tower.encoder.layers.1"], ())
     pruned = madtp.rewrite(model, inputs, config=CONFIG, plan=fewer)
     assert [s.name for s in pruned.report.sites] == [s.name for s in fewer.sites]
 
@@ -270,7 +270,7 @@ def test_parts_are_preferred_where_they_hold_more_sites() -> None:
     inputs = {"pixels": torch.randn(2, 3, 32, 32), "input_ids": text(2, 6)["input_ids"]}
     rewritten = rewrite_regions(Request(Holder().eval(), madtp.calls.call.Call((), inputs), CONFIG))
     assert [r.region.path for r in rewritten.regions] == ["part.vision", "part.last"]
-    assert len(rewritten.plan.sites) == 6
+    assert len(rewritten.plan.sites) == 2 * DEPTH
 
 
 class Packed(nn.Module):
@@ -322,7 +322,7 @@ def test_modalities_are_followed_through_a_run() -> None:
         "second": {"text"},
         "third": {"image", "text"},
     }
-    assert calls["vision"].attentions == 3
+    assert calls["vision"].attentions == DEPTH
     assert calls["first"].attentions == 0
     assert calls["second"].read_positions == {-2}
     assert calls["vision"].read_positions == set()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_case import END, PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, positions_mask, text
+from model_case import DEPTH, END, PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, positions_mask, text
 from torch import nn
 from two_towers import tower_case
 
@@ -21,7 +21,7 @@ def vit(**options: Any) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
-        img_size=32, patch_size=PATCH, embed_dim=WIDTH, depth=3, num_heads=2, mlp_ratio=2, num_classes=5, **options
+        img_size=32, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=2, mlp_ratio=2, num_classes=5, **options
     )
     return lively(model)
 
@@ -43,7 +43,7 @@ def _vit_case(name: str, prefix: int, pool: str = "token", **options: Any) -> Ca
         build=lambda: vit(global_pool=pool, **options),
         inputs=lambda batch, length: {"x": torch.randn(batch, 3, 32, 32)},
         keys=(Keys(r"^blocks\.(\d+)\.attn", "image"), Keys(r"^attn_pool", "image", skip=prefix)),
-        layers={"image": 3},
+        layers={"image": DEPTH},
         residual={"image": "blocks.{}.norm2:input"},
         final={"image": "norm"},
         norm={"image": "norm"},
@@ -56,7 +56,7 @@ def _towers(**text_options: Any) -> dict[str, Any]:
     text_config = {
         "hidden_size": WIDTH,
         "intermediate_size": 32,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": DEPTH,
         "num_attention_heads": 2,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 20,
@@ -74,7 +74,7 @@ def _towers(**text_options: Any) -> dict[str, Any]:
     vision_config = {
         "hidden_size": WIDTH,
         "intermediate_size": 32,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": DEPTH,
         "num_attention_heads": 2,
         "image_size": 32,
         "patch_size": PATCH,
@@ -83,11 +83,11 @@ def _towers(**text_options: Any) -> dict[str, Any]:
     return {"text_config": text_config, "vision_config": vision_config, "projection_dim": WIDTH}
 
 
-def _hf(model: str, config: str, spelling: str, **options: Any) -> nn.Module:
+def _hf(model: str, config: str, spelling: str, seed: int = 7, **options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     settings = getattr(transformers, config)(**_towers(**options))
-    return lively(getattr(transformers, model)._from_config(settings, attn_implementation=spelling))
+    return lively(getattr(transformers, model)._from_config(settings, attn_implementation=spelling), seed)
 
 
 def _hf_inputs(batch: int, length: int) -> Tensors:
@@ -108,12 +108,12 @@ def _clip(name: str, spelling: str, **options: Any) -> Case:
             Keys(r"^vision_model\.encoder\.layers\.(\d+)\.self_attn", "image"),
             Keys(r"^text_model\.encoder\.layers\.(\d+)\.self_attn", "text"),
         ),
-        layers={"image": 3, "text": 3},
+        layers={"image": DEPTH, "text": DEPTH},
         residual={
             "image": "vision_model.encoder.layers.{}.layer_norm2:input",
             "text": "text_model.encoder.layers.{}.layer_norm2:input",
         },
-        final={"image": "vision_model.encoder.layers.2", "text": "text_model.final_layer_norm"},
+        final={"image": f"vision_model.encoder.layers.{DEPTH - 1}", "text": "text_model.final_layer_norm"},
         norm={"image": None, "text": "text_model.final_layer_norm"},
         protected=_clip_protected,
         full={"vision_model_output.last_hidden_state": "image", "text_model_output.last_hidden_state": "text"},
@@ -137,7 +137,7 @@ def _siglip(name: str, spelling: str) -> Case:
             Keys(r"^vision_model\.head\.attention", "image"),
             Keys(r"^text_model\.encoder\.layers\.(\d+)\.self_attn", "text"),
         ),
-        layers={"image": 3, "text": 3},
+        layers={"image": DEPTH, "text": DEPTH},
         residual={
             "image": "vision_model.encoder.layers.{}.layer_norm2:input",
             "text": "text_model.encoder.layers.{}.layer_norm2:input",
@@ -159,19 +159,20 @@ def _first_tokens(inputs: Tensors) -> Tensors:
 def _blip(name: str) -> Case:
     return Case(
         name=name,
-        build=lambda: _hf("BlipForImageTextRetrieval", "BlipConfig", "eager"),
+        # Weights of which the matching score is no small difference of large numbers, which would show rounding.
+        build=lambda: _hf("BlipForImageTextRetrieval", "BlipConfig", "eager", seed=8),
         inputs=_hf_inputs,
         keys=(
             Keys(r"^vision_model\.encoder\.layers\.(\d+)\.self_attn", "image"),
             Keys(r"^text_encoder\.encoder\.layer\.(\d+)\.attention", "text"),
             Keys(r"^text_encoder\.encoder\.layer\.\d+\.crossattention", "image"),
         ),
-        layers={"image": 3, "text": 3},
+        layers={"image": DEPTH, "text": DEPTH},
         residual={
             "image": "vision_model.encoder.layers.{}.layer_norm2:input",
             "text": "text_encoder.encoder.layer.{}.attention.output.LayerNorm:output",
         },
-        final={"image": "vision_model.post_layernorm", "text": "text_encoder.encoder.layer.2.output"},
+        final={"image": "vision_model.post_layernorm", "text": f"text_encoder.encoder.layer.{DEPTH - 1}.output"},
         norm={"image": "vision_model.post_layernorm", "text": None},
         protected=_first_tokens,
         full={"last_hidden_state": "image", "question_embeds": "text"},
@@ -184,9 +185,9 @@ def _nlvr() -> nn.Module:
     from zoo.blip.nlvr import BlipNlvr
 
     config = NlvrConfig(
-        vision=VisionConfig(image_size=16, patch_size=4, width=24, depth=3, heads=2, mlp_width=32),
+        vision=VisionConfig(image_size=16, patch_size=4, width=24, depth=DEPTH, heads=2, mlp_width=32),
         text=TextConfig(
-            vocabulary=VOCABULARY, positions=20, width=WIDTH, depth=3, heads=2, mlp_width=32, merge_from_layer=1
+            vocabulary=VOCABULARY, positions=20, width=WIDTH, depth=DEPTH, heads=2, mlp_width=32, merge_from_layer=1
         ),
     )
     return lively(BlipNlvr(config))
@@ -207,7 +208,7 @@ NLVR = Case(
         Keys(r"^text_encoder\.encoder\.layer\.\d+\.crossattention\.self0", "image", 0),
         Keys(r"^text_encoder\.encoder\.layer\.\d+\.crossattention\.self1", "image", 1),
     ),
-    layers={"image": 3, "text": 3},
+    layers={"image": DEPTH, "text": DEPTH},
     residual={
         "image": "visual_encoder.blocks.{}.norm2:input",
         "text": "text_encoder.encoder.layer.{}.attention.output:output",

@@ -17,6 +17,8 @@ VOCABULARY = 99
 END = 98
 PATCH = 8
 WIDTH = 16
+# The first block of a tower sees all tokens, the second what the first one keeps.
+DEPTH = 2
 Tensors = dict[str, Tensor]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from model_case import VOCABULARY, WIDTH, Tensors, lively, text
+from joint_stream_models import Encoder
+from model_case import DEPTH, VOCABULARY, WIDTH, Tensors, lively, text
 from torch import Tensor, nn
 from torch.nn import functional as F
-from two_towers import Tower
 
 PIXELS = 12
 GRIDS = ((4, 4), (4, 4), (2, 6))
@@ -102,13 +102,13 @@ class PackedHost(nn.Module):
         super().__init__()
         self.vision = tower
         self.words = nn.Embedding(VOCABULARY, WIDTH)
-        self.text = Tower(batch_first=True, norm_first=True)
+        self.text = Encoder(DEPTH)
 
     def forward(self, rows: Tensor, sizes: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensors:
         found = self.vision(rows, sizes=sizes)
         states = found["states"] if isinstance(found, dict) else found[0]
         images = [part.mean(0) for part in states.split(sizes.prod(1).tolist())]
-        words = self.text(self.words(input_ids), attention_mask == 0)[:, 0]
+        words = self.text(self.words(input_ids), attention_mask[:, None, None, :].bool())[:, 0]
         result = {"score": F.cosine_similarity(torch.stack(images), words), "states": states}
         return result | ({"merged": found["merged"], "layer": found["layers"][0]} if isinstance(found, dict) else {})
 

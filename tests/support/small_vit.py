@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 import madtp
 from madtp import PrunedModel, PruningConfig
+
+_REWRITTEN: dict[str, PrunedModel] = {}
 
 
 def vit(depth: int = 4, width: int = 32) -> nn.Module:
@@ -23,4 +26,9 @@ def images(count: int, seed: int) -> Tensor:
 
 
 def rewritten(depth: int = 4, **settings: Any) -> PrunedModel:
-    return madtp.rewrite(vit(depth), (images(2, 0),), config=PruningConfig(**{"alignment_tokens": 8, **settings}))
+    """A model of its own; what is asked for again is copied, as a rewrite takes most of the time of a test."""
+    key = repr((depth, sorted(settings.items())))
+    if key not in _REWRITTEN:
+        config = PruningConfig(**{"alignment_tokens": 8, **settings})
+        _REWRITTEN[key] = madtp.rewrite(vit(depth), (images(2, 0),), config=config)
+    return copy.deepcopy(_REWRITTEN[key])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-from model_case import PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, positions_mask, text
+from model_case import DEPTH, PATCH, VOCABULARY, WIDTH, Case, Keys, Tensors, lively, positions_mask, text
 from torch import Tensor, nn
 
 
 class Tower(nn.Module):
     """A TransformerEncoder that runs batch first or sequence first; tokens [B, N, C] in and out."""
 
-    def __init__(self, batch_first: bool, norm_first: bool) -> None:
+    def __init__(self, batch_first: bool, norm_first: bool, depth: int = DEPTH) -> None:
         super().__init__()
         self.batch_first = batch_first
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, 0.1, batch_first=batch_first, norm_first=norm_first)
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         x = x if self.batch_first else x.transpose(0, 1)
@@ -25,16 +25,16 @@ class Tower(nn.Module):
 class TwoTowers(nn.Module):
     """Image and text side by side; returns both features and their cosine for each sample."""
 
-    def __init__(self, batch_first: bool, norm_first: bool, mean: bool) -> None:
+    def __init__(self, batch_first: bool, norm_first: bool, mean: bool, depth: int = DEPTH) -> None:
         super().__init__()
         self.mean = mean
         self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.class_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.image_positions = nn.Parameter(torch.zeros(1, 17, WIDTH))
-        self.image = Tower(batch_first, norm_first)
+        self.image = Tower(batch_first, norm_first, depth)
         self.words = nn.Embedding(VOCABULARY, WIDTH)
         self.text_positions = nn.Parameter(torch.zeros(20, WIDTH))
-        self.text = Tower(batch_first, norm_first)
+        self.text = Tower(batch_first, norm_first, depth)
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensors:
         x = self.patches(pixels).flatten(2).transpose(1, 2)
@@ -69,7 +69,7 @@ def tower_case(name: str, batch_first: bool, norm_first: bool, mean: bool) -> Ca
             Keys(r"^image\.encoder\.layers\.(\d+)\.self_attn", "image"),
             Keys(r"^text\.encoder\.layers\.(\d+)\.self_attn", "text"),
         ),
-        layers={"image": 3, "text": 3},
+        layers={"image": DEPTH, "text": DEPTH},
         residual={s: place.format(s).replace("[]", "{}") for s in ("image", "text")},
         final={s: f"{s}.encoder" for s in ("image", "text")},
         norm={"image": None, "text": None},

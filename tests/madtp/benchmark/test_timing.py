@@ -10,6 +10,12 @@ from madtp.benchmark import Limits, Run, median_seconds, time_interleaved, timin
 from madtp.errors import ConfigError
 
 
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection before every call takes seconds in a process that has run many tests."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
+
 def test_runs_take_turns_on_each_batch_in_alternating_order() -> None:
     called: list[str] = []
     runs = [Run(name, lambda batch, name=name: called.append(f"{name}{batch}")) for name in "ab"]
@@ -37,8 +43,7 @@ def test_garbage_collection_is_on_again_after_an_error() -> None:
     assert gc.isenabled()
 
 
-def test_seconds_end_it_after_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes seconds in a process that has run many tests
+def test_seconds_end_it_after_the_fewest_rounds() -> None:
     rounds = list(time_interleaved([Run("a", lambda _: None)], 1, Limits(rounds=9, warm_up=2, seconds=0.0)))
     assert sum(not r.warm_up for r in rounds) == timing.FEWEST_ROUNDS
     assert len(list(time_interleaved([Run("a", lambda _: None)], 1, Limits(rounds=4, warm_up=0, seconds=1e9)))) == 4

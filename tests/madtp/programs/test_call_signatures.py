@@ -204,7 +204,7 @@ class Choosing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.encoder = Words(), Encoder(3)
+        self.words, self.encoder = Words(), Encoder(2)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.words(input_ids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from attention_spellings import (
     spelled_case,
 )
 from masked_oracle import expected, leaves, survivors
+from model_case import Case
 from rewritten_models import gap
 from torch import Tensor, fx, nn
 
@@ -147,14 +151,20 @@ KEPT = (
 )
 
 
+@cache
+def kept_map(spelling: Any) -> tuple[Case, nn.Module, madtp.PrunedModel]:
+    """A case of two blocks, its model and what becomes of it."""
+    torch.manual_seed(0)
+    case = spelled_case(spelling.__name__, spelling, spelling)
+    model = case.build()
+    return case, model, madtp.rewrite(model, case.inputs(3, 0), config=PruningConfig(merge=False, alignment_tokens=4))
+
+
 @pytest.mark.parametrize("spelling", KEPT, ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_kept_map_is_pruned_correctly(spelling: Any) -> None:
-    torch.manual_seed(0)
-    case = spelled_case(spelling.__name__, spelling, sdpa, spelling)
-    model = case.build()
-    pruned = madtp.rewrite(model, case.inputs(3, 0), config=PruningConfig(merge=False, alignment_tokens=4))
-    names = [f"blocks.{layer}" for layer in range(3)]
+    case, model, pruned = kept_map(spelling)
+    names = [f"blocks.{layer}" for layer in range(2)]
     assert [s.name for s in pruned.report.sites] == names
     assert not pruned.report.refusals
     for batch in (1, 2, 4):
@@ -171,11 +181,9 @@ def test_kept_map_is_pruned_correctly(spelling: Any) -> None:
 
 @pytest.mark.parametrize("spelling", KEPT, ids=lambda f: f.__name__)
 def test_what_a_kept_map_computes_stays_exact_and_trains(spelling: Any) -> None:
-    torch.manual_seed(0)
-    case = spelled_case(spelling.__name__, spelling, spelling)
-    model = case.build()
-    call = case.inputs(3, 0)
-    pruned = madtp.rewrite(model, call, config=PruningConfig(alignment_tokens=4))
+    case, model, rewritten = kept_map(spelling)
+    call, pruned = case.inputs(3, 0), copy.deepcopy(rewritten)
+    pruned._control.config = replace(pruned._control.config, merge=True)
     with pruned.dense(), torch.no_grad():
         assert torch.equal(model(**call), pruned(**call))
     pruned.train()

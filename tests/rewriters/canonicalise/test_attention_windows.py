@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,12 @@ from grid_models import (
     GridNet,
     assert_dense_is_original,
     assert_samples_ignore_batch_mates,
+    copied,
     pixels,
     rewritten,
     survivors,
 )
-from model_case import lively
+from model_case import DEPTH, lively
 from rewritten_models import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
@@ -57,16 +60,23 @@ def drawn(form: str, count: int) -> nn.Module:
     return lively(model)
 
 
+@cache
+def made(form: str, count: int) -> tuple[nn.Module, madtp.PrunedModel]:
+    """A model and what becomes of it; tests that change the latter take a copy."""
+    model = drawn(form, count)
+    return model, rewritten(model)
+
+
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_windows_beside_heads_are_attention_in_windows(form: str, count: int) -> None:
-    model = drawn(form, count)
-    pruned = rewritten(model, merge=False)
-    assert [s.name for s in pruned.report.sites] == [f"blocks.{n}" for n in range(3)]
+    model, pruned = made(form, count)
+    assert [s.name for s in pruned.report.sites] == [f"blocks.{n}" for n in range(DEPTH)]
     assert not pruned.report.refusals
     assert_dense_is_original(model, pruned, (1, 4))
-    given, kept = pixels(3), survivors(3, 36, 3, 0)
+    pruned = copied(pruned, merge=False)
+    given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
     pruned._control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
     with eager_arithmetic():
         found = pruned(pixels=given)
@@ -74,21 +84,21 @@ def test_windows_beside_heads_are_attention_in_windows(form: str, count: int) ->
         assert gap(value, found[key]) < 1e-5, key
     macs = pruned.macs_by_module()
     whole = 36 * 3 * WIDTH * WIDTH
-    assert macs["blocks.2.mlp.up"] < 0.5 * whole
+    assert macs["blocks.1.mlp.up"] < 0.5 * whole
     # All of a window's tokens stand together; without windows, survivors alone ask and are asked.
-    assert (macs["blocks.2.attention.qkv"] < 0.6 * whole) == (count == 1)
+    assert (macs["blocks.1.attention.qkv"] < 0.7 * whole) == (count == 1)
 
 
 @pytest.mark.parametrize("count", [1, 4])
 @torch.no_grad()
 def test_a_sample_ignores_its_batch_mates(count: int) -> None:
-    pruned = rewritten(drawn("fused", count))
+    pruned = made("fused", count)[1]
     assert_samples_ignore_batch_mates(pruned)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_parameter_and_the_alignment_tokens_learn(form: str) -> None:
-    pruned = rewritten(drawn(form, 4)).train()
+    pruned = copied(made(form, 4)[1]).train()
     given = pixels(3)
     found = gradients(pruned, lambda: pruned(pixels=given))
     assert all(bool(g.isfinite().all()) for g in found.values())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
-from grid_models import WIDTH, GridNet, Plain, assert_dense_is_original, pixels, rewritten, survivors
-from model_case import lively
+from grid_models import WIDTH, GridNet, Plain, assert_dense_is_original, copied, pixels, rewritten, survivors
+from model_case import DEPTH, lively
 from rewritten_models import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
@@ -95,16 +96,23 @@ def drawn(norm: Norm, attention: str, feed_forward: str, pool: str = "mean") -> 
     return flat.eval(), Maps(flat, norm, pool).eval()  # type: ignore[return-value, arg-type]
 
 
+@cache
+def made(norm: Norm, attention: str, feed_forward: str) -> tuple[GridNet, Maps, madtp.PrunedModel]:
+    """The flat model, that on maps and what becomes of it; tests that change the latter take a copy."""
+    flat, model = drawn(norm, attention, feed_forward)
+    return flat, model, rewritten(model)
+
+
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @torch.no_grad()
 def test_maps_are_pruned_as_a_flat_stream(form: tuple[Norm, str, str]) -> None:
-    flat, model = drawn(*form)
-    pruned = rewritten(model, merge=False)
+    flat, model, pruned = made(*form)
     names = [s.name for s in pruned.report.sites]
-    assert len(names) == 3
+    assert len(names) == DEPTH
     assert not pruned.report.refusals
     assert_dense_is_original(model, pruned, (1, 4))
-    given, kept = pixels(3), survivors(3, 36, 3, 0)
+    pruned = copied(pruned, merge=False)
+    given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
     pruned._control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
         found = pruned(pixels=given)
@@ -115,15 +123,14 @@ def test_maps_are_pruned_as_a_flat_stream(form: tuple[Norm, str, str]) -> None:
 
 @torch.no_grad()
 def test_convolutions_of_one_place_run_on_survivors_as_the_models_own_modules() -> None:
-    _, model = drawn("batch", "global", "plain")
-    pruned = rewritten(model, merge=False)
+    pruned = copied(made("batch", "global", "plain")[2], merge=False)
     heard: list[int] = []
-    pruned.get_submodule("mixers.2.0").register_forward_hook(lambda m, i, o: heard.append(o[0, 0].numel()))
+    pruned.get_submodule("mixers.1.0").register_forward_hook(lambda m, i, o: heard.append(o[0, 0].numel()))
     names = [s.name for s in pruned.report.sites]
     pruned._control.forced = {name: (torch.arange(36) < 9).expand(3, -1) for name in names}
     pruned(pixels=pixels(3))
     assert heard == [3 * 9]
-    assert pruned.macs_by_module()["mixers.2.0"] == pytest.approx(9 * 3 * WIDTH * WIDTH)
+    assert pruned.macs_by_module()["mixers.1.0"] == pytest.approx(9 * 3 * WIDTH * WIDTH)
 
 
 @pytest.mark.parametrize("pool", ["mean", "keepdim", "pool"])
@@ -131,7 +138,7 @@ def test_convolutions_of_one_place_run_on_survivors_as_the_models_own_modules() 
 def test_a_mean_over_all_places_is_over_survivors(pool: str) -> None:
     flat, model = drawn("layer", "global", "plain", pool)
     pruned = rewritten(model, merge=False)
-    given, kept = pixels(3), survivors(3, 36, 3, 1)
+    given, kept = pixels(3), survivors(3, 36, DEPTH, 1)
     pruned._control.forced = dict(zip([s.name for s in pruned.report.sites], kept, strict=True))
     with eager_arithmetic():
         assert gap(flat(given, kept)["mean"], pruned(pixels=given)["mean"]) < 1e-5
@@ -140,7 +147,7 @@ def test_a_mean_over_all_places_is_over_survivors(pool: str) -> None:
 @pytest.mark.parametrize("form", FORMS[:3], ids="-".join)
 @torch.no_grad()
 def test_a_sample_ignores_its_batch_mates(form: tuple[Norm, str, str]) -> None:
-    pruned = rewritten(drawn(*form)[1])
+    pruned = made(*form)[2]
     given = pixels(4)
     together = pruned(pixels=given)
     last = pruned.report.sites[-1].name
@@ -153,10 +160,9 @@ def test_a_sample_ignores_its_batch_mates(form: tuple[Norm, str, str]) -> None:
 @pytest.mark.parametrize("form", FORMS[:3], ids="-".join)
 def test_training_learns_and_without_pruning_is_the_originals(form: tuple[Norm, str, str]) -> None:
     """A batch norm in training mixes samples: it runs on all tokens."""
-    _, model = drawn(*form)
-    pruned = rewritten(model).train()
+    _, model, pruned = made(*form)
+    model, pruned = copy.deepcopy(model).train(), copied(pruned).train()
     given = pixels(3)
-    model.train()
     with pruned.dense():
         for key, value in model(given).items():
             assert gap(value, pruned(pixels=given)[key]) < 5e-6, key
@@ -170,7 +176,7 @@ def test_a_stream_that_is_scaled_at_each_sum_is_a_residual_stream() -> None:
     flat, _ = drawn("layer", "global", "plain")
     model = Maps(flat, "layer", scaled=True).eval()
     pruned = rewritten(model)
-    assert len(pruned.report.sites) == 3
+    assert len(pruned.report.sites) == DEPTH
     given = pixels(3)
     pruned(pixels=given)
     assert int(pruned.token_counts()[pruned.report.sites[-1].name].max()) < 36
@@ -215,15 +221,15 @@ def test_what_is_added_on_the_grid_is_added_to_survivors() -> None:
     model.load_state_dict(flat.state_dict())
     pruned = rewritten(model, merge=False)
     names = [s.name for s in pruned.report.sites]
-    assert len(names) == 3
+    assert len(names) == DEPTH
     assert not pruned.report.refusals
-    given, kept = pixels(3), survivors(3, 36, 3, 0)
+    given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
     with pruned.dense():
         assert gap(model(given)["tokens"], pruned(pixels=given)["tokens"]) < 5e-6
     pruned._control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
         assert gap(flat(given, kept)["tokens"], pruned(pixels=given)["tokens"]) < 1e-5
-    assert pruned.macs_by_module()["blocks.2.mlp.up"] < 0.5 * 36 * 3 * WIDTH * WIDTH
+    assert pruned.macs_by_module()["blocks.1.mlp.up"] < 0.5 * 36 * 3 * WIDTH * WIDTH
 
 
 class Gated(Maps):
@@ -274,7 +280,7 @@ class Rounding(Maps):
 def test_a_model_that_rounds_more_than_the_tolerance_is_judged_in_double_precision() -> None:
     model = Rounding().eval()
     pruned = rewritten(model)
-    assert (pruned.report.capture, len(pruned.report.sites)) == ("whole", 3)
+    assert (pruned.report.capture, len(pruned.report.sites)) == ("whole", DEPTH)
     given = pixels(3)
     with torch.no_grad(), pruned.dense():
         assert gap(model(given)["tokens"], pruned(pixels=given)["tokens"]) > 1e-4

@@ -3,8 +3,10 @@ token get them back."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -28,6 +30,13 @@ def inputs_of(model: nn.Module, batch: int = 3, length: int = 7) -> Tensors:
 
 
 def rewritten(build: Callable[[], nn.Module], **settings: object) -> tuple[nn.Module, PrunedModel]:
+    """A model, and a copy of what becomes of it, which is rewritten once in this file for each of the settings."""
+    model, pruned = _rewritten(build, **settings)
+    return model, copy.deepcopy(pruned)
+
+
+@cache
+def _rewritten(build: Callable[[], nn.Module], **settings: object) -> tuple[nn.Module, PrunedModel]:
     torch.manual_seed(0)
     model = lively(build())
     config = PruningConfig(**{"alignment_tokens": 10, "temperature": 2.0, **settings})  # type: ignore[arg-type]
@@ -74,7 +83,7 @@ def test_a_sample_ignores_its_batch_mates(build: Callable[[], nn.Module]) -> Non
 @pytest.mark.parametrize("image_first", [False, True])
 @torch.no_grad()
 def test_segments_of_a_single_stream_are_pruned_apart(image_first: bool) -> None:
-    _, pruned = rewritten(lambda: SingleStream(image_first), min_tokens=2, merge=False, gain=1e4)
+    _, pruned = rewritten(MODELS[image_first], min_tokens=2, merge=False, gain=1e4)
     inputs = inputs_of(SingleStream(), 3, 9)
     pruned(**inputs)
     (stream,) = pruned.report.streams

@@ -4,6 +4,7 @@ are read at the kept positions, and dropped tokens are hidden from their attenti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -18,13 +19,16 @@ from grid_models import (
     Standing,
     assert_dense_is_original,
     assert_samples_ignore_batch_mates,
+    copied,
     pixels,
     rewritten,
     survivors,
 )
-from model_case import lively
+from model_case import DEPTH, lively
 from rewritten_models import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
+
+from madtp import PrunedModel
 
 FORMS = [
     ("global", "depthwise"),
@@ -37,17 +41,23 @@ FORMS = [
 ]
 
 
-def drawn(attention: str, feed_forward: str) -> nn.Module:
+def drawn(attention: str, feed_forward: str, depth: int = DEPTH) -> nn.Module:
     torch.manual_seed(0)
-    return lively(GridNet(attention, feed_forward))
+    return lively(GridNet(attention, feed_forward, depth))
+
+
+@cache
+def made(attention: str, feed_forward: str) -> tuple[nn.Module, PrunedModel]:
+    """A model and what becomes of it; tests that change the latter take a copy."""
+    model = drawn(attention, feed_forward)
+    return model, rewritten(model)
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @torch.no_grad()
 def test_temperature_zero_is_the_original(form: tuple[str, str]) -> None:
-    model = drawn(*form)
-    pruned = rewritten(model)
-    assert [s.name for s in pruned.report.sites] == [f"blocks.{n}" for n in range(3)]
+    model, pruned = made(*form)
+    assert [s.name for s in pruned.report.sites] == [f"blocks.{n}" for n in range(DEPTH)]
     assert not pruned.report.refusals
     assert_dense_is_original(model, pruned, (1, 3, 4))
     assert {k for k in pruned.state_dict() if not k.startswith("madtp.")} == model.state_dict().keys()
@@ -57,13 +67,13 @@ def test_temperature_zero_is_the_original(form: tuple[str, str]) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @torch.no_grad()
 def test_dropped_tokens_keep_their_state_and_are_hidden(form: tuple[str, str], seed: int) -> None:
-    model = drawn(*form)
-    pruned = rewritten(model, merge=False)
-    given, kept = pixels(3), survivors(3, 36, 3, seed)
+    model, pruned = made(*form)
+    pruned = copied(pruned, merge=False)
+    given, kept = pixels(3), survivors(3, 36, DEPTH, seed)
     pruned._control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
     with eager_arithmetic():
         found = pruned(pixels=given)
-    assert pruned.token_counts()["blocks.2"].tolist() == kept[2].sum(1).tolist()
+    assert pruned.token_counts()["blocks.1"].tolist() == kept[1].sum(1).tolist()
     for key, value in model(given, kept).items():
         assert gap(value, found[key]) < 1e-5, key
 
@@ -71,13 +81,13 @@ def test_dropped_tokens_keep_their_state_and_are_hidden(form: tuple[str, str], s
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @torch.no_grad()
 def test_a_sample_ignores_its_batch_mates(form: tuple[str, str]) -> None:
-    pruned = rewritten(drawn(*form))
+    pruned = made(*form)[1]
     assert_samples_ignore_batch_mates(pruned)
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 def test_every_parameter_and_the_alignment_tokens_learn(form: tuple[str, str]) -> None:
-    pruned = rewritten(drawn(*form)).train()
+    pruned = copied(made(*form)[1]).train()
     given = pixels(3)
     found = gradients(pruned, lambda: pruned(pixels=given))
     assert all(bool(g.isfinite().all()) for g in found.values())
@@ -88,13 +98,12 @@ def test_every_parameter_and_the_alignment_tokens_learn(form: tuple[str, str]) -
 @torch.no_grad()
 def test_what_runs_on_all_tokens_costs_as_much_as_before() -> None:
     """Reported are the attention in windows and what leads to it in full, the feed-forward for survivors only."""
-    model = drawn("windows", "plain")
-    pruned = rewritten(model, merge=False)
+    pruned = copied(made("windows", "plain")[1], merge=False)
     given = pixels(2)
     with pruned.dense():
         pruned(pixels=given)
         dense = pruned.macs_by_module()
-    pruned._control.forced = {f"blocks.{n}": (torch.arange(36) < 9).expand(2, -1) for n in range(3)}
+    pruned._control.forced = {f"blocks.{n}": (torch.arange(36) < 9).expand(2, -1) for n in range(DEPTH)}
     pruned(pixels=given)
     active = pruned.macs_by_module()
     for name in ("attention.qkv", "attention", "attention.out"):
@@ -152,7 +161,7 @@ class Unknown(Global):
     ],
 )
 def test_near_misses_are_refused(kind: Callable[[], nn.Module], words: str) -> None:
-    model = drawn("global", "plain")
+    model = drawn("global", "plain", depth=3)
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
     for block in blocks[1:2]:
         block.attention = kind()
@@ -167,7 +176,7 @@ def test_near_misses_are_refused(kind: Callable[[], nn.Module], words: str) -> N
 def test_attention_along_channels_mixes_all_tokens() -> None:
     """Between two blocks of attention along tokens, which have the sites."""
     torch.manual_seed(0)
-    model = GridNet("global")
+    model = GridNet("global", depth=3)
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
     blocks[1].attention = Channels()
     pruned = rewritten(lively(model), merge=False)
@@ -188,9 +197,9 @@ def test_a_stream_that_stands_on_the_grid_is_pruned_as_a_flat_one(attention: str
     model = Standing(flat, pooled=pooled).eval()  # type: ignore[arg-type]
     pruned = rewritten(model, merge=False)
     names = [s.name for s in pruned.report.sites]
-    assert names == [f"blocks.{n}.attention" for n in range(3)]
+    assert names == [f"blocks.{n}.attention" for n in range(DEPTH)]
     assert not pruned.report.refusals
-    given, kept = pixels(3), survivors(3, 36, 3, 0)
+    given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
     with pruned.dense():
         for key, value in model(given).items():
             assert gap(value, pruned(pixels=given)[key]) < 1e-6, key
@@ -201,4 +210,4 @@ def test_a_stream_that_stands_on_the_grid_is_pruned_as_a_flat_one(attention: str
         if key in found:
             assert gap(value, found[key].reshape(value.shape)) < 1e-5, key
     whole = 36 * 3 * WIDTH * WIDTH
-    assert pruned.macs_by_module()["blocks.2.mlp.up"] < 0.5 * whole
+    assert pruned.macs_by_module()["blocks.1.mlp.up"] < 0.5 * whole

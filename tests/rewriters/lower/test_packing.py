@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from case_models import CASES
-from model_case import Case
+from model_case import DEPTH, Case
 from rewritten_models import gap, gradients
 from torch import Tensor, nn
 
 import madtp
 from madtp import PruningConfig
+from madtp.calls.call import Call
 from madtp.tokens import packing as runtime
+from rewriters.capture import export
 from rewriters.lower import packing
 
 CONFIG = PruningConfig(alignment_tokens=8)
 
 
-SAMPLED = PruningConfig(alignment_tokens=8, score_queries=4)
+def both_forms(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[madtp.PrunedModel, madtp.PrunedModel]:
+    """The model rewritten twice, into packed programs and into padded ones, from one run of torch.export."""
+    plain, known = export.export_freely, dict[str, Any]()
 
+    def once(model: nn.Module, call: Call, *others: Any) -> Any:
+        key = str((type(model), [getattr(leaf, "shape", leaf) for leaf in call.flat()[0]], others))
+        if key not in known:
+            known[key] = plain(model, call, *others)
+        return known[key]
 
-def rewritten(
-    model: nn.Module, inputs: dict[str, Tensor], packed: bool, config: PruningConfig = CONFIG
-) -> madtp.PrunedModel:
-    """The rewritten model, all of whose programs are packed or padded."""
     with pytest.MonkeyPatch.context() as patch:
-        if not packed:
-            patch.setattr(packing, "follows_tokens", lambda config: False)
-        return madtp.rewrite(model, inputs, config=config)
+        patch.setattr(export, "export_freely", once)
+        packed = madtp.rewrite(model, inputs, config=CONFIG)
+        patch.setattr(packing, "follows_tokens", lambda config: False)
+        return packed, madtp.rewrite(model, inputs, config=CONFIG)
 
 
 def leaves(output: object) -> dict[str, Tensor]:
@@ -52,7 +59,7 @@ def test_packed_rows_equal_a_padded_batch(name: str) -> None:
     case: Case = CASES[name]
     torch.manual_seed(1)
     model, example = case.build(), case.inputs(2, 6)
-    both = [rewritten(model, example, packed) for packed in (True, False)]
+    both = both_forms(model, example)
     inputs = case.inputs(5, 7)
     for gain in (0.0, 0.9, 1.2):
         for pruned in both:
@@ -79,7 +86,7 @@ def test_packed_rows_score_by_the_same_queries(name: str) -> None:
     case: Case = CASES[name]
     torch.manual_seed(1)
     model, inputs = case.build(), case.inputs(4, 6)
-    pruned = rewritten(model, inputs, packed=True, config=SAMPLED).eval()
+    pruned = madtp.rewrite(model, inputs, config=PruningConfig(alignment_tokens=8, score_queries=4)).eval()
     whole = leaves(pruned(**inputs))
     counts = pruned.token_counts()
     assert any(len(set(count.tolist())) > 1 for count in counts.values())
@@ -154,7 +161,7 @@ class Conditioned(nn.Module):
     def __init__(self, change: Change) -> None:
         super().__init__()
         self.change = change
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.3)
 
@@ -190,7 +197,7 @@ def check(pruned: madtp.PrunedModel, model: nn.Module) -> None:
     call = call_of(6)
     with torch.no_grad():
         together = pruned(**call)
-        counts = pruned.token_counts()["blocks.2"]
+        counts = pruned.token_counts()["blocks.1"]
         assert len(set(counts.tolist())) > 1
         for one in range(6):
             alone = {**call, "x": call["x"][one : one + 1], "sample": call["sample"][one : one + 1]}
@@ -204,7 +211,7 @@ def test_what_belongs_to_a_sample_or_a_position_is_read_row_by_row(change: Chang
     torch.manual_seed(3)
     model = Conditioned(change).eval()
     pruned = madtp.rewrite(model, call_of(2), config=CONFIG)
-    assert len(pruned.report.sites) == 3
+    assert len(pruned.report.sites) == DEPTH
     assert not conversions(pruned)
     assert not any("padded" in note for note in pruned.report.notes)
     check(pruned, model)
@@ -214,10 +221,10 @@ def test_an_operation_without_a_packed_form_runs_padded_and_is_told() -> None:
     torch.manual_seed(3)
     model = Conditioned(matrix_of_each_sample).eval()
     pruned = madtp.rewrite(model, call_of(2), config=CONFIG)
-    assert len(pruned.report.sites) == 3
+    assert len(pruned.report.sites) == DEPTH
     assert conversions(pruned)
     (note,) = [note for note in pruned.report.notes if "padded" in note]
-    assert "multiplies each sample by a matrix of its own (2 times)" in note
+    assert "multiplies each sample by a matrix of its own (1 times)" in note
     check(pruned, model)
 
 
@@ -230,17 +237,16 @@ def test_options_that_read_by_slots_keep_the_padded_form() -> None:
 
 
 class Halved(Conditioned):
-    """Two images of each sample, stacked, whose tokens meet behind the blocks."""
+    """Two images of each sample, stacked, whose tokens meet behind the last block."""
 
     def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]]) -> None:
         super().__init__(conditioned)
         self.cut = cut
 
     def forward(self, x: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        for block in list(self.blocks)[:2]:
-            x = block(x, lambda y: y + position)
+        x = self.blocks[0](x, lambda y: y + position)
         first, second = self.cut(x)
-        first, second = (self.blocks[2](half * 2, lambda y: y + sample[:, None]) for half in (first, second))
+        first, second = (self.blocks[1](half * 2, lambda y: y + sample[:, None]) for half in (first, second))
         return first[:, 0] - second[:, 0]
 
 
@@ -262,12 +268,12 @@ def test_halves_of_a_batch_are_stretches_of_rows(cut: Callable[[Tensor], Sequenc
     model = Halved(cut).eval()
     calls = [{**call_of(batch), "sample": torch.randn(batch // 2, 16)} for batch in (4, 8)]
     pruned = madtp.rewrite(model, calls[0], config=CONFIG)
-    assert len(pruned.report.sites) == 4
+    assert len(pruned.report.sites) == 3
     assert not conversions(pruned)
     pruned.gain = 1.1
     with torch.no_grad():
         together = pruned(**calls[1])
-        assert len(set(pruned.token_counts()["blocks.1"].tolist())) > 1
+        assert len(set(pruned.token_counts()["blocks.0"].tolist())) > 1
         for one in range(4):
             alone = {"x": calls[1]["x"][one::4], "sample": calls[1]["sample"][one : one + 1]}
             assert gap(pruned(**alone, position=calls[1]["position"]), together[one : one + 1]) < 1e-5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,10 +18,19 @@ from zoo.blip.matching import match, matching_distance, matching_loss
 from zoo.blip.surviving_tokens import compacted, surviving_mask, surviving_tokens
 
 
-def pruned(task: str, **config: Any) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
+@cache
+def _rewritten(task: str, merge: bool, towers: tuple[str, ...] | None) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
     given = inputs(task, batch=4)
-    settings = {"merge": False, "alignment_tokens": 8, "min_tokens": 2, **config}
-    model = madtp.rewrite(small(task), given, config=madtp.PruningConfig.from_dict(settings))
+    config = madtp.PruningConfig(merge=merge, towers=towers, alignment_tokens=8, min_tokens=2)
+    return madtp.rewrite(small(task), given, config=config), given
+
+
+def pruned(
+    task: str, merge: bool = False, towers: tuple[str, ...] | None = None
+) -> tuple[madtp.PrunedModel, dict[str, Tensor]]:
+    """A model of the task, rewritten once in this file, and a batch."""
+    rewritten, given = _rewritten(task, merge, towers)
+    model = copy.deepcopy(rewritten)
     model.gain = 3.0
     return model, given
 

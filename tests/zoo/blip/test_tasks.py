@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,17 @@ def test_outputs_equal_those_of_transformers(pair: tuple[str, Any, Any]) -> None
         torch.testing.assert_close(out.logits[[0, 2]], expected[[0, 2]], atol=1e-4, rtol=1e-4)
 
 
+@functools.cache
+def rewritten(task: str) -> tuple[nn.Module, dict[str, Tensor], madtp.PrunedModel]:
+    """A model of the task, a batch, and the rewritten model, to which no test gives another state."""
+    model, given = tasks.small(task), tasks.inputs(task)
+    config = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
+    return model, given, madtp.rewrite(model, given, config=config)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_rewriting_prunes_the_towers_that_the_paper_prunes(task: str) -> None:
-    model, given = tasks.small(task), tasks.inputs(task)
-    pruned = madtp.rewrite(model, given, config=madtp.PruningConfig(alignment_tokens=5, temperature=4.0))
+    model, given, pruned = rewritten(task)
     assert pruned.report.capture == "whole"
     modalities = {site.modality for site in pruned.report.sites}
     assert modalities == ({"image"} if task == "caption" else {"image", "text"})
@@ -87,8 +95,7 @@ def test_rewriting_prunes_the_towers_that_the_paper_prunes(task: str) -> None:
 
 
 def test_pruned_retrieval_encodes_and_matches_apart() -> None:
-    model, given = tasks.small("retrieval"), tasks.inputs("retrieval")
-    pruned = madtp.rewrite(model, given, config=madtp.PruningConfig(alignment_tokens=5, temperature=4.0))
+    _, given, pruned = rewritten("retrieval")
     text = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
     with torch.no_grad():
         whole, images = pruned(**given), pruned(images=given["images"])
@@ -102,8 +109,7 @@ def test_pruned_retrieval_encodes_and_matches_apart() -> None:
 
 
 def test_pruned_vqa_takes_several_answers_a_question() -> None:
-    model, given = tasks.small("vqa"), tasks.inputs("vqa")
-    pruned = madtp.rewrite(model, given, config=madtp.PruningConfig(alignment_tokens=5, temperature=4.0))
+    model, given, pruned = rewritten("vqa")
     ids, mask = tasks.texts(5, 4, tasks.BEGIN)
     further = {**given, "answer_ids": ids, "answer_mask": mask, "owners": torch.tensor([0, 0, 1, 2, 2])}
     with torch.no_grad():

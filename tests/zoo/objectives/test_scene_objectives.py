@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shallow_models import BUILDERS
 
 import madtp
 import zoo
@@ -21,6 +22,11 @@ TEXTS = {"blip_caption_mini": 2, "blip_vqa_mini": 3, "blip_nlvr_mini": 3}
 
 def objective_of(name: str, texts: int) -> AnySceneObjective:
     return scene_objective(zoo.create(name), texts)
+
+
+def shallow_objective_of(name: str, texts: int) -> AnySceneObjective:
+    """That of a model with two blocks a tower, for tests that rewrite it."""
+    return scene_objective(BUILDERS[name.removesuffix("_mini")](), texts)
 
 
 def words(ids: torch.Tensor) -> str:
@@ -84,7 +90,7 @@ def test_pairs_follow_the_features_of_the_dense_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted({*MODELS} - {"clip_mini"}))
 def test_survivors_follow_the_image_tokens_of_the_dense_model(name: str) -> None:
-    objective, dense = (objective_of(name, TEXTS.get(name, 1)) for _ in range(2))
+    objective, dense = (shallow_objective_of(name, TEXTS.get(name, 1)) for _ in range(2))
     dense.model.load_state_dict(objective.model.state_dict())
     batch = objective.batch(0, "train", 0, 0, range(4))
     torch.manual_seed(0)
@@ -111,12 +117,12 @@ def test_survivors_follow_the_image_tokens_of_the_dense_model(name: str) -> None
 
 @pytest.mark.parametrize("name", ["blip_caption_mini", "blip_nlvr_mini"])
 def test_macs_are_those_of_one_text_however_many_are_asked(name: str) -> None:
-    once = objective_of(name, 1)
+    once = shallow_objective_of(name, 1)
     asked = once.inputs(once.batch(0, "train", 0, 0, range(4)))
     found = []
     for texts in (1, 3):
         torch.manual_seed(0)
-        objective = objective_of(name, texts)
+        objective = shallow_objective_of(name, texts)
         inputs = {key: value if key == "images" else value.expand(-1, texts, -1) for key, value in asked.items()}
         pruned = madtp.rewrite(objective.module, inputs, config=madtp.PruningConfig(alignment_tokens=4, seed=0))
         pruned(**inputs)
