@@ -219,14 +219,16 @@ class PrunedModel(nn.Module):
         """Call the model; arguments and return type are the original's."""
         if not is_compiling():
             if torch._C._is_tracing():
-                raise ExportError(f"torch.jit.trace would keep the token counts of one input. {HOW_TO_EXPORT}")
+                how = "Use madtp.export." if self._control.counts_are_fixed() else HOW_TO_EXPORT
+                raise ExportError(f"torch.jit.trace would keep what Python decides for one input. {how}")
             return self._forward(*args, **kwargs)
         shapes_vary = self._control.active and not self._control.counts_are_fixed()
         if shapes_vary and torch.compiler.is_exporting():
             raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
-        host_forward = self._host.__dict__.get("forward")
-        follows = isinstance(host_forward, HostForward) and host_forward.follows_features
-        if shapes_vary or (follows and not torch.compiler.is_exporting()):
+        host_forward = None if self._whole is not None else self._host.__dict__.get("forward")
+        if isinstance(host_forward, HostForward) and not torch.compiler.is_exporting():
+            shapes_vary |= host_forward.follows_features or not host_forward.reproduces(args, kwargs)
+        if shapes_vary:
             return _uncompiled_forward(self, *args, **kwargs)
         self._control.clear_record()
         if self._whole is None:

@@ -70,9 +70,19 @@ class HostForward(ReplacedForward):
         Raises:
             ExportError: there was none, or it ran as the original does.
         """
-        if not any(self.agreements.values()):
-            raise ExportError("call the model once with such inputs before it is compiled or exported.")
+        if not self.reproduces(args, kwargs):
+            raise ExportError(
+                "the regions of the model are not known to reproduce it on such a call: call it once with such inputs before "
+                "it is exported. If the report has a note on it, they do not."
+            )
         return self._by_regions(args, kwargs)
+
+    def reproduces(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        """Whether an earlier call of this kind has shown that the regions reproduce the original."""
+        call = normalise_call(self.module, args, kwargs)
+        if object_kind((call.args, call.kwargs)) is not None:
+            return False
+        return self.agreements.get(signature(self.module, call, _all_dims(call)), False)
 
     def _run(self, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         return self._by_regions(args, kwargs) if self.agreements[kind] else self._by_original(args, kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -251,6 +251,9 @@ class ProgramCache:
         entries = sorted(self.entries.values(), key=lambda entry: entry.program is not self.latest)
         for cached in entries:
             program = cached.program
+            # A compiler may leave sizes free; those of an export are known.
+            if torch.compiler.is_exporting() and not _has_free_sizes(leaves) and not program.serves(leaves):
+                continue
             if program.returned is None and signature(self.module, call, program.dynamic) == cached.signature:
                 return program.run(self.host, leaves)
         raise ExportError(
@@ -268,6 +271,10 @@ class ProgramCache:
         finally:
             if additions is not None:
                 self.module._modules[PREFIX] = additions
+
+
+def _has_free_sizes(leaves: Sequence[object]) -> bool:
+    return any(isinstance(size, torch.SymInt) for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape)
 
 
 def _without_values(leaf: object) -> object:

@@ -7,7 +7,8 @@ tensors of its output in order.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from madtp.errors import ExportError
+from madtp.errors import ExampleInputsError, ExportError
 
 Opened: TypeAlias = Callable[..., list[Tensor]]
 """An opened artefact: takes what the model takes, returns the tensors among the leaves of its output."""
 
 DESCRIPTION = "madtp.json"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 ONNX_LIMIT = 2**31 - 2**20
 """Bytes of weights from which an ONNX file cannot hold them."""
 
@@ -67,7 +69,7 @@ def _write_aoti(program: ExportedProgram, description: Mapping[str, object], pat
         )
     except Exception as error:  # compilers fail in many ways
         raise ExportError(
-            f"AOTInductor could not compile the model ({type(error).__name__}: {_first_line(error)}). It needs a C++ compiler; "
+            f"AOTInductor could not compile the model ({type(error).__name__}: {reason_of(error)}). It needs a C++ compiler; "
             "the format pt2 needs none."
         ) from error
 
@@ -87,7 +89,7 @@ def _write_onnx(program: ExportedProgram, description: Mapping[str, object], pat
         raise ExportError(f"the ONNX exporter lacks a library ({error}); pip install 'madtp[onnx]'.") from error
     except Exception as error:  # an operation without a translation, or a library of another version
         raise ExportError(
-            f"the ONNX exporter failed ({type(error).__name__}: {_first_line(error)}). The formats pt2 and aoti need no ONNX."
+            f"the ONNX exporter failed ({type(error).__name__}: {reason_of(error)}). The formats pt2 and aoti need no ONNX."
         ) from error
     assert converted is not None
     converted.model.metadata_props["madtp"] = json.dumps(description)
@@ -104,16 +106,37 @@ def _open_onnx(path: Path) -> Opened:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
+    arguments = json.loads(session.get_modelmeta().custom_metadata_map.get("madtp", "{}")).get("arguments")
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        if arguments is not None:
+            kwargs = _in_order(arguments, args, kwargs)
         given = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors_of((args, kwargs))]
+        if len(given) != len(names):
+            raise ExampleInputsError(
+                f"the file takes {len(names)} tensors ({', '.join(names)}); {len(given)} were given."
+            )
         return [torch.from_numpy(value) for value in session.run(None, dict(zip(names, given, strict=True)))]
 
     return run
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def _in_order(arguments: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The named arguments of a call in the order in which the file was exported with them."""
+    if len(args) != arguments["positional"] or set(kwargs) != set(arguments["named"]):
+        raise ExampleInputsError(
+            f"the file was exported with {arguments['positional']} positional arguments and those named "
+            f"{', '.join(arguments['named']) or '(none)'}; it was called with {len(args)} and {', '.join(kwargs) or '(none)'}."
+        )
+    return {name: kwargs[name] for name in arguments["named"]}
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of the innermost cause of an error, as plain text."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in ANSI.sub("", str(error)).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 FORMATS: dict[str, ArtefactFormat] = {

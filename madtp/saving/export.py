@@ -6,9 +6,10 @@ was exported with.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
+import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +25,9 @@ import madtp
 from madtp.atomic_files import replacing_file
 from madtp.calls.batch import sample_dims
 from madtp.calls.call import Call, Inputs
-from madtp.errors import ConfigError, ExportError, MadtpError
+from madtp.errors import ConfigError, ExampleInputsError, ExportError, MadtpError
 from madtp.pruned import HOW_TO_EXPORT, PrunedModel
-from madtp.saving.artefacts import FORMATS, ArtefactFormat, Opened, tensors_of
+from madtp.saving.artefacts import FORMATS, ArtefactFormat, Opened, reason_of, tensors_of
 from madtp.tuning.batches import as_call, evaluating
 
 
@@ -84,30 +85,70 @@ def export(
         ExportError: the model is not frozen, something in it depends on values, a library or compiler is missing, or the
             artefact computes something else. Nothing is left at ``path`` that was not there before.
     """
+    if not isinstance(pruned, PrunedModel):
+        raise ExportError(f"a {type(pruned).__name__} is no pruned model; rewrite it with madtp.rewrite first.")
+    if not isinstance(example_inputs, (Mapping, tuple)):
+        raise ExampleInputsError(
+            f"example_inputs is a {type(example_inputs).__name__}; pass a dict of keyword arguments or a tuple of positional "
+            "ones."
+        )
+    if not isinstance(tolerance, (int, float)) or not 0.0 < tolerance < math.inf:
+        raise ConfigError(f"tolerance is {tolerance!r}; allowed: a finite number above 0")
     path = Path(path)
     chosen = _format(path, format)
+    _check_target(path)
     if pruned._control.active and not pruned._control.counts_are_fixed():
         raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
     as_call(pruned, example_inputs)
     # The artefact is called as the example is given, by name or by position.
     call = Call((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else Call(tuple(example_inputs), {})
+    if any_batch and call.samples() < 2:
+        raise ExampleInputsError(
+            "the example inputs hold one sample; to leave the number of samples free, give 2 or more."
+        )
     with torch.no_grad(), evaluating(pruned):
         batches = _check_batches(call, any_batch=any_batch)
         expected = [tensors_of(pruned(*one.args, **one.kwargs)) for one in batches]
         program = export_program(pruned, call, any_batch=any_batch)
         with replacing_file(path) as draft:
-            chosen.write(program, _describe(pruned), draft)
-            run = chosen.open(draft)
-            found = max(
-                _difference(own, run(*one.args, **one.kwargs)) for own, one in zip(expected, batches, strict=True)
-            )
+            found = _written(chosen, program, _describe(pruned, call), draft, batches, expected)
             if not found <= tolerance:
                 raise ExportError(
                     f"the artefact is off by {found:.2g} of an output's largest entry, more than {tolerance:g}. Scores "
                     "that are equal up to rounding may select other tokens; if other inputs differ as much, use another "
-                    "format."
+                    "format, or in half precision a larger tolerance."
                 )
     return Exported(path, chosen.name, path.stat().st_size / 2**20, found)
+
+
+def _check_target(path: Path) -> None:
+    """Refuse a path at which no file can be written, before the work."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file in it.")
+    blocking = next((parent for parent in path.parents if parent.exists()), None)
+    if blocking is not None and not blocking.is_dir():
+        raise ConfigError(f"{blocking} is a file, so {path} cannot be written.")
+
+
+def _written(
+    chosen: ArtefactFormat,
+    program: ExportedProgram,
+    description: Mapping[str, object],
+    draft: Path,
+    batches: list[Call],
+    expected: list[list[Tensor]],
+) -> float:
+    """Write a file, and return how far its outputs are off."""
+    try:
+        chosen.write(program, description, draft)
+        run = chosen.open(draft)
+        return max(_difference(own, run(*one.args, **one.kwargs)) for own, one in zip(expected, batches, strict=True))
+    except MadtpError:
+        raise
+    except Exception as error:  # writers and runtimes fail in many ways
+        raise ExportError(
+            f"the model cannot be written or run as {chosen.name} ({type(error).__name__}: {reason_of(error)})."
+        ) from error
 
 
 def open_artefact(path: str | os.PathLike[str], format: str | None = None) -> Opened:
@@ -134,7 +175,8 @@ def open_artefact(path: str | os.PathLike[str], format: str | None = None) -> Op
         raise
     except Exception as error:  # readers of damaged files fail in many ways
         raise ExportError(
-            f"{path} cannot be read as {chosen.name} ({type(error).__name__}: {error}); export the model again."
+            f"{path} cannot be read as {chosen.name} ({type(error).__name__}: {reason_of(error)}); name its format if it has "
+            "another, or export the model again."
         ) from error
 
 
@@ -149,18 +191,17 @@ def export_program(pruned: PrunedModel, call: Call, *, any_batch: bool) -> Expor
     Raises:
         ExportError: something in the model depends on values.
     """
-    # Tensors keep the marks that an export puts on them.
-    args, kwargs = copy.deepcopy((call.args, call.kwargs))
-    shapes = _free_batch(call) if any_batch else None
+    shapes = _free_batch(pruned, call) if any_batch else None
     try:
+        # Tensors keep the marks that an export puts on them, so it gets others.
+        args, kwargs = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), (call.args, call.kwargs))
         with pruned.aside(), _original_signature(pruned):
             return torch.export.export(pruned, args, kwargs, dynamic_shapes=shapes)
     except MadtpError:
         raise
     except Exception as error:  # exporting fails in many ways
-        reason = str(error).strip().partition("\n")[0]
         raise ExportError(
-            f"torch.export cannot follow the model ({type(error).__name__}: {reason}). "
+            f"torch.export cannot follow the model ({type(error).__name__}: {reason_of(error)}). "
             + ("Without any_batch it may." if any_batch else "Something in it depends on the values of its inputs.")
         ) from error
 
@@ -202,15 +243,15 @@ def _format(path: Path, name: str | None) -> ArtefactFormat:
     return FORMATS[name]
 
 
-def _free_batch(call: Call) -> tuple[object, ...]:
-    """The first dimensions of a call's tensors that are its samples, marked as free."""
+def _free_batch(pruned: PrunedModel, call: Call) -> dict[str, object]:
+    """The dimensions of a call's tensors that are its samples, marked as free, by argument."""
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     dims = sample_dims(leaves)
     if dims is None:
         raise ExportError("the inputs do not tell which of their dimensions are samples; export without any_batch.")
     free = [None if dim is None else {dim: torch.export.Dim.DYNAMIC} for dim in dims]
     args, kwargs = pytree.tree_unflatten(free, spec)
-    return (*args, *kwargs.values())
+    return dict(inspect.signature(pruned._host.forward).bind(*args, **kwargs).arguments)
 
 
 def _check_batches(call: Call, *, any_batch: bool) -> list[Call]:
@@ -241,18 +282,30 @@ def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
         return float("inf")
     worst = 0.0
     for own, other in zip(expected, found, strict=True):
-        if own.numel():
-            own, other = own.double().cpu(), other.double().cpu()
-            gap = (own - other).abs().nan_to_num(float("inf") if own.isfinite().all() else 0.0)
-            worst = max(worst, float(gap.max() / own.abs().max().clamp_min(1.0)))
+        own, other = own.double().cpu(), other.double().cpu()
+        finite = own.isfinite()
+        # What is not finite, such as the logits of masked answers, has to be the same.
+        if not torch.equal(own[~finite].nan_to_num(nan=0.5), other[~finite].nan_to_num(nan=0.5)):
+            return math.inf
+        if not bool(finite.any()):
+            continue
+        gap, largest = float((own[finite] - other[finite]).abs().max()), float(own[finite].abs().max())
+        if not gap < math.inf:
+            return math.inf
+        worst = max(worst, gap / largest if largest else (math.inf if gap else 0.0))
     return worst
 
 
-def _describe(pruned: PrunedModel) -> Mapping[str, object]:
+def _describe(pruned: PrunedModel, call: Call) -> Mapping[str, object]:
+    control = pruned._control
     return {
         "madtp": madtp.__version__,
         "torch": str(torch.__version__),
         "model": type(pruned._host).__qualname__,
+        "arguments": {"positional": len(call.args), "named": list(call.kwargs)},
+        "prunes": control.active,
         "pruning": pruned.config.to_dict(),
-        "static_counts": dict(pruned._control.static_counts),
+        "temperature": pruned.temperature,
+        "gain": pruned.gain,
+        "static_counts": dict(control.static_counts) if control.active else {},
     }

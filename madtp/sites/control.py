@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from madtp.calls.compiling import is_compiling
 from madtp.calls.modality_tracking import Tracker
 from madtp.config import PruningConfig
 from madtp.method.guidance import AlignmentTokens
@@ -208,4 +209,4 @@ class PruningControl:
 
     def collects_features(self) -> bool:
         """Whether sites pool features for the alignment loss, which is wanted only where there are gradients."""
-        return self.config.alignment and torch.is_grad_enabled()
+        return self.config.alignment and torch.is_grad_enabled() and not is_compiling()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.compiling import is_compiling
+from madtp.errors import MadtpError
 from madtp.method.guidance import pooled_features, query_projection
 from madtp.method.importance import AttentionStatistics, ImportanceTerms, importance_terms
 from madtp.method.selection import candidates_of, ranking, select, smallest_drop
@@ -141,7 +142,8 @@ class PruningSite(nn.Module):
         """
         before = state if state is not None else unpruned_state(tokens.size(0), tokens.size(1))
         after, rows = before, tokens
-        if self.control.active and attention.statistics is not None:
+        # A sample alone whose tokens are all padding has none left.
+        if self.control.active and attention.statistics is not None and before.length > 0:
             rows, after = self._prune(
                 tokens.flatten(0, 1), block_input.flatten(0, 1), attention, before, readouts, segments
             )
@@ -213,6 +215,12 @@ class PruningSite(nn.Module):
             varies: whether the number of required tokens depends on the sample.
         """
         control, config = self.control, self.control.config
+        for one in ballot.scored:
+            if one.group.key not in control.static_counts:
+                raise MadtpError(
+                    f"{one.group.key} has no fixed count, because no batch that the model was frozen with has reached it; "
+                    "freeze the model again, with batches that do."
+                )
         groups = [
             StaticGroup(
                 candidates=one.group.candidates,

@@ -20,7 +20,7 @@ from torch import Tensor
 from madtp.method.importance import AttentionStatistics
 from madtp.tokens.attention import AttentionInputs, AttentionOptions, hides_nothing, join_masks, plain_attention
 from madtp.tokens.packing import in_rows, in_slots, lengths_of, row_positions, side_input_rows
-from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sampled
+from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sample, observe_sampled
 from madtp.tokens.scored_attention import (
     WHOLE_MAP,
     Observed,
@@ -28,7 +28,6 @@ from madtp.tokens.scored_attention import (
     Slot,
     is_plain,
     observe_heads,
-    observe_sample,
     shares_memory,
 )
 from madtp.tokens.state import TokenState
@@ -136,7 +135,7 @@ def _observe_each(
     weights = torch.split(in_rows(counted, state).to(torch.float32), list(lengths))
     if not is_plain(inputs):
         for one, weight, slot in zip(each_sample(inputs, state, state), weights, slots, strict=True):
-            yield observe_sample(one, weight, slot)
+            yield observe_sample(one, weight, slot, queries)
         return
     heads, width = inputs.query.size(1), inputs.query.size(3)
     query = inputs.query * (width**-0.5 if inputs.scale is None else inputs.scale)
@@ -152,7 +151,8 @@ def _observe_each(
         if heads * q.size(1) * k.size(1) <= WHOLE_MAP:
             yield observe_heads(q, k, v, weight, slot, scratch)
         else:
-            yield observe_sample(replace(inputs, query=q[None], key=k[None], value=v[None], scale=1.0), weight, slot)
+            whole = replace(inputs, query=q[None], key=k[None], value=v[None], scale=1.0)
+            yield observe_sample(whole, weight, slot, None)
 
 
 def _without_idle_mask(inputs: AttentionInputs, key_state: TokenState | None) -> AttentionInputs:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from madtp.method.importance import AttentionStatistics
 from madtp.tokens.attention import AttentionInputs, hides_nothing, plain_attention, valid_keys
-from madtp.tokens.scored_attention import Slot, attention_with_statistics, is_plain
+from madtp.tokens.scored_attention import Observed, Slot, attention_with_statistics, is_plain
+from madtp.tokens.state import marked_first
 
 
 def attention_with_sampled_statistics(
@@ -83,6 +84,17 @@ def observe_sampled(
     return received, None if class_slot is None else probabilities[:, -1]
 
 
+def observe_sample(inputs: AttentionInputs, counted: Tensor, class_slot: int | None, queries: int | None) -> Observed:
+    """Return the output and statistics of one sample ``[1, H, N, D]``, whatever stands between scores and probabilities; as
+    :func:`madtp.tokens.scored_attention.observe_heads`."""
+    output, statistics = attention_with_sampled_statistics(
+        inputs, counted=counted[None] > 0, class_slot=class_slot, queries=queries
+    )
+    assert statistics.received is not None
+    row = None if statistics.class_row is None else statistics.class_row[0]
+    return Observed(output[0].transpose(0, 1), statistics.received[0], row)
+
+
 @dataclass(frozen=True)
 class _Sample:
     """Some queries ``[B, H, n, D]``, and whether each counts ``[B, n]``."""
@@ -103,7 +115,7 @@ def _by_sample(inputs: AttentionInputs, mask: Tensor, counted: Tensor, queries: 
     visible = valid_keys(mask, batch, length)
     assert visible is not None
     rank = _evenly_spaced(queries, visible.sum(1, keepdim=True), mask.device)
-    slots = visible.to(torch.uint8).argsort(dim=1, descending=True, stable=True).gather(1, rank)
+    slots = marked_first(visible).gather(1, rank)
     # A sample with fewer tokens than queries is asked for some of them twice.
     fresh = torch.cat([torch.ones_like(rank[:, :1], dtype=torch.bool), rank[:, 1:] != rank[:, :-1]], 1)
     taken = inputs.query.gather(2, slots[:, None, :, None].expand(batch, heads, queries, width))

@@ -173,15 +173,6 @@ def _sample_by_sample(inputs: AttentionInputs, counted: Tensor | None, class_slo
     return Observed(output.transpose(1, 2), received, class_row)
 
 
-def observe_sample(inputs: AttentionInputs, counted: Tensor, class_slot: int | None) -> Observed:
-    """Return the output and statistics of one sample ``[1, H, N, D]``, whatever stands between scores and probabilities; as
-    :func:`observe_heads`."""
-    output, statistics = attention_with_statistics(inputs, counted=counted[None] > 0, class_slot=class_slot)
-    assert statistics.received is not None
-    row = None if statistics.class_row is None else statistics.class_row[0]
-    return Observed(output[0].transpose(0, 1), statistics.received[0], row)
-
-
 def _is_small(inputs: AttentionInputs) -> bool:
     """Whether the map of all samples can be made at once, with nothing in between but a scale."""
     batch, heads, queries, _ = inputs.query.shape

@@ -13,7 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, gather_positions, map_tensors, positions_of, unpruned_state
+from madtp.tokens.state import (
+    TokenState,
+    gather_positions,
+    map_tensors,
+    marked_first,
+    positions_of,
+    unpruned_state,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def _range(state: TokenState, start: int | None, end: int | None) -> _Range:
     inside = (state.index >= first) & (state.index < last)
     if state.valid is not None:
         inside = inside & state.valid
-    order = inside.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    order = marked_first(inside)
     counts = inside.sum(1)
     # With fixed counts the length must not depend on values; a range holds its tokens and merged ones.
     length = state.length if state.static else max(1, int(counts.max()))

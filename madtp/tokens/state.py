@@ -127,6 +127,16 @@ def hide_dropped(state: TokenState, survivors: Tensor) -> TokenState:
     )
 
 
+def marked_first(marked: Tensor) -> Tensor:
+    """Return the order ``[B, N]`` in which marked slots come first, each part in its own order.
+
+    By ``topk`` of keys that differ, because exporters know no stable sort.
+    """
+    length = marked.size(1)
+    behind = torch.arange(length, 0, -1, device=marked.device)
+    return (marked.long() * length + behind).topk(length, dim=1).indices
+
+
 def state_length(state: TokenState) -> int:
     """Return N, the number of slots."""
     return state.length

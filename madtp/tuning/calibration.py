@@ -110,7 +110,7 @@ def calibrate(
         ExampleInputsError: there are no batches, or they do not fit the model.
         CalibrationError: the reduction cannot be reached, or weights or outputs are NaN. The model's settings are unchanged.
     """
-    if objective not in TOLERANCES:
+    if not isinstance(objective, str) or objective not in TOLERANCES:
         raise ConfigError(f"objective is {objective!r}; allowed: {', '.join(map(repr, TOLERANCES))}")
     tolerance = TOLERANCES[objective] if tolerance is None else tolerance
     for name, value in (("reduction", reduction), ("tolerance", tolerance)):

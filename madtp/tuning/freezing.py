@@ -6,6 +6,7 @@ of each sample those that are best for it. Shapes are static then, as compilers 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,16 +14,20 @@ from dataclasses import replace
 import torch
 
 from madtp.calls.call import Inputs
+from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.tuning.batches import calls_of, evaluating
+
+log = logging.getLogger("madtp")
 
 
 def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
     """Fix the number of tokens that each site keeps.
 
     The number is the mean over the samples of ``batches``, rounded up. Shapes no longer depend on values then:
-    :func:`madtp.export`, ``torch.export.export`` and ``torch.compile(pruned, fullgraph=True)`` take the model.
+    :func:`madtp.export`, ``torch.export.export`` and ``torch.compile(pruned, fullgraph=True)`` take the model. A frozen model
+    can be frozen again, with other batches or after its gain was changed.
 
     Args:
         pruned: changed in place; its batching becomes ``"static"``. It is run in eval mode; its mode is restored.
@@ -32,27 +37,48 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
         The number of prunable tokens (class token and readouts not counted) that each site keeps from now on.
 
     Raises:
-        ConfigError: pruning is off, or the model is frozen already.
+        ConfigError: pruning is off, or an option of the authors' code goes by slots, which fixed counts do not follow.
         ExampleInputsError: there are no batches, or they do not fit the model.
     """
     control = pruned._control
-    if control.static_counts:
-        raise ConfigError("the model has fixed counts at each site already; rewrite or load it anew to freeze others.")
     if not control.active:
         raise ConfigError("pruning is off (temperature 0), so there are no counts to freeze; set a temperature first.")
+    if not _follows_tokens(pruned.config):
+        raise ConfigError(
+            "order, mask_order, merged_mask, readout, causal_mask or cross_mask is that of the authors' code, which fixed "
+            "counts do not reproduce; leave them at their defaults."
+        )
+    calls = calls_of(pruned, batches)
+    before = control.config, control.static_counts, control.static_room
+    adaptive = "ragged" if control.config.batching == "static" else control.config.batching
+    control.config, control.static_counts = replace(control.config, batching=adaptive), {}
     kept: dict[str, list[int]] = {}
     room: dict[str, int] = {}
     control.measured_room = room
     try:
         with torch.no_grad(), evaluating(pruned):
-            for call in calls_of(pruned, batches):
+            for call in calls:
                 pruned(*call.args, **call.kwargs)
                 for name, counts in control.record.kept_counts.items():
                     kept.setdefault(name, []).extend(counts.tolist())
+    except BaseException:
+        control.config, control.static_counts, control.static_room = before
+        raise
     finally:
         control.measured_room = None
     control.static_counts = {name: math.ceil(sum(counts) / len(counts)) for name, counts in kept.items()}
-    control.static_room = dict(room)
+    control.static_room = room
     control.config = replace(control.config, batching="static")
     pruned.config = control.config
+    missing = [site.name for site in pruned.report.sites if site.name not in room]
+    if missing:
+        log.warning(
+            "no batch has reached %s; calls that do will be refused. Freeze with batches that do.", ", ".join(missing)
+        )
     return dict(control.static_counts)
+
+
+def _follows_tokens(config: PruningConfig) -> bool:
+    official = PruningConfig.official()
+    names = ("order", "mask_order", "merged_mask", "readout", "causal_mask", "cross_mask")
+    return all(getattr(config, name) != getattr(official, name) for name in names)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +15,16 @@ import timm
 import torch
 import torch._dynamo
 from case_models import CASES
+from joint_stream_models import SingleStream
+from model_case import lively, text
+from region_hosts import Collector
 from torch import Tensor, nn
 
 import madtp
 from madtp.errors import ConfigError, ExampleInputsError, ExportError
 from madtp.pruned import PrunedModel
+from madtp.saving import artefacts
+from madtp.saving import export as export_module
 from madtp.saving.export import open_artefact
 
 CONFIG = madtp.PruningConfig(temperature=4.0, alignment_tokens=8)
@@ -125,9 +133,11 @@ def test_the_record_is_empty_after_a_compiled_call(frozen: tuple[PrunedModel, Te
     torch._dynamo.reset()
     with torch.no_grad():
         pruned(images)
-        torch.compile(pruned, backend="aot_eager")(images)
+    torch.compile(pruned, backend="aot_eager")(images)
     with pytest.raises(madtp.MadtpError, match="no forward has run"):
         pruned.token_counts()
+    with pytest.raises(madtp.MadtpError, match="the last forward has none"):
+        pruned.alignment_loss()
 
 
 @pytest.mark.parametrize("any_batch", [False, True])
@@ -158,6 +168,83 @@ def test_an_onnx_file_runs_in_onnx_runtime(frozen: tuple[PrunedModel, Tensor], t
         assert_close(open_artefact(tmp_path / "vit.onnx")(images[:3]), pruned(images[:3]))
 
 
+def test_an_onnx_file_takes_named_arguments_in_any_order(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pruned, inputs = frozen_case("towers_batch_first_post")
+    run = madtp.export(pruned, tmp_path / "towers.onnx", dict(inputs)).open()
+    turned = dict(reversed(inputs.items()))
+    assert list(turned) != list(inputs)
+    with torch.no_grad():
+        assert_close(run(**turned), pruned(**inputs))
+    first = next(iter(inputs))
+    with pytest.raises(ExampleInputsError, match="was exported with 0 positional arguments and those named"):
+        run(**{name: value for name, value in inputs.items() if name != first})
+    with pytest.raises(ExampleInputsError, match="misspelt"):
+        run(**{("misspelt" if name == first else name): value for name, value in inputs.items()})
+
+
+def test_a_joint_stream_becomes_an_onnx_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    inputs = {"pixels": torch.randn(3, 3, 32, 32), **text(3, 12)}
+    config = madtp.PruningConfig(alignment_tokens=8, score_queries=3)
+    pruned = madtp.rewrite(lively(SingleStream()).eval(), inputs, config=config)
+    madtp.freeze(pruned, [inputs])
+    assert madtp.export(pruned, tmp_path / "joint.onnx", inputs).difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "difference"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.0, 2.0], [1.0, 1.0], 0.5),
+        ([1e-5, 2e-5], [0.0, 0.0], 1.0),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 0.0], [0.0, 1e-9], torch.inf),
+        ([-torch.inf, 2.0], [-torch.inf, 2.0], 0.0),
+        ([-torch.inf, 2.0], [-torch.inf, 0.0], 1.0),
+        ([-torch.inf, 2.0], [torch.inf, 2.0], torch.inf),
+        ([-torch.inf, 2.0], [torch.nan, torch.nan], torch.inf),
+        ([torch.nan, 2.0], [torch.nan, 2.0], 0.0),
+        ([1.0, 2.0], [torch.nan, 2.0], torch.inf),
+        ([1.0, 2.0], [1.0], torch.inf),
+    ],
+)
+def test_differences_are_measured_by_the_largest_finite_entry(
+    wanted: list[float], found: list[float], difference: float
+) -> None:
+    assert export_module._difference([torch.tensor(wanted)], [torch.tensor(found)]) == pytest.approx(difference)
+
+
+def test_a_file_says_what_it_is(frozen: tuple[PrunedModel, Tensor], tmp_path: Path) -> None:
+    pruned, images = frozen
+    facts = []
+    for prunes in (True, False):
+        with nullcontext() if prunes else pruned.dense():
+            madtp.export(pruned, tmp_path / "vit.pt2", (images,))
+        extra = {"madtp.json": ""}
+        torch.export.load(tmp_path / "vit.pt2", extra_files=extra)
+        facts.append(json.loads(extra["madtp.json"]))
+    assert [fact["prunes"] for fact in facts] == [True, False]
+    assert facts[0]["static_counts"] == pruned._control.static_counts
+    assert facts[1]["static_counts"] == {}
+    assert facts[0]["gain"] == pruned.gain
+
+
+def test_a_call_that_regions_do_not_reproduce_stays_as_it_is_when_compiled() -> None:
+    torch.manual_seed(0)
+    inputs = {"pixels": torch.randn(3, 3, 32, 32), **text(3, 7)}
+    pruned = madtp.rewrite(lively(Collector()).eval(), inputs, config=CONFIG)
+    madtp.freeze(pruned, [inputs])
+    with torch.no_grad():
+        wanted = pruned(**inputs, inner=True)
+        torch._dynamo.reset()
+        found = torch.compile(pruned, backend="aot_eager")(**inputs, inner=True)
+    assert_close(found, wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_a_compiled_package_runs(frozen: tuple[PrunedModel, Tensor], tmp_path: Path) -> None:
@@ -171,14 +258,23 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     frozen: tuple[PrunedModel, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned, images = frozen
+    (tmp_path / "folder.pt2").mkdir()
     for path, keywords, error in (
         ("vit.onnx", {"format": "pt2"}, "ends in .pt2"),
         ("vit.pt2", {"format": "tflite"}, "format is 'tflite'"),
+        ("folder.pt2", {}, r"folder.pt2 is a folder"),
+        ("vit.pt2", {"tolerance": float("nan")}, "tolerance is nan"),
     ):
         with pytest.raises(ConfigError, match=error):
             madtp.export(pruned, tmp_path / path, (images,), **keywords)
     with pytest.raises(ExampleInputsError):
         madtp.export(pruned, tmp_path / "vit.pt2", {"pixels": images})
+    with pytest.raises(ExampleInputsError, match="is a list"):
+        madtp.export(pruned, tmp_path / "vit.pt2", [images])  # type: ignore[arg-type]
+    with pytest.raises(ExampleInputsError, match="one sample"):
+        madtp.export(pruned, tmp_path / "vit.pt2", (images[:1],), any_batch=True)
+    with pytest.raises(ExportError, match=r"madtp\.rewrite"):
+        madtp.export(nn.Identity(), tmp_path / "vit.pt2", (images,))  # type: ignore[arg-type]
     dynamic, _ = small_vit()
     with pytest.raises(ExportError, match=r"madtp\.freeze"):
         madtp.export(dynamic, tmp_path / "vit.pt2", (images,))
@@ -189,16 +285,19 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     monkeypatch.setattr(torch.export, "export", fails)
     with pytest.raises(ExportError, match="RuntimeError: data-dependent"):
         madtp.export(pruned, tmp_path / "vit.pt2", (images,))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
 
 
 def test_an_artefact_that_computes_something_else_is_refused(
-    frozen: tuple[PrunedModel, Tensor], tmp_path: Path
+    frozen: tuple[PrunedModel, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned, images = frozen
     (tmp_path / "vit.pt2").write_text("what was there before")
-    with pytest.raises(ExportError, match="off by"):
-        madtp.export(pruned, tmp_path / "vit.pt2", (images,), tolerance=-1.0)
+    opened = artefacts.FORMATS["pt2"]
+    wrong = replace(opened, open=lambda path: lambda *args, **kwargs: [1.01 * x for x in opened.open(path)(*args)])
+    monkeypatch.setitem(artefacts.FORMATS, "pt2", wrong)
+    with pytest.raises(ExportError, match=r"off by 0\.01 of"):
+        madtp.export(pruned, tmp_path / "vit.pt2", (images,))
     assert [file.name for file in tmp_path.iterdir()] == ["vit.pt2"]
     assert (tmp_path / "vit.pt2").read_text() == "what was there before"
 

@@ -13,7 +13,7 @@ from rewritten_models import gap
 from torch import Tensor, nn
 
 import madtp
-from madtp.errors import ConfigError, ExampleInputsError
+from madtp.errors import ConfigError, ExampleInputsError, MadtpError
 from madtp.method.importance import ImportanceTerms
 from madtp.method.threshold import keep_best
 from madtp.sites import site
@@ -112,14 +112,57 @@ def test_nothing_to_freeze_is_an_error() -> None:
         madtp.freeze(pruned, [(images,)])
 
 
-def test_a_model_is_frozen_once_and_keeps_its_mode_after_an_error() -> None:
+def test_a_model_keeps_its_mode_and_settings_after_an_error_and_can_be_frozen_again() -> None:
     pruned, images = _pruned()
     pruned.train()
     with pytest.raises(Exception, match=r"shape|size"):
         madtp.freeze(pruned, [(images,), (images[:, :2],)])
     assert pruned.training
-    assert pruned.config.batching == "ragged"
-    madtp.freeze(pruned, [(images,)])
+    assert pruned.config.batching == pruned._control.config.batching == "ragged"
+    weak = madtp.freeze(pruned, [(images,)])
     assert pruned.training
-    with pytest.raises(ConfigError, match="already"):
+    pruned.gain = 2.0
+    strong = madtp.freeze(pruned, [(images,)])
+    assert sum(strong.values()) < sum(weak.values())
+    with pytest.raises(ExampleInputsError):
+        madtp.freeze(pruned, [])
+    assert pruned._control.static_counts == strong
+
+
+def test_options_that_go_by_slots_are_refused() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    pruned = madtp.rewrite(model, (images,), config=madtp.PruningConfig.official())
+    with pytest.raises(ConfigError, match="authors' code"):
         madtp.freeze(pruned, [(images,)])
+
+
+class Optional(nn.Module):
+    """Takes text only if it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = (
+            nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 1, enable_nested_tensor=False
+            )
+            for _ in range(2)
+        )
+        self.patches, self.words = nn.Conv2d(3, 16, 8, 8), nn.Embedding(50, 16)
+
+    def forward(self, pixels: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        pooled = self.image(self.patches(pixels).flatten(2).transpose(1, 2)).mean(1)
+        return pooled if input_ids is None else pooled + self.text(self.words(input_ids)).mean(1)
+
+
+def test_sites_that_no_batch_has_reached_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    inputs = {"pixels": torch.randn(3, 3, 32, 32), "input_ids": torch.randint(0, 50, (3, 12))}
+    pruned = madtp.rewrite(Optional().eval(), inputs, config=madtp.PruningConfig(alignment_tokens=4))
+    madtp.freeze(pruned, [{"pixels": inputs["pixels"]}])
+    assert "no batch has reached text.layers.0" in caplog.text
+    with pytest.raises(MadtpError, match=r"text\.layers\.0 has no fixed count.*freeze the model again"):
+        pruned(**inputs)
+    madtp.freeze(pruned, [inputs])
+    pruned(**inputs)

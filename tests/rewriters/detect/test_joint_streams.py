@@ -68,6 +68,33 @@ def test_every_block_is_pruned_and_temperature_zero_is_the_original(build: Calla
             assert gap(want, have) < 1e-5
 
 
+@torch.no_grad()
+def test_a_sample_that_is_scored_by_some_queries_ignores_padding_of_a_text_that_is_not_pruned() -> None:
+    model, pruned = rewritten(MODELS[0], towers=("image",), score_queries=3)
+    inputs = inputs_of(model, 4, 12)
+    mask = torch.ones_like(inputs["attention_mask"])
+    mask[0, 3:] = 0
+    padded = {**inputs, "attention_mask": mask}
+    whole = pruned(**padded)
+    alone = pruned(**{name: value[:1] for name, value in padded.items()})
+    cut = pruned(pixels=inputs["pixels"][:1], input_ids=inputs["input_ids"][:1, :3], attention_mask=mask[:1, :3])
+    for name in whole:
+        assert gap(whole[name][:1], alone[name]) < 1e-5
+        if whole[name].shape[1:] == cut[name].shape[1:]:
+            assert gap(whole[name][:1], cut[name]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_text_of_padding_alone_has_nothing_to_prune() -> None:
+    model, pruned = rewritten(Fusion)
+    inputs = inputs_of(model, 3, 12)
+    inputs["attention_mask"][1] = 0
+    whole = pruned(**inputs)
+    alone = pruned(**{name: value[1:2] for name, value in inputs.items()})
+    for name in whole:
+        assert gap(whole[name][1:2], alone[name]) < 1e-5
+
+
 @pytest.mark.parametrize("build", MODELS, ids=NAMES)
 @torch.no_grad()
 def test_a_sample_ignores_its_batch_mates(build: Callable[[], nn.Module]) -> None:
