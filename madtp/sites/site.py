@@ -232,6 +232,8 @@ class PruningSite(nn.Module):
         if self.spec.name not in control.static_room and not is_compiling():
             control.static_room[self.spec.name] = int(required.sum(1).max())
         room = control.static_room[self.spec.name]
+        if not config.merge:  # a sample never loses all its tokens
+            room = max(room, 1 - sum(group.count for group in groups))
         decision = StaticDecision(
             groups=groups, required=required, room=room, varies=varies, scores=ballot.scores, valid=valid
         )

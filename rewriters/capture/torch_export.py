@@ -29,6 +29,10 @@ from rewriters.capture.scope import Region
 FreeDims = tuple[tuple[int, ...], ...]
 
 
+NO_TRACES = "do_not_emit_stack_traces"
+"""Setting of torch.fx."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """What torch.export made of a model.
@@ -148,9 +152,16 @@ def _traceable() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     # On failure torch.export prints the whole graph; the reason is in the exception.
     unread = io.StringIO()
+    # Nobody reads where in Python each node comes from, and finding it out takes a twentieth of the time.
+    traces = getattr(torch.fx.config, NO_TRACES, None)
+    setattr(torch.fx.config, NO_TRACES, True)
     try:
         with spelled_out(), warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
             warnings.simplefilter("ignore")
             yield
     finally:
+        if traces is None:  # older releases of torch know no such setting
+            delattr(torch.fx.config, NO_TRACES)
+        else:
+            setattr(torch.fx.config, NO_TRACES, traces)
         logging.disable(disabled)

@@ -18,9 +18,8 @@ def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, **k
         AxisError: the operation does not take operands of these shapes.
     """
     node = graph.call_function(target, args, kwargs)
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
+    if "nn_module_stack" in like.meta:
+        node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
     values = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs))
     fake = like.meta["val"].fake_mode if hasattr(like.meta.get("val"), "fake_mode") else None
     if fake is None:

@@ -129,6 +129,17 @@ def test_a_model_keeps_its_mode_and_settings_after_an_error_and_can_be_frozen_ag
     assert pruned._control.static_counts == strong
 
 
+def test_a_sample_never_loses_all_its_tokens() -> None:
+    torch.manual_seed(0)
+    inputs = {"pixels": torch.randn(3, 3, 32, 32), "input_ids": torch.randint(0, 50, (3, 12))}
+    config = madtp.PruningConfig(alignment_tokens=4, merge=False, min_tokens=0)
+    pruned = madtp.rewrite(Optional().eval(), inputs, config=config)
+    pruned.gain = 1e4
+    assert set(madtp.freeze(pruned, [inputs]).values()) == {0}
+    assert pruned(**inputs).isfinite().all()
+    assert all(count.tolist() == [1, 1, 1] for count in pruned.token_counts().values())
+
+
 def test_options_that_go_by_slots_are_refused() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=64, num_classes=5).eval()
