@@ -95,7 +95,7 @@ def export(
     if not isinstance(tolerance, (int, float)) or not 0.0 < tolerance < math.inf:
         raise ConfigError(f"tolerance is {tolerance!r}; allowed: a finite number above 0")
     path = Path(path)
-    chosen = _format(path, format)
+    chosen = format_of(path, format)
     _check_target(path)
     if pruned._control.active and not pruned._control.counts_are_fixed():
         raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
@@ -166,7 +166,7 @@ def open_artefact(path: str | os.PathLike[str], format: str | None = None) -> Op
         ExportError: ONNX Runtime is missing, or the file cannot be read.
     """
     path = Path(path)
-    chosen = _format(path, format)
+    chosen = format_of(path, format)
     if not path.is_file():
         raise ExportError(f"there is no file {path}; give a file that madtp.export wrote.")
     try:
@@ -234,7 +234,12 @@ def _plain(output: object) -> object:
     return output
 
 
-def _format(path: Path, name: str | None) -> ArtefactFormat:
+def format_of(path: Path, name: str | None) -> ArtefactFormat:
+    """Return the format of a file, by its name or by the suffix of its path.
+
+    Raises:
+        ConfigError: there is no such format, or ``path`` has the suffix of another.
+    """
     name = name or ("onnx" if path.suffix == ".onnx" else "pt2")
     if name not in FORMATS:
         raise ConfigError(f"format is {name!r}; allowed: {', '.join(map(repr, FORMATS))}")

@@ -14,7 +14,7 @@ import madtp
 from madtp.benchmark.timing import median_seconds
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.saving.export import Exported
+from madtp.saving.export import Exported, format_of
 from zoo.benchmark.bench import Bench, Target, kept_of
 from zoo.benchmark.models import DENSE, Batch, open_model
 
@@ -87,6 +87,7 @@ def export_model(settings: ExportSettings, notify: Callable[[str], None] = _quie
     """
     if settings.any_batch and settings.batch < 2:
         raise ConfigError("batch is 1; to leave the number of samples free, export with 2 or more.")
+    format_of(settings.output, settings.format)
     torch.set_num_threads(settings.threads)
     notify(f"opening {settings.model}")
     opened = open_model(settings.model, () if settings.checkpoint is None else (settings.checkpoint,), settings.seed)
