@@ -14,7 +14,14 @@ from torch import Tensor
 import madtp
 from madtp import PrunedModel
 from madtp.errors import CalibrationError, ConfigError, ExampleInputsError
+from madtp.tuning import calibration
 from madtp.tuning.calibration import dense_macs, mac_reduction
+
+
+@pytest.fixture(autouse=True)
+def _without_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sites cost and save is measured elsewhere (``test_time.py``)."""
+    monkeypatch.setattr(calibration, "break_even", lambda pruned, call: [])
 
 
 @pytest.fixture(scope="module")
