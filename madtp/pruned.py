@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
-from madtp.calls.compiling import is_compiling
+from madtp.calls.compiling import is_compiling, is_exporting
 from madtp.calls.packed_images import PerImageArguments
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ContinuationError, ExportError, MadtpError, RewriteError
@@ -223,17 +223,17 @@ class PrunedModel(nn.Module):
                 raise ExportError(f"torch.jit.trace would keep what Python decides for one input. {how}")
             return self._forward(*args, **kwargs)
         shapes_vary = self._control.active and not self._control.counts_are_fixed()
-        if shapes_vary and torch.compiler.is_exporting():
+        if shapes_vary and is_exporting():
             raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
         host_forward = None if self._whole is not None else self._host.__dict__.get("forward")
-        if isinstance(host_forward, HostForward) and not torch.compiler.is_exporting():
+        if isinstance(host_forward, HostForward) and not is_exporting():
             shapes_vary |= host_forward.follows_features or not host_forward.reproduces(args, kwargs)
         if shapes_vary:
             return _uncompiled_forward(self, *args, **kwargs)
         self._control.clear_record()
         if self._whole is None:
             return self._host(*args, **kwargs)
-        return self._whole.run_compiled(normalise_call(self._host, args, kwargs))
+        return self._whole.run_compiled(normalise_call(self._host, args, kwargs, self._whole.parameters))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = normalise_call(self._host, args, kwargs)

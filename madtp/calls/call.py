@@ -122,14 +122,25 @@ class Signature:
     objects: tuple[ObjectSpec, ...] = ()
 
 
-def normalise_call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+def normalise_call(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    parameters: inspect.Signature | None = None,
+) -> Call:
     """Bind ``args`` and ``kwargs`` to the parameter names of ``model.forward``.
+
+    Args:
+        model: the module that is called.
+        args: positional arguments.
+        kwargs: arguments by name.
+        parameters: the signature of ``model.forward``, which a compiler cannot find out. None finds it out.
 
     Raises:
         ExampleInputsError: they do not fit the signature.
     """
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        bound = (parameters or inspect.signature(model.forward)).bind(*args, **kwargs)
     except TypeError as error:
         raise ExampleInputsError(
             f"the inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}. "

@@ -50,7 +50,7 @@ class HostForward(ReplacedForward):
             return self.original(*args, **kwargs)
         if is_compiling():
             return self._compiled(args, kwargs)
-        call = normalise_call(self.module, args, kwargs)
+        call = normalise_call(self.module, args, kwargs, self.parameters)
         described = call
         with suppress(CannotFlatten):
             described = call.flattened(None)
@@ -79,7 +79,7 @@ class HostForward(ReplacedForward):
 
     def reproduces(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         """Whether an earlier call of this kind has shown that the regions reproduce the original."""
-        call = normalise_call(self.module, args, kwargs)
+        call = normalise_call(self.module, args, kwargs, self.parameters)
         if object_kind((call.args, call.kwargs)) is not None:
             return False
         return self.agreements.get(signature(self.module, call, _all_dims(call)), False)

@@ -6,6 +6,7 @@ serves is captured by itself, onto the same sites.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.compiling import is_exporting
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError, ExportError
@@ -81,6 +83,7 @@ class ProgramCache:
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
         latest: the program that ran last.
+        parameters: the signature of the module's own forward.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class ProgramCache:
         self.path, self.module, self.host, self.build_program = path, host.get_submodule(path), host, build_program
         self.inner, self.per_image = inner, per_image
         self.additions = additions_of(host)
+        self.parameters = inspect.signature(self.module.forward)
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
@@ -252,7 +256,7 @@ class ProgramCache:
         for cached in entries:
             program = cached.program
             # A compiler may leave sizes free; those of an export are known.
-            if torch.compiler.is_exporting() and not _has_free_sizes(leaves) and not program.serves(leaves):
+            if is_exporting() and not _has_free_sizes(leaves) and not program.serves(leaves):
                 continue
             if program.returned is None and signature(self.module, call, program.dynamic) == cached.signature:
                 return program.run(self.host, leaves)

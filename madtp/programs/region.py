@@ -70,7 +70,7 @@ class PrunedRegion(ReplacedForward):
         if self.control.runs_original and not self.programs.marked:
             return self.original(*args, **kwargs)
         try:
-            call = normalise_call(self.module, args, kwargs)
+            call = normalise_call(self.module, args, kwargs, self.parameters)
         except ExampleInputsError:  # the original says best what is wrong
             return self.original(*args, **kwargs)
         if is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,12 +15,14 @@ class ReplacedForward:
     Attributes:
         module: the module whose forward is replaced.
         original: the module's own forward.
+        parameters: its signature.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original: Callable[..., object] = module.forward
         self.__wrapped__ = self.original
+        self.parameters = inspect.signature(self.original)
 
 
 @contextmanager
