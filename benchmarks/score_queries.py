@@ -26,8 +26,7 @@ import madtp
 import zoo
 from madtp.atomic_files import write_text
 from madtp.pruned import PrunedModel
-from madtp.tuning.batches import calls_of, evaluating
-from madtp.tuning.search import mac_reduction
+from zoo.benchmark.bench import kept_of
 from zoo.recipes.model_card import held_out_calls, test_task
 
 CHECKPOINTS = ("pruned-50", "pruned-80")
@@ -49,15 +48,10 @@ def with_queries(name: str, checkpoint: str, data: str, queries: int | None) -> 
     return model
 
 
-@torch.no_grad()
 def reduction(model: PrunedModel, calls: list[dict[str, torch.Tensor]]) -> float:
     """The fraction of the dense MACs that a model saves."""
-    found = []
-    with evaluating(model):
-        for call in calls_of(model, calls):
-            model(*call.args, **call.kwargs)
-            found.append(mac_reduction(model))
-    return statistics.fmean(found)
+    kept = kept_of(model, calls)
+    return 1 - sum(one.macs for one in kept) / sum(one.dense_macs for one in kept)
 
 
 def run(output: Path, items: int) -> None:
@@ -72,10 +66,7 @@ def run(output: Path, items: int) -> None:
             continue
         name, data = TASKS[task], DATA[task]
         model = with_queries(name, checkpoint, data, queries)
-        scores = []
-        for seed in SEEDS:
-            scores.append(main_metric(test_task(model, name, data, items=items, seed=seed))[1])
-        results[key] = scores
+        results[key] = [main_metric(test_task(model, name, data, items=items, seed=seed))[1] for seed in SEEDS]
         write_text(output, json.dumps(results, indent=1) + "\n")
 
 

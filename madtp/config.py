@@ -209,6 +209,16 @@ class PruningConfig:
         return self.towers is None or modality in self.towers
 
 
+def follows_tokens(config: PruningConfig) -> bool:
+    """Return whether masks and readouts follow the tokens. Some options of the authors' code read them by slots."""
+    return (
+        config.mask_order == "tokens"
+        and config.causal_mask == "gathered"
+        and config.readout == "remapped"
+        and config.cross_mask != "ignored"
+    )
+
+
 def _choices() -> dict[str, tuple[str, ...]]:
     hints = typing.get_type_hints(PruningConfig)
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}

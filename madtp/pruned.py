@@ -372,11 +372,7 @@ def _strength(name: str, value: float) -> float:
     return number
 
 
-def _forward(pruned: PrunedModel, *args: Any, **kwargs: Any) -> Any:
-    return pruned._forward(*args, **kwargs)
-
-
 # The forward where shapes, or the positions of image features, depend on values: torch.compile breaks the graph around it.
 _uncompiled_forward: Callable[..., Any] = torch.compiler.disable(
-    _forward, reason=f"token counts or image positions depend on the input. {HOW_TO_EXPORT}"
+    PrunedModel._forward, reason=f"token counts or image positions depend on the input. {HOW_TO_EXPORT}"
 )

@@ -208,6 +208,8 @@ def _tensors(leaves: Iterable[object]) -> list[Tensor]:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    if tensor.dtype == torch.bool or is_compiling():  # values are not known to a compiler: then masks count as ids
-        return tensor.dtype == torch.bool
+    if tensor.dtype == torch.bool:
+        return True
+    if is_compiling():  # values are not known: then masks count as ids
+        return False
     return bool(((tensor == 0) | (tensor == 1)).all())

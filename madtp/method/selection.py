@@ -50,7 +50,6 @@ def select(
     config: PruningConfig,
     *,
     gain: float | Tensor,
-    counts: Tensor | None = None,
 ) -> Tensor:
     """Return the candidates that survive.
 
@@ -68,7 +67,6 @@ def select(
         candidates: ``[B, N]`` bool.
         config: the fields ``selection``, ``keep_ratio``, ``batching``, ``min_tokens``, ``merge`` and ``seed`` are read.
         gain: gamma, the factor on theta.
-        counts: ``[B]`` int64, the numbers of candidates to keep. They take the place of the threshold.
 
     Returns:
         ``[B, N]`` bool, a subset of the candidates; all candidates of a sample that would lose too few
@@ -79,12 +77,11 @@ def select(
             class attention.
     """
     least = smallest_drop(config)
-    if counts is None:
-        if config.batching == "static":
-            raise ConfigError("batching='static' needs counts for each site; freeze the model with madtp.freeze first")
-        if config.selection == "threshold" and config.batching == "ragged":
-            return keep_mask(scores, theta, gain, candidates, min_tokens=config.min_tokens, smallest_drop=least)
-        counts = _counts(scores, theta, candidates, config, gain)
+    if config.batching == "static":
+        raise ConfigError("batching='static' needs counts for each site; freeze the model with madtp.freeze first")
+    if config.selection == "threshold" and config.batching == "ragged":
+        return keep_mask(scores, theta, gain, candidates, min_tokens=config.min_tokens, smallest_drop=least)
+    counts = _counts(scores, theta, candidates, config, gain)
     return keep_best(ranking(terms, scores, config), counts, candidates, smallest_drop=least)
 
 

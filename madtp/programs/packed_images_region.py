@@ -59,7 +59,7 @@ class PerImageRegion(ReplacedForward):
         if self.control.runs_original:
             return self.original(*args, **kwargs)
         try:
-            call = normalise_call(self.module, args, kwargs)
+            call = normalise_call(self.module, args, kwargs, self.parameters)
         except ExampleInputsError:  # the original says best what is wrong
             return self.original(*args, **kwargs)
         images = self.per_image.images(call)

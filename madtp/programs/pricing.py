@@ -25,7 +25,7 @@ def macs_by_module(control: PruningControl, tokens: Tokens) -> dict[str, float]:
     """
     total: dict[str, float] = {} if control.record.outside_macs is None else {OUTSIDE: control.record.outside_macs}
     for run in control.record.runs:
-        share = 1.0 if control.record.batch is None else run.batch() / control.record.batch
+        share = run.share(control.record.batch)
         for path, amount in _price(run, tokens, pruning=control.active).items():
             total[path] = total.get(path, 0.0) + amount * share
     return total

@@ -134,3 +134,7 @@ class Run:
     def batch(self) -> int:
         """Number of samples that went through."""
         return batch_size(self.inputs) // self.program.repeats
+
+    def share(self, samples: int | None) -> float:
+        """Number of samples that went through, as a fraction of those of the call; 1 if that number is not known."""
+        return 1.0 if samples is None else self.batch() / samples

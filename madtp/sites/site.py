@@ -244,9 +244,9 @@ class PruningSite(nn.Module):
             return rows, replace(hide_dropped(before, valid | required), static=True)
         selection = select_static(decision)
         self._note_counts(ballot, selection.survivors)
-        for one in ballot.scored:
+        for one in ballot.scored if self._gates() else ():
             kept = selection.survivors & one.group.candidates
-            rows = self._gated(one, ballot.guidance, kept, rows, before)
+            rows = self._gated(one, self._theta(one, ballot.guidance), kept, rows, before)
         return assemble_static(rows, before, decision, selection, merge=config.merge, causal=self.spec.causal)
 
     def _note_counts(self, ballot: _Ballot, survivors: Tensor) -> None:
@@ -310,22 +310,24 @@ class PruningSite(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The candidates ``[B, N]`` of a group that survive, and the rows ``[T, C]`` times their gates."""
         control, group = self.control, scored.group
+        theta = self._theta(scored, guidance)
         if control.forced is not None:
             kept = group.candidates & _forced_slots(control.forced[self.spec.name], state)
         else:
-            theta = self._theta(scored, guidance)
             kept = select(scored.terms, scored.scores, theta, group.candidates, control.config, gain=control.gain)
         control.record.kept_counts[group.key] = kept.sum(1)
-        return kept, self._gated(scored, guidance, kept, rows, state)
+        return kept, self._gated(scored, theta, kept, rows, state) if self._gates() else rows
 
     def _theta(self, scored: _Scored, guidance: Tensor | None) -> Tensor:
         return threshold(guidance, scored.scores, scored.group.candidates, max(self.control.temperature, 1e-6))
 
-    def _gated(self, scored: _Scored, guidance: Tensor | None, kept: Tensor, rows: Tensor, state: TokenState) -> Tensor:
-        """The rows times the factor that carries gradients to the threshold, in training with ``straight_through``."""
-        if not (self.control.config.straight_through and self.training):
-            return rows
-        gate = straight_through_gate(scored.scores, self._theta(scored, guidance), self.control.gain, kept)
+    def _gates(self) -> bool:
+        """Whether gradients reach the threshold: in training with ``straight_through``."""
+        return self.control.config.straight_through and self.training
+
+    def _gated(self, scored: _Scored, theta: Tensor, kept: Tensor, rows: Tensor, state: TokenState) -> Tensor:
+        """The rows times the factor that carries gradients to the threshold."""
+        gate = straight_through_gate(scored.scores, theta, self.control.gain, kept)
         gate = torch.where(kept, gate, torch.ones_like(gate))
         return rows * in_rows(gate, state).unsqueeze(-1).to(rows.dtype)
 

@@ -164,8 +164,9 @@ def mask_of_survivors(
     columns = None if key_state is None else mask_positions(key_state)
     if rows is None and columns is None:
         return mask if present_mask is None else present_mask, inputs.causal
-    if key_state is not None and key_state is not query_state and key_state.quirks is not None:
-        mask = None if key_state.quirks.ignores_cross_masks else mask
+    quirks = None if key_state is None or key_state is query_state else key_state.quirks
+    if quirks is not None and quirks.ignores_cross_masks:
+        mask = None
     if inputs.causal:
         row = torch.arange(query.size(2), device=query.device)[None] if rows is None else rows
         column = torch.arange(key.size(2), device=key.device)[None] if columns is None else columns

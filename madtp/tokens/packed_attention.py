@@ -20,7 +20,7 @@ from torch import Tensor
 from madtp.method.importance import AttentionStatistics
 from madtp.tokens.attention import AttentionInputs, AttentionOptions, hides_nothing, join_masks, plain_attention
 from madtp.tokens.packing import in_rows, in_slots, lengths_of, row_positions, side_input_rows
-from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sample, observe_sampled
+from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sample
 from madtp.tokens.scored_attention import (
     WHOLE_MAP,
     Observed,
@@ -139,20 +139,16 @@ def _observe_each(
         return
     heads, width = inputs.query.size(1), inputs.query.size(3)
     query = inputs.query * (width**-0.5 if inputs.scale is None else inputs.scale)
-    operands = [_each(rows.squeeze(0), state) for rows in (query, inputs.key, inputs.value)]
-    if queries is not None and queries < max(lengths):
-        for q, k, v, weight, slot in zip(*operands, weights, slots, strict=True):
-            output = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0].transpose(0, 1)
-            yield Observed(output, *observe_sampled(q, k, weight, slot, queries))
-        return
+    operands = (_each(rows.squeeze(0), state) for rows in (query, inputs.key, inputs.value))
     largest = min(WHOLE_MAP, heads * max(lengths) ** 2)
     scratch = Scratch(query, largest) if shares_memory(inputs) else None
     for q, k, v, weight, slot in zip(*operands, weights, slots, strict=True):
-        if heads * q.size(1) * k.size(1) <= WHOLE_MAP:
+        asks_all = queries is None or q.size(1) <= queries
+        if asks_all and heads * q.size(1) * k.size(1) <= WHOLE_MAP:
             yield observe_heads(q, k, v, weight, slot, scratch)
         else:
-            whole = replace(inputs, query=q[None], key=k[None], value=v[None], scale=1.0)
-            yield observe_sample(whole, weight, slot, None)
+            one = replace(inputs, query=q[None], key=k[None], value=v[None], scale=1.0)
+            yield observe_sample(one, weight, slot, queries)
 
 
 def _without_idle_mask(inputs: AttentionInputs, key_state: TokenState | None) -> AttentionInputs:

@@ -61,29 +61,6 @@ def attention_with_sampled_statistics(
     return output, AttentionStatistics(received, probabilities[:, :, -1], output.float().norm(dim=-1))
 
 
-def observe_sampled(
-    query: Tensor, key: Tensor, counted: Tensor, class_slot: int | None, queries: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the attention received ``[N]`` and the class row ``[H, N]`` of one sample without padding.
-
-    Args:
-        query: ``[H, N, D]``, scaled.
-        key: ``[H, N, D]``.
-        counted: ``[N]``, one at the queries that count, else zero.
-        class_slot: slot whose row is the class attention; None if there is none.
-        queries: n; all where there are no more.
-    """
-    length = query.size(1)
-    chosen = _evenly_spaced(min(queries, length), length, query.device)
-    sampled = query.index_select(1, chosen)
-    if class_slot is not None:
-        sampled = torch.cat([sampled, query[:, class_slot : class_slot + 1]], 1)
-    probabilities = _softmax(torch.bmm(sampled, key.transpose(1, 2)), None)
-    strongest = probabilities[:, : len(chosen)].amax(0)
-    received = torch.mv(strongest.t(), counted.index_select(0, chosen).to(strongest.dtype))
-    return received, None if class_slot is None else probabilities[:, -1]
-
-
 def observe_sample(inputs: AttentionInputs, counted: Tensor, class_slot: int | None, queries: int | None) -> Observed:
     """Return the output and statistics of one sample ``[1, H, N, D]``, whatever stands between scores and probabilities; as
     :func:`madtp.tokens.scored_attention.observe_heads`."""

@@ -64,13 +64,10 @@ def attention_with_statistics(
         inputs = replace(inputs, mask=None if hides_nothing(mask) else mask)
     heads, size = inputs.query.size(1), inputs.query.size(2) * inputs.key.size(2)
     if is_compiling():  # which fuses the steps itself, and needs one form for all sizes of a batch
-        empty = queries_without_keys(inputs)
-        plain = is_plain(inputs)
-        observed = (
-            _at_once(inputs, counted, class_slot)
-            if plain
-            else _collect(inputs, empty, counted, class_slot, inputs.query.size(2))
-        )
+        if is_plain(inputs):
+            observed = _at_once(inputs, counted, class_slot)
+        else:
+            observed = _collect(inputs, queries_without_keys(inputs), counted, class_slot, inputs.query.size(2))
     elif is_plain(inputs) and shares_memory(inputs) and heads * size >= SMALL_MAP:
         by_sample = _sample_by_sample if heads * size <= WHOLE_MAP else _head_by_head
         observed = by_sample(inputs, counted, class_slot)

@@ -7,9 +7,8 @@ them anyway. Costs are measured; savings are multiply-accumulates times the dens
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,9 +20,7 @@ from madtp.programs.program import Run
 from madtp.pruned import PrunedModel
 from madtp.report import SiteBalance, SiteReport
 from madtp.sites.site import PruningSite
-
-ROUNDS = 1
-"""Measurements of which the median counts, after one to warm up; a calibration should not wait long for them."""
+from madtp.tuning.search import dense_macs
 
 
 def break_even(pruned: PrunedModel, call: Call, *, dense_seconds: float | None = None) -> list[SiteBalance]:
@@ -34,23 +31,16 @@ def break_even(pruned: PrunedModel, call: Call, *, dense_seconds: float | None =
         call: the batch.
         dense_seconds: time of the batch without pruning; None measures it.
     """
-    rounds: list[dict[str, float]] = []
     with torch.no_grad():
-        for _ in range(ROUNDS + 1):
+        for _ in range(2):  # once to warm up; a calibration should not wait long
             with _timed_sites(pruned) as spent:
                 pruned(*call.args, **call.kwargs)
-            rounds.append(spent)
         if dense_seconds is None:
-            dense_seconds = median_seconds({"dense": lambda: _dense_call(pruned, call)}, ROUNDS)["dense"]
-        pruned(*call.args, **call.kwargs)
-    dense = sum(pruned.macs_by_module("all").values())
-    saved = {} if not dense else _saved_macs(pruned)
+            dense_seconds = median_seconds({"dense": lambda: _dense_call(pruned, call)}, 1)["dense"]
+    dense = dense_macs(pruned)
+    saved = _saved_macs(pruned) if dense else {}
     return [
-        SiteBalance(
-            site=name,
-            cost=statistics.median(spent.get(name, 0.0) for spent in rounds[1:]),
-            saving=macs / dense * dense_seconds,
-        )
+        SiteBalance(site=name, cost=spent.get(name, 0.0), saving=macs / dense * dense_seconds)
         for name, macs in saved.items()
     ]
 
@@ -113,26 +103,20 @@ def _saved_macs(pruned: PrunedModel) -> dict[str, float]:
     saved: dict[str, float] = {}
     record = pruned._control.record
     for run in record.runs:
-        share = 1.0 if record.batch is None else run.batch() / record.batch
         counts = {name: state.counts for name, state in run.states.items()}
-        price = _priced(run)
-        own = price(counts)
+        own = _price(run, counts)
         for name in counts:
             earlier = _site_before(name, list(counts), sites)
             without = {other: count for other, count in counts.items() if other != name}
             if earlier is not None and counts[earlier].shape == counts[name].shape:
                 without[name] = counts[earlier]
-            saved[name] = saved.get(name, 0.0) + (price(without) - own) * share
+            saved[name] = saved.get(name, 0.0) + (_price(run, without) - own) * run.share(record.batch)
     return saved
 
 
-def _priced(run: Run) -> Callable[[Mapping[str, torch.Tensor]], float]:
-    """The price of a run's program at other token counts."""
-
-    def price(counts: Mapping[str, torch.Tensor]) -> float:
-        return sum(run.program.cost.price(run.inputs, counts, active=True).values())
-
-    return price
+def _price(run: Run, counts: Mapping[str, torch.Tensor]) -> float:
+    """Multiply-accumulates per sample of a run at other token counts."""
+    return sum(run.program.cost.price(run.inputs, counts, active=True).values())
 
 
 def _site_before(name: str, ran: Sequence[str], sites: Mapping[str, SiteReport]) -> str | None:

@@ -127,10 +127,10 @@ def calibrate(
         with torch.no_grad(), evaluating(pruned):
             if objective == "macs":
                 search, timing = Search(pruned, calls, chosen, target=reduction, tolerance=tolerance), None
-                best = search.run()
+                search.run()
             else:
                 search, timing = search_time(pruned, calls, chosen, target=reduction, tolerance=tolerance)
-                best = search.history[-1]
+            best = search.history[-1]
             _balance_sites(pruned, calls[0])
         found = True
     finally:

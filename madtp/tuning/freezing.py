@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from madtp.calls.call import Inputs
-from madtp.config import PruningConfig
+from madtp.config import follows_tokens
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.tuning.batches import calls_of, evaluating
@@ -43,7 +43,8 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
     control = pruned._control
     if not control.active:
         raise ConfigError("pruning is off (temperature 0), so there are no counts to freeze; set a temperature first.")
-    if not _follows_tokens(pruned.config):
+    config = pruned.config
+    if not follows_tokens(config) or config.order != "position" or config.merged_mask != "any":
         raise ConfigError(
             "order, mask_order, merged_mask, readout, causal_mask or cross_mask is that of the authors' code, which fixed "
             "counts do not reproduce; leave them at their defaults."
@@ -76,9 +77,3 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
             "no batch has reached %s; calls that do will be refused. Freeze with batches that do.", ", ".join(missing)
         )
     return dict(control.static_counts)
-
-
-def _follows_tokens(config: PruningConfig) -> bool:
-    official = PruningConfig.official()
-    names = ("order", "mask_order", "merged_mask", "readout", "causal_mask", "cross_mask")
-    return all(getattr(config, name) != getattr(official, name) for name in names)

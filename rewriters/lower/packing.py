@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import fx
 from torch.fx.node import Argument
 
-from madtp.config import PruningConfig
+from madtp.config import PruningConfig, follows_tokens
 from madtp.tokens import packing as runtime
 from madtp.tokens import state as padded_runtime
 from madtp.tokens.attention import attention
@@ -53,16 +53,6 @@ def pack(insertion: Insertion, config: PruningConfig) -> tuple[str, ...]:
     if not packer.enabled:
         return (OPTIONS,) if insertion.sites else ()
     return tuple(f"{reason} ({count} times)" for reason, count in packer.padded.items())
-
-
-def follows_tokens(config: PruningConfig) -> bool:
-    """Whether masks and readouts follow the tokens. Some options of the authors' code read them by slots."""
-    return (
-        config.mask_order == "tokens"
-        and config.causal_mask == "gathered"
-        and config.readout == "remapped"
-        and config.cross_mask != "ignored"
-    )
 
 
 class _Conversion(NamedTuple):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ import madtp
 from madtp.config import PruningConfig
 from madtp.cost.counting import Counter
 from madtp.pruned import PrunedModel
+from madtp.saving.artefacts import FORMATS, Opened
 from madtp.tuning.calibration import dense_macs
 from zoo.benchmark.models import Batch, OpenedModel
 
@@ -163,6 +166,12 @@ def kept_of(model: PrunedModel, batches: Sequence[Batch]) -> list[Kept]:
         tokens = {site: counts.tolist() for site, counts in model.token_counts().items()}
         kept.append(Kept(model.macs(), dense_macs(model), tokens))
     return kept
+
+
+def opened_export(model: PrunedModel, batch: Batch, format: str) -> Opened:
+    """Return a frozen model as an exported file, opened; the file itself is gone."""
+    with TemporaryDirectory() as folder:
+        return madtp.export(model, Path(folder) / f"model{FORMATS[format].suffix}", batch, format=format).open()
 
 
 @torch.no_grad()

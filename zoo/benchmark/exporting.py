@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,11 +14,8 @@ from madtp.benchmark.timing import median_seconds
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.saving.export import Exported, format_of
-from zoo.benchmark.bench import Bench, Target, kept_of
+from zoo.benchmark.bench import Bench, Target, kept_of, opened_export
 from zoo.benchmark.models import DENSE, Batch, open_model
-
-CALIBRATION_SAMPLES, CALIBRATION_BATCH = 64, 16
-DRAWN_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +54,12 @@ class ExportReport:
 
     Attributes:
         exported: the artefact.
-        counts: number of prunable tokens that each site keeps.
         macs: multiply-accumulates per sample of the frozen model.
         dense_macs: the same of the dense model.
         seconds: median time of a batch, by what ran it; empty if nothing was timed.
     """
 
     exported: Exported
-    counts: dict[str, int]
     macs: float
     dense_macs: float
     seconds: dict[str, float]
@@ -93,8 +87,7 @@ def export_model(settings: ExportSettings, notify: Callable[[str], None] = _quie
     opened = open_model(settings.model, () if settings.checkpoint is None else (settings.checkpoint,), settings.seed)
     for module in (opened.dense, *opened.pruned.values()):
         module.eval()
-    samples = DRAWN_SAMPLES if opened.data is None else CALIBRATION_SAMPLES
-    bench = Bench(opened, opened.samples(samples, min(CALIBRATION_BATCH, samples), calibration=True))
+    bench = Bench(opened, opened.calibration())
     notify("fixing token counts")
     frozen = bench.frozen(_target(settings, pruned=bool(opened.pruned)))
     batch = opened.samples(settings.batch, settings.batch)[0]
@@ -112,21 +105,16 @@ def export_model(settings: ExportSettings, notify: Callable[[str], None] = _quie
         }
         with torch.no_grad():
             seconds = median_seconds({name: partial(call, **batch) for name, call in calls.items()}, settings.rounds)
-    return ExportReport(exported, _counts(frozen), kept.macs, kept.dense_macs, seconds)
+    return ExportReport(exported, kept.macs, kept.dense_macs, seconds)
 
 
 def _dense_artefact(frozen: PrunedModel, batch: Batch, exported: Exported) -> Callable[..., object]:
     """The dense model in the same format: what pruning saves there is the difference from it."""
-    with TemporaryDirectory() as folder, frozen.dense():
-        path = Path(folder) / exported.path.name
-        return madtp.export(frozen, path, batch, format=exported.format).open()
+    with frozen.dense():
+        return opened_export(frozen, batch, exported.format)
 
 
 def _target(settings: ExportSettings, *, pruned: bool) -> Target:
     if pruned:
         return Target(settings.checkpoint or "", checkpoint=settings.checkpoint)
     return Target(f"{settings.reduction:.0%}", reduction=settings.reduction)
-
-
-def _counts(frozen: PrunedModel) -> dict[str, int]:
-    return dict(frozen._control.static_counts)

@@ -30,7 +30,6 @@ from zoo.benchmark.variants import Entrant, Variant, choose_variants
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LIBRARIES = ("madtp", "torch", "timm", "transformers")
-DATA_SAMPLES, DRAWN_SAMPLES, CALIBRATION_BATCH = 64, 16, 8
 FEWEST_SAMPLES = 4
 
 Save = Callable[[BenchmarkResult], None]
@@ -133,8 +132,7 @@ def measure(
     cast = partial(_cast, DTYPES[settings.dtype])
     for module in (opened.dense, *opened.pruned.values()):
         module.to(DTYPES[settings.dtype]).eval()
-    samples = settings.calibration_samples or (DRAWN_SAMPLES if opened.data is None else DATA_SAMPLES)
-    calibration = opened.samples(samples, min(CALIBRATION_BATCH, samples), calibration=True)
+    calibration = opened.calibration(settings.calibration_samples)
     bench = Bench(opened, [cast(batch) for batch in calibration])
     targets = targets_of(settings.reductions, tuple(opened.pruned))
     variants = choose_variants(settings.variants, compiled=settings.compiled)

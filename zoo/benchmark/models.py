@@ -27,6 +27,7 @@ Batch = dict[str, Any]
 
 TIMM = "timm:"
 DENSE = "dense"
+DATA_SAMPLES, DRAWN_SAMPLES, CALIBRATION_BATCH = 64, 16, 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class OpenedModel:
             return held_out_calls(self.name, self.data, split=split, items=count, seed=self.seed, batch_size=size)
         whole = _drawn(self.dense, count, self.seed + (1_000_003 if calibration else 0))
         return [_part(whole, start, min(start + size, count)) for start in range(0, count, size)]
+
+    def calibration(self, count: int | None = None) -> list[Batch]:
+        """Return samples to calibrate on; None takes 64 of data, or 16 drawn ones."""
+        count = count or (DRAWN_SAMPLES if self.data is None else DATA_SAMPLES)
+        return self.samples(count, min(CALIBRATION_BATCH, count), calibration=True)
 
     def reopened(self, checkpoint: str) -> PrunedModel:
         """Return another copy of a pruned model, whose settings may be changed."""

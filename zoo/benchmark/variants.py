@@ -6,8 +6,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import torch
@@ -19,8 +17,17 @@ import madtp
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
-from madtp.saving.artefacts import FORMATS, Opened
-from zoo.benchmark.bench import Bench, Kept, Target, counted_macs, kept_of, samples_of, set_strength
+from madtp.saving.artefacts import Opened
+from zoo.benchmark.bench import (
+    Bench,
+    Kept,
+    Target,
+    counted_macs,
+    kept_of,
+    opened_export,
+    samples_of,
+    set_strength,
+)
 from zoo.benchmark.floor import floor_of
 from zoo.benchmark.models import Batch
 from zoo.recipes.token_merging import blocks_that_merge, merge_tokens
@@ -130,9 +137,7 @@ def _exported(format: str, bench: Bench, target: Target) -> Entrant:
     opened: dict[str, Opened] = {}
     for batch in bench.batches:
         if _sizes(batch) not in opened:
-            with TemporaryDirectory() as folder:
-                path = Path(folder) / f"model{FORMATS[format].suffix}"
-                opened[_sizes(batch)] = madtp.export(model, path, batch, format=format).open()
+            opened[_sizes(batch)] = opened_export(model, batch, format)
 
     def call(number: int) -> object:
         return opened[_sizes(bench.batches[number])](**bench.batches[number])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,9 +153,9 @@ def test_sampled_queries_of_one_sample_are_those_of_a_batch() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 11, 4) for _ in range(3))
     rows = torch.rand(1, 11) > 0.3
-    _, batch = sampled_scores.attention_with_sampled_statistics(
-        attention.AttentionInputs(query, key, value, None, 0.0, False), counted=rows, class_slot=3, queries=4
-    )
-    received, class_row = sampled_scores.observe_sampled(query[0] / 2, key[0], rows[0].float(), 3, 4)
+    inputs = attention.AttentionInputs(query, key, value, None, 0.0, False)
+    _, batch = sampled_scores.attention_with_sampled_statistics(inputs, counted=rows, class_slot=3, queries=4)
+    one = replace(inputs, query=query / 2, scale=1.0)
+    _, received, class_row = sampled_scores.observe_sample(one, rows[0].float(), 3, 4)
     torch.testing.assert_close(received, batch.received[0])
     torch.testing.assert_close(class_row, batch.class_row[0])
