@@ -33,7 +33,7 @@ from madtp.programs.region import PrunedRegion
 from madtp.report import RewriteReport
 from madtp.sites.additions import PREFIX, Additions
 from madtp.sites.control import PruningControl
-from madtp.sites.scoring import SiteSpec
+from madtp.sites.spec import SiteSpec
 from madtp.tokens.state import TokenState, kept_positions
 
 HOW_TO_EXPORT = "Fix the counts with madtp.freeze(pruned, batches) first; madtp.export then writes a file."

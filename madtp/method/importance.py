@@ -5,6 +5,9 @@ Cao et al., CVPR 2024, module DTP, token importance score; ``docs/method.md``, "
 :class:`AttentionStatistics`, so that an attention kernel can collect it without building the attention map;
 :func:`attention_statistics` is the plain form for when the map is there.
 
+The terms are computed from tensors, or from arrays where no gradient is wanted: on short vectors numpy takes a third of the
+time. Both take the same steps.
+
 Symbols: B samples, H heads, N tokens *with* class token and padding, K alignment tokens. A ``[B, H, N, N]`` are the
 attention probabilities, o ``[B, H, N, D]`` the attention output before its projection, G ``[B, N, K]`` the guidance.
 *Candidates* are the tokens that pruning may take; every sum over tokens j below runs over the candidates of one sample.
@@ -12,34 +15,35 @@ attention probabilities, o ``[B, H, N, D]`` the attention output before its proj
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from madtp.config import PruningConfig
+from madtp.method.arrays import Values, in_float32, namespace, precise, within
 
 TINY = 1e-12
 
 
-class AttentionStatistics(NamedTuple):
-    """What the importance needs to know about one self-attention.
+@dataclass(frozen=True)
+class AttentionStatistics(Generic[Values]):
+    """What the importance needs to know about one self-attention, as tensors or as arrays.
 
     Attributes:
         received: c ``[B, N]``, the attention that each token receives: c_j = sum_i max_h A_hij over the query tokens i,
-            without the class token and padding. None where the keys are not tokens.
-        class_row: A_h0j ``[B, H, N]``, the row of the class token, or of the readout token in causal streams. None
-            without one.
-        output_norms: norms |o_hj| ``[B, H, N]``, the L2 norm of the attention output over the head's width. None without a
-            class row.
+            without the class token and padding. None where the keys are not tokens, or where nothing asks for it.
+        class_attention: t ``[B, N]``, what the class token, or the readout token in causal streams, attends to:
+            t_j = sum_h A_h0j |o_hj| / sum_h |o_hj|. None without one, or where nothing asks for it.
     """
 
-    received: Tensor | None
-    class_row: Tensor | None
-    output_norms: Tensor | None
+    received: Values | None
+    class_attention: Values | None
 
 
-class ImportanceTerms(NamedTuple):
+@dataclass(frozen=True)
+class ImportanceTerms(Generic[Values]):
     """The terms of the importance, each ``[B, N]`` float32 and zero outside the candidates.
 
     Attributes:
@@ -48,16 +52,20 @@ class ImportanceTerms(NamedTuple):
         class_attention: s3. None without a class row.
     """
 
-    self_attention: Tensor | None
-    alignment: Tensor | None
-    class_attention: Tensor | None
+    self_attention: Values | None
+    alignment: Values | None
+    class_attention: Values | None
 
-    def mean(self) -> Tensor:
+    def present(self) -> list[Values]:
+        """The terms that exist."""
+        return [one for one in (self.self_attention, self.alignment, self.class_attention) if one is not None]
+
+    def mean(self) -> Values:
         """Return the importance S ``[B, N]``: S = (s1 + s2 + s3) / 3, or the mean of those terms that exist.
 
         With the default configuration S sums to one over the candidates of a sample. It is zero elsewhere.
         """
-        present = [term for term in self if term is not None]
+        present = self.present()
         total = present[0]
         for term in present[1:]:
             total = total + term
@@ -66,7 +74,7 @@ class ImportanceTerms(NamedTuple):
 
 def attention_statistics(
     probabilities: Tensor, output: Tensor, queries: Tensor, class_position: Tensor | int | None
-) -> AttentionStatistics:
+) -> AttentionStatistics[Tensor]:
     """Return the statistics of a full attention map.
 
     The maximum over heads is taken entry by entry, before the sum over queries.
@@ -80,21 +88,37 @@ def attention_statistics(
     strongest = probabilities.amax(dim=1)
     received = strongest.masked_fill(~queries.unsqueeze(-1), 0.0).sum(dim=1)
     if class_position is None:
-        return AttentionStatistics(received, None, None)
+        return AttentionStatistics(received, None)
     if isinstance(class_position, int):
         class_row = probabilities[:, :, class_position]
     else:
         batch = torch.arange(probabilities.shape[0], device=probabilities.device)
         class_row = probabilities[batch, :, class_position]
-    return AttentionStatistics(received, class_row, output.norm(dim=-1))
+    return AttentionStatistics(received, class_attention(class_row, output, head_dim=1))
+
+
+def class_attention(class_row: Tensor, output: Tensor, head_dim: int) -> Tensor:
+    """Return t, the attention of the class token weighted by how large each head's output is at the token attended to.
+
+    Args:
+        class_row: A_h0j, heads at ``head_dim``.
+        output: o_hj, with the width of a head as a further, last dimension.
+        head_dim: dimension of heads.
+
+    Returns:
+        t_j, without ``head_dim``, in float32 at least.
+    """
+    norms = torch.linalg.vector_norm(output, dim=-1, dtype=precise(output.dtype))
+    seen: Tensor = (class_row * norms).sum(dim=head_dim) / norms.sum(dim=head_dim).clamp_min(TINY)
+    return seen
 
 
 def importance_terms(
-    statistics: AttentionStatistics,
-    guidance: Tensor | None,
-    candidates: Tensor,
+    statistics: AttentionStatistics[Values],
+    best_guidance: Values | None,
+    candidates: Values | None,
     config: PruningConfig,
-) -> ImportanceTerms:
+) -> ImportanceTerms[Values]:
     """Return the three terms of the importance::
 
         s1_j = c_j / sum_j c_j                       c_j = sum_i max_h A_hij
@@ -106,72 +130,81 @@ def importance_terms(
     the standard deviation of g are those of the candidates of a sample.
 
     Args:
-        statistics: c, A_h0j and norms |o_hj| of the layer's self-attention.
-        guidance: G ``[B, N, K]``; None leaves s2 out.
-        candidates: ``[B, N]`` bool, the tokens that pruning may take.
+        statistics: c and t of the layer's self-attention, tensors or arrays, and so are the next two.
+        best_guidance: g ``[B, N]`` from :func:`best_of`; None leaves s2 out.
+        candidates: ``[B, N]`` bool, the tokens that pruning may take; None if it may take all of them.
         config: the fields ``alignment``, ``guidance_score`` and ``class_score`` are read.
     """
-    outside = ~candidates
-    count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
     alignment = None
-    if guidance is not None and config.alignment:
-        best = guidance.float().amax(dim=-1)
+    if best_guidance is not None and config.alignment:
         if config.guidance_score == "softmax":
-            alignment = _masked_softmax(_standardise(best, outside, count), outside)
+            alignment = guidance_share(best_guidance, candidates)
         else:
-            best = best.masked_fill(outside, 0.0)
-            total = best.sum(dim=1, keepdim=True)
-            alignment = best / torch.where(total == 0, torch.ones_like(total), total)
+            best = within(best_guidance, candidates)
+            total = best.sum(1)[:, None]
+            alignment = best / (total + (total == 0))
     class_attention = None
-    if statistics.class_row is not None and statistics.output_norms is not None:
-        norms = statistics.output_norms.float()
-        seen = (statistics.class_row.float() * norms).sum(dim=1) / norms.sum(dim=1).clamp_min(TINY)
-        class_attention = (
-            _normalise(seen, outside) if config.class_score == "normalised" else seen.masked_fill(outside, 0)
-        )
+    if statistics.class_attention is not None:
+        seen = in_float32(statistics.class_attention)
+        class_attention = _shares(seen, candidates) if config.class_score == "normalised" else within(seen, candidates)
     if statistics.received is not None:
-        self_attention = _normalise(statistics.received.float(), outside)
-    elif alignment is None and class_attention is None:
-        self_attention = _normalise(torch.zeros_like(candidates, dtype=torch.float32), outside)
+        self_attention = _shares(in_float32(statistics.received), candidates)
+    elif alignment is None and class_attention is None and candidates is not None:
+        self_attention = _shares(in_float32(candidates * 0.0), candidates)
     else:
         self_attention = None
     return ImportanceTerms(self_attention, alignment, class_attention)
 
 
-def guidance_share(guidance: Tensor, candidates: Tensor) -> Tensor:
+def best_of(guidance: Tensor) -> Tensor:
+    """Return g ``[B, N]`` float32, g_j = max_k G_jk: how much its favourite alignment token likes each token."""
+    return guidance.float().amax(dim=-1)
+
+
+def guidance_share(best_guidance: Values, candidates: Values | None) -> Values:
     """Return the default s2, softmax_j((g_j - mean g) / std g) with g_j = max_k G_jk.
 
     Standardising comes first because the residual stream, and G with it, grows from layer to layer: without it one token can
     take nearly all of s2 in late layers.
 
     Args:
-        guidance: G ``[B, N, K]``.
-        candidates: ``[B, N]`` bool.
+        best_guidance: g ``[B, N]`` from :func:`best_of`.
+        candidates: ``[B, N]`` bool; None for all.
 
     Returns:
         s2 ``[B, N]`` float32, zero outside the candidates.
     """
-    count = candidates.sum(dim=1, keepdim=True).clamp_min(1)
-    outside = ~candidates
-    return _masked_softmax(_standardise(guidance.float().amax(dim=-1), outside, count), outside)
+    best = within(best_guidance, candidates)
+    count = max(1, best.shape[1]) if candidates is None else _at_least_one(in_float32(candidates.sum(1)[:, None]))
+    centred = within(best - best.sum(1)[:, None] / count, candidates)
+    # The square root of zero has no gradient.
+    deviation = ((centred * centred).sum(1)[:, None] / count + TINY**2) ** 0.5
+    # Where values differ by rounding only, all are zero.
+    rounding = 1e-5 * _largest(abs(best))
+    scaled = within(centred / deviation, deviation > rounding)
+    shares = within(namespace(scaled).exp(scaled - _largest(scaled)), candidates)
+    total = shares.sum(1)[:, None]
+    normalised: Values = shares / (total + (total == 0))
+    return normalised
 
 
-def _masked_softmax(scores: Tensor, outside: Tensor) -> Tensor:
-    """Softmax over the tokens that are not ``outside``: zero elsewhere, and zero (not NaN) for a sample that has none."""
-    return scores.masked_fill(outside, torch.finfo(scores.dtype).min).softmax(dim=1).masked_fill(outside, 0.0)
+def _at_least_one(count: Values) -> Values:
+    positive: Values = count + (count == 0)
+    return positive
 
 
-def _standardise(values: Tensor, outside: Tensor, count: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the ``count [B, 1]`` candidates of a sample; zeros if values differ by rounding."""
-    values = values.masked_fill(outside, 0.0)
-    centred = (values - values.sum(dim=1, keepdim=True) / count).masked_fill(outside, 0.0)
-    deviation = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / count.sqrt()
-    rounding = 1e-5 * torch.linalg.vector_norm(values, float("inf"), dim=1, keepdim=True) + TINY
-    scaled: Tensor = centred / deviation.masked_fill(deviation <= rounding, float("inf"))
-    return scaled
+def _largest(values: Values) -> Values:
+    """``[B, 1]``, the largest of non-negative or standardised values of each sample; values need not exist."""
+    if values.shape[1] == 0:
+        largest: Values = values.sum(1)[:, None]
+    else:
+        largest = namespace(values).amax(values, 1)[:, None]
+    return largest
 
 
-def _normalise(values: Tensor, outside: Tensor) -> Tensor:
+def _shares(values: Values, candidates: Values | None) -> Values:
     """Non-negative values divided by their sum; equal shares where all are zero, as in a class row that sees nothing."""
-    values = (values + TINY).masked_fill(outside, 0.0)
-    return values / values.sum(dim=1, keepdim=True).clamp_min(TINY)
+    values = within(values + TINY, candidates)
+    total = values.sum(1)[:, None]
+    shares: Values = values / total if candidates is None else values / (total + (total == 0))
+    return shares

@@ -11,26 +11,28 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from madtp.method.arrays import Values
 from madtp.method.importance import TINY
 
 
-def merge_weights(scores: Tensor, dropped: Tensor) -> Tensor:
+def merge_weights(scores: Values, dropped: Values) -> Values:
     """Return the merge weights, w_j = S_j / sum of S over the dropped tokens. Gradients reach S.
 
     Where the importance of all dropped tokens sums to zero, they get equal weights; the authors' code divides by zero there.
 
     Args:
-        scores: S ``[B, N]``.
-        dropped: ``[B, N]`` bool.
+        scores: S ``[B, N]`` float32, a tensor or an array.
+        dropped: ``[B, N]`` bool, of the same type.
 
     Returns:
         w ``[B, N]`` float32. It sums to one over the dropped tokens and is zero elsewhere, and zero throughout for a sample
         that drops nothing.
     """
-    weights = (scores.float() + TINY) * dropped
-    total = weights.sum(dim=1, keepdim=True)
+    weights = (scores + TINY) * dropped
+    total = weights.sum(1)[:, None]
     # Importance is negative under one option of the authors' code.
-    return weights / total.masked_fill(total.abs() < TINY, TINY)
+    shares: Values = weights / (total + (abs(total) < TINY))
+    return shares
 
 
 def merged_token(tokens: Tensor, weights: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import nn
 from madtp.cost.table import CostTable
 from madtp.method.guidance import AlignmentTokens
 from madtp.sites.control import PruningControl
-from madtp.sites.scoring import SiteSpec
 from madtp.sites.site import PruningSite
+from madtp.sites.spec import SiteSpec
 
 PREFIX = "madtp"
 

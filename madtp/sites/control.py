@@ -22,6 +22,7 @@ from madtp.calls.compiling import is_compiling
 from madtp.calls.modality_tracking import Tracker
 from madtp.config import PruningConfig
 from madtp.method.guidance import AlignmentTokens
+from madtp.method.parts import Parts, parts_of
 from madtp.tokens.state import TokenState
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ class PruningControl:
     def active(self) -> bool:
         """Whether sites prune at all."""
         return self.temperature > 0 or self.forced is not None
+
+    @property
+    def parts(self) -> Parts:
+        """The scorer, selector and reducer of the configuration."""
+        return parts_of(self.config)
 
     def counts_are_fixed(self) -> bool:
         """Whether sites keep counts that were fixed beforehand (:func:`madtp.freeze`)."""

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from madtp.config import PruningConfig
 from madtp.method.importance import AttentionStatistics, attention_statistics
 from madtp.sites.control import PruningControl
+from madtp.sites.protection import (
+    Position,
+    first_slots,
+    from_start,
+    last_slots,
+    protected_readouts,
+    protected_slots,
+)
+from madtp.sites.spec import SiteSpec
 from madtp.tokens.attention import (
     AttentionInputs,
     AttentionOptions,
@@ -27,9 +35,9 @@ from madtp.tokens.attention import (
 )
 from madtp.tokens.packed_attention import packed_attention, packed_attention_with_statistics
 from madtp.tokens.sampled_scores import attention_with_sampled_statistics
-from madtp.tokens.scored_attention import Slot
-from madtp.tokens.segments import SegmentMap, special_slots
-from madtp.tokens.state import TokenState, positions_of, slots_of, unpruned_state
+from madtp.tokens.scored_attention import Asked, Counted, Slot
+from madtp.tokens.segments import SegmentMap
+from madtp.tokens.state import TokenState, slots_of, unpruned_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,62 +46,19 @@ Scores = Literal["attention", "windows", "none"]
 """Which tokens a block's attention scores: all of them, those within windows of a grid, or none."""
 
 
-@dataclass(frozen=True)
-class SegmentSpec:
-    """A segment of a stream that several modalities share.
-
-    Attributes:
-        modality: "image" or "text".
-        pruned: whether its tokens are pruned.
-        protected: positions in the segment that are never pruned.
-    """
-
-    modality: str
-    pruned: bool
-    protected: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteSpec:
-    """A pruning site, as the plan describes it.
-
-    Attributes:
-        name: unique name of the site.
-        modality: modality of its stream.
-        width: C, the width of its stream.
-        class_position: position of the class token. None if there is none, or if the graph computes it.
-        protected: positions that are never pruned.
-        causal: tokens see only earlier ones.
-        segments: segments of a stream that several modalities share, in the order of their numbers.
-        keeps_last: the last token of each sample that is not padding is never pruned, and stands in for the class token.
-    """
-
-    name: str
-    modality: str
-    width: int
-    class_position: int | None
-    protected: tuple[int, ...]
-    causal: bool
-    segments: tuple[SegmentSpec, ...] = ()
-    keeps_last: bool = False
-
-
-Position = Tensor | int
-"""An original position: ``[B]``, or one for all samples."""
-
-
 class BlockAttention(NamedTuple):
     """Statistics that a site gets from its block's attention.
 
     Attributes:
         statistics: what the importance needs. None while pruning is off.
         valid: ``[B, N]`` bool, False on padding. None if no token is padding, or while pruning is off.
-        protected: ``[B, N]`` bool, the tokens that are never pruned. None if that was not asked.
+        protected: ``[B, N]`` bool, the tokens that are never pruned, or P if the first P are and no others. None if that was
+            not asked.
     """
 
-    statistics: AttentionStatistics | None = None
+    statistics: AttentionStatistics[Tensor] | None = None
     valid: Tensor | None = None
-    protected: Tensor | None = None
+    protected: Tensor | int | None = None
 
 
 def grid_attention(received: Tensor | None, state: TokenState | None, dims: tuple[int, int]) -> BlockAttention:
@@ -109,7 +74,7 @@ def grid_attention(received: Tensor | None, state: TokenState | None, dims: tupl
         received = received.movedim(dims, (0, 1)).flatten(1)
         if state is not None and state.index is not None:
             received = received.gather(1, state.index)
-    return BlockAttention(AttentionStatistics(received, None, None), valid)
+    return BlockAttention(AttentionStatistics(received, None), valid)
 
 
 @dataclass(frozen=True)
@@ -118,25 +83,42 @@ class TokenRoles:
 
     Attributes:
         valid: ``[B, N]`` bool, False on padding; None if no token is padding.
-        protected: ``[B, N]`` bool, the tokens that are never pruned.
-        counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding.
+        protected: ``[B, N]`` bool, the tokens that are never pruned, or P if the first P are and no others.
+        counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding;
+            or P if all but the first P do.
         class_slot: slot of the class token, or of the token that replaces it, ``[B]`` or one for all samples; None if there
-            is none.
+            is none, or if nothing asks for it.
     """
 
     valid: Tensor | None
-    protected: Tensor
-    counted: Tensor
+    protected: Tensor | int
+    counted: Counted
     class_slot: Slot | None
+
+    def asked(self, control: PruningControl) -> Asked:
+        """What the parts of the site ask of the attention."""
+        return Asked(
+            counted=self.counted,
+            class_slot=self.class_slot,
+            received=control.parts.needs.received,
+            queries=control.config.score_queries,
+        )
 
 
 class _Scoring(nn.Module):
-    """Base of the modules that observe an attention for a site."""
+    """Base of the modules that observe an attention for a site.
+
+    Attributes:
+        packed: whether values are packed rows, which hold no padding.
+    """
+
+    packed: ClassVar[bool] = False
 
     def __init__(self, spec: SiteSpec, control: PruningControl) -> None:
         super().__init__()
         self.spec = spec
         self.control = control
+        self.leading = spec.leading
 
     def roles(
         self,
@@ -155,11 +137,18 @@ class _Scoring(nn.Module):
             shown: computes which keys ``[B, N]`` the attention shows to some query; None if all.
             device: the device of the tokens.
         """
+        config = self.control.config
         valid = self._valid(state, shown)
-        guarded = protected_readouts(readouts, self.control.config)
+        guarded = protected_readouts(readouts, config)
+        asks_class = self.control.parts.needs.class_attention
+        class_slot = self._class_slot(state, readouts, valid, segments, device) if asks_class else None
+        if self.leading is not None and not guarded and config.padding == "excluded":
+            counted: Counted = self.leading
+            if valid is not None and not (self.packed and state.rows is not None):
+                counted = valid & ~first_slots(self.leading, valid)
+            return TokenRoles(valid, self.leading, counted, class_slot)
         protected = protected_slots(self.spec, state, guarded, segments, valid, device)
-        counted = ~protected if valid is None else valid & ~protected
-        return TokenRoles(valid, protected, counted, self._class_slot(state, readouts, valid, segments, device))
+        return TokenRoles(valid, protected, ~protected if valid is None else valid & ~protected, class_slot)
 
     def _valid(self, state: TokenState, shown: Callable[[], Tensor | None]) -> Tensor | None:
         if self.control.config.padding == "scored":
@@ -187,7 +176,7 @@ class _Scoring(nn.Module):
         if position == 0 and not (self.spec.causal and readouts):
             return 0  # survivors stand in the order of their positions, or protected ones stand first
         if position is not None and not (self.spec.causal and readouts):
-            return slots_of(state, torch.full((batch,), _from_start(position, state), device=device))
+            return slots_of(state, torch.full((batch,), from_start(position, state), device=device))
         if readouts:
             first = readouts[0]
             return slots_of(state, first if isinstance(first, Tensor) else torch.full((batch,), first, device=device))
@@ -238,14 +227,14 @@ class ScoringAttention(_Scoring):
             lambda: valid_keys(inputs.mask, query.size(0), key.size(2)),
             query.device,
         )
-        output, statistics = attention_with_sampled_statistics(
-            inputs, counted=roles.counted, class_slot=roles.class_slot, queries=self.control.config.score_queries
-        )
+        output, statistics = attention_with_sampled_statistics(inputs, roles.asked(self.control))
         return output, BlockAttention(statistics, roles.valid, roles.protected)
 
 
 class PackedScoringAttention(_Scoring):
     """The self-attention of a block of a packed stream that is followed by a site."""
+
+    packed = True
 
     def forward(
         self,
@@ -283,13 +272,7 @@ class PackedScoringAttention(_Scoring):
             return valid_keys(mask_of_survivors(inputs, state, state, None)[0], state.batch, state.length)
 
         roles = self.roles(state, readouts, segments, shown, query.device)
-        output, statistics = packed_attention_with_statistics(
-            inputs,
-            state,
-            counted=roles.counted,
-            class_slot=roles.class_slot,
-            queries=self.control.config.score_queries,
-        )
+        output, statistics = packed_attention_with_statistics(inputs, state, roles.asked(self.control))
         return output, BlockAttention(statistics, roles.valid, roles.protected)
 
 
@@ -323,60 +306,9 @@ class ScoringMap(_Scoring):
             lambda: sizes.gt(0).any(2).any(1),
             weights.device,
         )
-        statistics = attention_statistics(weights.float().abs(), output.float(), roles.counted, roles.class_slot)
+        counted = roles.counted
+        if not isinstance(counted, Tensor):
+            everything = torch.ones(batch, count, dtype=torch.bool, device=weights.device)
+            counted = ~first_slots(counted, everything)
+        statistics = attention_statistics(weights.float().abs(), output.float(), counted, roles.class_slot)
         return BlockAttention(statistics, roles.valid, roles.protected)
-
-
-def _from_start(position: int, state: TokenState) -> int:
-    return position + state.full_length if position < 0 else position
-
-
-def protected_readouts(readouts: tuple[Position, ...], config: PruningConfig) -> tuple[Position, ...]:
-    """Return the positions that the graph reads and that must survive; the authors' code protects none."""
-    return readouts if config.readout == "remapped" else ()
-
-
-def last_slots(state: TokenState, valid: Tensor | None, device: torch.device) -> Tensor:
-    """Return the slot of the last token of each sample that is not padding, ``[B]``; ``valid`` is ``[B, N]``."""
-    index = positions_of(state, device)
-    excluded = torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
-    return index.masked_fill(excluded if state.merged is None else excluded | state.merged, -1).argmax(1)
-
-
-def protected_slots(
-    spec: SiteSpec,
-    state: TokenState,
-    readouts: tuple[Position, ...],
-    segments: SegmentMap | None,
-    valid: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """Return which slots hold protected tokens, ``[B, N]``; these may be padding of the text, but never padding slots.
-
-    Args:
-        spec: the spec of the site.
-        state: the state of the tokens.
-        readouts: original positions that must survive, from :func:`protected_readouts`.
-        segments: which token belongs to which segment; None if the stream has no segments.
-        valid: ``[B, N]`` bool, False on padding; None if there is none.
-        device: the device of the tokens.
-    """
-    index = positions_of(state, device)
-    found: list[Tensor] = []
-    if segments is not None:
-        found.append(special_slots(segments, [segment.protected for segment in spec.segments], state))
-    found += [index == _from_start(position, state) for position in spec.protected]
-    for positions in readouts:
-        wanted = positions[:, None].to(index.dtype) if isinstance(positions, Tensor) else positions
-        found.append(index == wanted)
-    if spec.keeps_last:
-        slots = torch.arange(state.length, device=device)
-        found.append(slots == last_slots(state, valid, device)[:, None])
-    if not found:
-        return torch.zeros(state.batch, state.length, dtype=torch.bool, device=device)
-    protected = found[0]
-    for one in found[1:]:
-        protected = protected | one
-    if state.valid is not None:
-        protected = protected & state.valid
-    return protected if state.merged is None else protected & ~state.merged

@@ -3,7 +3,7 @@
 Start at :class:`PruningSite`. One of its children observes the block's self-attention (``scoring.py``): ``attention`` replaces
 it, ``windows`` replaces it where it runs in windows of a grid, and ``map`` reads an attention map that the model computes in
 its own way. The site itself stands behind the residual add of the self-attention (behind its norm in post-norm blocks). It
-calls the functions of the method in order: guidance (MAG), importance, threshold, selection and merging (DTP).
+runs the parts of the method in order: guidance (MAG), scorer, threshold, selector and reducer (DTP).
 ``docs/method.md`` has the mathematics.
 
 Axis legend: B samples, N slots, N' slots afterwards, N0 original tokens, C width of the stream, K alignment tokens.
@@ -14,77 +14,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.calls.compiling import is_compiling
 from madtp.errors import MadtpError
+from madtp.method.arrays import Flags, on_host
 from madtp.method.guidance import pooled_features, query_projection
-from madtp.method.importance import AttentionStatistics, ImportanceTerms, importance_terms
-from madtp.method.selection import candidates_of, ranking, select, smallest_drop
+from madtp.method.importance import AttentionStatistics, best_of, importance_terms
+from madtp.method.selectors import Ballot
 from madtp.method.threshold import straight_through_gate, threshold
+from madtp.sites.candidates import CandidateGroup, Layout, layout_of
 from madtp.sites.control import FeatureKey, Observation, PruningControl
-from madtp.sites.scoring import (
-    BlockAttention,
-    PackedScoringAttention,
-    Position,
-    ScoringAttention,
-    ScoringMap,
-    SiteSpec,
-    protected_readouts,
-    protected_slots,
-)
+from madtp.sites.protection import Position
+from madtp.sites.scoring import BlockAttention, PackedScoringAttention, ScoringAttention, ScoringMap
+from madtp.sites.spec import SiteSpec
 from madtp.sites.window_attention import WindowAttention
-from madtp.tokens.assembly import Decision, assemble
+from madtp.tokens.assembly import Decision, JudgedGroup, assemble
 from madtp.tokens.packing import in_rows, in_slots
-from madtp.tokens.segments import SegmentMap, segment_slots
+from madtp.tokens.segments import SegmentMap
 from madtp.tokens.state import TokenState, hide_dropped, unpruned_state
 from madtp.tokens.static_assembly import StaticDecision, StaticGroup, assemble_static, select_static
 
 
 @dataclass(frozen=True)
-class CandidateGroup:
-    """Candidates that are judged together: those of the whole stream, or those of one segment of it.
-
-    Attributes:
-        key: name in the records of a forward: the site's, or ``site[modality]`` for a segment.
-        modality: "image" or "text".
-        candidates: ``[B, N]`` bool.
-    """
-
-    key: str
-    modality: str
-    candidates: Tensor
-
-
-@dataclass(frozen=True)
 class _Scored:
-    """One group with the importance of its tokens.
+    """One group with what its tokens are judged by.
 
     Attributes:
         group: the candidates.
-        terms: s1, s2 and s3.
-        scores: importance S ``[B, N]``.
+        guidance: G ``[B, N - first, K]``; None without alignment tokens, or where nothing asks for it.
+        importance: S ``[B, N - first]``.
+        ranking: ``[B, N - first]``, what the scorer says; S itself where that is the method's.
     """
 
     group: CandidateGroup
-    terms: ImportanceTerms
-    scores: Tensor
-
-
-@dataclass(frozen=True)
-class _Ballot:
-    """What a site's groups are judged by.
-
-    Attributes:
-        scored: the groups.
-        guidance: G ``[B, N, K]``; None without alignment tokens.
-        scores: importance S ``[B, N]`` over all groups.
-    """
-
-    scored: Sequence[_Scored]
     guidance: Tensor | None
-    scores: Tensor
+    importance: Tensor
+    ranking: Tensor
 
 
 class PruningSite(nn.Module):
@@ -163,163 +132,191 @@ class PruningSite(nn.Module):
         segments: SegmentMap | None,
     ) -> tuple[Tensor, TokenState]:
         """Prune rows ``[T, C]``; ``block_input`` has the same shape."""
-        assert attention.statistics is not None
-        config, device = self.control.config, rows.device
-        valid, protected = attention.valid, attention.protected
-        if protected is None:
-            guarded = protected_readouts(readouts, config)
-            protected = protected_slots(self.spec, before, guarded, segments, valid, device)
-        if valid is None:
-            valid = torch.ones(before.batch, before.length, dtype=torch.bool, device=device)
-        candidates = candidates_of(valid, protected, config)
-        groups, unpruned = self._groups(candidates, before, segments)
-        required = protected if unpruned is None else protected | unpruned
+        control, parts = self.control, self.control.parts
+        layout = layout_of(
+            self.spec, control, attention, before, readouts=readouts, segments=segments, device=rows.device
+        )
+        self._note_room(layout, before)
+        statistics = attention.statistics
+        assert statistics is not None
+        scored = self._score(layout.groups, rows, block_input, statistics, before)
+        if control.counts_are_fixed():
+            varies = bool(readouts) or segments is not None
+            return self._keep_counts(scored, layout, rows, before, varies=varies)
+        survivors = layout.required_on_host(before)
+        groups = []
+        for one in scored:
+            judged = self._ballot(one, before)
+            groups.append(JudgedGroup(one.group.first, judged.candidates, one.importance, judged.importance))
+            kept, rows = self._keep(one, judged, rows, before)
+            survivors[:, one.group.first :] |= kept
+        if not parts.reducer.merges:
+            _never_nothing(survivors, groups)
+        if control.in_place:
+            if survivors.all():
+                return rows, before
+            return rows, hide_dropped(before, torch.from_numpy(survivors).to(rows.device))
+        return assemble(
+            rows,
+            before,
+            Decision(survivors, groups, merges=parts.reducer.merges),
+            control.config,
+            causal=self.spec.causal,
+        )
+
+    def _note_room(self, layout: Layout, state: TokenState) -> None:
         room = self.control.measured_room
         if room is not None:
-            room[self.spec.name] = max(room.get(self.spec.name, 0), int(required.sum(1).max()))
-        ballot = self._score_all(groups, rows, block_input, attention.statistics, before)
-        if self.control.counts_are_fixed():
-            whole = valid if attention.valid is not None or before.valid is not None else None
-            varies = bool(readouts) or segments is not None
-            return self._keep_counts(ballot, required, whole, rows, before, varies=varies)
-        kept = torch.zeros_like(candidates)
-        for one in ballot.scored:
-            own, rows = self._keep_group(one, ballot.guidance, rows, before)
-            kept = kept | own
-        survivors = kept | required
-        if not config.merge:
-            survivors = _never_nothing(survivors, ballot.scores, candidates)
-        if self.control.in_place:
-            return rows, before if bool(survivors.all()) else hide_dropped(before, survivors)
-        decision = Decision(survivors, [group.candidates for group in groups], valid, ballot.scores)
-        return assemble(rows, before, decision, config, causal=self.spec.causal)
+            most = layout.first if layout.required is None else int(layout.required.sum(1).max())
+            room[self.spec.name] = max(room.get(self.spec.name, 0), most)
+
+    def _score(
+        self,
+        groups: Sequence[CandidateGroup],
+        tokens: Tensor,
+        block_input: Tensor,
+        statistics: AttentionStatistics[Tensor],
+        state: TokenState,
+    ) -> list[_Scored]:
+        """Score the candidates of all groups; ``tokens`` and ``block_input`` are rows ``[T, C]``."""
+        control = self.control
+        guidance = None
+        if control.alignment is not None and control.config.alignment and control.parts.needs.guidance:
+            guidance = control.alignment(block_input, self.query)
+            # No alignment token likes padding.
+            guidance = in_slots(guidance, state, fill=torch.finfo(guidance.dtype).min)
+        scored = []
+        for group in groups:
+            if control.observer is not None:
+                candidates = group.mask(state, tokens.device)
+                control.observer(Observation(group.key, self.query, block_input, tokens, candidates, state))
+            own = None if guidance is None else group.cut(guidance)
+            if own is not None and control.collects_features():
+                queries = group.cut(in_slots(self.query(block_input), state))
+                features = pooled_features(queries, own, group.inside)
+                control.record.features[FeatureKey(self.spec.name, group.modality)] = features
+            received, seen = statistics.received, statistics.class_attention
+            own_statistics = AttentionStatistics(
+                None if received is None else group.cut(received), None if seen is None else group.cut(seen)
+            )
+            scored.append(_Scored(group, own, *self._judge(own_statistics, own, group.inside)))
+        return scored
+
+    def _judge(
+        self, statistics: AttentionStatistics[Tensor], guidance: Tensor | None, candidates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The importance of the candidates of a group, and what they are ranked by."""
+        config, scorer = self.control.config, self.control.parts.scorer
+        best = None if guidance is None else best_of(guidance)
+        given = [one for one in (statistics.received, statistics.class_attention, best) if one is not None]
+        if not given or is_compiling() or any(one.device.type != "cpu" or one.requires_grad for one in given):
+            terms = importance_terms(statistics, best, candidates, config)
+            importance = terms.mean()
+            return importance, scorer.score(terms, importance, config)
+        known = [
+            None if one is None else on_host(one)
+            for one in (statistics.received, statistics.class_attention, best, candidates)
+        ]
+        with np.errstate(all="ignore"):  # as with tensors, the result tells of infinite numbers
+            on_arrays = importance_terms(AttentionStatistics(known[0], known[1]), known[2], known[3], config)
+            scores = on_arrays.mean()
+            ranking = scorer.score(on_arrays, scores, config)
+        found = torch.from_numpy(scores)
+        return found, found if ranking is scores else torch.from_numpy(ranking)
+
+    def _ballot(self, scored: _Scored, state: TokenState) -> Ballot:
+        """What is judged, on the host."""
+        parts, importance, ranking = self.control.parts, scored.importance, scored.ranking
+        theta = self._theta(scored) if parts.selector.needs.importance else None
+        if importance.device.type != "cpu":  # the host waits once
+            columns = [importance, ranking] if theta is None else [importance, ranking, theta.unsqueeze(1)]
+            values = torch.from_numpy(on_host(torch.cat(columns, 1)))
+            importance, ranking, *rest = values.split([importance.size(1)] * 2 + [1] * (theta is not None), 1)
+            theta = rest[0].squeeze(1) if rest else None
+        scores = on_host(importance)
+        return Ballot(
+            importance=scores,
+            ranking=scores if ranking is importance else on_host(ranking),
+            theta=None if theta is None else on_host(theta),
+            gain=float(self.control.gain),
+            candidates=scored.group.on_host(state),
+            smallest_drop=parts.reducer.smallest_drop,
+        )
+
+    def _keep(self, scored: _Scored, ballot: Ballot, rows: Tensor, state: TokenState) -> tuple[Flags, Tensor]:
+        """Which candidates ``[B, N - first]`` of a group survive, and the rows ``[T, C]`` times their gates."""
+        control, group = self.control, scored.group
+        if control.forced is not None:
+            wanted = on_host(group.cut(_forced_slots(control.forced[self.spec.name], state)))
+            kept = wanted if ballot.candidates is None else ballot.candidates & wanted
+        else:
+            kept = control.parts.selector.keep(ballot, control.config)
+        control.record.kept_counts[group.key] = torch.from_numpy(kept.sum(1))
+        if not self._gates():
+            return kept, rows
+        return kept, self._gated(scored, self._theta(scored), torch.from_numpy(kept).to(rows.device), rows, state)
 
     def _keep_counts(
-        self,
-        ballot: _Ballot,
-        required: Tensor,
-        valid: Tensor | None,
-        rows: Tensor,
-        before: TokenState,
-        *,
-        varies: bool,
+        self, scored: Sequence[_Scored], layout: Layout, rows: Tensor, before: TokenState, *, varies: bool
     ) -> tuple[Tensor, TokenState]:
         """Keep as many tokens of every sample as were fixed.
 
         Args:
-            ballot: the groups.
-            required: ``[B, N]`` bool, the tokens that survive in any case.
-            valid: ``[B, N]`` bool; None if no slot is padding.
+            scored: the groups, whose masks are over all tokens.
+            layout: which tokens survive in any case.
             rows: ``[T, C]`` along ``before``.
             before: the state before pruning.
             varies: whether the number of required tokens depends on the sample.
         """
-        control, config = self.control, self.control.config
-        for one in ballot.scored:
+        control, parts, required = self.control, self.control.parts, layout.required
+        assert required is not None
+        valid = layout.valid if layout.valid is not None or before.valid is None else torch.ones_like(required)
+        groups = []
+        for one in scored:
             if one.group.key not in control.static_counts:
                 raise MadtpError(
                     f"{one.group.key} has no fixed count, because no batch that the model was frozen with has reached it; "
                     "freeze the model again, with batches that do."
                 )
-        groups = [
-            StaticGroup(
-                candidates=one.group.candidates,
-                ranking=ranking(one.terms, one.scores, config).float(),
-                count=control.static_counts[one.group.key],
-            )
-            for one in ballot.scored
-        ]
+            assert one.group.inside is not None
+            count = control.static_counts[one.group.key]
+            groups.append(StaticGroup(candidates=one.group.inside, ranking=one.ranking.float(), count=count))
         if self.spec.name not in control.static_room and not is_compiling():
             control.static_room[self.spec.name] = int(required.sum(1).max())
         room = control.static_room[self.spec.name]
-        if not config.merge:  # a sample never loses all its tokens
+        if not parts.reducer.merges:  # a sample never loses all its tokens
             room = max(room, 1 - sum(group.count for group in groups))
+        importance = torch.zeros(required.shape, device=rows.device)
+        for number, one in enumerate(scored):
+            assert one.group.inside is not None
+            importance = torch.where(one.group.inside, one.importance, importance) if number else one.importance
         decision = StaticDecision(
-            groups=groups, required=required, room=room, varies=varies, scores=ballot.scores, valid=valid
+            groups=groups, required=required, room=room, varies=varies, scores=importance, valid=valid
         )
-        if decision.kept + smallest_drop(config) > before.length or not groups:
-            self._note_counts(ballot, torch.ones_like(required))
+        if decision.kept + parts.reducer.smallest_drop > before.length or not groups:
+            self._note_counts(scored, torch.ones_like(required))
             if valid is None or before.static:
                 return rows, before
             return rows, replace(hide_dropped(before, valid | required), static=True)
         selection = select_static(decision)
-        self._note_counts(ballot, selection.survivors)
-        for one in ballot.scored if self._gates() else ():
-            kept = selection.survivors & one.group.candidates
-            rows = self._gated(one, self._theta(one, ballot.guidance), kept, rows, before)
-        return assemble_static(rows, before, decision, selection, merge=config.merge, causal=self.spec.causal)
+        self._note_counts(scored, selection.survivors)
+        for one in scored if self._gates() else ():
+            assert one.group.inside is not None
+            kept = selection.survivors & one.group.inside
+            rows = self._gated(one, self._theta(one), kept, rows, before)
+        return assemble_static(rows, before, decision, selection, merge=parts.reducer.merges, causal=self.spec.causal)
 
-    def _note_counts(self, ballot: _Ballot, survivors: Tensor) -> None:
+    def _note_counts(self, scored: Sequence[_Scored], survivors: Tensor) -> None:
         if is_compiling():  # a compiler would have to return what is recorded
             return
-        for one in ballot.scored:
-            self.control.record.kept_counts[one.group.key] = (survivors & one.group.candidates).sum(1)
+        for one in scored:
+            assert one.group.inside is not None
+            self.control.record.kept_counts[one.group.key] = (survivors & one.group.inside).sum(1)
 
-    def _groups(
-        self, candidates: Tensor, state: TokenState, segments: SegmentMap | None
-    ) -> tuple[list[CandidateGroup], Tensor | None]:
-        """The candidates that are judged together, and the tokens ``[B, N]`` of segments that are not pruned, if there are
-        segments."""
-        if segments is None:
-            return [CandidateGroup(self.spec.name, self.spec.modality, candidates)], None
-        unpruned = torch.zeros_like(candidates)
-        slots = segment_slots(segments, state)
-        groups = []
-        for number, segment in enumerate(self.spec.segments):
-            inside = slots == number
-            if segment.pruned:
-                key = f"{self.spec.name}[{segment.modality}]"
-                groups.append(CandidateGroup(key, segment.modality, candidates & inside))
-            else:
-                unpruned = unpruned | inside if state.valid is None else unpruned | (inside & state.valid)
-        return groups, unpruned
-
-    def _score_all(
-        self,
-        groups: Sequence[CandidateGroup],
-        tokens: Tensor,
-        block_input: Tensor,
-        statistics: AttentionStatistics,
-        state: TokenState,
-    ) -> _Ballot:
-        """Score the candidates of all groups; ``tokens`` and ``block_input`` are rows ``[T, C]``."""
-        control = self.control
-        guidance = None
-        if control.config.alignment and control.alignment is not None:
-            guidance = in_slots(control.alignment(block_input, self.query), state)
-        scored = []
-        for group in groups:
-            if control.observer is not None:
-                seen = Observation(group.key, self.query, block_input, tokens, group.candidates, state)
-                control.observer(seen)
-            if guidance is not None and control.collects_features():
-                features = pooled_features(in_slots(self.query(block_input), state), guidance, group.candidates)
-                control.record.features[FeatureKey(self.spec.name, group.modality)] = features
-            terms = importance_terms(statistics, guidance, group.candidates, control.config)
-            scored.append(_Scored(group, terms, terms.mean()))
-        if not scored:  # no segment is pruned
-            scores = torch.zeros(state.batch, state.length, device=tokens.device)
-            return _Ballot((), guidance, scores)
-        scores = scored[0].scores
-        for one in scored[1:]:
-            scores = torch.where(one.group.candidates, one.scores, scores)
-        return _Ballot(scored, guidance, scores)
-
-    def _keep_group(
-        self, scored: _Scored, guidance: Tensor | None, rows: Tensor, state: TokenState
-    ) -> tuple[Tensor, Tensor]:
-        """The candidates ``[B, N]`` of a group that survive, and the rows ``[T, C]`` times their gates."""
-        control, group = self.control, scored.group
-        theta = self._theta(scored, guidance)
-        if control.forced is not None:
-            kept = group.candidates & _forced_slots(control.forced[self.spec.name], state)
-        else:
-            kept = select(scored.terms, scored.scores, theta, group.candidates, control.config, gain=control.gain)
-        control.record.kept_counts[group.key] = kept.sum(1)
-        return kept, self._gated(scored, theta, kept, rows, state) if self._gates() else rows
-
-    def _theta(self, scored: _Scored, guidance: Tensor | None) -> Tensor:
-        return threshold(guidance, scored.scores, scored.group.candidates, max(self.control.temperature, 1e-6))
+    def _theta(self, scored: _Scored) -> Tensor:
+        # Padding behind the tokens of a sample has neither importance nor guidance.
+        candidates = None if scored.group.is_tail else scored.group.inside
+        return threshold(scored.guidance, scored.importance, candidates, max(self.control.temperature, 1e-6))
 
     def _gates(self) -> bool:
         """Whether gradients reach the threshold: in training with ``straight_through``."""
@@ -327,8 +324,8 @@ class PruningSite(nn.Module):
 
     def _gated(self, scored: _Scored, theta: Tensor, kept: Tensor, rows: Tensor, state: TokenState) -> Tensor:
         """The rows times the factor that carries gradients to the threshold."""
-        gate = straight_through_gate(scored.scores, theta, self.control.gain, kept)
-        gate = torch.where(kept, gate, torch.ones_like(gate))
+        gate = straight_through_gate(scored.importance, theta, self.control.gain, kept)
+        gate = F.pad(torch.where(kept, gate, torch.ones_like(gate)), (scored.group.first, 0), value=1.0)
         return rows * in_rows(gate, state).unsqueeze(-1).to(rows.dtype)
 
 
@@ -340,8 +337,15 @@ def _forced_slots(wanted: Tensor, state: TokenState) -> Tensor:
     return wanted.gather(1, state.index) & ~state.merged
 
 
-def _never_nothing(survivors: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
+def _never_nothing(survivors: Flags, groups: Sequence[JudgedGroup]) -> None:
     """Keep the best candidate of a sample that would otherwise lose all its tokens."""
-    best = scores.masked_fill(~candidates, float("-inf")).argmax(1, keepdim=True)
-    lost = ~survivors.any(1, keepdim=True) & candidates.any(1, keepdim=True)
-    return survivors.scatter(1, best, lost | survivors.gather(1, best))
+    for sample in np.flatnonzero(~survivors.any(1)):
+        best, place = -np.inf, None
+        for group in groups:
+            dropped = group.dropped(survivors)[sample]
+            if dropped.any():
+                scores = np.where(dropped, group.scores[sample], -np.inf)
+                if place is None or scores.max() > best:
+                    best, place = scores.max(), group.first + int(scores.argmax())
+        if place is not None:
+            survivors[sample, place] = True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from madtp.sites.control import PruningControl
 from madtp.tokens.attention import AttentionInputs, AttentionOptions, plain_attention
 from madtp.tokens.grid import hide
-from madtp.tokens.scored_attention import attention_with_statistics
+from madtp.tokens.scored_attention import Asked, attention_with_statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,12 +48,12 @@ class WindowAttention(nn.Module):
 
         Returns:
             The output ``[B', H, Q, D]``, and c ``[B', 1, K, 1]``, the sum over queries of the maximum over heads; None in
-            place of the latter while pruning is off.
+            place of the latter while pruning is off, or if nothing asks for it.
         """
         inputs = AttentionInputs(query, key, value, hide(mask, visible), dropout_p, causal, **options)
-        if not self.control.active:
+        if not self.control.active or not self.control.parts.needs.received:
             return plain_attention(inputs), None
-        counted = None if visible is None else visible[:, 0, :, 0]
-        output, statistics = attention_with_statistics(inputs, counted=counted, class_slot=None)
+        asked = Asked() if visible is None else Asked(counted=visible[:, 0, :, 0])
+        output, statistics = attention_with_statistics(inputs, asked)
         assert statistics.received is not None
         return output, statistics.received[:, None, :, None]

@@ -1,15 +1,16 @@
 """Attention over packed rows: a sample's rows attend to the rows of the same sample.
 
 Start at :func:`packed_attention`, the attention node of a packed stream, and :func:`packed_attention_with_statistics`, its
-form in front of a site. Samples with the same number of rows share one call of torch's attention; otherwise each has a call of
-its own, so nothing is computed for padding and no mask keeps a fused kernel away.
+form in front of a site. Samples with the same number of rows share one call of torch's attention. Otherwise, on a CPU, each
+has a call of its own, so nothing is computed for padding and no mask keeps a fused kernel away. ``device_attention.py`` is for
+GPUs.
 
 Axis legend: B samples, H heads, Q and K queries and keys of a sample, T rows of all samples, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madtp.method.importance import AttentionStatistics
-from madtp.tokens.attention import AttentionInputs, AttentionOptions, hides_nothing, join_masks, plain_attention
+from madtp.calls.compiling import is_compiling
+from madtp.method.importance import AttentionStatistics, class_attention
+from madtp.tokens.attention import (
+    AttentionInputs,
+    AttentionOptions,
+    hides_nothing,
+    join_masks,
+    joined,
+    plain_attention,
+)
+from madtp.tokens.device_attention import attend_on_device, observe_on_device
 from madtp.tokens.packing import in_rows, in_slots, lengths_of, row_positions, side_input_rows
 from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sample
 from madtp.tokens.scored_attention import (
     WHOLE_MAP,
-    Observed,
+    Asked,
+    Counted,
     Scratch,
-    Slot,
     is_plain,
     observe_heads,
     shares_memory,
@@ -34,6 +44,9 @@ from madtp.tokens.state import TokenState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# Probabilities of a sample from which a CPU is faster with memory that all samples share.
+SCRATCH_FROM = 2**16
 
 
 def packed_attention(
@@ -72,6 +85,8 @@ def packed_attention(
         slots = in_batch(inputs, query_state, key_state).over_survivors(query_state, key_state, None)
         output = plain_attention(slots)
         return output if query_state is None else _in_rows(output)
+    if query.device.type != "cpu":
+        return attend_on_device(inputs, query_state, key_state)
     inputs = inputs.ungrouped()
     if is_plain(inputs):
         operands = zip(
@@ -84,71 +99,86 @@ def packed_attention(
 
 
 def packed_attention_with_statistics(
-    inputs: AttentionInputs,
-    state: TokenState,
-    *,
-    counted: Tensor,
-    class_slot: Slot | None,
-    queries: int | None = None,
-) -> tuple[Tensor, AttentionStatistics]:
+    inputs: AttentionInputs, state: TokenState, asked: Asked
+) -> tuple[Tensor, AttentionStatistics[Tensor]]:
     """Return the output of a self-attention of packed rows together with the statistics of DTP.
 
     Args:
         inputs: rows ``[1, H, T, D]``, or ``[B, H, N, D]`` while nothing was pruned, with a mask over the original tokens.
         state: state of the rows.
-        counted: ``[B, N]`` bool, the queries that count in the attention that a key receives.
-        class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
-            token.
-        queries: how many queries the statistics are taken from; None for all. See ``sampled_scores.py``.
+        asked: what is asked.
 
     Returns:
         output in the form of the queries, and the statistics in the padded form, with zeros on padding.
     """
     if state.index is None:
-        return attention_with_sampled_statistics(inputs, counted=counted, class_slot=class_slot, queries=queries)
+        return attention_with_sampled_statistics(inputs, asked)
     inputs = _without_idle_mask(inputs, state)
     if _is_regular(state):
-        slots = in_batch(inputs, state, state).over_survivors(state, state, None)
-        output, statistics = attention_with_sampled_statistics(
-            slots, counted=counted, class_slot=class_slot, queries=queries
-        )
-        return _in_rows(output), statistics
-    observed = _observe_each(inputs.ungrouped(), state, counted, class_slot, queries)
-    outputs, received, rows = zip(*observed, strict=True)
-    class_rows = [row for row in rows if row is not None]
-    output = torch.cat(outputs, 0)
-    statistics = AttentionStatistics(
-        received=in_slots(torch.cat(received), state),
-        class_row=in_slots(torch.cat(class_rows, 1).t(), state).transpose(1, 2) if class_rows else None,
-        output_norms=in_slots(output.float().norm(dim=-1), state).transpose(1, 2) if class_rows else None,
+        # The rows of a single sample have its slots already; an exporter must not tell it from others.
+        alone = not is_compiling() and state.batch == 1
+        slots = (inputs if alone else in_batch(inputs, state, state)).over_survivors(state, state, None)
+        output, statistics = attention_with_sampled_statistics(slots, asked)
+        return output if alone else _in_rows(output), statistics
+    if inputs.query.device.type != "cpu":
+        return observe_on_device(inputs, state, asked)
+    inputs = inputs.ungrouped()
+    each = _asked_of_each(asked, state)
+    if is_plain(inputs) and _takes_whole_maps(inputs, state, asked):
+        output, received, seen = _observe_maps(inputs, state, each)
+    else:
+        observed = [observe_sample(*one) for one in zip(_plain_or_masked(inputs, state), each, strict=True)]
+        output = torch.cat([one.output for one in observed], 0)
+        received = [one.received for one in observed if one.received is not None]
+        seen = [one.class_attention for one in observed if one.class_attention is not None]
+    return output.unsqueeze(0).transpose(1, 2), AttentionStatistics(
+        received=in_slots(joined(received, 0), state) if received else None,
+        class_attention=in_slots(joined(seen, 0), state) if seen else None,
     )
-    return output.unsqueeze(0).transpose(1, 2), statistics
 
 
-def _observe_each(
-    inputs: AttentionInputs, state: TokenState, counted: Tensor, class_slot: Slot | None, queries: int | None
-) -> Iterator[Observed]:
-    """The output and statistics of each sample."""
+def _asked_of_each(asked: Asked, state: TokenState) -> list[Asked]:
+    """What is asked of each sample."""
+    counted, batch, slots = asked.counted, state.batch, asked.class_slot
+    parts: Sequence[Counted] = [counted] * batch
+    if isinstance(counted, Tensor):
+        parts = torch.split(in_rows(counted, state), list(lengths_of(state)))
+    elif not isinstance(slots, Tensor):
+        return [asked] * batch
     # On a CPU the host does not wait for this.
-    slots = class_slot.tolist() if isinstance(class_slot, Tensor) else [class_slot] * state.batch
-    lengths = lengths_of(state)
-    weights = torch.split(in_rows(counted, state).to(torch.float32), list(lengths))
-    if not is_plain(inputs):
-        for one, weight, slot in zip(each_sample(inputs, state, state), weights, slots, strict=True):
-            yield observe_sample(one, weight, slot, queries)
-        return
+    each = slots.tolist() if isinstance(slots, Tensor) else [slots] * batch
+    return [replace(asked, counted=part, class_slot=slot) for part, slot in zip(parts, each, strict=True)]
+
+
+def _takes_whole_maps(inputs: AttentionInputs, state: TokenState, asked: Asked) -> bool:
+    """Whether the statistics of every sample come from its whole map, which is small."""
+    longest = max(lengths_of(state))
+    asks_all = asked.received and (asked.queries is None or longest <= asked.queries)
+    return asks_all and inputs.query.size(1) * longest**2 <= WHOLE_MAP
+
+
+def _observe_maps(
+    inputs: AttentionInputs, state: TokenState, each: list[Asked]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The output ``[T, H, Dv]``, the attention received by each sample's keys, and the class attention, in one part."""
     heads, width = inputs.query.size(1), inputs.query.size(3)
     query = inputs.query * (width**-0.5 if inputs.scale is None else inputs.scale)
     operands = (_each(rows.squeeze(0), state) for rows in (query, inputs.key, inputs.value))
-    largest = min(WHOLE_MAP, heads * max(lengths) ** 2)
-    scratch = Scratch(query, largest) if shares_memory(inputs) else None
-    for q, k, v, weight, slot in zip(*operands, weights, slots, strict=True):
-        asks_all = queries is None or q.size(1) <= queries
-        if asks_all and heads * q.size(1) * k.size(1) <= WHOLE_MAP:
-            yield observe_heads(q, k, v, weight, slot, scratch)
-        else:
-            one = replace(inputs, query=q[None], key=k[None], value=v[None], scale=1.0)
-            yield observe_sample(one, weight, slot, queries)
+    largest = heads * max(lengths_of(state)) ** 2
+    scratch = Scratch(query, largest) if shares_memory(inputs) and largest > SCRATCH_FROM else None
+    observed = [observe_heads(q, k, v, own, scratch) for q, k, v, own in zip(*operands, each, strict=True)]
+    output = torch.cat([one.output for one in observed], 0)
+    rows = [one.class_row for one in observed if one.class_row is not None]
+    seen = [class_attention(torch.cat(rows, 1), output.transpose(0, 1), head_dim=0)] if rows else []
+    return output, [one.received for one in observed], seen
+
+
+def _plain_or_masked(inputs: AttentionInputs, state: TokenState) -> list[AttentionInputs]:
+    """The inputs of each sample."""
+    if not is_plain(inputs):
+        return each_sample(inputs, state, state)
+    operands = zip(*(_each(one, state) for one in (inputs.query, inputs.key, inputs.value)), strict=True)
+    return [replace(inputs, query=query, key=key, value=value) for query, key, value in operands]
 
 
 def _without_idle_mask(inputs: AttentionInputs, key_state: TokenState | None) -> AttentionInputs:

@@ -45,10 +45,10 @@ def in_rows(values: Tensor, state: TokenState) -> Tensor:
     return flat if state.rows is None else flat.index_select(0, state.rows.slots)
 
 
-def in_slots(rows: Tensor, state: TokenState) -> Tensor:
-    """Return ``rows [T, ...]`` in the padded form ``[B, N, ...]``, with zeros on padding."""
+def in_slots(rows: Tensor, state: TokenState, fill: float = 0.0) -> Tensor:
+    """Return ``rows [T, ...]`` in the padded form ``[B, N, ...]``, with ``fill`` on padding."""
     if state.rows is not None:
-        padded = rows.new_zeros(state.batch * state.length, *rows.shape[1:])
+        padded = rows.new_full((state.batch * state.length, *rows.shape[1:]), fill)
         rows = padded.index_copy(0, state.rows.slots, rows)
     slots: Tensor = rows.unflatten(0, (state.batch, state.length))
     return slots

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from madtp.calls.compiling import is_compiling
-from madtp.method.importance import AttentionStatistics
+from madtp.method.arrays import precise
+from madtp.method.importance import AttentionStatistics, class_attention
 from madtp.tokens.attention import (
     QUERY_BLOCK,
     AttentionInputs,
@@ -42,18 +43,35 @@ SMALL_MAP = 2**14
 
 Operand = TypeVar("Operand", Tensor, Tensor | None)
 Slot: TypeAlias = Tensor | int
+SlotOrNone = TypeVar("SlotOrNone", Tensor | int, Tensor | int | None)
+Counted: TypeAlias = Tensor | int
+"""The queries that count in the attention that a key receives: ``[B, Q]`` bool, or the first, if all after it count, too."""
 
 
-def attention_with_statistics(
-    inputs: AttentionInputs, *, counted: Tensor | None, class_slot: Slot | None
-) -> tuple[Tensor, AttentionStatistics]:
-    """Return the output of an attention together with the statistics of DTP.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What an attention is asked about its tokens.
+
+    Attributes:
+        counted: the queries that count in the attention that a key receives.
+        class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
+            token, or if nobody asks.
+        received: whether the attention that keys receive is asked.
+        queries: how many queries it is taken from; None for all. See ``sampled_scores.py``.
+    """
+
+    counted: Counted = 0
+    class_slot: Slot | None = None
+    received: bool = True
+    queries: int | None = None
+
+
+def attention_with_statistics(inputs: AttentionInputs, asked: Asked) -> tuple[Tensor, AttentionStatistics[Tensor]]:
+    """Return the output of an attention together with the statistics of DTP, from all of its queries.
 
     Args:
         inputs: with a mask over the tokens that are present.
-        counted: ``[B, Q]`` bool, the queries that count in the attention that a key receives. None for all.
-        class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
-            token.
+        asked: what is asked.
 
     Returns:
         output ``[B, H, Q, Dv]`` and its statistics.
@@ -62,22 +80,27 @@ def attention_with_statistics(
     if inputs.mask is not None:
         mask = inputs.mask[(None,) * (4 - inputs.mask.dim())]
         inputs = replace(inputs, mask=None if hides_nothing(mask) else mask)
-    heads, size = inputs.query.size(1), inputs.query.size(2) * inputs.key.size(2)
+    batch, heads, queries, _ = inputs.query.shape
+    size = heads * queries * inputs.key.size(2)
     if is_compiling():  # which fuses the steps itself, and needs one form for all sizes of a batch
         if is_plain(inputs):
-            observed = _at_once(inputs, counted, class_slot)
+            observed = _at_once(inputs, asked)
         else:
-            observed = _collect(inputs, queries_without_keys(inputs), counted, class_slot, inputs.query.size(2))
-    elif is_plain(inputs) and shares_memory(inputs) and heads * size >= SMALL_MAP:
-        by_sample = _sample_by_sample if heads * size <= WHOLE_MAP else _head_by_head
-        observed = by_sample(inputs, counted, class_slot)
+            observed = _collect(inputs, queries_without_keys(inputs), asked, queries)
+    elif is_plain(inputs) and shares_memory(inputs) and size >= SMALL_MAP:
+        if size > WHOLE_MAP:
+            observed = _head_by_head(inputs, asked)
+        elif batch == 1 and size <= CPU_BLOCK and not isinstance(asked.counted, Tensor):
+            observed = _alone(inputs, asked)
+        else:
+            observed = _sample_by_sample(inputs, asked)
     elif _is_small(inputs):
-        observed = _at_once(inputs, counted, class_slot)
+        observed = _at_once(inputs, asked)
     else:
-        observed = _in_blocks(inputs, counted, class_slot)
-    # Only the class term asks how large outputs are.
-    norms = None if class_slot is None else observed.output.float().norm(dim=-1)
-    return observed.output, AttentionStatistics(observed.received, observed.class_row, norms)
+        observed = _in_blocks(inputs, asked)
+    row = observed.class_row
+    seen = None if row is None else class_attention(row, observed.output, head_dim=1)
+    return observed.output, AttentionStatistics(observed.received, seen)
 
 
 class Observed(NamedTuple):
@@ -115,42 +138,62 @@ def shares_memory(inputs: AttentionInputs) -> bool:
     return not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
-def observe_heads(
-    query: Tensor, key: Tensor, value: Tensor, counted: Tensor, class_slot: int | None, scratch: Scratch | None = None
-) -> Observed:
+def observe_heads(query: Tensor, key: Tensor, value: Tensor, asked: Asked, scratch: Scratch | None = None) -> Observed:
     """Return the output and statistics of one sample in as few steps as possible.
 
     Args:
         query: ``[H, N, D]``, scaled.
         key: ``[H, N, D]``.
         value: ``[H, N, Dv]``.
-        counted: ``[N]``, one at the queries that count in the attention that a key receives, else zero.
-        class_slot: slot whose row is the class attention. None if the stream has no such token.
+        asked: what is asked of this sample; queries that count are those from a slot on, or ``[N]`` bool.
         scratch: memory for the map, where :func:`shares_memory`.
 
     Returns:
         output ``[N, H, Dv]``, received ``[N]`` and class row ``[H, N]``.
     """
     if scratch is None:
-        scores = torch.bmm(query, key.transpose(1, 2))
-        probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        probabilities = torch.bmm(query, key.transpose(1, 2)).softmax(-1, dtype=precise(query.dtype))
     else:
         scores, probabilities = scratch.maps(query.size(0), query.size(1), key.size(1))
         torch.bmm(query, key.transpose(1, 2), out=scores)
         torch.softmax(scores, -1, out=probabilities)
     output = torch.bmm(probabilities.to(value.dtype), value).transpose(0, 1)
-    row = None if class_slot is None else _class_row(probabilities, class_slot)
+    slot = asked.class_slot
+    row = None if slot is None else _class_row(probabilities, int(slot))
     if row is not None and scratch is not None:
         row = row.clone()
-    return Observed(output, torch.mv(probabilities.amax(0).t(), counted.to(probabilities.dtype)), row)
+    return Observed(output, _given_by(probabilities.amax(0), asked.counted), row)
 
 
-def _sample_by_sample(inputs: AttentionInputs, counted: Tensor | None, class_slot: Slot | None) -> Observed:
-    query, key, value = inputs.query, inputs.key, inputs.value
+def _given_by(strongest: Tensor, counted: Counted) -> Tensor:
+    """The attention ``[K]`` that the keys of one sample receive; ``strongest [Q, K]`` is the largest of all heads."""
+    if isinstance(counted, Tensor):
+        return torch.mv(strongest.t(), counted.to(strongest.dtype))
+    return (strongest[counted:] if counted else strongest).sum(0)
+
+
+def _given_by_all(strongest: Tensor, counted: Counted) -> Tensor:
+    """The attention ``[B, K]`` that the keys of all samples receive; ``strongest`` is ``[B, Q, K]``."""
+    if isinstance(counted, Tensor):
+        return torch.bmm(counted.to(strongest.dtype).unsqueeze(1), strongest).squeeze(1)
+    return (strongest[:, counted:] if counted else strongest).sum(1)
+
+
+def _alone(inputs: AttentionInputs, asked: Asked) -> Observed:
+    """The whole map of a single sample."""
+    query = inputs.query[0] * (inputs.query.size(3) ** -0.5 if inputs.scale is None else inputs.scale)
+    slot = int(asked.class_slot) if isinstance(asked.class_slot, Tensor) else asked.class_slot
+    output, received, row = observe_heads(query, inputs.key[0], inputs.value[0], replace(asked, class_slot=slot))
+    row = None if row is None else row.unsqueeze(0)
+    return Observed(output.transpose(0, 1).unsqueeze(0), received.unsqueeze(0), row)
+
+
+def _sample_by_sample(inputs: AttentionInputs, asked: Asked) -> Observed:
+    query, key, value, counted, class_slot = inputs.query, inputs.key, inputs.value, asked.counted, asked.class_slot
     batch, heads, queries, width = query.shape
     keys = key.size(2)
     query = query * (width**-0.5 if inputs.scale is None else inputs.scale)
-    weights = query.new_ones(batch, queries) if counted is None else counted.to(query.dtype)
+    weights = counted.to(query.dtype) if isinstance(counted, Tensor) else None
     slots: list[int] = class_slot.tolist() if isinstance(class_slot, Tensor) else [class_slot or 0] * batch
     output = query.new_empty(batch, queries, heads, value.size(3))
     received = query.new_empty(batch, keys)
@@ -158,11 +201,15 @@ def _sample_by_sample(inputs: AttentionInputs, counted: Tensor | None, class_slo
     scratch, mixed = Scratch(query, heads * queries * keys), query.new_empty(heads, queries, value.size(3))
     scores, probabilities = scratch.maps(heads, queries, keys)
     strongest = query.new_empty(queries, keys)
+    by_key, rest = strongest.t(), strongest if isinstance(counted, Tensor) else strongest[counted:]
     for sample in range(batch):
         torch.bmm(query[sample], key[sample].transpose(1, 2), out=scores)
         torch.softmax(scores, -1, out=probabilities)
         torch.amax(probabilities, 0, out=strongest)
-        torch.mv(strongest.t(), weights[sample], out=received[sample])
+        if weights is None:
+            torch.sum(rest, 0, out=received[sample])
+        else:
+            torch.mv(by_key, weights[sample], out=received[sample])
         torch.bmm(probabilities, value[sample], out=mixed)
         output[sample] = mixed.transpose(0, 1)
         if class_row is not None:
@@ -178,17 +225,13 @@ def _is_small(inputs: AttentionInputs) -> bool:
     return fits and is_plain(inputs)
 
 
-def _at_once(inputs: AttentionInputs, counted: Tensor | None, class_slot: Slot | None) -> Observed:
+def _at_once(inputs: AttentionInputs, asked: Asked) -> Observed:
     query, key, value = inputs.query, inputs.key, inputs.value
     factor = query.size(-1) ** -0.5 if inputs.scale is None else inputs.scale
     scores = (query * factor) @ key.transpose(2, 3)
-    probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    strongest = probabilities.amax(1)
-    if counted is None:
-        received = strongest.sum(1)
-    else:
-        received = torch.bmm(counted.to(strongest.dtype).unsqueeze(1), strongest).squeeze(1)
-    class_row = None if class_slot is None else _row(probabilities, class_slot)
+    probabilities = scores.softmax(-1, dtype=precise(scores.dtype))
+    received = _given_by_all(probabilities.amax(1), asked.counted)
+    class_row = None if asked.class_slot is None else _row(probabilities, asked.class_slot)
     return Observed(probabilities.to(value.dtype) @ value, received, class_row)
 
 
@@ -215,9 +258,9 @@ def is_plain(inputs: AttentionInputs) -> bool:
     return inputs.mask is None and not inputs.causal and inputs.softcap is None and inputs.dropout_p == 0
 
 
-def _head_by_head(inputs: AttentionInputs, counted: Tensor | None, class_slot: Slot | None) -> Observed:
+def _head_by_head(inputs: AttentionInputs, asked: Asked) -> Observed:
     """The map ``[Q, K]`` of one head at a time, in memory that all heads share."""
-    query, key, value = inputs.query, inputs.key, inputs.value
+    query, key, value, class_slot = inputs.query, inputs.key, inputs.value, asked.class_slot
     batch, heads, queries, width = query.shape
     keys = key.size(2)
     factor = width**-0.5 if inputs.scale is None else inputs.scale
@@ -225,7 +268,6 @@ def _head_by_head(inputs: AttentionInputs, counted: Tensor | None, class_slot: S
     received = query.new_empty(batch, keys)
     class_row = None if class_slot is None else query.new_empty(batch, heads, keys)
     scores, strongest = query.new_empty(queries, keys), query.new_empty(queries, keys)
-    ones = query.new_ones(queries) if counted is None else None
     for sample in range(batch):
         for head in range(heads):
             transposed = key[sample, head].t()
@@ -238,13 +280,12 @@ def _head_by_head(inputs: AttentionInputs, counted: Tensor | None, class_slot: S
             torch.mm(weights, value[sample, head], out=output[sample, head])
             if head:
                 torch.maximum(strongest, weights, out=strongest)
-        weight = ones if counted is None else counted[sample].to(strongest.dtype)
-        assert weight is not None
-        torch.mv(strongest.t(), weight, out=received[sample])
+        counted = asked.counted[sample] if isinstance(asked.counted, Tensor) else asked.counted
+        received[sample] = _given_by(strongest, counted)
     return Observed(output, received, class_row)
 
 
-def _in_blocks(inputs: AttentionInputs, counted: Tensor | None, class_slot: Slot | None) -> Observed:
+def _in_blocks(inputs: AttentionInputs, asked: Asked) -> Observed:
     """The map of some samples at a time, or of some queries of a sample."""
     batch, heads, queries, _ = inputs.query.shape
     keys = inputs.key.size(2)
@@ -257,17 +298,14 @@ def _in_blocks(inputs: AttentionInputs, counted: Tensor | None, class_slot: Slot
         block = max(block, queries)
     samples = max(1, block // max(1, queries))
     if samples >= batch:
-        return _collect(inputs, empty, counted, class_slot, min(block, queries))
-    inputs_parts = _split_inputs(inputs, samples)
+        return _collect(inputs, empty, asked, min(block, queries))
     parts = [
-        _collect(part, empty_part, counted_part, slot_part, min(block, queries))
-        for part, empty_part, counted_part, slot_part in zip(
-            inputs_parts,
+        _collect(part, empty_part, replace(asked, counted=counted, class_slot=slot), min(block, queries))
+        for part, empty_part, counted, slot in zip(
+            _split_inputs(inputs, samples),
             _split_samples(empty, batch, samples),
-            _split_samples(counted, batch, samples),
-            [class_slot] * len(inputs_parts)
-            if isinstance(class_slot, int)
-            else _split_samples(class_slot, batch, samples),
+            _split_slots(asked.counted, batch, samples),
+            _split_slots(asked.class_slot, batch, samples),
             strict=True,
         )
     ]
@@ -306,21 +344,23 @@ def _split_samples(operand: Operand, batch: int, samples: int) -> Sequence[Opera
     return torch.split(operand, samples)
 
 
-def _collect(
-    inputs: AttentionInputs, empty: Tensor | None, counted: Tensor | None, class_slot: Slot | None, size: int
-) -> Observed:
+def _split_slots(slots: SlotOrNone, batch: int, samples: int) -> Sequence[SlotOrNone]:
+    """As :func:`_split_samples`, for what may be one number for all samples."""
+    if isinstance(slots, Tensor):
+        return torch.split(slots, samples)
+    return [slots] * max(1, -(-batch // samples))
+
+
+def _collect(inputs: AttentionInputs, empty: Tensor | None, asked: Asked, size: int) -> Observed:
     """Blocks of ``size`` queries of all samples; ``empty`` are queries that see no key."""
-    value = inputs.value
+    value, class_slot = inputs.value, asked.class_slot
     outputs: list[Tensor] = []
     received: Tensor | None = None
     class_row: Tensor | None = None
     for start, stop, probabilities in probability_blocks(inputs, empty, size):
-        strongest = probabilities.amax(1)
-        if counted is None:
-            given = strongest.sum(1)
-        else:
-            weights = counted[:, None, start:stop].to(strongest.dtype)
-            given = torch.bmm(weights, strongest).squeeze(1)
+        counted = asked.counted
+        counted = counted[:, start:stop] if isinstance(counted, Tensor) else min(max(counted - start, 0), stop - start)
+        given = _given_by_all(probabilities.amax(1), counted)
         received = given if received is None else received + given
         if isinstance(class_slot, int):
             if class_row is None or start <= class_slot < stop:

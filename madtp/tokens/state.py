@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from madtp.tokens.host_tokens import HostTokens
 from madtp.tokens.packed_rows import PackedRows, packed_rows, part_of_rows
 
 
@@ -50,6 +51,7 @@ class TokenState:
         quirks: what the authors' code does with pruned tokens and the default does not; None for nothing.
         rows: where the rows of the packed form stand; None if they are the slots, padding included.
         static: counts were fixed beforehand, so shapes must not depend on values.
+        host: ``index`` and ``merged`` on the host. None, or out of date, if the state was not made by a site.
     """
 
     full_length: int
@@ -62,6 +64,7 @@ class TokenState:
     quirks: Quirks | None = None
     rows: PackedRows | None = None
     static: bool = False
+    host: HostTokens | None = None
 
     @property
     def counts(self) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls.call import Call, Inputs
 from madtp.errors import ConfigError, MadtpError
 from madtp.method.guidance import AlignmentTokens
-from madtp.method.importance import TINY, guidance_share
+from madtp.method.importance import TINY, best_of, guidance_share
 from madtp.pruned import PrunedModel
 from madtp.sites.control import Observation
 from madtp.tokens.packing import in_slots
@@ -227,7 +227,8 @@ def _fit(
 
 
 def _s2(alignment: AlignmentTokens, example: _Example) -> Tensor:
-    return guidance_share(alignment(example.query(example.block_input)), example.candidates)
+    best: Tensor = best_of(alignment(example.query(example.block_input)))
+    return guidance_share(best, example.candidates)
 
 
 def _loss(alignment: AlignmentTokens, example: _Example) -> Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 from madtp.errors import PlanError
 from madtp.method.guidance import ImageOrder
 from madtp.report import RefusalReport
-from madtp.sites.scoring import Scores, SegmentSpec, SiteSpec
+from madtp.sites.scoring import Scores
+from madtp.sites.spec import SegmentSpec, SiteSpec
 from rewriters.capture.scope import Region
 from rewriters.plan.policy import Policy, SegmentPlan
 

@@ -7,18 +7,25 @@ data without the rewriter. Start at :func:`run_vision` and :func:`run_text`; :fu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
+from selecting import select
 from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.config import PruningConfig
 from madtp.method.guidance import guidance, pooled_features
-from madtp.method.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
+from madtp.method.importance import (
+    AttentionStatistics,
+    ImportanceTerms,
+    attention_statistics,
+    best_of,
+    importance_terms,
+)
 from madtp.method.merging import merge_weights, merged_position, merged_token
-from madtp.method.selection import candidates_of, select, sorted_positions, survivor_order
+from madtp.method.selection import candidates_of, sorted_positions, survivor_order
 from madtp.method.threshold import keep_mask, threshold
 
 WIDTH, HEADS, DEPTH = 64, 4, 4
@@ -101,11 +108,12 @@ def prune(
     protected[:, 0] = True
     candidates = candidates_of(valid, protected, config)
     full = F.pad(score, (0, 0, 1, 0))
-    terms = importance_terms(statistics, full, candidates, config)
+    terms = importance_terms(statistics, best_of(full), candidates, config)
     scores = terms.mean()
     theta = threshold(full, scores, candidates, config.temperature)
-    above = keep_mask(scores, theta, config.gain, candidates, min_tokens=0, smallest_drop=0).sum(1)
-    keep = select(terms, scores, theta, candidates, config, gain=config.gain)
+    judged = scores.numpy(), theta.numpy(), config.gain, candidates.numpy()
+    above = torch.from_numpy(keep_mask(*judged, min_tokens=0, smallest_drop=0).sum(1))
+    keep = select(terms, theta, candidates, config, gain=config.gain)
     skipped = bool((keep == candidates).all())
     mask_out = mask
     if not skipped:
@@ -119,7 +127,7 @@ def prune(
             _, merged_is_valid = merged_position(scores, dropped, valid, config.merged_mask)
             assert torch.equal(merged_is_valid, mask_out[:, -1] == 0)
         x = torch.cat([x.gather(1, survivors.unsqueeze(-1).expand(-1, -1, x.shape[-1])), merged], 1)
-    cut = ImportanceTerms(*(None if term is None else term[:, 1:] for term in terms))
+    cut = ImportanceTerms(*(None if term is None else term[:, 1:] for term in astuple(terms)))
     call = Call(cut, scores[:, 1:], theta, above, keep[:, 1:], skipped, mask, mask_out)
     return x, mask_out, call
 

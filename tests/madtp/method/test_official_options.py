@@ -11,8 +11,9 @@ from torch import Tensor
 from madtp.config import PruningConfig
 from madtp.method.guidance import AlignmentTokens
 from madtp.sites.control import PruningControl
-from madtp.sites.scoring import ScoringAttention, SiteSpec
+from madtp.sites.scoring import ScoringAttention
 from madtp.sites.site import PruningSite
+from madtp.sites.spec import SiteSpec
 from madtp.tokens.attention import attention
 from madtp.tokens.state import Quirks, TokenState, slots_of, unpruned_state
 

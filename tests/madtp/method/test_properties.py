@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from selecting import select
 from torch import Tensor
 
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
-from madtp.method.importance import AttentionStatistics, ImportanceTerms, attention_statistics, importance_terms
+from madtp.method.arrays import on_host
+from madtp.method.importance import (
+    AttentionStatistics,
+    ImportanceTerms,
+    attention_statistics,
+    best_of,
+    importance_terms,
+)
 from madtp.method.merging import merge_weights, merged_position, merged_token
-from madtp.method.selection import candidates_of, select, survivor_order
+from madtp.method.scorers import SCORERS
+from madtp.method.selection import candidates_of, survivor_order
 from madtp.method.threshold import keep_mask, straight_through_gate, threshold
 
 WIDTH, HEADS, KINDS = 8, 2, 5
@@ -44,7 +54,7 @@ class Layer:
         return attention_statistics(self.probabilities, self.output, self.candidates, 0)
 
     def terms(self, config: PruningConfig = OURS) -> ImportanceTerms:
-        return importance_terms(self.statistics(), self.guidance, self.candidates, config)
+        return importance_terms(self.statistics(), best_of(self.guidance), self.candidates, config)
 
     def take(self, order: Tensor) -> Layer:
         """The layer with its tokens in another order, the same for every sample."""
@@ -87,36 +97,56 @@ GAINS = st.floats(0.0, 3.0)
 def _decide(layer: Layer, config: PruningConfig, temperature: float, gain: float) -> tuple[Tensor, Tensor, Tensor]:
     terms = layer.terms(config)
     theta = threshold(layer.guidance, terms.mean(), layer.candidates, temperature)
-    kept = select(terms, terms.mean(), theta, layer.candidates, config, gain=gain)
+    kept = select(terms, theta, layer.candidates, config, gain=gain)
     return terms.mean(), theta, kept
 
 
 @given(layers(), st.booleans())
 def test_terms_sum_to_one_over_candidates_and_vanish_elsewhere(layer: Layer, class_token: bool) -> None:
-    statistics = layer.statistics() if class_token else layer.statistics()._replace(class_row=None)
-    terms = importance_terms(statistics, layer.guidance, layer.candidates, OURS)
+    statistics = layer.statistics() if class_token else replace(layer.statistics(), class_attention=None)
+    terms = importance_terms(statistics, best_of(layer.guidance), layer.candidates, OURS)
     assert (terms.class_attention is not None) == class_token
-    for term in (*terms, terms.mean()):
-        if term is not None:
-            torch.testing.assert_close(term.sum(1), torch.ones(len(term)))
-            assert bool((term >= 0).all())
-            assert bool((term[~layer.candidates] == 0).all())
+    for term in (*terms.present(), terms.mean()):
+        torch.testing.assert_close(term.sum(1), torch.ones(len(term)))
+        assert bool((term >= 0).all())
+        assert bool((term[~layer.candidates] == 0).all())
 
 
 @given(layers(), st.floats(0.5, 1000.0), st.floats(-50.0, 50.0))
 def test_the_scale_of_the_residual_stream_leaves_the_alignment_term_alone(
     layer: Layer, scale: float, shift: float
 ) -> None:
-    grown = importance_terms(layer.statistics(), layer.guidance * scale + shift, layer.candidates, OURS).alignment
+    grown = importance_terms(
+        layer.statistics(), best_of(layer.guidance * scale + shift), layer.candidates, OURS
+    ).alignment
     torch.testing.assert_close(grown, layer.terms().alignment, atol=2e-3, rtol=2e-3)
+
+
+@given(layers(), st.booleans(), st.sampled_from([OURS, PruningConfig.official()]))
+def test_arrays_on_the_host_give_what_tensors_give(layer: Layer, padded: bool, config: PruningConfig) -> None:
+    statistics, best = layer.statistics(), best_of(layer.guidance)
+    candidates = layer.candidates if padded else None
+    wanted = importance_terms(statistics, best, candidates, config)
+    on_arrays = AttentionStatistics(on_host(statistics.received), on_host(statistics.class_attention))
+    found = importance_terms(on_arrays, on_host(best), None if candidates is None else on_host(candidates), config)
+    for one, other in zip(found.present(), wanted.present(), strict=True):
+        assert one.dtype == np.float32
+        torch.testing.assert_close(torch.from_numpy(one), other)
+    for name in SCORERS:
+        ranked = SCORERS[name].score(found, found.mean(), config)
+        # The random control is a hash, which rounding changes.
+        same = SCORERS[name].score(
+            wanted, torch.from_numpy(found.mean()) if name == "random" else wanted.mean(), config
+        )
+        torch.testing.assert_close(torch.from_numpy(ranked), same)
 
 
 def test_equal_guidance_gives_equal_shares_whatever_the_rounding() -> None:
     guidance = torch.full((1, 5, 2), 7.0)
     guidance[0, 2] += 1e-6
-    statistics = AttentionStatistics(torch.ones(1, 5), None, None)
+    statistics = AttentionStatistics(torch.ones(1, 5), None)
     candidates = torch.tensor([[False, True, True, True, True]])
-    terms = importance_terms(statistics, guidance, candidates, OURS)
+    terms = importance_terms(statistics, best_of(guidance), candidates, OURS)
     assert terms.alignment is not None
     assert terms.alignment.tolist() == [[0.0, 0.25, 0.25, 0.25, 0.25]]
 
@@ -195,7 +225,7 @@ def test_uniform_gives_every_sample_its_own_best_of_the_largest_count(
     layer: Layer, temperature: float, gain: float
 ) -> None:
     scores, theta, kept = _decide(layer, replace(OURS, batching="uniform", merge=False), temperature, gain)
-    own = keep_mask(scores, theta, gain, layer.candidates, smallest_drop=1)
+    own = torch.from_numpy(keep_mask(scores.numpy(), theta.numpy(), gain, layer.candidates.numpy(), smallest_drop=1))
     assert torch.equal(kept.sum(1), own.sum(1).amax().expand(len(kept)).minimum(layer.candidates.sum(1)))
     for row, keep, candidate in zip(scores, kept, layer.candidates, strict=True):
         dropped = row[candidate & ~keep]
@@ -261,11 +291,11 @@ def test_merged_token_of_content_and_padding(rule: str, position: int, valid: bo
 def test_a_sample_of_nothing_but_padding_is_harmless() -> None:
     torch.manual_seed(0)
     candidates = torch.tensor([[False, True, True, True], [False] * 4])
-    statistics = AttentionStatistics(torch.rand(2, 4), torch.zeros(2, HEADS, 4), torch.zeros(2, HEADS, 4))
+    statistics = AttentionStatistics(torch.rand(2, 4), torch.zeros(2, 4))
     for config in (OURS, PruningConfig.official()):
-        terms = importance_terms(statistics, torch.randn(2, 4, KINDS), candidates, config)
+        terms = importance_terms(statistics, torch.randn(2, 4), candidates, config)
         theta = threshold(torch.randn(2, 4, KINDS), terms.mean(), candidates, 1.0)
-        kept = select(terms, terms.mean(), theta, candidates, config, gain=1.0)
+        kept = select(terms, theta, candidates, config, gain=1.0)
         weights = merge_weights(terms.mean(), candidates & ~kept)
         assert bool(torch.isfinite(torch.cat([terms.mean(), weights, theta[:, None]], 1)).all())
         assert not bool(kept[1].any())
@@ -276,10 +306,10 @@ def test_a_sample_of_nothing_but_padding_is_harmless() -> None:
 def test_low_precision_inputs_are_judged_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     candidates = torch.ones(2, 600, dtype=torch.bool)
-    received, row, norms = torch.rand(2, 600), torch.rand(2, HEADS, 600), torch.rand(2, HEADS, 600)
+    received, seen = torch.rand(2, 600), torch.rand(2, 600)
     guidance = 30 * torch.randn(2, 600, KINDS)
-    low = AttentionStatistics(received.to(dtype), row.to(dtype), norms.to(dtype))
-    terms = importance_terms(low, guidance.to(dtype), candidates, OURS)
+    low = AttentionStatistics(received.to(dtype), seen.to(dtype))
+    terms = importance_terms(low, best_of(guidance.to(dtype)), candidates, OURS)
     theta = threshold(guidance.to(dtype), terms.mean(), candidates, 1.0)
     assert terms.mean().dtype == theta.dtype == torch.float32
     torch.testing.assert_close(terms.mean().sum(1), torch.ones(2))
@@ -290,10 +320,10 @@ def test_gradients_reach_scores_by_merging_and_guidance_by_the_gate() -> None:
     torch.manual_seed(0)
     candidates = torch.ones(1, 6, dtype=torch.bool)
     guidance = torch.randn(1, 6, KINDS, requires_grad=True)
-    statistics = AttentionStatistics(torch.rand(1, 6), torch.rand(1, HEADS, 6), torch.rand(1, HEADS, 6))
-    scores = importance_terms(statistics, guidance, candidates, OURS).mean()
+    statistics = AttentionStatistics(torch.rand(1, 6), torch.rand(1, 6))
+    scores = importance_terms(statistics, best_of(guidance), candidates, OURS).mean()
     theta = threshold(guidance, scores, candidates, 4.0)
-    kept = keep_mask(scores, theta, 1.1, candidates)
+    kept = torch.from_numpy(keep_mask(on_host(scores), on_host(theta), 1.1, None))
     tokens = torch.randn(1, 6, WIDTH)
     (by_merging,) = torch.autograd.grad(
         merged_token(tokens, merge_weights(scores, ~kept)).sum(), guidance, retain_graph=True
@@ -313,7 +343,7 @@ def test_random_control_draws_by_seed_and_sample() -> None:
 
     def draw(seed: int) -> Tensor:
         config = PruningConfig(selection="random", keep_ratio=0.5, seed=seed)
-        return select(terms, scores, torch.zeros(2), candidates, config, gain=1.0)
+        return select(terms, torch.zeros(2), candidates, config, gain=1.0)
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -326,16 +356,16 @@ def test_selection_refuses_what_it_cannot_do() -> None:
     terms = ImportanceTerms(scores, None, None)
     config = PruningConfig(selection="class_attention", keep_ratio=0.5)
     with pytest.raises(ConfigError, match="needs a class token"):
-        select(terms, scores, torch.zeros(1), candidates, config, gain=1.0)
+        select(terms, torch.zeros(1), candidates, config, gain=1.0)
     with pytest.raises(ConfigError, match=r"needs counts for each site.*madtp\.freeze"):
-        select(terms, scores, torch.zeros(1), candidates, PruningConfig(batching="static"), gain=1.0)
+        select(terms, torch.zeros(1), candidates, PruningConfig(batching="static"), gain=1.0)
 
 
 def test_scores_of_tokens_that_are_all_alike_have_gradients() -> None:
     guidance = torch.ones(2, 6, KINDS, requires_grad=True)
     probabilities = torch.full((2, HEADS, 6, 6), 1 / 6)
     statistics = attention_statistics(probabilities, torch.ones(2, HEADS, 6, WIDTH), torch.ones(2, 6).bool(), None)
-    terms = importance_terms(statistics, guidance, torch.ones(2, 6).bool(), OURS)
+    terms = importance_terms(statistics, best_of(guidance), torch.ones(2, 6).bool(), OURS)
     assert terms.alignment is not None
     assert torch.equal(terms.alignment.detach(), torch.full((2, 6), 1 / 6))
     (terms.alignment * torch.arange(6.0)).sum().backward()

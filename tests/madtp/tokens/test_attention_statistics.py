@@ -28,6 +28,7 @@ SIZES = st.fixed_dictionaries(
             ("none", "keys", "rows", "added", "heads", "shared", "causal", "keys, causal", "added, causal")
         ),
         "seed": st.integers(0, 99),
+        "first": st.none() | st.integers(0, 3),
     }
 )
 
@@ -45,6 +46,15 @@ def mask_of(kind: str, batch: int, heads: int, tokens: int) -> Tensor | None:
     return torch.where(shown, torch.randn(shape), -torch.inf) if kind == "added" else shown
 
 
+def queries_that_count(drawn: dict[str, int | str]) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """Which queries count ``[B, N]``, and the same as an attention is told: as it is, or the first of them."""
+    batch, tokens, first = drawn["batch"], drawn["tokens"], drawn["first"]
+    if first is None:
+        rows = torch.rand(batch, tokens) > 0.3
+        return rows, rows
+    return (torch.arange(tokens) >= first).expand(batch, tokens), first
+
+
 @settings(deadline=None)
 @given(SIZES)
 def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, int | str]) -> None:
@@ -52,13 +62,15 @@ def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, in
     torch.manual_seed(drawn["seed"])
     query, key, value = (torch.randn(batch, heads, tokens, 4, dtype=torch.double, requires_grad=True) for _ in range(3))
     mask, causal = mask_of(kind.removesuffix(", causal"), batch, heads, tokens), "causal" in kind
-    rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens, (batch,))
+    rows, counted = queries_that_count(drawn)
+    slot = torch.randint(tokens, (batch,))
+    asked = scored_attention.Asked(counted=counted, class_slot=slot)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scored_attention, "CPU_BLOCK", drawn["block"])
         patch.setattr(scored_attention, "WHOLE_MAP", drawn["whole"])
         patch.setattr(scored_attention, "SMALL_MAP", drawn["small"])
         inputs = attention.AttentionInputs(query, key, value, mask, 0.0, causal)
-        output, found = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+        output, found = scored_attention.attention_with_statistics(inputs, asked)
     added = mask.double() if mask is not None and mask.is_floating_point() else mask
     if mask is None or not causal:  # torch's own does not take both
         torch.testing.assert_close(output, F.scaled_dot_product_attention(query, key, value, added, is_causal=causal))
@@ -70,9 +82,9 @@ def test_blocks_do_not_change_what_attention_gives_and_tells(drawn: dict[str, in
     probabilities = scores.softmax(-1).nan_to_num(0.0)
     torch.testing.assert_close(output, probabilities @ value)
     wanted = attention_statistics(probabilities, output, rows, slot)
-    for name in found._fields:
+    for name in ("received", "class_attention"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(wanted, name), atol=1e-6, rtol=1e-5)
-    total = output.sum() + found.received.sum() + found.class_row.sum()
+    total = output.sum() + found.received.sum() + found.class_attention.sum()
     gradients = torch.autograd.grad(total, (query, key, value), allow_unused=True)
     assert all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
 
@@ -90,7 +102,7 @@ def test_a_large_batch_is_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(scored_attention, "probability_blocks", watched)
     query = torch.randn(64, 4, 100, 8, requires_grad=True)
     inputs = attention.AttentionInputs(query, query, query, None, 0.0, False)
-    scored_attention.attention_with_statistics(inputs, counted=None, class_slot=None)
+    scored_attention.attention_with_statistics(inputs, scored_attention.Asked())
     assert sum(sizes) == 64 * 4 * 100 * 100
     assert max(sizes) <= scored_attention.CPU_BLOCK
 
@@ -104,35 +116,38 @@ def test_maps_in_shared_memory_give_the_same(drawn: dict[str, int | str]) -> Non
     torch.manual_seed(drawn["seed"])
     # As a projection to queries, keys and values gives them: not contiguous.
     query, key, value = torch.randn(batch, tokens, 3, heads, 4).permute(2, 0, 3, 1, 4)
-    rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens + 1, (batch,))  # one slot that is not there
+    rows, counted = queries_that_count(drawn)
+    slot = torch.randint(tokens + 1, (batch,))  # one that is not there, too
     inputs = attention.AttentionInputs(query, key, value, None, 0.0, False, scale=0.7)
-    wanted, expected = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+    wanted, expected = scored_attention.attention_with_statistics(
+        inputs, scored_attention.Asked(counted=rows, class_slot=slot)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scored_attention, "WHOLE_MAP", drawn["whole"])
         patch.setattr(scored_attention, "SMALL_MAP", 0)
-        output, found = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
+        output, found = scored_attention.attention_with_statistics(
+            inputs, scored_attention.Asked(counted=counted, class_slot=slot)
+        )
     torch.testing.assert_close(output, wanted)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found.received, expected.received)
+    torch.testing.assert_close(found.class_attention, expected.class_attention)
 
 
 @settings(deadline=None)
 @given(SIZES, st.integers(1, 12))
 def test_statistics_from_some_queries(drawn: dict[str, int | str], queries: int) -> None:
-    """The output, class row and norms are those of the whole map; what tokens receive comes from evenly spaced queries."""
+    """Output and class attention are those of the whole map; what tokens receive comes from evenly spaced queries."""
     batch, heads, tokens, kind = drawn["batch"], drawn["heads"], drawn["tokens"], drawn["mask"]
     torch.manual_seed(drawn["seed"])
     query, key, value = (torch.randn(batch, heads, tokens, 4, dtype=torch.double) for _ in range(3))
     mask, causal = mask_of(kind.removesuffix(", causal"), batch, heads, tokens), "causal" in kind
-    rows, slot = torch.rand(batch, tokens) > 0.3, torch.randint(tokens, (batch,))
+    rows, counted = queries_that_count(drawn)
+    asked = scored_attention.Asked(counted=counted, class_slot=torch.randint(tokens, (batch,)), queries=queries)
     inputs = attention.AttentionInputs(query, key, value, mask, 0.0, causal)
-    wanted, whole = scored_attention.attention_with_statistics(inputs, counted=rows, class_slot=slot)
-    output, found = sampled_scores.attention_with_sampled_statistics(
-        inputs, counted=rows, class_slot=slot, queries=queries
-    )
+    wanted, whole = scored_attention.attention_with_statistics(inputs, asked)
+    output, found = sampled_scores.attention_with_sampled_statistics(inputs, asked)
     torch.testing.assert_close(output, wanted, equal_nan=True)
-    torch.testing.assert_close(found.class_row, whole.class_row, check_dtype=False)
-    torch.testing.assert_close(found.output_norms, whole.output_norms, equal_nan=True)
+    torch.testing.assert_close(found.class_attention, whole.class_attention, equal_nan=True)
     if kind not in ("none", "keys") or queries >= tokens:
         torch.testing.assert_close(found.received, whole.received)
         return
@@ -149,13 +164,34 @@ def test_statistics_from_some_queries(drawn: dict[str, int | str], queries: int)
         torch.testing.assert_close(found.received[sample], wanted)
 
 
+@settings(deadline=None)
+@given(SIZES)
+def test_what_nobody_asks_for_leaves_the_fused_attention_alone(drawn: dict[str, int | str]) -> None:
+    batch, heads, tokens = drawn["batch"], drawn["heads"], drawn["tokens"]
+    torch.manual_seed(drawn["seed"])
+    query, key, value = (torch.randn(batch, heads, tokens, 4) for _ in range(3))
+    inputs = attention.AttentionInputs(query, key, value, None, 0.0, False)
+    _, whole = scored_attention.attention_with_statistics(inputs, scored_attention.Asked(class_slot=0))
+    wanted = F.scaled_dot_product_attention(query, key, value)
+    for slot in (None, 0):
+        asked = scored_attention.Asked(class_slot=slot, received=False)
+        output, found = sampled_scores.attention_with_sampled_statistics(inputs, asked)
+        assert torch.equal(output, wanted)
+        assert found.received is None
+        if slot is None:
+            assert found.class_attention is None
+        else:
+            torch.testing.assert_close(found.class_attention, whole.class_attention)
+
+
 def test_sampled_queries_of_one_sample_are_those_of_a_batch() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 11, 4) for _ in range(3))
     rows = torch.rand(1, 11) > 0.3
     inputs = attention.AttentionInputs(query, key, value, None, 0.0, False)
-    _, batch = sampled_scores.attention_with_sampled_statistics(inputs, counted=rows, class_slot=3, queries=4)
+    asked = scored_attention.Asked(counted=rows, class_slot=3, queries=4)
+    _, batch = sampled_scores.attention_with_sampled_statistics(inputs, asked)
     one = replace(inputs, query=query / 2, scale=1.0)
-    _, received, class_row = sampled_scores.observe_sample(one, rows[0].float(), 3, 4)
+    _, received, seen = sampled_scores.observe_sample(one, replace(asked, counted=rows[0]))
     torch.testing.assert_close(received, batch.received[0])
-    torch.testing.assert_close(class_row, batch.class_row[0])
+    torch.testing.assert_close(seen, batch.class_attention[0])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import madtp
 from madtp.errors import ConfigError, ExampleInputsError, MadtpError
-from madtp.method.importance import ImportanceTerms
+from madtp.method import selectors
+from madtp.method.arrays import Flags, on_host
 from madtp.method.threshold import keep_best
 from madtp.sites import site
 
@@ -48,25 +49,17 @@ class SameCounts:
         self.counts: list[Tensor] = []
         keep_counts = site.PruningSite._keep_counts
 
-        def noting(own: site.PruningSite, ballot: site._Ballot, *args: object, **kwargs: object) -> object:
-            rows, after = keep_counts(own, ballot, *args, **kwargs)
-            self.counts += [own.control.record.kept_counts[one.group.key] for one in ballot.scored]
+        def noting(own: site.PruningSite, scored: list[site._Scored], *args: object, **kwargs: object) -> object:
+            rows, after = keep_counts(own, scored, *args, **kwargs)
+            self.counts += [own.control.record.kept_counts[one.group.key] for one in scored]
             return rows, after
 
         patch.setattr(site.PruningSite, "_keep_counts", noting)
-        patch.setattr(site, "select", self.select)
+        patch.setattr(selectors.AboveThreshold, "keep", self.keep)
 
-    def select(
-        self,
-        terms: ImportanceTerms,
-        scores: Tensor,
-        theta: Tensor,
-        candidates: Tensor,
-        config: madtp.PruningConfig,
-        *,
-        gain: float,
-    ) -> Tensor:
-        return keep_best(scores, self.counts.pop(0), candidates, smallest_drop=1)
+    def keep(self, ballot: selectors.Ballot, config: madtp.PruningConfig) -> Flags:
+        counts = on_host(self.counts.pop(0))
+        return keep_best(ballot.importance, counts, ballot.candidates, smallest_drop=1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,7 +83,8 @@ def test_fixed_counts_compute_what_the_same_tokens_compute_as_packed_rows(
     assert all(gap(a, b) < 2e-5 for a, b in zip(expected, outputs, strict=True))
     found, wanted = (_gradients(model, values) for model, values in ((frozen, outputs), (packed, expected)))
     assert found.keys() == wanted.keys()
-    assert all(gap(wanted[name], found[name]) < 1e-4 for name in wanted)
+    # The gradient of a key's bias is zero, but for rounding.
+    assert all(gap(wanted[name], found[name]) < 5e-4 for name in wanted)
 
 
 def _gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
