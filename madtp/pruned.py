@@ -236,9 +236,10 @@ class PrunedModel(nn.Module):
         return self._whole.run_compiled(normalise_call(self._host, args, kwargs, self._whole.parameters))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = normalise_call(self._host, args, kwargs)
         if self._whole is None:
+            normalise_call(self._host, args, kwargs)
             return self._host(*args, **kwargs)
+        call = normalise_call(self._host, args, kwargs, self._whole.parameters)
         for program in self._whole.candidates(call):
             with suppress(OtherBranch), self._control.call():
                 self._control.begin_program()

@@ -26,7 +26,8 @@ from madtp.errors import (
     PlanError,
     RewriteError,
 )
-from madtp.programs.program import Program, compile_graph
+from madtp.programs.compiled_graph import compile_graph
+from madtp.programs.program import Program
 from madtp.sites.additions import PREFIX
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.canonicalise.passes import canonicalise

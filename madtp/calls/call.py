@@ -193,26 +193,14 @@ def check_batch(model: nn.Module, call: Call) -> None:
         ) from error
 
 
-def _training_modes(model: nn.Module) -> tuple[bool, ...]:
-    """Whether each submodule is in training mode. Every call asks, so this is quicker than ``modules()``."""
-    modes: dict[int, bool] = {}
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and id(module) not in modes:
-            modes[id(module)] = module.training
-            waiting.extend(module._modules.values())
-    return tuple(modes.values())
-
-
-def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...] | None) -> Signature:
+def signature(call: Call, dynamic: tuple[tuple[int, ...], ...] | None, modes: tuple[bool, ...]) -> Signature:
     """Return the signature of ``call``.
 
     Args:
-        model: the module that is called.
         call: the call.
         dynamic: for each leaf its free dimensions, which do not count; a size in an object is its own dimension 0. None if
             all sizes count.
+        modes: from :class:`~madtp.calls.training_modes.TrainingModes` of the module that is called.
     """
     leaves, spec = call.flat()
     described: list[LeafSignature] = []
@@ -224,4 +212,4 @@ def signature(model: nn.Module, call: Call, dynamic: tuple[tuple[int, ...], ...]
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
         described.append(LeafSignature(str(leaf.dtype), shape))
     objects = () if call.objects is None else tuple(object_spec for _, object_spec in call.objects.specs)
-    return Signature(str(spec), tuple(described), _training_modes(model), objects)
+    return Signature(str(spec), tuple(described), modes, objects)

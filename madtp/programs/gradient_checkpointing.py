@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from madtp.programs.program import CompiledForward, compile_graph
+from madtp.programs.compiled_graph import CompiledForward, compile_graph
 from madtp.sites.scoring import PackedScoringAttention, ScoringAttention
 from madtp.sites.site import PruningSite
 from madtp.tokens.attention import attention
@@ -56,7 +56,7 @@ def checkpointed(graph: fx.Graph, root: nn.Module, name: str) -> CompiledForward
         name: the program's name, for tracebacks.
 
     Returns:
-        A function like that of :func:`madtp.programs.program.compile_graph`.
+        A function like that of :func:`madtp.programs.compiled_graph.compile_graph`.
     """
     pieces = _compiled_pieces(graph, root, name)
     placeholders = _names(node for node in graph.nodes if node.op == "placeholder")

@@ -18,7 +18,8 @@ from madtp.calls.batch import batch_size, sample_dim
 from madtp.calls.call import Call
 from madtp.calls.compare import compare
 from madtp.errors import CaptureError, RewriteError
-from madtp.programs.program import CompiledForward, Program
+from madtp.programs.compiled_graph import CompiledForward
+from madtp.programs.program import Program
 from madtp.tokens.state import TokenState, batch_slice
 
 
