@@ -1,4 +1,5 @@
-"""The plot of a benchmark: speed-up against MAC ratio, with the ideal line. Start at :func:`draw_speed_ups`."""
+"""The plots of a benchmark: speed-up against MAC ratio (:func:`draw_speed_ups`), and where the time goes
+(:func:`draw_time_shares`)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from madtp.atomic_files import replacing_file
-from madtp.benchmark.result import DENSE, BenchmarkResult, Clock, Comparison, compare
+from madtp.benchmark.result import DENSE, BenchmarkResult, Clock, Comparison, compare, time_shares
 from madtp.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ GROUND, INK, RULE = "#f4f5f7", "#1d2129", "#c9cdd4"
 # Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d3b")
 MARKERS = "osD^vPX*"
+PARTS = {"layers": "the model's layers", "observing": "observing attention", "deciding": "scoring and merging"}
 
 
 def draw_speed_ups(result: BenchmarkResult, path: Path, title: str, clock: Clock = "wall") -> Path:
@@ -60,6 +62,48 @@ def draw_speed_ups(result: BenchmarkResult, path: Path, title: str, clock: Clock
     return path
 
 
+def draw_time_shares(result: BenchmarkResult, path: Path, title: str, clock: Clock = "wall") -> Path:
+    """Draw a bar for each pruned variant: its layers, observed attention, and sites, as shares of the dense model's time.
+
+    Args:
+        result: what was measured, with the times of sites.
+        path: file to write, as in :func:`draw_speed_ups`.
+        title: names the model.
+        clock: which times to draw.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: the sites of no variant were timed, or there is no dense model.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in time_shares(result, clock) if row.dense]
+    if not rows:
+        raise DataError("the result has no times of sites beside a dense model; add --where to the command.")
+    figure = Figure(figsize=(7.2, 1.6 + 0.42 * len(rows)), facecolor=GROUND, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [f"batch {row.batch}, {row.name}" for row in rows]
+    before = [0.0] * len(rows)
+    for part, colour in (("layers", COLOURS[0]), ("observing", COLOURS[4]), ("deciding", COLOURS[1])):
+        widths = [100 * getattr(row, part) / (row.dense or 1) for row in rows]
+        axes.barh(names, widths, left=before, color=colour, label=PARTS[part])
+        before = [start + width for start, width in zip(before, widths, strict=True)]
+    axes.axvline(100, color=INK, linewidth=1, linestyle="--")
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the dense model's time", xlim=(0, max(105, *before) * 1.02))
+    _dress(axes)
+    axes.grid(visible=False, axis="y")
+    figure.suptitle(f"{title}, {clock} time", color=INK, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    with replacing_file(path) as draft:
+        figure.savefig(draft, dpi=140, facecolor=GROUND)
+    return path
+
+
 def _panel(axes: Axes, rows: Sequence[Comparison], variants: Sequence[str], batches: Sequence[int]) -> None:
     furthest = max(1.5, *(max(row.mac_ratio or 1, row.speed_up or 1) for row in rows)) * 1.06
     axes.plot([0, furthest], [0, furthest], color=INK, linewidth=1, linestyle="--", zorder=1)
@@ -80,7 +124,12 @@ def _panel(axes: Axes, rows: Sequence[Comparison], variants: Sequence[str], batc
             alpha=0.9,
         )
     axes.set(xlim=(0, furthest), ylim=(0, furthest), xlabel="MACs of dense / MACs", ylabel="time of dense / time")
+    _dress(axes)
+
+
+def _dress(axes: Axes) -> None:
     axes.set_facecolor(GROUND)
+    axes.set_axisbelow(True)
     axes.grid(color=RULE, linewidth=0.6)
     axes.tick_params(colors=INK)
     axes.xaxis.label.set_color(INK)

@@ -37,6 +37,8 @@ class Measurement:
         cpu_ms: milliseconds of all threads together.
         tokens: tokens of each sample after each site, by site, one list for each batch.
         peak_bytes: largest memory of tensors that a call made; None if it was not measured.
+        observing_ms: milliseconds of a batch that attention takes longer because sites observe it; None if not measured.
+        deciding_ms: milliseconds of a batch in which sites score, select and merge; None if not measured.
     """
 
     mode: Mode
@@ -48,6 +50,8 @@ class Measurement:
     cpu_ms: list[float] = field(default_factory=list)
     tokens: list[dict[str, list[int]]] = field(default_factory=list)
     peak_bytes: int | None = None
+    observing_ms: float | None = None
+    deciding_ms: float | None = None
 
     @property
     def name(self) -> str:
@@ -172,3 +176,47 @@ def compare(result: BenchmarkResult, clock: Clock = "wall") -> list[Comparison]:
             )
         )
     return rows
+
+
+@dataclass(frozen=True)
+class TimeShares:
+    """Where the time of a pruned model goes, in milliseconds of a batch.
+
+    Attributes:
+        batch: samples of a batch.
+        name: the variant and its target.
+        total: median time.
+        observing: what attention takes longer because it is observed.
+        deciding: scoring, selecting and merging.
+        dense: median time of the dense model; None without one.
+    """
+
+    batch: int
+    name: str
+    total: float
+    observing: float
+    deciding: float
+    dense: float | None
+
+    @property
+    def layers(self) -> float:
+        """The rest: the model's own layers on the tokens that are left."""
+        return max(0.0, self.total - self.observing - self.deciding)
+
+
+def time_shares(result: BenchmarkResult, clock: Clock = "wall") -> list[TimeShares]:
+    """Return where the time of each measurement goes whose sites were timed."""
+    timed = [m for m in result.measurements if m.times(clock) and m.mode == "inference"]
+    dense = {m.batch: spread_of(m.times(clock)).median for m in timed if m.variant == DENSE}
+    return [
+        TimeShares(
+            batch=one.batch,
+            name=one.name,
+            total=spread_of(one.times(clock)).median,
+            observing=one.observing_ms,
+            deciding=one.deciding_ms,
+            dense=dense.get(one.batch),
+        )
+        for one in timed
+        if one.observing_ms is not None and one.deciding_ms is not None
+    ]

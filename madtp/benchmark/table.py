@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from madtp.benchmark.result import BenchmarkResult, Clock, Comparison, compare
+from madtp.benchmark.result import BenchmarkResult, Clock, Comparison, compare, time_shares
 
 
 def comparison_tables(result: BenchmarkResult, title: str, clock: Clock = "wall") -> list[Table]:
@@ -61,6 +61,19 @@ def token_table(result: BenchmarkResult) -> Table:
             ends = [[count for batch in one.tokens for count in batch[site]] for site in (sites[0], sites[-1])]
             table.add_row(str(one.batch), one.name, tower, *map(_range, ends))
     return table
+
+
+def share_table(result: BenchmarkResult, clock: Clock = "wall") -> Table | None:
+    """Return a table of where the time of pruned models goes; None if that was not measured."""
+    table = Table(title=f"where the time goes, {clock} time", title_justify="left", header_style="bold")
+    table.add_column("batch", justify="right")
+    table.add_column("variant", no_wrap=True)
+    for column in ("ms", "dense\nlayers", "observing\nattention", "scoring,\nmerging"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in time_shares(result, clock):
+        parts = (f"{part / one.total:.0%}" for part in (one.layers, one.observing, one.deciding))
+        table.add_row(str(one.batch), one.name, f"{one.total:.1f}", *parts)
+    return table if table.row_count else None
 
 
 def _range(counts: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,7 @@ measured. On a busy machine, CPU time is less disturbed than wall time.
   madtp bench blip_nlvr_mini --batch 32
   madtp bench blip_nlvr_mini -k dense -k pruned-50 -k pruned-80 --batch 32
   madtp bench blip_nlvr --batch 1 --batch 8 --rounds 9 --plot speed.png
+  madtp bench blip_nlvr_mini -k dense -k pruned-80 --where time.png
   madtp bench timm:vit_base_patch16_384 --batch 8 --dtype bfloat16 --threads 2
   madtp bench blip_nlvr_mini --batch 8 --training --memory
   madtp bench blip_nlvr_mini --variant pruned --variant floor --seconds 60
@@ -89,6 +91,10 @@ def bench_command(
     plot: Annotated[
         Path | None, typer.Option(help="Draw speed-up against MAC ratio to this file.", show_default=False)
     ] = None,
+    where: Annotated[
+        Path | None,
+        typer.Option(help="Draw where the time of pruned models goes to this file, and print it.", show_default=False),
+    ] = None,
     list_variants: Annotated[bool, typer.Option("--list", help="List the variants and exit.")] = False,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
@@ -120,8 +126,10 @@ def bench_command(
         compiled=compiled,
         training=training,
         memory=memory,
+        where=where is not None,
     )
-    _measure(settings, output, plot, "cpu" if clock == "cpu" or (not clock and threads == 1) else "wall")
+    plots = _Plots(speed_ups=plot, time_shares=where)
+    _measure(settings, output, plots, "cpu" if clock == "cpu" or (not clock and threads == 1) else "wall")
 
 
 def _reductions(asked: list[float] | None, checkpoints: tuple[str, ...]) -> tuple[float, ...]:
@@ -130,7 +138,15 @@ def _reductions(asked: list[float] | None, checkpoints: tuple[str, ...]) -> tupl
     return () if any(name != "dense" for name in checkpoints) else (0.5, 0.8)
 
 
-def _measure(settings: BenchmarkSettings, output: Path, plot: Path | None, clock: Clock) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Plots:
+    """The files to draw to; None for no such plot."""
+
+    speed_ups: Path | None
+    time_shares: Path | None
+
+
+def _measure(settings: BenchmarkSettings, output: Path, plots: _Plots, clock: Clock) -> None:
     """Measure with a progress bar; print and draw what there is, also after an interruption."""
     import shlex
     import sys
@@ -160,23 +176,27 @@ def _measure(settings: BenchmarkSettings, output: Path, plot: Path | None, clock
             )
     finally:
         if latest:
-            _show(latest[0], settings, output, plot, clock)
+            _show(latest[0], settings, output, plots, clock)
 
 
-def _show(result: BenchmarkResult, settings: BenchmarkSettings, output: Path, plot: Path | None, clock: Clock) -> None:
-    from madtp.benchmark.plot import draw_speed_ups
-    from madtp.benchmark.table import comparison_tables, conditions, token_table
+def _show(result: BenchmarkResult, settings: BenchmarkSettings, output: Path, plots: _Plots, clock: Clock) -> None:
+    from madtp.benchmark.plot import draw_speed_ups, draw_time_shares
+    from madtp.benchmark.table import comparison_tables, conditions, share_table, token_table
     from madtp.cli.console import error_console, output_console
 
     output_console.print(token_table(result))
     for table in comparison_tables(result, settings.model, clock):
         output_console.print(table)
+    shares = share_table(result, clock)
+    if shares is not None:
+        output_console.print(shares)
     output_console.print(conditions(result), markup=False, soft_wrap=True)
     for name, note in result.notes.items():
         error_console.print(f"{name}: {note}", markup=False, soft_wrap=True)
-    if plot is not None:
-        draw_speed_ups(result, plot, settings.model, clock)
-        error_console.print(f"plot drawn to {plot}", soft_wrap=True)
+    for draw, path in ((draw_speed_ups, plots.speed_ups), (draw_time_shares, plots.time_shares)):
+        if path is not None:
+            draw(result, path, settings.model, clock)
+            error_console.print(f"plot drawn to {path}", soft_wrap=True)
     error_console.print(f"results written to {output}", soft_wrap=True)
 
 

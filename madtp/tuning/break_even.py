@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -33,15 +34,14 @@ def break_even(pruned: PrunedModel, call: Call, *, dense_seconds: float | None =
     """
     with torch.no_grad():
         for _ in range(2):  # once to warm up; a calibration should not wait long
-            with _timed_sites(pruned) as spent:
+            with timed_sites(pruned) as spent:
                 pruned(*call.args, **call.kwargs)
         if dense_seconds is None:
             dense_seconds = median_seconds({"dense": lambda: _dense_call(pruned, call)}, 1)["dense"]
     dense = dense_macs(pruned)
     saved = _saved_macs(pruned) if dense else {}
     return [
-        SiteBalance(site=name, cost=spent.get(name, 0.0), saving=macs / dense * dense_seconds)
-        for name, macs in saved.items()
+        SiteBalance(site=name, cost=spent.of(name), saving=macs / dense * dense_seconds) for name, macs in saved.items()
     ]
 
 
@@ -50,16 +50,33 @@ def _dense_call(pruned: PrunedModel, call: Call) -> object:
         return pruned(*call.args, **call.kwargs)
 
 
+@dataclass(frozen=True)
+class SiteSeconds:
+    """Seconds that sites took, by site.
+
+    Attributes:
+        observing: what attention took longer because it was observed.
+        deciding: scoring, selecting and merging.
+    """
+
+    observing: dict[str, float] = field(default_factory=dict)
+    deciding: dict[str, float] = field(default_factory=dict)
+
+    def of(self, site: str) -> float:
+        """All seconds of a site."""
+        return self.observing.get(site, 0.0) + self.deciding.get(site, 0.0)
+
+
 @contextmanager
-def _timed_sites(pruned: PrunedModel) -> Iterator[dict[str, float]]:
-    """Inside the block calls of sites are timed; gives the seconds by site."""
-    spent: dict[str, float] = {}
+def timed_sites(pruned: PrunedModel) -> Iterator[SiteSeconds]:
+    """Time the sites of calls inside the block. Attention runs twice there, observed and not."""
+    spent = SiteSeconds()
     handles = []
     for site in pruned.modules():
         if isinstance(site, PruningSite):
-            handles += _time_module(site, site.spec.name, spent, plainly=None)
+            handles += _time_module(site, site.spec.name, spent.deciding, plainly=None)
             for attention in (site.attention, site.packed_attention, site.windows):
-                handles += _time_module(attention, site.spec.name, spent, plainly=pruned)
+                handles += _time_module(attention, site.spec.name, spent.observing, plainly=pruned)
     try:
         yield spent
     finally:

@@ -23,6 +23,8 @@ from madtp.benchmark import (
 )
 from madtp.benchmark.result import Mode
 from madtp.errors import ConfigError, MadtpError
+from madtp.pruned import PrunedModel
+from madtp.tuning.break_even import timed_sites
 from zoo.benchmark.bench import Bench, Target, targets_of
 from zoo.benchmark.models import Batch, open_model
 from zoo.benchmark.variants import Entrant, Variant, choose_variants
@@ -59,6 +61,7 @@ class BenchmarkSettings:
         compiled: whether to add the dense model by torch.compile.
         training: whether to time a forward with its backward, too.
         memory: whether to find the peak memory of a call.
+        where: whether to find where the time of pruned models goes.
 
     Raises:
         ConfigError: a value is out of range.
@@ -80,6 +83,7 @@ class BenchmarkSettings:
     compiled: bool = False
     training: bool = False
     memory: bool = False
+    where: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -215,6 +219,24 @@ def _time(
                 run.prepare()
                 draft.peak_bytes = peak_memory(partial(run.call, 0))
                 run.finish()
+        for draft, entrant in drafts if settings.where and mode == "inference" else ():
+            if isinstance(entrant.module, PrunedModel) and draft.target:
+                notify(f"{doing}: sites of {draft.name}", 0, 0)
+                _time_sites(draft, entrant, len(bench.batches))
+
+
+@torch.inference_mode()
+def _time_sites(draft: Measurement, entrant: Entrant, batches: int) -> None:
+    """Find where the time of a pruned model goes."""
+    assert isinstance(entrant.module, PrunedModel)
+    entrant.prepare()
+    entrant.call(0)
+    with timed_sites(entrant.module) as spent:
+        for number in range(batches):
+            entrant.call(number)
+    draft.observing_ms, draft.deciding_ms = (
+        round(1e3 * max(0.0, sum(part.values())) / batches, 4) for part in (spent.observing, spent.deciding)
+    )
 
 
 def _run(name: str, entrant: Entrant, mode: Mode) -> Run:

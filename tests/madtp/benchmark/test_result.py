@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from madtp.benchmark import BenchmarkResult, Measurement, compare, describe_environment, peak_memory, spread_of
-from madtp.benchmark.plot import draw_speed_ups
-from madtp.benchmark.table import comparison_tables, conditions, token_table
+from madtp.benchmark.plot import draw_speed_ups, draw_time_shares
+from madtp.benchmark.result import time_shares
+from madtp.benchmark.table import comparison_tables, conditions, share_table, token_table
 from madtp.errors import DataError
 
 
@@ -76,6 +77,21 @@ def test_speed_ups_are_drawn(tmp_path: Path) -> None:
     empty = BenchmarkResult("", {}, describe_environment())
     with pytest.raises(DataError, match="no variant beside the dense model"):
         draw_speed_ups(empty, tmp_path / "e.png", "x")
+
+
+def test_time_goes_to_layers_attention_and_sites(tmp_path: Path) -> None:
+    result = made_up()
+    assert time_shares(result) == []
+    assert share_table(result) is None
+    with pytest.raises(DataError, match="add --where"):
+        draw_time_shares(result, tmp_path / "w.png", "x")
+    result.measurements[1].observing_ms, result.measurements[1].deciding_ms = 1.0, 2.0
+    (row,) = time_shares(result)
+    assert (row.name, row.total, row.layers, row.dense) == ("pruned −50%", 8.0, 5.0, 10.0)
+    console = Console(width=80, file=io.StringIO())
+    console.print(share_table(result))
+    assert "│ 2 │ pruned −50% │ 8.0 │ 62% │ 12% │ 25% │" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert draw_time_shares(result, tmp_path / "w.png", "x").stat().st_size > 5000
 
 
 def test_the_peak_counts_what_is_held_at_once() -> None:

@@ -25,8 +25,9 @@ def quick(path: Path, model: str, *arguments: str) -> Outcome:
 
 
 def test_all_variants_of_a_vision_transformer(tmp_path: Path) -> None:
-    path, plot = tmp_path / "b.json", tmp_path / "b.png"
-    outcome = quick(path, "timm:test_vit", "-r", "0.5", "-b", "1", "-b", "4", "--batches", "2", "--plot", str(plot))
+    path, plot, where = tmp_path / "b.json", tmp_path / "b.png", tmp_path / "w.png"
+    plots = ("--plot", str(plot), "--where", str(where))
+    outcome = quick(path, "timm:test_vit", "-r", "0.5", "-b", "1", "-b", "4", "--batches", "2", *plots)
     assert outcome.exit_code == 0, outcome.output
     content: dict[str, Any] = json.loads(path.read_text())
     assert content["complete"]
@@ -42,8 +43,12 @@ def test_all_variants_of_a_vision_transformer(tmp_path: Path) -> None:
     assert [len(counts) for counts in pruned["tokens"][0].values()] == [4] * len(pruned["tokens"][0])
     assert len(pruned["tokens"]) == 2
     assert rows[4, "floor"]["mac_ratio"] == pytest.approx(rows[4, "pruned"]["mac_ratio"], rel=0.25)
+    assert pruned["deciding_ms"] > 0
+    assert next(m for m in content["measurements"] if m["variant"] == "dense")["deciding_ms"] is None
     assert plot.is_file()
+    assert where.is_file()
     assert "tokens of a sample" in outcome.output
+    assert "where the time goes" in outcome.output
 
 
 @pytest.mark.slow
