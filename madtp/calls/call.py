@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import batch_size
 from madtp.calls.image_positions import IMAGE_POSITIONS
+from madtp.calls.module_states import ModuleState
 from madtp.calls.objects import FlattenedObjects, ObjectSpec, flatten_objects, object_kind
 from madtp.errors import ExampleInputsError
 
@@ -112,13 +113,13 @@ class Signature:
     Attributes:
         structure: containers and names of the arguments.
         leaves: constants, dtypes and sizes.
-        modes: training flags of the modules.
+        modules: training flags and dtypes.
         objects: what the objects of a call hold besides tensors.
     """
 
     structure: str
     leaves: tuple[LeafSignature, ...]
-    modes: tuple[bool, ...]
+    modules: ModuleState
     objects: tuple[ObjectSpec, ...] = ()
 
 
@@ -193,14 +194,14 @@ def check_batch(model: nn.Module, call: Call) -> None:
         ) from error
 
 
-def signature(call: Call, dynamic: tuple[tuple[int, ...], ...] | None, modes: tuple[bool, ...]) -> Signature:
+def signature(call: Call, dynamic: tuple[tuple[int, ...], ...] | None, modules: ModuleState) -> Signature:
     """Return the signature of ``call``.
 
     Args:
         call: the call.
         dynamic: for each leaf its free dimensions, which do not count; a size in an object is its own dimension 0. None if
             all sizes count.
-        modes: from :class:`~madtp.calls.training_modes.TrainingModes` of the module that is called.
+        modules: from :class:`~madtp.calls.module_states.ModuleStates` of the module that is called.
     """
     leaves, spec = call.flat()
     described: list[LeafSignature] = []
@@ -212,4 +213,4 @@ def signature(call: Call, dynamic: tuple[tuple[int, ...], ...] | None, modes: tu
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
         described.append(LeafSignature(str(leaf.dtype), shape))
     objects = () if call.objects is None else tuple(object_spec for _, object_spec in call.objects.specs)
-    return Signature(str(spec), tuple(described), modes, objects)
+    return Signature(str(spec), tuple(described), modules, objects)

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.compiling import is_compiling
+from madtp.calls.module_states import ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind
-from madtp.calls.training_modes import TrainingModes
 from madtp.cost.counting import Counter
 from madtp.errors import ExportError, MadtpError
 from madtp.programs.notes import Notes
@@ -29,8 +29,8 @@ class HostForward(ReplacedForward):
     """The forward of a host whose submodules are regions.
 
     A model that collects values from the inside of a region would miss them. So the first call of each kind (structure,
-    constants, modes) is run twice with pruning off, by the original and by the regions. Where the results differ, calls of that
-    kind run as the original does from then on.
+    constants, training flags, dtypes) is run twice with pruning off, by the original and by the regions. Where the results
+    differ, calls of that kind run as the original does from then on.
 
     Attributes:
         follows_features: a region has to be told the positions of image features, so what the host computes is followed.
@@ -41,7 +41,7 @@ class HostForward(ReplacedForward):
     def __init__(self, host: nn.Module, control: PruningControl, notes: Notes) -> None:
         super().__init__(host)
         self.control, self.notes = control, notes
-        self.modes = TrainingModes(self.module)
+        self.module_states = ModuleStates(self.module)
         self.follows_features = False
         self.agreements: dict[Signature, bool] = {}
         self.outside_macs: dict[Signature, float] = {}
@@ -56,7 +56,7 @@ class HostForward(ReplacedForward):
         described = call
         with suppress(CannotFlatten):
             described = call.flattened(None)
-        kind = signature(described, _all_dims(described), self.modes())
+        kind = signature(described, _all_dims(described), self.module_states())
         if kind not in self.agreements:
             self.agreements[kind] = self._agrees(call)
         with control.call():
@@ -84,7 +84,7 @@ class HostForward(ReplacedForward):
         call = normalise_call(self.module, args, kwargs, self.parameters)
         if object_kind((call.args, call.kwargs)) is not None:
             return False
-        return self.agreements.get(signature(call, _all_dims(call), self.modes()), False)
+        return self.agreements.get(signature(call, _all_dims(call), self.module_states()), False)
 
     def _run(self, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         return self._by_regions(args, kwargs) if self.agreements[kind] else self._by_original(args, kwargs)
@@ -101,7 +101,7 @@ class HostForward(ReplacedForward):
 
     def _counted(self, call: Call, kind: Signature, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run, and count what runs outside the regions if these sizes are new."""
-        exact = signature(call, None, kind.modes)
+        exact = signature(call, None, kind.modules)
         if exact in self.outside_macs:
             self.control.record.outside_macs = self.outside_macs[exact]
             return self._run(kind, args, kwargs)

@@ -21,9 +21,9 @@ from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.compiling import is_exporting
+from madtp.calls.module_states import ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
-from madtp.calls.training_modes import TrainingModes
 from madtp.errors import CaptureError, ExampleInputsError, ExportError
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.program import Program, Run
@@ -101,7 +101,7 @@ class ProgramCache:
         self.inner, self.per_image = inner, per_image
         self.additions = additions_of(host)
         self.parameters = inspect.signature(self.module.forward)
-        self.modes = TrainingModes(self.module)
+        self.module_states = ModuleStates(self.module)
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
@@ -134,11 +134,11 @@ class ProgramCache:
         except CannotFlatten:
             return []
         leaves = call.flat()[0]
-        modes = self.modes()
+        modules = self.module_states()
         return [
             cached.program
             for cached in reversed(self.entries.values())
-            if signature(call, cached.program.dynamic, modes) == cached.signature and cached.program.serves(leaves)
+            if signature(call, cached.program.dynamic, modules) == cached.signature and cached.program.serves(leaves)
         ]
 
     def build(self, call: Call) -> Program:
@@ -217,7 +217,7 @@ class ProgramCache:
             self.additions.constants.register_buffer(name, value, persistent=False)
 
     def _remember(self, program: Program, call: Call) -> None:
-        self.entries[self.additions.programs] = _Entry(program, signature(call, program.dynamic, self.modes()))
+        self.entries[self.additions.programs] = _Entry(program, signature(call, program.dynamic, self.module_states()))
         self.additions.programs += 1
         while len(self.entries) > CACHE:
             self.entries.popitem(last=False)
@@ -254,14 +254,14 @@ class ProgramCache:
             ExportError: no program serves the call, or it takes objects such as key/value caches.
         """
         leaves = call.flat()[0]
-        modes = self.modes()
+        modules = self.module_states()
         entries = sorted(self.entries.values(), key=lambda entry: entry.program is not self.latest)
         for cached in entries:
             program = cached.program
             # A compiler may leave sizes free; those of an export are known.
             if is_exporting() and not _has_free_sizes(leaves) and not program.serves(leaves):
                 continue
-            if program.returned is None and signature(call, program.dynamic, modes) == cached.signature:
+            if program.returned is None and signature(call, program.dynamic, modules) == cached.signature:
                 return program.run(self.host, leaves)
         raise ExportError(
             "no program serves this call: call the model once with such inputs before it is compiled or exported. Calls that "

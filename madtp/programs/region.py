@@ -146,7 +146,7 @@ class PrunedRegion(ReplacedForward):
     def _cached_or_built(self, call: Call) -> Iterator[Program]:
         cached = self.programs.matching(call)
         yield from cached
-        exact = signature(call, None, self.programs.modes())
+        exact = signature(call, None, self.programs.module_states())
         if len(cached) >= BRANCHES:
             self._note(MANY_WAYS)
         if len(cached) >= BRANCHES or len(self.failed) >= FAILURES or exact in self.failed:

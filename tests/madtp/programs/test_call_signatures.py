@@ -230,3 +230,43 @@ def test_a_size_that_the_models_python_asks_for_is_captured_once_more() -> None:
 def test_wrong_calls_are_named() -> None:
     with pytest.raises(madtp.MadtpError, match="pixels"):
         rewritten("vit").pruned(pixels=torch.randn(2, 3, 32, 32))
+
+
+class Casting(nn.Module):
+    """Casts what it is given to the type of its weights, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.patch = nn.Conv2d(3, WIDTH, 8, 8)
+        self.encoder = Encoder(2)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        match self.how:
+            case "dtype of a weight":
+                pixels = pixels.to(self.patch.weight.dtype)
+            case "dtype of the first parameter":
+                pixels = pixels.to(next(self.parameters()).dtype)
+            case "type as":
+                pixels = pixels.type_as(self.head.bias)
+        found: Tensor = self.head(self.encoder(self.patch(pixels).flatten(2).transpose(1, 2)).mean(1))
+        return found
+
+
+@pytest.mark.parametrize("how", ["dtype of a weight", "dtype of the first parameter", "type as"])
+@torch.no_grad()
+def test_a_model_that_is_cast_behind_the_rewrite_casts_what_it_is_given(how: str) -> None:
+    pixels = torch.randn(3, 3, 40, 40)
+    model = Casting(how).eval()
+    pruned = madtp.rewrite(model, (pixels,), config=madtp.PruningConfig(alignment_tokens=8)).eval()
+    for dtype in (torch.bfloat16, torch.double, torch.float32):
+        model.to(dtype)
+        pruned.to(dtype)
+        with pruned.dense():
+            found = pruned(pixels)
+        assert found.dtype == dtype
+        assert gap(model(pixels).float(), found.float()) < (1e-5 if dtype != torch.bfloat16 else 0.05)
+        assert pruned(pixels).dtype == dtype
+        assert any(int(counts.min()) < 25 for counts in pruned.token_counts().values())
