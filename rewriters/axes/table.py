@@ -68,7 +68,7 @@ from rewriters.axes.slice_rules import (
 from rewriters.graph.match import because
 from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
-from rewriters.graph.op_sets import CASTS, CONCATENATIONS, ELEMENTWISE, PARTS, SIZED_VIEWS
+from rewriters.graph.op_sets import CASTS, CONCATENATIONS, DRAWS, ELEMENTWISE, PARTS, SIZED_VIEWS
 
 
 def elementwise(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -219,9 +219,9 @@ constant_pad_nd
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(ELEMENTWISE | DRAWS, elementwise),
     **dict.fromkeys(CASTS, like_first),
-    **dict.fromkeys(("new_full", "new_ones", "new_zeros"), fresh),
+    **dict.fromkeys(("new_empty", "new_full", "new_ones", "new_zeros"), fresh),
     "prelu": prelu,
     "attention": attend,
     "masked_mean": masked_mean,

@@ -39,6 +39,10 @@ remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub t
 zeros_like __and__ __or__ __xor__
 """.split()
 )
+# Draw each entry by itself; of the operand they read the shape, or the probability at the same place.
+DRAWS = frozenset(
+    "bernoulli bernoulli_ rand_like randn_like randint_like uniform_ normal_ exponential_ random_ empty_like".split()
+)
 # Each entry by itself, times or divided by something, or dropped.
 SCALINGS = frozenset("mul div dropout".split())
 ADDS = frozenset(("add",))

@@ -24,7 +24,7 @@ from rewriters.axes.arguments import dims_argument, items
 from rewriters.axes.labels import Dim, LabelMap, Labels, axes_of, has_tokens, is_plain
 from rewriters.axes.sources import Source
 from rewriters.graph.nodes import call_argument, example_shape, is_tensor, normal_dim, op_name
-from rewriters.graph.op_sets import CASTS, CONCATENATIONS, COPIES, ELEMENTWISE, SIZED_VIEWS, VECTOR_NORMS
+from rewriters.graph.op_sets import CASTS, CONCATENATIONS, COPIES, DRAWS, ELEMENTWISE, SIZED_VIEWS, VECTOR_NORMS
 
 aten = torch.ops.aten
 
@@ -283,7 +283,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ROWS, with_parameters),
     **dict.fromkeys(_REDUCTIONS, reduction),
     **dict.fromkeys(("gather", "scatter", "stack"), as_it_is),
-    **dict.fromkeys(ELEMENTWISE | CASTS | COPIES | {"expand_as"}, elementwise),
+    **dict.fromkeys(ELEMENTWISE | DRAWS | CASTS | COPIES | {"expand_as"}, elementwise),
     **dict.fromkeys(("matmul", "bmm", "mm"), matrix_product),
     **dict.fromkeys(CONCATENATIONS, concatenation),
     **dict.fromkeys(SIZED_VIEWS, view),
