@@ -22,7 +22,7 @@ from madtp.calls.compiling import is_compiling, is_exporting
 from madtp.calls.packed_images import PerImageArguments
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ContinuationError, ExportError, MadtpError, RewriteError
-from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images
+from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images, sum_of_streams
 from madtp.programs.host_forward import HostForward
 from madtp.programs.host_methods import as_one_call
 from madtp.programs.notes import Notes, noting_unpruned_blocks
@@ -297,23 +297,30 @@ class PrunedModel(nn.Module):
     def alignment_loss(self) -> Tensor:
         """Alignment loss L_align of the last forward (MAG): the mean of 1 - cos between the modalities' pooled features.
 
+        It is zero, with a note in the report, where only one modality was pruned: there is nothing to align. Several views,
+        frames or candidates of a sample count with their mean.
+
         Returns:
             A differentiable scalar.
 
         Raises:
-            MadtpError: no forward with gradients enabled and pruning on has run, or only one modality is pruned.
+            MadtpError: no forward with gradients enabled and pruning on has run, or the model has no alignment tokens.
         """
         features = self._control.record.features
-        sums: dict[str, Tensor] = {}
-        for (_, modality), pooled in features.items():
-            known = sums.get(modality)
-            sums[modality] = pooled if known is None else known + pooled
-        if "image" not in sums or "text" not in sums:
+        if not features or self._control.alignment is None:
             raise MadtpError(
-                f"the alignment loss needs features of image and text; the last forward has {sorted(sums) or 'none'}. Run a "
-                "forward with gradients enabled and temperature above 0 on a model with sites in both towers."
+                "the alignment loss needs features of image and text, and the last forward has none. Run a forward with "
+                "gradients enabled and temperature above 0 on a model with alignment tokens."
             )
-        image, text = sums["image"], sums["text"]
+        order: ImageOrder = self._image_order if self._images > 1 else "interleaved"
+        modalities = sorted({key.modality for key in features})
+        if modalities != ["image", "text"]:
+            Notes(self.report).add(f"the alignment loss is zero: in this call only the {modalities[0]} is pruned")
+            return 0.0 * self._control.alignment.tokens.sum()
+        image, text = (
+            sum_of_streams([pooled for key, pooled in features.items() if key.modality == one], order)
+            for one in modalities
+        )
         images = self._images if self._images > 1 else max(1, image.shape[0] // text.shape[0])
         image = mean_over_images(image, images, self._image_order)
         if text.shape[0] % image.shape[0] == 0:

@@ -10,6 +10,7 @@ Symbols: B samples, N tokens, C (the paper's d) width of the residual stream, K 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -151,6 +152,30 @@ def mean_over_images(features: Tensor, images: int, order: ImageOrder = "blocked
     if order == "interleaved":
         return features.reshape(samples, images, *features.shape[1:]).mean(dim=1)
     raise ConfigError(f"order of images is {order!r}; allowed: 'blocked', 'interleaved'")
+
+
+def sum_of_streams(features: Sequence[Tensor], order: ImageOrder = "interleaved") -> Tensor:
+    """Return the sum of the features of layers, of which some may have several rows for each sample.
+
+    Two views of an image, the frames of a video or several candidates are rows of their own in a tower, and one row where they
+    are joined. Where rows differ, each layer's are averaged to those of the layer that has the fewest.
+
+    Args:
+        features: of one modality, each ``[m * B, K, d_e]`` with a number m of its own.
+        order: how the rows of a sample stand, as in :func:`mean_over_images`.
+
+    Returns:
+        C ``[B, K, d_e]``.
+
+    Raises:
+        ConfigError: the rows of a layer are no multiple of those of another.
+    """
+    fewest = min(one.shape[0] for one in features)
+    total = torch.zeros_like(features[0][:fewest])
+    for one in features:
+        images = max(1, one.shape[0] // max(1, fewest))
+        total = total + (one if images == 1 else mean_over_images(one, images, order))
+    return total
 
 
 def alignment_loss(vision: Tensor, text: Tensor) -> Tensor:
