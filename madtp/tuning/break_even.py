@@ -63,8 +63,8 @@ class SiteSeconds:
     deciding: dict[str, float] = field(default_factory=dict)
 
     def of(self, site: str) -> float:
-        """All seconds of a site."""
-        return self.observing.get(site, 0.0) + self.deciding.get(site, 0.0)
+        """All seconds of a site. To observe saves no time, even if a disturbed measurement says so."""
+        return max(0.0, self.observing.get(site, 0.0)) + self.deciding.get(site, 0.0)
 
 
 @contextmanager

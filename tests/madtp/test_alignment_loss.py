@@ -51,7 +51,7 @@ def test_several_rows_of_a_sample_count_with_their_mean() -> None:
     alignment = pruned._control.alignment
     assert alignment is not None
     assert bool(alignment.tokens.grad.any())
-    assert 0 < float(loss) < 2
+    assert 0 < loss.item() < 2
     # The mean over samples is that of the samples one by one.
     alone = []
     for sample in range(3):
@@ -67,7 +67,7 @@ def test_with_one_modality_it_is_zero_and_a_note_says_so_once(tower: str, caplog
         for _ in range(2):
             output = pruned(**inputs(3, 2))
             loss = pruned.alignment_loss()
-            assert float(loss) == 0.0
+            assert loss.item() == 0.0
             (output.square().mean() + loss).backward()
     assert [note for note in pruned.report.notes if f"only the {tower} is pruned" in note] == pruned.report.notes[-1:]
     assert caplog.text.count(f"only the {tower} is pruned") == 1
