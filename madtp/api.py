@@ -15,7 +15,9 @@ from torch import nn
 from madtp.calls.call import Call, Inputs, check_batch, normalise_call
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
-from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError
+from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError, UnprunedError
+from madtp.programs.completeness import unpruned_remark
+from madtp.programs.notes import Notes
 from madtp.pruned import PrunedModel
 from rewriters.pipeline import price_dense
 from rewriters.plan.plan import Plan
@@ -52,6 +54,7 @@ def rewrite(
         NoSiteError: Nothing in the model can be pruned.
         PlanError: ``plan`` does not belong to the model.
         RewriteError: The graph cannot be rewritten correctly.
+        UnprunedError: ``config.strict``, and a stream or more than a third of the blocks is not pruned.
     """
     started = time.perf_counter()
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
@@ -65,6 +68,11 @@ def rewrite(
             raise
         pruned = rewrite_model(model, call, dataclasses.replace(config, towers=("text",)), plan)
     pruned.report.seconds = time.perf_counter() - started
+    remark = unpruned_remark(pruned.report) if plan is None else None
+    if remark is not None:
+        if config.strict:
+            raise UnprunedError(f"{remark} Leave strict=True out to prune what can be pruned.")
+        Notes(pruned.report).add(remark)
     return pruned
 
 

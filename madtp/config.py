@@ -57,6 +57,8 @@ class PruningConfig:
             of them. With fewer, attention itself runs by torch's fused kernels, which make no attention map. Where an attention
             is causal, or has a mask that differs between queries or heads, all queries are asked.
         straight_through: whether a soft mask lets gradients reach the threshold and the importance in training. Default False.
+        strict: whether it is an error if a stream, more than a third of the blocks, or a whole call is not pruned although
+            nobody asked for that. False, the default, says so in the log and in the report.
         selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
             ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as
             the method would keep, or ``keep_ratio`` of them.
@@ -93,6 +95,7 @@ class PruningConfig:
     merge: bool = True
     score_queries: int | None = None
     straight_through: bool = False
+    strict: bool = False
     selection: Selection = "threshold"
     keep_ratio: float | None = None
     seed: int = 0
@@ -118,7 +121,7 @@ class PruningConfig:
         for name in ("alignment_width", "score_queries"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
-        for name in ("alignment", "merge", "straight_through"):
+        for name in ("alignment", "merge", "straight_through", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         for name, allowed in _choices().items():

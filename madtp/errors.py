@@ -62,6 +62,10 @@ class LeftAloneError(NoSiteError):
         return bool(self.refusals) and all(refusal.by_policy for refusal in self.refusals)
 
 
+class UnprunedError(RewriteError):
+    """Something is not pruned, and the configuration is strict."""
+
+
 class PlanError(MadtpError):
     """A plan is malformed or does not belong to the graph."""
 

@@ -178,7 +178,7 @@ class PrunedModel(nn.Module):
         if not path and per_image is None:
             self._whole = programs
             return programs
-        notes = Notes(self.report)
+        notes = Notes(self.report, strict=self.config.strict)
         programs.module.__dict__["forward"] = (
             PrunedRegion(programs, self._control, notes, embeddings=embeddings)
             if per_image is None
@@ -211,7 +211,7 @@ class PrunedModel(nn.Module):
             self._host,
             {site.name.partition("#")[0] for site in self.report.sites},
             control=self._control,
-            notes=Notes(self.report),
+            notes=Notes(self.report, strict=self.config.strict),
             method=method,
         )
 
@@ -248,7 +248,7 @@ class PrunedModel(nn.Module):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
             )
-        Notes(self.report).unpruned(type(self._host).__name__, MANY_WAYS)
+        Notes(self.report, strict=self.config.strict).unpruned(type(self._host).__name__, MANY_WAYS)
         self._control.clear_record()
         return self._host(*args, **kwargs)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from madtp.errors import UnprunedError
 from madtp.report import RewriteReport, UnprunedCalls
 from madtp.sites.control import PruningControl
 
@@ -20,10 +21,11 @@ class Notes:
 
     Attributes:
         report: Takes the remarks.
+        strict: Calls that run unpruned are an error.
     """
 
-    def __init__(self, report: RewriteReport) -> None:
-        self.report = report
+    def __init__(self, report: RewriteReport, *, strict: bool = False) -> None:
+        self.report, self.strict = report, strict
 
     def add(self, text: str) -> None:
         """Log ``text`` unless it was logged before."""
@@ -32,8 +34,16 @@ class Notes:
             log.warning("%s", text)
 
     def unpruned(self, called: str, reason: str) -> None:
-        """Say that calls of a module, a model or a method run unpruned, and why."""
+        """Say that calls of a module, a model or a method run unpruned, and why.
+
+        Raises:
+            UnprunedError: the configuration is strict.
+        """
         calls = UnprunedCalls(called, reason)
+        if self.strict:
+            raise UnprunedError(
+                f"{calls}. Leave strict=True out of the configuration to run them as the original does."
+            )
         if calls not in self.report.unpruned:
             self.report.unpruned.append(calls)
         self.add(str(calls))
