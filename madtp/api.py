@@ -54,7 +54,7 @@ def rewrite(
         NoSiteError: Nothing in the model can be pruned.
         PlanError: ``plan`` does not belong to the model.
         RewriteError: The graph cannot be rewritten correctly.
-        UnprunedError: ``config.strict``, and a stream or more than a third of the blocks is not pruned.
+        UnprunedError: ``config.strict``, and a tower or more than a third of the blocks is not pruned.
     """
     started = time.perf_counter()
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)

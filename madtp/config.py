@@ -57,7 +57,7 @@ class PruningConfig:
             of them. With fewer, attention itself runs by torch's fused kernels, which make no attention map. Where an attention
             is causal, or has a mask that differs between queries or heads, all queries are asked.
         straight_through: whether a soft mask lets gradients reach the threshold and the importance in training. Default False.
-        strict: whether it is an error if a stream, more than a third of the blocks, or a whole call is not pruned although
+        strict: whether it is an error if a tower, more than a third of the blocks, or a whole call is not pruned although
             nobody asked for that. False, the default, says so in the log and in the report.
         selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
             ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as

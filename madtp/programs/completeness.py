@@ -10,7 +10,7 @@ SHOWN = 3
 def unpruned_remark(report: RewriteReport) -> str | None:
     """Return what to say of blocks that are not pruned although nobody asked for that.
 
-    None where fewer than a third of the blocks are refused, and in every stream some block is pruned. Blocks that are left
+    None where no more than a third of the blocks are refused, and in every tower some block is pruned. Blocks that are left
     alone by policy do not count.
 
     Args:
@@ -22,11 +22,7 @@ def unpruned_remark(report: RewriteReport) -> str | None:
             refused.setdefault(refusal.block, refusal)
     pruned = {site.name.partition("#")[0] for site in report.sites}
     refused = {block: refusal for block, refusal in refused.items() if block not in pruned}
-    streams: dict[int, list[str]] = {}
-    for sublayer in report.blocks:
-        if sublayer.kind == "self":
-            streams.setdefault(sublayer.stream, []).append(sublayer.path)
-    dense = [own for own in streams.values() if not pruned.intersection(own) and refused.keys() >= set(own)]
+    dense = set(map(_tower, refused)) - set(map(_tower, pruned))
     if not dense and 3 * len(refused) <= len(refused) + len(pruned):
         return None
     causes: dict[tuple[str, str], list[str]] = {}
@@ -40,3 +36,10 @@ def unpruned_remark(report: RewriteReport) -> str | None:
         f"{len(refused)} of {len(refused) + len(pruned)} blocks are not pruned. {'; '.join(told)}. "
         "`print(pruned.report)` lists them all."
     )
+
+
+def _tower(block: str) -> str:
+    """The path of the list of blocks that holds a block: what stands before its number."""
+    parts = block.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:number])

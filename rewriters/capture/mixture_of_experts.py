@@ -45,12 +45,14 @@ class _Frame:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         chooses: Whether rows are chosen by value in it.
+        attends: Whether there is a softmax or an attention in it.
     """
 
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     chooses: bool = False
+    attends: bool = False
 
 
 class _DispatchMode(TorchDispatchMode):
@@ -78,6 +80,9 @@ class _CallRecorder(_DispatchMode):
         if self.active and _chooses(func, args):
             for frame in self.active[-1 - MOST_ENCLOSING :]:
                 frame.chooses = True
+        if self.active and _attends(func):
+            for frame in self.active:
+                frame.attends = True
         return func(*args, **(kwargs or {}))
 
     def enter(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -105,6 +110,12 @@ def _chooses(func: Any, args: tuple[Any, ...]) -> bool:
     if func is aten.index.Tensor:
         return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return sorts(func) or torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+
+
+def _attends(func: Any) -> bool:
+    """Whether an operation is a softmax or an attention."""
+    name = getattr(getattr(func, "overloadpacket", None), "__name__", "")
+    return "softmax" in name or "scaled_dot_product" in name
 
 
 def find_rowwise(model: nn.Module, call: Call) -> list[RowwiseModule]:
@@ -178,7 +189,9 @@ def _describe(path: str, frame: _Frame, output: object) -> RowwiseModule | None:
     fits = rank > 0 and all(one.dim() >= rank and one.shape[:rank] == rows for one in results)
     along = all(one.dim() > 0 and one.shape[:rank] == rows[: one.dim()] for one in operands)
     whole = any(one.dim() > rank and one.is_floating_point() for one in operands)
-    if not (plain and fits and along and whole and _is_built_of(spec)):
+    # A tower works sample by sample: it would hide its blocks. Gates of experts have a softmax, too, but each row is a vector.
+    tower = frame.attends and any(one.dim() > rank + 1 and one.is_floating_point() for one in operands)
+    if tower or not (plain and fits and along and whole and _is_built_of(spec)):
         return None
     forms = tuple((one.dtype, tuple(one.shape[rank:])) for one in results)
     return RowwiseModule(

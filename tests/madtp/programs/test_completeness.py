@@ -22,14 +22,24 @@ class Unknown(nn.Module):
         return x + 0.1 * x.sort(dim=1).values
 
 
+class OddBlock(Block):
+    """Normalises the scores over the queries, which is no attention that is known."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(2, 3)).softmax(-2) @ v
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
 class Tower(nn.Module):
     """Blocks, and behind some of them an operation that stands in the way of those before it."""
 
-    def __init__(self, behind: int | None, depth: int = 4) -> None:
+    def __init__(self, behind: int | None, depth: int = 4, block: type[Block] = Block) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.patch = nn.Conv2d(3, WIDTH, 8, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.behind, self.unknown, self.head = behind, Unknown(), nn.Linear(WIDTH, 3)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -69,11 +79,14 @@ def config(**settings: object) -> madtp.PruningConfig:
         (Tower(0), ""),  # one of four
         (Tower(1), "2 of 4 blocks are not pruned. blocks.0, blocks.1: "),
         (Towers(Tower(None)), ""),
-        (Towers(Tower(1, depth=2)), "2 of 6 blocks are not pruned. other.blocks.0, other.blocks.1: "),  # a whole stream
+        (
+            Towers(Tower(None, depth=2, block=OddBlock)),
+            "2 of 6 blocks are not pruned. other.blocks.0, other.blocks.1: ",
+        ),
     ],
-    ids=["whole", "a quarter", "half", "two whole", "a stream"],
+    ids=["whole", "a quarter", "half", "two whole", "a tower"],
 )
-def test_a_stream_or_a_third_of_the_blocks(
+def test_a_tower_or_a_third_of_the_blocks(
     model: nn.Module, told: str, strict: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     inputs = (PIXELS,) if isinstance(model, Tower) else (PIXELS, PIXELS)
@@ -87,8 +100,14 @@ def test_a_stream_or_a_third_of_the_blocks(
     assert len(remarks) == bool(told)
     if told:
         assert remarks[0].startswith(told)
-        assert "sort" in remarks[0]
+        assert ("sort" in remarks[0]) == isinstance(model, Tower)
         assert remarks[0] in caplog.text
+
+
+def test_a_tower_is_not_taken_for_a_layer_of_experts() -> None:
+    """What sorts tokens keeps its place in the graph, and the blocks around it are seen."""
+    pruned = madtp.rewrite(Towers(Tower(1, depth=2)), (PIXELS, PIXELS), config=config())
+    assert {site.name for site in pruned.report.sites} >= {"other.blocks.0", "other.blocks.1"}
 
 
 def test_what_was_asked_for_is_not_told() -> None:
