@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from madtp.calls.call import Call, Inputs, check_batch, normalise_call
+from madtp.calls.inference_mode import outside_inference_mode
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError, UnprunedError
@@ -60,13 +61,14 @@ def rewrite(
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
     call = example_call(model, example_inputs)
     check_batch(model, call)
-    try:
-        pruned = rewrite_model(model, call, config, plan)
-    except LeftAloneError:
-        # A language model by itself: there is nothing but its text that the caller could want pruned.
-        if not _is_text_alone(call):
-            raise
-        pruned = rewrite_model(model, call, dataclasses.replace(config, towers=("text",)), plan)
+    with outside_inference_mode(call) as usual:
+        try:
+            pruned = rewrite_model(model, usual, config, plan)
+        except LeftAloneError:
+            # A language model by itself: there is nothing but its text that the caller could want pruned.
+            if not _is_text_alone(call):
+                raise
+            pruned = rewrite_model(model, usual, dataclasses.replace(config, towers=("text",)), plan)
     pruned.report.seconds = time.perf_counter() - started
     remark = unpruned_remark(pruned.report) if plan is None else None
     if remark is not None:

@@ -21,6 +21,7 @@ from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.compiling import is_exporting
+from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.module_states import ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
@@ -147,6 +148,10 @@ class ProgramCache:
         Raises:
             MadtpError: the module cannot be rewritten for such calls, or no program can serve a single sample.
         """
+        with outside_inference_mode(call) as usual:
+            return self._built(usual)
+
+    def _built(self, call: Call) -> Program:
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
         with suppress(CannotFlatten):  # the builder says best what is wrong
             call = call.flattened(self.sizes)

@@ -270,3 +270,20 @@ def test_a_model_that_is_cast_behind_the_rewrite_casts_what_it_is_given(how: str
         assert gap(model(pixels).float(), found.float()) < (1e-5 if dtype != torch.bfloat16 else 0.05)
         assert pruned(pixels).dtype == dtype
         assert any(int(counts.min()) < 25 for counts in pruned.token_counts().values())
+
+
+@pytest.mark.parametrize("first_call", ["the rewrite", "a call of a new kind"])
+def test_what_is_made_in_inference_mode_trains_later(first_call: str) -> None:
+    model = Casting("dtype of a weight").train()
+    config = madtp.PruningConfig(alignment_tokens=8)
+    if first_call == "the rewrite":
+        with torch.inference_mode():
+            pruned = madtp.rewrite(model, (torch.randn(3, 3, 40, 40),), config=config)
+    else:
+        pruned = madtp.rewrite(model, (torch.randn(3, 3, 40, 40),), config=config)
+        with torch.inference_mode():
+            assert pruned(torch.randn(3, 3, 48, 48)).is_inference()
+    size = 40 if first_call == "the rewrite" else 48
+    pruned(torch.randn(3, 3, size, size)).sum().backward()
+    assert all(parameter.grad is not None for parameter in pruned.encoder.parameters())
+    assert not any(tensor.is_inference() for tensor in (*pruned.parameters(), *pruned.buffers()))
