@@ -45,7 +45,8 @@ class AlignmentTokens(nn.Module):
         self.tokens = nn.Parameter(torch.randn(count, width, generator=generator))
 
     def forward(self, values: Tensor, projection: nn.Module | None = None) -> Tensor:
-        """Return the guidance G of a residual stream.
+        """Return the guidance G of a residual stream, in float32 if the stream is in float16, whose range products with massive
+        activations leave.
 
         With a linear projection q = X W^T + b the queries are never materialised:
         G = q E^T = X (E W)^T + (E b)^T, which is cheaper because there are fewer alignment tokens than tokens in a batch.
@@ -57,17 +58,21 @@ class AlignmentTokens(nn.Module):
         Returns:
             G ``[B, N, K]``.
         """
-        if projection is None:
-            return guidance(values, self.tokens)
         if type(projection) is not nn.Linear:
-            queries: Tensor = projection(values)
-            return guidance(queries, self.tokens)
-        weight = self.tokens.to(projection.weight.dtype)
-        bias = None if projection.bias is None else weight @ projection.bias
-        return F.linear(values, weight @ projection.weight, bias)
+            queries: Tensor = values if projection is None else projection(values)
+            return guidance(_with_range(queries), self.tokens)
+        values = _with_range(values)
+        weight = self.tokens.to(values.dtype)
+        bias = None if projection.bias is None else weight @ projection.bias.to(values.dtype)
+        return F.linear(values, weight @ projection.weight.to(values.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"count={self.tokens.shape[0]}, width={self.tokens.shape[1]}"
+
+
+def _with_range(values: Tensor) -> Tensor:
+    """Values whose products stay within the range of their type."""
+    return values.float() if values.dtype == torch.float16 else values
 
 
 def query_projection(width: int, alignment_width: int, *, seed: int = 0, always: bool = False) -> nn.Module:

@@ -107,3 +107,34 @@ def test_guidance_of_projected_values_is_that_of_their_queries(projection: nn.Mo
     weights = torch.randn(2, 7, 5)
     plain, folded = (torch.autograd.grad((result * weights).sum(), wanted) for result in results)
     torch.testing.assert_close(folded, plain)
+
+
+class Wrapped(nn.Module):
+    """A projection in a wrapper, as adapters put it into one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.inner(values)
+        return found
+
+
+@pytest.mark.parametrize("kind", ["none", "identity", "linear", "wrapped"])
+def test_massive_activations_keep_their_order_in_float16(kind: str) -> None:
+    tokens = AlignmentTokens(6, 16).half()
+    made = {
+        "none": None,
+        "identity": nn.Identity(),
+        "linear": query_projection(16, 16, always=True).half(),
+        "wrapped": Wrapped(nn.Identity()),
+    }
+    projection = made[kind]
+    torch.manual_seed(0)
+    values = torch.randn(1, 9, 16).half()
+    values[0, 4, 3] = 60_000
+    found = tokens(values, projection)
+    exact = tokens.double()(values.double(), None if projection is None else projection.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-1)
