@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
 from madtp.calls.call import Call
@@ -259,7 +260,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
     graph, region = insertion.graph, request.region
     table = cost_table(insertion, captured).under(region.inside, PREFIX)
     padded = pack(insertion, request.config)
-    constants = _place_constants(graph, captured, request.serial)
+    constants = _place_constants(graph, captured, request)
     call_rowwise_modules(graph)
     lift(graph, request.model)
     _name_from_root(graph, region)
@@ -285,14 +286,36 @@ def _name_from_root(graph: fx.Graph, region: Region) -> None:
             node.target = region.inside(str(node.target))
 
 
-def _place_constants(graph: fx.Graph, captured: Capture, serial: int) -> dict[str, Tensor]:
+def _place_constants(graph: fx.Graph, captured: Capture, request: Request) -> dict[str, Tensor]:
+    """Let the graph read its constants where they are; returns those that are no parameters or buffers of the model.
+
+    A model that reaches its modules past the tree, by an object of its own, is traced with parameters as constants.
+    """
+    owned = {
+        _memory(tensor): name
+        for name, tensor in (*request.model.named_buffers(), *request.model.named_parameters())
+        if tensor.numel()
+    }
     placed: dict[str, Tensor] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in captured.constants:
-            name = f"p{serial}_{node.target}"
-            placed[name] = captured.constants[node.target]
-            node.target = f"{CONSTANTS}.{name}"
+        if node.op != "get_attr" or node.target not in captured.constants:
+            continue
+        constant = captured.constants[node.target]
+        own = owned.get(_memory(constant))
+        if own is not None:
+            node.target = own
+            continue
+        name = f"p{request.serial}_{node.target}"
+        placed[name] = constant
+        node.target = f"{CONSTANTS}.{name}"
     return placed
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Where the values of a tensor lie: two tensors of which this is equal are one. One of another kind is like no other."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
