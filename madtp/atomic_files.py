@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from madtp.errors import DataError
 
 
 @contextmanager
@@ -54,6 +57,22 @@ def replacing_file(path: Path) -> Iterator[Path]:
     with draft_of(path) as draft:
         yield draft
         publish(draft, path)
+
+
+def check_writable(path: Path) -> None:
+    """Find out whether a file can be written, before the work is done that is to fill it.
+
+    Raises:
+        DataError: it cannot; the message says why.
+    """
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror or error}); choose another file.") from error
 
 
 def write_text(path: Path, text: str) -> None:

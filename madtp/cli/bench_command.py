@@ -129,6 +129,7 @@ def bench_command(
         where=where is not None,
     )
     plots = _Plots(speed_ups=plot, time_shares=where)
+    _check_files(output, plots)
     _measure(settings, output, plots, "cpu" if clock == "cpu" or (not clock and threads == 1) else "wall")
 
 
@@ -144,6 +145,21 @@ class _Plots:
 
     speed_ups: Path | None
     time_shares: Path | None
+
+
+def _check_files(output: Path, plots: _Plots) -> None:
+    """Find what cannot be written before anything is measured."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    from madtp.atomic_files import check_writable
+
+    check_writable(output)
+    formats = FigureCanvasBase.get_supported_filetypes()
+    for path in (plots.speed_ups, plots.time_shares):
+        if path is not None:
+            if path.suffix.removeprefix(".") not in formats:
+                raise typer.BadParameter(f"{path.name}: a picture ends in one of {', '.join(sorted(formats))}")
+            check_writable(path)
 
 
 def _measure(settings: BenchmarkSettings, output: Path, plots: _Plots, clock: Clock) -> None:

@@ -55,9 +55,16 @@ def export_command(
         ),
     ] = None,
     reduction: Annotated[
-        float,
-        typer.Option("--reduction", "-r", min=0.01, max=0.99, help="Fraction of the MACs of a dense model to save."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--reduction",
+            "-r",
+            min=0.01,
+            max=0.99,
+            help="Fraction of the MACs of a dense model to save. Default: 0.5.",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="pt2, onnx or aoti. Default: by the suffix of the file.", show_default=False)
     ] = None,

@@ -85,7 +85,8 @@ def keep_mask(
     Returns:
         ``[B, N]``, a subset of the candidates.
     """
-    kept: Flags = scores > gain * theta[:, None]
+    with np.errstate(over="ignore"):  # a gain beyond all numbers keeps nothing
+        kept: Flags = scores > gain * theta[:, None]
     if candidates is not None:
         kept &= candidates
     # Where as many as the minimum are above the threshold, they include the best.

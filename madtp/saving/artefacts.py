@@ -84,7 +84,7 @@ def _write_onnx(program: ExportedProgram, description: Mapping[str, object], pat
     if size > ONNX_LIMIT:
         raise ExportError(f"the weights take {size / 2**30:.1f} GiB; an ONNX file holds 2. Use the format pt2 or aoti.")
     try:
-        converted = torch.onnx.export(program, dynamo=True, verbose=False)
+        converted = torch.onnx.export(program, dynamo=True, verbose=False, output_names=output_names(program))
     except ImportError as error:
         raise ExportError(f"the ONNX exporter lacks a library ({error}); pip install 'madtp[onnx]'.") from error
     except Exception as error:  # an operation without a translation, or a library of another version
@@ -94,6 +94,21 @@ def _write_onnx(program: ExportedProgram, description: Mapping[str, object], pat
     assert converted is not None
     converted.model.metadata_props["madtp"] = json.dumps(description)
     converted.save(str(path))
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """Return a name for each tensor that a program returns: where it stands in the result, as ``text.last_hidden_state``."""
+    spec = program.call_spec.out_spec
+    returned = program.graph_signature.user_outputs
+    placed = pytree.tree_unflatten(list(range(len(returned))), spec)
+    given = set(program.graph_signature.user_inputs)
+    names = []
+    for keys, number in pytree.tree_flatten_with_path(placed)[0]:
+        if isinstance(returned[number], str):  # what is no tensor is no output of a file
+            parts = [re.sub(r"\W", "", pytree.keystr((key,))) for key in keys]
+            name = ".".join(parts if parts and not parts[0].isdigit() else ["output", *parts])
+            names.append(f"{name}.output" if name in given else name)
+    return names
 
 
 def _open_onnx(path: Path) -> Opened:

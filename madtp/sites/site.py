@@ -314,8 +314,8 @@ class PruningSite(nn.Module):
             self.control.record.kept_counts[one.group.key] = (survivors & one.group.inside).sum(1)
 
     def _theta(self, scored: _Scored) -> Tensor:
-        # Padding behind the tokens of a sample has neither importance nor guidance.
-        candidates = None if scored.group.is_tail else scored.group.inside
+        # Padding behind the tokens of a sample has neither importance nor guidance, but takes part in a mean.
+        candidates = None if scored.group.is_tail and scored.guidance is not None else scored.group.inside
         return threshold(scored.guidance, scored.importance, candidates, max(self.control.temperature, 1e-6))
 
     def _gates(self) -> bool:

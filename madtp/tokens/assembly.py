@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from madtp.config import PruningConfig
 from madtp.method.arrays import Flags, Numbers, on_host
@@ -272,7 +273,7 @@ def _gathered(tokens: Tensor, moves: _Moves, merged: _Merged | None) -> Tensor:
 
 
 def summed_rows(tokens: Tensor, picked: Numbers, weights: Tensor, sizes: Numbers) -> Tensor:
-    """Return weighted sums of rows, ``[T', C]``.
+    """Return weighted sums of rows, ``[T', C]``. No row is part of two sums.
 
     Args:
         tokens: ``[T, C]``.
@@ -281,17 +282,34 @@ def summed_rows(tokens: Tensor, picked: Numbers, weights: Tensor, sizes: Numbers
         sizes: ``[T']`` number of rows of each sum, at least 1.
     """
     chosen = torch.from_numpy(picked).to(tokens.device)
-    if tokens.device.type == "cpu" or not torch.is_grad_enabled():
-        starts = torch.from_numpy(sizes.cumsum() - sizes).to(tokens.device)
+    starts = torch.from_numpy(sizes.cumsum() - sizes).to(tokens.device)
+    if not torch.is_grad_enabled() or not (tokens.requires_grad or weights.requires_grad):
         return F.embedding_bag(chosen, tokens, starts, mode="sum", per_sample_weights=weights)
-    # On a GPU the gradient of a bag has no deterministic form.
-    return _indexed_sums(tokens, chosen, weights, sizes)
-
-
-def _indexed_sums(tokens: Tensor, chosen: Tensor, weights: Tensor, sizes: Numbers) -> Tensor:
     target = torch.from_numpy(np.arange(len(sizes)).repeat(sizes)).to(tokens.device)
-    weighted = tokens.index_select(0, chosen) * weights.unsqueeze(1)
-    return weighted.new_zeros(len(sizes), tokens.size(1)).index_add(0, target, weighted)
+    summed: Tensor = _SummedRows.apply(tokens, weights, chosen, starts, target)
+    return summed
+
+
+class _SummedRows(torch.autograd.Function):
+    """The sums, with a gradient that is deterministic on every device and has one of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, tokens: Tensor, weights: Tensor, chosen: Tensor, starts: Tensor, target: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(tokens, weights, chosen, target)
+        return F.embedding_bag(chosen, tokens, starts, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weights, chosen, target = ctx.saved_tensors
+        spread = gradient.index_select(0, target)
+        of_tokens = of_weights = None
+        if ctx.needs_input_grad[0]:
+            of_tokens = torch.zeros_like(tokens).index_copy(0, chosen, spread * weights.unsqueeze(1))
+        if ctx.needs_input_grad[1]:
+            of_weights = (spread * tokens.index_select(0, chosen)).sum(1)
+        return of_tokens, of_weights, None, None, None
 
 
 class _TokenFields(TypedDict):

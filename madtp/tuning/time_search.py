@@ -62,7 +62,12 @@ def search_time(
     macs, tried = target, list[tuple[float, float]]()
     for _ in range(STEPS):
         search = Search(pruned, calls, knob, target=macs, tolerance=MAC_TOLERANCE)
-        best = search.run()
+        try:
+            best = search.run()
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{target:.1%} less time cannot be reached: it would take {macs:.1%} fewer MACs. {error} {_told(tried)}"
+            ) from error
         timing = _time(pruned, calls)
         if abs(timing.reduction - target) <= tolerance:
             return search, timing
@@ -70,11 +75,15 @@ def search_time(
         if macs >= MOST and timing.reduction < target:
             break
         macs = min(max(_next(tried, target), 0.01), MOST)
-    shown = ", ".join(f"{seconds:.1%} at {saved:.1%} fewer MACs" for saved, seconds in tried)
     raise CalibrationError(
-        f"{target:.1%} less time within {tolerance:.1%} was not reached on batches of these sizes; measured: {shown}. Larger "
-        "batches or inputs, a larger tolerance or a quieter machine would help."
+        f"{target:.1%} less time within {tolerance:.1%} was not reached on batches of these sizes. {_told(tried)}"
     )
+
+
+def _told(tried: list[tuple[float, float]]) -> str:
+    shown = ", ".join(f"{seconds:.1%} less at {saved:.1%} fewer MACs" for saved, seconds in tried)
+    measured = f"Measured: {shown}. " if tried else ""
+    return f"{measured}Larger batches or inputs, a larger tolerance or a quieter machine would help."
 
 
 def _next(tried: list[tuple[float, float]], target: float) -> float:

@@ -22,6 +22,8 @@ DRAWS = {
     "dropout of ones": lambda x: nn.functional.dropout(x.new_ones(x.shape[0], 1, 1), 1 - KEEP, training=True),
     # Near misses: a factor for each token, and one for each entry.
     "of each token": lambda x: x.new_empty(x.shape[0], x.shape[1], 1).bernoulli_(KEEP),
+    "of each token, uniform": lambda x: torch.empty_like(x[:, :, :1]).uniform_(),
+    "of each token, filled": lambda x: torch.empty_like(x[:, :, :1]).fill_(0.5),
     "of each entry": lambda x: torch.empty_like(x).bernoulli_(KEEP),
     "noise": lambda x: 1 + 0.1 * torch.randn_like(x),
 }

@@ -10,12 +10,15 @@ from pathlib import Path
 import torch
 
 import madtp
+from madtp.atomic_files import check_writable
 from madtp.benchmark.timing import median_seconds
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.saving.export import Exported, format_of
 from zoo.benchmark.bench import Bench, Target, kept_of, opened_export
 from zoo.benchmark.models import DENSE, Batch, open_model
+
+DEFAULT_REDUCTION = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class ExportSettings:
         output: the file to write.
         checkpoint: weights: the name of a shipped checkpoint or the path of a saved model. Dense ones are pruned by
             ``reduction``. None takes the shipped dense weights, or random ones.
-        reduction: fraction of the MACs to save where the checkpoint is not a pruned model.
+        reduction: fraction of the MACs to save where the checkpoint is not a pruned model; None for a half.
         format: as in :func:`madtp.export`.
         batch: number of samples that the artefact takes.
         any_batch: as in :func:`madtp.export`.
@@ -39,7 +42,7 @@ class ExportSettings:
     model: str
     output: Path
     checkpoint: str | None = None
-    reduction: float = 0.5
+    reduction: float | None = None
     format: str | None = None
     batch: int = 8
     any_batch: bool = False
@@ -82,6 +85,7 @@ def export_model(settings: ExportSettings, notify: Callable[[str], None] = _quie
     if settings.any_batch and settings.batch < 2:
         raise ConfigError("batch is 1; to leave the number of samples free, export with 2 or more.")
     format_of(settings.output, settings.format)
+    check_writable(settings.output)
     torch.set_num_threads(settings.threads)
     notify(f"opening {settings.model}")
     opened = open_model(settings.model, () if settings.checkpoint is None else (settings.checkpoint,), settings.seed)
@@ -116,5 +120,10 @@ def _dense_artefact(frozen: PrunedModel, batch: Batch, exported: Exported) -> Ca
 
 def _target(settings: ExportSettings, *, pruned: bool) -> Target:
     if pruned:
+        if settings.reduction is not None:
+            raise ConfigError(
+                f"{settings.checkpoint} is pruned already, so there is nothing to reduce; leave out --reduction."
+            )
         return Target(settings.checkpoint or "", checkpoint=settings.checkpoint)
-    return Target(f"{settings.reduction:.0%}", reduction=settings.reduction)
+    reduction = DEFAULT_REDUCTION if settings.reduction is None else settings.reduction
+    return Target(f"{reduction:.0%}", reduction=reduction)

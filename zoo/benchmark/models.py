@@ -85,9 +85,10 @@ def open_model(name: str, checkpoints: Sequence[str], seed: int) -> OpenedModel:
     torch.manual_seed(seed)
     plain = name.removeprefix(TIMM)
     if plain != name or name not in list_models():
+        found = find_model(plain).model
         if checkpoints:
-            raise ConfigError(f"{name} is not a model of the zoo, so it has no checkpoints; leave out --checkpoint.")
-        return OpenedModel(name, find_model(plain).model, None, seed, {})
+            raise ConfigError(f"{name} is a model of timm, so it has no checkpoints; leave out --checkpoint.")
+        return OpenedModel(name, found, None, seed, {})
     opened = {checkpoint: create(name, checkpoint) for checkpoint in checkpoints}
     pruned = {checkpoint: model for checkpoint, model in opened.items() if isinstance(model, PrunedModel)}
     dense = [model for model in opened.values() if not isinstance(model, PrunedModel)]

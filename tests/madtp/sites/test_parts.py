@@ -73,3 +73,42 @@ def test_only_what_is_asked_for_is_computed(settings: dict[str, Any], fused: boo
     assert bool(asked) == guided
     kept = pruned.token_counts()["blocks.2"]
     assert bool((kept < 197).all())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"alignment": False},
+        {"alignment": False, "merge": False},
+        {"min_tokens": 40},
+        {"score_queries": 16},
+        {"selection": "class_attention"},
+        {"selection": "class_attention", "keep_ratio": 0.4, "merge": False},
+        {"temperature": 1e5},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_sample_does_not_depend_on_its_batch(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    images = (
+        torch.randn(4, 3, 224, 224).cumsum(-1).mul(torch.tensor([0.01, 0.1, 1.0, 3.0])[:, None, None, None]).to(dtype)
+    )
+    pruned = madtp.rewrite(transformer().to(dtype), (images,), config=madtp.PruningConfig(**settings)).eval()
+    together = pruned(images)
+    kept = pruned.kept_tokens()
+    assert len({int(own.sum()) for own in kept["blocks.1"]}) > 1 or "keep_ratio" in settings
+    for sample in range(4):
+        alone = pruned(images[sample : sample + 1])
+        for site, own in pruned.kept_tokens().items():
+            assert torch.equal(own[0], kept[site][sample]), site
+        torch.testing.assert_close(alone[0], together[sample], rtol=1e-3, atol=1e-4)
+
+
+def test_a_gain_beyond_all_numbers_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    images = torch.randn(2, 3, 224, 224)
+    pruned = madtp.rewrite(transformer(), (images,)).eval()
+    pruned.gain = 1e300
+    assert bool(pruned(images).isfinite().all())
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
