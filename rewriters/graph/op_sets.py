@@ -32,7 +32,7 @@ CONCATENATIONS = frozenset("cat concat".split())
 ELEMENTWISE = frozenset(
     """
 abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
-clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 fill fill_ floor floor_divide fmod full_like
+clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 fill floor floor_divide fmod full_like
 ge gelu gt hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
 logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
 remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
@@ -41,10 +41,7 @@ zeros_like __and__ __or__ __xor__
 )
 # Draw each entry by itself; of the operand they read the shape, or the probability at the same place.
 DRAWS = frozenset(
-    """
-bernoulli bernoulli_ uniform uniform_ normal normal_ exponential exponential_ random random_ rand_like randn_like randint_like
-empty_like
-""".split()
+    "bernoulli bernoulli_ uniform normal normal_ exponential random rand_like randn_like randint_like empty_like".split()
 )
 # Each entry by itself, times or divided by something, or dropped.
 SCALINGS = frozenset("mul div dropout".split())

@@ -24,6 +24,8 @@ DRAWS = {
     "of each token": lambda x: x.new_empty(x.shape[0], x.shape[1], 1).bernoulli_(KEEP),
     "of each token, uniform": lambda x: torch.empty_like(x[:, :, :1]).uniform_(),
     "of each token, filled": lambda x: torch.empty_like(x[:, :, :1]).fill_(0.5),
+    "of each token, normal": lambda x: torch.empty_like(x[:, :, :1]).normal_(),
+    "of each token, exponential": lambda x: torch.empty_like(x[:, :, :1]).exponential_(),
     "of each entry": lambda x: torch.empty_like(x).bernoulli_(KEEP),
     "noise": lambda x: 1 + 0.1 * torch.randn_like(x),
 }

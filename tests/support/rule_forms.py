@@ -26,6 +26,8 @@ FORMS: list[Sample] = [
     sample(aten.polar.default, x(TOKENS, 3), x("B", "N", 3)),
     sample(aten.dropout.default, x(*FLIPPED), 0.1, False),
     sample(aten.full_like.default, x(*FLIPPED), 2.0, constant=True),
+    sample(aten.fill.Scalar, x(), 2.0, constant=True),
+    sample(aten.fill.Scalar, x(*FLIPPED), 0.5, constant=True),
     sample(aten._to_copy.default, x(*FLIPPED), dtype=torch.float64),
     sample(aten.new_zeros.default, x(*FLIPPED), [TOKENS, 2]),
     sample(aten.new_ones.default, x(*FLIPPED), [4], dtype=torch.bool),

@@ -125,3 +125,22 @@ def test_what_does_not_fit_is_a_message(
     assert outcome.exit_code == code
     assert message in outcome.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "told"),
+    [
+        ("--output", "folder", "cannot be written"),
+        ("--plot", "speed.xyz", "ends in one of"),
+        ("--where", "folder.png", "cannot"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    option: str, name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure", lambda *given, **more: pytest.fail("it measures"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    outcome = run("timm:test_vit", "--output", str(tmp_path / "b.json"), option, str(tmp_path / name))
+    assert outcome.exit_code != 0
+    assert told in f"{outcome.output}{outcome.exception}"

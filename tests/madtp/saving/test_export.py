@@ -186,6 +186,33 @@ def test_an_onnx_file_takes_named_arguments_in_any_order(tmp_path: Path) -> None
         run(**{("misspelt" if name == first else name): value for name, value in inputs.items()})
 
 
+class InContainers(nn.Module):
+    """Returns its logits, an argument and more, in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = timm.create_model("test_vit", num_classes=3)
+
+    def forward(self, pixels: Tensor) -> dict[str, object]:
+        logits = self.tower(pixels)
+        return {"logits": logits, "pixels": 2 * pixels, "more": (logits.sum(1), None), "nested": {"a b": -logits}}
+
+
+def test_outputs_of_an_onnx_file_are_named_by_their_places(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    inputs = {"pixels": torch.randn(3, 3, 160, 160)}
+    pruned = madtp.rewrite(InContainers().eval(), inputs, config=madtp.PruningConfig(alignment=False)).eval()
+    madtp.freeze(pruned, [inputs])
+    madtp.export(pruned, tmp_path / "named.onnx", inputs)
+    session = onnxruntime.InferenceSession(str(tmp_path / "named.onnx"))
+    assert [one.name for one in session.get_outputs()] == ["logits", "pixels.output", "more.0", "nested.ab"]
+    (logits,) = session.run(["logits"], {"pixels": inputs["pixels"].numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), pruned(**inputs)["logits"], rtol=1e-3, atol=1e-4)
+
+
 def test_a_joint_stream_becomes_an_onnx_file(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -17,11 +17,13 @@ from rule_samples import REFUSED, SAMPLES, x  # noqa: E402
 from rewriters.axes.labels import ResultLabels, is_plain  # noqa: E402
 from rewriters.axes.table import RULES, apply  # noqa: E402
 from rewriters.graph.nodes import AxisError  # noqa: E402
+from rewriters.graph.op_sets import DRAWS  # noqa: E402
 
 # Names that are not operations of torch: a builtin, and spellings of Python that export may leave.
 ELSEWHERE = {"getitem", "float", "mod"}
-# Stands for submodules, see tests/rewriters/capture/test_mixture_of_experts.py.
-APART = {"rowwise"}
+# Stands for submodules, see tests/rewriters/capture/test_mixture_of_experts.py. Draws do not repeat in an experiment, see
+# tests/rewriters/test_stochastic_depth.py.
+APART = {"rowwise", "new_empty"} | DRAWS
 # Rules that cover every form of their operations: there is nothing that they must not let pass.
 TOTAL = {
     "to",
