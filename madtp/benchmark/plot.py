@@ -19,7 +19,7 @@ GROUND, INK, RULE = "#f4f5f7", "#1d2129", "#c9cdd4"
 # Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d3b")
 MARKERS = "osD^vPX*"
-PARTS = {"layers": "the model's layers", "observing": "observing attention", "deciding": "scoring and merging"}
+PARTS = {"layers": "dense layers", "observing": "observing attention", "deciding": "scoring and merging"}
 
 
 def draw_speed_ups(result: BenchmarkResult, path: Path, title: str, clock: Clock = "wall") -> Path:
@@ -92,13 +92,13 @@ def draw_time_shares(result: BenchmarkResult, path: Path, title: str, clock: Clo
         widths = [100 * getattr(row, part) / (row.dense or 1) for row in rows]
         axes.barh(names, widths, left=before, color=colour, label=PARTS[part])
         before = [start + width for start, width in zip(before, widths, strict=True)]
-    axes.axvline(100, color=INK, linewidth=1, linestyle="--")
+    axes.axvline(100, color=INK, linewidth=1, linestyle="--", label="the dense model")
     axes.invert_yaxis()
     axes.set(xlabel="% of the dense model's time", xlim=(0, max(105, *before) * 1.02))
     _dress(axes)
     axes.grid(visible=False, axis="y")
     figure.suptitle(f"{title}, {clock} time", color=INK, fontsize=11)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     with replacing_file(path) as draft:
         figure.savefig(draft, dpi=140, facecolor=GROUND)
     return path
