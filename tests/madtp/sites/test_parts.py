@@ -29,9 +29,9 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def transformer() -> nn.Module:
+def transformer(size: int = 224) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", depth=DEPTH, num_classes=7).eval()
+    return timm.create_model("vit_tiny_patch16_224", depth=DEPTH, img_size=size, num_classes=7).eval()
 
 
 @torch.no_grad()
@@ -81,21 +81,18 @@ def test_only_what_is_asked_for_is_computed(settings: dict[str, Any], fused: boo
         {},
         {"alignment": False},
         {"alignment": False, "merge": False},
-        {"min_tokens": 40},
+        {"min_tokens": 12},
         {"score_queries": 16},
         {"selection": "class_attention"},
         {"selection": "class_attention", "keep_ratio": 0.4, "merge": False},
         {"temperature": 1e5},
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
-def test_a_sample_does_not_depend_on_its_batch(settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_sample_does_not_depend_on_its_batch(settings: dict[str, Any]) -> None:
     torch.manual_seed(1)
-    images = (
-        torch.randn(4, 3, 224, 224).cumsum(-1).mul(torch.tensor([0.01, 0.1, 1.0, 3.0])[:, None, None, None]).to(dtype)
-    )
-    pruned = madtp.rewrite(transformer().to(dtype), (images,), config=madtp.PruningConfig(**settings)).eval()
+    images = torch.randn(4, 3, 112, 112).cumsum(-1).mul(torch.tensor([0.01, 0.1, 1.0, 3.0])[:, None, None, None])
+    pruned = madtp.rewrite(transformer(112), (images,), config=madtp.PruningConfig(**settings)).eval()
     together = pruned(images)
     kept = pruned.kept_tokens()
     assert len({int(own.sum()) for own in kept["blocks.1"]}) > 1 or "keep_ratio" in settings
