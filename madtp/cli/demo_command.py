@@ -9,7 +9,7 @@ import typer
 
 HELP = """Compare the shipped dense and pruned models on held-out scenes.
 
-Runs offline, in under two minutes. Prints a table of accuracy, MACs, tokens
+Runs offline, in one to three minutes. Prints a table of accuracy, MACs, tokens
 kept in each layer, and milliseconds. Writes a picture and a page that show
 which patches survive in which layer.
 

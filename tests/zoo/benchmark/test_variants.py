@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from madtp.errors import ConfigError
+from madtp.errors import ConfigError, UnknownModelError
 from zoo.benchmark import BenchmarkSettings
 from zoo.benchmark.bench import Target, targets_of
 from zoo.benchmark.models import open_model
@@ -71,8 +71,10 @@ def test_samples_to_time_are_others_than_those_to_calibrate_on() -> None:
 def test_data_of_a_mini_are_those_of_its_task() -> None:
     assert open_model("blip_vqa_mini", (), 0).data == "scenes_questions"
     assert open_model("blip_nlvr_mini", ("dense",), 0).data == "scenes"
-    with pytest.raises(ConfigError, match="is not a model of the zoo, so it has no checkpoints"):
+    with pytest.raises(ConfigError, match="is a model of timm, so it has no checkpoints"):
         open_model("timm:test_vit", ("dense",), 0)
+    with pytest.raises(UnknownModelError, match="blip_nlvr_mini"):
+        open_model("blip_nlvr_mni", ("pruned-80",), 0)
 
 
 @pytest.mark.parametrize(
