@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import madtp
 from madtp.calls.call import Call
-from madtp.programs.program import compile_graph
+from madtp.programs.compiled_graph import compile_graph
 from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import capture
 from rewriters.graph.functional import writes
