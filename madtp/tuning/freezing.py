@@ -71,6 +71,7 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
     control.static_room = room
     control.config = replace(control.config, batching="static")
     pruned.config = control.config
+    control.clear_record()  # it tells of other counts
     missing = [site.name for site in pruned.report.sites if site.name not in room]
     if missing:
         log.warning(

@@ -35,6 +35,8 @@ def test_frozen_counts_are_the_same_for_every_sample_and_batch() -> None:
     pruned, images = _pruned()
     counts = madtp.freeze(pruned, [(images,)])
     assert set(counts) == {site.name for site in pruned.report.sites}
+    with pytest.raises(MadtpError):  # not the counts of the batches, which varied
+        pruned.token_counts()
     for batch in (images[:1], torch.randn(3, 3, 64, 64)):
         with torch.no_grad():
             pruned(batch)
