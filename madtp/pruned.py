@@ -178,7 +178,7 @@ class PrunedModel(nn.Module):
         if not path and per_image is None:
             self._whole = programs
             return programs
-        notes = Notes(self.report, strict=self.config.strict)
+        notes = self._notes()
         programs.module.__dict__["forward"] = (
             PrunedRegion(programs, self._control, notes, embeddings=embeddings)
             if per_image is None
@@ -211,7 +211,7 @@ class PrunedModel(nn.Module):
             self._host,
             {site.name.partition("#")[0] for site in self.report.sites},
             control=self._control,
-            notes=Notes(self.report, strict=self.config.strict),
+            notes=self._notes(),
             method=method,
         )
 
@@ -235,6 +235,10 @@ class PrunedModel(nn.Module):
             return self._host(*args, **kwargs)
         return self._whole.run_compiled(normalise_call(self._host, args, kwargs, self._whole.parameters))
 
+    def _notes(self) -> Notes:
+        """Takes remarks on calls into the report."""
+        return Notes(self.report, strict=self.config.strict)
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._whole is None:
             normalise_call(self._host, args, kwargs)
@@ -248,7 +252,7 @@ class PrunedModel(nn.Module):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {MANY_WAYS}."
             )
-        Notes(self.report, strict=self.config.strict).unpruned(type(self._host).__name__, MANY_WAYS)
+        self._notes().unpruned(type(self._host).__name__, MANY_WAYS)
         self._control.clear_record()
         return self._host(*args, **kwargs)
 
@@ -315,7 +319,7 @@ class PrunedModel(nn.Module):
         order: ImageOrder = self._image_order if self._images > 1 else "interleaved"
         modalities = sorted({key.modality for key in features})
         if modalities != ["image", "text"]:
-            Notes(self.report).add(f"the alignment loss is zero: in this call only the {modalities[0]} is pruned")
+            self._notes().add(f"the alignment loss is zero: in this call only the {modalities[0]} is pruned")
             return 0.0 * self._control.alignment.tokens.sum()
         image, text = (
             sum_of_streams([pooled for key, pooled in features.items() if key.modality == one], order)

@@ -13,6 +13,7 @@ from madtp.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # A ground and inks of its own make the picture legible on light and on dark pages.
 GROUND, INK, RULE = "#f4f5f7", "#1d2129", "#c9cdd4"
@@ -37,17 +38,13 @@ def draw_speed_ups(result: BenchmarkResult, path: Path, title: str, clock: Clock
     Raises:
         DataError: nothing is there to be compared with a dense model.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [row for row in compare(result, clock) if row.speed_up is not None and row.variant != DENSE]
     if not rows:
         raise DataError("the result has no variant beside the dense model, so there is no speed-up to draw.")
     modes = list(dict.fromkeys(row.mode for row in rows))
     variants = list(dict.fromkeys(row.variant for row in rows))
     batches = list(dict.fromkeys(row.batch for row in rows))
-    figure = Figure(figsize=(5.2 * len(modes), 4.9), facecolor=GROUND, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(5.2 * len(modes), 4.9)
     panels = figure.subplots(1, len(modes), squeeze=False)[0]
     for axes, mode in zip(panels, modes, strict=True):
         _panel(axes, [row for row in rows if row.mode == mode], variants, batches)
@@ -57,9 +54,7 @@ def draw_speed_ups(result: BenchmarkResult, path: Path, title: str, clock: Clock
     figure.legend(
         handles=_handles(variants, batches), loc="outside lower center", ncols=4, frameon=False, labelcolor=INK
     )
-    with replacing_file(path) as draft:
-        figure.savefig(draft, dpi=140, facecolor=GROUND)
-    return path
+    return _written(figure, path)
 
 
 def draw_time_shares(result: BenchmarkResult, path: Path, title: str, clock: Clock = "wall") -> Path:
@@ -77,14 +72,10 @@ def draw_time_shares(result: BenchmarkResult, path: Path, title: str, clock: Clo
     Raises:
         DataError: the sites of no variant were timed, or there is no dense model.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [row for row in time_shares(result, clock) if row.dense]
     if not rows:
         raise DataError("the result has no times of sites beside a dense model; add --where to the command.")
-    figure = Figure(figsize=(7.2, 1.6 + 0.42 * len(rows)), facecolor=GROUND, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7.2, 1.6 + 0.42 * len(rows))
     axes = figure.subplots()
     names = [f"batch {row.batch}, {row.name}" for row in rows]
     before = [0.0] * len(rows)
@@ -99,6 +90,19 @@ def draw_time_shares(result: BenchmarkResult, path: Path, title: str, clock: Clo
     axes.grid(visible=False, axis="y")
     figure.suptitle(f"{title}, {clock} time", color=INK, fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
+    return _written(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor=GROUND, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _written(figure: Figure, path: Path) -> Path:
     with replacing_file(path) as draft:
         figure.savefig(draft, dpi=140, facecolor=GROUND)
     return path

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from madtp.calls.compiling import is_compiling
 
@@ -43,16 +43,17 @@ class ModuleStates:
 
     def __call__(self) -> ModuleState:
         """The state now."""
-        children = list(chain.from_iterable(module._modules.values() for module in self._modules))
+        children = self._present()
         if len(children) != len(self._children) or not all(map(operator.is_, children, self._children)):
             self._walk()
         if not is_compiling():
-            self._dtypes = tuple([one.dtype for one in self._parameters() if one is not None])
+            parameters = chain.from_iterable(module._parameters.values() for module in self._modules)
+            self._dtypes = tuple([one.dtype for one in parameters if one is not None])
         return ModuleState(tuple([module.training for module in self._modules]), self._dtypes)
 
-    def _parameters(self) -> list[Tensor | None]:
-        return list(chain.from_iterable(module._parameters.values() for module in self._modules))
+    def _present(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(module._modules.values() for module in self._modules))
 
     def _walk(self) -> None:
         self._modules = list(self._model.modules())
-        self._children = list(chain.from_iterable(module._modules.values() for module in self._modules))
+        self._children = self._present()

@@ -120,15 +120,15 @@ def layout_of(
             is_tail = state.rows is not None and valid is state.valid
             group = CandidateGroup(spec.name, spec.modality, protected, inside, is_tail)
             return Layout([group], None, protected, valid)
-        everything = torch.ones(state.batch, state.length, dtype=torch.bool, device=device)
-        protected = first_slots(protected, everything if state.valid is None else state.valid)
-    if protected is None:
+    present = state.valid
+    if present is None:
+        present = torch.ones(state.batch, state.length, dtype=torch.bool, device=device)
+    if isinstance(protected, int):
+        protected = first_slots(protected, present)
+    elif protected is None:
         guarded = protected_readouts(readouts, config)
         protected = protected_slots(spec, state, guarded, segments, valid, device)
-    real = valid if valid is not None else state.valid
-    if real is None:
-        real = torch.ones(state.batch, state.length, dtype=torch.bool, device=device)
-    candidates = candidates_of(real, protected, config)
+    candidates = candidates_of(present if valid is None else valid, protected, config)
     if state.valid is not None:  # where padding is scored, slots that hold no token are not
         candidates = candidates & state.valid
     if segments is None:

@@ -146,10 +146,13 @@ class PruningSite(nn.Module):
         survivors = layout.required_on_host(before)
         groups = []
         for one in scored:
-            judged = self._ballot(one, before)
+            theta = self._theta(one) if parts.selector.needs.importance or self._gates() else None
+            judged = self._ballot(one, theta, before)
             groups.append(JudgedGroup(one.group.first, judged.candidates, one.importance, judged.importance))
-            kept, rows = self._keep(one, judged, rows, before)
+            kept = self._keep(one.group, judged, before)
             survivors[:, one.group.first :] |= kept
+            if theta is not None and self._gates():
+                rows = self._gated(one, theta, torch.from_numpy(kept).to(rows.device), rows, before)
         if not parts.reducer.merges:
             _never_nothing(survivors, groups)
         if control.in_place:
@@ -224,10 +227,9 @@ class PruningSite(nn.Module):
         found = torch.from_numpy(scores)
         return found, found if ranking is scores else torch.from_numpy(ranking)
 
-    def _ballot(self, scored: _Scored, state: TokenState) -> Ballot:
+    def _ballot(self, scored: _Scored, theta: Tensor | None, state: TokenState) -> Ballot:
         """What is judged, on the host."""
-        parts, importance, ranking = self.control.parts, scored.importance, scored.ranking
-        theta = self._theta(scored) if parts.selector.needs.importance else None
+        importance, ranking = scored.importance, scored.ranking
         if importance.device.type != "cpu":  # the host waits once
             columns = [importance, ranking] if theta is None else [importance, ranking, theta.unsqueeze(1)]
             values = torch.from_numpy(on_host(torch.cat(columns, 1)))
@@ -240,21 +242,19 @@ class PruningSite(nn.Module):
             theta=None if theta is None else on_host(theta),
             gain=float(self.control.gain),
             candidates=scored.group.on_host(state),
-            smallest_drop=parts.reducer.smallest_drop,
+            smallest_drop=self.control.parts.reducer.smallest_drop,
         )
 
-    def _keep(self, scored: _Scored, ballot: Ballot, rows: Tensor, state: TokenState) -> tuple[Flags, Tensor]:
-        """Which candidates ``[B, N - first]`` of a group survive, and the rows ``[T, C]`` times their gates."""
-        control, group = self.control, scored.group
+    def _keep(self, group: CandidateGroup, ballot: Ballot, state: TokenState) -> Flags:
+        """Which candidates ``[B, N - first]`` of a group survive."""
+        control = self.control
         if control.forced is not None:
             wanted = on_host(group.cut(_forced_slots(control.forced[self.spec.name], state)))
             kept = wanted if ballot.candidates is None else ballot.candidates & wanted
         else:
             kept = control.parts.selector.keep(ballot, control.config)
         control.record.kept_counts[group.key] = torch.from_numpy(kept.sum(1))
-        if not self._gates():
-            return kept, rows
-        return kept, self._gated(scored, self._theta(scored), torch.from_numpy(kept).to(rows.device), rows, state)
+        return kept
 
     def _keep_counts(
         self, scored: Sequence[_Scored], layout: Layout, rows: Tensor, before: TokenState, *, varies: bool

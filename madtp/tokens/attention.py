@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madtp.calls.compiling import is_compiling
+from madtp.method.arrays import precise
 from madtp.tokens.state import TokenState, gather_positions
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def probability_blocks(inputs: AttentionInputs, empty: Tensor | None, size: int)
         if mask is not None:
             shown = _rows(mask, start, stop)
             scores = scores.masked_fill_(~shown, float("-inf")) if shown.dtype == torch.bool else scores + shown
-        dtype = torch.promote_types(scores.dtype, torch.float32)
+        dtype = precise(scores.dtype)
         if empty is None:
             yield ProbabilityBlock(start, stop, scores.softmax(-1, dtype=dtype))
         else:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from madtp.method.arrays import precise
 from madtp.method.importance import AttentionStatistics, class_attention
 from madtp.tokens.attention import AttentionInputs, hides_nothing, joined, plain_attention, valid_keys
 from madtp.tokens.scored_attention import Asked, Counted, Slot, attention_with_statistics, is_plain
@@ -128,7 +129,7 @@ def _evenly_spaced(count: int, length: int | Tensor, device: torch.device) -> Te
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Probabilities in float32 at least; zeros for a query that sees no key."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
+    dtype = precise(scores.dtype)
     if mask is None:
         return scores.softmax(-1, dtype=dtype)
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

@@ -41,9 +41,8 @@ WHOLE_MAP = 5 * 2**18
 # Probabilities of one sample from which a CPU works off samples one by one.
 SMALL_MAP = 2**14
 
-Operand = TypeVar("Operand", Tensor, Tensor | None)
+Operand = TypeVar("Operand", Tensor, Tensor | None, Tensor | int, Tensor | int | None)
 Slot: TypeAlias = Tensor | int
-SlotOrNone = TypeVar("SlotOrNone", Tensor | int, Tensor | int | None)
 Counted: TypeAlias = Tensor | int
 """The queries that count in the attention that a key receives: ``[B, Q]`` bool, or the first, if all after it count, too."""
 
@@ -304,8 +303,8 @@ def _in_blocks(inputs: AttentionInputs, asked: Asked) -> Observed:
         for part, empty_part, counted, slot in zip(
             _split_inputs(inputs, samples),
             _split_samples(empty, batch, samples),
-            _split_slots(asked.counted, batch, samples),
-            _split_slots(asked.class_slot, batch, samples),
+            _split_samples(asked.counted, batch, samples),
+            _split_samples(asked.class_slot, batch, samples),
             strict=True,
         )
     ]
@@ -339,16 +338,9 @@ def _split_inputs(inputs: AttentionInputs, samples: int) -> list[AttentionInputs
 
 def _split_samples(operand: Operand, batch: int, samples: int) -> Sequence[Operand]:
     """The part of an operand for every ``samples`` samples; the same for all where it has no entries per sample."""
-    if operand is None or operand.size(0) != batch:
+    if not isinstance(operand, Tensor) or operand.size(0) != batch:
         return [operand] * max(1, -(-batch // samples))
     return torch.split(operand, samples)
-
-
-def _split_slots(slots: SlotOrNone, batch: int, samples: int) -> Sequence[SlotOrNone]:
-    """As :func:`_split_samples`, for what may be one number for all samples."""
-    if isinstance(slots, Tensor):
-        return torch.split(slots, samples)
-    return [slots] * max(1, -(-batch // samples))
 
 
 def _collect(inputs: AttentionInputs, empty: Tensor | None, asked: Asked, size: int) -> Observed:
