@@ -141,7 +141,7 @@ def measure(layers: int, width: int, image_size: int, length: int) -> dict[str, 
         started = time.process_time()
         pruned = madtp.rewrite(model, inputs)
         seconds[TOTAL] = time.process_time() - started
-    assert len(pruned.report.sites) == 2 * layers
+    assert len(pruned.madtp.report.sites) == 2 * layers
     return seconds
 
 

@@ -43,7 +43,7 @@ def with_queries(name: str, checkpoint: str, data: str, queries: int | None) -> 
         return model
     calls = held_out_calls(name, data, split="val", items=256, seed=0)
     wanted = reduction(model, calls)
-    model.config = model._control.config = replace(model.config, score_queries=queries)
+    model.madtp.config = replace(model.madtp.config, score_queries=queries)
     madtp.calibrate(model, calls, reduction=wanted, tolerance=0.0005)
     return model
 

@@ -19,6 +19,7 @@ from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError, UnprunedError
 from madtp.programs.completeness import unpruned_remark
 from madtp.programs.notes import Notes
+from madtp.programs.originals import unwrapped
 from madtp.pruned import PrunedModel
 from rewriters.pipeline import price_dense
 from rewriters.plan.plan import Plan
@@ -38,7 +39,7 @@ def rewrite(
 
     Args:
         model: Any ``nn.Module`` made of transformer blocks over image or text tokens. It is not modified; its parameters
-            are shared.
+            are shared. Of a pruned model, the original is rewritten again.
         example_inputs: Inputs of ``model`` with at least 2 samples: a dict of keyword arguments or a tuple of positional
             ones. May be left out where the zoo knows the architecture.
         config: How to prune; by default ``PruningConfig()``. The zoo may add protected positions for architectures that it
@@ -58,6 +59,8 @@ def rewrite(
         UnprunedError: ``config.strict``, and a tower or more than a third of the blocks is not pruned.
     """
     started = time.perf_counter()
+    if isinstance(model, PrunedModel):
+        model = unwrapped(model)
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
     call = example_call(model, example_inputs)
     check_batch(model, call)
@@ -69,12 +72,12 @@ def rewrite(
             if not _is_text_alone(call):
                 raise
             pruned = rewrite_model(model, usual, dataclasses.replace(config, towers=("text",)), plan)
-    pruned.report.seconds = time.perf_counter() - started
-    remark = unpruned_remark(pruned.report) if plan is None else None
+    pruned.madtp.report.seconds = time.perf_counter() - started
+    remark = unpruned_remark(pruned.madtp.report) if plan is None else None
     if remark is not None:
         if config.strict:
             raise UnprunedError(f"{remark} Leave strict=True out to prune what can be pruned.")
-        Notes(pruned.report).add(remark)
+        Notes(pruned.madtp.report).add(remark)
     return pruned
 
 
@@ -138,10 +141,10 @@ def count_macs(model: nn.Module, inputs: Inputs) -> float:
         ExampleInputsError: The inputs do not fit the model.
     """
     if isinstance(model, PrunedModel):
-        call = _as_call(model._host, inputs)
+        call = _as_call(model, inputs)
         with torch.no_grad():
             model(*call.args, **call.kwargs)
-        return model.macs()
+        return model.madtp.macs()
     call = _as_call(model, inputs)
     try:
         return price_dense(model, call)

@@ -59,6 +59,8 @@ class PruningConfig:
         straight_through: whether a soft mask lets gradients reach the threshold and the importance in training. Default False.
         strict: whether it is an error if a tower, more than a third of the blocks, or a whole call is not pruned although
             nobody asked for that. False, the default, says so in the log and in the report.
+        max_programs: number of kinds of calls (sizes, dtypes, modes, switches) of a module that are captured; calls of further
+            kinds run unpruned, with a warning. Default 16.
         selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
             ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as
             the method would keep, or ``keep_ratio`` of them.
@@ -96,6 +98,7 @@ class PruningConfig:
     score_queries: int | None = None
     straight_through: bool = False
     strict: bool = False
+    max_programs: int = 16
     selection: Selection = "threshold"
     keep_ratio: float | None = None
     seed: int = 0
@@ -116,7 +119,7 @@ class PruningConfig:
         object.__setattr__(self, "towers", _towers(self.towers))
         for name in ("temperature", "gain"):
             object.__setattr__(self, name, _number(name, getattr(self, name), low=0.0))
-        for name, low in (("min_tokens", 0), ("alignment_tokens", 1), ("seed", 0)):
+        for name, low in (("min_tokens", 0), ("alignment_tokens", 1), ("seed", 0), ("max_programs", 1)):
             _integer(name, getattr(self, name), low)
         for name in ("alignment_width", "score_queries"):
             if getattr(self, name) is not None:

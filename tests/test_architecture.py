@@ -18,7 +18,13 @@ LIBRARIES = frozenset(("timm", "transformers", "open_clip", "diffusers", "peft")
 # The face of the package names what the zoo holds: commands, the demo.
 FACE = ("madtp/cli/", "madtp/demo/")
 # What looks upwards, at the compiler and the zoo.
-ENTRIES = (*FACE, "madtp/api.py", "madtp/saving/checkpoint.py", "madtp/survey/worker.py")
+ENTRIES = (
+    *FACE,
+    "madtp/api.py",
+    "madtp/saving/checkpoint.py",
+    "madtp/saving/rewriting_again.py",
+    "madtp/survey/worker.py",
+)
 # "transformers" and "clip" are words, too: the library is told by its imports, the model by its capitals.
 NAMES = re.compile(
     r"\b(timm|open_?clip|hugging ?face|CLIP|OpenCLIP|SigLIP\w*|BLIP\w*|(?i:\w*bert|blip\w*|siglip\w*|vilt|flava|lxmert|llava\w*"
@@ -37,8 +43,14 @@ ORDER = {
     "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs examples small blip "
     "clip transforms tasks objectives recipes benchmark",
 }
-# Loading rewrites the model that a folder was saved from: the one call from a lower folder to the public entry.
-UPWARDS = frozenset((("madtp/saving/checkpoint.py", "madtp.api"),))
+# Saving and pickling a pruned model, and rewriting again what was saved: the calls from a lower folder to a higher one.
+UPWARDS = frozenset(
+    (
+        ("madtp/saving/rewriting_again.py", "madtp.api"),
+        ("madtp/pruned/model.py", "madtp.saving.pickling"),
+        ("madtp/pruned/host_class.py", "madtp.saving.host_folder"),
+    )
+)
 
 
 def sources(*folders: str) -> Iterator[tuple[str, Path]]:

@@ -165,6 +165,12 @@ def normalise_call(
     return Call(tuple(positional), named)
 
 
+def is_empty(call: Call) -> bool:
+    """Return whether a call holds tensors, and none of them holds a sample."""
+    tensors = call.tensors()
+    return bool(tensors) and all(one.dim() > 0 and one.shape[0] == 0 for one in tensors)
+
+
 def check_batch(model: nn.Module, call: Call) -> None:
     """Refuse example inputs that hold no tensor or only one sample, or whose batch sizes disagree.
 

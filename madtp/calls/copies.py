@@ -19,7 +19,7 @@ from torch import nn
 OWN = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
-def share(module: nn.Module) -> nn.Module:
+def share(module: nn.Module, prepare: Callable[[nn.Module], None] | None = None) -> nn.Module:
     """Return a copy of a module and its submodules: new module objects with the same parameters and buffers.
 
     Training flags, hooks and submodules can be changed in the copy alone. A module that is used twice stays one module. What
@@ -27,9 +27,10 @@ def share(module: nn.Module) -> nn.Module:
 
     Args:
         module: the module to copy.
+        prepare: called with each copy before its children are copied; it may change what the copy holds.
     """
     copies: dict[int, nn.Module] = {}
-    copy = _copied(module, copies)
+    copy = _copied(module, copies, prepare)
     rebinding = _Rebinding(copies)
     for one in copies.values():
         for name, value in one.__dict__.items():
@@ -38,7 +39,7 @@ def share(module: nn.Module) -> nn.Module:
     return copy
 
 
-def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+def _copied(module: nn.Module, copies: dict[int, nn.Module], prepare: Callable[[nn.Module], None] | None) -> nn.Module:
     """The copy of a module; ``copies`` holds those made so far, by ``id`` of the original."""
     if id(module) in copies:
         return copies[id(module)]
@@ -49,8 +50,10 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
         hooks = name.endswith("_hooks") and isinstance(value, dict)
         if hooks or name in OWN:
             copy.__dict__[name] = value.copy()
+    if prepare is not None:
+        prepare(copy)
     copy.__dict__["_modules"] = {
-        name: None if child is None else _copied(child, copies) for name, child in module._modules.items()
+        name: None if child is None else _copied(child, copies, prepare) for name, child in copy._modules.items()
     }
     return copy
 

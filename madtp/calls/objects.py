@@ -66,6 +66,11 @@ class ObjectSpec:
         """Return the paths of its sizes."""
         return tuple(path for path, part in self._leaves() if part == "size")
 
+    def kinds(self) -> tuple[object, ...]:
+        """Return the classes of it and its parts, and where it holds tensors and sizes."""
+        parts = (part.kinds() if isinstance(part, ObjectSpec) else part for part in self.parts)
+        return self.kind, *("constant" if isinstance(part, Constant) else part for part in parts)
+
     def _leaves(self) -> Iterator[tuple[str, str]]:
         for key, part in zip(self.keys, self.parts, strict=True):
             if isinstance(part, str):

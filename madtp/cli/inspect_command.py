@@ -51,7 +51,7 @@ def inspect_command(
     parameters = sum(p.numel() for p in found.model.parameters())
     with error_console.status(f"tracing {type(found.model).__name__}, {parameters / 1e6:.1f} M parameters"):
         pruned = madtp.rewrite(found.model, found.example_inputs)
-    report = pruned.report
+    report = pruned.madtp.report
     if as_json:
         found_as = {"name": found.name, "origin": found.origin, "parameters": parameters}
         typer.echo(json.dumps({**found_as, **plain_fields(report)}, indent=2))

@@ -93,7 +93,7 @@ def _evaluate(entry: Entry, batches: Sequence[Batch], advance: Callable[[], None
         correct += int((answers == batch["labels"]).sum())
         total += len(answers)
         if isinstance(entry, PrunedEntry):
-            macs += entry.model.macs() * len(answers)
+            macs += entry.model.madtp.macs() * len(answers)
             layers = _pruned_tokens(entry.model)
         else:
             layers = _dense_tokens(entry, batch)
@@ -113,9 +113,9 @@ def _dense_macs(pruned: PrunedModel, batches: Sequence[Batch], advance: Callable
     macs = 0.0
     total = 0
     for batch in batches:
-        with pruned.dense():
+        with pruned.madtp.dense():
             pruned(**inputs_of(batch))
-            macs += pruned.macs() * len(batch["labels"])
+            macs += pruned.madtp.macs() * len(batch["labels"])
         total += len(batch["labels"])
         advance()
     return macs / total
@@ -131,8 +131,8 @@ class _LayerTokens(NamedTuple):
 
 def _pruned_tokens(model: PrunedModel) -> list[_LayerTokens]:
     """Tokens after each site in the last forward, in the order of the layers."""
-    kept = model.token_counts()
-    return [_LayerTokens(site.modality, site.name, kept[site.name]) for site in model.report.sites]
+    kept = model.madtp.token_counts()
+    return [_LayerTokens(site.modality, site.name, kept[site.name]) for site in model.madtp.report.sites]
 
 
 def _dense_tokens(entry: DenseEntry, batch: Batch) -> list[_LayerTokens]:

@@ -132,8 +132,8 @@ def _kept_by_layer(model: PrunedModel, batch: int) -> list[tuple[str, Tensor]]:
     The masks of the sites are ``[images * batch, 1 + patches]``: the vision tower runs on all first images, then on all second
     ones.
     """
-    kept = model.kept_tokens()
-    names = [site.name for site in model.report.sites if site.modality == "image"]
+    kept = model.madtp.kept_tokens()
+    names = [site.name for site in model.madtp.report.sites if site.modality == "image"]
     patches = [kept[name][:, 1:] for name in names]
     return [
         (f"layer {number}", masks.reshape(-1, batch, masks.shape[1]).transpose(0, 1).cpu())

@@ -74,10 +74,11 @@ class ComputeMeter:
         self.calls.append(
             {
                 "samples": samples,
-                "macs": model.macs() * samples,
+                "macs": model.madtp.macs() * samples,
                 "dense_macs": (dense_macs(model) if dense is None else dense) * samples,
                 "tokens": {
-                    site: _counts_by_sample(model, counts, samples) for site, counts in model.token_counts().items()
+                    site: _counts_by_sample(model, counts, samples)
+                    for site, counts in model.madtp.token_counts().items()
                 },
             }
         )

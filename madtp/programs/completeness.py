@@ -34,7 +34,7 @@ def unpruned_remark(report: RewriteReport) -> str | None:
     ]
     return (
         f"{len(refused)} of {len(refused) + len(pruned)} blocks are not pruned. {'; '.join(told)}. "
-        "`print(pruned.report)` lists them all."
+        "`print(pruned.madtp.report)` lists them all."
     )
 
 

@@ -12,13 +12,14 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.compare import compare, drawing_alike
-from madtp.calls.compiling import is_compiling
-from madtp.calls.module_states import ModuleStates
+from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.cost.counting import Counter
-from madtp.errors import ExportError, MadtpError
+from madtp.errors import ExampleInputsError, ExportError, MadtpError
+from madtp.programs.cached_program import without_attributes
 from madtp.programs.notes import Notes
 from madtp.programs.replaced_forward import ReplacedForward
+from madtp.sites.additions import PREFIX
 from madtp.sites.control import PruningControl
 
 REMEMBERED = 256
@@ -41,18 +42,19 @@ class HostForward(ReplacedForward):
     def __init__(self, host: nn.Module, control: PruningControl, notes: Notes) -> None:
         super().__init__(host)
         self.control, self.notes = control, notes
-        self.module_states = ModuleStates(self.module)
+        self.module_states = ModuleStates(self.module, without=PREFIX)
         self.follows_features = False
         self.agreements: dict[Signature, bool] = {}
         self.outside_macs: dict[Signature, float] = {}
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         control = self.control
-        if control.runs_original:
+        if control.scope.runs_original:
             return self.original(*args, **kwargs)
-        if is_compiling():
-            return self._compiled(args, kwargs)
-        call = normalise_call(self.module, args, kwargs, self.parameters)
+        try:
+            call = normalise_call(self.module, args, kwargs, self.parameters)
+        except ExampleInputsError:  # the original says best what is wrong
+            return self.original(*args, **kwargs)
         described = call
         with suppress(CannotFlatten):
             described = call.flattened(None)
@@ -60,13 +62,23 @@ class HostForward(ReplacedForward):
         if kind not in self.agreements:
             self.agreements[kind] = self._agrees(call)
         with control.call():
-            if control.call_depth > 1:
-                return self._run(kind, args, kwargs)
-            control.begin_program()
-            control.record.batch = call.samples()
-            return self._counted(described, kind, args, kwargs)
+            if control.scope.calls > 1:
+                result = self._run(kind, args, kwargs)
+            else:
+                control.begin_program()
+                control.record.batch = call.samples()
+                result = self._counted(described, kind, args, kwargs)
+        self._ignore_own_changes(kind.modules)
+        return result
 
-    def _compiled(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    def _ignore_own_changes(self, before: ModuleState) -> None:
+        """Attributes that the host changes itself as it runs, such as counters, do not make another kind of call."""
+        if self.module_states().attributes == before.attributes:
+            return
+        ignored = self.module_states.ignore_differences(before)
+        self.agreements = {without_attributes(kind, ignored): agrees for kind, agrees in self.agreements.items()}
+
+    def compiled(self, *args: object, **kwargs: object) -> object:
         """The forward as a compiler follows it: by the regions, whose agreement an earlier call of this kind has shown.
 
         Raises:
@@ -105,7 +117,7 @@ class HostForward(ReplacedForward):
         if exact in self.outside_macs:
             self.control.record.outside_macs = self.outside_macs[exact]
             return self._run(kind, args, kwargs)
-        with Counter(lambda: self.control.program_depth > 0) as counter:
+        with Counter(lambda: self.control.scope.programs > 0) as counter:
             result = self._run(kind, args, kwargs)
         while len(self.outside_macs) >= REMEMBERED:
             self.outside_macs.pop(next(iter(self.outside_macs)))

@@ -66,7 +66,7 @@ def noting_unpruned_blocks(
     unpruned: list[str] = []
 
     def enter(module: nn.Module, args: object) -> None:
-        if id(module) in watched and control.active and not (control.runs_original or control.program_depth):
+        if id(module) in watched and control.active and not (control.scope.runs_original or control.scope.programs):
             unpruned.append(watched[id(module)])
 
     handle = register_module_forward_pre_hook(enter)

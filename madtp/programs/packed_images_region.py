@@ -19,13 +19,16 @@ from madtp.calls.compare import drawing_alike
 from madtp.calls.packed_images import Image, ImageResults, PerImageArguments, PerImageForward, by_kind, image_results
 from madtp.errors import ExampleInputsError, RewriteError
 from madtp.programs.notes import Notes
-from madtp.programs.program_cache import CACHE, ProgramCache
+from madtp.programs.program_cache import ProgramCache
 from madtp.programs.region import PrunedRegion
 from madtp.programs.replaced_forward import ReplacedForward
-from madtp.sites.control import FeatureKey, PruningControl
+from madtp.sites.control import PruningControl
+from madtp.sites.forward_record import FeatureKey
 from madtp.tokens.state import TokenState, positions_of
 
-MANY_SIZES = f"images of more than {CACHE} sizes were seen; bring images to fewer sizes"
+MANY_SIZES = (
+    "images of more than {} sizes were seen; bring images to fewer sizes, or raise PruningConfig(max_programs={})"
+)
 
 CallForm: TypeAlias = tuple[str | bool, ...]
 """All of a call that is the same for images of any size and number."""
@@ -56,7 +59,7 @@ class PerImageRegion(ReplacedForward):
         self.kinds: set[object] = set()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if self.control.runs_original:
+        if self.control.scope.runs_original:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs, self.parameters)
@@ -89,8 +92,9 @@ class PerImageRegion(ReplacedForward):
         kinds = {image.kind for image in images}
         if form in self.packings and kinds <= self.kinds:
             return self.packings[form]
-        if len(self.kinds | kinds) > CACHE:
-            self._note(MANY_SIZES)
+        most = self.control.config.max_programs
+        if len(self.kinds | kinds) > most:
+            self._note(MANY_SIZES.format(most, 2 * most))
             return None
         several = list(images) * 2 if len(images) == 1 else images
         together = self.per_image.join(call, several)

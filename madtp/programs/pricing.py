@@ -8,25 +8,26 @@ from typing import Literal
 import torch
 
 from madtp.programs.program import Run
-from madtp.sites.control import PruningControl
+from madtp.sites.forward_record import ForwardRecord
 from madtp.tokens.state import TokenState
 
 OUTSIDE = "(outside the regions)"
 Tokens = Literal["kept", "all", "none"]
 
 
-def macs_by_module(control: PruningControl, tokens: Tokens) -> dict[str, float]:
+def macs_by_module(record: ForwardRecord, tokens: Tokens, *, pruning: bool) -> dict[str, float]:
     """Multiply-accumulates per sample of the last forward, by module path.
 
     Args:
-        control: the control of the pruned model; it holds the record of the forward.
+        record: that of the forward.
         tokens: which tokens to price: those that were ``"kept"``, ``"all"`` as without pruning, or ``"none"`` of those that
             may be pruned.
+        pruning: whether sites prune.
     """
-    total: dict[str, float] = {} if control.record.outside_macs is None else {OUTSIDE: control.record.outside_macs}
-    for run in control.record.runs:
-        share = run.share(control.record.batch)
-        for path, amount in _price(run, tokens, pruning=control.active).items():
+    total: dict[str, float] = {} if record.outside_macs is None else {OUTSIDE: record.outside_macs}
+    for run in record.runs:
+        share = run.share(record.batch)
+        for path, amount in _price(run, tokens, pruning=pruning).items():
             total[path] = total.get(path, 0.0) + amount * share
     return total
 

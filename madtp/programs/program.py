@@ -70,6 +70,24 @@ class Program:
         """Whether the free sizes of a call are within what the graph was captured for."""
         return self.limits.allow(leaves)
 
+    def computes_as(self, other: Program) -> bool:
+        """Whether another program's graph is the same, operation by operation."""
+        own, its = self._described(), other._described()
+        same = own == its and self.dynamic == other.dynamic and len(self.constants) == len(other.constants)
+        return same and all(map(_same_tensor, self.constants.values(), other.constants.values()))
+
+    def _described(self) -> list[tuple[str, str, str, str]]:
+        names = {name: f"constant {number}" for number, name in enumerate(self.constants)}
+        return [
+            (
+                node.op,
+                names.get(str(node.target).rpartition(".")[2], str(node.target)),
+                str(node.args),
+                str(node.kwargs),
+            )
+            for node in self.graph.nodes
+        ]
+
     def run(self, root: nn.Module, leaves: Sequence[object]) -> object:
         """Run the graph.
 
@@ -90,6 +108,10 @@ class Program:
     def outputs(self, forward: CompiledForward, root: nn.Module, leaves: Sequence[object]) -> list[object]:
         """What ``forward`` returns for flattened inputs."""
         return list(forward(root, *leaves))
+
+
+def _same_tensor(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def without_autocast(operation: Callable[..., Result], device_type: str, *args: object, **kwargs: object) -> Result:

@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from madtp.calls.batch import are_free, sample_dims
-from madtp.calls.call import Call, Signature, signature
+from madtp.calls.call import Call, signature
+from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.compiling import is_exporting
+from madtp.calls.hooks import hooks_of, without_hooks
 from madtp.calls.inference_mode import outside_inference_mode
-from madtp.calls.module_states import ModuleStates
+from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError, ExportError
+from madtp.programs.cached_program import (
+    CachedProgram,
+    Unserved,
+    classes_of,
+    differs_in_attributes,
+    without_attributes,
+)
+from madtp.programs.caches_in_place import CachesInPlace
 from madtp.programs.gradient_checkpointing import checkpointed
+from madtp.programs.originals import original_of
 from madtp.programs.program import Program, Run
-from madtp.programs.replaced_forward import original_forwards
 from madtp.programs.single_sample import (
     SingleSampleProgram,
     first_samples,
@@ -41,11 +50,17 @@ from madtp.sites.additions import PREFIX, additions_of
 from madtp.tokens.cache_marks import MarkedAxes, any_marked, zero_marked
 
 log = logging.getLogger("madtp")
-CACHE = 16
-"""Number of programs that are kept; the oldest make room."""
 BRANCHES = 4
 """Number of ways of the model's Python, on calls of one signature, that are captured; on others the original runs."""
 MANY_WAYS = f"the model's Python goes more than {BRANCHES} ways on calls of one kind"
+MANY_KINDS = (
+    "it was called in {} ways that differ in sizes, dtypes, modes or switches, and no further one is captured; pad or resize "
+    "inputs to fewer sizes, or raise PruningConfig(max_programs={})"
+)
+SHOWN = 3
+HOOKED = (
+    "hooks on {} need these modules to run by themselves, which programs do not; remove the hooks to prune such calls"
+)
 
 
 class BuildProgram(Protocol):
@@ -61,12 +76,6 @@ class BuildProgram(Protocol):
             marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
         """
         ...
-
-
-@dataclass(frozen=True)
-class _Entry:
-    program: Program
-    signature: Signature
 
 
 class ProgramCache:
@@ -102,8 +111,11 @@ class ProgramCache:
         self.inner, self.per_image = inner, per_image
         self.additions = additions_of(host)
         self.parameters = inspect.signature(self.module.forward)
-        self.module_states = ModuleStates(self.module)
-        self.entries: OrderedDict[int, _Entry] = OrderedDict()
+        self.module_states = ModuleStates(self.module, without="" if path else PREFIX)
+        # Replaced, never changed: other threads may be reading it.
+        self.entries: Mapping[int, CachedProgram] = {}
+        self._tree = self.module_states.tree
+        self._caches_in_place = CachesInPlace()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
         self.latest: Program | None = None
@@ -122,11 +134,56 @@ class ProgramCache:
         return any_marked((values, self.marked[path]) for path, values in kept if path in self.marked)
 
     def candidates(self, call: Call) -> Iterator[Program]:
-        """The programs to try on ``call``: those for calls like it, then one that is built for it."""
+        """The programs to try on ``call``: those for calls like it, then one that is built for it.
+
+        Raises:
+            Unserved: no program may run, or be built, for such calls.
+        """
         cached = self.matching(call)
+        self.require_no_hooks()
         yield from cached
-        if len(cached) < BRANCHES:
-            yield self.build(call)
+        self.require_room(cached)
+        built = self.build(call, cached)
+        self.require_no_hooks()
+        yield built
+
+    def require_room(self, cached: Sequence[Program]) -> None:
+        """Check that one more program may be built, beside those that are ``cached`` for calls of a kind.
+
+        Raises:
+            Unserved: there are too many.
+        """
+        if len(cached) >= BRANCHES:
+            raise Unserved(MANY_WAYS)
+        if len(self.entries) >= self._most:
+            raise Unserved(MANY_KINDS.format(len(self.entries), 2 * self._most))
+
+    def require_no_hooks(self) -> None:
+        """Check that no module has hooks that would not run, because a program takes its place.
+
+        Raises:
+            Unserved: a module has.
+        """
+        watches = [entry.hooked for entry in self.entries.values()] or [
+            hooks_of(self._holders(), self.additions.own_hooks)
+        ]
+        for found in [watch() for watch in watches]:
+            if found:
+                shown = ", ".join(found[:SHOWN]) + (" ..." if len(found) > SHOWN else "")
+                raise Unserved(HOOKED.format(shown))
+
+    def _holders(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that hold others: no program calls them."""
+        for path, module in self.module.named_modules():
+            if path and path.partition(".")[0] != PREFIX and module._modules:
+                yield self._from_root(path), module
+
+    def _from_root(self, path: str) -> str:
+        return ".".join(part for part in (self.path, path) if part)
+
+    @property
+    def _most(self) -> int:
+        return self.additions.control.config.max_programs
 
     def matching(self, call: Call) -> list[Program]:
         """The programs for calls like ``call``, latest first; they differ in the branches that the model's Python took."""
@@ -136,20 +193,41 @@ class ProgramCache:
             return []
         leaves = call.flat()[0]
         modules = self.module_states()
+        self._follow_tree()
         return [
             cached.program
-            for cached in reversed(self.entries.values())
+            for cached in reversed(list(self.entries.values()))
             if signature(call, cached.program.dynamic, modules) == cached.signature and cached.program.serves(leaves)
         ]
 
-    def build(self, call: Call) -> Program:
+    def _follow_tree(self) -> None:
+        """After modules were replaced: forget programs that took the place of other modules."""
+        if self.module_states.tree is self._tree:
+            return
+        kept = {}
+        for serial, entry in self.entries.items():
+            uncalled = list(self._uncalled_modules(entry.program))
+            if classes_of(uncalled) == entry.classes:
+                kept[serial] = replace(entry, hooked=hooks_of(uncalled, self.additions.own_hooks))
+        self.entries, self._tree = kept, self.module_states.tree
+
+    def build(self, call: Call, known: Sequence[Program] = ()) -> Program:
         """Build the program for calls like ``call``.
+
+        Args:
+            call: the call.
+            known: programs for such calls that do not serve this one.
 
         Raises:
             MadtpError: the module cannot be rewritten for such calls, or no program can serve a single sample.
         """
-        with outside_inference_mode(call) as usual:
-            return self._built(usual)
+        with CAPTURE_LOCK:
+            # Another thread may have built it meanwhile.
+            for program in self.matching(call):
+                if program not in known:
+                    return program
+            with outside_inference_mode(call) as usual:
+                return self._built(usual)
 
     def _built(self, call: Call) -> Program:
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
@@ -168,21 +246,22 @@ class ProgramCache:
 
     def _captured(self, call: Call) -> tuple[Call, Program]:
         """The program for calls like ``call``, and the call it was captured from: of two samples if ``call`` has one."""
-        captured = with_doubled_sample(call)
+        captured, original = with_doubled_sample(call), original_of(self.module, self.additions.own_hooks)
+        self._caches_in_place.refuse(call, original)
         try:
-            with self._as_original():
-                return captured, self.build_program(self.module, captured, self.additions.programs, self.marked)
+            return captured, self.build_program(original, captured, self.additions.programs, self.marked)
         except (CaptureError, ExampleInputsError):
             if captured is call or sample_dims(call.flat()[0]) is not None:
                 raise
         # Then a tensor without a batch dimension belongs to no sample.
-        with self._as_original():
-            return call, self.build_program(self.module, call, self.additions.programs, self.marked)
+        return call, self.build_program(original, call, self.additions.programs, self.marked)
 
     def _serving_one_sample(self, program: Program, call: Call) -> Program:
         expected = self._run_original(call, program)
         with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
-            return serving_one_sample(program, self.module, self.host, call, expected)
+            return serving_one_sample(
+                program, self.module, without_hooks(self.host, self.additions.own_hooks), call, expected
+            )
 
     def _check(self, program: Program, call: Call) -> None:
         """Check that with pruning off, and no token marked as dropped, a program computes what the module computes.
@@ -199,12 +278,13 @@ class ProgramCache:
         ]
         expected = self._run_original(call.with_leaves(leaves), program)
         with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
-            compare(expected, program.run(self.host, leaves))
+            compare(expected, program.run(without_hooks(self.host, self.additions.own_hooks), leaves))
 
     def _run_original(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
-        with torch.no_grad(), drawing_alike(), self._as_original():
-            module = per_image_module(on_tensors(self.module, call.objects, program.sizes()), self.per_image)
+        with torch.no_grad(), drawing_alike():
+            original = original_of(self.module, self.additions.own_hooks)
+            module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
             result: object = module(*call.args, **call.kwargs)
         return result
 
@@ -215,17 +295,48 @@ class ProgramCache:
 
     def _bind(self, program: Program) -> None:
         """Give a program the sizes and constants that it needs to run."""
-        self.marked.update(program.marked)
-        self.sizes.update(program.sizes())
+        self.marked = {**self.marked, **program.marked}
+        self.sizes = {*self.sizes, *program.sizes()}
         self.additions.bind(program.cost)
         for name, value in program.constants.items():
             self.additions.constants.register_buffer(name, value, persistent=False)
 
     def _remember(self, program: Program, call: Call) -> None:
-        self.entries[self.additions.programs] = _Entry(program, signature(call, program.dynamic, self.module_states()))
+        kind = signature(call, program.dynamic, self.module_states())
+        twin = next((one for one in self.entries.values() if differs_in_attributes(one.signature, kind)), None)
+        if twin is not None and twin.program.computes_as(program):
+            # Then attributes differ that the graph does not depend on, such as a counter.
+            self._ignore_differences(twin.signature.modules)
+            kind = signature(call, program.dynamic, self.module_states())
+        self._follow_tree()
+        uncalled = list(self._uncalled_modules(program))
+        entry = CachedProgram(program, kind, classes_of(uncalled), hooks_of(uncalled, self.additions.own_hooks))
+        self.entries = {**self.entries, self.additions.programs: entry}
         self.additions.programs += 1
-        while len(self.entries) > CACHE:
-            self.entries.popitem(last=False)
+
+    def ignore_own_changes(self, before: ModuleState) -> None:
+        """After the original has run: attributes that it has changed itself, such as counters, do not matter from now on."""
+        if self.module_states().attributes != before.attributes:
+            self._ignore_differences(before)
+
+    def _ignore_differences(self, other: ModuleState) -> None:
+        ignored = self.module_states.ignore_differences(other)
+        log.info(
+            "%s: changes of %s do not matter", self.path or type(self.module).__name__, ", ".join(ignored.values())
+        )
+        self.entries = {
+            serial: replace(entry, signature=without_attributes(entry.signature, ignored))
+            for serial, entry in self.entries.items()
+        }
+
+    def _uncalled_modules(self, program: Program) -> Iterator[tuple[str, nn.Module]]:
+        """Modules whose place a program takes: neither they nor what holds them is called."""
+        called = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
+        inside = tuple(f"{path}." for path in called)
+        for path, module in self.module.named_modules():
+            full = self._from_root(path)
+            if path and path.partition(".")[0] != PREFIX and full not in called and not full.startswith(inside):
+                yield full, module
 
     def run(self, program: Program, call: Call) -> object:
         """Run a program and record it; returns what the module returns."""
@@ -272,17 +383,6 @@ class ProgramCache:
             "no program serves this call: call the model once with such inputs before it is compiled or exported. Calls that "
             "take or return key/value caches cannot be compiled."
         )
-
-    @contextmanager
-    def _as_original(self) -> Iterator[None]:
-        """Inside the block the module is as it was before the rewrite: without additions, with its own forwards."""
-        additions = self.module._modules.pop(PREFIX, None)
-        try:
-            with original_forwards(self.module):
-                yield
-        finally:
-            if additions is not None:
-                self.module._modules[PREFIX] = additions
 
 
 def _has_free_sizes(leaves: Sequence[object]) -> bool:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from madtp.calls.branches import OtherBranch
-from madtp.calls.call import Call, Signature, normalise_call, signature
+from madtp.calls.call import Call, Signature, is_empty, normalise_call, signature
 from madtp.calls.compiling import is_compiling
 from madtp.calls.objects import CannotFlatten
 from madtp.errors import ContinuationError, ExampleInputsError, ExportError, MadtpError, NothingToPruneError
+from madtp.programs.cached_program import Unserved
 from madtp.programs.notes import Notes
 from madtp.programs.program import Program
-from madtp.programs.program_cache import BRANCHES, MANY_WAYS, ProgramCache
+from madtp.programs.program_cache import ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 
@@ -67,7 +68,7 @@ class PrunedRegion(ReplacedForward):
         self.prunes_caches = True
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if self.control.runs_original and not self.programs.marked:
+        if self.control.scope.runs_original and not self.programs.marked:
             return self.original(*args, **kwargs)
         try:
             call = normalise_call(self.module, args, kwargs, self.parameters)
@@ -75,9 +76,11 @@ class PrunedRegion(ReplacedForward):
             return self.original(*args, **kwargs)
         if is_compiling():
             return self._compiled(call)
+        if is_empty(call):
+            return self.original(*args, **kwargs)
         # Only programs can read a pruned key/value cache: the original would attend to dropped tokens.
         continues = self.programs.continues_pruned(call)
-        if self.control.runs_original and not continues:
+        if self.control.scope.runs_original and not continues:
             return self.original(*args, **kwargs)
         if self.embeddings and not continues:
             told = self._with_image_positions(call)
@@ -88,8 +91,8 @@ class PrunedRegion(ReplacedForward):
             with suppress(OtherBranch), self.control.call(), self.control.in_program():
                 self.control.begin_program()
                 result = self.programs.run(program, call)
-                if self.control.tracker is not None:
-                    self.control.tracker.tag_result(call.flat()[0], result)
+                if self.control.scope.tracker is not None:
+                    self.control.scope.tracker.tag_result(call.flat()[0], result)
                 return result
         if continues:
             raise self._cannot_continue()
@@ -106,13 +109,13 @@ class PrunedRegion(ReplacedForward):
             call = told
         with self.control.in_program():
             result = self.programs.run_compiled(call)
-        if self.control.tracker is not None:
-            self.control.tracker.tag_result(call.flat()[0], result)
+        if self.control.scope.tracker is not None:
+            self.control.scope.tracker.tag_result(call.flat()[0], result)
         return result
 
     def _with_image_positions(self, call: Call) -> Call | None:
         """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""
-        leaf, tracker = call.leaf_at(self.embeddings), self.control.tracker
+        leaf, tracker = call.leaf_at(self.embeddings), self.control.scope.tracker
         if leaf is None or tracker is None:
             self._note("it was not called by the model's own forward, which shows where image features are written")
             return None
@@ -145,16 +148,24 @@ class PrunedRegion(ReplacedForward):
 
     def _cached_or_built(self, call: Call) -> Iterator[Program]:
         cached = self.programs.matching(call)
-        yield from cached
+        try:
+            self.programs.require_no_hooks()
+            yield from cached
+            self.programs.require_room(cached)
+        except Unserved as error:
+            self._note(str(error))
+            return
         exact = signature(call, None, self.programs.module_states())
-        if len(cached) >= BRANCHES:
-            self._note(MANY_WAYS)
-        if len(cached) >= BRANCHES or len(self.failed) >= FAILURES or exact in self.failed:
+        if len(self.failed) >= FAILURES or exact in self.failed:
             return
         try:
             # What a capture computes is not the model's work: it must not be counted, least of all its symbolic sizes.
             with self.control.in_program():
-                built = self.programs.build(call)
+                built = self.programs.build(call, cached)
+            self.programs.require_no_hooks()
+        except Unserved as error:
+            self._note(str(error))
+            return
         except MadtpError as error:
             self.failed.add(exact)
             self.failure = str(error)

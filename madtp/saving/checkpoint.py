@@ -6,25 +6,19 @@ record of the example call. ``madtp/saving/model_folder.py`` knows the files.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-import madtp
-from madtp.calls.call import Call, Inputs
-from madtp.calls.record import replay_call
-from madtp.config import PruningConfig
+from madtp.calls.call import Inputs
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
 from madtp.pruned import PrunedModel
+from madtp.saving.host_folder import is_host_folder, load_host_folder
 from madtp.saving.model_folder import CONFIG, narrowed, read_folder, shorten, write_folder
-from madtp.sites.additions import PREFIX, additions_of
-from madtp.sites.site import PruningSite
+from madtp.saving.rewriting_again import Settings, description_of, rewritten_as
+from madtp.sites.additions import PREFIX
 
 
 def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -57,18 +51,19 @@ def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None =
             f"{shorten(unreal)} lie on the meta device and hold no values; load weights before saving."
         )
     _refuse_nan("the model", tensors)
-    description = _describe(pruned, tensors)
+    description = description_of(pruned)
     write_folder(folder, tensors if dtype is None else narrowed(tensors, dtype), description)
     return folder
 
 
 def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: Inputs | None = None) -> PrunedModel:
-    """Read a pruned model that :func:`save` wrote.
+    """Read a pruned model that :func:`save` wrote, or ``save_pretrained`` of a pruned model.
 
     Args:
         folder: the folder with the saved model.
         model: an unmodified model of the saved architecture. The result shares its parameters, so its weights are replaced by
-            the saved ones. None builds it through the zoo, if it came from there.
+            the saved ones. None builds it through the zoo, if it came from there. For a folder of ``save_pretrained`` it is
+            needed: what the host's ``from_pretrained`` reads from it.
         example_inputs: as for :func:`madtp.rewrite`. None makes inputs like those of the first rewrite.
 
     Returns:
@@ -79,15 +74,12 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
         MadtpError: the model cannot be rewritten.
     """
     folder = Path(folder)
+    if is_host_folder(folder):
+        return load_host_folder(folder, model, example_inputs)
     tensors, description = read_folder(folder)
     try:
-        config = PruningConfig.from_dict(description["pruning"])
-        temperature, gain = float(description["temperature"]), float(description["gain"])
-        counts = {str(site): int(count) for site, count in description["static_counts"].items()}
-        room = {str(site): int(count) for site, count in description.get("static_room", {}).items()}
-        sites = {site["name"]: site for site in description["sites"]}
-        width = int(description["alignment_width"])
-        identity, recorded = dict(description["model"]), dict(description["example"])
+        settings = Settings.of(description)
+        identity = dict(description["model"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}. Save the model again."
@@ -96,46 +88,13 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     host = _create(folder, identity) if model is None else model
     bare = {name: value for name, value in tensors.items() if not name.startswith(f"{PREFIX}.")}
     _check_fit(folder, identity, host, own=host.state_dict(), stored=bare)
-    inputs = _inputs(folder, recorded, host) if example_inputs is None else example_inputs
-    # Fixed counts cannot run before they are known, and checking the rewrite runs the model.
-    free = dataclasses.replace(config, batching="ragged") if config.batching == "static" else config
-    pruned = _rewrite_as(folder, host, inputs, free, sites=sites, width=width)
+    pruned = rewritten_as(str(folder), host, settings, example_inputs)
     own = pruned.state_dict()
     _check_fit(folder, identity, host, own=own, stored=tensors)
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)
-    pruned.temperature, pruned.gain = temperature, gain
-    pruned.config = pruned._control.config = config
-    pruned._control.static_counts.update(counts)
-    pruned._control.static_room.update(room)
     return pruned
-
-
-def _describe(pruned: PrunedModel, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    host, sites = pruned._host, _sites(pruned)
-    floats = {v.dtype for k, v in tensors.items() if v.is_floating_point() and not k.startswith(f"{PREFIX}.")}
-    return {
-        "madtp": madtp.__version__,
-        "torch": str(torch.__version__),
-        "model": {
-            "class": f"{type(host).__module__}.{type(host).__qualname__}",
-            "zoo_name": getattr(host, "zoo_name", None),
-            "dtype": str(floats.pop()).removeprefix("torch.") if len(floats) == 1 else None,
-        },
-        "pruning": pruned.config.to_dict(),
-        "temperature": pruned.temperature,
-        "gain": pruned.gain,
-        "static_counts": dict(pruned._control.static_counts),
-        "static_room": dict(pruned._control.static_room),
-        "sites": [dataclasses.asdict(site.spec) for site in sites],
-        "alignment_width": additions_of(host).alignment_width,
-        "example": pruned.example,
-    }
-
-
-def _sites(pruned: PrunedModel) -> list[PruningSite]:
-    return [module for module in pruned.modules() if isinstance(module, PruningSite)]
 
 
 def _create(folder: Path, identity: Mapping[str, object]) -> nn.Module:
@@ -156,61 +115,6 @@ def _create(folder: Path, identity: Mapping[str, object]) -> nn.Module:
         ) from error
     dtype = getattr(torch, str(identity.get("dtype")), None)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
-
-
-def _inputs(folder: Path, recorded: Mapping[str, Any], host: nn.Module) -> Inputs:
-    call = replay_call(recorded)
-    if call.args and call.kwargs:
-        raise CheckpointError(
-            f"{folder} was made from positional and named inputs together; pass example_inputs to load."
-        )
-    device = next((p.device for p in host.parameters()), torch.device("cpu"))
-    leaves, spec = Call(call.args, call.kwargs).flat()
-    moved = [x.to(device) if isinstance(x, Tensor) else x for x in leaves]
-    inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(moved, spec)
-    args, kwargs = inputs
-    return args or kwargs
-
-
-def _rewrite_as(
-    folder: Path,
-    host: nn.Module,
-    inputs: Inputs,
-    config: PruningConfig,
-    *,
-    sites: Mapping[str, Mapping[str, Any]],
-    width: int,
-) -> PrunedModel:
-    """Rewrite with the saved sites, which may come from an edited plan."""
-    from madtp.api import Plan, rewrite
-
-    pruned = rewrite(host, inputs, config=config)
-    found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
-    wanted = {name: _plain(site) for name, site in sites.items()}
-    if found == wanted and additions_of(pruned._host).alignment_width == width:
-        return pruned
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise CheckpointError(
-            f"{folder} prunes at {len(missing)} sites that this model does not have ({shorten(missing)}); pass the model "
-            "that was saved, and example_inputs of the same kind."
-        )
-    plan = Plan.from_dict(pruned.report.plan)
-    kept = []
-    for site in plan.sites:
-        if site.name in wanted:
-            chosen = wanted[site.name]
-            given = {k: chosen[k] for k in ("class_position", "causal")}
-            kept.append(dataclasses.replace(site, protected=tuple(chosen["protected"]), **given))
-    return rewrite(
-        host, inputs, config=config, plan=dataclasses.replace(plan, sites=tuple(kept), alignment_width=width)
-    )
-
-
-def _plain(site: Mapping[str, Any]) -> dict[str, Any]:
-    """A site as its file holds it: lists for tuples."""
-    plain: dict[str, Any] = json.loads(json.dumps(site))
-    return plain
 
 
 def _refuse_nan(owner: str, tensors: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from madtp.atomic_files import replacing_file
 from madtp.calls.batch import sample_dims
 from madtp.calls.call import Call, Inputs
 from madtp.errors import ConfigError, ExampleInputsError, ExportError, MadtpError
-from madtp.pruned import HOW_TO_EXPORT, PrunedModel
+from madtp.pruned.model import HOW_TO_EXPORT, PrunedModel
 from madtp.saving.artefacts import FORMATS, ArtefactFormat, Opened, reason_of, tensors_of
 from madtp.tuning.batches import as_call, evaluating
 
@@ -97,7 +97,7 @@ def export(
     path = Path(path)
     chosen = format_of(path, format)
     _check_target(path)
-    if pruned._control.active and not pruned._control.counts_are_fixed():
+    if pruned.madtp.control.active and not pruned.madtp.control.counts_are_fixed():
         raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
     as_call(pruned, example_inputs)
     # The artefact is called as the example is given, by name or by position.
@@ -195,7 +195,7 @@ def export_program(pruned: PrunedModel, call: Call, *, any_batch: bool) -> Expor
     try:
         # Tensors keep the marks that an export puts on them, so it gets others.
         args, kwargs = pytree.tree_map_only(Tensor, lambda value: value.detach().clone(), (call.args, call.kwargs))
-        with pruned.aside(), _original_signature(pruned):
+        with pruned.madtp.aside(), _original_signature(pruned):
             return torch.export.export(pruned, args, kwargs, dynamic_shapes=shapes)
     except MadtpError:
         raise
@@ -210,10 +210,11 @@ def export_program(pruned: PrunedModel, call: Call, *, any_batch: bool) -> Expor
 def _original_signature(pruned: PrunedModel) -> Iterator[None]:
     """Inside the block the model's forward names its arguments as the original does, and returns plain containers."""
 
-    @functools.wraps(pruned._host.forward)
+    @functools.wraps(pruned.forward)
     def forward(*args: object, **kwargs: object) -> object:
-        return _plain(PrunedModel.forward(pruned, *args, **kwargs))
+        return _plain(type(pruned).forward(pruned, *args, **kwargs))
 
+    forward.__signature__ = inspect.signature(pruned.forward)  # type: ignore[attr-defined]
     pruned.__dict__["forward"] = forward
     try:
         yield
@@ -256,7 +257,7 @@ def _free_batch(pruned: PrunedModel, call: Call) -> dict[str, object]:
         raise ExportError("the inputs do not tell which of their dimensions are samples; export without any_batch.")
     free = [None if dim is None else {dim: torch.export.Dim.DYNAMIC} for dim in dims]
     args, kwargs = pytree.tree_unflatten(free, spec)
-    return dict(inspect.signature(pruned._host.forward).bind(*args, **kwargs).arguments)
+    return dict(inspect.signature(pruned.forward).bind(*args, **kwargs).arguments)
 
 
 def _check_batches(call: Call, *, any_batch: bool) -> list[Call]:
@@ -302,15 +303,15 @@ def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
 
 
 def _describe(pruned: PrunedModel, call: Call) -> Mapping[str, object]:
-    control = pruned._control
+    control = pruned.madtp.control
     return {
         "madtp": madtp.__version__,
         "torch": str(torch.__version__),
-        "model": type(pruned._host).__qualname__,
+        "model": type(pruned).__qualname__,
         "arguments": {"positional": len(call.args), "named": list(call.kwargs)},
         "prunes": control.active,
-        "pruning": pruned.config.to_dict(),
-        "temperature": pruned.temperature,
-        "gain": pruned.gain,
+        "pruning": pruned.madtp.config.to_dict(),
+        "temperature": pruned.madtp.temperature,
+        "gain": pruned.madtp.gain,
         "static_counts": dict(control.static_counts) if control.active else {},
     }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
+from madtp.calls.hooks import OwnHooks
 from madtp.cost.table import CostTable
 from madtp.method.guidance import AlignmentTokens
 from madtp.sites.control import PruningControl
@@ -30,12 +34,16 @@ class Additions(nn.Module):
         alignment: the alignment tokens E; absent without alignment.
         sites: the sites by name.
         constants: holds the tensors of captured graphs as buffers.
+        own_hooks: the hooks that are part of the host.
+        own_forward: the host's forward, where it is an attribute of the host and not a method of its class.
     """
 
     def __init__(self, specs: list[SiteSpec], keys: list[str], control: PruningControl, alignment_width: int) -> None:
         super().__init__()
         config = control.config
         self.control = control
+        self.own_hooks = OwnHooks()
+        self.own_forward: Callable[..., Any] | None = None
         self.programs = 0
         self.alignment_width = alignment_width
         self.widths = {spec.width for spec in specs}

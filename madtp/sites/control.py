@@ -5,6 +5,9 @@ Start at :class:`PruningControl`. It is plain state, not a module: nothing here 
 There are two ways to do without pruning. :meth:`PruningControl.unpruned` keeps the rewritten graphs and switches the sites off;
 :attr:`PruningControl.active` is the one place where that is decided. :meth:`PruningControl.running_original` runs the original
 modules in place of the rewritten graphs of regions.
+
+Strength and configuration belong to the model. What a call needs besides (:class:`CallScope`), and what it leaves behind
+(:class:`~madtp.sites.forward_record.ForwardRecord`), belong to the thread or task that makes the call.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, NamedTuple
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +27,8 @@ from madtp.calls.modality_tracking import Tracker
 from madtp.config import PruningConfig
 from madtp.method.guidance import AlignmentTokens
 from madtp.method.parts import Parts, parts_of
+from madtp.sites.forward_record import ForwardRecord, Records
 from madtp.tokens.state import TokenState
-
-if TYPE_CHECKING:
-    from madtp.programs.program import Run
 
 
 class Observation(NamedTuple):
@@ -49,37 +51,30 @@ class Observation(NamedTuple):
     state: TokenState
 
 
-class FeatureKey(NamedTuple):
-    """The site and the modality whose tokens were pooled."""
-
-    site: str
-    modality: str
-
-
-@dataclass
-class ForwardRecord:
-    """What the last forward did.
+@dataclass(frozen=True)
+class CallScope:
+    """What holds for the calls of one thread or task.
 
     Attributes:
-        states: the state after each site.
-        features: pooled features C_l ``[B, K, d_e]``.
-        kept_counts: number ``[B]`` of candidates that each site kept, by site (``site[modality]`` for a segment).
-        runs: the programs that ran, in order.
-        outside_macs: multiply-accumulates per sample that no program did. None if they were not counted.
-        batch: number of samples. None if it is not known.
-        outdated: a call has begun since. The record is replaced when the first program of that call runs.
+        unpruned: pruning is switched off.
+        runs_original: regions run the original modules.
+        tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
+            image features. None if no region has to.
+        calls: number of calls of the model that are under way.
+        programs: number of programs of regions that are under way.
     """
 
-    states: dict[str, TokenState] = field(default_factory=dict)
-    features: dict[FeatureKey, Tensor] = field(default_factory=dict)
-    kept_counts: dict[str, Tensor] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)
-    outside_macs: float | None = None
-    batch: int | None = None
-    outdated: bool = False
+    unpruned: bool = False
+    runs_original: bool = False
+    tracker: Tracker | None = None
+    calls: int = 0
+    programs: int = 0
 
 
-@dataclass
+OUTSIDE = CallScope()
+
+
+@dataclass(eq=False)
 class PruningControl:
     """Shared by all sites of a model.
 
@@ -98,12 +93,7 @@ class PruningControl:
         static_room: slots that each site has for tokens that survive in any case, fixed with these counts.
         measured_room: while :func:`madtp.freeze` measures, the largest number of such tokens of any sample so far, by site.
             None elsewhere.
-        record: what the last forward did.
-        tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
-            image features. None if no region has to.
-        runs_original: regions run the original modules.
-        call_depth: number of calls of the model that are under way.
-        program_depth: number of programs of regions that are under way.
+        compiled: the last call was compiled, and so left no record.
     """
 
     config: PruningConfig
@@ -117,25 +107,39 @@ class PruningControl:
     static_counts: dict[str, int] = field(default_factory=dict)
     static_room: dict[str, int] = field(default_factory=dict)
     measured_room: dict[str, int] | None = None
-    record: ForwardRecord = field(default_factory=ForwardRecord)
-    tracker: Tracker | None = None
-    runs_original: bool = False
-    call_depth: int = 0
-    program_depth: int = 0
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        self._scope = ContextVar("scope of a call", default=OUTSIDE)
+        self._records = Records()
 
     def __deepcopy__(self, memo: dict[int, object]) -> PruningControl:
         """Copy all but the record of the last forward, whose tensors hang on the gradients of this model."""
         fresh = copy.copy(self)
         memo[id(self)] = fresh
-        fresh.record = ForwardRecord(outdated=self.record.outdated)
+        fresh.__post_init__()
         for one in fields(fresh):
             setattr(fresh, one.name, copy.deepcopy(getattr(fresh, one.name), memo))
         return fresh
 
     @property
+    def scope(self) -> CallScope:
+        """What holds for calls of this thread or task."""
+        return self._scope.get()
+
+    @property
+    def record(self) -> ForwardRecord:
+        """What the last forward of this thread or task did; the calls under way write to it."""
+        return self._records.own
+
+    def last_record(self) -> ForwardRecord:
+        """What the last forward did: of this thread or task, or of any if this one has made none."""
+        return ForwardRecord() if self.compiled else self._records.last()
+
+    @property
     def active(self) -> bool:
         """Whether sites prune at all."""
-        return self.temperature > 0 or self.forced is not None
+        return (self.temperature > 0 or self.forced is not None) and not self._scope.get().unpruned
 
     @property
     def parts(self) -> Parts:
@@ -148,70 +152,66 @@ class PruningControl:
 
     def clear_record(self) -> None:
         """Forget the last forward."""
-        self.record = ForwardRecord(outdated=self.record.outdated)
+        self._records.clear()
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Keep the record of the last forward: what runs inside the block leaves no trace in it."""
-        before, self.record = self.record, ForwardRecord(outdated=self.record.outdated)
+        own, latest = self._records.own, self._records.latest
+        self._records.begin(ForwardRecord(outdated=own.outdated))
         try:
             yield
         finally:
-            self.record = before
+            self._records.begin(own)
+            self._records.latest = latest
 
     @contextmanager
     def call(self) -> Iterator[None]:
         """Enter a call of the model. The record starts anew when the first program of the outermost call runs."""
-        self.record.outdated = self.record.outdated or self.call_depth == 0
-        self.call_depth += 1
-        try:
+        scope = self.scope
+        if not scope.calls:
+            self.record.outdated = True
+        with self._within(replace(scope, calls=scope.calls + 1)):
             yield
-        finally:
-            self.call_depth -= 1
 
     def begin_program(self) -> None:
         """Prepare for a program that is about to run: the record of an earlier call is cleared."""
+        self.compiled = False
         if self.record.outdated:
-            self.record = ForwardRecord()
+            self._records.latest = self._records.begin(ForwardRecord())
 
     @contextmanager
     def in_program(self) -> Iterator[None]:
         """Enter a program of a region, whose multiply-accumulates its own table counts."""
-        self.program_depth += 1
-        try:
+        with self._within(replace(self.scope, programs=self.scope.programs + 1)):
             yield
-        finally:
-            self.program_depth -= 1
 
     @contextmanager
     def following(self, inputs: Iterable[Tensor]) -> Iterator[None]:
         """Follow what the host computes from ``inputs``, outside of programs."""
-        before = self.tracker
-        self.tracker = Tracker(inputs, paused=lambda: self.program_depth > 0)
-        try:
-            with self.tracker:
-                yield
-        finally:
-            self.tracker = before
+        tracker = Tracker(inputs, paused=lambda: self.scope.programs > 0)
+        with self._within(replace(self.scope, tracker=tracker)), tracker:
+            yield
 
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """Switch pruning off inside the block; the rewritten graphs run all the same."""
-        before = self.temperature, self.forced
-        self.temperature, self.forced = 0.0, None
-        try:
+        with self._within(replace(self.scope, unpruned=True)):
             yield
-        finally:
-            self.temperature, self.forced = before
 
     @contextmanager
     def running_original(self) -> Iterator[None]:
         """Run the original modules in place of the programs of regions inside the block."""
-        before, self.runs_original = self.runs_original, True
+        with self._within(replace(self.scope, runs_original=True)):
+            yield
+
+    @contextmanager
+    def _within(self, scope: CallScope) -> Iterator[None]:
+        before = self._scope.set(scope)
         try:
             yield
         finally:
-            self.runs_original = before
+            self._scope.reset(before)
 
     def collects_features(self) -> bool:
         """Whether sites pool features for the alignment loss, which is wanted only where there are gradients."""

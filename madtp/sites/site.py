@@ -27,7 +27,8 @@ from madtp.method.importance import AttentionStatistics, best_of, importance_ter
 from madtp.method.selectors import Ballot
 from madtp.method.threshold import straight_through_gate, threshold
 from madtp.sites.candidates import CandidateGroup, Layout, layout_of
-from madtp.sites.control import FeatureKey, Observation, PruningControl
+from madtp.sites.control import Observation, PruningControl
+from madtp.sites.forward_record import FeatureKey
 from madtp.sites.protection import Position
 from madtp.sites.scoring import BlockAttention, PackedScoringAttention, ScoringAttention, ScoringMap
 from madtp.sites.spec import SiteSpec

@@ -80,8 +80,8 @@ def _examine(record: Record, build: Build) -> Record:
         return _refused(record, error, calls.count, time.perf_counter() - started)
     except Exception as error:
         return replace(record, failure=_text(error))
-    record = _reported(record, pruned.report, time.perf_counter() - started)
-    if pruned.config.towers is not None:  # set by the rewrite itself, for a language model
+    record = _reported(record, pruned.madtp.report, time.perf_counter() - started)
+    if pruned.madtp.config.towers is not None:  # set by the rewrite itself, for a language model
         record = _language(record)
     return _probed(record, model, pruned, inputs)
 
@@ -150,7 +150,7 @@ def identity(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
     original in double precision as the original in single precision is, the error in double precision counts.
     """
     batches = [given for given in (inputs, repeat_samples(inputs, 3)) if given is not None]
-    with pruned.dense():
+    with pruned.madtp.dense():
         error = max(relative_error(_outputs(model, given), _outputs(pruned, given)) for given in batches)
         return error if error <= IDENTITY else min(error, _exact_identity(model, pruned, batches))
 
@@ -175,12 +175,12 @@ def _doubled(inputs: Inputs) -> Inputs:
 @torch.no_grad()
 def reduction(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
     """Return the fraction of the multiply-accumulates that a strong setting saves."""
-    with pruned.dense():
+    with pruned.madtp.dense():
         pruned(**inputs)
-        before = pruned.macs()
+        before = pruned.madtp.macs()
     with _strongly(pruned):
         pruned(**inputs)
-        return 1.0 - pruned.macs() / before
+        return 1.0 - pruned.madtp.macs() / before
 
 
 @torch.no_grad()
@@ -284,13 +284,13 @@ class _strongly:
     """Prunes strongly inside the block."""
 
     def __init__(self, pruned: PrunedModel) -> None:
-        self.pruned, self.before = pruned, pruned.gain
+        self.pruned, self.before = pruned, pruned.madtp.gain
 
     def __enter__(self) -> None:
-        self.pruned.gain = STRONG_GAIN
+        self.pruned.madtp.gain = STRONG_GAIN
 
     def __exit__(self, *_: object) -> None:
-        self.pruned.gain = self.before
+        self.pruned.madtp.gain = self.before
 
 
 def _text(error: Exception) -> str:

@@ -73,7 +73,7 @@ class Steering:
 
     def __init__(self, pruned: PrunedModel, budget: Budget, steps: int, state: dict[str, Any]) -> None:
         self.pruned, self.budget, self.steps, self.state = pruned, budget, steps, state
-        self.controller = GainController(budget.start_reduction, gain=pruned.config.gain, rate=budget.rate)
+        self.controller = GainController(budget.start_reduction, gain=pruned.madtp.config.gain, rate=budget.rate)
         state[_STATE] = self.controller.state_dict()
 
     def before_step(self, step: int) -> None:
@@ -93,8 +93,8 @@ class Steering:
 
 def set_pruning_strength(pruned: PrunedModel, gain: float) -> None:
     """Set the gain, or, for a control with a fixed keep ratio, a ratio that falls as the gain rises."""
-    if pruned.config.keep_ratio is None:
-        pruned.gain = gain
+    if pruned.madtp.config.keep_ratio is None:
+        pruned.madtp.gain = gain
     else:
         KNOBS["keep_ratio"].write(pruned, min(1.0, FIRST_KEEP_RATIO / gain))
 
@@ -110,14 +110,14 @@ def pruning_metrics(pruned: PrunedModel, macs: tuple[float, float] | None = None
         ``reduction`` and ``gain`` (or ``keep_ratio``); and, for TensorBoard alone, ``pruning/temperature``,
         ``pruning/macs`` and, as ``tokens/SITE``, the mean number of tokens that a site keeps.
     """
-    kept, dense = macs or (pruned.macs(), sum(pruned.macs_by_module("all").values()))
-    tokens = {f"tokens/{site}": counts.float().mean() for site, counts in pruned.token_counts().items()}
-    config = pruned.config
-    gain = pruned.gain if config.keep_ratio is None else config.keep_ratio
+    kept, dense = macs or (pruned.madtp.macs(), sum(pruned.madtp.macs_by_module("all").values()))
+    tokens = {f"tokens/{site}": counts.float().mean() for site, counts in pruned.madtp.token_counts().items()}
+    config = pruned.madtp.config
+    gain = pruned.madtp.gain if config.keep_ratio is None else config.keep_ratio
     return {
         REDUCTION: 1 - kept / dense,
         "gain" if config.keep_ratio is None else "keep_ratio": gain,
-        "pruning/temperature": pruned.temperature,
+        "pruning/temperature": pruned.madtp.temperature,
         "pruning/macs": kept,
         **tokens,
     }

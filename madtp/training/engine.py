@@ -176,7 +176,7 @@ def _checkpoint_pruned(module: nn.Module) -> None:
             "training.gradient_checkpointing is for pruned models, and this recipe trains none; use the model's own switch"
         )
     for part in found:
-        part.gradient_checkpointing = True
+        part.madtp.gradient_checkpointing = True
 
 
 class _Loss(nn.Module):

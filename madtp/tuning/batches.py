@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from madtp.calls.call import Call, Inputs, normalise_call
 from madtp.errors import ExampleInputsError
@@ -19,8 +19,8 @@ def as_call(pruned: PrunedModel, batch: Inputs) -> Call:
         ExampleInputsError: it does not fit the model.
     """
     if isinstance(batch, Mapping):
-        return normalise_call(pruned._host, (), batch)
-    return normalise_call(pruned._host, tuple(batch), {})
+        return normalise_call(pruned, (), batch)
+    return normalise_call(pruned, tuple(batch), {})
 
 
 def calls_of(pruned: PrunedModel, batches: Iterable[Inputs]) -> list[Call]:
@@ -49,7 +49,7 @@ def calls_of(pruned: PrunedModel, batches: Iterable[Inputs]) -> list[Call]:
 @contextmanager
 def evaluating(pruned: PrunedModel) -> Iterator[None]:
     """Run the model in eval mode inside the block; each module gets its own mode back."""
-    modules: list[nn.Module] = [*pruned.modules(), pruned._host]
+    modules = list(pruned.modules())
     modes = [m.training for m in modules]
     pruned.eval()
     try:

@@ -46,7 +46,7 @@ def break_even(pruned: PrunedModel, call: Call, *, dense_seconds: float | None =
 
 
 def _dense_call(pruned: PrunedModel, call: Call) -> object:
-    with pruned.aside(), pruned.dense():
+    with pruned.madtp.aside(), pruned.madtp.dense():
         return pruned(*call.args, **call.kwargs)
 
 
@@ -97,7 +97,7 @@ def _time_module(
         taken = _now() - begun.pop()
         if plainly is not None:
             start = _now()
-            with plainly._control.unpruned():
+            with plainly.madtp.control.unpruned():
                 module.forward(*args, **kwargs)
             taken -= _now() - start
         spent[site] = spent.get(site, 0.0) + taken
@@ -116,9 +116,9 @@ def _now() -> float:
 
 def _saved_macs(pruned: PrunedModel) -> dict[str, float]:
     """Multiply-accumulates per sample that each site of the last forward saves, by site."""
-    sites = {site.name: site for site in pruned.report.sites}
+    sites = {site.name: site for site in pruned.madtp.report.sites}
     saved: dict[str, float] = {}
-    record = pruned._control.record
+    record = pruned.madtp.control.record
     for run in record.runs:
         counts = {name: state.counts for name, state in run.states.items()}
         own = _price(run, counts)

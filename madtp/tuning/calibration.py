@@ -137,9 +137,9 @@ def calibrate(
         if not found:
             chosen.write(pruned, before)
     return CalibrationResult(
-        gain=pruned.gain,
-        temperature=pruned.temperature,
-        keep_ratio=pruned.config.keep_ratio,
+        gain=pruned.madtp.gain,
+        temperature=pruned.madtp.temperature,
+        keep_ratio=pruned.madtp.config.keep_ratio,
         reduction_reached=best.reduction,
         dense_macs=search.dense,
         macs=best.macs,
@@ -154,22 +154,22 @@ def calibrate(
 
 def _balance_sites(pruned: PrunedModel, call: Call) -> None:
     """Measure what sites cost and save, and name those that do not pay."""
-    pruned.report.balances = break_even(pruned, call)
-    losing = [balance for balance in pruned.report.balances if not balance.worthwhile]
+    pruned.madtp.report.balances = break_even(pruned, call)
+    losing = [balance for balance in pruned.madtp.report.balances if not balance.worthwhile]
     if losing:
         shown = ", ".join(f"{b.site} ({1000 * b.cost:.2f} ms against {1000 * b.saving:.2f})" for b in losing[:3])
         log.info(
             "%d of %d sites take more time than they save on batches like the first: %s%s. Larger batches or inputs help, or a "
-            "plan without them: madtp.Plan.from_dict(pruned.report.plan).without([...])",
+            "plan without them: madtp.Plan.from_dict(pruned.madtp.report.plan).without([...])",
             len(losing),
-            len(pruned.report.balances),
+            len(pruned.madtp.report.balances),
             shown,
             ", ..." if len(losing) > 3 else "",
         )
 
 
 def _knob(pruned: PrunedModel, steer: KnobName | None) -> Knob:
-    config = pruned.config
+    config = pruned.madtp.config
     name: str = ("gain" if config.keep_ratio is None else "keep_ratio") if steer is None else steer
     if name not in KNOBS:
         raise ConfigError(f"steer is {steer!r}; allowed: {', '.join(map(repr, KNOBS))}, None")
@@ -184,12 +184,14 @@ def _knob(pruned: PrunedModel, steer: KnobName | None) -> Knob:
         )
     if name == "temperature" and not config.alignment:
         raise ConfigError("steer is 'temperature', which has no effect without alignment tokens; use steer='gain'.")
-    if pruned._control.static_counts:
+    if pruned.madtp.control.static_counts:
         raise ConfigError(
             "the model has fixed counts at each site, which no setting changes; calibrate it before freezing."
         )
-    if name != "temperature" and not pruned._control.active:
-        raise ConfigError("temperature is 0, which switches pruning off; set pruned.temperature (1.0, say) first.")
+    if name != "temperature" and not pruned.madtp.control.active:
+        raise ConfigError(
+            "temperature is 0, which switches pruning off; set pruned.madtp.temperature (1.0, say) first."
+        )
     return KNOBS[name]
 
 

@@ -40,10 +40,10 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
         ConfigError: pruning is off, or an option of the authors' code goes by slots, which fixed counts do not follow.
         ExampleInputsError: there are no batches, or they do not fit the model.
     """
-    control = pruned._control
+    control = pruned.madtp.control
     if not control.active:
         raise ConfigError("pruning is off (temperature 0), so there are no counts to freeze; set a temperature first.")
-    config = pruned.config
+    config = pruned.madtp.config
     if not follows_tokens(config) or config.order != "position" or config.merged_mask != "any":
         raise ConfigError(
             "order, mask_order, merged_mask, readout, causal_mask or cross_mask is that of the authors' code, which fixed "
@@ -70,9 +70,8 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
     control.static_counts = {name: math.ceil(sum(counts) / len(counts)) for name, counts in kept.items()}
     control.static_room = room
     control.config = replace(control.config, batching="static")
-    pruned.config = control.config
     control.clear_record()  # it tells of other counts
-    missing = [site.name for site in pruned.report.sites if site.name not in room]
+    missing = [site.name for site in pruned.madtp.report.sites if site.name not in room]
     if missing:
         log.warning(
             "no batch has reached %s; calls that do will be refused. Freeze with batches that do.", ", ".join(missing)

@@ -47,12 +47,12 @@ class Measurement:
 
 def mac_reduction(pruned: PrunedModel) -> float:
     """Fraction of the dense MACs that the last forward saved; negative if pruning cost more than it saved."""
-    return 1.0 - pruned.macs() / dense_macs(pruned)
+    return 1.0 - pruned.madtp.macs() / dense_macs(pruned)
 
 
 def dense_macs(pruned: PrunedModel) -> float:
     """MACs per sample that the last forward would have taken without pruning. Nothing is run."""
-    return float(sum(pruned.macs_by_module("all").values()))
+    return float(sum(pruned.madtp.macs_by_module("all").values()))
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,19 @@ class Knob:
 
 
 def _read_keep_ratio(pruned: PrunedModel) -> float:
-    ratio = pruned.config.keep_ratio
+    ratio = pruned.madtp.config.keep_ratio
     return 1.0 if ratio is None else ratio
 
 
 def _write_keep_ratio(pruned: PrunedModel, value: float) -> None:
-    pruned.config = replace(pruned.config, keep_ratio=value)
-    pruned._control.config = pruned.config
+    pruned.madtp.config = replace(pruned.madtp.config, keep_ratio=value)
 
 
 KNOBS = {
     "gain": Knob(
         name="gain",
-        read=lambda pruned: pruned.gain,
-        write=lambda pruned, value: setattr(pruned, "gain", value),
+        read=lambda pruned: pruned.madtp.gain,
+        write=lambda pruned, value: setattr(pruned.madtp, "gain", value),
         low=-12.0,
         high=12.0,
         sign=1,
@@ -110,8 +109,8 @@ KNOBS = {
     ),
     "temperature": Knob(
         name="temperature",
-        read=lambda pruned: pruned.temperature,
-        write=lambda pruned, value: setattr(pruned, "temperature", value),
+        read=lambda pruned: pruned.madtp.temperature,
+        write=lambda pruned, value: setattr(pruned.madtp, "temperature", value),
         low=-9.0,
         high=12.0,
         sign=1,
@@ -247,7 +246,7 @@ class Search:
                     f"the model's output on batch {number} holds NaN at {self.knob.name} {value:.4g}; check the inputs and "
                     "the weights."
                 )
-            self._macs_by_batch.append(size * self.pruned.macs())
+            self._macs_by_batch.append(size * self.pruned.madtp.macs())
             if len(self._dense_by_batch) <= number:
                 self._dense_by_batch.append(size * dense_macs(self.pruned))
             self.progress.advance(self.task)
@@ -265,9 +264,9 @@ class Search:
             )
         most = max(m.reduction for m in self.history)
         total = dense_macs(self.pruned)
-        fixed = sum(self.pruned.macs_by_module("none").values()) / total
-        overhead = sum(v for k, v in self.pruned.macs_by_module().items() if k.startswith(f"{PREFIX}.")) / total
-        config = self.pruned.config
+        fixed = sum(self.pruned.madtp.macs_by_module("none").values()) / total
+        overhead = sum(v for k, v in self.pruned.madtp.macs_by_module().items() if k.startswith(f"{PREFIX}.")) / total
+        config = self.pruned.madtp.config
         kept = max(0.0, 1.0 - reached - fixed - overhead)
         limit = "temperature" if name == "temperature" else f"min_tokens={config.min_tokens}"
         helps = ["a larger gain"] if name == "temperature" else []

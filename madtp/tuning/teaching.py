@@ -112,8 +112,8 @@ def teach(
     """
     if steps < 1 or not learning_rate > 0:
         raise ConfigError(f"steps is {steps} and learning_rate {learning_rate}; both have to be positive.")
-    alignment = pruned._control.alignment
-    if not pruned.config.alignment or alignment is None:
+    alignment = pruned.madtp.control.alignment
+    if not pruned.madtp.config.alignment or alignment is None:
         raise ConfigError("the model has no alignment tokens to teach: its configuration says alignment=False.")
     calls = calls_of(pruned, batches)
     console = Console(stderr=True)
@@ -153,14 +153,14 @@ class _RandomSigns:
 @contextmanager
 def _unpruned(pruned: PrunedModel, observer: Callable[[Observation], None]) -> Iterator[None]:
     """Inside the block sites score tokens and are observed, but drop nothing except padding."""
-    control = pruned._control
-    before = pruned.temperature, pruned.gain, control.observer, control.static_counts, control.forced
-    pruned.temperature, pruned.gain = before[0] or 1.0, 0.0
+    control = pruned.madtp.control
+    before = pruned.madtp.temperature, pruned.madtp.gain, control.observer, control.static_counts, control.forced
+    pruned.madtp.temperature, pruned.madtp.gain = before[0] or 1.0, 0.0
     control.observer, control.static_counts, control.forced = observer, {}, None
     try:
         yield
     finally:
-        pruned.temperature, pruned.gain, control.observer, control.static_counts, control.forced = before
+        pruned.madtp.temperature, pruned.madtp.gain, control.observer, control.static_counts, control.forced = before
 
 
 def _examples(pruned: PrunedModel, call: Call, objective: SaliencyObjective) -> list[_Example]:

@@ -103,9 +103,9 @@ def _time(pruned: PrunedModel, calls: list[Call]) -> Timing:
             pruned(*call.args, **call.kwargs)
 
     def run_dense() -> None:
-        with pruned.dense():
+        with pruned.madtp.dense():
             run()
 
-    with pruned.aside():
+    with pruned.madtp.aside():
         medians = median_seconds({"dense": run_dense, "pruned": run}, ROUNDS)
     return Timing(medians["dense"], medians["pruned"])

@@ -6,11 +6,8 @@ Start at :func:`export_freely`.
 from __future__ import annotations
 
 import inspect
-import io
-import logging
-import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +17,12 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
+from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.objects import ResultSpec, result_spec_of
 from rewriters.capture.preserved_state import preserved_attributes
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
+from rewriters.capture.quiet import quiet
 from rewriters.capture.scope import Region
 
 FreeDims = tuple[tuple[int, ...], ...]
@@ -147,21 +146,23 @@ def _lengths(tensor: Tensor) -> tuple[int, ...]:
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Switch off what hides a model's arithmetic from tracing, such as the fused encoder layer of torch.nn."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    # On failure torch.export prints the whole graph; the reason is in the exception.
-    unread = io.StringIO()
-    # Nobody reads where in Python each node comes from, and finding it out takes a twentieth of the time.
+    """Switch off what hides a model's arithmetic from tracing, such as the fused encoder layer of torch.nn.
+
+    One thread at a time can be inside.
+    """
+    with CAPTURE_LOCK, spelled_out(), _without_stack_traces(), quiet():
+        yield
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Let nodes not say where in Python they come from: nobody reads it, and it takes a twentieth of the time."""
     traces = getattr(torch.fx.config, NO_TRACES, None)
     setattr(torch.fx.config, NO_TRACES, True)
     try:
-        with spelled_out(), warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         if traces is None:  # older releases of torch know no such setting
             delattr(torch.fx.config, NO_TRACES)
         else:
             setattr(torch.fx.config, NO_TRACES, traces)
-        logging.disable(disabled)

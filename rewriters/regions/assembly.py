@@ -12,12 +12,15 @@ from torch import nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
+from madtp.calls.hooks import OwnHooks
 from madtp.calls.record import record_call
 from madtp.config import PruningConfig
 from madtp.errors import NothingToPruneError, RewriteError
+from madtp.programs.originals import original_of
 from madtp.programs.program import Program
 from madtp.programs.program_cache import BuildProgram
 from madtp.pruned import AlignmentSpec, PrunedModel
+from madtp.pruned.make import make_pruned, replace_forward
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.capture.scope import Region
 from rewriters.insert.workspace import site_key
@@ -29,35 +32,37 @@ from rewriters.regions.reporting import report_of
 log = logging.getLogger("madtp")
 
 
-def assemble(request: Request, rewritten: RewrittenRegions) -> PrunedModel:
+def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks) -> PrunedModel:
     """The pruned model: a copy of the host's module tree in which programs run instead of the rewritten regions.
 
     Args:
         request: The request for the whole model.
         rewritten: Its regions.
+        own_hooks: The hooks that are part of the model.
     """
     model, config, plan = request.model, request.config, rewritten.plan
-    pruned = PrunedModel(
+    pruned = make_pruned(
         share(model),
         sites={site_key(site.name): site.spec() for site in plan.sites},
         config=config,
         report=report_of(model, rewritten),
         alignment=AlignmentSpec(width=plan.alignment_width, images=plan.images, image_order=plan.image_order),
     )
+    pruned.madtp.own_hooks = own_hooks
     for each in rewritten.regions:
         region = each.region
-        programs = pruned.replace_forward(
-            region.path, _builder(each, config), embeddings=region.embeddings, per_image=region.per_image
+        programs = replace_forward(
+            pruned, region.path, _builder(each, config), embeddings=region.embeddings, per_image=region.per_image
         )
         programs.add(each.program, each.call)
         for inner in each.inner:
-            pruned.replace_forward(
-                inner.path, _inner_builder(each, config, inner), inner=True, embeddings=inner.embeddings
+            replace_forward(
+                pruned, inner.path, _inner_builder(each, config, inner), inner=True, embeddings=inner.embeddings
             )
         if rewritten.whole:
-            for path in single_modality_towers(pruned._host, plan):
-                pruned.replace_forward(path, _tower_builder(each, config, pruned, path), inner=True)
-    pruned.example = record_call(request.call)
+            for path in single_modality_towers(pruned, plan):
+                replace_forward(pruned, path, _tower_builder(each, config, pruned, path), inner=True)
+    pruned.madtp.example = record_call(request.call)
     return pruned
 
 
@@ -103,8 +108,7 @@ def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: Pr
     """What makes programs for a tower of a model that is rewritten whole, for when a method of the model calls it."""
 
     def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
-        with pruned._control.running_original():
-            tower = region_at(pruned._host, rewritten.call, path)
+        tower = region_at(original_of(pruned, pruned.madtp.own_hooks), rewritten.call, path)
         return _inner_builder(rewritten, config, tower)(module, call, serial, marked)
 
     return build

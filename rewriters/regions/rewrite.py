@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
+from madtp.calls.hooks import without_hooks
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
 from madtp.pruned import PrunedModel
+from rewriters.capture.own_hooks import needed_hooks
 from rewriters.pipeline import RewrittenRegion
 from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
@@ -46,12 +48,15 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
         MadtpError: Neither the model nor a region of it can be rewritten.
     """
     request = Request(model, call, config, plan=plan)
+    # Hooks of the user are not to see what tracing computes; calls while there are any run as the original does.
+    own_hooks = needed_hooks(model, call)
+    bare = without_hooks(model, own_hooks)
     rejected: dict[str, str] = {}
     # Each round captures afresh, without the regions that failed a check.
     while True:
-        rewritten = rewrite_regions(replace(request, model=share(model)), rejected)
-        pruned = assemble(request, rewritten)
-        failure = _verify(model, pruned, rewritten, call)
+        rewritten = rewrite_regions(replace(request, model=share(bare)), rejected)
+        pruned = assemble(request, rewritten, own_hooks)
+        failure = _verify(bare, pruned, rewritten, call)
         if failure is None:
             _note_missing_payoff(pruned, rewritten, config)
             return pruned
@@ -72,7 +77,7 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
     Raises:
         RewriteError: The regions do not fit the model.
     """
-    known = len(pruned.report.unpruned)
+    known = len(pruned.madtp.report.unpruned)
     for region in rewritten.regions:
         case = _case(model, pruned, region)
         try:
@@ -82,10 +87,10 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
                 return FailedRegion(region.region.path, str(error))
     if rewritten.whole:
         return None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.dense():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.madtp.dense():
         pruned(*call.args, **call.kwargs)
-    pruned._control.clear_record()
-    unpruned = pruned.report.unpruned[known:]
+    pruned.madtp.control.clear_record()
+    unpruned = pruned.madtp.report.unpruned[known:]
     if not unpruned:
         return None
     if any(unpruned[0].called == region.region.path for region in rewritten.regions):
@@ -95,12 +100,12 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
 
 def _case(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Case:
     original = model.get_submodule(region.region.path)
-    opened = Request(original, region.call, pruned.config, region.region).opened(region.program.sizes())
+    opened = Request(original, region.call, pruned.madtp.config, region.region).opened(region.program.sizes())
     return Case(
         model=opened.model,
         program=region.program,
-        root=pruned._host,
-        control=pruned._control,
+        root=without_hooks(pruned, pruned.madtp.own_hooks),
+        control=pruned.madtp.control,
         call=opened.call,
         plan=region.plan,
     )
@@ -119,4 +124,4 @@ def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, confi
         call = region.call.flattened(region.program.given)
         names += sites_without_payoff(region.program, call, region.plan.sites, config)
     if names:
-        pruned.report.notes.append(WITHOUT_PAYOFF.format(", ".join(names), config.alignment_tokens))
+        pruned.madtp.report.notes.append(WITHOUT_PAYOFF.format(", ".join(names), config.alignment_tokens))

@@ -48,7 +48,7 @@ def test_several_rows_of_a_sample_count_with_their_mean() -> None:
     output = pruned(**given)
     loss = pruned.alignment_loss()
     (output.square().mean() + loss).backward()
-    alignment = pruned._control.alignment
+    alignment = pruned.madtp.control.alignment
     assert alignment is not None
     assert bool(alignment.tokens.grad.any())
     assert 0 < loss.item() < 2

@@ -191,6 +191,6 @@ def test_positional_and_keyword_calls_share_a_capture() -> None:
     subject = rewritten("blip_nlvr")
     inputs = CASES["blip_nlvr"].inputs(2, 6)
     with subject.set(temperature=0.0) as pruned, torch.no_grad():
-        known = len(pruned._whole.entries)
+        known = len(pruned.madtp.forward_of_host.programs.entries)
         assert torch.equal(pruned(*inputs.values()), pruned(**inputs))
-        assert len(pruned._whole.entries) == known
+        assert len(pruned.madtp.forward_of_host.programs.entries) == known

@@ -334,7 +334,7 @@ def test_rewritten_code_can_be_read() -> None:
     source = subject.pruned.code()
     assert "self.madtp.sites.blocks_0" in source
     assert "mlp.fc1" in source
-    assert isinstance(subject.pruned._control.record.runs[0].program, Program)
+    assert isinstance(subject.pruned.madtp.control.record.runs[0].program, Program)
 
 
 def test_asking_before_the_first_forward_is_an_error() -> None:

@@ -228,7 +228,7 @@ def rewritten(model: nn.Module, gain: float = 1.5, **settings: object) -> Pruned
 def copied(pruned: PrunedModel, **settings: object) -> PrunedModel:
     """A copy with other settings; rewriting once more would take seconds."""
     own = copy.deepcopy(pruned)
-    own._control.config = replace(own._control.config, **settings)  # type: ignore[arg-type]
+    own.madtp.control.config = replace(own.madtp.control.config, **settings)  # type: ignore[arg-type]
     return own
 
 

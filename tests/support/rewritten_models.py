@@ -56,7 +56,7 @@ class Subject:
             forced: survivors ``[B, N]`` by stream and layer, in place of the method's choice.
             config: further fields of the configuration.
         """
-        control = self.pruned._control
+        control = self.pruned.madtp.control
         before = control.temperature, control.gain, control.config, control.forced
         control.temperature, control.gain = temperature, gain
         control.config = replace(control.config, **config)

@@ -132,8 +132,8 @@ class Bench:
             else:
                 self.strength(target)
                 model = madtp.rewrite(self.dense, self.calibration[0]).eval()
-                model.gain = self._gains[target]
-            if model.config.batching != "static":
+                model.madtp.gain = self._gains[target]
+            if model.madtp.config.batching != "static":
                 madtp.freeze(model, self.calibration)
             self._frozen[target] = model
         return self._frozen[target]
@@ -154,7 +154,7 @@ class Bench:
 
 def set_strength(model: PrunedModel, *, gain: float, temperature: float = 1.0) -> None:
     """Set how strongly a model prunes."""
-    model.gain, model.temperature = gain, temperature
+    model.madtp.gain, model.madtp.temperature = gain, temperature
 
 
 @torch.no_grad()
@@ -163,8 +163,8 @@ def kept_of(model: PrunedModel, batches: Sequence[Batch]) -> list[Kept]:
     kept = []
     for batch in batches:
         model(**batch)
-        tokens = {site: counts.tolist() for site, counts in model.token_counts().items()}
-        kept.append(Kept(model.macs(), dense_macs(model), tokens))
+        tokens = {site: counts.tolist() for site, counts in model.madtp.token_counts().items()}
+        kept.append(Kept(model.madtp.macs(), dense_macs(model), tokens))
     return kept
 
 

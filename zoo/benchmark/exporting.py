@@ -114,7 +114,7 @@ def export_model(settings: ExportSettings, notify: Callable[[str], None] = _quie
 
 def _dense_artefact(frozen: PrunedModel, batch: Batch, exported: Exported) -> Callable[..., object]:
     """The dense model in the same format: what pruning saves there is the difference from it."""
-    with frozen.dense():
+    with frozen.madtp.dense():
         return opened_export(frozen, batch, exported.format)
 
 

@@ -97,7 +97,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _dense_macs(bench: Bench) -> float:
     model = bench.priced()
-    with model.dense():
+    with model.madtp.dense():
         return _mean([kept.macs for kept in kept_of(model, bench.batches)])
 
 
@@ -156,7 +156,7 @@ def _uniform(bench: Bench, target: Target) -> Entrant:
     model = bench.rewritten(PruningConfig(batching="uniform"))
     set_strength(model, gain=1.0)
     madtp.calibrate(model, bench.batches, reduction=bench.saved(target), tolerance=CLOSE / 2)
-    prepare = partial(set_strength, model, gain=model.gain)
+    prepare = partial(set_strength, model, gain=model.madtp.gain)
     return _of_pruned(bench, model, kept_of(model, bench.batches), prepare)
 
 

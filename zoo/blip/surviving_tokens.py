@@ -25,13 +25,13 @@ def surviving_mask(model: object, tower: str) -> Tensor | None:
     Returns:
         ``[B, N]``, 1 for a survivor; None if all tokens survived.
     """
-    mask = model.surviving(tower) if isinstance(model, PrunedModel) else None
+    mask = model.madtp.surviving(tower) if isinstance(model, PrunedModel) else None
     return None if mask is None or bool(mask.all()) else mask.long()
 
 
 def aside(model: object) -> AbstractContextManager[None]:
     """Return a context in which calls of a model do not change the :func:`surviving_mask` of the call before."""
-    return model.aside() if isinstance(model, PrunedModel) else nullcontext()
+    return model.madtp.aside() if isinstance(model, PrunedModel) else nullcontext()
 
 
 def surviving_tokens(model: object, tower: str, tokens: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor | None]:

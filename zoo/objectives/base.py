@@ -98,7 +98,9 @@ class Objective(ABC, Generic[ModelT, OutputT]):
 
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
         """Return the MACs of the last forward, pruned and dense, for one text about one image."""
-        return self._macs_of_one_text(pruned.macs_by_module()), self._macs_of_one_text(pruned.macs_by_module("all"))
+        return self._macs_of_one_text(pruned.madtp.macs_by_module()), self._macs_of_one_text(
+            pruned.madtp.macs_by_module("all")
+        )
 
     def _macs_of_one_text(self, by_path: dict[str, float]) -> float:
         # Paths of the vision tower's sites hold "visual", too; all else runs once for each text.

@@ -221,7 +221,7 @@ class RetrievalObjective(
     ) -> tuple[Tensor, Metrics]:
         contrast = cast(MomentumContrast, self.heads["contrast"])
         follower = cast(PrunedModel, contrast.follower)
-        follower.gain = cast(PrunedModel, module).gain
+        follower.madtp.gain = cast(PrunedModel, module).madtp.gain
         texts = {name: value for name, value in self.inputs(batch).items() if name != "images"}
         alpha = self.contrast.alpha * min(1.0, progress / self.contrast.alpha_ramp)
         loss: Tensor = contrast(

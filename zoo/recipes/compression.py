@@ -176,7 +176,7 @@ def compression_loss(
     output: object = pruned(**objective.inputs(batch))
     # An objective may call the model again; this is the call whose MACs and alignment count.
     measured = pruning_metrics(pruned, objective.macs(pruned))
-    alignment = pruned.alignment_loss() if settings.alignment_weight and _aligns(pruned) else None
+    alignment = pruned.madtp.alignment_loss() if settings.alignment_weight and _aligns(pruned) else None
     distance = None if teacher is None else objective.distillation(pruned, teacher, batch, output)
     total, metrics = objective.losses(pruned, batch, output, progress)
     metrics = metrics | measured
@@ -191,7 +191,7 @@ def compression_loss(
 
 def _aligns(pruned: PrunedModel) -> bool:
     """Return whether guidance prunes both towers, so that there is something to align."""
-    return pruned.config.alignment and len({site.modality for site in pruned.report.sites}) > 1
+    return pruned.madtp.config.alignment and len({site.modality for site in pruned.madtp.report.sites}) > 1
 
 
 def finish_compression(
@@ -242,7 +242,7 @@ def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, ob
     """
     if objective.module is objective.model:
         return pruned.eval()
-    fresh = madtp.rewrite(objective.model.eval(), dict(inputs), config=pruned.config)
+    fresh = madtp.rewrite(objective.model.eval(), dict(inputs), config=pruned.madtp.config)
     trained = {
         name.replace("sites.model_", "sites.", 1): value
         for name, value in pruned.state_dict().items()
@@ -251,7 +251,7 @@ def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, ob
     missing, unexpected = fresh.load_state_dict(trained, strict=False)
     if unexpected or any(name.startswith("madtp.") for name in missing):
         raise ConfigError(f"the sites of the trained and the deployed model differ: {unexpected[:3]}")
-    fresh.gain, fresh.temperature = pruned.gain, pruned.temperature
+    fresh.madtp.gain, fresh.madtp.temperature = pruned.madtp.gain, pruned.madtp.temperature
     return fresh.eval()
 
 

@@ -85,7 +85,7 @@ def frozen(settings: Mapping[str, object], trained: Path, output: Path) -> None:
 
 def _macs_after(pruned: madtp.PrunedModel, call: Mapping[str, object]) -> float:
     pruned(**call)
-    return pruned.macs()
+    return pruned.madtp.macs()
 
 
 def reopen(folder: Path) -> nn.Module:

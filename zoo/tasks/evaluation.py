@@ -227,7 +227,7 @@ def _versions() -> dict[str, str]:
 def _content(settings: EvaluationSettings, task: Task, model: nn.Module, found: Evaluation) -> dict[str, object]:
     pruning = None
     if isinstance(model, PrunedModel):
-        pruning = {**model.config.to_dict(), "gain": model.gain, "temperature": model.temperature}
+        pruning = {**model.madtp.config.to_dict(), "gain": model.madtp.gain, "temperature": model.madtp.temperature}
     return {
         "task": task.name,
         "configuration": {**settings.to_dict(), **_versions(), "pruning": pruning},

@@ -1,9 +1,10 @@
-"""Training flags and dtypes of a tree whose modules change."""
+"""What a capture depends on, of a tree whose modules and attributes change."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ def removed(model: nn.Sequential) -> None:
     del model[2]
 
 
+class Switched(nn.Module):
+    """A module with a switch, and a configuration that its parent shares."""
+
+    def __init__(self, config: SimpleNamespace) -> None:
+        super().__init__()
+        self.linear, self.quick, self.sizes = nn.Linear(2, 2), True, (2, 3)
+        self.config, self.scale = config, 0.5
+
+
+def switched() -> nn.Sequential:
+    config = SimpleNamespace(width=2, inner=SimpleNamespace(deep=False), names={"a": 1})
+    return nn.Sequential(Switched(config), Switched(config))
+
+
 CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "nothing": lambda model: None,
     "a mode": lambda model: model[0][0].eval(),
@@ -29,8 +44,17 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "another parameter": lambda model: setattr(model[0][0], "weight", nn.Parameter(torch.zeros(2, 2).double())),
     "another module": lambda model: model[0].__setitem__(0, nn.Linear(2, 2).eval()),
     "one more": lambda model: model[0].add_module("more", nn.Dropout().eval()),
-    "a child of a leaf": lambda model: model[2].add_module("more", nn.Dropout().eval()),
     "one less": removed,
+}
+SWITCHES: dict[str, Callable[[nn.Sequential], object]] = {
+    "a switch": lambda model: setattr(model[1], "quick", False),
+    "a number": lambda model: setattr(model[0], "scale", 0.25),
+    "a tuple": lambda model: setattr(model[0], "sizes", (2, 4)),
+    "a further attribute": lambda model: setattr(model[0], "more", 1),
+    "a configuration": lambda model: setattr(model[0].config, "width", 3),
+    "a configuration inside it": lambda model: setattr(model[1].config.inner, "deep", True),
+    "another configuration": lambda model: setattr(model[1], "config", SimpleNamespace(width=5)),
+    "a dict": lambda model: model[0].config.names.update(a=2),
 }
 
 
@@ -42,8 +66,42 @@ def test_the_state_is_that_of_the_tree_as_it_is(change: str) -> None:
     CHANGES[change](model)
     found = states()
     assert list(found.training) == [module.training for module in model.modules()]
-    assert found.dtypes == tuple(one.dtype for one in model.parameters())
+    assert set(found.dtypes) - {None} <= {one.dtype for one in model.parameters()}
     assert (found == before) == (change == "nothing")
+
+
+@pytest.mark.parametrize("change", SWITCHES)
+def test_switches_belong_to_the_state(change: str) -> None:
+    model = switched()
+    states = ModuleStates(model)
+    before = states()
+    assert states() == before
+    SWITCHES[change](model)
+    assert states() != before
+
+
+def test_what_takes_the_place_of_a_leaf_is_called_as_the_leaf_was() -> None:
+    model = switched()
+    states = ModuleStates(model)
+    before = states()
+    model[0].linear = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    assert states() == before
+    model[0].linear.eval()
+    assert states() != before
+
+
+def test_ignored_attributes_do_not_matter_and_others_do() -> None:
+    model = switched()
+    states = ModuleStates(model)
+    before = states()
+    model[0].scale = 0.25
+    ignored = states.ignore_differences(before)
+    assert list(ignored.values()) == ["scale"]
+    ours = states()
+    model[0].scale = 0.125
+    assert states() == ours
+    model[1].scale = 0.125
+    assert states() != ours
 
 
 def test_a_copy_tells_of_its_own_tree() -> None:

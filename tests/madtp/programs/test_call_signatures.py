@@ -193,7 +193,7 @@ def test_training_works_after_inference_mode(clip: Subject) -> None:
 def test_first_call_may_hold_one_sample() -> None:
     subject = rewritten("vit")
     fresh = copy.deepcopy(subject.pruned)
-    fresh._whole.entries.clear()
+    fresh.madtp.forward_of_host.programs.entries = {}
     x = subject.case.inputs(1, 0)["x"]
     with torch.no_grad(), fresh.dense():
         assert torch.equal(fresh(x), subject.model(x))
@@ -224,12 +224,15 @@ def test_a_size_that_the_models_python_asks_for_is_captured_once_more() -> None:
         ids = torch.randint(0, 30, (batch, length))
         with pruned.dense():
             assert gap(model(ids), pruned(input_ids=ids)) < 1e-5, (batch, length)
-    assert pruned._host.get_submodule("madtp").programs <= 5, "one program for each way"
+    assert pruned.get_submodule("madtp").programs <= 5, "one program for each way"
 
 
 def test_wrong_calls_are_named() -> None:
-    with pytest.raises(madtp.MadtpError, match="pixels"):
-        rewritten("vit").pruned(pixels=torch.randn(2, 3, 32, 32))
+    """By the model itself, as it would without madtp."""
+    subject = rewritten("vit")
+    for model in (subject.model, subject.pruned):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'pixels'"):
+            model(pixels=torch.randn(2, 3, 32, 32))
 
 
 class Casting(nn.Module):

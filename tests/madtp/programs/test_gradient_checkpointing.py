@@ -157,7 +157,9 @@ def test_a_forward_without_gradients_runs_whole() -> None:
     pruned.gradient_checkpointing = True
     with torch.no_grad():
         pruned(**inputs())
-    assert all(entry.program.checkpointed_forward is None for entry in pruned._whole.entries.values())
+    assert all(
+        entry.program.checkpointed_forward is None for entry in pruned.madtp.forward_of_host.programs.entries.values()
+    )
 
 
 def test_training_switches_it_on_where_something_is_pruned(tmp_path: Any) -> None:

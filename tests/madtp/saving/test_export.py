@@ -257,7 +257,7 @@ def test_a_file_says_what_it_is(frozen: tuple[PrunedModel, Tensor], tmp_path: Pa
         torch.export.load(tmp_path / "vit.pt2", extra_files=extra)
         facts.append(json.loads(extra["madtp.json"]))
     assert [fact["prunes"] for fact in facts] == [True, False]
-    assert facts[0]["static_counts"] == pruned._control.static_counts
+    assert facts[0]["static_counts"] == pruned.madtp.control.static_counts
     assert facts[1]["static_counts"] == {}
     assert facts[0]["gain"] == pruned.gain
 
@@ -385,7 +385,7 @@ def test_a_file_refuses_a_sample_with_more_readouts_than_there_is_room_for(tmp_p
     pruned = madtp.rewrite(Readout().eval(), inputs, config=config)
     pruned.gain = 1e6  # keeps the readouts and nothing else
     madtp.freeze(pruned, [inputs])
-    assert set(pruned._control.static_room.values()) == {1}
+    assert set(pruned.madtp.control.static_room.values()) == {1}
     madtp.export(pruned, tmp_path / "text.pt2", inputs)
     module = torch.export.load(tmp_path / "text.pt2").module()
     module(**inputs)

@@ -65,7 +65,7 @@ def test_only_what_is_asked_for_is_computed(settings: dict[str, Any], fused: boo
     images = torch.randn(2, 3, 224, 224)
     pruned = madtp.rewrite(transformer(), (images,), config=madtp.PruningConfig(**settings)).eval()
     asked: list[int] = []
-    alignment = pruned._control.alignment
+    alignment = pruned.madtp.control.alignment
     if alignment is not None:
         alignment.register_forward_hook(lambda *given: asked.append(1))
     count = calls_of(pruned, images)

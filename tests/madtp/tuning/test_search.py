@@ -110,7 +110,7 @@ def test_the_mode_of_every_module_is_restored(pruned: PrunedModel) -> None:
     before = [m.training for m in pruned.modules()]
     madtp.calibrate(pruned, CALIBRATED[:1], reduction=0.3)
     assert [m.training for m in pruned.modules()] == before
-    assert pruned._host.training
+    assert pruned.training
 
 
 @pytest.mark.parametrize(

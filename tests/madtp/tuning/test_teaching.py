@@ -86,7 +86,7 @@ def test_only_alignment_tokens_and_their_maps_change() -> None:
     assert (pruned.gain, pruned.temperature, pruned.training) == (1.3, 2.0, True)
     assert not frozen.requires_grad
     assert all(p.grad is None for p in pruned.parameters())
-    assert pruned._control.observer is None
+    assert pruned.madtp.control.observer is None
 
 
 def test_frozen_models_can_be_taught_and_the_seed_decides() -> None:

@@ -75,11 +75,11 @@ def test_a_site_saves_the_macs_up_to_the_next(model: tuple[madtp.PrunedModel, Te
         pruned(images)
     before, own = 37, pruned.macs()
     total = sum(pruned.macs_by_module("all").values())
-    states = dict(pruned._control.record.states)
+    states = dict(pruned.madtp.control.record.states)
     for balance in balances:
         counts = {name: state.counts for name, state in states.items()}
         counts[balance.site] = torch.full_like(counts[balance.site], before)
-        (run,) = pruned._control.record.runs
+        (run,) = pruned.madtp.control.record.runs
         without = sum(run.program.cost.price(run.inputs, counts, active=True).values())
         assert balance.saving == pytest.approx((without - own) / total, abs=1e-9)
         before = int(states[balance.site].counts.max())
@@ -96,7 +96,7 @@ def test_sites_that_do_not_pay_are_told(
     with caplog.at_level(logging.INFO, "madtp"):
         madtp.calibrate(pruned, [(images,)], reduction=0.2, tolerance=0.05)
     assert "3 of 3 sites take more time than they save" in caplog.text
-    assert "pruned.report.plan).without" in caplog.text
+    assert "report.plan).without" in caplog.text
     assert not any(balance.worthwhile for balance in pruned.report.balances)
     shown = str(pruned.report)
     assert "costs" in shown

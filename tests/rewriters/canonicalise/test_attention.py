@@ -60,9 +60,9 @@ def test_spelling_is_recognised_and_pruned_correctly(name: str) -> None:
             assert gap(model(**call), pruned(**call)) < 1e-5
         forced = {"image": [torch.rand(batch, LENGTH) < 0.7 for _ in range(2)]}
         kept = survivors(case, forced, call) if name == "sdpa_causal" else _without_padding(case, forced, call)
-        pruned._control.forced = dict(zip(("blocks.0", "blocks.1"), forced["image"], strict=True))
+        pruned.madtp.control.forced = dict(zip(("blocks.0", "blocks.1"), forced["image"], strict=True))
         found = leaves(pruned(**call))
-        pruned._control.forced = None
+        pruned.madtp.control.forced = None
         assert gap(expected(case, model, call, kept)[""], found[""]) < 1e-5
 
 
@@ -114,7 +114,7 @@ def test_near_miss_costs_sites_and_never_correctness(miss: Any) -> None:
     with pruned.dense():
         assert gap(model(**call), pruned(**call)) < 1e-5
     wanted = torch.rand(3, LENGTH) < 0.6
-    pruned._control.forced = {"blocks.2": wanted}
+    pruned.madtp.control.forced = {"blocks.2": wanted}
     everything = torch.ones_like(wanted)
     kept = {"image": [everything, everything, (wanted & call["mask"]) | case.protected(call)["image"]]}
     assert gap(expected(case, model, call, kept)[""], pruned(**call)) < 1e-5

@@ -173,9 +173,9 @@ def test_kept_map_is_pruned_correctly(spelling: Any) -> None:
             assert gap(model(**call), pruned(**call)) < 1e-5
         wanted = [torch.rand(batch, LENGTH) < 0.7 for _ in names]
         kept = survivors(case, {"image": [f & call["mask"] for f in wanted]}, call)
-        pruned._control.forced = dict(zip(names, wanted, strict=True))
+        pruned.madtp.control.forced = dict(zip(names, wanted, strict=True))
         found = leaves(pruned(**call))
-        pruned._control.forced = None
+        pruned.madtp.control.forced = None
         assert gap(expected(case, model, call, kept)[""], found[""]) < 1e-5
 
 
@@ -183,7 +183,7 @@ def test_kept_map_is_pruned_correctly(spelling: Any) -> None:
 def test_what_a_kept_map_computes_stays_exact_and_trains(spelling: Any) -> None:
     case, model, rewritten = kept_map(spelling)
     call, pruned = case.inputs(3, 0), copy.deepcopy(rewritten)
-    pruned._control.config = replace(pruned._control.config, merge=True)
+    pruned.madtp.control.config = replace(pruned.madtp.control.config, merge=True)
     with pruned.dense(), torch.no_grad():
         assert torch.equal(model(**call), pruned(**call))
     pruned.train()
@@ -269,7 +269,7 @@ def test_near_miss_costs_sites_and_never_correctness(miss: Any) -> None:
         assert gap(model(**call), pruned(**call)) < 1e-5
     wanted = torch.rand(3, LENGTH) < 0.6
     everything = torch.ones_like(wanted)
-    pruned._control.forced = {f"blocks.{layer}": everything for layer in range(2)} | {"blocks.2": wanted}
+    pruned.madtp.control.forced = {f"blocks.{layer}": everything for layer in range(2)} | {"blocks.2": wanted}
     kept = {"image": [everything, everything, (wanted & call["mask"]) | case.protected(call)["image"]]}
     assert gap(expected(case, model, call, kept)[""], pruned(**call)) < 1e-5
 

@@ -77,7 +77,7 @@ def test_windows_beside_heads_are_attention_in_windows(form: str, count: int) ->
     assert_dense_is_original(model, pruned, (1, 4))
     pruned = copied(pruned, merge=False)
     given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
-    pruned._control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
+    pruned.madtp.control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
     with eager_arithmetic():
         found = pruned(pixels=given)
     for key, value in model(given, kept).items():

@@ -113,7 +113,7 @@ def test_maps_are_pruned_as_a_flat_stream(form: tuple[Norm, str, str]) -> None:
     assert_dense_is_original(model, pruned, (1, 4))
     pruned = copied(pruned, merge=False)
     given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
-    pruned._control.forced = dict(zip(names, kept, strict=True))
+    pruned.madtp.control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
         found = pruned(pixels=given)
     for key, value in flat(given, kept).items():
@@ -127,7 +127,7 @@ def test_convolutions_of_one_place_run_on_survivors_as_the_models_own_modules() 
     heard: list[int] = []
     pruned.get_submodule("mixers.1.0").register_forward_hook(lambda m, i, o: heard.append(o[0, 0].numel()))
     names = [s.name for s in pruned.report.sites]
-    pruned._control.forced = {name: (torch.arange(36) < 9).expand(3, -1) for name in names}
+    pruned.madtp.control.forced = {name: (torch.arange(36) < 9).expand(3, -1) for name in names}
     pruned(pixels=pixels(3))
     assert heard == [3 * 9]
     assert pruned.macs_by_module()["mixers.1.0"] == pytest.approx(9 * 3 * WIDTH * WIDTH)
@@ -139,7 +139,7 @@ def test_a_mean_over_all_places_is_over_survivors(pool: str) -> None:
     flat, model = drawn("layer", "global", "plain", pool)
     pruned = rewritten(model, merge=False)
     given, kept = pixels(3), survivors(3, 36, DEPTH, 1)
-    pruned._control.forced = dict(zip([s.name for s in pruned.report.sites], kept, strict=True))
+    pruned.madtp.control.forced = dict(zip([s.name for s in pruned.report.sites], kept, strict=True))
     with eager_arithmetic():
         assert gap(flat(given, kept)["mean"], pruned(pixels=given)["mean"]) < 1e-5
 
@@ -226,7 +226,7 @@ def test_what_is_added_on_the_grid_is_added_to_survivors() -> None:
     given, kept = pixels(3), survivors(3, 36, DEPTH, 0)
     with pruned.dense():
         assert gap(model(given)["tokens"], pruned(pixels=given)["tokens"]) < 5e-6
-    pruned._control.forced = dict(zip(names, kept, strict=True))
+    pruned.madtp.control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
         assert gap(flat(given, kept)["tokens"], pruned(pixels=given)["tokens"]) < 1e-5
     assert pruned.macs_by_module()["blocks.1.mlp.up"] < 0.5 * 36 * 3 * WIDTH * WIDTH

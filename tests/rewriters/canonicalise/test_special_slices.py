@@ -82,7 +82,7 @@ def test_more_registers_than_a_short_prefix_are_special_tokens_of_one_stream(cut
         later[:, 11:] = torch.rand(2, PATCHES, generator=generator) < 0.6
         if earlier is not None:
             later &= earlier
-    pruned._control.forced = dict(zip(names, kept, strict=True))
+    pruned.madtp.control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
         found = pruned(patches=patches)
         model.hidden = [torch.zeros_like(kept[0]), *(~k for k in kept[:-1])]

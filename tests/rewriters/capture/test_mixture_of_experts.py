@@ -48,12 +48,12 @@ def test_experts_are_pruned_around(kind: type[nn.Module]) -> None:
         with torch.no_grad(), pruned.dense():
             assert gap(model(**call), pruned(**call)) < 1e-5
         forced = {"image": [(torch.rand(batch, LENGTH) < 0.6) & call["mask"] for _ in range(2)]}
-        pruned._control.forced = dict(zip(("blocks.0", "blocks.1"), forced["image"], strict=True))
+        pruned.madtp.control.forced = dict(zip(("blocks.0", "blocks.1"), forced["image"], strict=True))
         with torch.no_grad():
             found = pruned(**call)
             wanted = expected(case, model, call, survivors(case, forced, call))[""]
             alone = torch.cat([_alone(pruned, call, forced["image"], row) for row in range(batch)])
-        pruned._control.forced = None
+        pruned.madtp.control.forced = None
         assert gap(wanted, found) < 1e-5
         assert gap(found, alone) < 1e-5
 
@@ -62,7 +62,7 @@ def _alone(
     pruned: madtp.PrunedModel, call: dict[str, torch.Tensor], forced: list[torch.Tensor], row: int
 ) -> torch.Tensor:
     one = [f[row : row + 1] for f in forced]
-    pruned._control.forced = dict(zip(("blocks.0", "blocks.1"), one, strict=True))
+    pruned.madtp.control.forced = dict(zip(("blocks.0", "blocks.1"), one, strict=True))
     return pruned(**{name: x[row : row + 1] for name, x in call.items()})
 
 
@@ -117,9 +117,9 @@ def test_the_work_of_experts_is_counted_by_rows() -> None:
     for block in plain.blocks:
         block.mlp = nn.Identity()
     assert dense == pytest.approx(madtp.count_macs(plain, call) + 2 * layer)
-    pruned._control.forced = {name: torch.arange(LENGTH).expand(2, -1) < 3 for name in ("blocks.0", "blocks.1")}
+    pruned.madtp.control.forced = {name: torch.arange(LENGTH).expand(2, -1) < 3 for name in ("blocks.0", "blocks.1")}
     kept = madtp.count_macs(pruned, call)
-    pruned._control.forced = None
+    pruned.madtp.control.forced = None
     assert kept < dense - layer  # Six of nine tokens are missing in both layers.
 
 

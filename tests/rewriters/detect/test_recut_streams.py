@@ -92,7 +92,7 @@ def test_parts_that_are_cut_and_joined_in_every_layer_stay_pruned(queries: int) 
             wanted = (torch.rand(batch, queries + TEXT) < 0.7) | (torch.arange(queries + TEXT) < queries)
             kept.append(wanted & seen)
             seen = kept[-1]
-        pruned._control.forced = dict(zip(names, kept, strict=True))
+        pruned.madtp.control.forced = dict(zip(names, kept, strict=True))
         found = pruned(**call)
         model.hidden = [torch.zeros_like(seen), *(~k for k in kept[:-1])]
         assert gap(model(**call), found) < 1e-5

@@ -70,7 +70,7 @@ def test_dropped_tokens_keep_their_state_and_are_hidden(form: tuple[str, str], s
     model, pruned = made(*form)
     pruned = copied(pruned, merge=False)
     given, kept = pixels(3), survivors(3, 36, DEPTH, seed)
-    pruned._control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
+    pruned.madtp.control.forced = {f"blocks.{n}": one for n, one in enumerate(kept)}
     with eager_arithmetic():
         found = pruned(pixels=given)
     assert pruned.token_counts()["blocks.1"].tolist() == kept[1].sum(1).tolist()
@@ -103,7 +103,7 @@ def test_what_runs_on_all_tokens_costs_as_much_as_before() -> None:
     with pruned.dense():
         pruned(pixels=given)
         dense = pruned.macs_by_module()
-    pruned._control.forced = {f"blocks.{n}": (torch.arange(36) < 9).expand(2, -1) for n in range(DEPTH)}
+    pruned.madtp.control.forced = {f"blocks.{n}": (torch.arange(36) < 9).expand(2, -1) for n in range(DEPTH)}
     pruned(pixels=given)
     active = pruned.macs_by_module()
     for name in ("attention.qkv", "attention", "attention.out"):
@@ -182,7 +182,7 @@ def test_attention_along_channels_mixes_all_tokens() -> None:
     pruned = rewritten(lively(model), merge=False)
     assert [s.name for s in pruned.report.sites] == ["blocks.0", "blocks.2"]
     given, kept = pixels(3), survivors(3, 36, 2, 0)
-    pruned._control.forced = {"blocks.0": kept[0], "blocks.2": kept[1]}
+    pruned.madtp.control.forced = {"blocks.0": kept[0], "blocks.2": kept[1]}
     with eager_arithmetic():
         found = pruned(pixels=given)
     for key, value in model(given, [kept[0], kept[0], kept[1]]).items():
@@ -203,7 +203,7 @@ def test_a_stream_that_stands_on_the_grid_is_pruned_as_a_flat_one(attention: str
     with pruned.dense():
         for key, value in model(given).items():
             assert gap(value, pruned(pixels=given)[key]) < 1e-6, key
-    pruned._control.forced = dict(zip(names, kept, strict=True))
+    pruned.madtp.control.forced = dict(zip(names, kept, strict=True))
     with eager_arithmetic():
         found = pruned(pixels=given)
     for key, value in flat(given, kept).items():

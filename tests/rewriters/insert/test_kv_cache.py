@@ -232,11 +232,11 @@ def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept(
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert counted.count == 24 + sum(STEPS)
     assert all(torch.equal(a, b) for a, b in zip(_dead(plain), _dead(counted), strict=True))
-    programs = pruned._host.get_submodule("madtp").programs
+    programs = pruned.get_submodule("madtp").programs
     for _ in range(3):
         mask = torch.ones(3, 1 + counted.count, dtype=torch.long)
         pruned(None, torch.full((3, 1), 11), mask, counted)
-    assert pruned._host.get_submodule("madtp").programs == programs, "steps of a longer text are served by one program"
+    assert pruned.get_submodule("madtp").programs == programs, "steps of a longer text are served by one program"
 
 
 def test_what_a_full_window_pushes_out_is_no_longer_followed(

@@ -48,8 +48,8 @@ def leaves(output: object) -> dict[str, Tensor]:
 
 def conversions(pruned: madtp.PrunedModel) -> list[str]:
     """The functions that go from one form to the other in the graph of the last call."""
-    assert pruned._whole is not None
-    (entry,) = pruned._whole.entries.values()
+    assert pruned.madtp.forward_of_host.programs is not None
+    (entry,) = pruned.madtp.forward_of_host.programs.entries.values()
     both = (runtime.to_rows, runtime.to_slots, runtime.folded_to_rows, runtime.folded_to_slots)
     return [node.target.__name__ for node in entry.program.graph.nodes if node.target in both]
 

@@ -56,7 +56,7 @@ class Subject:
         self, temperature: float, gain: float = 1.0, forced: Tensors | None = None, **config: Any
     ) -> Iterator[madtp.PrunedModel]:
         """Inside the block: this strength, these survivors [B, N] by site, these fields of the configuration."""
-        control = self.pruned._control
+        control = self.pruned.madtp.control
         before = control.temperature, control.gain, control.config, control.forced
         control.temperature, control.gain, control.forced = temperature, gain, forced
         control.config = replace(control.config, **config)

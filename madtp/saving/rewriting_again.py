@@ -1,0 +1,172 @@
+"""Rewrite a model as it was rewritten before: :func:`description_of`, and :func:`rewritten_as`.
+
+Programs are not kept: a description of a pruned model says what :func:`madtp.rewrite` needs to make them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import madtp
+from madtp.calls.call import Call, Inputs
+from madtp.calls.record import replay_call
+from madtp.config import PruningConfig
+from madtp.errors import CheckpointError
+from madtp.programs.replaced_forward import HOST_CLASS
+from madtp.pruned import PrunedModel
+from madtp.saving.model_folder import shorten
+from madtp.sites.additions import PREFIX
+from madtp.sites.site import PruningSite
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was rewritten, and how strongly it prunes.
+
+    Attributes:
+        config: the configuration.
+        temperature: T of the threshold.
+        gain: factor on the threshold.
+        static_counts: fixed counts, by site.
+        static_room: slots fixed with them.
+        sites: the specs of the sites as plain data, by name.
+        alignment_width: d_e.
+        example: the example call, as :func:`madtp.calls.record.record_call` keeps it.
+    """
+
+    config: PruningConfig
+    temperature: float
+    gain: float
+    static_counts: Mapping[str, int]
+    static_room: Mapping[str, int]
+    sites: Mapping[str, Mapping[str, Any]]
+    alignment_width: int
+    example: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Settings:
+        """Read them from what :func:`description_of` gave.
+
+        Raises:
+            KeyError: something is missing.
+            TypeError: something is of the wrong type.
+            ValueError: something is no number.
+        """
+        return cls(
+            config=PruningConfig.from_dict(description["pruning"]),
+            temperature=float(description["temperature"]),
+            gain=float(description["gain"]),
+            static_counts={str(site): int(count) for site, count in description["static_counts"].items()},
+            static_room={str(site): int(count) for site, count in description.get("static_room", {}).items()},
+            sites={site["name"]: site for site in description["sites"]},
+            alignment_width=int(description["alignment_width"]),
+            example=dict(description["example"]),
+        )
+
+
+def description_of(pruned: PrunedModel) -> dict[str, Any]:
+    """Describe a pruned model as plain data, without its tensors."""
+    handle, host = pruned.madtp, getattr(type(pruned), HOST_CLASS)
+    floats = {
+        one.dtype
+        for name, one in pruned.state_dict().items()
+        if one.is_floating_point() and not name.startswith(f"{PREFIX}.")
+    }
+    return {
+        "madtp": madtp.__version__,
+        "torch": str(torch.__version__),
+        "model": {
+            "class": f"{host.__module__}.{host.__qualname__}",
+            "zoo_name": getattr(pruned, "zoo_name", None),
+            "dtype": str(floats.pop()).removeprefix("torch.") if len(floats) == 1 else None,
+        },
+        "pruning": handle.config.to_dict(),
+        "temperature": handle.temperature,
+        "gain": handle.gain,
+        "static_counts": dict(handle.control.static_counts),
+        "static_room": dict(handle.control.static_room),
+        "sites": [dataclasses.asdict(site.spec) for site in _sites(pruned)],
+        "alignment_width": handle.alignment_width,
+        "example": handle.example,
+    }
+
+
+def rewritten_as(source: str, host: nn.Module, settings: Settings, example_inputs: Inputs | None = None) -> PrunedModel:
+    """Rewrite a model with the same sites as before, which may come from an edited plan, and set its strength.
+
+    Args:
+        source: where the settings come from, for messages.
+        host: the unmodified model.
+        settings: how it was rewritten.
+        example_inputs: None makes inputs like those of the first rewrite.
+
+    Raises:
+        CheckpointError: the model does not have these sites.
+        MadtpError: it cannot be rewritten.
+    """
+    from madtp.api import Plan, rewrite
+
+    inputs = _inputs(source, settings.example, host) if example_inputs is None else example_inputs
+    config = settings.config
+    # Fixed counts cannot run before they are known, and checking the rewrite runs the model.
+    free = dataclasses.replace(config, batching="ragged") if config.batching == "static" else config
+    pruned = rewrite(host, inputs, config=free)
+    found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
+    wanted = {name: _plain(site) for name, site in settings.sites.items()}
+    if found != wanted or pruned.madtp.alignment_width != settings.alignment_width:
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"{source} prunes at {len(missing)} sites that this model does not have ({shorten(missing)}); pass the model "
+                "that was saved, and example_inputs of the same kind."
+            )
+        plan = _plan_with(Plan.from_dict(pruned.madtp.report.plan), wanted, settings.alignment_width)
+        pruned = rewrite(host, inputs, config=free, plan=plan)
+    handle = pruned.madtp
+    handle.temperature, handle.gain, handle.config = settings.temperature, settings.gain, config
+    handle.control.static_counts.update(settings.static_counts)
+    handle.control.static_room.update(settings.static_room)
+    return pruned
+
+
+def _plan_with(plan: Any, wanted: Mapping[str, Mapping[str, Any]], width: int) -> Any:
+    """A plan with the sites that are wanted, and what was set for them."""
+    kept = []
+    for site in plan.sites:
+        if site.name in wanted:
+            chosen = wanted[site.name]
+            given = {k: chosen[k] for k in ("class_position", "causal")}
+            kept.append(dataclasses.replace(site, protected=tuple(chosen["protected"]), **given))
+    return dataclasses.replace(plan, sites=tuple(kept), alignment_width=width)
+
+
+def _sites(pruned: PrunedModel) -> list[PruningSite]:
+    return [module for module in pruned.modules() if isinstance(module, PruningSite)]
+
+
+def _inputs(source: str, recorded: Mapping[str, Any], host: nn.Module) -> Inputs:
+    call = replay_call(recorded)
+    if call.args and call.kwargs:
+        raise CheckpointError(
+            f"{source} was made from positional and named inputs together; pass example_inputs to load."
+        )
+    device = next((p.device for p in host.parameters()), torch.device("cpu"))
+    leaves, spec = Call(call.args, call.kwargs).flat()
+    moved = [x.to(device) if isinstance(x, Tensor) else x for x in leaves]
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(moved, spec)
+    args, kwargs = inputs
+    return args or kwargs
+
+
+def _plain(site: Mapping[str, Any]) -> dict[str, Any]:
+    """A site as its file holds it: lists for tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(site))
+    return plain
