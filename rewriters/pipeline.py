@@ -276,6 +276,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
         limits=captured.limits,
         given=captured.example.sizes(),
         padded=padded,
+        own_backward=captured.own_backward,
     )
 
 

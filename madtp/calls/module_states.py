@@ -23,6 +23,7 @@ UNWATCHED = frozenset((*OWN, "training"))
 DEPTH = 2
 """How deep configurations lie in configurations that are looked at."""
 PLAIN = frozenset((bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device))
+WITH_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
 NO_CONFIGURATION = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)
 NO_CONFIGURATIONS_OF = ("builtins", "torch", "madtp")
 Reader = Callable[[Mapping[str, Any]], Any]
@@ -32,7 +33,7 @@ class ModuleState(NamedTuple):
     """What of a module tree a capture depends on.
 
     Attributes:
-        training: the training flag of each module.
+        training: the training flag of each module, where it may matter.
         dtypes: the dtype of each parameter; models cast what they are given to that of their weights.
         attributes: plain attributes, of modules that are more than one operation and of configurations; of others their type.
     """
@@ -62,10 +63,10 @@ class _Tree(NamedTuple):
     """A module tree as it was found.
 
     Attributes:
-        modules: all modules, but for those inside leaves.
+        modules: those whose training flag may matter.
         inner: those that are no leaves.
         children: the children of these.
-        leaves: modules that stand for one operation, and the dtype of their first parameter, by path.
+        leaves: modules that stand for one operation, with the dtype of their first parameter.
         namespaces: the attributes that are watched.
         token: another object for every walk.
     """
@@ -73,7 +74,7 @@ class _Tree(NamedTuple):
     modules: list[nn.Module]
     inner: list[nn.Module]
     children: list[nn.Module | None]
-    leaves: dict[str, tuple[nn.Module, torch.dtype | None]]
+    leaves: list[tuple[nn.Module, torch.dtype | None]]
     namespaces: list[_Namespace]
     token: object
 
@@ -100,9 +101,14 @@ class ModuleStates:
 
     def __init__(self, model: nn.Module, without: str = "") -> None:
         self._model, self._without = model, without
-        self._leaves = frozenset(path for path, module in self._named_modules() if _is_leaf(module))
+        leaves = {path: module for path, module in self._named_modules() if _is_leaf(module)}
+        self._leaves = frozenset(leaves)
+        # The training flag of a linear layer does not matter, and what takes its place may have another.
+        self._without_mode = frozenset(path for path, module in leaves.items() if not isinstance(module, WITH_MODE))
         self._ignored: frozenset[str] = frozenset()
-        self._tree: _Tree | None = self._walked(None)
+        # Of the first parameter of each leaf. What takes a leaf's place later may have none, or others.
+        self._leaf_dtypes: dict[str, torch.dtype | None] = {}
+        self._tree: _Tree | None = self._walked()
         self._last: tuple[list[object], tuple[object, ...]] = ([], ())
         self._dtypes: tuple[torch.dtype | None, ...] = ()
 
@@ -110,6 +116,7 @@ class ModuleStates:
         # The copies of the modules are not complete yet, so the first call walks through them.
         fresh = copy.copy(self)
         memo[id(self)] = fresh
+        fresh._leaf_dtypes = dict(self._leaf_dtypes)
         fresh._model, fresh._tree, fresh._last = copy.deepcopy(self._model, memo), None, ([], ())
         return fresh
 
@@ -117,11 +124,11 @@ class ModuleStates:
         """The state now."""
         tree = self._tree
         if tree is None or (not is_compiling() and tree.is_outdated()):
-            tree = self._tree = self._walked(tree)
+            tree = self._tree = self._walked()
         if not is_compiling():
             values = _values(tree)
             if _other_objects(self._last[0], values):
-                tree = self._tree = self._walked(tree)
+                tree = self._tree = self._walked()
                 values = _values(tree)
             self._last = self._compared(values)
             self._dtypes = _dtypes(tree)
@@ -146,7 +153,7 @@ class ModuleStates:
         pairs = enumerate(zip(now, other.attributes, strict=True))
         found = {at: names[at] for at, (own, its) in pairs if own != its}
         self._ignored |= frozenset(found.values())
-        self._tree = self._walked(self._tree)
+        self._tree = self._walked()
         return {at: name.partition(".")[2] for at, name in found.items()}
 
     def _compared(self, values: list[object]) -> tuple[list[object], tuple[object, ...]]:
@@ -161,18 +168,17 @@ class ModuleStates:
             if not (self._without and path.partition(".")[0] == self._without):
                 yield path, module
 
-    def _walked(self, before: _Tree | None) -> _Tree:
+    def _walked(self) -> _Tree:
         inside = tuple(f"{path}." for path in self._leaves)
         named = [(path, module) for path, module in self._named_modules() if not path.startswith(inside)]
         inner = [module for path, module in named if path not in self._leaves]
-        known = {} if before is None else before.leaves
-        leaves = {
-            path: (module, _dtype_of(module, known[path][1] if path in known else None))
-            for path, module in named
-            if path in self._leaves
-        }
+        leaves = [(path, module) for path, module in named if path in self._leaves]
+        for path, module in leaves:
+            self._leaf_dtypes[path] = _dtype_of(module, self._leaf_dtypes.get(path))
+        known = [(module, self._leaf_dtypes[path]) for path, module in leaves]
         namespaces = list(self._watched(inner))
-        return _Tree([module for _, module in named], inner, _children(inner), leaves, namespaces, object())
+        moded = [module for path, module in named if path not in self._without_mode]
+        return _Tree(moded, inner, _children(inner), known, namespaces, object())
 
     def _watched(self, modules: list[nn.Module]) -> Iterator[_Namespace]:
         for number, values in enumerate(_namespaces(modules)):
@@ -202,7 +208,7 @@ def _other_objects(before: list[object], now: list[object]) -> bool:
 def _dtypes(tree: _Tree) -> tuple[torch.dtype | None, ...]:
     own = chain.from_iterable([module._parameters.values() for module in tree.inner])
     dtypes = [one.dtype for one in own if one is not None]
-    return (*dtypes, *[_dtype_of(leaf, before) for leaf, before in tree.leaves.values()])
+    return (*dtypes, *[_dtype_of(leaf, before) for leaf, before in tree.leaves])
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -39,6 +39,7 @@ class Program:
         returned: how to close the objects that it returns opened. None if it returns none.
         marked: the tensors of these objects that may hold marks of dropped tokens, by path.
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
+        own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
         padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
 
@@ -55,6 +56,7 @@ class Program:
     limits: SizeLimits = field(default_factory=SizeLimits)
     given: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
+    own_backward: tuple[str, ...] = ()
     checkpointed_forward: CompiledForward | None = None
 
     @property

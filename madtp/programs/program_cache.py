@@ -26,7 +26,9 @@ from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
+from madtp.calls.saved_tensors import without_saved_tensors_hooks
 from madtp.errors import CaptureError, ExampleInputsError, ExportError
+from madtp.programs.autocast_dtypes import AutocastDtypes
 from madtp.programs.cached_program import (
     CachedProgram,
     Unserved,
@@ -58,6 +60,10 @@ MANY_KINDS = (
     "inputs to fewer sizes, or raise PruningConfig(max_programs={})"
 )
 SHOWN = 3
+OWN_BACKWARD = (
+    "{} computes its gradients by a backward pass of its own, which programs do not follow; under torch.no_grad() such calls "
+    "are pruned"
+)
 HOOKED = (
     "hooks on {} need these modules to run by themselves, which programs do not; remove the hooks to prune such calls"
 )
@@ -116,6 +122,7 @@ class ProgramCache:
         self.entries: Mapping[int, CachedProgram] = {}
         self._tree = self.module_states.tree
         self._caches_in_place = CachesInPlace()
+        self._autocast_dtypes = AutocastDtypes()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
         self.latest: Program | None = None
@@ -141,11 +148,24 @@ class ProgramCache:
         """
         cached = self.matching(call)
         self.require_no_hooks()
-        yield from cached
+        for program in cached:
+            yield self.with_gradients(program, call)
         self.require_room(cached)
         built = self.build(call, cached)
         self.require_no_hooks()
-        yield built
+        yield self.with_gradients(built, call)
+
+    def with_gradients(self, program: Program, call: Call) -> Program:
+        """The program, unless gradients are wanted that it does not have.
+
+        Raises:
+            Unserved: they are.
+        """
+        if program.own_backward and torch.is_grad_enabled():
+            tensors = (*self.module.parameters(), *call.tensors())
+            if any(one.requires_grad for one in tensors):
+                raise Unserved(OWN_BACKWARD.format(", ".join(program.own_backward)))
+        return program
 
     def require_room(self, cached: Sequence[Program]) -> None:
         """Check that one more program may be built, beside those that are ``cached`` for calls of a kind.
@@ -226,7 +246,7 @@ class ProgramCache:
             for program in self.matching(call):
                 if program not in known:
                     return program
-            with outside_inference_mode(call) as usual:
+            with outside_inference_mode(call) as usual, without_saved_tensors_hooks():
                 return self._built(usual)
 
     def _built(self, call: Call) -> Program:
@@ -349,6 +369,7 @@ class ProgramCache:
             result = program.run_checkpointed(self.host, leaves)
         else:
             result = program.run(self.host, leaves)
+        result = self._autocast_dtypes(id(program), leaves, result, lambda: self._run_original(call, program))
         states = {name: control.record.states[name] for name in program.sites if name in control.record.states}
         if isinstance(program, SingleSampleProgram):
             leaves = with_doubled_leaves(leaves)

@@ -150,7 +150,8 @@ class PrunedRegion(ReplacedForward):
         cached = self.programs.matching(call)
         try:
             self.programs.require_no_hooks()
-            yield from cached
+            for program in cached:
+                yield self.programs.with_gradients(program, call)
             self.programs.require_room(cached)
         except Unserved as error:
             self._note(str(error))
@@ -163,6 +164,7 @@ class PrunedRegion(ReplacedForward):
             with self.control.in_program():
                 built = self.programs.build(call, cached)
             self.programs.require_no_hooks()
+            self.programs.with_gradients(built, call)
         except Unserved as error:
             self._note(str(error))
             return

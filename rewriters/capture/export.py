@@ -49,6 +49,7 @@ class Capture:
         example: The call that was traced.
         returned: How objects among the outputs, of which the graph returns the tensors, are rebuilt; None if there are none.
         limits: Limits on the free sizes.
+        own_backward: Functions with a backward pass of their own, which the graph has lost.
     """
 
     graph: fx.Graph
@@ -58,6 +59,7 @@ class Capture:
     example: Call
     returned: ResultSpec | None = None
     limits: SizeLimits = field(default_factory=SizeLimits)
+    own_backward: tuple[str, ...] = ()
 
 
 def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
@@ -201,6 +203,7 @@ def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
         example=call,
         returned=returned,
         limits=limits,
+        own_backward=exported.own_backward,
     )
 
 

@@ -20,6 +20,7 @@ from madtp.calls.call import Call
 from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.objects import ResultSpec, result_spec_of
+from rewriters.capture.own_backward import following_functions
 from rewriters.capture.preserved_state import preserved_attributes
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
 from rewriters.capture.quiet import quiet
@@ -39,10 +40,12 @@ class Exported:
     Attributes:
         program: The exported program.
         returned: How objects are rebuilt of which it returns the tensors; None if there are none.
+        own_backward: Functions with a backward pass of their own, which it has lost.
     """
 
     program: torch.export.ExportedProgram
     returned: ResultSpec | None
+    own_backward: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,14 @@ def export(model: nn.Module, call: Call, free: FreeDims, answers: Answers) -> Ex
     # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
     combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(free) else None
     try:
-        with _traceable(), ReplayingAnswers(answers), preserved_attributes(model):
+        with (
+            _traceable(),
+            following_functions() as own_backward,
+            ReplayingAnswers(answers),
+            preserved_attributes(model),
+        ):
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
-        return Exported(program, result_spec_of(model))
+        return Exported(program, result_spec_of(model), tuple(own_backward))
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]
         return ExportFailure(f"{type(error).__name__}: {lines[0]}")
