@@ -23,6 +23,7 @@ from madtp.calls.objects import ResultSpec, result_spec_of
 from rewriters.capture.own_backward import following_functions
 from rewriters.capture.preserved_state import preserved_attributes
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
+from rewriters.capture.quick_shapes import quick_shapes
 from rewriters.capture.quiet import quiet
 from rewriters.capture.scope import Region
 
@@ -158,7 +159,7 @@ def _traceable() -> Iterator[None]:
 
     One thread at a time can be inside.
     """
-    with CAPTURE_LOCK, spelled_out(), _without_stack_traces(), quiet():
+    with CAPTURE_LOCK, spelled_out(), quick_shapes(), _without_stack_traces(), quiet():
         yield
 
 
@@ -169,6 +170,9 @@ def _without_stack_traces() -> Iterator[None]:
     setattr(torch.fx.config, NO_TRACES, True)
     try:
         yield
+        with spelled_out(), quick_shapes(), warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         if traces is None:  # older releases of torch know no such setting
             delattr(torch.fx.config, NO_TRACES)
