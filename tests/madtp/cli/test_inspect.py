@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from shallow_models import shallow_models
 from torch import nn
 from typer.testing import CliRunner
 
@@ -118,18 +119,19 @@ def test_plain_data_leaves_out_what_json_cannot_hold() -> None:
 @pytest.mark.slow
 def test_inspect_prints_the_report_as_table_and_as_json_and_draws(tmp_path: Path) -> None:
     runner, graph = CliRunner(), tmp_path / "g.png"
-    table = runner.invoke(app, ["inspect", "blip_nlvr_mini", "--graph", str(graph)], env={"COLUMNS": "140"})
+    with shallow_models():
+        table = runner.invoke(app, ["inspect", "blip_nlvr_shallow", "--graph", str(graph)], env={"COLUMNS": "140"})
+        as_json = json.loads(runner.invoke(app, ["inspect", "blip_nlvr_shallow", "--json"]).stdout)
     assert table.exit_code == 0, table.output
     assert "BlipNlvr" in table.output
     assert "visual_encoder.blocks.0" in table.output
-    assert "6 pre-norm self" in table.output
+    assert "2 pre-norm self" in table.output
     assert "cross" in table.output
     assert graph.read_bytes().startswith(b"\x89PNG")
-    as_json = json.loads(runner.invoke(app, ["inspect", "blip_nlvr_mini", "--json"]).stdout)
-    assert as_json["name"] == "blip_nlvr_mini"
+    assert as_json["name"] == "blip_nlvr_shallow"
     assert as_json["model"] == "BlipNlvr"
     assert {site["modality"] for site in as_json["sites"]} == {"image", "text"}
-    assert as_json["parameters"] > 1e6
+    assert as_json["parameters"] > 1e5
 
 
 def test_a_graph_file_of_unknown_kind_is_refused_before_any_work() -> None:
