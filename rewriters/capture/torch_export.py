@@ -170,9 +170,6 @@ def _without_stack_traces() -> Iterator[None]:
     setattr(torch.fx.config, NO_TRACES, True)
     try:
         yield
-        with spelled_out(), quick_shapes(), warnings.catch_warnings(), redirect_stdout(unread), redirect_stderr(unread):
-            warnings.simplefilter("ignore")
-            yield
     finally:
         if traces is None:  # older releases of torch know no such setting
             delattr(torch.fx.config, NO_TRACES)
