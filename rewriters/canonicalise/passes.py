@@ -23,6 +23,7 @@ from rewriters.canonicalise.norms import canonical_norms
 from rewriters.canonicalise.pooling import canonical_pooling
 from rewriters.canonicalise.slice_writes import slice_writes_to_cat
 from rewriters.canonicalise.special_slices import END, mark_special, plain_slices
+from rewriters.canonicalise.stacked_sums import plain_sums
 from rewriters.capture.python_branches import keep_checks
 from rewriters.graph.functional import functional, has_effect, writes
 from rewriters.graph.nodes import call_argument, is_tensor, known_size, op_name
@@ -162,6 +163,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("reshape views", reshape_views),
     ("whole additions", whole_additions),
     ("dead code before", eliminate_dead_code),
+    ("plain sums", plain_sums),
     ("plain products", plain_products),
     ("canonical norms", canonical_norms),
     ("canonical attention", canonical_attention),

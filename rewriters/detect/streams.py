@@ -24,7 +24,16 @@ from rewriters.detect.modality import is_pooled_by_layer, is_pooling, special_po
 from rewriters.detect.structure import TOKEN_DIMS, Stream, Structure, Sublayer, Unplaced
 from rewriters.detect.windows import AttentionSpan, has_mixed_keys, scores_on_grid
 from rewriters.graph.match import Miss, because, nearest_miss
-from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, module_path, op_name, operand
+from rewriters.graph.nodes import (
+    AxisError,
+    example_shape,
+    is_attention,
+    is_tensor,
+    module_path,
+    op_name,
+    operand,
+    tensor_operands,
+)
 from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
 from rewriters.graph.residual import gets_values_from, residual_of
 from rewriters.graph.walk import ancestors, positions
@@ -164,7 +173,7 @@ def _is_stream(norm: fx.Node) -> bool:
     """Whether a norm's output goes on as the residual stream: something computed from it is added to it."""
     for user in norm.users:
         if op_name(user) in ADDS:
-            others = [a for a in user.args[:2] if isinstance(a, fx.Node) and a is not norm]
+            others = [n for n in tensor_operands(user) if n is not norm]
             if any(gets_values_from(other, norm) for other in others):
                 return True
     return False

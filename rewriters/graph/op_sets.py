@@ -45,7 +45,8 @@ DRAWS = frozenset(
 )
 # Each entry by itself, times or divided by something, or dropped.
 SCALINGS = frozenset("mul div dropout".split())
-ADDS = frozenset(("add",))
+# Sums of two values, each of them scaled or not; ``graph/residual.py`` tells which arguments these are.
+ADDS = frozenset("add lerp addcmul".split())
 NORMS = frozenset("layer_norm rms_norm".split())
 # Norms as torch spells them before they are canonical, too.
 NATIVE_NORMS = NORMS | frozenset("native_layer_norm _fused_rms_norm".split())

@@ -24,6 +24,7 @@ from rewriters.graph.emit import emit
 from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import AxisError, is_attention, op_name
 from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
+from rewriters.graph.residual import terms
 from rewriters.graph.walk import ancestors, descendants
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.workspace import Insertion, InsertRefusal
@@ -103,15 +104,15 @@ class Restoration:
         labels = self.insertion.labels.tensor(node)
         if labels is None or node not in self.captured:
             return
-        operands = self.captured[node].args[:2]
+        args = self.captured[node].args
         if op_name(node) in NORMS and self._is_post_norm(labels):
-            before = operands[0]
+            before = args[0]
             if isinstance(before, fx.Node) and before in self.residual_values and op_name(before) in ADDS:
                 self.residual_values.add(node)
             return
-        if op_name(node) not in ADDS:
-            return
-        along = all(map(self._runs_along, operands)) and any(map(self._is_residual, operands))
+        added = terms(op_name(node), args)
+        operands = [factor for term in added for factor in term]
+        along = all(any(map(self._runs_along, term)) for term in added) and any(map(self._is_residual, operands))
         # What was computed on the whole grid is added to the stream itself, not to its tokens behind a norm.
         residual = any(self._is_residual(n, SAME_SPACE - NORMS) for n in operands)
         if along or (residual and any(map(self._was_restored, operands))):
