@@ -110,12 +110,16 @@ class _Range:
     valid: Tensor
 
 
-def _range(state: TokenState, start: int | None, end: int | None) -> _Range:
-    first, last, _ = slice(start, end).indices(state.full_length)
+def _slots_between(state: TokenState, first: int, last: int) -> Tensor:
+    """Which slots ``[B, N]`` hold tokens whose original positions are from ``first`` to ``last``."""
     assert state.index is not None
     inside = (state.index >= first) & (state.index < last)
-    if state.valid is not None:
-        inside = inside & state.valid
+    return inside if state.valid is None else inside & state.valid
+
+
+def _range(state: TokenState, start: int | None, end: int | None) -> _Range:
+    first, last, _ = slice(start, end).indices(state.full_length)
+    inside = _slots_between(state, first, last)
     order = marked_first(inside)
     counts = inside.sum(1)
     # With fixed counts the length must not depend on values; a range holds its tokens and merged ones.
@@ -137,6 +141,23 @@ def cut_ranges(values: Tensor, state: TokenState, dim: int, batch_dim: int, star
     """Return the parts of ``values`` that begin at each of ``starts``, the first of which is 0."""
     bounds = zip(starts, [*starts[1:], None], strict=True)
     return [cut_range(values, state, dim, batch_dim, start, end) for start, end in bounds]
+
+
+def rejoin(parts: Sequence[Tensor], state: TokenState, dim: int, batch_dim: int, starts: Sequence[int]) -> Tensor:
+    """Return the tokens of ``state`` in their slots; ``parts`` are what became of :func:`cut_ranges` of them.
+
+    Padding slots hold the values of any token.
+    """
+    joined = torch.cat(list(parts), dim)
+    if state.index is None:
+        return joined
+    place, offset = torch.zeros_like(state.index), 0
+    for part, start, end in zip(parts, starts, [*starts[1:], None], strict=True):
+        first, last, _ = slice(start, end).indices(state.full_length)
+        inside = _slots_between(state, first, last)
+        place = torch.where(inside, inside.cumsum(1) - 1 + offset, place)
+        offset += part.size(dim)
+    return gather_positions(joined, place, dim, batch_dim, joined.dim())
 
 
 def range_state(state: TokenState, start: int | None, end: int | None) -> TokenState:

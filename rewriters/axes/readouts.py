@@ -115,5 +115,12 @@ class ConcatenationReadout(Readout):
     """A concatenation with other tokens, in which the axis goes on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RejoinedReadout(TokenReadout):
+    """Consecutive ranges of tokens, which begin at ``starts``, one after the other: all tokens of the axis again."""
+
+    starts: tuple[Bound, ...]
+
+
 # Of these the readers see a few tokens, or one value, for each sample.
 CONDENSED = (PositionReadout, IndexReadout, PrefixReadout, RestReadout, PoolingReadout, MaskedMeanReadout)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 from torch import fx
 
 from rewriters.axes.arguments import dim_argument, dims_argument, items, operand_list
@@ -21,11 +24,9 @@ from rewriters.axes.labels import (
     token_axis,
 )
 from rewriters.axes.outcome import Outcome, Resize, broadcast, elementwise_outcome, require_plain, same_axes
-from rewriters.axes.readouts import ConcatenationReadout
-from rewriters.axes.sources import Concatenation, Rest
-from rewriters.graph.nodes import AxisError, call_argument, example_shape, op_name, permutation
-from rewriters.graph.op_sets import SAME_VALUES
-from rewriters.graph.walk import behind
+from rewriters.axes.readouts import ConcatenationReadout, RejoinedReadout
+from rewriters.axes.sources import Bound, Concatenation, Rest, Source, TokenRange
+from rewriters.graph.nodes import AxisError, example_shape, op_name, permutation
 
 
 def permute(node: fx.Node, labels: LabelMap) -> Outcome:
@@ -126,36 +127,54 @@ def cat(node: fx.Node, labels: LabelMap) -> Outcome:
         require_plain(along, node)
         return elementwise_outcome(operands, labels, shape)
     axes = tuple(map(token_axis, along))
-    whole = _put_together(operands, labels, axes=axes, dim=dim)
-    if whole is not None:
-        return Outcome(labels=whole)
-    return _concatenate(node, labels, operands=operands, axes=axes, dim=dim)
+    return _put_together(operands, labels, axes=axes, dim=dim) or _concatenate(
+        node, labels, operands=operands, axes=axes, dim=dim
+    )
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Tokens of ``parent`` from ``start`` to ``end``; None for tokens that always come first, whatever they are."""
+
+    parent: Source | None
+    start: Bound
+    end: Bound
+
+
+def _range(axis: Axis | None, size: int) -> _Range | None:
+    """The range that an operand of a concatenation is; None if it is anything else."""
+    source = None if axis is None else axis.source
+    if source is None:
+        return _Range(None, 0, size)
+    if isinstance(source, TokenRange):
+        return _Range(source.parent, source.start, source.end)
+    return _Range(source.parent, source.start, None) if isinstance(source, Rest) else None
 
 
 def _put_together(
     operands: list[fx.Node], labels: LabelMap, *, axes: tuple[Axis | None, ...], dim: int
-) -> Labels | None:
-    """Labels of ``cat([f(x[:k]), g(x[k:])])``: the tokens of ``x`` again."""
-    if len(operands) != 2 or axes[0] is not None or axes[1] is None:
+) -> Outcome | None:
+    """``cat([f(x[:k]), g(x[k:])])``: the tokens of ``x`` again, in two parts or more; None if it is anything else.
+
+    The first tokens, where they are so few that they are protected, run along no axis: they stand where they stood.
+    """
+    sizes = [example_shape(n)[dim] for n in operands]
+    ranges = [one for axis, size in zip(axes, sizes, strict=True) if (one := _range(axis, size)) is not None]
+    found = {one.parent for one in ranges} - {None}
+    borders = [(before.end, after.start) for before, after in pairwise(ranges)]
+    if len(ranges) != len(operands) or len(found) != 1 or any(end is None or end != start for end, start in borders):
         return None
-    source = axes[1].source
-    if not isinstance(source, Rest):
+    whole = ranges[0].start == 0 and ranges[-1].end is None and all(one.parent is not None for one in ranges[1:])
+    parent = found.pop()
+    if parent is None or not whole:
         return None
-    prefix = behind(operands[0], SAME_VALUES)
-    if (
-        not isinstance(prefix, fx.Node)
-        or op_name(prefix) != "slice"
-        or call_argument(prefix, 3, "end", None) != source.start
-    ):
-        return None
-    whole = labels.of(prefix.args[0])
-    if len(whole) <= dim or token_axis(whole[dim]) != Axis("tokens", source.parent):
-        return None
-    batch = next(f.axis for d in whole for f in d if f.axis is not None and f.axis.kind == "batch")
-    return Labels(
-        whole[d] if d == dim else tuple(Factor(batch if f.axis is not None else None, f.size) for f in one)
-        for d, one in enumerate(labels.of(operands[1]))
-    )
+    own = labels.of(operands[-1])
+    axis = Axis("tokens", parent)
+    result = own.with_dim(dim, (Factor(axis, sum(sizes)),))
+    if len(operands) == 2 and ranges[0].parent is None:
+        return Outcome(labels=result)
+    starts = tuple(one.start for one in ranges)
+    return Outcome(labels=result, readout=RejoinedReadout(axis=axis, dim=dim, batch_dim=own.batch_dim(), starts=starts))
 
 
 def _concatenate(

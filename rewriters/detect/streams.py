@@ -34,14 +34,14 @@ from rewriters.graph.nodes import (
     operand,
     tensor_operands,
 )
-from rewriters.graph.op_sets import ADDS, NORMS, RESIDUAL_STEPS
+from rewriters.graph.op_sets import ADDS, CONCATENATIONS, NORMS, RESIDUAL_STEPS, SPLITS
 from rewriters.graph.residual import gets_values_from, residual_of
 from rewriters.graph.walk import ancestors, positions
 
 UNKNOWN_SPELLING = "attention in a spelling that the rewriter does not know"
 ON_A_STREAM = "attention on a residual stream x + f(x) of shape [B, N, C]"
-# Operations that a residual value may pass between blocks of one stream.
-CHAIN = ADDS | NORMS | RESIDUAL_STEPS | {"slice"}
+# Operations that a residual value may pass between blocks of one stream; parts of its tokens are put together again.
+CHAIN = ADDS | NORMS | RESIDUAL_STEPS | SPLITS | CONCATENATIONS | {"slice", "getitem"}
 
 
 def detect(graph: fx.Graph) -> Structure:

@@ -12,7 +12,7 @@ from torch.fx.node import Argument
 from rewriters.graph.dependencies import is_learned
 from rewriters.graph.nodes import AxisError, example_shape, is_attention, is_tensor, op_name, operand
 from rewriters.graph.op_sets import ADDS, COPIES
-from rewriters.graph.walk import ancestors, is_not_size, walk
+from rewriters.graph.walk import ancestors, has_values, is_not_size, walk
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def residual_of(attention: fx.Node) -> Residual:
         # In the order of the graph, so that the first add behind the attention is found first.
         node = heappop(waiting)
         for user in node.users:
-            if user in seen or not is_tensor(user) or is_attention(user):
+            if user in seen or not has_values(user) or is_attention(user):
                 continue
             for other in _other_terms(user, node):
                 for value in _summands(other, user):

@@ -28,6 +28,7 @@ from rewriters.axes.readouts import (
     RangeReadout,
     RangesReadout,
     Readout,
+    RejoinedReadout,
     RestReadout,
 )
 from rewriters.axes.sources import Source
@@ -109,6 +110,9 @@ def remap_readout(insertion: Insertion, node: fx.Node, readout: Readout) -> fx.N
 
 
 def _remapped(graph: fx.Graph, node: fx.Node, readout: Readout, state: fx.Node) -> fx.Node:
+    if isinstance(readout, RejoinedReadout):
+        arguments = (items(node, 0), state, readout.dim, readout.batch_dim, readout.starts)
+        return graph.call_function(segment_runtime.rejoin, arguments)
     values, dim = operand(node, 0), readout.dim
     match readout:
         case PositionReadout(batch_dim=batch_dim, position=position):

@@ -21,6 +21,7 @@ from rewriters.axes.readouts import (
     RangeReadout,
     RangesReadout,
     Readout,
+    RejoinedReadout,
     RestReadout,
 )
 from rewriters.detect.structure import Sublayer
@@ -122,6 +123,8 @@ def describe(readout: Readout) -> str:
             return "a range of tokens"
         case RangesReadout():
             return "consecutive ranges of tokens"
+        case RejoinedReadout():
+            return "consecutive ranges of tokens, put together again"
         case ConcatenationReadout():
             return "concatenation with other tokens"
         case IndexReadout():
