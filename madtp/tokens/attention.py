@@ -171,7 +171,8 @@ def mask_of_survivors(
     if inputs.causal:
         row = torch.arange(query.size(2), device=query.device)[None] if rows is None else rows
         column = torch.arange(key.size(2), device=key.device)[None] if columns is None else columns
-        order = (row[:, None, :, None] >= column[:, None, None, :]).expand(query.size(0), 1, -1, -1)
+        # The batch is that of the states: queries may be packed rows.
+        order = row[:, None, :, None] >= column[:, None, None, :]
         mask = order if mask is None else join_masks(_gathered_mask(mask, query_state, key_state), order)
     else:
         mask = present_mask if mask is None else _gathered_mask(mask, query_state, key_state)

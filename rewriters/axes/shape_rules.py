@@ -181,13 +181,16 @@ def _concatenate(
     node: fx.Node, labels: LabelMap, *, operands: list[fx.Node], axes: tuple[Axis | None, ...], dim: int
 ) -> Outcome:
     """The operands' tokens one after the other, an axis of their own."""
-    shape = example_shape(node)
     source = Concatenation(tuple(None if a is None else a.source for a in axes), node)
     every = [labels.of(n) for n in operands]
-    places = {own.batch_dim() for own, axis in zip(every, axes, strict=True) if axis is not None}
+    places = {own.batch_and_heads() for own, axis in zip(every, axes, strict=True) if axis is not None}
     if len(places) != 1 or any(has_tokens(d) for own in every for at, d in enumerate(own) if at != dim):
         raise AxisError("a concatenation of tokens whose batches do not agree")
-    result = seed(shape, batch_dim=places.pop(), token_dim=dim, source=source)
+    batch_dim, heads = places.pop()
+    result = seed(example_shape(node), batch_dim=batch_dim, token_dim=dim, source=source)
+    ((batch, rows),) = result[batch_dim]
+    if heads > 1:
+        result = result.with_dim(batch_dim, (Factor(batch, rows // heads), Factor(None, heads)))
     return Outcome(labels=result, readout=ConcatenationReadout(axis=Axis("tokens", source), dim=dim))
 
 

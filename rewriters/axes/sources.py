@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 from torch import fx
 
+from rewriters.graph.nodes import call_argument, example_shape, known_size
+
 Origin: TypeAlias = str | int
 # A border of a range: a position (negative from the end), a node that computes it, or None for an open end.
 Bound: TypeAlias = int | fx.Node | None
@@ -81,6 +83,22 @@ def roots(source: Source) -> frozenset[Origin]:
     if isinstance(source, Derived):
         return frozenset().union(*map(roots, parents(source)))
     return frozenset((source,))
+
+
+def are_alike(first: Source, second: Source) -> bool:
+    """Whether two sources have the same tokens in the same order: those of keys and values, concatenated with as many
+    others."""
+    if not isinstance(first, Concatenation) or not isinstance(second, Concatenation):
+        return first == second
+    return first.parents == second.parents and _other_sizes(first) == _other_sizes(second)
+
+
+def _other_sizes(joined: Concatenation) -> list[object]:
+    """How many tokens that are not followed each operand of a concatenation adds."""
+    operands = [n for n in call_argument(joined.node, 0, "tensors", ()) if example_shape(n) != (0,)]
+    dim = call_argument(joined.node, 1, "dim", 0)
+    parts = zip(operands, joined.parents, strict=True)
+    return [known_size(n.meta["val"].shape[dim]) if parent is None else None for n, parent in parts]
 
 
 def is_joined(source: Source) -> bool:

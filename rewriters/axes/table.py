@@ -65,6 +65,7 @@ from rewriters.axes.slice_rules import (
     slice_,
     split,
 )
+from rewriters.axes.sources import are_alike
 from rewriters.graph.match import because
 from rewriters.graph.node_record import rowwise_module
 from rewriters.graph.nodes import AxisError, example_shape, op_name, operand, tensor_operands
@@ -163,7 +164,8 @@ def attend(node: fx.Node, labels: LabelMap) -> Outcome:
         axis = token_axis(own[2])
         if axis is not None:
             states[name] = axis
-    if has_tokens(key[2]) and token_axis(value[2]) != token_axis(key[2]):
+    values, keys = token_axis(value[2]), token_axis(key[2])
+    if keys is not None and (values is None or not are_alike(values.source, keys.source)):
         raise AxisError("keys and values run along different tokens")
     batch = query[0] if not is_plain(query[0]) else key[0]
     result = Labels((batch, query[1], query[2], value[3]))

@@ -9,7 +9,7 @@ correctness.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -97,19 +97,23 @@ def _from_sdpa(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         operands = [call_argument(node, n, name, None) for n, name in enumerate(("query", "key", "value"))]
         layout = _head_layout(operands, len(example_shape(node)))
-        if layout.rank == 5 and mask is not None:
-            raise AxisError("it masks attention of rank 5")
+        if layout.windows is not None and mask is not None:
+            mask = layout.windows.fold_mask(graph, mask, operands[0])
         if layout.rank == 3 and mask is not None:
             mask = unfold_mask(graph, mask, layout.heads, node, layout.rank)
         dropout = call_argument(node, 4, "dropout_p", 0.0)
         causal = call_argument(node, 5, "is_causal", False)
+        query, key, value = (layout.fold(graph, n) for n in operands)
+        grouped = call_argument(node, 7, "enable_gqa", False)
+        if not grouped:
+            key, value, grouped = _keys_for_heads(graph, query, key, value)
         new = emit(
             graph,
             attention,
-            (*(layout.fold(graph, n) for n in operands), mask, dropout, causal),
+            (query, key, value, mask, dropout, causal),
             node,
             scale=call_argument(node, 6, "scale", None),
-            grouped=call_argument(node, 7, "enable_gqa", False),
+            grouped=grouped,
         )
         result = layout.unfold(graph, new)
     result.meta |= {k: v for k, v in node.meta.items() if k != "val"}
@@ -138,8 +142,6 @@ def _from_softmax(graph: fx.Graph, softmax: fx.Node) -> None:
     if any(n != keys for n in (shapes[1][-1:], shapes[2][-2:-1], *of_masks)):
         reason = f"its softmax is over {keys[0]} scores, which are not one for each key: {sizes}"
         raise NoMatch(softmax, reason, PLAIN_SPELLING, steps)
-    if rank == 5 and scores.masks:
-        raise NoMatch(scores.masks[0].node, "it masks attention of rank 5", PLAIN_SPELLING, steps)
     try:
         result = _emit_attention(graph, scores, (query, key, value), weighed)
     except AxisError as error:
@@ -175,16 +177,47 @@ def _emit_attention(
         for factor in scores.query_factors:
             query = emit(graph, aten.mul.Tensor, (query, factor), product)
         layout = _head_layout([query, key, value], len(example_shape(product)))
+        unfolded = query
         query, key, value = (layout.fold(graph, n) for n in (query, key, value))
-        masks = [replace(m, node=_folded_mask(graph, m, layout, query, product)) for m in scores.masks]
+        key, value, grouped = _keys_for_heads(graph, query, key, value)
+        masks = [
+            replace(
+                m,
+                node=_folded_mask(graph, m, layout, query, product)
+                if layout.windows is None
+                else layout.windows.fold_mask(graph, m.node, unfolded),
+            )
+            for m in scores.masks
+        ]
         mask = join(graph, masks, product, query.meta["val"].dtype)
         cap: dict[str, float] = {} if scores.softcap is None else {"softcap": scores.softcap}
         scale = scores.scale * cap.get("softcap", 1.0)
         arguments = (query, key, value, mask, weighed.dropout, False)
-        new = emit(graph, attention, arguments, product, scale=scale, grouped=False, **cap)
+        new = emit(graph, attention, arguments, product, scale=scale, grouped=grouped, **cap)
         result = layout.unfold(graph, new)
         wanted = product.meta["val"].dtype
         return result if result.meta["val"].dtype == wanted else emit(graph, aten.to.dtype, (result, wanted), product)
+
+
+class _KeysForHeads(NamedTuple):
+    """Keys and values, and whether they have one head for several of the queries."""
+
+    key: fx.Node
+    value: fx.Node
+    grouped: bool
+
+
+def _keys_for_heads(graph: fx.Graph, query: fx.Node, key: fx.Node, value: fx.Node) -> _KeysForHeads:
+    """Keys and values ``[B, H, K, D]``, either of which may have one head for all heads of the queries."""
+    wanted = example_shape(query)[1]
+    few = [wanted > 1 and example_shape(n)[1] == 1 for n in (key, value)]
+    if any(few) and not all(few):
+        sizes = [-1, wanted, -1, -1]
+        key, value = (
+            emit(graph, aten.expand.default, (n, sizes), n) if one else n
+            for n, one in zip((key, value), few, strict=True)
+        )
+    return _KeysForHeads(key, value, grouped=all(few))
 
 
 def _folded_mask(graph: fx.Graph, mask: Mask, layout: _HeadLayout, query: fx.Node, product: fx.Node) -> fx.Node:

@@ -48,12 +48,14 @@ class MapSubgraph:
         product: the product with the values.
         is_shared: another product reads the map, too, and was replaced already.
         softmaxes: softmaxes over the keys.
+        exponentials: exponentials of scores, of which a sum over the keys says how they are weighed.
         sums: sums over the keys.
     """
 
     product: fx.Node
     is_shared: bool = False
     softmaxes: list[fx.Node] = field(default_factory=list)
+    exponentials: list[fx.Node] = field(default_factory=list)
     sums: list[fx.Node] = field(default_factory=list)
 
 
@@ -117,7 +119,8 @@ def map_miss(product: fx.Node) -> Miss | None:
 
 
 def _map_of(product: fx.Node) -> MapSubgraph | None:
-    """The map that ``product`` weighs values by; None if its first operand is not made by a softmax over its last dimension."""
+    """The map that ``product`` weighs values by; None if its first operand is not made by a softmax over its last
+    dimension, or by exponentials and their sum over it."""
     weights, values = product.args[:2]
     if op_name(product) == "baddbmm" or not is_tensor(weights) or not is_tensor(values):
         return None
@@ -138,11 +141,14 @@ def _map_of(product: fx.Node) -> MapSubgraph | None:
             found.is_shared = True
         elif name == "softmax" and _is_over_keys(node, node, shape):
             found.softmaxes.append(node)
+        elif name == "exp" and is_like_map(node, shape) and has_scores(node):
+            found.exponentials.append(node)
         elif name == "sum" and _is_over_keys(node, operand(node), shape):
             found.sums.append(node)
         elif name in SOFTMAXES:
             return None
-    return found if found.softmaxes or found.is_shared else None
+    is_map = found.softmaxes or found.is_shared or (found.exponentials and found.sums)
+    return found if is_map else None
 
 
 def _is_over_keys(node: fx.Node, values: fx.Node, shape: tuple[int, ...]) -> bool:

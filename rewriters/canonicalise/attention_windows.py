@@ -20,7 +20,9 @@ from rewriters.graph.walk import operand_chain
 aten = torch.ops.aten
 # They leave every entry where it is.
 _IN_PLACE = KEEPS_VALUES | SCALINGS | NORMS
-_PASSED = _IN_PLACE | PERMUTATIONS | PARTS | {"select", "getitem"}
+_PASSED = _IN_PLACE | PERMUTATIONS | PARTS | {"select", "getitem", "unsqueeze"}
+# The place of a dimension that an operation behind the view added.
+_ADDED = -9
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,23 @@ class WindowLayout:
         if self.heads_dim == 1:
             node = emit(graph, aten.transpose.int, (node, 1, 2), node)
         return emit(graph, aten.flatten.using_ints, (node, 0, 1), node)
+
+    def fold_mask(self, graph: fx.Graph, mask: fx.Node, query: fx.Node) -> fx.Node:
+        """A mask that broadcasts to scores ``[B, H, W, Q, K]`` or ``[B, W, H, Q, K]`` as one of ``[B * W, H, Q, K]``.
+
+        Args:
+            graph: it gets new nodes at its insertion point.
+            mask: the mask.
+            query: the queries, before they were folded.
+        """
+        for _ in range(5 - len(example_shape(mask))):
+            mask = emit(graph, aten.unsqueeze.default, (mask, 0), mask)
+        if self.heads_dim == 1:
+            mask = emit(graph, aten.transpose.int, (mask, 1, 2), mask)
+        if example_shape(mask)[:2] != (1, 1):
+            batch = emit(graph, aten.sym_size.int, (query, 0), query)
+            mask = emit(graph, aten.expand.default, (mask, [batch, self.windows, -1, -1, -1]), mask)
+        return emit(graph, aten.flatten.using_ints, (mask, 0, 1), mask)
 
     def unfold(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """The inverse of :meth:`fold`."""
@@ -75,7 +94,11 @@ def _heads_dim(value: fx.Node) -> int | None:
             return _from_channels(node, places)
         if name in PERMUTATIONS:
             order = permutation(node, len(example_shape(node)))
-            places = [order[p] for p in places]
+            places = [p if p == _ADDED else order[p] for p in places]
+        elif name == "unsqueeze":
+            added = normal_dim(int_argument(node, 1, "dim"), len(example_shape(node)))
+            # What was added holds no heads.
+            places = [_ADDED if p in (added, _ADDED) else p - (p > added) for p in places]
         elif name in PARTS or name == "select":
             dropped = _dropped_dim(node)
             places = [p + (dropped is not None and p >= dropped) for p in places]

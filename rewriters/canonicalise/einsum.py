@@ -14,9 +14,13 @@ from torch import fx
 from rewriters.graph.emit import emit
 from rewriters.graph.match import NoMatch, attempt
 from rewriters.graph.nodes import example_shape, is_tensor, op_name
+from rewriters.graph.op_sets import KEEPS_VALUES, SOFTMAXES
+from rewriters.graph.walk import operand_chain
 
 aten = torch.ops.aten
 TWO_MATRICES = "a product of two operands in which one letter is summed, and each operand has one letter of its own"
+# What probabilities pass on the way from the softmax to the product with the values.
+_PASSED = KEEPS_VALUES | {"dropout"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Product:
         second: letters of the second operand.
         result: letters of the result.
         batch: letters that both operands and the result have.
-        row: letters of the first operand alone.
+        lone: letters of the first operand alone along which the second one is repeated: heads, where keys have none.
+        row: the letter of the first operand alone that is the rows of its matrix.
         inner: letters of both operands, which are summed.
         column: letters of the second operand alone.
         operands: the operands.
@@ -38,6 +43,7 @@ class Product:
     second: str
     result: str
     batch: str
+    lone: str
     row: str
     inner: str
     column: str
@@ -73,10 +79,22 @@ def _parse(node: fx.Node) -> Product:
     batch = "".join(c for c in first if c in shared and c in result)
     inner = [c for c in first if c in shared and c not in result]
     rows, columns = ([c for c in term if c not in shared] for term in (first, second))
-    # A letter of one operand alone that the result lacks is summed there; more than one a matrix dimension needs a reshape.
-    if not len(inner) == len(rows) == len(columns) == 1 or set(result) != {*batch, *rows, *columns}:
+    if len(columns) > 1 and len(rows) == 1:
+        first, second, rows, columns, left, right = second, first, columns, rows, right, left
+    # A letter of one operand alone that the result lacks is summed there. Several letters of both are several products.
+    fits = len(inner) == len(columns) == 1 and (len(rows) == 1 or (len(rows) > 1 and batch))
+    if not fits or set(result) != {*batch, *rows, *columns}:
         raise NoMatch(node, f"{equation!r} is not one product of matrices", TWO_MATRICES)
-    return Product(first, second, result, batch, rows[0], inner[0], columns[0], (left, right))
+    # Queries stand behind heads in the map: that is the operand if a softmax made it, else the result.
+    map_letters = first if _is_probabilities(left) else result
+    row = max(rows, key=map_letters.index)
+    lone = "".join(c for c in rows if c != row)
+    return Product(first, second, result, batch, lone, row, inner[0], columns[0], (left, right))
+
+
+def _is_probabilities(value: fx.Node) -> bool:
+    chain = operand_chain(value, lambda n: op_name(n) in _PASSED)
+    return any(op_name(n) in SOFTMAXES for n in chain)
 
 
 def _without_ellipsis(terms: tuple[str, ...], ranks: list[int]) -> tuple[str, str, str] | None:
@@ -98,10 +116,13 @@ def _replace(graph: fx.Graph, node: fx.Node, product: Product) -> None:
     if any(sizes[0][c] != sizes[1][c] for c in product.batch):
         raise NoMatch(node, "a batch dimension of an operand broadcasts", TWO_MATRICES)
     with graph.inserting_before(node):
-        first = _permuted(graph, left, product.first, product.batch + product.row + product.inner, node)
+        batch = product.batch + product.lone
+        first = _permuted(graph, left, product.first, batch + product.row + product.inner, node)
         second = _permuted(graph, right, product.second, product.batch + product.inner + product.column, node)
+        for _ in product.lone:
+            second = emit(graph, aten.unsqueeze.default, (second, len(product.batch)), node)
         matrices = emit(graph, aten.matmul.default, (first, second), node)
-        letters = product.batch + product.row + product.column
+        letters = batch + product.row + product.column
         result = _permuted(graph, matrices, letters, product.result, node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -22,6 +22,7 @@ from rewriters.canonicalise.masked_additions import whole_additions
 from rewriters.canonicalise.norms import canonical_norms
 from rewriters.canonicalise.pooling import canonical_pooling
 from rewriters.canonicalise.slice_writes import slice_writes_to_cat
+from rewriters.canonicalise.softmaxes import plain_softmaxes
 from rewriters.canonicalise.special_slices import END, mark_special, plain_slices
 from rewriters.canonicalise.stacked_sums import plain_sums
 from rewriters.capture.python_branches import keep_checks
@@ -165,6 +166,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("dead code before", eliminate_dead_code),
     ("plain sums", plain_sums),
     ("plain products", plain_products),
+    ("plain softmaxes", plain_softmaxes),
     ("canonical norms", canonical_norms),
     ("canonical attention", canonical_attention),
     ("kept maps", kept_maps),

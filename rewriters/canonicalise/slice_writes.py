@@ -13,12 +13,9 @@ from torch.fx.node import Argument
 
 from rewriters.graph.match import NoMatch, attempt
 from rewriters.graph.nodes import call_argument, is_tensor, known_size, normal_dim, op_name, operand
+from rewriters.graph.op_sets import MAKERS
 
-# They make a tensor whose entries matter to nobody once all of them are written.
 FILLED = "ranges of one dimension that fill a new tensor, each entry written once"
-MAKERS = frozenset(
-    "empty zeros ones full new_empty new_zeros new_ones new_full empty_like zeros_like ones_like".split()
-)
 
 
 class _Range(NamedTuple):

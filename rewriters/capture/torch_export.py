@@ -20,6 +20,7 @@ from madtp.calls.call import Call
 from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.objects import ResultSpec, result_spec_of
+from rewriters.capture.decided_comparisons import decided_comparisons
 from rewriters.capture.own_backward import following_functions
 from rewriters.capture.preserved_state import preserved_attributes
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
@@ -84,6 +85,7 @@ def export(model: nn.Module, call: Call, free: FreeDims, answers: Answers) -> Ex
         with (
             _traceable(),
             following_functions() as own_backward,
+            decided_comparisons(),
             ReplayingAnswers(answers),
             preserved_attributes(model),
         ):

@@ -13,16 +13,19 @@ from typing import Literal
 
 from torch import fx
 
-from rewriters.axes.labels import seed, token_axis
+from rewriters.axes.arguments import operand_list
+from rewriters.axes.labels import Dim, seed, token_axis
 from rewriters.axes.outcome import query_and_key
 from rewriters.axes.propagate import propagate
 from rewriters.axes.readouts import BatchReadout
+from rewriters.axes.sources import Concatenation
 from rewriters.canonicalise.attention import PLAIN_SPELLING, SDPA, is_unrecognised, weighs_indirectly
 from rewriters.canonicalise.attention_maps import map_miss
 from rewriters.detect.layout import find_layout
 from rewriters.detect.modality import is_pooled_by_layer, is_pooling, special_positions, stream_modality
 from rewriters.detect.structure import TOKEN_DIMS, Stream, Structure, Sublayer, Unplaced
 from rewriters.detect.windows import AttentionSpan, has_mixed_keys, scores_on_grid
+from rewriters.graph.dependencies import is_learned
 from rewriters.graph.match import Miss, because, nearest_miss
 from rewriters.graph.nodes import (
     AxisError,
@@ -34,7 +37,7 @@ from rewriters.graph.nodes import (
     operand,
     tensor_operands,
 )
-from rewriters.graph.op_sets import ADDS, CONCATENATIONS, NORMS, RESIDUAL_STEPS, SPLITS
+from rewriters.graph.op_sets import ADDS, CONCATENATIONS, MAKERS, NORMS, RESIDUAL_STEPS, SPLITS
 from rewriters.graph.residual import gets_values_from, residual_of
 from rewriters.graph.walk import ancestors, positions
 
@@ -122,7 +125,7 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
             kind: Literal["self", "cross"] = "self" if token_axis(query) == token_axis(key) else "cross"
         except AxisError:
             continue
-        if kind == "cross" and has_mixed_keys(span, dims):
+        if kind == "cross" and (has_mixed_keys(span, dims) or _has_learned_keys(query, key)):
             return Sublayer(
                 node, "self", block_input, value, behind.norm, dims.token_dim, dims.batch_dim, path, scores="none"
             )
@@ -138,6 +141,16 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
         filter(None, blocked), key=len, default=["its queries do not run along the tokens of a residual stream"]
     )
     raise AxisError(reasons[0])
+
+
+def _has_learned_keys(query: Dim, key: Dim) -> bool:
+    """Whether the keys are the tokens that ask, and learned ones concatenated with them (key biases, memory tokens)."""
+    axis, own = token_axis(key), token_axis(query)
+    if axis is None or own is None or not isinstance(axis.source, Concatenation):
+        return False
+    parts = [n for n in operand_list(axis.source.node, 0) if example_shape(n) != (0,)]
+    others = [n for n, parent in zip(parts, axis.source.parents, strict=True) if parent is None]
+    return set(axis.source.parents) == {own.source, None} and all(op_name(n) in MAKERS or is_learned(n) for n in others)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub t
 zeros_like __and__ __or__ __xor__
 """.split()
 )
+# Tensors of one number, or of none: of an operand they read type, device and shape.
+MAKERS = frozenset(
+    "empty zeros ones full new_empty new_zeros new_ones new_full empty_like zeros_like ones_like".split()
+)
 # Draw each entry by itself; of the operand they read the shape, or the probability at the same place.
 DRAWS = frozenset(
     "bernoulli bernoulli_ uniform normal normal_ exponential random rand_like randn_like randint_like empty_like".split()

@@ -50,6 +50,9 @@ def run(equation: str, *shapes: str) -> tuple[list[str], float]:
         "id,dj->ij",
         "bhid,bhjd->bhji",
         "hbid,bhjd->bhij",
+        "bhid,bjd->bhij",
+        "bjd,bihd->bhij",
+        "bhij,bjd->bihd",
     ],
 )
 def test_a_matrix_product_becomes_one(equation: str) -> None:
@@ -67,7 +70,18 @@ def test_dots_stand_for_the_dimensions_of_the_batch() -> None:
 
 @pytest.mark.parametrize(
     "equation",
-    ["bid,bjd->bj", "bid,bid->bi", "bihd,hdc->bic", "bii,bij->bij", "bid->bdi", "bid,bjd,bjc->bic", "bid,jc->bidjc"],
+    [
+        "bid,bjd->bj",
+        "bid,bid->bi",
+        "bihd,hdc->bic",
+        "bii,bij->bij",
+        "bid->bdi",
+        "bid,bjd,bjc->bic",
+        "bid,jc->bidjc",
+        "bid,dc->bic",
+        "bhid,bcjd->bhicj",
+        "bhid,bjd->bij",
+    ],
 )
 def test_other_contractions_keep_their_spelling(equation: str) -> None:
     left, error = run(equation)
