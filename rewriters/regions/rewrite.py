@@ -26,7 +26,7 @@ from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
 from rewriters.regions.choice import RewrittenRegions, rewrite_regions
 from rewriters.verify.checks import Case, verify
-from rewriters.verify.payoff import sites_without_payoff
+from rewriters.verify.payoff import saving_of, sites_without_payoff
 from rewriters.verify.rounding import is_rounding
 
 WITHOUT_PAYOFF = (
@@ -81,6 +81,10 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
     for region in rewritten.regions:
         case = _case(model, pruned, region)
         try:
+            saving_of(region.program, region.call.flattened(region.program.given))
+        except RewriteError as error:
+            return FailedRegion(region.region.path, str(error))
+        try:
             verify(case)
         except RewriteError as error:
             if not is_rounding(case, partial(_case_in_double_precision, model, pruned, region)):
@@ -122,6 +126,10 @@ def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, confi
     names: list[str] = []
     for region in rewritten.regions:
         call = region.call.flattened(region.program.given)
+        saving = saving_of(region.program, call)
+        if saving.is_missing:
+            pruned.madtp.notes.add(str(saving))
+            continue
         names += sites_without_payoff(region.program, call, region.plan.sites, config)
     if names:
-        pruned.madtp.report.notes.append(WITHOUT_PAYOFF.format(", ".join(names), config.alignment_tokens))
+        pruned.madtp.notes.add(WITHOUT_PAYOFF.format(", ".join(names), config.alignment_tokens))

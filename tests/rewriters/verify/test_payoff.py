@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import tiny_training as tiny
+import torch
 from small_vit import images, vit
 from torch import Tensor, nn
 
 import madtp
+from madtp.errors import RewriteError
 
 
 @pytest.mark.parametrize(("tokens", "noted"), [(4, False), (20_000, True)])
@@ -20,6 +22,39 @@ def test_a_stream_that_pays_for_no_guidance_is_noted(tokens: int, noted: bool) -
 def test_without_guidance_there_is_nothing_to_pay() -> None:
     config = madtp.PruningConfig(alignment_tokens=20_000, alignment=False)
     assert madtp.rewrite(vit(depth=2), {"x": images(2, 0)}, config=config).report.notes == []
+
+
+class Mixing(nn.Module):
+    """A convolution over neighbours behind its attention: what follows the site runs on all tokens.
+
+    twice: a layer that runs on the tokens that are kept runs on all of them for the convolution, too.
+    """
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.twice = twice
+        self.embed, self.qkv, self.layer = nn.Linear(4, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mix = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (t[:, None] for t in self.qkv(x).chunk(3, -1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        y = self.layer(x) if self.twice else x
+        mixed = self.mix(y.transpose(1, 2)).transpose(1, 2)
+        return (x + y * mixed if self.twice else mixed).mean(1)
+
+
+def test_a_rewrite_that_saves_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    pruned = madtp.rewrite(Mixing(twice=False), (torch.randn(2, 30, 4),))
+    (note,) = (note for note in pruned.report.notes if "saves nothing" in note)
+    assert "every position" in note
+    assert note in caplog.text
+
+
+def test_one_that_costs_more_than_the_original_is_refused() -> None:
+    with pytest.raises(RewriteError, match=r"saves nothing.*runs on kept tokens as well: up to"):
+        madtp.rewrite(Mixing(twice=True), (torch.randn(2, 30, 4),))
 
 
 class TwoTexts(nn.Module):
