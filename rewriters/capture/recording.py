@@ -43,6 +43,7 @@ class RecordedCall:
     Attributes:
         call: The call, objects in it opened.
         modalities: What the leaves of its inputs descend from, by their place in the call.
+        callers: Paths of the modules at work in any of its calls.
         attentions: Number of attentions that the module computes in one run of the model.
         read_positions: Positions of tokens that others read in its results.
         state: Kind of an object that goes in or comes out, may be read by later calls and cannot be opened; None if there
@@ -53,6 +54,7 @@ class RecordedCall:
 
     call: Call
     modalities: dict[str, frozenset[str] | None]
+    callers: set[str] = field(default_factory=set)
     attentions: int = 0
     read_positions: set[int] = field(default_factory=set)
     state: str | None = None
@@ -116,8 +118,10 @@ def _enter(
     """A hook that records the call of the module at ``path`` that begins."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        callers = set(recording.active)
         recording.active.append(path)
         if path in recording.calls:
+            recording.calls[path].callers |= callers
             return
         try:
             call = normalise_call(module, args, kwargs)
@@ -134,6 +138,7 @@ def _enter(
         recording.calls[path] = RecordedCall(
             call.with_leaves([leaf for _, leaf in leaves]),
             modalities,
+            callers,
             state=state,
             image_positions=_image_positions(leaves, tracker),
         )

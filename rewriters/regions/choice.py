@@ -8,7 +8,7 @@ that export as they were called there, and that hold transformer blocks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -41,6 +41,11 @@ ONE_IMAGE = "give it one image a call, or prune other parts only"
 WITHOUT_CACHE = "call it without the cache (an argument like use_cache=False), or prune other parts only"
 SEE_REASON = "see the reason"
 REPORT = "please report the model"
+
+
+def site_count(regions: Iterable[RewrittenRegion]) -> int:
+    """The number of sites of several regions."""
+    return sum(len(region.plan.sites) for region in regions)
 
 
 @dataclass
@@ -209,21 +214,43 @@ class _Walk:
         """Make a region of ``module``, or of its children where they have more sites together."""
         regions, refusals = len(self.regions), len(self.refusals)
         result = self._try(path, module, recorded)
-        if result is None:
-            return
-        if isinstance(result, RewrittenRegion) and not result.plan.refusals:
-            self.regions.append(result)
+        if result is None or (isinstance(result, RewrittenRegion) and not result.plan.refusals):
+            if result is not None:
+                self.regions.append(result)
+            self._down_to_others(path, path, module)
             return
         self.down(path, module)
-        below = sum(len(region.plan.sites) for region in self.regions[regions:])
+        found = self.regions[regions:]
+        apart = [r for r in found if path not in self.recording.calls[r.region.path].callers]
         own = len(result.plan.sites) if isinstance(result, RewrittenRegion) else 0
-        if below > own:
+        if site_count(found) > own + site_count(apart):
             return
-        del self.regions[regions:], self.refusals[refusals:]
+        self.regions[regions:] = apart
+        del self.refusals[refusals:]
         if isinstance(result, RewrittenRegion):
             self.regions.append(result)
         else:
             self.refusals.append(result)
+
+    def _down_to_others(self, region: str, path: str, module: nn.Module) -> None:
+        """Make regions of modules that lie inside ``region``, but run outside of its calls: a tower that the host calls."""
+        for name, child in module.named_children():
+            place = f"{path}.{name}"
+            recorded = self.recording.calls.get(place)
+            if recorded is None or region in recorded.callers:
+                self._down_to_others(region, place, child)
+            elif id(child) not in self.seen and self._may_hold_sites(place, child):
+                self.seen.add(id(child))
+                self._choose(place, child, recorded)
+
+    def _plan_inside(self, path: str) -> Plan | None:
+        """The part of a plan that was handed in for what runs in calls of the module at ``path``."""
+        if self.request.plan is None:
+            return None
+        plan = self.request.plan.of(Region(path))
+        calls = self.recording.calls.items()
+        apart = [Region(p) for p, r in calls if Region(path).holds(p) and p != path and path not in r.callers]
+        return plan.without([s.name for s in plan.sites if any(region.holds(s.name) for region in apart)], ())
 
     def _may_hold_sites(self, path: str, module: nn.Module) -> bool:
         recorded = self.recording.calls.get(path)
@@ -258,7 +285,9 @@ class _Walk:
         return self._rewrite(module, replace(region, per_image=found.per_image), found.call)
 
     def _rewrite(self, module: nn.Module, region: Region, call: Call) -> RewrittenRegion | Refusal | None:
-        plan = None if self.request.plan is None else self.request.plan.of(region)
+        plan = self._plan_inside(region.path)
+        if plan is not None and not plan.sites:
+            return None
         request = replace(self.request, model=module, call=call, region=region, serial=len(self.regions), plan=plan)
         path = region.path
         try:
