@@ -93,9 +93,11 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
     failure: MadtpError = RewriteError(rejected.get("", ""))
     if "" not in rejected:
         try:
-            return RewrittenRegions([rewrite_region(request)])
+            whole = RewrittenRegions([rewrite_region(request)])
         except (CaptureError, RewriteError, PlanError) as error:
             failure = error
+        else:
+            return _better(request, rejected, whole)
     if by_region is None:
         by_region = _submodules(request, rejected)
     if not by_region.regions and "" not in rejected:
@@ -105,6 +107,23 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
     if "" in rejected:
         by_region.refusals.insert(0, Refusal(type(model).__name__, "", rejected[""], REPORT))
     return by_region
+
+
+def _better(request: Request, rejected: Mapping[str, str], whole: RewrittenRegions) -> RewrittenRegions:
+    """``whole``, or regions where they have more sites.
+
+    They are tried if a run of the model shows image features among text that the graph of the whole may not show, and some
+    blocks are left unpruned there.
+    """
+    unpruned = [r for r in whole.plan.refusals if r.policy is not Policy.TOWERS]
+    if not unpruned or request.plan is not None:
+        return whole
+    walk = _Walk(request, rejected)
+    if all(recorded.image_positions is None for recorded in walk.recording.calls.values()):
+        return whole
+    walk.down("", request.model)
+    more = site_count(walk.regions) > site_count(whole.regions)
+    return RewrittenRegions(walk.regions, walk.refusals) if more else whole
 
 
 def _per_image(request: Request, by_region: RewrittenRegions) -> RewrittenRegions:
