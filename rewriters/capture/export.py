@@ -34,7 +34,7 @@ from rewriters.capture.python_branches import record_answers
 from rewriters.capture.scope import WHOLE, Region
 from rewriters.capture.torch_export import Exported, ExportFailure, export, export_freely
 from rewriters.graph.node_record import RowwiseModule, record, set_record
-from rewriters.graph.nodes import AxisError, attribute
+from rewriters.graph.nodes import AxisError, attribute, module_path
 
 
 @dataclass
@@ -220,9 +220,19 @@ def _own_constants(graph: fx.Graph, module: fx.GraphModule, named: Collection[st
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in named:
             value = attribute(module, node.target)
+            if isinstance(value, torch.Generator):
+                raise CaptureError(
+                    f"{', '.join(_paths_of_users(node)) or 'forward'} draws numbers by a torch.Generator of its own. In a "
+                    "graph that would go on where the last call ended, not begin anew. Draw outside of the transformer, or "
+                    "by torch's own generator."
+                )
             node.target = str(node.target).replace(".", "_")
             constants[node.target] = value
     return constants
+
+
+def _paths_of_users(node: fx.Node) -> list[str]:
+    return list(dict.fromkeys(path for user in node.users if (path := module_path(user))))
 
 
 def is_free(size: Any) -> bool:
