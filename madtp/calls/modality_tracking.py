@@ -29,6 +29,8 @@ ATTENTIONS = frozenset(
 )
 # Functions that take only the shape or the type of a tensor: of a second one, or of the only one.
 LIKE = frozenset("view_as reshape_as expand_as type_as".split())
+# Functions that make a tensor of numbers of Python or of another library.
+MADE_OF_NUMBERS = frozenset("tensor as_tensor from_numpy".split())
 FRESH = frozenset("zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full".split())
 
 Value = TypeVar("Value")
@@ -64,6 +66,7 @@ class Tracker(TorchFunctionMode):
         inputs: the tensors that a model is called with.
         on_attention: called at every attention.
         paused: nothing is followed while this returns True.
+        tokenises: the model makes ids of texts: integers that it makes a tensor of are ids.
     """
 
     def __init__(
@@ -71,9 +74,11 @@ class Tracker(TorchFunctionMode):
         inputs: Iterable[Tensor],
         on_attention: Callable[[], None] = lambda: None,
         paused: Callable[[], bool] = lambda: False,
+        *,
+        tokenises: bool = False,
     ) -> None:
         super().__init__()
-        self.on_attention, self.paused = on_attention, paused
+        self.on_attention, self.paused, self.tokenises = on_attention, paused, tokenises
         self._tags: _ByTensor[frozenset[str]] = _ByTensor()
         self._reads: _ByTensor[list[set[int]]] = _ByTensor()
         self._masks: _ByTensor[Tensor] = _ByTensor()
@@ -105,6 +110,11 @@ class Tracker(TorchFunctionMode):
             if tensor.dim() == 3 and tensor.dtype.is_floating_point:
                 self._reads[tensor] = [*(self._reads.get(tensor) or ()), read]
 
+    def _tag_ids(self, made: Tensor) -> None:
+        """Tag a tensor that was made of numbers, if these may be token ids."""
+        if not made.dtype.is_floating_point and not _is_mask(made):
+            self._tags[made] = frozenset((IDS,))
+
     def _note_reads(self, name: str, args: tuple[object, ...], operands: list[Tensor], result: object) -> None:
         first = next((x for x in operands if x in self._reads), None)
         reads = None if first is None else self._reads.get(first)
@@ -133,6 +143,9 @@ class Tracker(TorchFunctionMode):
         if name in ATTENTIONS:
             self.on_attention()
         operands = _tensors(pytree.tree_leaves((args, kwargs)))
+        if self.tokenises and name in MADE_OF_NUMBERS and isinstance(result, Tensor):
+            self._tag_ids(result)
+            return result
         if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             # The result belongs to the stream of the queries, whatever they read.
             operands = operands[:1] if operands and self._tags_of(operands[0]) else operands

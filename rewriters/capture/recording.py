@@ -18,6 +18,7 @@ from madtp.calls.call import Call, normalise_call
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.modality_tracking import Tracker
 from madtp.calls.objects import CannotFlatten, flattening_error
+from madtp.calls.texts import holds_texts
 from madtp.errors import ExampleInputsError
 from rewriters.capture.export import blamed_on_the_inputs
 from rewriters.capture.scope import Region
@@ -96,7 +97,7 @@ def record(model: nn.Module, call: Call) -> Recording:
         ExampleInputsError: The model itself fails.
     """
     recording = Recording()
-    tracker = Tracker(call.tensors(), recording.attended)
+    tracker = Tracker(call.tensors(), recording.attended, tokenises=holds_texts(call))
     handles: list[RemovableHandle] = []
     for path, module in model.named_modules():
         if not path or not any(True for _ in module.children()):

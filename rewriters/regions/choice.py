@@ -15,6 +15,7 @@ from types import MappingProxyType
 from torch import nn
 
 from madtp.calls.call import Call
+from madtp.calls.texts import holds_texts
 from madtp.errors import (
     CaptureError,
     ExampleInputsError,
@@ -110,20 +111,21 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
 
 
 def _better(request: Request, rejected: Mapping[str, str], whole: RewrittenRegions) -> RewrittenRegions:
-    """``whole``, or regions where they have more sites.
+    """``whole``, or regions where these have more sites, or as many and the call holds texts.
 
-    They are tried if a run of the model shows image features among text that the graph of the whole may not show, and some
-    blocks are left unpruned there.
+    They are tried if it does, or if some blocks of the whole are left unpruned and a run of the model shows image features
+    among text, which its graph may not show.
     """
-    unpruned = [r for r in whole.plan.refusals if r.policy is not Policy.TOWERS]
-    if not unpruned or request.plan is not None:
+    texts = holds_texts(request.call)
+    unpruned = any(r.policy is not Policy.TOWERS for r in whole.plan.refusals)
+    if request.plan is not None or not (texts or unpruned):
         return whole
     walk = _Walk(request, rejected)
-    if all(recorded.image_positions is None for recorded in walk.recording.calls.values()):
+    if not texts and all(recorded.image_positions is None for recorded in walk.recording.calls.values()):
         return whole
     walk.down("", request.model)
-    more = site_count(walk.regions) > site_count(whole.regions)
-    return RewrittenRegions(walk.regions, walk.refusals) if more else whole
+    wanted = site_count(whole.regions) + (not texts)
+    return RewrittenRegions(walk.regions, walk.refusals) if site_count(walk.regions) >= wanted else whole
 
 
 def _per_image(request: Request, by_region: RewrittenRegions) -> RewrittenRegions:

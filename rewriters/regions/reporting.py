@@ -8,6 +8,7 @@ from __future__ import annotations
 import networkx as nx
 from torch import nn
 
+from madtp.calls.texts import holds_texts
 from madtp.report import BlockReport, RewriteReport, SiteReport, StreamReport
 from rewriters.axes.readouts import (
     BatchReadout,
@@ -34,6 +35,10 @@ KEEPS_LAST = (
     "from the last state these had; PruningConfig(towers=('image',)) leaves text alone"
 )
 
+TEXTS = (
+    "the call holds texts that the model tokenises itself, which are constants of its program: a call with other texts makes "
+    "one more. Let a submodule run the transformer, or pass token ids"
+)
 PADDED = "{} runs on a padded batch in part, which costs time: {}"
 
 
@@ -56,6 +61,8 @@ def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
     for region in rewritten.regions:
         add_region(report, region)
         report.notes += [PADDED.format(region.region.path or report.model, why) for why in region.program.padded]
+    if rewritten.whole and holds_texts(rewritten.regions[0].call):
+        report.notes.append(TEXTS)
     if any(site.keeps_last for site in plan.sites):
         report.notes.append(KEEPS_LAST)
     return report
