@@ -1,4 +1,4 @@
-"""Dtypes of outputs under autocast: :class:`AutocastDtypes`.
+"""Dtypes of outputs under autocast: :func:`as_under_autocast`.
 
 Autocast decides by the functions that a model calls, and a graph calls others: what torch's composite functions are made of.
 So under autocast, outputs get the dtypes that the original's have.
@@ -16,37 +16,31 @@ from torch.utils import _pytree as pytree
 Dtypes: TypeAlias = tuple[torch.dtype | None, ...]
 
 
-class AutocastDtypes:
-    """The dtypes of the original's outputs, by program and type of autocast. The original runs once for each."""
+def as_under_autocast(
+    result: object, leaves: Sequence[object], known: dict[torch.dtype, Dtypes], original: Callable[[], object]
+) -> object:
+    """Return what a program returned in the dtypes of what the original returns; outside autocast, as it is.
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, torch.dtype], Dtypes] = {}
-
-    def __call__(
-        self, program: int, leaves: Sequence[object], result: object, original: Callable[[], object]
-    ) -> object:
-        """Give what a program returned the dtypes of what the original returns; outside autocast, as it is.
-
-        Args:
-            program: number of the program.
-            leaves: the inputs of the call.
-            result: what the program returned.
-            original: runs the original on the call, without gradients.
-        """
-        active = _autocast(leaves)
-        if active is None:
-            return result
-        if (program, active) not in self._known:
-            self._known[program, active] = tuple(map(_dtype, pytree.tree_leaves(original())))
-        found, spec = pytree.tree_flatten(result)
-        wanted = self._known[program, active]
-        if len(found) != len(wanted):
-            return result
-        cast = [
-            x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
-            for x, dtype in zip(found, wanted, strict=True)
-        ]
-        return pytree.tree_unflatten(cast, spec)
+    Args:
+        result: what the program returned.
+        leaves: the inputs of the call.
+        known: the original's dtypes by type of autocast; filled at the first call under each.
+        original: runs the original on the call, without gradients.
+    """
+    active = _autocast(leaves)
+    if active is None:
+        return result
+    if active not in known:
+        known[active] = tuple(map(_dtype, pytree.tree_leaves(original())))
+    found, spec = pytree.tree_flatten(result)
+    wanted = known[active]
+    if len(found) != len(wanted):
+        return result
+    cast = [
+        x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+        for x, dtype in zip(found, wanted, strict=True)
+    ]
+    return pytree.tree_unflatten(cast, spec)
 
 
 def _autocast(leaves: Sequence[object]) -> torch.dtype | None:

@@ -39,6 +39,7 @@ class Program:
         returned: how to close the objects that it returns opened. None if it returns none.
         marked: the tensors of these objects that may hold marks of dropped tokens, by path.
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
+        autocast_dtypes: the dtypes of the original's outputs, by type of autocast; see ``autocast_dtypes.py``.
         own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
         padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
@@ -58,6 +59,7 @@ class Program:
     padded: tuple[str, ...] = ()
     own_backward: tuple[str, ...] = ()
     checkpointed_forward: CompiledForward | None = None
+    autocast_dtypes: dict[torch.dtype, tuple[torch.dtype | None, ...]] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[str]:

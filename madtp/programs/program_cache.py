@@ -11,24 +11,21 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call, signature
 from madtp.calls.capture_lock import CAPTURE_LOCK
-from madtp.calls.compare import compare, drawing_alike
 from madtp.calls.compiling import is_exporting
-from madtp.calls.hooks import hooks_of, without_hooks
+from madtp.calls.hooks import hooks_of
 from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.module_states import ModuleState, ModuleStates
-from madtp.calls.objects import CannotFlatten, object_kind, objects_in, on_tensors
-from madtp.calls.packed_images import PerImageArguments, per_image_module
+from madtp.calls.objects import CannotFlatten, object_kind, objects_in
+from madtp.calls.packed_images import PerImageArguments
 from madtp.calls.saved_tensors import without_saved_tensors_hooks
-from madtp.errors import CaptureError, ExampleInputsError, ExportError
-from madtp.programs.autocast_dtypes import AutocastDtypes
+from madtp.errors import ExportError
+from madtp.programs.autocast_dtypes import as_under_autocast
 from madtp.programs.cached_program import (
     CachedProgram,
     Unserved,
@@ -36,20 +33,16 @@ from madtp.programs.cached_program import (
     differs_in_attributes,
     without_attributes,
 )
-from madtp.programs.caches_in_place import CachesInPlace
 from madtp.programs.gradient_checkpointing import checkpointed
-from madtp.programs.originals import original_of
 from madtp.programs.program import Program, Run
+from madtp.programs.program_builder import BuildProgram, ProgramBuilder
 from madtp.programs.single_sample import (
     SingleSampleProgram,
     first_samples,
-    sample_dims_of_one,
-    serving_one_sample,
     with_doubled_leaves,
-    with_doubled_sample,
 )
 from madtp.sites.additions import PREFIX, additions_of
-from madtp.tokens.cache_marks import MarkedAxes, any_marked, zero_marked
+from madtp.tokens.cache_marks import MarkedAxes, any_marked
 
 log = logging.getLogger("madtp")
 BRANCHES = 4
@@ -69,21 +62,6 @@ HOOKED = (
 )
 
 
-class BuildProgram(Protocol):
-    """Captures and rewrites a module for one more kind of call."""
-
-    def __call__(self, module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes], /) -> Program:
-        """Build a program.
-
-        Args:
-            module: the module to capture.
-            call: the call to serve; calls like it are served, too.
-            serial: number of the program, unique within the pruned model.
-            marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
-        """
-        ...
-
-
 class ProgramCache:
     """The programs that serve calls of one module.
 
@@ -91,11 +69,7 @@ class ProgramCache:
         path: the path of the module in ``host``; empty for the host itself.
         module: the module whose calls are served.
         host: the module tree that programs run on.
-        build_program: builds a program for a further call.
-        inner: the module lies inside another one that programs replace, so that nothing was rewritten and checked for it
-            in advance.
-        per_image: which arguments hold the images, if calls are split into images, a batch of which a program takes. None if
-            they are not.
+        builder: builds further programs.
         entries: the programs by serial number, oldest first.
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
@@ -112,17 +86,15 @@ class ProgramCache:
         inner: bool = False,
         per_image: PerImageArguments | None = None,
     ) -> None:
-        """Make an empty cache; see above for the arguments."""
-        self.path, self.module, self.host, self.build_program = path, host.get_submodule(path), host, build_program
-        self.inner, self.per_image = inner, per_image
+        """Make an empty cache; see above, and :class:`~madtp.programs.program_builder.ProgramBuilder`, for the arguments."""
+        self.path, self.module, self.host = path, host.get_submodule(path), host
+        self.builder = ProgramBuilder(self.module, host, build_program, inner=inner, per_image=per_image)
         self.additions = additions_of(host)
         self.parameters = inspect.signature(self.module.forward)
         self.module_states = ModuleStates(self.module, without="" if path else PREFIX)
         # Replaced, never changed: other threads may be reading it.
         self.entries: Mapping[int, CachedProgram] = {}
         self._tree = self.module_states.tree
-        self._caches_in_place = CachesInPlace()
-        self._autocast_dtypes = AutocastDtypes()
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
         self.latest: Program | None = None
@@ -244,7 +216,7 @@ class ProgramCache:
         with CAPTURE_LOCK:
             # Another thread may have built it meanwhile.
             for program in self.matching(call):
-                if program not in known:
+                if all(program is not one for one in known):
                     return program
             with outside_inference_mode(call) as usual, without_saved_tensors_hooks():
                 return self._built(usual)
@@ -253,60 +225,11 @@ class ProgramCache:
         log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
         with suppress(CannotFlatten):  # the builder says best what is wrong
             call = call.flattened(self.sizes)
-        captured, program = self._captured(call)
+        program, doubled = self.builder.build(call, self.marked)
         self._bind(program)
-        if captured is not call:
-            leaves = call.flat()[0]
-            if not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
-                program = self._serving_one_sample(program, call)
-        if call.cache_leaves() or self.inner or self.per_image is not None:
-            self._check(program, call)
+        program = self.builder.checked(program, call, doubled=doubled)
         self._remember(program, call)
         return program
-
-    def _captured(self, call: Call) -> tuple[Call, Program]:
-        """The program for calls like ``call``, and the call it was captured from: of two samples if ``call`` has one."""
-        captured, original = with_doubled_sample(call), original_of(self.module, self.additions.own_hooks)
-        self._caches_in_place.refuse(call, original)
-        try:
-            return captured, self.build_program(original, captured, self.additions.programs, self.marked)
-        except (CaptureError, ExampleInputsError):
-            if captured is call or sample_dims(call.flat()[0]) is not None:
-                raise
-        # Then a tensor without a batch dimension belongs to no sample.
-        return call, self.build_program(original, call, self.additions.programs, self.marked)
-
-    def _serving_one_sample(self, program: Program, call: Call) -> Program:
-        expected = self._run_original(call, program)
-        with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
-            return serving_one_sample(
-                program, self.module, without_hooks(self.host, self.additions.own_hooks), call, expected
-            )
-
-    def _check(self, program: Program, call: Call) -> None:
-        """Check that with pruning off, and no token marked as dropped, a program computes what the module computes.
-
-        Raises:
-            RewriteError: it does not.
-        """
-        if any(m.training for m in self.module.modules()):
-            return
-        held = call.cache_leaves()
-        leaves = [
-            zero_marked(x) if at in held and isinstance(x, Tensor) and x.is_floating_point() else x
-            for at, x in enumerate(call.flat()[0])
-        ]
-        expected = self._run_original(call.with_leaves(leaves), program)
-        with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
-            compare(expected, program.run(without_hooks(self.host, self.additions.own_hooks), leaves))
-
-    def _run_original(self, call: Call, program: Program) -> object:
-        """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
-        with torch.no_grad(), drawing_alike():
-            original = original_of(self.module, self.additions.own_hooks)
-            module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
-            result: object = module(*call.args, **call.kwargs)
-        return result
 
     def add(self, program: Program, call: Call) -> None:
         """Keep a program that was built elsewhere, as the one for calls like ``call``."""
@@ -369,7 +292,9 @@ class ProgramCache:
             result = program.run_checkpointed(self.host, leaves)
         else:
             result = program.run(self.host, leaves)
-        result = self._autocast_dtypes(id(program), leaves, result, lambda: self._run_original(call, program))
+        result = as_under_autocast(
+            result, leaves, program.autocast_dtypes, lambda: self.builder.run_evaluating(call, program)
+        )
         states = {name: control.record.states[name] for name in program.sites if name in control.record.states}
         if isinstance(program, SingleSampleProgram):
             leaves = with_doubled_leaves(leaves)

@@ -11,7 +11,8 @@ from madtp.config import PruningConfig
 from madtp.errors import RewriteError
 from madtp.programs.host_forward import HostForward
 from madtp.programs.packed_images_region import PerImageRegion
-from madtp.programs.program_cache import BuildProgram, ProgramCache
+from madtp.programs.program_builder import BuildProgram
+from madtp.programs.program_cache import ProgramCache
 from madtp.programs.region import PrunedRegion
 from madtp.programs.whole_forward import WholeForward
 from madtp.pruned.handle import AlignmentSpec, PruningHandle

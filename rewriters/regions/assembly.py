@@ -18,7 +18,7 @@ from madtp.config import PruningConfig
 from madtp.errors import NothingToPruneError, RewriteError
 from madtp.programs.originals import original_of
 from madtp.programs.program import Program
-from madtp.programs.program_cache import BuildProgram
+from madtp.programs.program_builder import BuildProgram
 from madtp.pruned import AlignmentSpec, PrunedModel
 from madtp.pruned.make import make_pruned, replace_forward
 from madtp.tokens.cache_marks import MarkedAxes

@@ -1,0 +1,149 @@
+"""Build one more program of a module, and check it: :class:`ProgramBuilder`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from madtp.calls.batch import are_free, sample_dims
+from madtp.calls.call import Call
+from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.hooks import without_hooks
+from madtp.calls.objects import on_tensors
+from madtp.calls.packed_images import PerImageArguments, per_image_module
+from madtp.errors import CaptureError, ExampleInputsError
+from madtp.programs.caches_in_place import CachesInPlace
+from madtp.programs.originals import original_of
+from madtp.programs.program import Program
+from madtp.programs.single_sample import sample_dims_of_one, serving_one_sample, with_doubled_sample
+from madtp.sites.additions import additions_of
+from madtp.tokens.cache_marks import MarkedAxes, zero_marked
+
+
+class BuildProgram(Protocol):
+    """Captures and rewrites a module for one more kind of call."""
+
+    def __call__(self, module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes], /) -> Program:
+        """Build a program.
+
+        Args:
+            module: the module to capture.
+            call: the call to serve; calls like it are served, too.
+            serial: number of the program, unique within the pruned model.
+            marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
+        """
+        ...
+
+
+class ProgramBuilder:
+    """Builds programs of one module for further calls, from the module as it was before the rewrite.
+
+    Attributes:
+        module: the module whose calls are served.
+        host: the module tree that programs run on.
+        build_program: builds a program for a further call.
+        inner: the module lies inside another one that programs replace, so that nothing was rewritten and checked for it
+            in advance.
+        per_image: which arguments hold the images, if calls are split into images, a batch of which a program takes. None if
+            they are not.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        host: nn.Module,
+        build_program: BuildProgram,
+        *,
+        inner: bool,
+        per_image: PerImageArguments | None,
+    ) -> None:
+        """Make a builder; see above for the arguments."""
+        self.module, self.host, self.build_program = module, host, build_program
+        self.inner, self.per_image = inner, per_image
+        self.additions = additions_of(host)
+        self._caches_in_place = CachesInPlace()
+
+    def build(self, call: Call, marked: Mapping[str, MarkedAxes]) -> tuple[Program, bool]:
+        """Build a program for calls like ``call``.
+
+        Args:
+            call: the call, objects flattened.
+            marked: the tensors of key/value caches in which earlier programs may have marked dropped tokens, by path.
+
+        Returns:
+            The program, and whether it was captured from two samples in place of the one of ``call``.
+
+        Raises:
+            MadtpError: the module cannot be rewritten for such calls.
+        """
+        captured, original = with_doubled_sample(call), self.original()
+        self._caches_in_place.refuse(call, original)
+        serial = self.additions.programs
+        try:
+            return self.build_program(original, captured, serial, marked), captured is not call
+        except (CaptureError, ExampleInputsError):
+            if captured is call or sample_dims(call.flat()[0]) is not None:
+                raise
+        # Then a tensor without a batch dimension belongs to no sample.
+        return self.build_program(original, call, serial, marked), False
+
+    def checked(self, program: Program, call: Call, *, doubled: bool) -> Program:
+        """Make a program serve ``call``, and check it where nothing was checked in advance.
+
+        Args:
+            program: a program that is ready to run.
+            call: the call, objects flattened.
+            doubled: it was captured from two samples in place of one.
+
+        Raises:
+            MadtpError: it computes something else than the module, or cannot serve a single sample.
+        """
+        leaves = call.flat()[0]
+        if doubled and not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
+            expected = self.run_original(call, program)
+            with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
+                program = serving_one_sample(program, self.module, self._without_hooks(), call, expected)
+        if call.cache_leaves() or self.inner or self.per_image is not None:
+            self._check(program, call)
+        return program
+
+    def original(self) -> nn.Module:
+        """The module as it was before the rewrite."""
+        return original_of(self.module, self.additions.own_hooks)
+
+    def run_original(self, call: Call, program: Program) -> object:
+        """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
+        return self._run(self.original(), call, program)
+
+    def run_evaluating(self, call: Call, program: Program) -> object:
+        """The same in eval mode, which changes no running statistics."""
+        return self._run(self.original().eval(), call, program)
+
+    def _run(self, original: nn.Module, call: Call, program: Program) -> object:
+        with torch.no_grad(), drawing_alike():
+            module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
+            result: object = module(*call.args, **call.kwargs)
+        return result
+
+    def _without_hooks(self) -> nn.Module:
+        return without_hooks(self.host, self.additions.own_hooks)
+
+    def _check(self, program: Program, call: Call) -> None:
+        """Check that with pruning off, and no token marked as dropped, a program computes what the module computes.
+
+        Raises:
+            RewriteError: it does not.
+        """
+        if any(m.training for m in self.module.modules()):
+            return
+        held = call.cache_leaves()
+        leaves = [
+            zero_marked(x) if at in held and isinstance(x, Tensor) and x.is_floating_point() else x
+            for at, x in enumerate(call.flat()[0])
+        ]
+        expected = self.run_original(call.with_leaves(leaves), program)
+        with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
+            compare(expected, program.run(self._without_hooks(), leaves))
