@@ -1,7 +1,8 @@
 """Keep what a model and torch log and warn while they are traced from the user: :func:`quiet`.
 
 Logging and warnings belong to the process. Other threads are not to be silenced, and what they set meanwhile has to stay. So
-nothing is switched off: what comes from this thread is filtered out.
+nothing is switched off: a filter is added once, and leaves out what comes from a thread that is quiet. It is never removed, as
+other threads may be going through the filters.
 """
 
 from __future__ import annotations
@@ -13,37 +14,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class _FromThread:
-    """Filters out log records of one thread, and matches, as a pattern of a warning filter does, while that thread runs."""
+class _QuietThreads:
+    """Leaves out log records of quiet threads, and matches their warnings, as a pattern of a warning filter does."""
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
+        self.threads: list[int] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is to be logged."""
-        return record.thread != self.thread
+        return record.thread not in self.threads
 
     def match(self, text: str) -> bool:
-        """Whether a warning is one of this thread."""
-        return threading.get_ident() == self.thread
+        """Whether a warning comes from a quiet thread."""
+        return threading.get_ident() in self.threads
+
+
+QUIET_THREADS = _QuietThreads()
+IGNORED = ("ignore", QUIET_THREADS, Warning, None, 0)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside the block, nothing that this thread logs or warns reaches the user."""
-    own = _FromThread()
-    handlers = _handlers()
-    for handler in handlers:
-        handler.addFilter(own)
-    entry = ("ignore", own, Warning, None, 0)
-    warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
+    for handler in _handlers():
+        handler.addFilter(QUIET_THREADS)
+    if IGNORED not in warnings.filters:  # type: ignore[comparison-overlap]
+        warnings.filters.insert(0, IGNORED)  # type: ignore[attr-defined]
+    QUIET_THREADS.threads.append(threading.get_ident())
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(own)
-        if entry in warnings.filters:  # type: ignore[comparison-overlap]
-            warnings.filters.remove(entry)  # type: ignore[attr-defined]
+        QUIET_THREADS.threads.remove(threading.get_ident())
 
 
 def _handlers() -> list[logging.Handler]:

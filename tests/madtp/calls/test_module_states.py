@@ -43,7 +43,6 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "all modes": lambda model: model.eval(),
     "a dtype": lambda model: model[0][0].bfloat16(),
     "another parameter": lambda model: setattr(model[0][0], "weight", nn.Parameter(torch.zeros(2, 2).double())),
-    "another module": lambda model: model[0].__setitem__(0, nn.Linear(2, 2).eval()),
     "one more": lambda model: model[0].add_module("more", nn.Dropout().eval()),
     "one less": removed,
 }
