@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 import madtp
 from madtp.errors import MadtpError
-from madtp.programs import packed_images_region as per_image_region
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)
 Made = tuple[PackedHost, Callable[..., Tensors], madtp.PrunedModel]
@@ -130,10 +130,10 @@ def test_images_that_depend_on_each_other_are_left_alone() -> None:
 
 
 @torch.no_grad()
-def test_too_many_sizes_run_as_the_original_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_sizes_run_as_the_original_and_say_so() -> None:
     model, _, fresh = _fresh("rows")
     pruned = copy.deepcopy(fresh)
-    monkeypatch.setattr(per_image_region, "CACHE", 2)
+    pruned.madtp.config = replace(pruned.madtp.config, max_programs=2)
     inputs = rows(((2, 2), (2, 4), (4, 2)))
     assert gap(model(**inputs)["states"], pruned(**inputs)["states"]) < 1e-5
     assert any("sizes" in note for note in pruned.report.notes)

@@ -28,6 +28,7 @@ from model_case import DEPTH, lively
 from rewritten_models import eager_arithmetic, gap, gradients
 from torch import Tensor, nn
 
+import madtp
 from madtp import PrunedModel
 
 FORMS = [
@@ -35,7 +36,6 @@ FORMS = [
     ("reduced", "plain"),
     ("reduced", "depthwise"),
     ("windows", "plain"),
-    ("windows", "depthwise"),
     ("masked", "plain"),
     ("convolved", "plain"),
 ]
@@ -51,6 +51,11 @@ def made(attention: str, feed_forward: str) -> tuple[nn.Module, PrunedModel]:
     """A model and what becomes of it; tests that change the latter take a copy."""
     model = drawn(attention, feed_forward)
     return model, rewritten(model)
+
+
+def test_blocks_that_run_on_all_tokens_throughout_are_refused() -> None:
+    with pytest.raises(madtp.MadtpError, match="saves nothing"):
+        rewritten(drawn("windows", "depthwise"))
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
