@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
+from madtp.calls.quantised import quantised_remark
 from madtp.config import PruningConfig
 from madtp.errors import (
     CaptureError,
@@ -328,10 +329,10 @@ def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
         kind = NothingToPruneError if structure.pooling else NoSiteError
         return kind(
             f"{head}: {what}. madtp rewrites models made of transformer blocks over image or text "
-            "tokens; pass such a model, or its transformer submodule."
+            f"tokens; pass such a model, or its transformer submodule.{quantised_remark(model)}"
         )
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
-    message = f"{head}. Refused: " + " | ".join(sorted(reasons)[:8])
+    message = f"{head}. Refused: {' | '.join(sorted(reasons)[:8])}.{quantised_remark(model)}"
     if any(r.policy is Policy.LANGUAGE_MODEL for r in plan.refusals):
         return LeftAloneError(message, [r.report() for r in plan.refusals])
     return NoSiteError(message)

@@ -184,8 +184,11 @@ class ModuleStates:
         for number, values in enumerate(_namespaces(modules)):
             names = tuple(
                 name
-                for name in values
-                if name not in UNWATCHED and not name.endswith("_hooks") and f"{number}.{name}" not in self._ignored
+                for name, value in values.items()
+                if name not in UNWATCHED
+                and not name.endswith("_hooks")
+                and not _is_our_own(value)
+                and f"{number}.{name}" not in self._ignored
             )
             yield _Namespace(values, len(values), names, _reader(names))
 
@@ -209,6 +212,11 @@ def _dtypes(tree: _Tree) -> tuple[torch.dtype | None, ...]:
     own = chain.from_iterable([module._parameters.values() for module in tree.inner])
     dtypes = [one.dtype for one in own if one is not None]
     return (*dtypes, *[_dtype_of(leaf, before) for leaf, before in tree.leaves])
+
+
+def _is_our_own(value: object) -> bool:
+    """Whether an attribute is what a rewrite has put there."""
+    return type(value).__module__.partition(".")[0] == "madtp"
 
 
 def _is_leaf(module: nn.Module) -> bool:

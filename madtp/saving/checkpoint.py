@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.call import Inputs
+from madtp.calls.quantised import quantised_modules
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
 from madtp.pruned import PrunedModel
 from madtp.saving.host_folder import is_host_folder, load_host_folder
@@ -45,6 +46,7 @@ def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None =
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is {dtype!r}; allowed: a floating-point torch.dtype such as torch.float16, or None")
     tensors: Mapping[str, Tensor] = pruned.state_dict()
+    _refuse_quantised(pruned, tensors)
     unreal = [name for name, value in tensors.items() if value.is_meta]
     if unreal:
         raise CheckpointError(
@@ -115,6 +117,21 @@ def _create(folder: Path, identity: Mapping[str, object]) -> nn.Module:
         ) from error
     dtype = getattr(torch, str(identity.get("dtype")), None)
     return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+
+
+def _refuse_quantised(pruned: PrunedModel, tensors: Mapping[str, object]) -> None:
+    """Refuse weights that safetensors cannot store: subclasses of tensors, and objects of other kinds."""
+    packed = quantised_modules(pruned)
+    kinds = [
+        f"{name} ({type(value).__name__})"
+        for name, value in tensors.items()
+        if not isinstance(value, Tensor) or type(value.data) is not Tensor
+    ]
+    if packed or kinds:
+        raise CheckpointError(
+            f"safetensors cannot store quantised weights: {shorten(packed or kinds)}. Save the model before it is quantised, "
+            "and quantise what madtp.load returns."
+        )
 
 
 def _refuse_nan(owner: str, tensors: Mapping[str, Tensor]) -> None:

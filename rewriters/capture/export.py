@@ -23,6 +23,7 @@ from madtp.calls.call import Call
 from madtp.calls.image_positions import IMAGE_POSITIONS
 from madtp.calls.objects import ResultSpec
 from madtp.calls.packed_images import taking_one_image
+from madtp.calls.quantised import quantised_remark
 from madtp.calls.size_limits import SizeLimits, limits_of
 from madtp.errors import CaptureError, ExampleInputsError
 from rewriters.capture.batch_images import batched
@@ -118,6 +119,7 @@ def _untraceable(model: nn.Module, failure: ExportFailure) -> CaptureError:
     return CaptureError(
         f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure.reason}. Remove "
         "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
+        f"{quantised_remark(model)}"
     )
 
 
