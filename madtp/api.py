@@ -14,6 +14,7 @@ from torch import nn
 
 from madtp.calls.call import Call, Inputs, check_batch, normalise_call
 from madtp.calls.inference_mode import outside_inference_mode
+from madtp.calls.progress_line import progress_line
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
 from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError, UnprunedError
@@ -64,7 +65,7 @@ def rewrite(
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
     call = example_call(model, example_inputs)
     check_batch(model, call)
-    with outside_inference_mode(call) as usual:
+    with progress_line(f"rewriting {type(model).__name__}"), outside_inference_mode(call) as usual:
         try:
             pruned = rewrite_model(model, usual, config, plan)
         except LeftAloneError:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
+from madtp.calls.progress_line import stage
 from madtp.calls.quantised import quantised_remark
 from madtp.config import PruningConfig
 from madtp.errors import (
@@ -105,7 +106,9 @@ def rewrite_region(request: Request) -> RewrittenRegion:
         RewriteError: The graph cannot be followed; :class:`NoSiteError` where nothing in it can be pruned.
     """
     opened = request.opened()
+    stage(f"capturing {request.region.path or type(opened.model).__name__}")
     captured = capture(opened.model, opened.call, opened.region)
+    stage(f"finding what to prune in {request.region.path or type(opened.model).__name__}")
     with _blaming(opened.model):
         canonicalise(captured.graph)
         structure = detect(captured.graph)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from madtp.calls.call import Call
 from madtp.calls.copies import share
 from madtp.calls.hooks import without_hooks
+from madtp.calls.progress_line import stage
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
 from madtp.pruned import PrunedModel
@@ -84,6 +85,7 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
             saving_of(region.program, region.call.flattened(region.program.given))
         except RewriteError as error:
             return FailedRegion(region.region.path, str(error))
+        stage(f"checking {region.region.path or type(model).__name__}")
         try:
             verify(case)
         except RewriteError as error:
