@@ -281,6 +281,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
         given=captured.example.sizes(),
         padded=padded,
         own_backward=captured.own_backward,
+        unshielded=captured.unshielded,
     )
 
 

@@ -15,6 +15,7 @@ from madtp.calls.objects import ResultSpec
 from madtp.calls.size_limits import SizeLimits
 from madtp.calls.structures import unflatten
 from madtp.cost.table import CostTable
+from madtp.programs.autocast_dtypes import KnownDtypes, autocast_of
 from madtp.programs.compiled_graph import CompiledForward
 from madtp.tokens.cache_marks import MarkedAxes
 from madtp.tokens.state import TokenState
@@ -41,6 +42,7 @@ class Program:
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
         autocast_dtypes: the dtypes of the original's outputs, by type of autocast; see ``autocast_dtypes.py``.
         own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
+        unshielded: it serves calls without autocast alone.
         padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
 
@@ -58,8 +60,9 @@ class Program:
     given: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
     own_backward: tuple[str, ...] = ()
+    unshielded: bool = False
     checkpointed_forward: CompiledForward | None = None
-    autocast_dtypes: dict[torch.dtype, tuple[torch.dtype | None, ...]] = field(default_factory=dict)
+    autocast_dtypes: KnownDtypes = field(default_factory=dict)
 
     @property
     def sites(self) -> list[str]:
@@ -71,8 +74,8 @@ class Program:
         return () if self.returned is None else self.returned.sizes()
 
     def serves(self, leaves: Sequence[object]) -> bool:
-        """Whether the free sizes of a call are within what the graph was captured for."""
-        return self.limits.allow(leaves)
+        """Whether the free sizes of a call, and autocast around it, are within what the graph was captured for."""
+        return self.limits.allow(leaves) and not (self.unshielded and autocast_of(leaves) is not None)
 
     def computes_as(self, other: Program) -> bool:
         """Whether another program's graph is the same, operation by operation."""

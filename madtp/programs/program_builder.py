@@ -116,14 +116,15 @@ class ProgramBuilder:
 
     def run_original(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
-        return self._run(self.original(), call, program)
+        with torch.no_grad():
+            return self._run(self.original(), call, program)
 
     def run_evaluating(self, call: Call, program: Program) -> object:
-        """The same in eval mode, which changes no running statistics."""
+        """The same in eval mode, which changes no running statistics, with gradients if they are on."""
         return self._run(self.original().eval(), call, program)
 
     def _run(self, original: nn.Module, call: Call, program: Program) -> object:
-        with torch.no_grad(), drawing_alike():
+        with drawing_alike():
             module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
             result: object = module(*call.args, **call.kwargs)
         return result

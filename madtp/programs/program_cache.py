@@ -245,17 +245,18 @@ class ProgramCache:
             self.additions.constants.register_buffer(name, value, persistent=False)
 
     def _remember(self, program: Program, call: Call) -> None:
+        serial = self.additions.programs
+        self.additions.programs += 1
         kind = signature(call, program.dynamic, self.module_states())
         twin = next((one for one in self.entries.values() if differs_in_attributes(one.signature, kind)), None)
         if twin is not None and twin.program.computes_as(program):
-            # Then attributes differ that the graph does not depend on, such as a counter.
+            # Then attributes differ that the graph does not depend on, such as a counter: the twin serves such calls.
             self._ignore_differences(twin.signature.modules)
-            kind = signature(call, program.dynamic, self.module_states())
+            return
         self._follow_tree()
         uncalled = list(self._uncalled_modules(program))
         entry = CachedProgram(program, kind, classes_of(uncalled), hooks_of(uncalled, self.additions.own_hooks))
-        self.entries = {**self.entries, self.additions.programs: entry}
-        self.additions.programs += 1
+        self.entries = {**self.entries, serial: entry}
 
     def ignore_own_changes(self, before: ModuleState) -> None:
         """After the original has run: attributes that it has changed itself, such as counters, do not matter from now on."""

@@ -51,6 +51,7 @@ class Capture:
         returned: How objects among the outputs, of which the graph returns the tensors, are rebuilt; None if there are none.
         limits: Limits on the free sizes.
         own_backward: Functions with a backward pass of their own, which the graph has lost.
+        unshielded: It serves calls without autocast alone, as the model leaves autocast inside.
     """
 
     graph: fx.Graph
@@ -61,6 +62,7 @@ class Capture:
     returned: ResultSpec | None = None
     limits: SizeLimits = field(default_factory=SizeLimits)
     own_backward: tuple[str, ...] = ()
+    unshielded: bool = False
 
 
 def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
@@ -166,7 +168,7 @@ def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
     limits = limits_of(_inputs(program))
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    inline_bodies(module)
+    unshielded = inline_bodies(module)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, env)
@@ -206,6 +208,7 @@ def _to_capture(exported: Exported, call: Call, region: Region) -> Capture:
         returned=returned,
         limits=limits,
         own_backward=exported.own_backward,
+        unshielded=unshielded,
     )
 
 

@@ -1,7 +1,8 @@
 """Inline the graphs that export makes of code under ``no_grad`` or without autocast.
 
-Start at :func:`inline_bodies`. The effect of the context stays: values computed without gradients are detached, and matrix
-products that were computed without autocast still are.
+Start at :func:`inline_bodies`. The effect of the context stays: values computed without gradients are detached. Matrix products
+that were computed without autocast still are, if a graph is captured under autocast. Otherwise it serves calls without autocast
+alone, to which the context makes no difference.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 CAST = frozenset("linear matmul bmm mm addmm baddbmm einsum conv1d conv2d conv3d scaled_dot_product_attention".split())
 
 
-def inline_bodies(module: fx.GraphModule) -> None:
-    """Inline in place, nested graphs too; contexts of other kinds stay as they are."""
+def inline_bodies(module: fx.GraphModule) -> bool:
+    """Inline in place, nested graphs too; contexts of other kinds stay as they are.
+
+    Returns:
+        Whether the graph serves calls without autocast alone.
+    """
+    unshielded = False
     while True:
         wrapped = next((n for n in module.graph.nodes if _is_wrapper(n)), None)
         if wrapped is None:
-            return
-        _inline(module, wrapped)
+            return unshielded
+        shielding = _is_gradients(wrapped) or torch.is_autocast_enabled(str(wrapped.args[0]))
+        unshielded |= not shielding
+        _inline(module, wrapped, shielding=shielding)
 
 
 def _is_wrapper(node: fx.Node) -> bool:
@@ -36,8 +44,12 @@ def _is_wrapper(node: fx.Node) -> bool:
     return name == GRADIENTS or node.args[2] is False
 
 
-def _inline(module: fx.GraphModule, node: fx.Node) -> None:
-    gradients = getattr(node.target, "__name__", "") == GRADIENTS
+def _is_gradients(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == GRADIENTS
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, *, shielding: bool) -> None:
+    gradients = _is_gradients(node)
     place = 1 if gradients else 4
     inner: Any = node.args[place]
     body: fx.GraphModule = attribute(module, str(inner.target))
@@ -55,7 +67,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
                 results = fx.map_arg(one.args[0], lambda n: env[n])
             elif one.op != "placeholder":
                 env[one] = graph.node_copy(one, lambda n: env[n])
-                if not gradients and _name(one) in CAST:
+                if not gradients and shielding and _name(one) in CAST:
                     _shield(env[one], str(node.args[0]))
         if gradients and node.args[0] is False:
             results = fx.map_arg(results, lambda n: _detached(graph, n))

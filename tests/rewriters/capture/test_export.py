@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -117,9 +118,51 @@ def test_values_without_gradients_and_autocast_stay_so() -> None:
     pruned(x).sum().backward()
     assert model.table.grad is not None
     assert model.frozen.weight.grad is None
-    assert "without_autocast" in pruned.code()
+    assert "without_autocast" not in pruned.code()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(pruned(x), model(x))
+    assert "without_autocast" in pruned.code()
+
+
+class Precise(nn.Module):
+    """A block whose attention, all of it or its softmax, is computed without autocast."""
+
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.everywhere = everywhere
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False) if self.everywhere else nullcontext():
+            q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            with torch.autocast("cpu", enabled=False):
+                scores = (q.float() @ k.float().transpose(-2, -1) / 8**0.5).softmax(-1)
+                mixed = scores @ v.float()
+            return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@torch.no_grad()
+def test_attention_that_switches_autocast_off_is_pruned(everywhere: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(2), Precise(everywhere), Precise(everywhere), nn.Linear(16, 4)).eval()
+    x = torch.randn(2, 12, 4, 4)
+    model.append(_Mean())
+    pruned = madtp.rewrite(model, (x,), config=madtp.PruningConfig(alignment_tokens=4))
+    assert len(pruned.report.sites) == 2
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            with pruned.dense():
+                torch.testing.assert_close(
+                    pruned(x), model(x), atol=2e-2 if pruned(x).dtype != x.dtype else 1e-6, rtol=1e-2
+                )
+            assert pruned(x).dtype == model(x).dtype
+    assert all((kept < 12).any() for kept in pruned.token_counts().values())
+
+
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
 
 
 class _WithNothing(nn.Module):
