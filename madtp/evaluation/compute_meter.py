@@ -90,6 +90,6 @@ def _counts_by_sample(model: PrunedModel, counts: Tensor, samples: int) -> list[
     if images <= 1 or len(counts) % samples:
         single: list[int] = counts.tolist()
         return single
-    blocked = model._image_order == "blocked"
+    blocked = model.madtp.alignment_spec.image_order == "blocked"
     several: list[list[int]] = (counts.view(images, samples).T if blocked else counts.view(samples, images)).tolist()
     return several

@@ -49,6 +49,7 @@ class PruningHandle(Additions):
     Attributes:
         report: what was found and done. ``str()`` of it is a table.
         example: the call that the model was rewritten with, as :func:`madtp.calls.record.record_call` keeps it.
+        alignment_spec: what the alignment tokens fit.
         alignment_weight: factor of the alignment loss in the loss that the model returns in training. 0, the default, leaves
             the model's loss alone; then add :meth:`alignment_loss` yourself.
 
@@ -80,7 +81,7 @@ class PruningHandle(Additions):
         self.example: dict[str, Any] = {"args": [], "kwargs": {}}
         self.alignment_weight = 0.0
         self.forward_of_host: WholeForward | HostForward | None = None
-        self._alignment_spec = alignment
+        self.alignment_spec = alignment
 
     @property
     def config(self) -> PruningConfig:
@@ -181,7 +182,7 @@ class PruningHandle(Additions):
         Raises:
             MadtpError: no forward with gradients enabled and pruning on has run, or the model has no alignment tokens.
         """
-        features, spec = self.control.last_record().features, self._alignment_spec
+        features, spec = self.control.last_record().features, self.alignment_spec
         if not features or self.control.alignment is None:
             raise MadtpError(
                 "the alignment loss needs features of image and text, and the last forward has none. Run a forward with "
