@@ -107,7 +107,8 @@ def _one_call(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         control = self.madtp.control
         if torch.compiler.is_compiling() or control.scope.calls or control.scope.runs_original:
             return method(self, *args, **kwargs)
-        return as_one_call(method, control, _noting_unpruned_blocks(self, name))(self, *args, **kwargs)
+        bound = types.MethodType(method, self)
+        return as_one_call(bound, control, _noting_unpruned_blocks(self, name))(*args, **kwargs)
 
     return called
 

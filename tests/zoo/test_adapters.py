@@ -103,10 +103,10 @@ def test_the_first_token_of_a_question_is_protected(wrapped: bool) -> None:
     assert text
     assert all(0 in site.protected for site in text)
     also = madtp.rewrite(model, given, config=PruningConfig(protect={"text": (2,), "image": (3,)}))
-    assert also.config.protected_positions("text") == (0, 2)
-    assert also.config.protected_positions("image") == (3,)
+    assert also.madtp.config.protected_positions("text") == (0, 2)
+    assert also.madtp.config.protected_positions("image") == (3,)
 
 
 def test_a_model_that_declares_nothing_is_left_as_configured() -> None:
     pruned = madtp.rewrite(small("retrieval"), inputs("retrieval"))
-    assert pruned.config == PruningConfig()
+    assert pruned.madtp.config == PruningConfig()

@@ -73,7 +73,7 @@ def test_authors_checkpoint_becomes_a_pruned_model(tmp_path: Path, name: str) ->
     assert (report["format"], report["unused"], report["loaded"]) == ("MADTP", [], len(written))
     pruned = madtp.load(tmp_path / "pruned")
     assert pruned.temperature == TEMPERATURE
-    assert pruned.config.batching == "uniform"
+    assert pruned.madtp.config.batching == "uniform"
     state = pruned.state_dict()
     assert torch.equal(state["madtp.alignment.tokens"], written["space_dict"])
     assert all(torch.equal(state[key], value) for key, value in written.items() if key in state)

@@ -84,7 +84,7 @@ def tensor_file(folder: Path) -> Path:
 
 def test_outputs_are_reproduced_exactly(pruned: PrunedModel, folder: Path) -> None:
     loaded = madtp.load(folder, vit(2))
-    assert (loaded.gain, loaded.temperature, loaded.config) == (1.07, 2.5, pruned.config)
+    assert (loaded.gain, loaded.temperature, loaded.madtp.config) == (1.07, 2.5, pruned.madtp.config)
     assert torch.equal(outputs(loaded), outputs(pruned))
     assert loaded.token_counts().keys() == pruned.token_counts().keys()
     for name, counts in pruned.token_counts().items():
@@ -367,7 +367,7 @@ def test_folders_of_others_are_not_overwritten(pruned: PrunedModel, tmp_path: Pa
 
 def test_files_are_plain_safetensors_and_json(pruned: PrunedModel, folder: Path) -> None:
     content = config_of(folder)
-    assert content["pruning"] == pruned.config.to_dict()
+    assert content["pruning"] == pruned.madtp.config.to_dict()
     assert content["madtp"] == madtp.__version__
     assert content["model"]["class"].endswith(".VisionTransformer")
     with safe_open(tensor_file(folder), "pt") as file:

@@ -182,9 +182,9 @@ def test_spellings_are_recognised_and_pruned_correctly(spellings: tuple[Spelling
         for _ in names:
             seen = seen & ((torch.rand(batch, LENGTH) < 0.8) | (torch.arange(LENGTH) == 0))
             kept.append(seen)
-        pruned._control.forced = dict(zip(names, kept, strict=True))
+        pruned.madtp.control.forced = dict(zip(names, kept, strict=True))
         found = pruned(**call)
-        pruned._control.forced = None
+        pruned.madtp.control.forced = None
         model.hidden = (torch.zeros_like(seen), *(~k for k in kept[:-1]))
         assert gap(model(**call), found) < 1e-5
         model.hidden = ()

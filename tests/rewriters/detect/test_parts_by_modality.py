@@ -122,10 +122,10 @@ def test_layers_by_modality_prune_like_others(where: str, image_first: bool, sli
         for _ in range(2):
             seen = seen & ((torch.rand(batch, PATCHES + TEXT) < 0.5) | read)
             kept.append(seen)
-        pruned._control.forced = dict(zip(("blocks.0", "blocks.1"), kept, strict=True))
+        pruned.madtp.control.forced = dict(zip(("blocks.0", "blocks.1"), kept, strict=True))
         found = pruned(**call)
         assert pruned.macs() < dense
-        pruned._control.forced = None
+        pruned.madtp.control.forced = None
         model.hidden = [torch.zeros_like(seen), ~kept[0]]
         assert gap(model(**call), found) < 1e-5
         model.hidden = []

@@ -98,7 +98,7 @@ def test_residual_is_recognised_and_pruned_correctly(names: tuple[str, ...]) -> 
         dense = pruned.macs()
     forced = [torch.rand(3, LENGTH) < 0.5 for _ in range(2)]
     kept = survivors(case, {"image": [f & call["mask"] for f in forced]}, call)
-    pruned._control.forced = dict(zip(("blocks.0", "blocks.1"), forced, strict=True))
+    pruned.madtp.control.forced = dict(zip(("blocks.0", "blocks.1"), forced, strict=True))
     assert gap(expected(case, model, call, kept)[""], pruned(**call)) < 1e-5
     assert pruned.macs() < dense
 
