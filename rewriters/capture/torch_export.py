@@ -161,8 +161,19 @@ def _traceable() -> Iterator[None]:
 
     One thread at a time can be inside.
     """
-    with CAPTURE_LOCK, spelled_out(), quick_shapes(), _without_stack_traces(), quiet():
+    with CAPTURE_LOCK, spelled_out(), quick_shapes(), _without_stack_traces(), _without_printed_graphs(), quiet():
         yield
+
+
+@contextmanager
+def _without_printed_graphs() -> Iterator[None]:
+    """Let export not print what it has traced when it fails: the reason is in the exception."""
+    names = vars(torch.export._trace)
+    names["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del names["print"]
 
 
 @contextmanager

@@ -98,12 +98,18 @@ def test_special_tokens_survive_in_any_case() -> None:
 
 
 @torch.no_grad()
-def test_as_many_learned_tokens_as_others_are_no_special_tokens() -> None:
+def test_as_many_learned_tokens_as_others_are_all_kept() -> None:
     torch.manual_seed(0)
     model = Registers(PATCHES, CUTS["slices"]).eval()
     patches = torch.randn(2, PATCHES, WIDTH)
-    with pytest.raises(madtp.MadtpError):
-        madtp.rewrite(model, {"patches": patches})
+    pruned = madtp.rewrite(model, {"patches": patches})
+    pruned.gain = 3.0
+    found = pruned(patches=patches)
+    assert all(bool(kept[:, :PATCHES].all()) for kept in pruned.kept_tokens().values())
+    assert all(bool((counts < 2 * PATCHES).all()) for counts in pruned.token_counts().values())
+    torch.testing.assert_close(pruned(patches=patches[:1]), found[:1])
+    with pruned.dense():
+        torch.testing.assert_close(pruned(patches=patches), model(patches=patches))
 
 
 class Narrowed(nn.Module):
