@@ -6,13 +6,17 @@ Fast paths that depend on values, such as leaving out a mask that hides nothing,
 from __future__ import annotations
 
 import torch
+from torch._guards import detect_fake_mode
 
 
 def is_compiling() -> bool:
     """Return whether ``torch.export`` or ``torch.compile`` traces what runs now."""
-    return torch.compiler.is_compiling()
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    # An export sets a flag of the whole process; only the thread that exports computes with fake tensors.
+    return torch.compiler.is_compiling() and detect_fake_mode() is not None
 
 
 def is_exporting() -> bool:
     """Return whether ``torch.export`` traces what runs now, by running its Python."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return is_compiling() and not torch.compiler.is_dynamo_compiling()

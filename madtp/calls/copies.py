@@ -43,7 +43,7 @@ def _copied(module: nn.Module, copies: dict[int, nn.Module], prepare: Callable[[
     """The copy of a module; ``copies`` holds those made so far, by ``id`` of the original."""
     if id(module) in copies:
         return copies[id(module)]
-    copy = module.__class__.__new__(module.__class__)
+    copy = object.__new__(module.__class__)  # a constructor of its own may make something else
     copies[id(module)] = copy
     copy.__dict__ = dict(module.__dict__)
     for name, value in module.__dict__.items():

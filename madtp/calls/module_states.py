@@ -17,13 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.compiling import is_compiling
-from madtp.calls.copies import OWN
 
-UNWATCHED = frozenset((*OWN, "training"))
+# What torch keeps in every module.
+UNWATCHED = frozenset((*vars(nn.Module()), "_compiled_call_impl"))
+SHARDING = ("__composable_api_state", "_fsdp_", "_is_fsdp_")
+"""How names begin that torch gives its marks on modules whose parameters are sharded."""
 DEPTH = 2
 """How deep configurations lie in configurations that are looked at."""
 PLAIN = frozenset((bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device))
-WITH_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
+# Modules that stand for one operation, without a mode.
+LEAVES = frozenset(
+    (
+        nn.Linear,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Embedding,
+        nn.GELU,
+        nn.ReLU,
+        nn.SiLU,
+        nn.Tanh,
+    )
+)
 NO_CONFIGURATION = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)
 NO_CONFIGURATIONS_OF = ("builtins", "torch", "madtp")
 Reader = Callable[[Mapping[str, Any]], Any]
@@ -35,7 +52,7 @@ class ModuleState(NamedTuple):
     Attributes:
         training: the training flag of each module, where it may matter.
         dtypes: the dtype of each parameter; models cast what they are given to that of their weights.
-        attributes: plain attributes, of modules that are more than one operation and of configurations; of others their type.
+        attributes: the attributes of modules that are more than one operation, and of configurations.
     """
 
     training: tuple[bool, ...]
@@ -63,15 +80,13 @@ class _Tree(NamedTuple):
     """A module tree as it was found.
 
     Attributes:
-        modules: those whose training flag may matter.
-        inner: those that are no leaves.
+        inner: the modules that are no leaves.
         children: the children of these.
         leaves: modules that stand for one operation, with the dtype of their first parameter.
         namespaces: the attributes that are watched.
         token: another object for every walk.
     """
 
-    modules: list[nn.Module]
     inner: list[nn.Module]
     children: list[nn.Module | None]
     leaves: list[tuple[nn.Module, torch.dtype | None]]
@@ -90,8 +105,8 @@ class ModuleStates:
     """Tells the state of a module tree.
 
     It remembers the tree, as a walk through it would cost a small model a twentieth of a call, and walks again when a module
-    has other children or attributes. Modules of torch without children stand for one operation, which programs call where it
-    lies: what replaces them later is called as they were. While a compiler follows, dtypes and attributes are those of the
+    has other children or attributes. Leaves stand for one operation, which programs call where it lies: what replaces them
+    later is called as they were. While a compiler follows, dtypes and attributes are those of the
     last call.
 
     Args:
@@ -101,10 +116,7 @@ class ModuleStates:
 
     def __init__(self, model: nn.Module, without: str = "") -> None:
         self._model, self._without = model, without
-        leaves = {path: module for path, module in self._named_modules() if _is_leaf(module)}
-        self._leaves = frozenset(leaves)
-        # The training flag of a linear layer does not matter, and what takes its place may have another.
-        self._without_mode = frozenset(path for path, module in leaves.items() if not isinstance(module, WITH_MODE))
+        self._leaves = frozenset(path for path, module in self._named_modules() if _is_leaf(module))
         self._ignored: frozenset[str] = frozenset()
         # Of the first parameter of each leaf. What takes a leaf's place later may have none, or others.
         self._leaf_dtypes: dict[str, torch.dtype | None] = {}
@@ -132,7 +144,7 @@ class ModuleStates:
                 values = _values(tree)
             self._last = self._compared(values)
             self._dtypes = _dtypes(tree)
-        return ModuleState(tuple([module.training for module in tree.modules]), self._dtypes, self._last[1])
+        return ModuleState(tuple([module.training for module in tree.inner]), self._dtypes, self._last[1])
 
     @property
     def tree(self) -> object:
@@ -177,8 +189,7 @@ class ModuleStates:
             self._leaf_dtypes[path] = _dtype_of(module, self._leaf_dtypes.get(path))
         known = [(module, self._leaf_dtypes[path]) for path, module in leaves]
         namespaces = list(self._watched(inner))
-        moded = [module for path, module in named if path not in self._without_mode]
-        return _Tree(moded, inner, _children(inner), known, namespaces, object())
+        return _Tree(inner, _children(inner), known, namespaces, object())
 
     def _watched(self, modules: list[nn.Module]) -> Iterator[_Namespace]:
         for number, values in enumerate(_namespaces(modules)):
@@ -187,6 +198,7 @@ class ModuleStates:
                 for name, value in values.items()
                 if name not in UNWATCHED
                 and not name.endswith("_hooks")
+                and not name.startswith(SHARDING)
                 and not _is_our_own(value)
                 and f"{number}.{name}" not in self._ignored
             )
@@ -220,7 +232,7 @@ def _is_our_own(value: object) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return not module._modules and type(module).__module__.startswith("torch.nn.")
+    return not module._modules and type(module) in LEAVES
 
 
 def _dtype_of(leaf: nn.Module, otherwise: torch.dtype | None) -> torch.dtype | None:
@@ -267,10 +279,25 @@ def _holds_plain(values: Mapping[str, Any]) -> bool:
     return any(type(value) in PLAIN for value in values.values())
 
 
+class _Itself:
+    """Stands for a value that is compared by identity. It keeps the value, as ids of values that are gone are used again."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _plain(value: object) -> object:
-    """A value that can be compared: of containers of plain values these, of anything else its type."""
+    """A value that can be compared: of containers of plain values these; anything else is like itself alone."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, (list, tuple)) and all(type(one) in PLAIN for one in value):
         return type(value), *value
-    return type(value)
+    if type(value) is dict or isinstance(value, nn.Module):  # looked at by themselves
+        return type(value)
+    return _Itself(value)

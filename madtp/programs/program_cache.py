@@ -53,6 +53,8 @@ MANY_KINDS = (
     "inputs to fewer sizes, or raise PruningConfig(max_programs={})"
 )
 SHOWN = 3
+ALIKE = 3
+"""Number of values of an attribute that are captured to find that they give the same graph; then its values do not matter."""
 OWN_BACKWARD = (
     "{} computes its gradients by a backward pass of its own, which programs do not follow; under torch.no_grad() such calls "
     "are pruned"
@@ -147,8 +149,8 @@ class ProgramCache:
         """
         if len(cached) >= BRANCHES:
             raise Unserved(MANY_WAYS)
-        if len(self.entries) >= self._most:
-            raise Unserved(MANY_KINDS.format(len(self.entries), 2 * self._most))
+        if len({id(one.program) for one in self.entries.values()}) >= self._most:
+            raise Unserved(MANY_KINDS.format(self._most, 2 * self._most))
 
     def require_no_hooks(self) -> None:
         """Check that no module has hooks that would not run, because a program takes its place.
@@ -249,11 +251,15 @@ class ProgramCache:
         self.additions.programs += 1
         kind = signature(call, program.dynamic, self.module_states())
         twin = next((one for one in self.entries.values() if differs_in_attributes(one.signature, kind)), None)
-        if twin is not None and twin.program.computes_as(program):
-            # Then attributes differ that the graph does not depend on, such as a counter: the twin serves such calls.
-            self._ignore_differences(twin.signature.modules)
-            return
         self._follow_tree()
+        if twin is not None and twin.program.computes_as(program):
+            # Then attributes differ that the graph does not depend on: the twin serves such calls.
+            twins = [one for one in self.entries.values() if one.program is twin.program]
+            if len(twins) < ALIKE:
+                self.entries = {**self.entries, serial: replace(twin, signature=kind)}
+            else:  # such as a counter
+                self._ignore_differences(twin.signature.modules)
+            return
         uncalled = list(self._uncalled_modules(program))
         entry = CachedProgram(program, kind, classes_of(uncalled), hooks_of(uncalled, self.additions.own_hooks))
         self.entries = {**self.entries, serial: entry}

@@ -158,6 +158,8 @@ class PrunedRegion(ReplacedForward):
             return
         exact = signature(call, None, self.programs.module_states())
         if len(self.failed) >= FAILURES or exact in self.failed:
+            if self.notes.strict:
+                self._note(f"a further kind of call cannot be rewritten: {self.failure}")
             return
         try:
             # What a capture computes is not the model's work: it must not be counted, least of all its symbolic sizes.

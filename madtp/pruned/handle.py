@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,10 @@ class PruningHandle(Additions):
         self.alignment_weight = 0.0
         self.forward_of_host: WholeForward | HostForward | None = None
         self.alignment_spec = alignment
+
+    def forward(self, value: Any) -> Any:
+        """Return what it is given: a host that runs all its children one after the other runs this one, too."""
+        return value
 
     @property
     def config(self) -> PruningConfig:
@@ -260,6 +265,8 @@ def with_alignment(output: Any, handle: PruningHandle) -> Any:
         return output._replace(loss=loss)
     if isinstance(output, Mapping):
         output["loss"] = loss  # type: ignore[index]  # a mapping that a model returns is its own
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, loss=loss)
     else:
         output.loss = loss
     return output

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from madtp.calls.compiling import is_compiling
+from madtp.config import PruningConfig
 from madtp.programs.host_methods import as_one_call
 from madtp.programs.notes import noting_unpruned_blocks
 from madtp.programs.replaced_forward import HOST_CLASS
@@ -69,7 +71,9 @@ def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
 
     # A copy, not a function that calls it: compilers break at every function around one that they do not follow.
     code = PrunedModel.forward
-    forward = types.FunctionType(code.__code__, code.__globals__, "forward", code.__defaults__, code.__closure__)
+    forward = types.FunctionType(
+        code.__code__.replace(), code.__globals__, "forward", code.__defaults__, code.__closure__
+    )
     functools.update_wrapper(forward, original)
     del forward.__wrapped__  # type: ignore[attr-defined]  # it would keep the host alive
     given = inspect.signature(original)
@@ -105,7 +109,7 @@ def _one_call(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def called(self: PrunedModel, *args: Any, **kwargs: Any) -> Any:
         control = self.madtp.control
-        if torch.compiler.is_compiling() or control.scope.calls or control.scope.runs_original:
+        if is_compiling() or control.scope.calls or control.scope.runs_original:
             return method(self, *args, **kwargs)
         bound = types.MethodType(method, self)
         return as_one_call(bound, control, _noting_unpruned_blocks(self, name))(*args, **kwargs)
@@ -141,12 +145,20 @@ def _noting_unpruned_blocks(pruned: PrunedModel, method: str) -> Callable[[], Ab
 
 def _short_form(name: str) -> property:
     def read(self: PrunedModel) -> Any:
+        for own in (self.__dict__, self._parameters, self._buffers, self._modules):
+            if name in own:  # the host has made one since
+                return own[name]
         return getattr(self.madtp, name)
 
     def write(self: PrunedModel, value: Any) -> None:
-        setattr(self.madtp, name, value)
+        # What the host's own code sets while it runs is the host's.
+        settable = name in SETTINGS and name not in self.__dict__ and not self.madtp.control.scope.calls
+        if settable and (name != "config" or isinstance(value, PruningConfig)):
+            setattr(self.madtp, name, value)
+        else:
+            self.__dict__[name] = value
 
-    return property(read, write if name in SETTINGS else None, doc=f"Short for ``madtp.{name}``.")
+    return property(read, write, doc=f"Short for ``madtp.{name}``.")
 
 
 def _dense(self: PrunedModel) -> AbstractContextManager[Any]:

@@ -50,6 +50,9 @@ class PrunedModel(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Do not tell the host's base classes, which may keep a register of their subclasses or ask for arguments."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; arguments and return type are the original's."""
         handle = self.madtp
@@ -72,15 +75,16 @@ class PrunedModel(nn.Module):
 
     def __copy__(self) -> PrunedModel:
         """A copy that shares everything with this model, as of any module."""
-        fresh = type(self).__new__(type(self))
+        fresh: PrunedModel = object.__new__(type(self))
         fresh.__dict__.update(self.__dict__)
         return fresh
 
     def __deepcopy__(self, memo: dict[int, object]) -> PrunedModel:
         """A pruned model of its own, with programs of its own."""
-        fresh = type(self).__new__(type(self))
+        fresh: PrunedModel = object.__new__(type(self))
         memo[id(self)] = fresh
         fresh.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        fresh.__dict__.pop("_compiled_call_impl", None)  # it runs the model that was compiled
         return fresh
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

@@ -56,7 +56,7 @@ class CallScope:
     """What holds for the calls of one thread or task.
 
     Attributes:
-        unpruned: pruning is switched off.
+        unpruned: number of blocks under way in which pruning is switched off.
         runs_original: regions run the original modules.
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
             image features. None if no region has to.
@@ -64,7 +64,7 @@ class CallScope:
         programs: number of programs of regions that are under way.
     """
 
-    unpruned: bool = False
+    unpruned: int = 0
     runs_original: bool = False
     tracker: Tracker | None = None
     calls: int = 0
@@ -139,7 +139,7 @@ class PruningControl:
     @property
     def active(self) -> bool:
         """Whether sites prune at all."""
-        return (self.temperature > 0 or self.forced is not None) and not self._scope.get().unpruned
+        return (self.temperature > 0 or self.forced is not None) and not self._scope.get().unpruned > 0
 
     @property
     def parts(self) -> Parts:
@@ -196,8 +196,12 @@ class PruningControl:
     @contextmanager
     def unpruned(self) -> Iterator[None]:
         """Switch pruning off inside the block; the rewritten graphs run all the same."""
-        with self._within(replace(self.scope, unpruned=True)):
+        # Counted, not restored: generators may close such blocks in another order, or in another task.
+        self._scope.set(replace(self.scope, unpruned=self.scope.unpruned + 1))
+        try:
             yield
+        finally:
+            self._scope.set(replace(self.scope, unpruned=max(0, self.scope.unpruned - 1)))
 
     @contextmanager
     def running_original(self) -> Iterator[None]:

@@ -17,6 +17,9 @@ from contextlib import contextmanager
 class _QuietThreads:
     """Leaves out log records of quiet threads, and matches their warnings, as a pattern of a warning filter does."""
 
+    pattern = "(?!)"
+    """What libraries show that copy warning filters to their workers: it matches nothing."""
+
     def __init__(self) -> None:
         self.threads: list[int] = []
 

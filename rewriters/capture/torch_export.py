@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, _trace
 from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
@@ -168,7 +168,7 @@ def _traceable() -> Iterator[None]:
 @contextmanager
 def _without_printed_graphs() -> Iterator[None]:
     """Let export not print what it has traced when it fails: the reason is in the exception."""
-    names = vars(torch.export._trace)
+    names = vars(_trace)
     names["print"] = lambda *args, **kwargs: None
     try:
         yield

@@ -44,6 +44,11 @@ class FakePruned(nn.Module):
         self.pruning = True
         self.samples = 0
 
+    @property
+    def madtp(self) -> FakePruned:
+        """What a pruned model has in its child of that name."""
+        return self
+
     @contextmanager
     def dense(self) -> Iterator[None]:
         self.pruning = False
