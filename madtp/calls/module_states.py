@@ -254,9 +254,8 @@ def _namespaces(modules: list[nn.Module]) -> Iterator[Mapping[str, Any]]:
     yield from found
     seen = set(map(id, found))
     for _ in range(DEPTH):
-        deeper = [
-            values for holder in found for value in holder.values() if (values := _configuration(value)) is not None
-        ]
+        inside = [value for holder in found for name, value in holder.items() if name not in UNWATCHED]
+        deeper = [values for value in inside if (values := _configuration(value)) is not None]
         found = []
         for values in deeper:
             if id(values) not in seen:

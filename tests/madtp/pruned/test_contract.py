@@ -163,3 +163,75 @@ def test_a_child_of_the_handles_name_is_refused() -> None:
     model.add_module("madtp", nn.Identity())
     with pytest.raises(madtp.MadtpError, match="taken"):
         madtp.rewrite(model, (BATCH,), config=CONFIG)
+
+
+class Setting(nn.Module):
+    """Gives itself attributes as it runs, under names that are short forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = vit(1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixels)
+
+    def prepare(self) -> None:
+        self.temperature, self.code = 0.0, "own"
+        self.report = nn.Identity()
+
+
+def test_what_the_host_sets_later_is_the_hosts() -> None:
+    pruned = madtp.rewrite(Setting().eval(), (BATCH,), config=CONFIG)
+    pruned.temperature = 2.0
+    pruned.prepare()
+    assert (pruned.temperature, pruned.code, type(pruned.report)) == (0.0, "own", nn.Identity)
+    assert pruned.madtp.temperature == 2.0
+    assert pruned.madtp.report.sites
+
+
+@torch.no_grad()
+def test_a_host_that_runs_its_children_in_turn() -> None:
+    model = nn.Sequential(vit(1), nn.Linear(5, 3)).eval()
+    pruned = madtp.rewrite(model, (BATCH,), config=CONFIG)
+    pruned.get_submodule("0.blocks.0").register_forward_hook(lambda module, args, output: None)
+    torch.testing.assert_close(pruned(BATCH), model(BATCH))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer and in a list, and keeps running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.norm, self.seen = vit(1), nn.BatchNorm1d(5), []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.count.add_(1)
+        self.seen.append(len(pixels))
+        return self.norm(self.tower(pixels))
+
+
+def test_a_rewrite_leaves_buffers_lists_and_statistics_of_the_original() -> None:
+    model = Counting().train()
+    madtp.rewrite(model, (BATCH,), config=CONFIG)
+    assert (float(model.count), model.seen, int(model.norm.num_batches_tracked)) == (0.0, [], 0)
+
+
+def test_registers_of_classes_do_not_find_the_pruned_one() -> None:
+    known: list[type] = []
+
+    class Registered(nn.Module):
+        def __init_subclass__(cls, *, name: str) -> None:
+            known.append(cls)
+
+    class Host(Registered, name="host"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = vit(1)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.tower(pixels)
+
+    pruned = madtp.rewrite(Host().eval(), (BATCH,), config=CONFIG)
+    assert known == [Host]
+    assert isinstance(pruned, Host)

@@ -140,3 +140,33 @@ def test_whoever_made_no_call_reads_the_last_record() -> None:
     pruned = rewritten(1)
     together(lambda: pruned(BATCHES[3]))
     assert all(len(kept) == 3 for kept in pruned.madtp.token_counts().values())
+
+
+def test_an_export_in_another_thread_is_not_taken_for_ones_own() -> None:
+    pruned, done = rewritten(1), threading.Event()
+    with torch.no_grad():
+        expected = pruned(BATCHES[2])
+
+    def export() -> None:
+        for _ in range(3):
+            torch.export.export(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), (torch.randn(2, 4),))
+        done.set()
+
+    def call() -> None:
+        with torch.no_grad():
+            while not done.is_set():
+                torch.testing.assert_close(pruned(BATCHES[2]), expected)
+                assert all(len(kept) == 2 for kept in pruned.madtp.token_counts().values())
+
+    together(export, call)
+
+
+def test_dense_blocks_may_end_in_any_order() -> None:
+    pruned = rewritten(1)
+    first, second = pruned.madtp.dense(), pruned.madtp.dense()
+    for block in (first, second):
+        block.__enter__()
+    for block in (first, second):
+        assert not pruned.madtp.control.active
+        block.__exit__(None, None, None)
+    assert pruned.madtp.control.active
