@@ -68,7 +68,7 @@ class PrunedModel(nn.Module):
             raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
         if isinstance(run, HostForward) and not is_exporting():
             shapes_vary |= run.follows_features or not run.reproduces(args, kwargs)
-        if shapes_vary:
+        if shapes_vary or (handle.alignment_weight and self.training):
             return _run_uncompiled(self, args, kwargs)
         handle.control.compiled = True
         return run.compiled(*args, **kwargs)
