@@ -7,12 +7,14 @@ model computes are traced with it. Those that users register to look at it, or t
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from madtp.calls.copies import share
 
@@ -89,16 +91,20 @@ class HookedModules:
     hooks: tuple[Mapping[int, Hook], ...]
     own: OwnHooks
 
-    def __call__(self) -> list[str]:
-        """The paths of the modules that have such hooks now."""
-        return list(dict.fromkeys(path for path, _ in self.found())) if any(self.hooks) else []
+    def __call__(self, before: float = math.inf) -> list[str]:
+        """The paths of the modules that have such hooks now.
 
-    def found(self) -> Iterator[tuple[str, Hook]]:
+        Args:
+            before: hooks of this number and later ones do not count; see :func:`next_hook`.
+        """
+        return list(dict.fromkeys(path for path, _ in self.found(before))) if any(self.hooks) else []
+
+    def found(self, before: float = math.inf) -> Iterator[tuple[str, Hook]]:
         """These hooks, and the paths of their modules."""
         for at, hooks in enumerate(self.hooks):
             path, module = self.modules[at // len(KINDS)]
-            for hook in hooks.values():
-                if not self.own.holds(hook, module):
+            for number, hook in hooks.items():
+                if number < before and not self.own.holds(hook, module):
                     yield path, hook
 
 
@@ -106,6 +112,11 @@ def hooks_of(modules: Iterable[tuple[str, nn.Module]], own: OwnHooks) -> HookedM
     """Return what looks for hooks on named modules."""
     named = tuple(modules)
     return HookedModules(named, tuple(hooks for _, module in named for hooks in _kinds(module)), own)
+
+
+def next_hook() -> int:
+    """Return the number that torch gives the next hook: those that a model registers while it runs are its own."""
+    return RemovableHandle.next_id
 
 
 def _kinds(module: nn.Module) -> list[dict[int, Hook]]:

@@ -59,9 +59,10 @@ class HostForward(ReplacedForward):
         with suppress(CannotFlatten):
             described = call.flattened(None)
         kind = signature(described, _all_dims(described), self.module_states())
-        if kind not in self.agreements:
-            self.agreements[kind] = self._agrees(call)
         with control.call():
+            if kind not in self.agreements:
+                with control.unrecorded():
+                    self.agreements[kind] = self._agrees(call)
             if control.scope.calls > 1:
                 result = self._run(kind, args, kwargs)
             else:

@@ -161,7 +161,8 @@ class ProgramCache:
         watches = [entry.hooked for entry in self.entries.values()] or [
             hooks_of(self._holders(), self.additions.own_hooks)
         ]
-        for found in [watch() for watch in watches]:
+        before = self.additions.control.scope.next_hook
+        for found in [watch(before) for watch in watches]:
             if found:
                 shown = ", ".join(found[:SHOWN]) + (" ..." if len(found) > SHOWN else "")
                 raise Unserved(HOOKED.format(shown))

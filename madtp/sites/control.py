@@ -13,6 +13,7 @@ Strength and configuration belong to the model. What a call needs besides (:clas
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.compiling import is_compiling
+from madtp.calls.hooks import next_hook
 from madtp.calls.modality_tracking import Tracker
 from madtp.config import PruningConfig
 from madtp.method.guidance import AlignmentTokens
@@ -61,6 +63,7 @@ class CallScope:
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
             image features. None if no region has to.
         calls: number of calls of the model that are under way.
+        next_hook: number of the next hook when the outermost of them began; infinite outside.
         programs: number of programs of regions that are under way.
     """
 
@@ -68,6 +71,7 @@ class CallScope:
     runs_original: bool = False
     tracker: Tracker | None = None
     calls: int = 0
+    next_hook: float = math.inf
     programs: int = 0
 
 
@@ -171,6 +175,7 @@ class PruningControl:
         scope = self.scope
         if not scope.calls:
             self.record.outdated = True
+            scope = replace(scope, next_hook=next_hook())
         with self._within(replace(scope, calls=scope.calls + 1)):
             yield
 
