@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -95,8 +95,7 @@ class _Tree(NamedTuple):
 
     def is_outdated(self) -> bool:
         """Whether a module has other children or attributes than then."""
-        children = _children(self.inner)
-        if len(children) != len(self.children) or not all(map(operator.is_, children, self.children)):
+        if not _same_objects(_children(self.inner), self.children):
             return True
         return any(len(one.values) != one.length for one in self.namespaces)
 
@@ -170,9 +169,8 @@ class ModuleStates:
 
     def _compared(self, values: list[object]) -> tuple[list[object], tuple[object, ...]]:
         """The attributes as they are, and as they are compared."""
-        last = self._last
-        if len(values) == len(last[0]) and all(map(operator.is_, values, last[0])):
-            return last
+        if _same_objects(values, self._last[0]):
+            return self._last
         return values, tuple([_plain(value) for value in values])
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -205,6 +203,10 @@ class ModuleStates:
             yield _Namespace(values, len(values), names, _reader(names))
 
 
+def _same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
     return list(chain.from_iterable([module._modules.values() for module in modules]))
 
@@ -215,7 +217,7 @@ def _values(tree: _Tree) -> list[object]:
 
 def _other_objects(before: list[object], now: list[object]) -> bool:
     """Whether an attribute is another object than before that may be a configuration."""
-    if len(before) != len(now) or all(map(operator.is_, before, now)):
+    if len(before) != len(now) or _same_objects(before, now):
         return False
     return any(one is not two and type(two) not in PLAIN for one, two in zip(before, now, strict=True))
 

@@ -6,7 +6,6 @@ serves is captured by itself, onto the same sites.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -76,7 +75,6 @@ class ProgramCache:
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
         latest: the program that ran last.
-        parameters: the signature of the module's own forward.
     """
 
     def __init__(
@@ -92,7 +90,6 @@ class ProgramCache:
         self.path, self.module, self.host = path, host.get_submodule(path), host
         self.builder = ProgramBuilder(self.module, host, build_program, inner=inner, per_image=per_image)
         self.additions = additions_of(host)
-        self.parameters = inspect.signature(self.module.forward)
         self.module_states = ModuleStates(self.module, without="" if path else PREFIX)
         # Replaced, never changed: other threads may be reading it.
         self.entries: Mapping[int, CachedProgram] = {}

@@ -37,7 +37,6 @@ class WholeForward(ReplacedForward):
             call = normalise_call(self.module, args, kwargs, self.parameters)
         except ExampleInputsError:  # the original says best what is wrong
             return original(*args, **kwargs)
-        continues = self.programs.continues_pruned(call)
         if is_empty(call):
             self.control.clear_record()
             with self.control.running_original():
@@ -52,7 +51,7 @@ class WholeForward(ReplacedForward):
         except ExampleInputsError:
             original(*args, **kwargs)  # it says best what is wrong
             raise
-        if continues:
+        if self.programs.continues_pruned(call):
             raise ContinuationError(
                 f"it goes on from what a pruned call has kept, which only programs can read, and {reason}."
             )

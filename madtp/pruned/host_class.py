@@ -29,6 +29,7 @@ SHORT_FORMS = (
     "alignment_loss",
     "aside",
     "code",
+    "dense",
     "kept_tokens",
     "macs",
     "macs_by_module",
@@ -58,9 +59,8 @@ def pruned_class(host: nn.Module) -> type[PrunedModel]:
     for name in SHORT_FORMS:
         if not hasattr(host, name):
             members[name] = _short_form(name)
-    for name, member in (("dense", _dense), ("dense_macs", _dense_macs)):
-        if not hasattr(host, name):
-            members[name] = member
+    if not hasattr(host, "dense_macs"):
+        members["dense_macs"] = _dense_macs
     made = types.new_class(own.__name__, (PrunedModel, own), exec_body=lambda namespace: namespace.update(members))
     assert issubclass(made, PrunedModel)
     return made
@@ -159,11 +159,6 @@ def _short_form(name: str) -> property:
             self.__dict__[name] = value
 
     return property(read, write, doc=f"Short for ``madtp.{name}``.")
-
-
-def _dense(self: PrunedModel) -> AbstractContextManager[Any]:
-    """Short for ``madtp.dense()``: switch pruning off inside the block."""
-    return self.madtp.dense()
 
 
 @torch.no_grad()

@@ -79,13 +79,8 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     if is_host_folder(folder):
         return load_host_folder(folder, model, example_inputs)
     tensors, description = read_folder(folder)
-    try:
-        settings = Settings.of(description)
-        identity = dict(description["model"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}. Save the model again."
-        ) from error
+    settings = Settings.of(description, str(folder / CONFIG))
+    identity = settings.identity
     _refuse_nan(str(folder), tensors)
     host = _create(folder, identity) if model is None else model
     bare = {name: value for name, value in tensors.items() if not name.startswith(f"{PREFIX}.")}

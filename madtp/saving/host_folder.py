@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from madtp.atomic_files import write_text
 from madtp.calls.call import Inputs
-from madtp.errors import CheckpointError, ConfigError
+from madtp.errors import CheckpointError
 from madtp.pruned import PrunedModel
 from madtp.saving.rewriting_again import Settings, description_of, rewritten_as
 from madtp.sites.additions import PREFIX
@@ -62,16 +62,11 @@ def load_host_folder(folder: Path, model: nn.Module | None, example_inputs: Inpu
         model: the original with its weights, as the host's ``from_pretrained`` reads it from the folder.
         example_inputs: as for :func:`madtp.rewrite`. None makes inputs like those of the first rewrite.
     """
-    description = _read(folder / DESCRIPTION)
-    try:
-        settings = Settings.of(description)
-        host = str(description["model"]["class"])
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}. Save the model again."
-        ) from error
+    settings = Settings.of(_read(folder / DESCRIPTION), str(folder / DESCRIPTION))
+    if "class" not in settings.identity:
+        raise CheckpointError(f"{folder / DESCRIPTION} is damaged: it names no class. Save the model again.")
     if model is None:
-        name = host.rpartition(".")[2]
+        name = str(settings.identity["class"]).rpartition(".")[2]
         raise CheckpointError(
             f"{folder} was written by save_pretrained of {name}; pass the model with its weights: "
             f"madtp.load(folder, {name}.from_pretrained(folder))."

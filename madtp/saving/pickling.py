@@ -29,7 +29,8 @@ def reduced(pruned: PrunedModel) -> tuple[Callable[..., PrunedModel], Arguments]
 def _remade(
     original: nn.Module, description: Mapping[str, Any], own: Mapping[str, Tensor], further: Mapping[str, Any]
 ) -> PrunedModel:
-    pruned = rewritten_as(f"the pickled {PREFIX} model", original, Settings.of(description))
+    source = f"the pickled {PREFIX} model"
+    pruned = rewritten_as(source, original, Settings.of(description, source))
     pruned.madtp.load_state_dict(own)
     pruned.madtp.alignment_weight = further["alignment_weight"]
     pruned.madtp.gradient_checkpointing = further["gradient_checkpointing"]

@@ -32,6 +32,7 @@ class Settings:
     """How a model was rewritten, and how strongly it prunes.
 
     Attributes:
+        identity: which class of model it is, and of which dtype.
         config: the configuration.
         temperature: T of the threshold.
         gain: factor on the threshold.
@@ -42,6 +43,7 @@ class Settings:
         example: the example call, as :func:`madtp.calls.record.record_call` keeps it.
     """
 
+    identity: Mapping[str, Any]
     config: PruningConfig
     temperature: float
     gain: float
@@ -52,15 +54,27 @@ class Settings:
     example: Mapping[str, Any]
 
     @classmethod
-    def of(cls, description: Mapping[str, Any]) -> Settings:
+    def of(cls, description: Mapping[str, Any], source: str) -> Settings:
         """Read them from what :func:`description_of` gave.
 
+        Args:
+            description: what it gave.
+            source: where it comes from, for messages.
+
         Raises:
-            KeyError: something is missing.
-            TypeError: something is of the wrong type.
-            ValueError: something is no number.
+            CheckpointError: something is missing or of the wrong type.
         """
+        try:
+            return cls._of(description)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{source} is damaged: {type(error).__name__}: {error}. Save the model again."
+            ) from error
+
+    @classmethod
+    def _of(cls, description: Mapping[str, Any]) -> Settings:
         return cls(
+            identity=dict(description["model"]),
             config=PruningConfig.from_dict(description["pruning"]),
             temperature=float(description["temperature"]),
             gain=float(description["gain"]),

@@ -143,7 +143,7 @@ class PruningControl:
     @property
     def active(self) -> bool:
         """Whether sites prune at all."""
-        return (self.temperature > 0 or self.forced is not None) and not self._scope.get().unpruned > 0
+        return (self.temperature > 0 or self.forced is not None) and not self.scope.unpruned
 
     @property
     def parts(self) -> Parts:

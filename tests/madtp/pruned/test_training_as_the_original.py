@@ -24,6 +24,17 @@ def without_gradient(model: nn.Module) -> set[str]:
     }
 
 
+def learns_what_the_original_does(model: nn.Module) -> PrunedModel:
+    """The rewritten model, of which the same parameters get a gradient."""
+    model(BATCH).sum().backward()
+    wanted = without_gradient(model)
+    model.zero_grad()
+    pruned = madtp.rewrite(model, (BATCH,), config=CONFIG)
+    pruned(BATCH).sum().backward()
+    assert without_gradient(pruned) == wanted
+    return pruned
+
+
 def test_the_first_call_after_a_rewrite_captures_nothing() -> None:
     pruned = madtp.rewrite(vit(1), (BATCH,), config=CONFIG)
     before = pruned.madtp.programs
@@ -48,13 +59,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_inside_the_model_keep_their_gradients(reentrant: bool) -> None:
-    model = Checkpointed(reentrant).train()
-    model(BATCH).sum().backward()
-    wanted = without_gradient(model)
-    model.zero_grad()
-    pruned = madtp.rewrite(model, (BATCH,), config=CONFIG)
-    pruned(BATCH).sum().backward()
-    assert without_gradient(pruned) == wanted
+    pruned = learns_what_the_original_does(Checkpointed(reentrant).train())
     assert all((kept < 65).any() for kept in pruned.token_counts().values())
 
 
@@ -89,13 +94,7 @@ class Rounding(nn.Module):
 
 
 def test_a_backward_pass_of_ones_own_is_kept_and_told() -> None:
-    model = Rounding()
-    model(BATCH).sum().backward()
-    wanted = without_gradient(model)
-    model.zero_grad()
-    pruned = madtp.rewrite(model, (BATCH,), config=CONFIG)
-    pruned(BATCH).sum().backward()
-    assert without_gradient(pruned) == wanted
+    pruned = learns_what_the_original_does(Rounding())
     (note,) = pruned.report.unpruned
     assert "Rounded" in str(note)
     with torch.no_grad():
