@@ -41,6 +41,16 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _modes_of_torch_stay() -> Iterator[None]:
+    """What madtp does leaves the modes of the thread as they were, also where it fails."""
+    before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    yield
+    after = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    torch.set_grad_enabled(before[0])
+    assert after == before, "gradients, inference mode or autocast are not as they were before the test"
+
+
 @pytest.fixture
 def plain_attention() -> Iterator[None]:
     """Run ``nn.TransformerEncoderLayer`` by single operations: its fused kernel rounds differently for other batches."""

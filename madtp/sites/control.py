@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from madtp.calls.compiling import is_compiling
 from madtp.calls.hooks import next_hook
@@ -31,6 +32,9 @@ from madtp.method.guidance import AlignmentTokens
 from madtp.method.parts import Parts, parts_of
 from madtp.sites.forward_record import ForwardRecord, Records
 from madtp.tokens.state import TokenState
+
+# torch.compile reads context variables since torch 2.14. Before, what it compiles goes by the thread that entered a scope last.
+COMPILES_CONTEXT_VARIABLES = TorchVersion(torch.__version__) >= "2.14"
 
 
 class Observation(NamedTuple):
@@ -59,6 +63,7 @@ class CallScope:
 
     Attributes:
         unpruned: number of blocks under way in which pruning is switched off.
+        unrecorded: calls leave the record of the last forward as it is.
         runs_original: regions run the original modules.
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
             image features. None if no region has to.
@@ -68,6 +73,7 @@ class CallScope:
     """
 
     unpruned: int = 0
+    unrecorded: bool = False
     runs_original: bool = False
     tracker: Tracker | None = None
     calls: int = 0
@@ -115,6 +121,7 @@ class PruningControl:
 
     def __post_init__(self) -> None:
         self._scope = ContextVar("scope of a call", default=OUTSIDE)
+        self._latest_scope = OUTSIDE
         self._records = Records()
 
     def __deepcopy__(self, memo: dict[int, object]) -> PruningControl:
@@ -129,6 +136,8 @@ class PruningControl:
     @property
     def scope(self) -> CallScope:
         """What holds for calls of this thread or task."""
+        if not COMPILES_CONTEXT_VARIABLES and torch.compiler.is_dynamo_compiling():
+            return self._latest_scope
         return self._scope.get()
 
     @property
@@ -164,7 +173,8 @@ class PruningControl:
         own, latest = self._records.own, self._records.latest
         self._records.begin(ForwardRecord(outdated=own.outdated))
         try:
-            yield
+            with self._within(replace(self.scope, unrecorded=True)):
+                yield
         finally:
             self._records.begin(own)
             self._records.latest = latest
@@ -202,11 +212,11 @@ class PruningControl:
     def unpruned(self) -> Iterator[None]:
         """Switch pruning off inside the block; the rewritten graphs run all the same."""
         # Counted, not restored: generators may close such blocks in another order, or in another task.
-        self._scope.set(replace(self.scope, unpruned=self.scope.unpruned + 1))
+        self._enter(replace(self.scope, unpruned=self.scope.unpruned + 1))
         try:
             yield
         finally:
-            self._scope.set(replace(self.scope, unpruned=max(0, self.scope.unpruned - 1)))
+            self._enter(replace(self.scope, unpruned=max(0, self.scope.unpruned - 1)))
 
     @contextmanager
     def running_original(self) -> Iterator[None]:
@@ -216,11 +226,16 @@ class PruningControl:
 
     @contextmanager
     def _within(self, scope: CallScope) -> Iterator[None]:
-        before = self._scope.set(scope)
+        before = self.scope
+        self._enter(scope)
         try:
             yield
         finally:
-            self._scope.reset(before)
+            self._enter(before)
+
+    def _enter(self, scope: CallScope) -> None:
+        self._scope.set(scope)
+        self._latest_scope = scope
 
     def collects_features(self) -> bool:
         """Whether sites pool features for the alignment loss, which is wanted only where there are gradients."""

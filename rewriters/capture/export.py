@@ -37,6 +37,11 @@ from rewriters.capture.torch_export import Exported, ExportFailure, export, expo
 from rewriters.graph.node_record import RowwiseModule, record, set_record
 from rewriters.graph.nodes import AxisError, attribute, module_path
 
+DRAWS = (
+    "draws numbers by a torch.Generator of its own. In a graph that would go on where the last call ended, not begin anew. "
+    "Draw outside of the transformer, or by torch's own generator."
+)
+
 
 @dataclass
 class Capture:
@@ -118,6 +123,8 @@ def _chooses_rows(program: torch.export.ExportedProgram) -> bool:
 
 
 def _untraceable(model: nn.Module, failure: ExportFailure) -> CaptureError:
+    if str(torch.Generator) in failure.reason:  # export of torch 2.11 takes none
+        return CaptureError(f"{type(model).__name__} {DRAWS}")
     return CaptureError(
         f"{type(model).__name__} runs on the example inputs but torch.export cannot trace it: {failure.reason}. Remove "
         "data-dependent Python (.item(), .tolist(), if on tensor values) from forward, or rewrite the exportable submodules."
@@ -226,11 +233,7 @@ def _own_constants(graph: fx.Graph, module: fx.GraphModule, named: Collection[st
         if node.op == "get_attr" and node.target not in named:
             value = attribute(module, node.target)
             if isinstance(value, torch.Generator):
-                raise CaptureError(
-                    f"{', '.join(_paths_of_users(node)) or 'forward'} draws numbers by a torch.Generator of its own. In a "
-                    "graph that would go on where the last call ended, not begin anew. Draw outside of the transformer, or "
-                    "by torch's own generator."
-                )
+                raise CaptureError(f"{', '.join(_paths_of_users(node)) or 'forward'} {DRAWS}")
             node.target = str(node.target).replace(".", "_")
             constants[node.target] = value
     return constants

@@ -87,6 +87,19 @@ def test_frozen_models_compile_without_a_break(name: str) -> None:
         assert_close(compiled(**inputs), pruned(**inputs))
 
 
+def test_pruning_is_switched_off_for_a_compiled_model_as_for_any(frozen: tuple[PrunedModel, Tensor]) -> None:
+    pruned, images = frozen
+    torch._dynamo.reset()
+    compiled = torch.compile(pruned, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(images)
+        with pruned.dense():
+            dense = compiled(images)
+            assert_close(dense, pruned(images))
+        assert_close(compiled(images), found)
+    assert (dense - found).abs().max() > 1e-4
+
+
 def test_a_model_with_pruning_off_exports_as_it_is() -> None:
     pruned, images = small_vit()
     pruned.temperature = 0.0
