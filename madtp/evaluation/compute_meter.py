@@ -57,7 +57,7 @@ class ComputeMeter:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[ComputeMeter]:
-        """Record the calls inside the block, other than those set aside (:meth:`madtp.PruningHandle.aside`)."""
+        """Record the calls inside the block."""
         handle = model.register_forward_hook(self._record, with_kwargs=True) if isinstance(model, PrunedModel) else None
         try:
             yield self
@@ -69,8 +69,6 @@ class ComputeMeter:
         self, model: PrunedModel, args: tuple[object, ...], kwargs: Mapping[str, object], output: object
     ) -> None:
         del output
-        if model.madtp.control.scope.unrecorded:
-            return
         samples = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
         dense = _DENSE_MACS.get()
         self.calls.append(

@@ -63,7 +63,6 @@ class CallScope:
 
     Attributes:
         unpruned: number of blocks under way in which pruning is switched off.
-        unrecorded: calls leave the record of the last forward as it is.
         runs_original: regions run the original modules.
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
             image features. None if no region has to.
@@ -73,7 +72,6 @@ class CallScope:
     """
 
     unpruned: int = 0
-    unrecorded: bool = False
     runs_original: bool = False
     tracker: Tracker | None = None
     calls: int = 0
@@ -173,8 +171,7 @@ class PruningControl:
         own, latest = self._records.own, self._records.latest
         self._records.begin(ForwardRecord(outdated=own.outdated))
         try:
-            with self._within(replace(self.scope, unrecorded=True)):
-                yield
+            yield
         finally:
             self._records.begin(own)
             self._records.latest = latest
