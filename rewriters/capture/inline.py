@@ -1,13 +1,14 @@
-"""Inline the graphs that export makes of code under ``no_grad`` or without autocast.
+"""Inline the graphs that export makes of code under ``no_grad``, and under autocast that a model switches on or off.
 
-Start at :func:`inline_bodies`. The effect of the context stays: values computed without gradients are detached. Matrix products
-that were computed without autocast still are, if a graph is captured under autocast. Otherwise it serves calls without autocast
-alone, to which the context makes no difference.
+Start at :func:`inline_bodies`. The effect of the context stays: values computed without gradients are detached, and what
+autocast casts is cast by operations of the graph. Matrix products that were computed in a context of the model's own still are,
+if a graph is captured under autocast. Otherwise it serves calls without autocast alone.
 """
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from rewriters.graph.nodes import attribute
 GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 # Operations that autocast runs in lower precision.
 CAST = frozenset("linear matmul bmm mm addmm baddbmm einsum conv1d conv2d conv3d scaled_dot_product_attention".split())
+# What autocast casts: numbers in double precision stay as they are.
+CASTABLE = frozenset([torch.float32, torch.bfloat16, torch.float16])
 
 
 def inline_bodies(module: fx.GraphModule) -> bool:
@@ -38,10 +41,7 @@ def inline_bodies(module: fx.GraphModule) -> bool:
 
 
 def _is_wrapper(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    if node.op != "call_function" or name not in (GRADIENTS, AUTOCAST):
-        return False
-    return name == GRADIENTS or node.args[2] is False
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in (GRADIENTS, AUTOCAST)
 
 
 def _is_gradients(node: fx.Node) -> bool:
@@ -50,6 +50,7 @@ def _is_gradients(node: fx.Node) -> bool:
 
 def _inline(module: fx.GraphModule, node: fx.Node, *, shielding: bool) -> None:
     gradients = _is_gradients(node)
+    casting = None if gradients else _casting(node)
     place = 1 if gradients else 4
     inner: Any = node.args[place]
     body: fx.GraphModule = attribute(module, str(inner.target))
@@ -67,6 +68,8 @@ def _inline(module: fx.GraphModule, node: fx.Node, *, shielding: bool) -> None:
                 results = fx.map_arg(one.args[0], lambda n: env[n])
             elif one.op != "placeholder":
                 env[one] = graph.node_copy(one, lambda n: env[n])
+                if casting is not None:
+                    casting.cast_inputs(env[one])
                 if not gradients and shielding and _name(one) in CAST:
                     _shield(env[one], str(node.args[0]))
         if gradients and node.args[0] is False:
@@ -78,6 +81,61 @@ def _inline(module: fx.GraphModule, node: fx.Node, *, shielding: bool) -> None:
     graph.erase_node(node)
     if not inner.users:
         graph.erase_node(inner)
+
+
+@dataclass(frozen=True)
+class _Casting:
+    """What autocast does to the operations of a graph: it casts their inputs.
+
+    Attributes:
+        device_type: Only tensors on devices of this type are cast.
+        dtype: What inputs of matrix products are cast to.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+
+    def cast_inputs(self, node: fx.Node) -> None:
+        """Cast the inputs of an operation as autocast does.
+
+        What is no matrix product is computed at least as precisely as the trace shows.
+        """
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or _chooses_dtype(node):
+            return
+        product = _name(node) in CAST
+        dtype = self.dtype if product else value.dtype
+        cast: dict[fx.Node, fx.Node] = {}
+        for one in node.all_input_nodes:
+            given = one.meta.get("val")
+            if not isinstance(given, torch.Tensor) or given.device.type != self.device_type:
+                continue
+            if given.dtype in CASTABLE and (given.dtype != dtype if product else given.dtype.itemsize < dtype.itemsize):
+                cast[one] = _cast(node, one, given, dtype)
+        for old, new in cast.items():
+            node.replace_input_with(old, new)
+
+
+def _casting(node: fx.Node) -> _Casting | None:
+    """The effect of a node that wraps code under autocast; None where it is off."""
+    device_type, dtype, enabled = node.args[:3]
+    if not enabled:
+        return None
+    assert isinstance(device_type, str)
+    return _Casting(device_type, dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(device_type))
+
+
+def _chooses_dtype(node: fx.Node) -> bool:
+    """Whether an operation is told the dtype of its result."""
+    arguments = (*node.args, *node.kwargs.values())
+    return _name(node) in ("to", "_to_copy", "type_as") or any(isinstance(one, torch.dtype) for one in arguments)
+
+
+def _cast(node: fx.Node, given: fx.Node, value: torch.Tensor, dtype: torch.dtype) -> fx.Node:
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(torch.ops.aten.to.dtype, (given, dtype))
+    new.meta = {**{k: v for k, v in node.meta.items() if k == "nn_module_stack"}, "val": value.to(dtype)}
+    return new
 
 
 def _name(node: fx.Node) -> str:
