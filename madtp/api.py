@@ -22,7 +22,7 @@ from madtp.programs.completeness import unpruned_remark
 from madtp.programs.notes import Notes
 from madtp.programs.originals import unwrapped
 from madtp.pruned import PrunedModel
-from rewriters.capture.preserved_state import preserved_attributes, preserved_buffers
+from madtp.sites.preserved_state import preserved_state, trial_run
 from rewriters.pipeline import price_dense
 from rewriters.plan.plan import Plan
 from rewriters.regions.rewrite import rewrite_model
@@ -65,13 +65,13 @@ def rewrite(
         model = unwrapped(model)
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
     call = example_call(model, example_inputs)
-    check_batch(model, call)
     with (
         progress_line(f"rewriting {type(model).__name__}"),
-        preserved_attributes(model),
-        preserved_buffers(model),
+        preserved_state(model),
         outside_inference_mode(call) as usual,
     ):
+        with trial_run(model, usual.flat()[0]):
+            check_batch(model, usual)
         try:
             pruned = rewrite_model(model, usual, config, plan)
         except LeftAloneError:

@@ -1,12 +1,9 @@
 """Compare what two models return: :func:`compare` whole structures, :func:`relative_difference` two tensors.
 
-Runs that are to be compared go inside :func:`drawing_alike`, so that both draw the same random numbers.
+Runs that are to be compared go inside :func:`madtp.sites.preserved_state.trial_run`, so that both draw the same random numbers.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,17 +17,6 @@ NOISIER = 3.0
 """How much farther a result may be from the exact one than another result that differs from it by rounding only."""
 LARGE = 1e30
 """Numbers of this absolute value and above stand for infinity, as in masked logits."""
-
-
-@contextmanager
-def drawing_alike() -> Iterator[None]:
-    """Draw the same random numbers in every such block; afterwards the generator is as if nothing had been drawn.
-
-    Models may draw in eval mode too, the order of patches, say.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> float:

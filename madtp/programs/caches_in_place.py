@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.call import Call
-from madtp.calls.compare import drawing_alike
 from madtp.calls.objects import on_tensors
 from madtp.programs.cached_program import Unserved
+from madtp.sites.preserved_state import trial_run
 
 IN_PLACE = (
     "it was called with a cache that has memory set aside for tokens to come, such as a static one, in which dropped tokens "
@@ -48,6 +48,6 @@ def _writes_in_place(module: nn.Module, call: Call) -> bool:
     leaves = [x.clone() if at in held and isinstance(x, Tensor) else x for at, x in enumerate(call.flat()[0])]
     before = [(x, x._version) for at, x in enumerate(leaves) if at in held and isinstance(x, Tensor)]
     own = call.with_leaves(leaves)
-    with torch.no_grad(), drawing_alike():
+    with torch.no_grad(), trial_run(module, leaves):
         on_tensors(module, own.objects)(*own.args, **own.kwargs)
     return any(x._version != version for x, version in before)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, Signature, normalise_call, signature
-from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.compare import compare
 from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.cost.counting import Counter
@@ -21,6 +21,7 @@ from madtp.programs.notes import Notes
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.additions import PREFIX
 from madtp.sites.control import PruningControl
+from madtp.sites.preserved_state import trial_run
 
 REMEMBERED = 256
 """Number of call signatures whose MACs outside the regions are remembered."""
@@ -131,7 +132,7 @@ class HostForward(ReplacedForward):
             results = []
             for run in (self._by_original, self._by_regions):
                 own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
-                with torch.no_grad(), drawing_alike(), self.control.unpruned():
+                with torch.no_grad(), trial_run(self.module, (own.args, own.kwargs)), self.control.unpruned():
                     results.append(run(own.args, own.kwargs))
             compare(*results, values=not any(m.training for m in self.module.modules()))
         except MadtpError as error:

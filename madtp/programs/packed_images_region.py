@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, normalise_call
-from madtp.calls.compare import drawing_alike
 from madtp.calls.packed_images import Image, ImageResults, PerImageArguments, PerImageForward, by_kind, image_results
 from madtp.errors import ExampleInputsError, RewriteError
 from madtp.programs.notes import Notes
@@ -24,6 +23,7 @@ from madtp.programs.region import PrunedRegion
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 from madtp.sites.forward_record import FeatureKey
+from madtp.sites.preserved_state import trial_run
 from madtp.tokens.state import TokenState, positions_of
 
 MANY_SIZES = (
@@ -100,7 +100,12 @@ class PerImageRegion(ReplacedForward):
         together = self.per_image.join(call, several)
         try:
             # A check is not the model's work: it must not be counted.
-            with torch.no_grad(), drawing_alike(), self.control.running_original(), self.control.in_program():
+            with (
+                torch.no_grad(),
+                trial_run(self.module, (call.args, call.kwargs)),
+                self.control.running_original(),
+                self.control.in_program(),
+            ):
                 packing = image_results(self.original, together, several, self.per_image)
         except RewriteError as error:
             self._note(f"its images do not come apart: {error}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call
-from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.compare import compare
 from madtp.calls.hooks import without_hooks
 from madtp.calls.objects import on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
@@ -20,6 +20,7 @@ from madtp.programs.originals import original_of
 from madtp.programs.program import Program
 from madtp.programs.single_sample import sample_dims_of_one, serving_one_sample, with_doubled_sample
 from madtp.sites.additions import additions_of
+from madtp.sites.preserved_state import trial_run
 from madtp.tokens.cache_marks import MarkedAxes, zero_marked
 
 
@@ -104,7 +105,7 @@ class ProgramBuilder:
         leaves = call.flat()[0]
         if doubled and not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
             expected = self.run_original(call, program)
-            with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
+            with torch.no_grad(), trial_run(self.host, leaves), self.additions.control.unpruned():
                 program = serving_one_sample(program, self.module, self._without_hooks(), call, expected)
         if call.cache_leaves() or self.inner or self.per_image is not None:
             self._check(program, call)
@@ -124,7 +125,7 @@ class ProgramBuilder:
         return self._run(self.original().eval(), call, program)
 
     def _run(self, original: nn.Module, call: Call, program: Program) -> object:
-        with drawing_alike():
+        with trial_run(original, (call.args, call.kwargs)):
             module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
             result: object = module(*call.args, **call.kwargs)
         return result
@@ -146,5 +147,5 @@ class ProgramBuilder:
             for at, x in enumerate(call.flat()[0])
         ]
         expected = self.run_original(call.with_leaves(leaves), program)
-        with torch.no_grad(), drawing_alike(), self.additions.control.unpruned():
+        with torch.no_grad(), trial_run(self.host, leaves), self.additions.control.unpruned():
             compare(expected, program.run(self._without_hooks(), leaves))

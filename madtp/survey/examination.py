@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import madtp
-from madtp.calls.compare import drawing_alike, rounds_alike
+from madtp.calls.compare import rounds_alike
 from madtp.errors import CaptureError, LeftAloneError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
+from madtp.sites.preserved_state import trial_run
 from madtp.survey.attention_calls import AttentionCalls, traits
 from madtp.survey.outputs import batch_size, output_tensors, relative_error, repeat_samples, take_sample, tensor_error
 from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, RefusalRecord, with_outcome
@@ -219,7 +220,7 @@ def _single_sample_error(model: nn.Module, pruned: PrunedModel, inputs: Inputs) 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Outputs by path. Random draws of the model, such as an order of patches, are the same at every call."""
-    with drawing_alike():
+    with trial_run(model, inputs):
         return output_tensors(model(**inputs))
 
 

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from madtp.calls.call import Call
 from madtp.calls.fast_path import spelled_out
 from madtp.cost.counting import Counter
-from rewriters.capture.preserved_state import preserved_attributes, preserved_buffers
+from madtp.sites.preserved_state import trial_run
 from rewriters.graph.node_record import RowwiseModule
 
 aten = torch.ops.aten
@@ -130,9 +130,7 @@ def find_rowwise(model: nn.Module, call: Call) -> list[RowwiseModule]:
         with (
             torch.no_grad(),
             spelled_out(),
-            torch.random.fork_rng(devices=[]),
-            preserved_attributes(model),
-            preserved_buffers(model),
+            trial_run(model, call.flat()[0]),
             recorder,
         ):
             model(*call.args, **call.kwargs)
@@ -161,7 +159,7 @@ def _rowwise(path: str, module: nn.Module, calls: list[tuple[_Frame, object]]) -
         return None
     leaves = pytree.tree_leaves((calls[0][0].args, calls[0][0].kwargs))
     trial = _Trial(module, first, leaves)
-    with torch.no_grad(), spelled_out(), torch.random.fork_rng(devices=[]), preserved_attributes(module):
+    with torch.no_grad(), spelled_out(), trial_run(module, leaves):
         if not trial.rows_are_independent():
             return None
         with Counter(lambda: False) as counter:

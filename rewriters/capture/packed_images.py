@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.call import Call
-from madtp.calls.compare import drawing_alike
 from madtp.calls.packed_images import Image, ImageRows, PerImageArguments, by_kind, image_results
 from madtp.errors import RewriteError
+from madtp.sites.preserved_state import trial_run
 
 # Sizes of an image are a handful of numbers.
 MOST_SIZES = 4
@@ -93,7 +93,7 @@ def _check(module: nn.Module, call: Call, images: list[Image], per_image: PerIma
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
-        with drawing_alike():
+        with trial_run(module, call.flat()[0]):
             image_results(module, call, images, per_image)
             company = [images[0], *(_other(image) for image in images[1:])]
             image_results(module, per_image.join(call, company), company, per_image)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from madtp.calls.branches import expect
 from madtp.calls.call import Call
-from rewriters.capture.preserved_state import preserved_buffers
+from madtp.sites.preserved_state import trial_run
 
 aten = torch.ops.aten
 # What export would not write itself, so that its own assertions are told from these.
@@ -63,7 +63,7 @@ class ReplayingAnswers(TorchFunctionMode):
 
 def record_answers(model: nn.Module, call: Call) -> Answers:
     """The answers that the model's Python gets on ``call``; empty if it asks nothing."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), preserved_buffers(model), _RecordingAnswers() as recording:
+    with torch.no_grad(), trial_run(model, call.flat()[0]), _RecordingAnswers() as recording:
         model(*call.args, **call.kwargs)
     return {line: tuple(given) for line, given in recording.answers.items()}
 

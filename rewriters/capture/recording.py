@@ -20,6 +20,7 @@ from madtp.calls.modality_tracking import Tracker
 from madtp.calls.objects import CannotFlatten, flattening_error
 from madtp.calls.texts import holds_texts
 from madtp.errors import ExampleInputsError
+from madtp.sites.preserved_state import trial_run
 from rewriters.capture.export import blamed_on_the_inputs
 from rewriters.capture.scope import Region
 
@@ -105,7 +106,7 @@ def record(model: nn.Module, call: Call) -> Recording:
         handles.append(module.register_forward_pre_hook(_enter(path, recording, tracker), with_kwargs=True))
         handles.append(module.register_forward_hook(_leave(path, recording, tracker), always_call=True))
     try:
-        with blamed_on_the_inputs(model), spelled_out(), torch.no_grad(), torch.random.fork_rng(devices=[]), tracker:
+        with blamed_on_the_inputs(model), spelled_out(), torch.no_grad(), trial_run(model, call.flat()[0]), tracker:
             model(*call.args, **call.kwargs)
     finally:
         for handle in handles:

@@ -20,9 +20,9 @@ from madtp.calls.call import Call
 from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.objects import ResultSpec, result_spec_of
+from madtp.sites.preserved_state import preserved_attributes
 from rewriters.capture.decided_comparisons import decided_comparisons
 from rewriters.capture.own_backward import following_functions
-from rewriters.capture.preserved_state import preserved_attributes
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
 from rewriters.capture.quick_shapes import quick_shapes
 from rewriters.capture.quiet import quiet

@@ -20,6 +20,7 @@ from madtp.calls.progress_line import stage
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
 from madtp.pruned import PrunedModel
+from madtp.sites.preserved_state import trial_run
 from rewriters.capture.own_hooks import needed_hooks
 from rewriters.pipeline import RewrittenRegion
 from rewriters.plan.plan import Plan
@@ -93,7 +94,7 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
                 return FailedRegion(region.region.path, str(error))
     if rewritten.whole:
         return None
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), pruned.madtp.dense():
+    with torch.no_grad(), trial_run(pruned, call.flat()[0]), pruned.madtp.dense():
         pruned(*call.args, **call.kwargs)
     pruned.madtp.control.clear_record()
     unpruned = pruned.madtp.report.unpruned[known:]

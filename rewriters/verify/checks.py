@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from madtp.calls.batch import free_batch
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
-from madtp.calls.compare import compare, drawing_alike
+from madtp.calls.compare import compare
 from madtp.errors import RewriteError
 from madtp.programs.program import Program
 from madtp.sites.control import PruningControl
+from madtp.sites.preserved_state import trial_run
 from rewriters.graph.nodes import attribute, example_size
 from rewriters.plan.plan import Plan
 from rewriters.verify.replay import batch_mates_do_not_matter, differences, dropping_equals_hiding, first_sample
@@ -86,16 +87,18 @@ def inactive_equals_original(case: Case) -> None:
 def unpruned(case: Case, call: Call) -> tuple[Any, Any]:
     """What the model and the program with pruning off return for ``call``."""
     with torch.no_grad(), case.control.unpruned():
-        with drawing_alike():
+        leaves = call.flat()[0]
+        with trial_run(case.model, leaves):
             expected = case.model(*call.args, **call.kwargs)
-        with drawing_alike():
-            return expected, case.program.run(case.root, call.flat()[0])
+        with trial_run(case.root, leaves):
+            return expected, case.program.run(case.root, leaves)
 
 
 def pruned_keeps_shapes(case: Case) -> None:
     """With pruning on, outputs have the structure, shapes and dtypes of the original's."""
-    with torch.no_grad():
-        pruned = case.program.run(case.root, case.call.flat()[0])
+    leaves = case.call.flat()[0]
+    with torch.no_grad(), trial_run(case.root, leaves):
+        pruned = case.program.run(case.root, leaves)
     for expected, actual in zip(_captured_outputs(case.program.graph), pytree.tree_leaves(pruned), strict=True):
         if isinstance(expected, Tensor) and tuple(example_size(n) for n in expected.shape) != tuple(actual.shape):
             raise RewriteError(f"an output has shape {tuple(actual.shape)}, the model's has {tuple(expected.shape)}.")

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import sample_dims
 from madtp.calls.call import Call
-from madtp.calls.compare import drawing_alike, relative_difference
+from madtp.calls.compare import relative_difference
 from madtp.errors import RewriteError
 from madtp.programs.program import Program
 from madtp.sites.control import PruningControl
+from madtp.sites.preserved_state import trial_run
 from madtp.tokens.state import kept_positions
 from rewriters.plan.plan import Plan
 
@@ -114,8 +115,9 @@ def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
 
 
 def _run(program: Program, root: nn.Module, call: Call) -> list[Any]:
-    with torch.no_grad(), drawing_alike():
-        return pytree.tree_flatten(program.run(root, call.flat()[0]))[0]
+    leaves = call.flat()[0]
+    with torch.no_grad(), trial_run(root, leaves):
+        return pytree.tree_flatten(program.run(root, leaves))[0]
 
 
 def _survivors(control: PruningControl) -> Forced:
