@@ -42,6 +42,7 @@ class Program:
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
         autocast_dtypes: the dtypes of the original's outputs, by type of autocast; see ``autocast_dtypes.py``.
         own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
+        lost_gradients: parameters and inputs to which the original passes gradients, and the graph does not.
         unshielded: it serves calls without autocast alone.
         padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
@@ -60,6 +61,7 @@ class Program:
     given: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
     own_backward: tuple[str, ...] = ()
+    lost_gradients: tuple[str, ...] = ()
     unshielded: bool = False
     checkpointed_forward: CompiledForward | None = None
     autocast_dtypes: KnownDtypes = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from madtp.calls.objects import on_tensors
 from madtp.calls.packed_images import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.caches_in_place import CachesInPlace
+from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.originals import original_of
 from madtp.programs.program import Program
 from madtp.programs.single_sample import sample_dims_of_one, serving_one_sample, with_doubled_sample
@@ -109,6 +111,13 @@ class ProgramBuilder:
                 program = serving_one_sample(program, self.module, self._without_hooks(), call, expected)
         if call.cache_leaves() or self.inner or self.per_image is not None:
             self._check(program, call)
+        if torch.is_grad_enabled() and not program.own_backward:
+            program.lost_gradients = lost_gradients(
+                self.module,
+                call,
+                lambda own: self._run(self.original(), own, program),
+                partial(self._run_unpruned, program),
+            )
         return program
 
     def original(self) -> nn.Module:
@@ -147,5 +156,10 @@ class ProgramBuilder:
             for at, x in enumerate(call.flat()[0])
         ]
         expected = self.run_original(call.with_leaves(leaves), program)
-        with torch.no_grad(), trial_run(self.host, leaves), self.additions.control.unpruned():
-            compare(expected, program.run(self._without_hooks(), leaves))
+        with torch.no_grad():
+            compare(expected, self._run_unpruned(program, call.with_leaves(leaves)))
+
+    def _run_unpruned(self, program: Program, call: Call) -> object:
+        leaves = call.flat()[0]
+        with trial_run(self.host, leaves), self.additions.control.unpruned():
+            return program.run(self._without_hooks(), leaves)

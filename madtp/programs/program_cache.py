@@ -33,6 +33,7 @@ from madtp.programs.cached_program import (
     without_attributes,
 )
 from madtp.programs.gradient_checkpointing import checkpointed
+from madtp.programs.lost_gradients import lost_gradients_remark
 from madtp.programs.program import Program, Run
 from madtp.programs.program_builder import BuildProgram, ProgramBuilder
 from madtp.programs.single_sample import (
@@ -132,10 +133,12 @@ class ProgramCache:
         Raises:
             Unserved: they are.
         """
-        if program.own_backward and torch.is_grad_enabled():
-            tensors = (*self.module.parameters(), *call.tensors())
-            if any(one.requires_grad for one in tensors):
+        if not (program.own_backward or program.lost_gradients) or not torch.is_grad_enabled():
+            return program
+        if any(one.requires_grad for one in (*self.module.parameters(), *call.tensors())):
+            if program.own_backward:
                 raise Unserved(OWN_BACKWARD.format(", ".join(program.own_backward)))
+            raise Unserved(lost_gradients_remark(program.lost_gradients))
         return program
 
     def require_room(self, cached: Sequence[Program]) -> None:

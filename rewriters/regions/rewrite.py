@@ -19,6 +19,7 @@ from madtp.calls.hooks import without_hooks
 from madtp.calls.progress_line import stage
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
+from madtp.programs.lost_gradients import lost_gradients_remark
 from madtp.pruned import PrunedModel
 from madtp.sites.preserved_state import trial_run
 from rewriters.capture.own_hooks import needed_hooks
@@ -27,7 +28,7 @@ from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
 from rewriters.regions.choice import RewrittenRegions, rewrite_regions
-from rewriters.verify.checks import Case, verify
+from rewriters.verify.checks import Case, note_lost_gradients, verify
 from rewriters.verify.payoff import saving_of, sites_without_payoff
 from rewriters.verify.rounding import is_rounding
 
@@ -92,6 +93,9 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
         except RewriteError as error:
             if not is_rounding(case, partial(_case_in_double_precision, model, pruned, region)):
                 return FailedRegion(region.region.path, str(error))
+        note_lost_gradients(case)
+        if region.program.lost_gradients:
+            pruned.madtp.notes.add(f"in training, {lost_gradients_remark(region.program.lost_gradients)}")
     if rewritten.whole:
         return None
     with torch.no_grad(), trial_run(pruned, call.flat()[0]), pruned.madtp.dense():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
 from madtp.calls.compare import compare
 from madtp.errors import RewriteError
+from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.program import Program
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
@@ -86,12 +88,8 @@ def inactive_equals_original(case: Case) -> None:
 
 def unpruned(case: Case, call: Call) -> tuple[Any, Any]:
     """What the model and the program with pruning off return for ``call``."""
-    with torch.no_grad(), case.control.unpruned():
-        leaves = call.flat()[0]
-        with trial_run(case.model, leaves):
-            expected = case.model(*call.args, **call.kwargs)
-        with trial_run(case.root, leaves):
-            return expected, case.program.run(case.root, leaves)
+    with torch.no_grad():
+        return _run_original(case, call), _run_program(case, call)
 
 
 def pruned_keeps_shapes(case: Case) -> None:
@@ -130,6 +128,26 @@ def _captured_outputs(graph: fx.Graph) -> list[object]:
     outputs = graph.output_node().args[0]
     assert isinstance(outputs, (list, tuple))
     return [n.meta.get("val") if isinstance(n, fx.Node) else None for n in outputs]
+
+
+def note_lost_gradients(case: Case) -> None:
+    """Let the program of a case know which gradients it loses."""
+    if not case.program.own_backward and is_cheap(case):
+        case.program.lost_gradients = lost_gradients(
+            case.model, case.call, partial(_run_original, case), partial(_run_program, case)
+        )
+
+
+def _run_original(case: Case, call: Call) -> object:
+    with trial_run(case.model, call.flat()[0]):
+        result: object = case.model(*call.args, **call.kwargs)
+        return result
+
+
+def _run_program(case: Case, call: Call) -> object:
+    leaves = call.flat()[0]
+    with trial_run(case.root, leaves), case.control.unpruned():
+        return case.program.run(case.root, leaves)
 
 
 CHECKS: tuple[tuple[str, Callable[[Case], None]], ...] = (
