@@ -277,6 +277,10 @@ class ResultSpec:
     numbers: tuple[int | None, ...]
     objects: tuple[ObjectSpec, ...]
 
+    def plain_count(self) -> int:
+        """Return the number of leaves of the result that are not objects."""
+        return self.numbers.count(None)
+
     def paths(self) -> tuple[str, ...]:
         """Return the paths of tensors and sizes in the objects, in order."""
         return tuple(path for spec in self.objects for path in spec.paths())

@@ -13,7 +13,7 @@ from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.call import Call
 from madtp.calls.compare import compare
 from madtp.calls.hooks import without_hooks
-from madtp.calls.objects import on_tensors
+from madtp.calls.objects import ResultSpec, on_tensors, result_spec_of
 from madtp.calls.packed_images import PerImageArguments, per_image_module
 from madtp.errors import CaptureError, ExampleInputsError
 from madtp.programs.caches_in_place import CachesInPlace
@@ -106,16 +106,18 @@ class ProgramBuilder:
         """
         leaves = call.flat()[0]
         if doubled and not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
-            expected = self.run_original(call, program)
-            with torch.no_grad(), trial_run(self.host, leaves), self.additions.control.unpruned():
-                program = serving_one_sample(program, self.module, self._without_hooks(), call, expected)
+            with torch.no_grad():
+                expected, returned = self._run(self.original(), call, program)
+                with trial_run(self.host, leaves), self.additions.control.unpruned():
+                    host = self._without_hooks()
+                    program = serving_one_sample(program, self.module, host, call, expected, returned)
         if call.cache_leaves() or self.inner or self.per_image is not None:
             self._check(program, call)
         if torch.is_grad_enabled() and not program.own_backward:
             program.lost_gradients = lost_gradients(
                 self.module,
                 call,
-                lambda own: self._run(self.original(), own, program),
+                lambda own: self._run(self.original(), own, program)[0],
                 partial(self._run_unpruned, program),
             )
         return program
@@ -127,17 +129,17 @@ class ProgramBuilder:
     def run_original(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
         with torch.no_grad():
-            return self._run(self.original(), call, program)
+            return self._run(self.original(), call, program)[0]
 
     def run_evaluating(self, call: Call, program: Program) -> object:
         """The same in eval mode, which changes no running statistics, with gradients if they are on."""
-        return self._run(self.original().eval(), call, program)
+        return self._run(self.original().eval(), call, program)[0]
 
-    def _run(self, original: nn.Module, call: Call, program: Program) -> object:
+    def _run(self, original: nn.Module, call: Call, program: Program) -> tuple[object, ResultSpec | None]:
+        """What the original returns, objects opened, and how to close them."""
         with trial_run(original, (call.args, call.kwargs)):
             module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
-            result: object = module(*call.args, **call.kwargs)
-        return result
+            return module(*call.args, **call.kwargs), result_spec_of(module)
 
     def _without_hooks(self) -> nn.Module:
         return without_hooks(self.host, self.additions.own_hooks)

@@ -7,7 +7,7 @@ are made of two samples. Where export froze that size, the capture cannot serve 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls.batch import batch_size, sample_dim
 from madtp.calls.call import Call
 from madtp.calls.compare import compare
+from madtp.calls.objects import ResultSpec
 from madtp.errors import CaptureError, RewriteError
 from madtp.programs.compiled_graph import CompiledForward
 from madtp.programs.program import Program
@@ -28,10 +29,12 @@ class SingleSampleProgram(Program):
     """A program of two samples that serves one.
 
     Attributes:
-        halved: by output, the dimensions along which the first half belongs to the sample.
+        kept: the outputs that belong to the sample; others are entries of the other one in lists with an entry for each.
+        halved: by output that is kept, the dimensions along which the first half belongs to the sample.
     """
 
     repeats: ClassVar[int] = 2
+    kept: tuple[int, ...] = ()
     halved: tuple[tuple[int, ...], ...] = ()
 
     def serves(self, leaves: Sequence[object]) -> bool:
@@ -41,9 +44,7 @@ class SingleSampleProgram(Program):
     def outputs(self, forward: CompiledForward, root: nn.Module, leaves: Sequence[object]) -> list[object]:
         """Run the sample twice; returns what the model returns for one."""
         outputs = super().outputs(forward, root, with_doubled_leaves(leaves))
-        for position, dims in enumerate(self.halved):
-            outputs[position] = _first_half(outputs[position], dims)
-        return outputs
+        return [_first_half(outputs[position], dims) for position, dims in zip(self.kept, self.halved, strict=True)]
 
 
 def _first_half(output: object, dims: Sequence[int]) -> object:
@@ -88,7 +89,7 @@ def sample_dims_of_one(leaves: Sequence[object]) -> tuple[int | None, ...] | Non
 
 
 def serving_one_sample(
-    program: Program, module: nn.Module, host: nn.Module, call: Call, expected: object
+    program: Program, module: nn.Module, host: nn.Module, call: Call, expected: object, returned: ResultSpec | None
 ) -> SingleSampleProgram:
     """Make a program of two samples serve one. Pruning has to be off.
 
@@ -97,14 +98,26 @@ def serving_one_sample(
         module: the module that the program was captured from.
         host: the module tree that the program runs on.
         call: a call of one sample.
-        expected: what ``module`` returns for ``call``.
+        expected: what ``module`` returns for ``call``, objects opened.
+        returned: how to close these.
 
     Raises:
         CaptureError: what the program returns for two equal samples does not hold what is expected for one.
     """
-    returned = program.run(host, with_doubled_sample(call).flat()[0])
-    halved = tuple(map(_halved_dims, pytree.tree_leaves(expected), pytree.tree_leaves(returned)))
-    single = SingleSampleProgram(**vars(program), halved=halved)
+    found, spec = pytree.tree_flatten(program.run(host, with_doubled_sample(call).flat()[0]))
+    one, own = pytree.tree_flatten(expected)
+    kept: tuple[int, ...] | None
+    if program.returned is None or returned is None:
+        kept = _leaves_of_one(own, spec)
+    else:
+        kept = _plain_leaves_of_one(returned, program.returned)
+        returned = replace(returned, objects=program.returned.objects)
+        opened = range(program.returned.plain_count(), len(found))
+        kept = None if kept is None else (*kept, *opened)
+    if kept is None or len(kept) != len(one):
+        kept, own, returned = tuple(range(len(found))), program.out_spec, program.returned
+    halved = tuple(_halved_dims(one[place], found[at]) if place < len(one) else () for place, at in enumerate(kept))
+    single = SingleSampleProgram(**{**vars(program), "out_spec": own, "returned": returned}, kept=kept, halved=halved)
     try:
         compare(expected, single.run(host, call.flat()[0]), values=not any(m.training for m in module.modules()))
     except RewriteError as error:
@@ -114,6 +127,39 @@ def serving_one_sample(
             "x.shape[0] where forward says len(x) or int(...)."
         ) from error
     return single
+
+
+def _leaves_of_one(one: pytree.TreeSpec, two: pytree.TreeSpec, start: int = 0) -> tuple[int, ...] | None:
+    """Which leaves of the structure for two samples make up that for one, where lists have entries for each sample.
+
+    Returns:
+        None if the structures differ in another way.
+    """
+    if one == two:
+        return tuple(range(start, start + two.num_leaves))
+    if one.is_leaf() or two.is_leaf() or one.type is not two.type:
+        return None
+    own, both = one.children(), two.children()
+    of_samples = one.type in (list, tuple) and len(both) == 2 * len(own)
+    if not of_samples and (len(both) != len(own) or one.context != two.context):
+        return None
+    kept: list[int] = []
+    for first, second in zip(own, both, strict=False):
+        inside = _leaves_of_one(first, second, start)
+        if inside is None:
+            return None
+        kept += inside
+        start += second.num_leaves
+    return tuple(kept)
+
+
+def _plain_leaves_of_one(one: ResultSpec, two: ResultSpec) -> tuple[int, ...] | None:
+    """The same for results that hold objects: which of the leaves that are none."""
+    kept = _leaves_of_one(one.spec, two.spec)
+    if kept is None or one.numbers != tuple(two.numbers[at] for at in kept):
+        return None
+    plain = [at for at, number in enumerate(two.numbers) if number is None]
+    return tuple(plain.index(at) for at in kept if two.numbers[at] is None)
 
 
 def _halved_dims(one: object, two: object) -> tuple[int, ...]:

@@ -68,3 +68,58 @@ def test_what_couples_the_samples_is_refused() -> None:
     pruned = madtp.rewrite(Contrasting().eval(), (images(2, 0),))
     with pytest.raises(CaptureError, match="froze its batch size"):
         pruned(images(1, 0))
+
+
+class Kept:
+    """An object that is returned beside the features."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+
+class Listing(Looping):
+    """Returns a list with an entry for each sample, in a dict, and beside an object if it remembers."""
+
+    def __init__(self, remembers: bool) -> None:
+        super().__init__()
+        self.remembers = remembers
+
+    def forward(self, x: Tensor) -> dict[str, object]:  # type: ignore[override]
+        found, pairs = super().forward(x)
+        result = {"features": [*found], "nested": ({"rows": tuple(row * 2 for row in found)}, pairs)}
+        return {"kept": Kept(found + 1), **result} if self.remembers else result
+
+
+class Sorting(Looping):
+    """Lists first the features of all samples, then their negatives."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        found, _ = super().forward(x)
+        return [*found, *(-found)]
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+@torch.no_grad()
+def test_lists_with_an_entry_for_each_sample(remembers: bool) -> None:
+    model = Listing(remembers).eval()
+    pruned = madtp.rewrite(model, (images(2, 0),))
+    alone = images(2, 0)[1:]
+    with pruned.dense():
+        wanted, found = model(alone), pruned(alone)
+    assert list(found) == list(wanted)
+    assert len(found["features"]) == 1
+    assert gap(wanted["features"][0], found["features"][0]) < 1e-5
+    assert isinstance(found["nested"][0]["rows"], tuple)
+    assert gap(wanted["nested"][0]["rows"][0], found["nested"][0]["rows"][0]) < 1e-5
+    assert found["nested"][1].shape == (1, 1)
+    if remembers:
+        assert gap(wanted["kept"].tokens, found["kept"].tokens) < 1e-5
+    both = pruned(images(2, 0))
+    assert gap(both["features"][1], pruned(alone)["features"][0]) < 1e-4
+    assert not pruned.report.unpruned
+
+
+def test_lists_in_another_order_are_refused() -> None:
+    pruned = madtp.rewrite(Sorting().eval(), (images(2, 0),))
+    with pytest.raises(CaptureError, match="froze its batch size"):
+        pruned(images(1, 0))
