@@ -8,12 +8,13 @@ are where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -85,6 +86,18 @@ class Tracker(TorchFunctionMode):
         for tensor in inputs:
             if not _is_mask(tensor):
                 self._tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Leave the mode inside the block, if it is the innermost one: it would be asked about every operation."""
+        if _get_current_function_mode() is not self:
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def modalities(self, leaf: object) -> frozenset[str] | None:
         """Return the modalities that a floating tensor carries; None for any other leaf."""

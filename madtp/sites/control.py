@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -194,15 +194,19 @@ class PruningControl:
 
     @contextmanager
     def in_program(self) -> Iterator[None]:
-        """Enter a program of a region, whose multiply-accumulates its own table counts."""
-        with self._within(replace(self.scope, programs=self.scope.programs + 1)):
+        """Enter a program of a region, whose multiply-accumulates its own table counts, and whose values nobody follows."""
+        tracker = self.scope.tracker
+        unfollowed = nullcontext() if tracker is None else tracker.set_aside()
+        with self._within(replace(self.scope, programs=self.scope.programs + 1)), unfollowed:
             yield
 
     @contextmanager
     def following(self, inputs: Iterable[Tensor]) -> Iterator[None]:
-        """Follow what the host computes from ``inputs``, outside of programs."""
-        tracker = Tracker(inputs, paused=lambda: self.scope.programs > 0)
-        with self._within(replace(self.scope, tracker=tracker)), tracker:
+        """Follow what the host computes from ``inputs``, outside of programs. Without images, nothing is followed."""
+        given = list(inputs)
+        images = any(x.is_floating_point() for x in given)
+        tracker = Tracker(given if images else (), paused=lambda: self.scope.programs > 0)
+        with self._within(replace(self.scope, tracker=tracker)), tracker if images else nullcontext():
             yield
 
     @contextmanager
