@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
+from madtp.calls.double_precision import in_double_precision
 from madtp.calls.hooks import without_hooks
 from madtp.calls.progress_line import stage
 from madtp.config import PruningConfig
@@ -119,9 +120,9 @@ def _case(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Cas
 
 def _case_in_double_precision(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Case:
     """The case of copies in double precision."""
-    leaves = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in region.call.flat()[0]]
-    exact = replace(region, call=region.call.with_leaves(leaves))
-    return _case(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), exact)
+    # Copied together, they go on sharing their parameters.
+    exact_model, exact_pruned = copy.deepcopy((model, pruned))
+    return _case(exact_model.double(), exact_pruned.double(), replace(region, call=in_double_precision(region.call)))
 
 
 def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, config: PruningConfig) -> None:
