@@ -27,6 +27,7 @@ from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
 from rewriters.regions.choice import RewrittenRegions, rewrite_regions
+from rewriters.regions.fault import region_at_fault
 from rewriters.verify.checks import Case, verify
 from rewriters.verify.payoff import saving_of, sites_without_payoff
 from rewriters.verify.rounding import is_rounding
@@ -102,6 +103,9 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
         return None
     if any(unpruned[0].called == region.region.path for region in rewritten.regions):
         return FailedRegion(unpruned[0].called, str(unpruned[0]))
+    at_fault = region_at_fault(pruned, [region.region.path for region in rewritten.regions], call)
+    if at_fault is not None:
+        return FailedRegion(at_fault, unpruned[0].reason)
     raise RewriteError(f"the rewritten regions do not fit the model. {unpruned[0]}")
 
 
