@@ -30,7 +30,7 @@ from madtp.errors import (
     RewriteError,
 )
 from madtp.programs.compiled_graph import compile_graph
-from madtp.programs.program import Program
+from madtp.programs.program import Program, without_gradients
 from madtp.sites.additions import PREFIX
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.canonicalise.passes import canonicalise
@@ -39,6 +39,8 @@ from rewriters.capture.mixture_of_experts_op import call_rowwise_modules
 from rewriters.capture.scope import Region
 from rewriters.detect.streams import detect
 from rewriters.detect.structure import Structure
+from rewriters.graph.functional import writes
+from rewriters.graph.node_record import record
 from rewriters.graph.nodes import AxisError, module_path
 from rewriters.insert.insert import insert
 from rewriters.insert.kv_cache import hide_dead
@@ -266,6 +268,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
     padded = pack(insertion, request.config)
     constants = _place_constants(graph, captured, request)
     call_rowwise_modules(graph)
+    _write_without_gradients(graph)
     lift(graph, request.model)
     _name_from_root(graph, region)
     return Program(
@@ -283,6 +286,13 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
         own_backward=captured.own_backward,
         unshielded=captured.unshielded,
     )
+
+
+def _write_without_gradients(graph: fx.Graph) -> None:
+    """Let what the model writes in code without gradients be written so: autograd lets nothing else write to parameters."""
+    for node in graph.nodes:
+        if writes(node) and record(node).without_gradients:
+            node.args, node.target = (node.target, *node.args), without_gradients
 
 
 def _name_from_root(graph: fx.Graph, region: Region) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from madtp.calls.call import Signature
+from madtp.calls.double_precision import LESS
 from madtp.calls.hooks import HookedModules
 from madtp.programs.program import Program
 
@@ -42,6 +44,14 @@ def without_attributes(kind: Signature, places: Collection[int]) -> Signature:
     """Return a signature without some attributes of modules."""
     kept = tuple([value for at, value in enumerate(kind.modules.attributes) if at not in places])
     return replace(kind, modules=kind.modules._replace(attributes=kept))
+
+
+def doubled(kind: Signature) -> Signature:
+    """Return the signature of calls that are in double precision, of a model that is."""
+    less = {str(dtype) for dtype in LESS}
+    leaves = tuple([one._replace(kind=str(torch.float64)) if one.kind in less else one for one in kind.leaves])
+    dtypes = tuple([torch.float64 if one in LESS else one for one in kind.modules.dtypes])
+    return replace(kind, leaves=leaves, modules=kind.modules._replace(dtypes=dtypes))
 
 
 def differs_in_attributes(one: Signature, other: Signature) -> bool:

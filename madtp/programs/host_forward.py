@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from madtp.calls.agreement import Run, differ_by_rounding, require_agreement
 from madtp.calls.call import Call, Signature, normalise_call, signature
-from madtp.calls.compare import compare
+from madtp.calls.double_precision import DoublePrecision, in_double_precision
 from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind
+from madtp.calls.stored_tensors import Entry, StoredTensors, put_others
 from madtp.cost.counting import Counter
-from madtp.errors import ExampleInputsError, ExportError, MadtpError
+from madtp.errors import ExampleInputsError, ExportError, MadtpError, RewriteError
 from madtp.programs.cached_program import without_attributes
 from madtp.programs.notes import Notes
+from madtp.programs.program_cache import ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.additions import PREFIX
 from madtp.sites.control import PruningControl
@@ -25,6 +30,10 @@ from madtp.sites.preserved_state import trial_run
 
 REMEMBERED = 256
 """Number of call signatures whose MACs outside the regions are remembered."""
+COLLECTED = "It collects values from the inside of a rewritten region; leave the option that asks for them out."
+Forward: TypeAlias = Callable[[tuple[object, ...], Mapping[str, object]], object]
+LARGEST = 1e9
+"""Number of parameters up to which a copy in double precision is made to tell rounding from a fault."""
 
 
 class HostForward(ReplacedForward):
@@ -32,9 +41,10 @@ class HostForward(ReplacedForward):
 
     A model that collects values from the inside of a region would miss them. So the first call of each kind (structure,
     constants, training flags, dtypes) is run twice with pruning off, by the original and by the regions. Where the results
-    differ, calls of that kind run as the original does from then on.
+    differ by more than rounding, calls of that kind run as the original does from then on.
 
     Attributes:
+        programs: the programs of the regions.
         follows_features: a region has to be told the positions of image features, so what the host computes is followed.
         agreements: by kind of call, whether the regions reproduce the original.
         outside_macs: by call signature, the multiply-accumulates per sample that run outside the regions.
@@ -44,6 +54,7 @@ class HostForward(ReplacedForward):
         super().__init__(host)
         self.control, self.notes = control, notes
         self.module_states = ModuleStates(self.module, without=PREFIX)
+        self.programs: list[ProgramCache] = []
         self.follows_features = False
         self.agreements: dict[Signature, bool] = {}
         self.outside_macs: dict[Signature, float] = {}
@@ -127,22 +138,94 @@ class HostForward(ReplacedForward):
         return result
 
     def _agrees(self, call: Call) -> bool:
-        """Whether regions reproduce the original on ``call`` with pruning off."""
+        """Whether regions reproduce the original on ``call`` with pruning off; a note says so if they do not."""
+        found = self.disagreement(call)
+        if found is not None:
+            self.notes.unpruned(type(self.module).__name__, found)
+        return found is None
+
+    def disagreement(self, call: Call) -> str | None:
+        """How regions differ from the original on ``call`` with pruning off; None if they reproduce it."""
+        evaluates = not any(m.training for m in self.module.modules())
         try:
-            results = []
-            for run in (self._by_original, self._by_regions):
-                own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
-                with torch.no_grad(), trial_run(self.module, (own.args, own.kwargs)), self.control.unpruned():
-                    results.append(run(own.args, own.kwargs))
-            compare(*results, values=not any(m.training for m in self.module.modules()))
+            original, regions = self._unpruned_runs(call)
+            require_agreement(original, regions, values=evaluates)
         except MadtpError as error:
-            self.notes.unpruned(
-                type(self.module).__name__,
-                f"{error} It collects values from the inside of a "
-                "rewritten region; leave the option that asks for them out.",
-            )
+            differs = isinstance(error, RewriteError) and not isinstance(error, _RegionsFail)
+            if evaluates and differs and self._differ_by_rounding(call):
+                return None
+            return f"{error} {COLLECTED}"
+        return None
+
+    def _differ_by_rounding(self, call: Call) -> bool:
+        """Whether regions and the original differ on ``call`` by rounding: they agree in double precision."""
+        large = sum(one.numel() for one in self.module.parameters()) > LARGEST
+        if large or any(x.dtype == torch.float64 for x in call.tensors()):
             return False
-        return True
+        try:
+            exact = self._in_double_precision()
+            with exact.control.call():
+                truth, exact_regions = exact._unpruned_runs(in_double_precision(call))
+                with DoublePrecision():
+                    require_agreement(truth, exact_regions)
+                return differ_by_rounding(truth, *self._unpruned_runs(call))
+        except Exception:  # a fault; or a model that cannot be run in double precision, of which nothing is known then
+            return False
+
+    def _in_double_precision(self) -> HostForward:
+        """The forward of a copy of the host in double precision, with the same programs."""
+        exact = copy.deepcopy(self)
+        exact.module.double()
+        exact.notes.strict = True  # a region that runs as the original does would agree with it in any case
+        for programs in exact.programs:
+            programs.serve_double_precision()
+        return exact
+
+    def _unpruned_runs(self, call: Call) -> tuple[Run, Run]:
+        """Run the original, and the regions with pruning off, on ``call``.
+
+        Where modules store tensors, each run finds other ones than any run has left there.
+        """
+        modules = [one for path, one in self.module.named_modules() if path.partition(".")[0] != PREFIX]
+        stored = StoredTensors(modules)
+        changed: list[Entry] = []
+
+        def run(forward: Forward) -> object:
+            own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
+            with torch.no_grad(), trial_run(self.module, (own.args, own.kwargs)), self.control.unpruned():
+                put_others(changed)
+                result = forward(own.args, own.kwargs)
+                changed.extend(() if changed else stored.changed())
+                return result
+
+        original = partial(run, self._by_original)
+        expected = original()
+        regions = _blaming_regions(partial(run, self._by_regions))
+        return original if changed else _starting_with(expected, original), regions
+
+
+class _RegionsFail(RewriteError):
+    """The model misses something that a region does not leave behind."""
+
+
+def _blaming_regions(run: Run) -> Run:
+    """A run that fails with an error of ours."""
+
+    def blaming() -> object:
+        try:
+            return run()
+        except MadtpError:
+            raise
+        except Exception as error:
+            raise _RegionsFail(f"with regions in it, it fails: {type(error).__name__}: {error}.") from error
+
+    return blaming
+
+
+def _starting_with(result: object, run: Run) -> Run:
+    """A run that gives a result that is known at first."""
+    known = [result]
+    return lambda: known.pop() if known else run()
 
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:

@@ -36,13 +36,16 @@ def lost_gradients(
     leaves = [_leaf(x) for x in call.flat()[0]]
     named |= {id(x): f"input {at}" for at, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
     # Some models write to their inputs, which autograd allows for results alone.
-    own = call.with_leaves([x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves])
+    own = call.with_leaves([x.clone() if isinstance(x, Tensor) and x.requires_grad else x for x in leaves])
     with torch.enable_grad(), without_saved_tensors_hooks():
         try:
             expected = _reached(original(own))
         except Exception:  # a model for inference alone
             return ()
-        found = _reached(program(own))
+        try:
+            found = _reached(program(own))
+        except RuntimeError:  # autograd refuses what the graph does
+            found = set()
     return tuple(name for key, name in named.items() if key in expected and key not in found)
 
 

@@ -123,6 +123,12 @@ def _same_tensor(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
+def without_gradients(operation: Callable[..., Result], *args: object, **kwargs: object) -> Result:
+    """Run an operation that writes to a tensor, such as a parameter, as in a block of code without gradients."""
+    with torch.no_grad():
+        return operation(*args, **kwargs)
+
+
 def without_autocast(operation: Callable[..., Result], device_type: str, *args: object, **kwargs: object) -> Result:
     """``operation(*args, **kwargs)`` at the precision of its operands, whatever autocast is around it."""
     with torch.autocast(device_type, enabled=False):

@@ -30,6 +30,7 @@ from madtp.programs.cached_program import (
     Unserved,
     classes_of,
     differs_in_attributes,
+    doubled,
     without_attributes,
 )
 from madtp.programs.gradient_checkpointing import checkpointed
@@ -238,6 +239,12 @@ class ProgramCache:
         """Keep a program that was built elsewhere, as the one for calls like ``call``."""
         self._bind(program)
         self._remember(program, call.flattened(self.sizes))
+
+    def serve_double_precision(self) -> None:
+        """Let the programs serve calls in double precision from now on: the module has become so."""
+        self.entries = {
+            serial: replace(entry, signature=doubled(entry.signature)) for serial, entry in self.entries.items()
+        }
 
     def _bind(self, program: Program) -> None:
         """Give a program the sizes and constants that it needs to run."""

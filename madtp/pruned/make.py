@@ -104,4 +104,5 @@ def replace_forward(
         handle.forward_of_host = HostForward(pruned, control, notes)
     if isinstance(handle.forward_of_host, HostForward):
         handle.forward_of_host.follows_features |= bool(embeddings)
+        handle.forward_of_host.programs.append(programs)
     return programs

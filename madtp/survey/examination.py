@@ -11,12 +11,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import madtp
-from madtp.calls.compare import rounds_alike
+from madtp.calls.agreement import differ_by_rounding
 from madtp.errors import CaptureError, LeftAloneError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
@@ -161,10 +162,11 @@ def _exact_identity(model: nn.Module, pruned: PrunedModel, batches: Sequence[Inp
     exact_model, exact_pruned = copy.deepcopy(model).double(), copy.deepcopy(pruned).double()
     errors = []
     for given in batches:
-        truth = _outputs(exact_model, _doubled(given))
-        if not rounds_alike(truth, _outputs(model, given), _outputs(pruned, given)):
+        truth = partial(_outputs, exact_model, _doubled(given))
+        if not differ_by_rounding(truth, partial(_outputs, model, given), partial(_outputs, pruned, given)):
             return float("inf")
-        errors.append(relative_error(truth, _outputs(exact_pruned, _doubled(given))))
+        with exact_pruned.madtp.dense():  # the block around this call does not hold for copies
+            errors.append(relative_error(truth(), _outputs(exact_pruned, _doubled(given))))
     return max(errors)
 
 

@@ -8,13 +8,14 @@ if a graph is captured under autocast. Otherwise it serves calls without autocas
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from madtp.programs.program import without_autocast
+from rewriters.graph.node_record import record, set_record
 from rewriters.graph.nodes import attribute
 
 GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
@@ -72,6 +73,9 @@ def _inline(module: fx.GraphModule, node: fx.Node, *, shielding: bool) -> None:
                     casting.cast_inputs(env[one])
                 if not gradients and shielding and _name(one) in CAST:
                     _shield(env[one], str(node.args[0]))
+                if gradients and node.args[0] is False:
+                    env[one].meta = dict(one.meta)
+                    set_record(env[one], replace(record(one), without_gradients=True))
         if gradients and node.args[0] is False:
             results = fx.map_arg(results, lambda n: _detached(graph, n))
     for user in list(node.users):

@@ -60,6 +60,7 @@ class NodeRecord:
         special_cut: Whether a slice separates learned tokens from those behind them.
         site_attention: Whether a module call computes the attention of a site's block.
         nearest_miss: Where the search for a known pattern that starts at the node came farthest and failed.
+        without_gradients: Whether the model computes it in a block of code without gradients.
         recomputed: The node over surviving tokens whose values the operation computes once more for all tokens.
     """
 
@@ -72,6 +73,7 @@ class NodeRecord:
     site_attention: bool = False
     nearest_miss: Miss | None = None
     recomputed: fx.Node | None = None
+    without_gradients: bool = False
 
 
 NOTHING_RECORDED = NodeRecord()

@@ -31,12 +31,12 @@ CONCATENATIONS = frozenset("cat concat".split())
 # Each entry of the result depends on the entries at the same (broadcast) place of the operands only.
 ELEMENTWISE = frozenset(
     """
-abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip
-clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 fill floor floor_divide fmod full_like
-ge gelu gt hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and logical_not logical_or
-logical_xor lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar pow reciprocal relu relu6
-remainder round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tan tanh true_divide where xlogy
-zeros_like __and__ __or__ __xor__
+abs add addcmul alias angle atan2 bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min
+clip clone complex contiguous copysign cos detach div dropout elu eq erf exp expm1 fill floor floor_divide fmod
+full_like ge gelu gt hardsigmoid hardswish hardtanh isinf isnan le leaky_relu lerp log log1p log2 logical_and
+logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mod mul nan_to_num ne neg ones_like polar
+pow reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid sign silu sin softplus special_logit sqrt square sub
+tan tanh true_divide where xlogy zeros_like __and__ __or__ __xor__
 """.split()
 )
 # Tensors of one number, or of none: of an operand they read type, device and shape.

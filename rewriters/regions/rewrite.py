@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
+from madtp.calls.double_precision import in_double_precision
 from madtp.calls.hooks import without_hooks
 from madtp.calls.progress_line import stage
 from madtp.config import PruningConfig
@@ -28,6 +29,7 @@ from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
 from rewriters.regions.choice import RewrittenRegions, rewrite_regions
+from rewriters.regions.fault import region_at_fault
 from rewriters.verify.checks import Case, note_lost_gradients, verify
 from rewriters.verify.payoff import saving_of, sites_without_payoff
 from rewriters.verify.rounding import is_rounding
@@ -106,6 +108,9 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
         return None
     if any(unpruned[0].called == region.region.path for region in rewritten.regions):
         return FailedRegion(unpruned[0].called, str(unpruned[0]))
+    at_fault = region_at_fault(pruned, [region.region.path for region in rewritten.regions], call)
+    if at_fault is not None:
+        return FailedRegion(at_fault, unpruned[0].reason)
     raise RewriteError(f"the rewritten regions do not fit the model. {unpruned[0]}")
 
 
@@ -124,9 +129,9 @@ def _case(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Cas
 
 def _case_in_double_precision(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Case:
     """The case of copies in double precision."""
-    leaves = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in region.call.flat()[0]]
-    exact = replace(region, call=region.call.with_leaves(leaves))
-    return _case(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), exact)
+    # Copied together, they go on sharing their parameters.
+    exact_model, exact_pruned = copy.deepcopy((model, pruned))
+    return _case(exact_model.double(), exact_pruned.double(), replace(region, call=in_double_precision(region.call)))
 
 
 def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, config: PruningConfig) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from madtp.calls.agreement import Run, require_agreement
 from madtp.calls.batch import free_batch
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
-from madtp.calls.compare import compare
 from madtp.errors import RewriteError
 from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.program import Program
@@ -56,6 +55,10 @@ class Case:
     call: Call
     plan: Plan
 
+    def macs(self) -> float:
+        """Multiply-accumulates per sample with pruning off."""
+        return sum(self.program.cost.price(self.call.flat()[0], {}, False).values())
+
 
 def graph_is_sound(case: Case) -> None:
     """The graph is well formed and names only modules and parameters that exist."""
@@ -72,24 +75,28 @@ def inactive_equals_original(case: Case) -> None:
     """With pruning off, the program computes what the model computes, for the example's batch and for one sample."""
     if any(m.training for m in case.model.modules()):
         return
-    expected, actual = unpruned(case, case.call)
-    compare(expected, actual)
+    original, rewritten = unpruned_runs(case, case.call)
+    require_agreement(original, rewritten)
     if is_cheap(case) and _batch_is_free(case):
-        alone, actual = unpruned(case, first_sample(case.call))
+        original_alone, rewritten_alone = unpruned_runs(case, first_sample(case.call))
         try:
-            compare(alone, actual)
+            require_agreement(original_alone, rewritten_alone)
         except RewriteError:
-            coupled = differences(pytree.tree_leaves(alone), pytree.tree_leaves(expected))
+            coupled = differences(pytree.tree_leaves(original_alone()), pytree.tree_leaves(original()))
             if not coupled:
                 raise
             position, error = next(iter(coupled.items()))
             raise RewriteError(COUPLED.format(position, error)) from None
 
 
-def unpruned(case: Case, call: Call) -> tuple[Any, Any]:
-    """What the model and the program with pruning off return for ``call``."""
-    with torch.no_grad():
-        return _run_original(case, call), _run_program(case, call)
+def unpruned_runs(case: Case, call: Call) -> tuple[Run, Run]:
+    """Run the model, and the program with pruning off, on ``call``, without gradients."""
+
+    def run(one: Callable[[Case, Call], object]) -> object:
+        with torch.no_grad():
+            return one(case, call)
+
+    return partial(run, _run_original), partial(run, _run_program)
 
 
 def pruned_keeps_shapes(case: Case) -> None:
@@ -114,13 +121,24 @@ def decisions_hold(case: Case) -> None:
 
 def is_cheap(case: Case) -> bool:
     """Whether the model is small enough to be run more often."""
-    return sum(case.program.cost.price(case.call.flat()[0], {}, False).values()) < EXPENSIVE
+    return case.macs() < EXPENSIVE
 
 
 def _batch_is_free(case: Case) -> bool:
-    """Whether the first sample can be cut out of the call, and the model's Python goes the same way for one sample."""
-    free = free_batch(case.program.dynamic, case.call.flat()[0])
-    return free and case.program.serves(first_sample(case.call).flat()[0])
+    """Whether the first sample can be cut out of the call, and the model takes it and its Python goes the same way for it."""
+    if not free_batch(case.program.dynamic, case.call.flat()[0]):
+        return False
+    alone = first_sample(case.call)
+    return case.program.serves(alone.flat()[0]) and _takes(case, alone)
+
+
+def _takes(case: Case, call: Call) -> bool:
+    """Whether the model itself runs on ``call``: group norms of one position refuse a single sample."""
+    try:
+        unpruned_runs(case, call)[0]()
+    except Exception:
+        return False
+    return True
 
 
 def _captured_outputs(graph: fx.Graph) -> list[object]:

@@ -81,3 +81,8 @@ def test_what_is_as_near_to_the_exact_result_rounds_alike() -> None:
 @pytest.mark.parametrize("own", [_off(4e-3), _off(NAN), {"a": EXACT["a"].float()}])
 def test_what_is_farther_from_the_exact_result_does_not(own: dict[str, Tensor]) -> None:
     assert not rounds_alike(EXACT, _off(1e-3), own)
+
+
+def test_what_is_within_the_tolerance_rounds_alike_however_near_the_original_is() -> None:
+    assert rounds_alike(EXACT, _off(0.0), _off(5e-5))
+    assert not rounds_alike(EXACT, _off(0.0), _off(1e-3))

@@ -118,6 +118,20 @@ def test_what_a_rewrite_tries_out_leaves_no_trace(write: str, by_regions: bool) 
     assert not pruned.report.unpruned
 
 
+@pytest.mark.parametrize("write", ["parameters", "data", "buffers"])
+def test_a_model_that_writes_without_gradients_trains(write: str) -> None:
+    torch.manual_seed(0)
+    model, pixels = lively(Writing(WRITES[write], by_regions=False)), torch.randn(3, 3, 32, 32)
+    pruned = madtp.rewrite(model, (pixels,), config=madtp.PruningConfig(alignment_tokens=4))
+    own = copy.deepcopy(model)
+    own(pixels).sum().backward()
+    with pruned.dense():
+        pruned(pixels).sum().backward()
+    for name, parameter in own.named_parameters():
+        torch.testing.assert_close(pruned.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    assert not pruned.report.unpruned
+
+
 def test_a_trial_restores_views_and_tensors_that_share_memory() -> None:
     model, memory = nn.Linear(4, 4), torch.arange(8.0)
     model.tied, model.part = model.weight, memory[2:4]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import survey_models
 import torch
+from detection_hosts import Detector, detector
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -313,6 +314,13 @@ def test_what_differs_in_single_precision_is_measured_in_double(monkeypatch: pyt
     assert examination.independence(model, model, {"x": torch.zeros(2, 2)}) == 1e-15  # type: ignore[arg-type]
     assert seen == [torch.float32, torch.float64]
     assert model.weight.dtype == torch.float32
+
+
+def test_what_a_ranking_exchanges_is_no_error() -> None:
+    found = examine("detector", lambda: detector(Detector))
+    assert found.outcome == "rewritten"
+    assert found.identity is not None
+    assert found.identity < 1e-10
 
 
 def test_training_at_a_smaller_rate_counts_where_larger_steps_overshoot(monkeypatch: pytest.MonkeyPatch) -> None:
