@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from madtp.programs.program import without_autocast
+from rewriters.graph.functional import writes
 from rewriters.graph.node_record import record, set_record
-from rewriters.graph.nodes import attribute
+from rewriters.graph.nodes import attribute, operand
 
 GRADIENTS, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 # Operations that autocast runs in lower precision.
@@ -154,7 +155,11 @@ def _shield(node: fx.Node, device_type: str) -> None:
 
 
 def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    while writes(node):  # what was written to has the gradients that it had
+        node = operand(node)
     if not isinstance(node.meta.get("val"), torch.Tensor):
+        return node
+    if node.op in ("get_attr", "placeholder"):
         return node
     new = graph.call_function(torch.ops.aten.detach.default, (node,))
     new.meta = dict(node.meta)
