@@ -27,6 +27,7 @@ from rewriters.graph.walk import behind, is_not_size, operand_chain, walk
 # Layers with learned weights, and where their channels come out; what may lie between one and weights of tokens.
 CHANNELS = {"linear": -1, "conv1d": 1, "conv2d": 1}
 _TO_WEIGHTS = VIEWS | PERMUTATIONS | KEEPS_VALUES | SCALINGS | SOFTMAXES | {"add", "shares"}
+_IDS = frozenset((torch.int32, torch.int64))
 # How pixels become patches.
 _PATCHES = CONVOLUTIONS | {"convolution", "unfold", "im2col"}
 
@@ -35,15 +36,31 @@ def stream_modality(head: fx.Node) -> str:
     """ "text" if the stream descends from token ids, "image" if from pixels or features, "joint" if from both, else
     "query"."""
     origins = list(value_ancestors(head))
-    inputs = [n for n in origins if n.op == "placeholder" and n.meta["val"].dtype.is_floating_point]
+    inputs = [n for n in origins if n.op == "placeholder"]
     # What goes into a region was followed through a run; what goes into a whole model is pixels or features.
-    carried = frozenset().union(*(_modalities_of(n) for n in inputs))
+    carried = frozenset().union(*(_modalities_of(n) for n in inputs if n.meta["val"].dtype.is_floating_point))
     calls = [n for n in origins if n.op == "call_function"]
-    text = "text" in carried or any(op_name(n) == "embedding" and _reads_ids(n) for n in calls)
-    image = "image" in carried or any(op_name(n) in _PATCHES for n in calls)
+    text = "text" in carried or any(_looks_words_up(n) for n in calls)
+    image = "image" in carried or any(op_name(n) in _PATCHES and not _mixes_words(n) for n in calls)
     if text and image:
         return "joint"
-    return "text" if text else "image" if image else "query"
+    if text or image:
+        return "text" if text else "image"
+    # Words may be looked up by indexing, or by a product with a row of zeros and a one.
+    dtypes = {n.meta["val"].dtype for n in inputs}
+    return "text" if dtypes & _IDS else "image" if torch.uint8 in dtypes else "query"
+
+
+def _looks_words_up(node: fx.Node) -> bool:
+    return op_name(node) == "embedding" and _reads_ids(node)
+
+
+def _mixes_words(convolution: fx.Node) -> bool:
+    """Whether a convolution runs over words, not over pixels."""
+    origins = list(value_ancestors(convolution))
+    if any(n.op == "placeholder" and n.meta["val"].dtype.is_floating_point for n in origins):
+        return False
+    return any(n.op == "call_function" and _looks_words_up(n) for n in origins)
 
 
 def _modalities_of(value: fx.Node) -> frozenset[str]:
