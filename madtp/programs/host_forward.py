@@ -17,6 +17,7 @@ from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError, ExportError, MadtpError
 from madtp.programs.cached_program import without_attributes
+from madtp.programs.deferred import settled
 from madtp.programs.notes import Notes
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.additions import PREFIX
@@ -35,6 +36,7 @@ class HostForward(ReplacedForward):
 
     Attributes:
         follows_features: a region has to be told the positions of image features, so what the host computes is followed.
+        chained: a region is a chain of blocks that the host calls one after the other.
         agreements: by kind of call, whether the regions reproduce the original.
         outside_macs: by call signature, the multiply-accumulates per sample that run outside the regions.
     """
@@ -44,6 +46,7 @@ class HostForward(ReplacedForward):
         self.control, self.notes = control, notes
         self.module_states = ModuleStates(self.module, without=PREFIX)
         self.follows_features = False
+        self.chained = False
         self.agreements: dict[Signature, bool] = {}
         self.outside_macs: dict[Signature, float] = {}
 
@@ -69,6 +72,7 @@ class HostForward(ReplacedForward):
                 control.begin_program()
                 control.record.batch = call.samples()
                 result = self._counted(described, kind, args, kwargs)
+            result = settled(result)  # the host may leave a chain of blocks before its last one
         self._ignore_own_changes(kind.modules)
         return result
 
@@ -128,11 +132,11 @@ class HostForward(ReplacedForward):
     def _agrees(self, call: Call) -> bool:
         """Whether regions reproduce the original on ``call`` with pruning off."""
         try:
-            results = []
+            results, before = [], set(self.control.scope.interrupted)
             for run in (self._by_original, self._by_regions):
                 own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
                 with torch.no_grad(), drawing_alike(), self.control.unpruned():
-                    results.append(run(own.args, own.kwargs))
+                    results.append(settled(run(own.args, own.kwargs)))
             compare(*results, values=not any(m.training for m in self.module.modules()))
         except MadtpError as error:
             self.notes.unpruned(
@@ -141,7 +145,12 @@ class HostForward(ReplacedForward):
                 "rewritten region; leave the option that asks for them out.",
             )
             return False
-        return True
+        interrupted = self.control.scope.interrupted - before
+        if interrupted:
+            self.notes.unpruned(
+                type(self.module).__name__, f"{', '.join(sorted(interrupted))} do not run as one there."
+            )
+        return not interrupted
 
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:

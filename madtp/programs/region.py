@@ -104,7 +104,7 @@ class PrunedRegion(ReplacedForward):
             told = self._with_image_positions(call)
             if told is None:
                 raise ExportError(
-                    f"it cannot be followed where image features are written among the tokens of {self.programs.path}."
+                    f"it cannot be followed where image features are written among the tokens of {self.programs.name}."
                 )
             call = told
         with self.control.in_program():
@@ -127,7 +127,7 @@ class PrunedRegion(ReplacedForward):
     def _cannot_continue(self) -> ContinuationError:
         self.prunes_caches = False
         return ContinuationError(
-            f"{self.programs.path} was to go on from what a pruned call has kept, and no program can be made for this call: "
+            f"{self.programs.name} was to go on from what a pruned call has kept, and no program can be made for this call: "
             f"{self.failure or 'too many others could not be made'}. Start again; tokens are no longer pruned there in calls "
             "that keep something for later ones."
         )
@@ -181,4 +181,4 @@ class PrunedRegion(ReplacedForward):
         yield built
 
     def _note(self, reason: str) -> None:
-        self.notes.unpruned(self.programs.path or type(self.module).__name__, reason)
+        self.notes.unpruned(self.programs.name, reason)

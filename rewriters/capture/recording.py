@@ -17,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.modality_tracking import Tracker
-from madtp.calls.objects import CannotFlatten, flattening_error
+from madtp.calls.objects import CannotFlatten, flattening_error, object_kind
 from madtp.calls.texts import holds_texts
 from madtp.errors import ExampleInputsError
 from rewriters.capture.export import blamed_on_the_inputs
+from rewriters.capture.readers import Readers
 from rewriters.capture.scope import Region
 
 
@@ -43,6 +44,9 @@ class RecordedCall:
 
     Attributes:
         call: The call, objects in it opened.
+        opened: Whether there were objects in it.
+        times: Number of calls in one run of the model.
+        output: What the first call returned; None before it ends.
         modalities: What the leaves of its inputs descend from, by their place in the call.
         callers: Paths of the modules at work in any of its calls.
         attentions: Number of attentions that the module computes in one run of the model.
@@ -60,6 +64,9 @@ class RecordedCall:
     read_positions: set[int] = field(default_factory=set)
     state: str | None = None
     image_positions: ImagePositions | None = None
+    opened: bool = False
+    times: int = 1
+    output: object = None
 
     def region(self, path: str) -> Region:
         """The module, at ``path``, as a region."""
@@ -78,10 +85,15 @@ class Recording:
     Attributes:
         calls: First call of each module that has children, by module path.
         active: Paths of the modules at work, outermost first.
+        readers: Who reads what modules returned.
     """
 
     calls: dict[str, RecordedCall] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
+    readers: Readers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.readers = Readers(self.active)
 
     def attended(self) -> None:
         """Count an attention for all modules at work."""
@@ -105,7 +117,14 @@ def record(model: nn.Module, call: Call) -> Recording:
         handles.append(module.register_forward_pre_hook(_enter(path, recording, tracker), with_kwargs=True))
         handles.append(module.register_forward_hook(_leave(path, recording, tracker), always_call=True))
     try:
-        with blamed_on_the_inputs(model), spelled_out(), torch.no_grad(), torch.random.fork_rng(devices=[]), tracker:
+        with (
+            blamed_on_the_inputs(model),
+            spelled_out(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            tracker,
+            recording.readers,
+        ):
             model(*call.args, **call.kwargs)
     finally:
         for handle in handles:
@@ -123,12 +142,13 @@ def _enter(
         recording.active.append(path)
         if path in recording.calls:
             recording.calls[path].callers |= callers
+            recording.calls[path].times += 1
             return
         try:
             call = normalise_call(module, args, kwargs)
         except ExampleInputsError:
             return
-        state = None
+        state, opened = None, object_kind((call.args, call.kwargs)) is not None
         try:
             call = call.flattened()
         except CannotFlatten as error:
@@ -141,6 +161,7 @@ def _enter(
             modalities,
             callers,
             state=state,
+            opened=opened,
             image_positions=_image_positions(leaves, tracker),
         )
 
@@ -162,5 +183,8 @@ def _leave(path: str, recording: Recording, tracker: Tracker) -> Callable[[nn.Mo
             recorded = recording.calls[path]
             recorded.state = recorded.state or flattening_error(output)
             tracker.watch_reads(output, recorded.read_positions)
+            if recorded.times == 1:
+                recorded.output = output
+                recording.readers.watch(output)
 
     return hook

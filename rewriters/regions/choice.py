@@ -33,6 +33,7 @@ from rewriters.pipeline import RewrittenRegion, rewrite_region
 from rewriters.plan.plan import Plan, Refusal, SitePlan, joined
 from rewriters.plan.policy import Policy
 from rewriters.plan.request import Request
+from rewriters.regions.chains import ChainOfBlocks, chains_in
 
 MOST_ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.
@@ -79,18 +80,18 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
 
     Args:
         request: The request for the whole model.
-        rejected: Paths of regions (the whole model is ``""``) that failed a check, with the reason; what lies below them
+        rejected: Names of regions (the whole model is ``""``) that failed a check, with the reason; what lies below them
             is tried.
 
     Raises:
         MadtpError: As :func:`rewriters.pipeline.rewrite_region`, where neither works.
     """
     model = request.model
-    by_region: RewrittenRegions | None = None
+    walk: _Walk | None = None
     if callable(getattr(model, "generate", None)):
-        by_region = _submodules(request, rejected)
-        if by_region.regions:
-            return by_region
+        walk = _submodules(request, rejected)
+        if walk.regions:
+            return walk.with_chains()
     failure: MadtpError = RewriteError(rejected.get("", ""))
     if "" not in rejected:
         try:
@@ -99,8 +100,7 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
             failure = error
         else:
             return _better(request, rejected, whole)
-    if by_region is None:
-        by_region = _submodules(request, rejected)
+    by_region = (walk or _submodules(request, rejected)).with_chains()
     if not by_region.regions and "" not in rejected:
         by_region = _per_image(request, by_region)
     if not by_region.regions:
@@ -161,18 +161,10 @@ def _neither(model: str, failure: MadtpError, refusals: list[Refusal]) -> MadtpE
     return NoSiteError(message) if isinstance(failure, LeftAloneError) else type(failure)(message)
 
 
-def _submodules(request: Request, rejected: Mapping[str, str]) -> RewrittenRegions:
+def _submodules(request: Request, rejected: Mapping[str, str]) -> _Walk:
     walk = _Walk(request, rejected)
     walk.down("", request.model)
-    plan = request.plan
-    if plan is not None and walk.regions:
-        lost = {s.name for s in plan.sites} - {s.name for r in walk.regions for s in r.plan.sites}
-        if lost:
-            raise PlanError(
-                f"the plan has {len(lost)} sites that no region of this model holds ({sorted(lost)[0]}, ...); start from the "
-                "plan of a fresh rewrite."
-            )
-    return RewrittenRegions(walk.regions, walk.refusals)
+    return walk
 
 
 def single_modality_towers(module: nn.Module, plan: Plan, path: str = "") -> Iterator[str]:
@@ -217,6 +209,36 @@ class _Walk:
         self.attempts = 0
         self.failures: Counter[type[nn.Module]] = Counter()
         self.seen: set[int] = set()
+
+    def with_chains(self) -> RewrittenRegions:
+        """The regions found, with chains of blocks beside them as further ones.
+
+        Raises:
+            PlanError: The plan that was handed in has sites in no region.
+        """
+        for chain in chains_in(self.recording, self.request.model):
+            if not any(_overlap(region.region, chain.region) for region in self.regions):
+                self._add_chain(chain)
+        plan = self.request.plan
+        if plan is not None and self.regions:
+            lost = {s.name for s in plan.sites} - {s.name for r in self.regions for s in r.plan.sites}
+            if lost:
+                raise PlanError(
+                    f"the plan has {len(lost)} sites that no region of this model holds ({sorted(lost)[0]}, ...); start from "
+                    "the plan of a fresh rewrite."
+                )
+        return RewrittenRegions(self.regions, self.refusals)
+
+    def _add_chain(self, chain: ChainOfBlocks) -> None:
+        name = chain.region.name
+        if name in self.rejected:
+            self.refusals.append(Refusal(name, "", self.rejected[name], REPORT))
+            return
+        result = self._rewrite(chain.region.module(self.request.model), chain.region, chain.call)
+        if isinstance(result, RewrittenRegion):
+            self.regions.append(result)
+        elif result is not None:
+            self.refusals.append(result)
 
     def down(self, path: str, module: nn.Module) -> None:
         """Make regions of the children of ``module``, or of theirs."""
@@ -264,11 +286,13 @@ class _Walk:
                 self.seen.add(id(child))
                 self._choose(place, child, recorded)
 
-    def _plan_inside(self, path: str) -> Plan | None:
-        """The part of a plan that was handed in for what runs in calls of the module at ``path``."""
+    def _plan_inside(self, region: Region) -> Plan | None:
+        """The part of a plan that was handed in for what runs in calls of a region."""
         if self.request.plan is None:
             return None
-        plan = self.request.plan.of(Region(path))
+        path, plan = region.path, self.request.plan.of(region)
+        if region.chain is not None:
+            return plan
         calls = self.recording.calls.items()
         apart = [Region(p) for p, r in calls if Region(path).holds(p) and p != path and path not in r.callers]
         return plan.without([s.name for s in plan.sites if any(region.holds(s.name) for region in apart)], ())
@@ -306,11 +330,11 @@ class _Walk:
         return self._rewrite(module, replace(region, per_image=found.per_image), found.call)
 
     def _rewrite(self, module: nn.Module, region: Region, call: Call) -> RewrittenRegion | Refusal | None:
-        plan = self._plan_inside(region.path)
+        plan = self._plan_inside(region)
         if plan is not None and not plan.sites:
             return None
         request = replace(self.request, model=module, call=call, region=region, serial=len(self.regions), plan=plan)
-        path = region.path
+        path = region.name
         try:
             rewritten = rewrite_region(request)
         except NothingToPruneError:
@@ -322,6 +346,8 @@ class _Walk:
             return Refusal(path, "", str(error), "an exportable module")
         except (RewriteError, PlanError) as error:
             return Refusal(path, "", str(error), REPORT)
+        if region.chain is not None:
+            return rewritten
         return replace(rewritten, inner=tuple(self._inner(path, module, rewritten.plan)))
 
     def _inner(self, path: str, module: nn.Module, plan: Plan) -> Iterator[Region]:
@@ -339,6 +365,13 @@ class _Walk:
                 yield recorded.region(place)
             else:
                 yield from self._inner(place, child, plan)
+
+
+def _overlap(one: Region, other: Region) -> bool:
+    """Whether a module lies in both regions; ``other`` is a chain."""
+    assert other.chain is not None
+    own = (one.path,) if one.chain is None else one.chain.names
+    return any(one.holds(name) for name in other.chain.names) or any(map(other.holds, own))
 
 
 def _serves_alone(recorded: RecordedCall, sites: tuple[SitePlan, ...]) -> bool:
