@@ -91,8 +91,7 @@ class PrunedRegion(ReplacedForward):
             with suppress(OtherBranch), self.control.call(), self.control.in_program():
                 self.control.begin_program()
                 result = self.programs.run(program, call)
-                if self.control.scope.tracker is not None:
-                    self.control.scope.tracker.tag_result(call.flat()[0], result)
+                self._follow(call, result)
                 return result
         if continues:
             raise self._cannot_continue()
@@ -109,9 +108,16 @@ class PrunedRegion(ReplacedForward):
             call = told
         with self.control.in_program():
             result = self.programs.run_compiled(call)
-        if self.control.scope.tracker is not None:
-            self.control.scope.tracker.tag_result(call.flat()[0], result)
+        self._follow(call, result)
         return result
+
+    def _follow(self, call: Call, result: object) -> None:
+        """Tell what follows the host's tensors what a program has computed."""
+        tracker = self.control.scope.tracker
+        if tracker is not None:
+            tracker.tag_result(call.flat()[0], result)
+            if self.embeddings:
+                tracker.keep_image_positions(call.leaf_at(self.embeddings), result)
 
     def _with_image_positions(self, call: Call) -> Call | None:
         """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""

@@ -6,19 +6,26 @@ has returned, and who else reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
-from madtp.calls.objects import is_object
+from madtp.calls.objects import object_kind
 from madtp.programs.chained_modules import Chain, LinkCall, chained_call
 from rewriters.capture.recording import RecordedCall, Recording
 from rewriters.capture.scope import Region
+from rewriters.plan.plan import Refusal
 
 HIDDEN = "[1]['hidden']"
+CALLED_AGAIN = "it or the block after it is called more than once, so the two cannot be computed together"
+KEEPS = "it or the block after it takes an object or has hooks of its own, so the two cannot be computed together"
+SEVERAL = "it returns {} tensors, of which one cannot go on by itself"
+OTHER_FORM = "what it returns has another form than what it is given, so the block after it cannot be computed with it"
+READ = "what it returns is read by more than {}, so the two cannot be computed together"
+HELP = "a submodule that runs the blocks"
 
 
 @dataclass(frozen=True)
@@ -49,65 +56,118 @@ class _Handover:
     place: int
 
 
-def chains_in(recording: Recording, model: nn.Module) -> list[ChainOfBlocks]:
+def chains_in(recording: Recording, model: nn.Module, taken: Sequence[Region]) -> list[ChainOfBlocks]:
     """The longest chains of modules that hold two attentions or more, in the order in which they are called.
 
     Args:
         recording: A run of the model.
         model: The model.
+        taken: Regions that chains have to leave alone.
     """
-    candidates = {path: one for path, one in recording.calls.items() if _may_be_chained(model.get_submodule(path), one)}
-    handovers = {path: one for path in candidates if (one := _handover(path, candidates, recording)) is not None}
-    readers = {one.reader for one in handovers.values()}
+
+    def is_free(path: str) -> bool:
+        return not any(one.holds(path) or Region(path).holds(one.path) for one in taken)
+
+    handovers = {
+        path: one
+        for path, one in _handovers(recording)
+        if is_free(path) and is_free(one.reader) and _obstacle(path, one, recording, model) is None
+    }
+    readers = _readers(handovers, recording)
     chains = []
-    for first in candidates:
-        if first not in handovers or first in readers:
+    for first in readers:
+        if first in readers.values():
             continue
         names = [first]
-        while names[-1] in handovers:
-            names.append(handovers[names[-1]].reader)
-        while len(names) > 1 and not candidates[names[0]].attentions:
+        while names[-1] in readers:
+            names.append(readers[names[-1]])
+        while len(names) > 1 and not recording.calls[names[0]].attentions:
             del names[0]
-        if len(names) > 1 and sum(candidates[name].attentions for name in names) > 1:
-            found = _chain(names, candidates, handovers, recording)
+        if len(names) > 1 and sum(recording.calls[name].attentions for name in names) > 1:
+            found = _chain(names, handovers, recording)
             chains += [] if found is None else [found]
     return chains
 
 
-def _may_be_chained(module: nn.Module, recorded: RecordedCall) -> bool:
-    """Whether a call can wait for the calls of later modules: it changes and keeps nothing that others may read before."""
+def _readers(handovers: Mapping[str, _Handover], recording: Recording) -> dict[str, str]:
+    """Which module goes on with what another one returned: with the first tensor given to it that is like its own result."""
+    going_on: dict[str, str] = {}
+    for reader in dict.fromkeys(one.reader for one in handovers.values()):
+        sources = {id(one.tensor): path for path, one in handovers.items() if one.reader == reader}
+        recorded = recording.calls[reader]
+        given, returned = recorded.call.tensors(), _tensors(recorded.output)
+        alike = [one for one in given if any(_alike(one, other) for other in returned)]
+        first = next((sources[id(one)] for one in alike if id(one) in sources), None)
+        if first is not None:
+            going_on[first] = reader
+    return going_on
+
+
+def why_no_chain(recording: Recording, model: nn.Module) -> Iterator[Refusal]:
+    """Why modules that hand a tensor on, and compute attention, are in no chain.
+
+    Args:
+        recording: A run of the model.
+        model: The model.
+    """
+    for path, one in _handovers(recording):
+        if not (recording.calls[path].attentions and recording.calls[one.reader].attentions):
+            continue
+        reason = _obstacle(path, one, recording, model)
+        if reason is not None:
+            yield Refusal(path, "", reason, HELP)
+
+
+def _handovers(recording: Recording) -> Iterator[tuple[str, _Handover]]:
+    """Modules that return a tensor which another module beside them is given, with that module."""
+    for path, recorded in recording.calls.items():
+        leaves = pytree.tree_leaves(recorded.output)
+        tensors = {id(leaf): (place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        for name, other in recording.calls.items():
+            given = [leaf for leaf in other.call.tensors() if id(leaf) in tensors]
+            if given and name != path and other.callers == recorded.callers:
+                place, tensor = tensors[id(given[0])]
+                yield path, _Handover(name, tensor, place)
+                break
+
+
+def _obstacle(path: str, handover: _Handover, recording: Recording, model: nn.Module) -> str | None:
+    """Why a module cannot be computed with the one that reads what it returns; None if it can."""
+    recorded = recording.calls[path]
+    tensors = _tensors(recorded.output)
+    if recorded.times > 1 or recording.calls[handover.reader].times > 1:
+        return CALLED_AGAIN
+    if not all(_keeps_nothing(one, recording, model) for one in (path, handover.reader)):
+        return KEEPS
+    if len(tensors) > 1:
+        return SEVERAL.format(len(tensors))
+    if not tensors[0].is_floating_point() or not any(_alike(tensors[0], one) for one in recorded.call.tensors()):
+        return OTHER_FORM
+    if any(handover.reader not in at_work for at_work in recording.readers.of(handover.tensor)):
+        return READ.format(handover.reader)
+    return None
+
+
+def _keeps_nothing(path: str, recording: Recording, model: nn.Module) -> bool:
+    """Whether a call can wait for those of later modules: it changes and keeps nothing that others may read before."""
+    recorded, module = recording.calls[path], model.get_submodule(path)
     # Hooks of the module itself run around its forward, which would not have run yet.
     hooked = module._forward_hooks or module._forward_pre_hooks
-    return recorded.times == 1 and recorded.state is None and not recorded.opened and not hooked
+    held = recorded.opened or object_kind(recorded.output) is not None
+    return recorded.state is None and not held and not hooked
 
 
-def _handover(path: str, candidates: dict[str, RecordedCall], recording: Recording) -> _Handover | None:
-    """What a module hands over to another one that is called beside it; None if others read it, too, or nobody does."""
-    recorded = candidates[path]
-    leaves = pytree.tree_leaves(recorded.output)
-    tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if len(tensors) != 1 or any(is_object(leaf) for leaf in leaves):
-        return None
-    place, tensor = tensors[0]
-    if not tensor.is_floating_point() or not any(_alike(tensor, one) for one in recorded.call.tensors()):
-        return None
-    at_work = recording.readers.of(tensor)
-    for name, other in candidates.items():
-        beside = name != path and other.callers == recorded.callers
-        if beside and any(leaf is tensor for leaf in other.call.tensors()) and all(name in names for names in at_work):
-            return _Handover(name, tensor, place)
-    return None
+def _tensors(values: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _chain(
-    names: list[str], candidates: dict[str, RecordedCall], handovers: dict[str, _Handover], recording: Recording
-) -> ChainOfBlocks | None:
+def _chain(names: list[str], handovers: dict[str, _Handover], recording: Recording) -> ChainOfBlocks | None:
     """The chain of these modules; None if it cannot be told which tensor goes through it."""
-    calls = [candidates[name] for name in names]
+    calls = [recording.calls[name] for name in names]
     received = [handovers[name].tensor for name in names[:-1]]
     start = _start(calls, received[0])
     if start is None:

@@ -33,7 +33,7 @@ from rewriters.pipeline import RewrittenRegion, rewrite_region
 from rewriters.plan.plan import Plan, Refusal, SitePlan, joined
 from rewriters.plan.policy import Policy
 from rewriters.plan.request import Request
-from rewriters.regions.chains import ChainOfBlocks, chains_in
+from rewriters.regions.chains import ChainOfBlocks, chains_in, why_no_chain
 
 MOST_ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.
@@ -216,9 +216,12 @@ class _Walk:
         Raises:
             PlanError: The plan that was handed in has sites in no region.
         """
-        for chain in chains_in(self.recording, self.request.model):
+        taken = [region.region for region in self.regions]
+        for chain in chains_in(self.recording, self.request.model, taken):
             if not any(_overlap(region.region, chain.region) for region in self.regions):
                 self._add_chain(chain)
+        if not self.regions:
+            self.refusals += why_no_chain(self.recording, self.request.model)
         plan = self.request.plan
         if plan is not None and self.regions:
             lost = {s.name for s in plan.sites} - {s.name for r in self.regions for s in r.plan.sites}
@@ -237,6 +240,8 @@ class _Walk:
         result = self._rewrite(chain.region.module(self.request.model), chain.region, chain.call)
         if isinstance(result, RewrittenRegion):
             self.regions.append(result)
+            # What the chain does now was refused as a whole before.
+            self.refusals = [r for r in self.refusals if r.node or not _holds_chain(r.block, chain.region)]
         elif result is not None:
             self.refusals.append(result)
 
@@ -368,10 +373,14 @@ class _Walk:
 
 
 def _overlap(one: Region, other: Region) -> bool:
-    """Whether a module lies in both regions; ``other`` is a chain."""
-    assert other.chain is not None
-    own = (one.path,) if one.chain is None else one.chain.names
-    return any(one.holds(name) for name in other.chain.names) or any(map(other.holds, own))
+    """Whether two chains share a module, or one holds a module of the other; others leave each other alone."""
+    if one.chain is None or other.chain is None:
+        return False
+    return any(map(one.holds, other.chain.names)) or any(map(other.holds, one.chain.names))
+
+
+def _holds_chain(path: str, region: Region) -> bool:
+    return region.chain is not None and all(map(Region(path).holds, region.chain.names))
 
 
 def _serves_alone(recorded: RecordedCall, sites: tuple[SitePlan, ...]) -> bool:
