@@ -49,7 +49,7 @@ class RecordedCall:
         output: What the first call returned; None before it ends.
         modalities: What the leaves of its inputs descend from, by their place in the call.
         callers: Paths of the modules at work in any of its calls.
-        attentions: Number of attentions that the module computes in one run of the model.
+        attentions: Number of attentions that the module computes in one call, at most.
         read_positions: Positions of tokens that others read in its results.
         state: Kind of an object that goes in or comes out, may be read by later calls and cannot be opened; None if there
             is none.
@@ -85,11 +85,13 @@ class Recording:
     Attributes:
         calls: First call of each module that has children, by module path.
         active: Paths of the modules at work, outermost first.
+        counts: Number of attentions that each of these has computed so far.
         readers: Who reads what modules returned.
     """
 
     calls: dict[str, RecordedCall] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     readers: Readers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,9 +99,7 @@ class Recording:
 
     def attended(self) -> None:
         """Count an attention for all modules at work."""
-        for path in dict.fromkeys(self.active):
-            if path in self.calls:
-                self.calls[path].attentions += 1
+        self.counts[:] = [count + 1 for count in self.counts]
 
 
 def record(model: nn.Module, call: Call) -> Recording:
@@ -140,6 +140,7 @@ def _enter(
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         callers = set(recording.active)
         recording.active.append(path)
+        recording.counts.append(0)
         if path in recording.calls:
             recording.calls[path].callers |= callers
             recording.calls[path].times += 1
@@ -179,8 +180,10 @@ def _leave(path: str, recording: Recording, tracker: Tracker) -> Callable[[nn.Mo
 
     def hook(module: nn.Module, args: object, output: object) -> None:
         recording.active.pop()
+        count = recording.counts.pop()
         if path in recording.calls:
             recorded = recording.calls[path]
+            recorded.attentions = max(recorded.attentions, count)
             recorded.state = recorded.state or flattening_error(output)
             tracker.watch_reads(output, recorded.read_positions)
             if recorded.times == 1:

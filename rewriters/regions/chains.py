@@ -20,7 +20,7 @@ from rewriters.capture.scope import Region
 from rewriters.plan.plan import Refusal
 
 HIDDEN = "[1]['hidden']"
-CALLED_AGAIN = "it or the block after it is called more than once, so the two cannot be computed together"
+CALLED_APART = "it is called more or less often than the block after it, so the two cannot be computed together"
 KEEPS = "it or the block after it takes an object or has hooks of its own, so the two cannot be computed together"
 SEVERAL = "it returns {} tensors, of which one cannot go on by itself"
 OTHER_FORM = "what it returns has another form than what it is given, so the block after it cannot be computed with it"
@@ -135,8 +135,8 @@ def _obstacle(path: str, handover: _Handover, recording: Recording, model: nn.Mo
     """Why a module cannot be computed with the one that reads what it returns; None if it can."""
     recorded = recording.calls[path]
     tensors = _tensors(recorded.output)
-    if recorded.times > 1 or recording.calls[handover.reader].times > 1:
-        return CALLED_AGAIN
+    if recorded.times != recording.calls[handover.reader].times:
+        return CALLED_APART
     if not all(_keeps_nothing(one, recording, model) for one in (path, handover.reader)):
         return KEEPS
     if len(tensors) > 1:

@@ -16,16 +16,19 @@ from chain_hosts import (
     Alternating,
     Attributes,
     Biased,
+    BiasedBlock,
     Collecting,
     Dicts,
     Inside,
     Loop,
     Named,
+    Noting,
     Pairs,
     SideBySide,
     Sliced,
     Tuples,
     Twice,
+    Uneven,
     Wayward,
     loop_inputs,
 )
@@ -87,6 +90,7 @@ def _same_gradients(model: nn.Module, pruned: madtp.PrunedModel, inputs: Tensors
         (Biased, ["blocks.0 to blocks.2"]),
         (Alternating, ["blocks.0.0 to blocks.2.1"]),
         (Inside, ["inner.blocks.0 to inner.blocks.2"]),
+        (Twice, ["blocks.0 to blocks.2"]),
         (SideBySide, ["image.0 to image.1", "text.0 to text.1"]),
     ],
 )
@@ -95,9 +99,7 @@ def test_blocks_that_hand_one_tensor_on_are_a_region(make: Callable[[], nn.Modul
     report = pruned.report
     assert report.capture == "regions"
     assert list(report.regions) == regions
-    assert len(report.sites) == sum(
-        isinstance(m, nn.MultiheadAttention) or "Biased" in str(type(m)) for m in model.modules()
-    )
+    assert len(report.sites) == sum(isinstance(m, (nn.MultiheadAttention, BiasedBlock)) for m in model.modules())
     for batch, length in ((3, 9), (1, 6), (4, 12)):
         inputs = loop_inputs(batch, length)
         with torch.no_grad(), pruned.dense():
@@ -107,7 +109,7 @@ def test_blocks_that_hand_one_tensor_on_are_a_region(make: Callable[[], nn.Modul
     with torch.no_grad():
         pruned(**inputs)
     assert pruned.token_counts().keys() == {site.name for site in report.sites}
-    assert pruned.macs() < 0.8 * sum(pruned.macs_by_module("all").values())
+    assert pruned.macs() < 0.9 * sum(pruned.macs_by_module("all").values())
     assert report.unpruned == []
 
 
@@ -116,7 +118,8 @@ def test_blocks_that_hand_one_tensor_on_are_a_region(make: Callable[[], nn.Modul
     [
         (Collecting, "what it returns is read by more than blocks.1"),
         (Pairs, "it returns 2 tensors"),
-        (Twice, "called more than once"),
+        (Uneven, "called more or less often than the block after it"),
+        (Noting, "takes an object"),
         (Alone, "data-dependent Python"),
     ],
 )
@@ -129,19 +132,17 @@ def test_other_blocks_are_refused_with_reasons(make: Callable[[], nn.Module], re
 def test_dropping_tokens_equals_hiding_them(looping: Pair) -> None:
     model, pruned = looping
     inputs = loop_inputs(3, 9)
-    x, padding = model.embed(**inputs)
+    x, hidden = model.embed(**inputs)
     torch.manual_seed(1)
-    forced = [torch.rand(padding.shape) < 0.6 for _ in model.blocks]
-    for keep in forced:
-        keep[:, 0] = True
-    hidden = padding
-    for block, keep in zip(model.blocks, forced, strict=True):
-        x = block(x, hidden)
-        hidden = hidden | ~keep
     other = copy.deepcopy(pruned)
     other.config = madtp.PruningConfig(alignment_tokens=5, merge=False)
-    other.madtp.control.forced = {site.name: keep for site, keep in zip(pruned.report.sites, forced, strict=True)}
-    assert gap(model.head(x[:, 0]), other(**inputs)) < 1e-5
+    other.madtp.control.forced = {site.name: torch.rand(hidden.shape) < 0.6 for site in pruned.report.sites}
+    found, kept = other(**inputs), other.kept_tokens()
+    for name, block in model.blocks.named_children():
+        x = block(x, hidden)
+        hidden = hidden | ~kept[f"blocks.{name}"]
+    assert not all(bool(mask.all()) for mask in kept.values())
+    assert gap(model.head(x[:, 0]), found) < 1e-5
 
 
 @torch.no_grad()
@@ -322,7 +323,7 @@ def test_calibrate_and_freeze(looping: Pair) -> None:
     pruned.temperature = 1.0
     result = madtp.calibrate(pruned, [inputs], reduction=0.25, tolerance=0.05)
     assert abs(result.reduction_reached - 0.25) < 0.05
-    assert set(madtp.freeze(pruned, [inputs])) == {s.name for s in pruned.report.sites}
+    assert {name.partition("[")[0] for name in madtp.freeze(pruned, [inputs])} == {s.name for s in pruned.report.sites}
 
 
 @torch.no_grad()
@@ -333,8 +334,8 @@ def test_compilers_break_the_graph_and_exports_say_so(looping: Pair) -> None:
     assert torch.equal(compiled(**inputs), pruned(**inputs))
     with pruned.dense():
         assert gap(model(**inputs), compiled(**inputs)) < 1e-5
-    with pytest.raises(ExportError, match="blocks.0 to blocks.2 one by one"), pruned.dense():
-        torch.export.export(pruned.blocks[0], (torch.randn(2, 5, 16),), strict=False)
+    with pytest.raises(ExportError, match=r"blocks\.0 to blocks\.2 one by one"), pruned.dense():
+        torch.export.export(nn.Sequential(*pruned.blocks), (torch.randn(2, 5, 16),), strict=False)
 
 
 @torch.no_grad()

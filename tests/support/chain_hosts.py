@@ -276,6 +276,42 @@ class Twice(Loop):
         return super().run(super().run(x, padding), padding)
 
 
+class Uneven(Loop):
+    """Runs its last block two times."""
+
+    def make_blocks(self, depth: int) -> None:
+        super().make_blocks(2)
+
+    def run(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.blocks[1](super().run(x, padding), padding)
+
+
+class Notebook:
+    """What blocks note down; an object that no capture knows."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+
+class NotingBlock(Block):
+    def forward(self, x: Tensor, padding: Tensor, notebook: Notebook) -> Tensor:  # type: ignore[override]
+        notebook.sums.append(x.sum())
+        return super().forward(x, padding)
+
+
+class Noting(Loop):
+    """Blocks share an object."""
+
+    def make_blocks(self, depth: int) -> None:
+        self.blocks = nn.ModuleList(NotingBlock() for _ in range(depth))
+
+    def run(self, x: Tensor, padding: Tensor) -> Tensor:
+        notebook = Notebook()
+        for block in self.blocks:
+            x = block(x, padding, notebook)
+        return x + torch.stack(notebook.sums).mean()
+
+
 class Alone(Loop):
     """Has a single block."""
 
