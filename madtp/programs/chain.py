@@ -7,7 +7,7 @@ the original, and so do those after them. What is under way lies in the deferred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,9 +190,10 @@ class PrunedChain:
         except Unserved as error:
             if str(error):
                 self.note(str(error))
-        for step in _waiting(call):
-            for one in step.steps():
-                one.compute()
+        for one in deferred_in((call.args, call.kwargs)):
+            if isinstance(one.promise, Step) and one.promise.link.chain is self:
+                for step in one.promise.steps():
+                    step.compute()
         return link.original(*settled(args), **settled(kwargs))
 
     def _taken(self, link: ChainLink, call: Call) -> object:
@@ -201,24 +202,28 @@ class PrunedChain:
         Raises:
             Unserved: the call does not belong to a chain; without a message, if that was noted before.
         """
-        hidden = self._hidden(link, call)
-        others = [leaf for leaf in call.flat()[0] if isinstance(leaf, Deferred) and leaf is not hidden]
-        if others:
-            call = call.with_leaves([leaf if leaf is hidden else settled(leaf) for leaf in call.flat()[0]])
         kind = object_kind((call.args, call.kwargs))
         if kind is not None:
             raise Unserved(HOLDS_STATE.format(link.name, kind))
+        leaves, spec = call.flat()
+        with torch._C.DisableTorchFunction():  # what follows the host's tensors has nothing to see here
+            hidden = self._hidden(link, call, leaves)
+        if any(isinstance(leaf, Deferred) and leaf is not hidden for leaf in leaves):
+            leaves = [leaf if leaf is hidden else settled(leaf) for leaf in leaves]
+            call = call.with_leaves(leaves)
         if link is self.links[-1]:
             return self._run(link, call, hidden)
-        step = self._step(link, call, hidden)
-        output = step.output
-        form = Form(hidden.shape, output.dtype, output.device)
-        waits = deferred(step, form, [*call.tensors(), *link.module.parameters()])
+        with torch._C.DisableTorchFunction():
+            step = self._step(link, call, hidden, leaves, str(spec))
+            output = step.output
+            form = Form(hidden.shape, output.dtype, output.device)
+            sources = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            waits = deferred(step, form, [*sources, *link.module.parameters()])
         if self.control.scope.tracker is not None:
             self.control.scope.tracker.tag_result([hidden], waits)
         return output.holding(waits)
 
-    def _hidden(self, link: ChainLink, call: Call) -> Tensor:
+    def _hidden(self, link: ChainLink, call: Call, leaves: Sequence[object]) -> Tensor:
         """The tensor of a call that goes through the chain.
 
         Raises:
@@ -233,11 +238,11 @@ class PrunedChain:
                 raise Unserved(NO_START.format(link.name))
             return start
         before = self.links[link.number - 1]
-        waiting = [one for one in deferred_in((call.args, call.kwargs)) if _is_step_of(one.promise, before)]
+        waiting = {id(one): one for one in leaves if isinstance(one, Deferred) and _is_step_of(one.promise, before)}
         if len(waiting) != 1:
             interrupted = str(self.chain) in self.control.scope.interrupted
             raise Unserved("" if interrupted else OTHER_INPUT.format(link.name, before.name))
-        hidden = waiting[0]
+        (hidden,) = waiting.values()
         step = hidden.promise
         assert isinstance(step, Step)
         if any(one.computed is not None for one in step.steps()):
@@ -247,25 +252,23 @@ class PrunedChain:
             raise Unserved(ENVIRONMENT.format(before.name, link.name))
         return hidden
 
-    def _step(self, link: ChainLink, call: Call, hidden: Tensor) -> Step:
+    def _step(self, link: ChainLink, call: Call, hidden: Tensor, leaves: Sequence[object], structure: str) -> Step:
         """A call of a module but the last, to keep.
 
         Raises:
             Unserved: it is not known what the module returns.
         """
-        tensors = [leaf for leaf in call.tensors() if not isinstance(leaf, Deferred) and not leaf.is_inference()]
-        versions = tuple((one, one._version) for one in tensors)
+        plain = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, Deferred)]
+        versions = tuple((one, one._version) for one in plain if not one.is_inference())
         environment = CallEnvironment.now(hidden.device.type)
-        kind = kind_of(link.number, link.module, call, hidden, environment)
-        output = self.outputs.known.get(kind)
-        example = None
+        kind = kind_of(link.module, leaves, structure, hidden, environment)
+        output, example = self.outputs.known.get((link.number, kind)), None
         if output is None:
-            value = (
-                hidden.promise.aside() if isinstance(hidden, Deferred) and isinstance(hidden.promise, Step) else hidden
-            )
-            known = call.with_leaves([value if leaf is hidden else leaf for leaf in call.flat()[0]])
+            before = hidden.promise if isinstance(hidden, Deferred) else None
+            value = before.aside() if isinstance(before, Step) else hidden
+            known = call.with_leaves([value if leaf is hidden else leaf for leaf in leaves])
             example, output = self.outputs.found_out(link.name, link.module, known, value)
-            self.outputs.known[kind] = output
+            self.outputs.known[link.number, kind] = output
         return Step(link, call, hidden, environment, output, versions, example=example)
 
     def _run(self, link: ChainLink, call: Call, hidden: Tensor) -> object:
@@ -273,8 +276,9 @@ class PrunedChain:
         assert isinstance(hidden, Deferred)
         assert isinstance(hidden.promise, Step)
         steps = hidden.promise.steps()
-        for step in steps:
-            step.require_unchanged(link)
+        with torch._C.DisableTorchFunction():
+            for step in steps:
+                step.require_unchanged(link)
         calls = [*(LinkCall(step.call, step.hidden) for step in steps), LinkCall(call, hidden)]
         together = chained_call(calls, [step.output.place for step in steps])
         return self.region(**together.kwargs)
@@ -294,12 +298,6 @@ class PrunedChain:
 _called: Callable[..., object] = torch.compiler.disable(
     PrunedChain.called, reason="blocks that the model calls one by one run as one program"
 )
-
-
-def _waiting(call: Call) -> Iterator[Step]:
-    for one in deferred_in((call.args, call.kwargs)):
-        if isinstance(one.promise, Step):
-            yield one.promise
 
 
 def _is_step_of(promise: object, link: ChainLink) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +89,13 @@ class LinkOutputs:
 
     Attributes:
         additions: those of the pruned model.
-        known: what is known, by kind of call; see :func:`kind_of`.
+        known: what is known, by number of the module and kind of call; see :func:`kind_of`.
     """
 
     def __init__(self, additions: Additions) -> None:
         """Know nothing yet."""
         self.additions = additions
-        self.known: dict[Hashable, LinkOutput] = {}
+        self.known: dict[tuple[int, Hashable], LinkOutput] = {}
 
     def found_out(self, name: str, module: nn.Module, call: Call, hidden: Tensor) -> tuple[Tensor, LinkOutput]:
         """Run a module so that nothing else sees it; returns what goes on of what it returned, and what is known of it.
@@ -118,18 +118,18 @@ class LinkOutputs:
         return output.hidden_in(result, name), output
 
 
-def kind_of(number: int, module: nn.Module, call: Call, hidden: Tensor, environment: CallEnvironment) -> Hashable:
-    """Return what the form of a module's result depends on: structure and constants of the call, and modes.
+def kind_of(
+    module: nn.Module, leaves: Sequence[object], structure: str, hidden: Tensor, environment: CallEnvironment
+) -> Hashable:
+    """Return what the form of a module's result depends on: structure and constants of its call, and modes.
 
     Args:
-        number: place of the module in its chain.
         module: the module.
-        call: the call.
-        hidden: the tensor in it that goes through the chain.
+        leaves: the leaves of the call.
+        structure: their structure.
+        hidden: the tensor among them that goes through the chain.
         environment: modes of torch around the call.
     """
-    leaves, spec = call.flat()
-    described = tuple("*" if x is hidden else str(x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+    described = tuple(["*" if x is hidden else x.dtype if isinstance(x, Tensor) else repr(x) for x in leaves])
     training = tuple([one.training for one in module.modules()])
-    modes = (environment.autocast, hidden.dtype, hidden.device)
-    return number, str(spec), described, training, modes
+    return structure, described, training, environment.autocast, hidden.dtype, hidden.device
