@@ -2,5 +2,6 @@
 
 Takes a model with an example call, gives a :class:`~madtp.pruned.PrunedModel`. Start at
 :func:`rewriters.regions.rewrite.rewrite_model`: ``choice.py`` picks the regions, ``chains.py`` those that are several blocks,
-``rewriters/pipeline.py`` rewrites each of them, ``assembly.py`` puts the programs into the model, ``reporting.py`` says what was found.
+``rewriters/pipeline.py`` rewrites each of them, ``assembly.py`` puts the programs into the model, ``reporting.py`` says what
+was found.
 """
