@@ -25,12 +25,13 @@ from madtp.programs.chain_outputs import LinkOutput, LinkOutputs, kind_of
 from madtp.programs.chained_modules import Chain, LinkCall, chained_call, filled
 from madtp.programs.deferred import Deferred, Form, deferred, deferred_in, settled
 from madtp.programs.notes import Notes
-from madtp.programs.program_cache import ProgramCache
+from madtp.programs.program_cache import MANY_KINDS, ProgramCache
 from madtp.programs.region import PrunedRegion
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 
 READ = "what {} returns is read by more than the next block"
+READ_AFTERWARDS = "what {} returns is read after the blocks have run as one, and computed once more for that"
 OUTSIDE = "{} was called outside of a call of the model"
 OTHER_INPUT = "{} was not called with what {} returned"
 ENVIRONMENT = (
@@ -40,7 +41,6 @@ ENVIRONMENT = (
 HOLDS_STATE = "{} was called with a {}, which later calls may read again"
 NO_START = "{} was called without the tensor that goes through the blocks"
 CHANGED = "a tensor that {} was called with was changed in place before {} was called"
-Original = Callable[..., object]
 
 
 class ChainLink(ReplacedForward):
@@ -72,7 +72,8 @@ class Step:
         environment: modes of torch around the call.
         output: what it returns.
         versions: the tensors of the call, and how often each had been changed in place.
-        computed: what goes on of that, once somebody has read it.
+        served: a program has taken the module's place.
+        computed: what goes on of what the module returns, once somebody has read it.
         example: the same, where it had to be computed aside to know its form.
     """
 
@@ -82,6 +83,7 @@ class Step:
     environment: CallEnvironment
     output: LinkOutput
     versions: tuple[tuple[Tensor, int], ...]
+    served: bool = False
     computed: Tensor | None = None
     example: Tensor | None = None
 
@@ -101,7 +103,9 @@ class Step:
     def value(self) -> Tensor:
         """What goes on of what the module returns, computed by the original modules, with a note."""
         if self.computed is None:
-            self.link.chain.note(READ.format(self.link.name))
+            self.link.chain.note((READ_AFTERWARDS if self.served else READ).format(self.link.name))
+            if self.served:
+                self.link.chain.control.scope.computed_twice.add(str(self.link.chain.chain))
             for step in self.steps():
                 step.compute()
         assert self.computed is not None
@@ -111,7 +115,7 @@ class Step:
         """Run the original module, after those before it."""
         if self.computed is not None:
             return
-        self.require_unchanged(self.link)
+        self.require_unchanged()
         hidden = self.hidden if self.before is None else self.before.computed
         leaves = [hidden if leaf is self.hidden else leaf for leaf in self.call.flat()[0]]
         call = self.call.with_leaves(leaves)
@@ -127,7 +131,7 @@ class Step:
             self.example, _ = self.link.chain.outputs.found_out(self.link.name, self.link.module, call, hidden)
         return self.example
 
-    def require_unchanged(self, reader: ChainLink) -> None:
+    def require_unchanged(self) -> None:
         """Check that what the module was called with holds the values that it had then.
 
         Raises:
@@ -264,12 +268,23 @@ class PrunedChain:
         kind = kind_of(link.module, leaves, structure, hidden, environment)
         output, example = self.outputs.known.get((link.number, kind)), None
         if output is None:
+            self._require_room(link)
             before = hidden.promise if isinstance(hidden, Deferred) else None
             value = before.aside() if isinstance(before, Step) else hidden
             known = call.with_leaves([value if leaf is hidden else leaf for leaf in leaves])
             example, output = self.outputs.found_out(link.name, link.module, known, value)
             self.outputs.known[link.number, kind] = output
         return Step(link, call, hidden, environment, output, versions, example=example)
+
+    def _require_room(self, link: ChainLink) -> None:
+        """Check that a module was not called in so many ways that no program is built for a further one.
+
+        Raises:
+            Unserved: it was.
+        """
+        most = self.control.config.max_programs
+        if sum(number == link.number for number, _ in self.outputs.known) >= most:
+            raise Unserved(MANY_KINDS.format(most, 2 * most))
 
     def _run(self, link: ChainLink, call: Call, hidden: Tensor) -> object:
         """Run a program of the whole chain."""
@@ -278,10 +293,13 @@ class PrunedChain:
         steps = hidden.promise.steps()
         with torch._C.DisableTorchFunction():
             for step in steps:
-                step.require_unchanged(link)
+                step.require_unchanged()
         calls = [*(LinkCall(step.call, step.hidden) for step in steps), LinkCall(call, hidden)]
         together = chained_call(calls, [step.output.place for step in steps])
-        return self.region(**together.kwargs)
+        result = self.region(**together.kwargs)
+        for step in steps:
+            step.served = True
+        return result
 
     def _dense(self, hidden: Tensor, given: list[Tensor], calls: list[Any], places: list[int]) -> object:
         """What :meth:`ChainedModules.forward` returns, computed by the original modules."""

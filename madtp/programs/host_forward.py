@@ -132,7 +132,7 @@ class HostForward(ReplacedForward):
     def _agrees(self, call: Call) -> bool:
         """Whether regions reproduce the original on ``call`` with pruning off."""
         try:
-            results, before = [], set(self.control.scope.interrupted)
+            results, before = [], set(self.control.scope.computed_twice)
             for run in (self._by_original, self._by_regions):
                 own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
                 with torch.no_grad(), drawing_alike(), self.control.unpruned():
@@ -145,12 +145,11 @@ class HostForward(ReplacedForward):
                 "rewritten region; leave the option that asks for them out.",
             )
             return False
-        interrupted = self.control.scope.interrupted - before
-        if interrupted:
-            self.notes.unpruned(
-                type(self.module).__name__, f"{', '.join(sorted(interrupted))} do not run as one there."
-            )
-        return not interrupted
+        twice = self.control.scope.computed_twice - before
+        if twice:
+            names = ", ".join(sorted(twice))
+            self.notes.unpruned(type(self.module).__name__, f"it reads what blocks inside {names} return.")
+        return not twice
 
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:

@@ -71,6 +71,7 @@ class CallScope:
         next_hook: number of the next hook when the outermost of them began; infinite outside.
         programs: number of programs of regions that are under way.
         interrupted: names of chains of blocks that could not run as one in the outermost call.
+        computed_twice: those of them of which a program ran nevertheless.
     """
 
     unpruned: int = 0
@@ -81,6 +82,7 @@ class CallScope:
     next_hook: float = math.inf
     programs: int = 0
     interrupted: set[str] = field(default_factory=set)
+    computed_twice: set[str] = field(default_factory=set)
 
 
 OUTSIDE = CallScope()
@@ -187,7 +189,7 @@ class PruningControl:
         scope = self.scope
         if not scope.calls:
             self.record.outdated = True
-            scope = replace(scope, next_hook=next_hook(), interrupted=set())
+            scope = replace(scope, next_hook=next_hook(), interrupted=set(), computed_twice=set())
         with self._within(replace(scope, calls=scope.calls + 1)):
             yield
 

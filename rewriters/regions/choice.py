@@ -238,11 +238,11 @@ class _Walk:
             self.refusals.append(Refusal(name, "", self.rejected[name], REPORT))
             return
         result = self._rewrite(chain.region.module(self.request.model), chain.region, chain.call)
+        around = [r for r in self.refusals if not r.node and _holds_chain(r.block, chain.region)]
         if isinstance(result, RewrittenRegion):
             self.regions.append(result)
-            # What the chain does now was refused as a whole before.
-            self.refusals = [r for r in self.refusals if r.node or not _holds_chain(r.block, chain.region)]
-        elif result is not None:
+            self.refusals = [r for r in self.refusals if r not in around]
+        elif result is not None and not around:
             self.refusals.append(result)
 
     def down(self, path: str, module: nn.Module) -> None:

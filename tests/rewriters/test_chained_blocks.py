@@ -18,6 +18,7 @@ from chain_hosts import (
     Biased,
     BiasedBlock,
     Collecting,
+    Decoding,
     Dicts,
     Inside,
     Loop,
@@ -174,7 +175,7 @@ def test_macs_add_up_to_what_the_original_takes(looping: Pair) -> None:
     [
         ("skip a block", "blocks.2 was not called with what blocks.1 returned"),
         ("leave early", "what blocks.1 returns is read by more than the next block"),
-        ("collect", "what blocks.0 returns is read by more than the next block"),
+        ("collect", "what blocks.0 returns is read after the blocks have run as one"),
         ("write into the result", "what blocks.0 returns is read by more than the next block"),
         ("write into a mask", "a tensor that blocks.0 was called with was changed in place"),
         ("freeze the first block", "gradients, autocast or a checkpoint begin or end between blocks.0 and blocks.1"),
@@ -210,6 +211,32 @@ def test_a_call_that_departs_leaves_others_pruned(wayward: Pair) -> None:
     assert len(pruned.token_counts()) == 3
 
 
+class Undecided(Loop):
+    """Leaves the loop early where texts differ in length."""
+
+    def run(self, x: Tensor, padding: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            if number == 2 and bool(padding.any()):
+                break
+            x = block(x, padding)
+        return x
+
+
+@torch.no_grad()
+def test_values_may_decide_how_far_the_chain_goes() -> None:
+    torch.manual_seed(0)
+    full, padded = loop_inputs(), loop_inputs()
+    full["attention_mask"][:] = 1
+    model = lively(Undecided())
+    pruned = madtp.rewrite(model, full, config=CONFIG)
+    assert len(pruned.report.sites) == 3
+    for inputs, sites in ((padded, 0), (full, 3), (padded, 0), (full, 3)):
+        found = pruned(**inputs)
+        assert len(pruned.madtp.control.last_record().states) == sites
+        assert (gap(model(**inputs), found) < 1e-5) == (not sites)
+    assert any("blocks.1 returns is read" in note for note in pruned.report.notes)
+
+
 @torch.no_grad()
 def test_blocks_may_be_called_in_another_way_later(wayward: Pair) -> None:
     model, pruned = copy.deepcopy(wayward)
@@ -220,6 +247,21 @@ def test_blocks_may_be_called_in_another_way_later(wayward: Pair) -> None:
     pruned(**inputs)
     assert len(pruned.token_counts()) == 3
     assert pruned.report.unpruned == []
+
+
+@torch.no_grad()
+def test_image_tokens_among_the_words_of_a_decoder_are_pruned() -> None:
+    model, pruned = _rewritten(Decoding)
+    assert [(s.name, s.segments) for s in pruned.report.sites] == [(f"blocks.{i}", ("image",)) for i in range(3)]
+    for batch, length in ((3, 9), (1, 6)):
+        inputs = loop_inputs(batch, length)
+        with pruned.dense():
+            assert gap(model(**inputs), pruned(**inputs)) < 1e-5
+        pruned(**inputs)
+        kept = pruned.kept_tokens()["blocks.2"]
+        assert bool(kept[:, 0].all())
+        assert bool(kept[:, 17:].all()), "words are left alone"
+        assert not bool(kept.all())
 
 
 def test_strict_models_raise_where_a_call_departs() -> None:

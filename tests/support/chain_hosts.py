@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -222,6 +223,33 @@ class SideBySide(Loop):
         for image, said in zip(self.image, self.text, strict=True):
             x, words = image(x), said(words, attention_mask[:, :longest] == 0)
         return self.head(x[:, 0] * words[:, 0])
+
+
+class CausalBlock(BiasedBlock):
+    """Returns a model output in place of a tensor."""
+
+    def forward(self, x: Tensor, positions: Tensor, *, bias: Tensor, scale: float = 1.0) -> Any:
+        return OrderedDict(hidden=super().forward(x, positions, bias=bias, scale=scale))
+
+
+class Decoding(Loop):
+    """A causal language model among whose words the image stands, which the root writes there."""
+
+    def make_blocks(self, depth: int) -> None:
+        self.blocks = nn.ModuleList(CausalBlock() for _ in range(depth))
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        longest = int(attention_mask.sum(1).max().item())
+        words, image = self.words(input_ids[:, :longest]), self.patches(pixels).flatten(2).transpose(1, 2)
+        x = words.new_zeros(len(words), longest + IMAGE_TOKENS, WIDTH)
+        is_image = torch.zeros(x.shape[:2], dtype=torch.bool)
+        is_image[:, 1 : 1 + IMAGE_TOKENS] = True
+        x = x.masked_scatter(~is_image[..., None], words).masked_scatter(is_image[..., None], image)
+        bias = torch.full((x.shape[1], x.shape[1]), -1e9).triu(1)[None, None]
+        positions = torch.arange(x.shape[1]).sin()[None, :, None].expand_as(x)
+        for block in self.blocks:
+            x = block(x, positions, bias=bias)["hidden"]
+        return self.head(x)
 
 
 class Wayward(Loop):
