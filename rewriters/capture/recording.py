@@ -171,7 +171,8 @@ def _enter(
 
 def _image_positions(leaves: list[tuple[pytree.KeyPath, Any]], tracker: Tracker) -> ImagePositions | None:
     by_place = {pytree.keystr(place): tracker.image_positions(leaf) for place, leaf in leaves}
-    known = [ImagePositions(place, positions) for place, positions in by_place.items() if positions is not None]
+    # What was only brought to the shape of the sequence, such as positions, holds no image feature.
+    known = [ImagePositions(place, found) for place, found in by_place.items() if found is not None and found.any()]
     return known[0] if len(known) == 1 else None
 
 

@@ -240,11 +240,10 @@ class Decoding(Loop):
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         longest = int(attention_mask.sum(1).max().item())
-        words, image = self.words(input_ids[:, :longest]), self.patches(pixels).flatten(2).transpose(1, 2)
-        x = words.new_zeros(len(words), longest + IMAGE_TOKENS, WIDTH)
-        is_image = torch.zeros(x.shape[:2], dtype=torch.bool)
-        is_image[:, 1 : 1 + IMAGE_TOKENS] = True
-        x = x.masked_scatter(~is_image[..., None], words).masked_scatter(is_image[..., None], image)
+        slots = input_ids.new_full((len(input_ids), IMAGE_TOKENS), 1)
+        ids = torch.cat([input_ids[:, :1], slots, input_ids[:, 1:longest]], 1)
+        image = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = self.words(ids).masked_scatter((ids == 1)[..., None], image)
         bias = torch.full((x.shape[1], x.shape[1]), -1e9).triu(1)[None, None]
         positions = torch.arange(x.shape[1]).sin()[None, :, None].expand_as(x)
         for block in self.blocks:
