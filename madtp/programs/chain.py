@@ -185,6 +185,8 @@ class PrunedChain:
                 f"the model's Python calls {self.chain} one by one, and a program runs them at once, which an export does not "
                 "follow. Export a module that holds them."
             )
+        if not link.number:  # what another chain has deferred
+            args, kwargs = settled((args, kwargs))
         try:
             call = normalise_call(link.module, args, kwargs, link.parameters)
         except ExampleInputsError:  # the original says best what is wrong
@@ -238,7 +240,7 @@ class PrunedChain:
         if not link.number:
             self.region.programs.require_no_hooks()
             start = call.leaf_at(self.chain.start)
-            if not isinstance(start, Tensor) or isinstance(start, Deferred):
+            if not isinstance(start, Tensor):
                 raise Unserved(NO_START.format(link.name))
             return start
         before = self.links[link.number - 1]

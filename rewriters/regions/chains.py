@@ -40,6 +40,22 @@ class ChainOfBlocks:
     region: Region
     call: Call
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of the modules."""
+        assert self.region.chain is not None
+        return self.region.chain.names
+
+    def lies_in(self, path: str) -> bool:
+        """Whether the module at a path holds all of its modules."""
+        return all(map(Region(path).holds, self.names))
+
+    def overlaps(self, other: Region) -> bool:
+        """Whether another region is a chain that shares a module with it, or of which one holds a module of the other."""
+        if other.chain is None:
+            return False
+        return any(map(other.holds, self.names)) or any(map(self.region.holds, other.chain.names))
+
 
 @dataclass(frozen=True)
 class _Handover:
@@ -119,15 +135,19 @@ def why_no_chain(recording: Recording, model: nn.Module) -> Iterator[Refusal]:
 
 
 def _handovers(recording: Recording) -> Iterator[tuple[str, _Handover]]:
-    """Modules that return a tensor which another module beside them is given, with that module."""
+    """Modules that return a tensor which another module, called later beside them, is given, with that module."""
+    given: dict[int, list[str]] = {}
+    for name, recorded in recording.calls.items():
+        for leaf in recorded.call.tensors():
+            given.setdefault(id(leaf), []).append(name)
+    order = {name: number for number, name in enumerate(recording.calls)}
     for path, recorded in recording.calls.items():
-        leaves = pytree.tree_leaves(recorded.output)
-        tensors = {id(leaf): (place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        for name, other in recording.calls.items():
-            given = [leaf for leaf in other.call.tensors() if id(leaf) in tensors]
-            if given and name != path and other.callers == recorded.callers:
-                place, tensor = tensors[id(given[0])]
-                yield path, _Handover(name, tensor, place)
+        for place, leaf in enumerate(pytree.tree_leaves(recorded.output)):
+            takers = given.get(id(leaf), []) if isinstance(leaf, Tensor) else []
+            later = (name for name in takers if order[name] > order[path])
+            reader = next((name for name in later if recording.calls[name].callers == recorded.callers), None)
+            if reader is not None:
+                yield path, _Handover(reader, leaf, place)
                 break
 
 

@@ -34,6 +34,7 @@ from rewriters.plan.plan import Plan, Refusal, SitePlan, joined
 from rewriters.plan.policy import Policy
 from rewriters.plan.request import Request
 from rewriters.regions.chains import ChainOfBlocks, chains_in, why_no_chain
+from rewriters.verify.payoff import why_nothing_is_saved
 
 MOST_ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.
@@ -211,14 +212,14 @@ class _Walk:
         self.seen: set[int] = set()
 
     def with_chains(self) -> RewrittenRegions:
-        """The regions found, with chains of blocks beside them as further ones.
+        """The regions found, with chains of blocks beside them, and in place of regions that are single blocks.
 
         Raises:
             PlanError: The plan that was handed in has sites in no region.
         """
-        taken = [region.region for region in self.regions]
-        for chain in chains_in(self.recording, self.request.model, taken):
-            if not any(_overlap(region.region, chain.region) for region in self.regions):
+        towers = [one.region for one in self.regions if len(one.plan.sites) > 1]
+        for chain in chains_in(self.recording, self.request.model, towers):
+            if not any(chain.overlaps(one.region) for one in self.regions):
                 self._add_chain(chain)
         if not self.regions:
             self.refusals += why_no_chain(self.recording, self.request.model)
@@ -233,17 +234,31 @@ class _Walk:
         return RewrittenRegions(self.regions, self.refusals)
 
     def _add_chain(self, chain: ChainOfBlocks) -> None:
+        """Make a region of a chain, if it has no fewer sites than the regions in it."""
+        around = [r for r in self.refusals if not r.node and chain.lies_in(r.block)]
+        inside = [one for one in self.regions if chain.region.holds(one.region.path)]
+        result = self._try_chain(chain)
+        if isinstance(result, RewrittenRegion):
+            if len(result.plan.sites) >= site_count(inside):
+                others = [one for one in self.regions if not chain.region.holds(one.region.path)]
+                self.regions = [*others, result]
+                self.refusals = [r for r in self.refusals if r not in around]
+        elif result is not None and not (around or inside):
+            self.refusals.append(result)
+
+    def _try_chain(self, chain: ChainOfBlocks) -> RewrittenRegion | Refusal | None:
+        """Rewrite a chain, or say why not; None where there is nothing to prune in it."""
         name = chain.region.name
         if name in self.rejected:
-            self.refusals.append(Refusal(name, "", self.rejected[name], REPORT))
-            return
+            return Refusal(name, "", self.rejected[name], REPORT)
+        if self.attempts >= MOST_ATTEMPTS:
+            return Refusal(name, "", "others like it could not be captured", "rewrite it by itself")
+        self.attempts += 1
         result = self._rewrite(chain.region.module(self.request.model), chain.region, chain.call)
-        around = [r for r in self.refusals if not r.node and _holds_chain(r.block, chain.region)]
         if isinstance(result, RewrittenRegion):
-            self.regions.append(result)
-            self.refusals = [r for r in self.refusals if r not in around]
-        elif result is not None and not around:
-            self.refusals.append(result)
+            reason = why_nothing_is_saved(result.program, result.call.flattened(result.program.given))
+            return result if reason is None else Refusal(name, "", reason, SEE_REASON)
+        return result
 
     def down(self, path: str, module: nn.Module) -> None:
         """Make regions of the children of ``module``, or of theirs."""
@@ -370,17 +385,6 @@ class _Walk:
                 yield recorded.region(place)
             else:
                 yield from self._inner(place, child, plan)
-
-
-def _overlap(one: Region, other: Region) -> bool:
-    """Whether two chains share a module, or one holds a module of the other; others leave each other alone."""
-    if one.chain is None or other.chain is None:
-        return False
-    return any(map(one.holds, other.chain.names)) or any(map(other.holds, one.chain.names))
-
-
-def _holds_chain(path: str, region: Region) -> bool:
-    return region.chain is not None and all(map(Region(path).holds, region.chain.names))
 
 
 def _serves_alone(recorded: RecordedCall, sites: tuple[SitePlan, ...]) -> bool:

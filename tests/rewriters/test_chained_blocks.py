@@ -25,6 +25,7 @@ from chain_hosts import (
     Named,
     Noting,
     Pairs,
+    Reading,
     SideBySide,
     Sliced,
     Tuples,
@@ -262,6 +263,19 @@ def test_image_tokens_among_the_words_of_a_decoder_are_pruned() -> None:
         assert bool(kept[:, 0].all())
         assert bool(kept[:, 17:].all()), "words are left alone"
         assert not bool(kept.all())
+
+
+@torch.no_grad()
+def test_a_chain_replaces_regions_that_are_single_blocks() -> None:
+    model, pruned = _rewritten(Reading)
+    assert pruned.report.regions == ("image.0 to image.1", "text.0 to text.1")
+    assert [site.name for site in pruned.report.sites] == ["image.0", "image.1", "text.0", "text.1"]
+    inputs = loop_inputs(2, 8)
+    with pruned.dense():
+        assert gap(model(**inputs), pruned(**inputs)) < 1e-5
+    pruned(**inputs)
+    counts = pruned.token_counts()
+    assert bool((counts["text.1"] <= counts["text.0"]).all())
 
 
 def test_strict_models_raise_where_a_call_departs() -> None:

@@ -251,6 +251,23 @@ class Decoding(Loop):
         return self.head(x)
 
 
+class Reading(Loop):
+    """Text blocks read the image; each has two attentions, and could be a region by itself."""
+
+    def make_blocks(self, depth: int) -> None:
+        self.image = nn.ModuleList(Block() for _ in range(2))
+        self.text = nn.ModuleList(nn.TransformerDecoderLayer(WIDTH, 2, 32, 0.0, batch_first=True) for _ in range(2))
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        longest = int(attention_mask.sum(1).max().item())
+        x, words = self.patches(pixels).flatten(2).transpose(1, 2), self.words(input_ids[:, :longest])
+        for block in self.image:
+            x = block(x)
+        for block in self.text:
+            words = block(words, x, tgt_key_padding_mask=attention_mask[:, :longest] == 0)
+        return self.head(words[:, 0])
+
+
 class Wayward(Loop):
     """Goes other ways by ``mode``."""
 
