@@ -6,7 +6,7 @@ has returned, and who else reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -72,17 +72,21 @@ class _Handover:
     place: int
 
 
-def chains_in(recording: Recording, model: nn.Module, taken: Sequence[Region]) -> list[ChainOfBlocks]:
+def chains_in(
+    recording: Recording, model: nn.Module, taken: Sequence[Region], blocks: Collection[str]
+) -> list[ChainOfBlocks]:
     """The longest chains of modules that hold two attentions or more, in the order in which they are called.
 
     Args:
         recording: A run of the model.
         model: The model.
         taken: Regions that chains have to leave alone.
+        blocks: Paths of those of them that are single blocks, which a chain may hold.
     """
 
     def is_free(path: str) -> bool:
-        return not any(one.holds(path) or Region(path).holds(one.path) for one in taken)
+        others = [one for one in taken if one.path != path or path not in blocks]
+        return not any(one.holds(path) or Region(path).holds(one.path) for one in others)
 
     handovers = {
         path: one

@@ -217,8 +217,9 @@ class _Walk:
         Raises:
             PlanError: The plan that was handed in has sites in no region.
         """
-        towers = [one.region for one in self.regions if len(one.plan.sites) > 1]
-        for chain in chains_in(self.recording, self.request.model, towers):
+        taken = [one.region for one in self.regions]
+        blocks = {one.region.path for one in self.regions if len(one.plan.sites) == 1}
+        for chain in chains_in(self.recording, self.request.model, taken, blocks):
             if not any(chain.overlaps(one.region) for one in self.regions):
                 self._add_chain(chain)
         if not self.regions:
