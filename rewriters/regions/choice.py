@@ -210,6 +210,7 @@ class _Walk:
         self.attempts = 0
         self.failures: Counter[type[nn.Module]] = Counter()
         self.seen: set[int] = set()
+        self.pruning_nothing: list[Region] = []
 
     def with_chains(self) -> RewrittenRegions:
         """The regions found, with chains of blocks beside them, and in place of regions that are single blocks.
@@ -217,7 +218,7 @@ class _Walk:
         Raises:
             PlanError: The plan that was handed in has sites in no region.
         """
-        taken = [one.region for one in self.regions]
+        taken = [*(one.region for one in self.regions), *self.pruning_nothing]
         blocks = {one.region.path for one in self.regions if len(one.plan.sites) == 1}
         for chain in chains_in(self.recording, self.request.model, taken, blocks):
             if not any(chain.overlaps(one.region) for one in self.regions):
@@ -281,6 +282,8 @@ class _Walk:
         if result is None or (isinstance(result, RewrittenRegion) and not result.plan.refusals):
             if result is not None:
                 self.regions.append(result)
+            else:
+                self.pruning_nothing.append(Region(path))
             self._down_to_others(path, path, module)
             return
         self.down(path, module)
