@@ -147,7 +147,8 @@ class RewriteReport:
         streams: All residual streams that were found.
         network: Streams and blocks as a directed graph: which stream feeds which block, which block which stream.
         seconds: Duration of the rewrite.
-        regions: Module paths of the submodules that are rewritten; empty if the whole model is.
+        regions: Module paths of the submodules that are rewritten, the first and the last one of blocks that the model calls
+            one after the other; empty if the whole model is.
         per_image_regions: Those of ``regions`` whose images are computed one by one.
         pooling: Module paths of attention that condenses tokens into a class token or latents. It reads what is pruned
             and needs no site.

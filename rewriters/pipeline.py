@@ -108,9 +108,9 @@ def rewrite_region(request: Request) -> RewrittenRegion:
         RewriteError: The graph cannot be followed; :class:`NoSiteError` where nothing in it can be pruned.
     """
     opened = request.opened()
-    stage(f"capturing {request.region.path or type(opened.model).__name__}")
+    stage(f"capturing {request.region.name or type(opened.model).__name__}")
     captured = capture(opened.model, opened.call, opened.region)
-    stage(f"finding what to prune in {request.region.path or type(opened.model).__name__}")
+    stage(f"finding what to prune in {request.region.name or type(opened.model).__name__}")
     with _blaming(opened.model):
         canonicalise(captured.graph)
         structure = detect(captured.graph)

@@ -117,6 +117,13 @@ class Tracker(TorchFunctionMode):
             if found:
                 self._tag(tensor, found)
 
+    def keep_image_positions(self, sequence: object, result: object) -> None:
+        """Mark the sequences in a result that have the tokens of another one: image features stand where they stood in that."""
+        mask = self._masks.get(sequence) if isinstance(sequence, Tensor) else None
+        for tensor in _tensors(pytree.tree_leaves(result)):
+            if mask is not None and tensor.shape[:-1] == mask.shape[:-1]:
+                self._masks[tensor] = mask.all(-1, keepdim=True).expand(tensor.shape)
+
     def watch_reads(self, output: object, read: set[int]) -> None:
         """Add to ``read`` the positions at which tokens ``[B, N, C]`` in ``output`` are read from now on."""
         for tensor in _tensors(pytree.tree_leaves(output)):

@@ -21,6 +21,7 @@ from madtp.calls.stored_tensors import Entry, StoredTensors, put_others
 from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError, ExportError, MadtpError, RewriteError
 from madtp.programs.cached_program import without_attributes
+from madtp.programs.deferred import settled
 from madtp.programs.notes import Notes
 from madtp.programs.program_cache import ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
@@ -46,6 +47,7 @@ class HostForward(ReplacedForward):
     Attributes:
         programs: the programs of the regions.
         follows_features: a region has to be told the positions of image features, so what the host computes is followed.
+        chained: a region is a chain of blocks that the host calls one after the other.
         agreements: by kind of call, whether the regions reproduce the original.
         outside_macs: by call signature, the multiply-accumulates per sample that run outside the regions.
     """
@@ -56,6 +58,7 @@ class HostForward(ReplacedForward):
         self.module_states = ModuleStates(self.module, without=PREFIX)
         self.programs: list[ProgramCache] = []
         self.follows_features = False
+        self.chained = False
         self.agreements: dict[Signature, bool] = {}
         self.outside_macs: dict[Signature, float] = {}
 
@@ -81,6 +84,7 @@ class HostForward(ReplacedForward):
                 control.begin_program()
                 control.record.batch = call.samples()
                 result = self._counted(described, kind, args, kwargs)
+            result = settled(result)  # the host may leave a chain of blocks before its last one
         self._ignore_own_changes(kind.modules)
         return result
 
@@ -147,6 +151,7 @@ class HostForward(ReplacedForward):
     def disagreement(self, call: Call) -> str | None:
         """How regions differ from the original on ``call`` with pruning off; None if they reproduce it."""
         evaluates = not any(m.training for m in self.module.modules())
+        before = set(self.control.scope.computed_twice)
         try:
             original, regions = self._unpruned_runs(call)
             require_agreement(original, regions, values=evaluates)
@@ -155,7 +160,8 @@ class HostForward(ReplacedForward):
             if evaluates and differs and self._differ_by_rounding(call):
                 return None
             return f"{error} {COLLECTED}"
-        return None
+        twice = self.control.scope.computed_twice - before
+        return f"it reads what blocks inside {', '.join(sorted(twice))} return." if twice else None
 
     def _differ_by_rounding(self, call: Call) -> bool:
         """Whether regions and the original differ on ``call`` by rounding: they agree in double precision."""
@@ -194,7 +200,7 @@ class HostForward(ReplacedForward):
             own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
             with torch.no_grad(), trial_run(self.module, (own.args, own.kwargs)), self.control.unpruned():
                 put_others(changed)
-                result = forward(own.args, own.kwargs)
+                result = settled(forward(own.args, own.kwargs))
                 changed.extend(() if changed else stored.changed())
                 return result
 

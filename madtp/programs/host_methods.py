@@ -10,6 +10,7 @@ from typing import Any
 
 from madtp.calls.objects import object_kind
 from madtp.errors import ContinuationError
+from madtp.programs.deferred import settled
 from madtp.sites.control import PruningControl
 
 log = logging.getLogger("madtp")
@@ -32,7 +33,7 @@ def as_one_call(
     def called(*args: Any, **kwargs: Any) -> Any:
         with control.call(), around():
             try:
-                return method(*args, **kwargs)
+                return settled(method(*args, **kwargs))
             except ContinuationError as error:
                 if object_kind((args, kwargs)) is not None:
                     raise

@@ -122,7 +122,7 @@ class PerImageRegion(ReplacedForward):
         return str(spec), *map(repr, leaves), *(m.training for m in self.module.modules())
 
     def _note(self, reason: str) -> None:
-        self.notes.unpruned(self.programs.path or type(self.module).__name__, reason)
+        self.notes.unpruned(self.programs.name, reason)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from madtp.programs.cached_program import (
     doubled,
     without_attributes,
 )
+from madtp.programs.chained_modules import Chain, ChainedModules
 from madtp.programs.gradient_checkpointing import checkpointed
 from madtp.programs.lost_gradients import lost_gradients_remark
 from madtp.programs.program import Program, Run
@@ -70,6 +71,7 @@ class ProgramCache:
 
     Attributes:
         path: the path of the module in ``host``; empty for the host itself.
+        name: what it is called in messages.
         module: the module whose calls are served.
         host: the module tree that programs run on.
         builder: builds further programs.
@@ -87,9 +89,15 @@ class ProgramCache:
         *,
         inner: bool = False,
         per_image: PerImageArguments | None = None,
+        chain: Chain | None = None,
     ) -> None:
-        """Make an empty cache; see above, and :class:`~madtp.programs.program_builder.ProgramBuilder`, for the arguments."""
-        self.path, self.module, self.host = path, host.get_submodule(path), host
+        """Make an empty cache; see above, and :class:`~madtp.programs.program_builder.ProgramBuilder`, for the arguments.
+
+        The module is that at ``path``, or the modules of ``chain`` as one.
+        """
+        self.path, self.host = path, host
+        self.module = host.get_submodule(path) if chain is None else ChainedModules(host, chain.names)
+        self.name = (path or type(host).__name__) if chain is None else str(chain)
         self.builder = ProgramBuilder(self.module, host, build_program, inner=inner, per_image=per_image)
         self.additions = additions_of(host)
         self.module_states = ModuleStates(self.module, without="" if path else PREFIX)
@@ -226,7 +234,7 @@ class ProgramCache:
                 return self._built(usual)
 
     def _built(self, call: Call) -> Program:
-        log.info("capturing %s for a new call signature", self.path or type(self.module).__name__)
+        log.info("capturing %s for a new call signature", self.name)
         with suppress(CannotFlatten):  # the builder says best what is wrong
             call = call.flattened(self.sizes)
         program, doubled = self.builder.build(call, self.marked)
@@ -279,9 +287,7 @@ class ProgramCache:
 
     def _ignore_differences(self, other: ModuleState) -> None:
         ignored = self.module_states.ignore_differences(other)
-        log.info(
-            "%s: changes of %s do not matter", self.path or type(self.module).__name__, ", ".join(ignored.values())
-        )
+        log.info("%s: changes of %s do not matter", self.name, ", ".join(ignored.values()))
         self.entries = {
             serial: replace(entry, signature=without_attributes(entry.signature, ignored))
             for serial, entry in self.entries.items()
@@ -303,7 +309,7 @@ class ProgramCache:
         leaves = call.flattened(program.given).flat()[0]
         if control.gradient_checkpointing and torch.is_grad_enabled():
             if program.checkpointed_forward is None:
-                program.checkpointed_forward = checkpointed(program.graph, self.host, self.path or "whole")
+                program.checkpointed_forward = checkpointed(program.graph, self.host, self.name)
             result = program.run_checkpointed(self.host, leaves)
         else:
             result = program.run(self.host, leaves)

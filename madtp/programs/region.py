@@ -91,8 +91,7 @@ class PrunedRegion(ReplacedForward):
             with suppress(OtherBranch), self.control.call(), self.control.in_program():
                 self.control.begin_program()
                 result = self.programs.run(program, call)
-                if self.control.scope.tracker is not None:
-                    self.control.scope.tracker.tag_result(call.flat()[0], result)
+                self._follow(call, result)
                 return result
         if continues:
             raise self._cannot_continue()
@@ -104,14 +103,21 @@ class PrunedRegion(ReplacedForward):
             told = self._with_image_positions(call)
             if told is None:
                 raise ExportError(
-                    f"it cannot be followed where image features are written among the tokens of {self.programs.path}."
+                    f"it cannot be followed where image features are written among the tokens of {self.programs.name}."
                 )
             call = told
         with self.control.in_program():
             result = self.programs.run_compiled(call)
-        if self.control.scope.tracker is not None:
-            self.control.scope.tracker.tag_result(call.flat()[0], result)
+        self._follow(call, result)
         return result
+
+    def _follow(self, call: Call, result: object) -> None:
+        """Tell what follows the host's tensors what a program has computed."""
+        tracker = self.control.scope.tracker
+        if tracker is not None:
+            tracker.tag_result(call.flat()[0], result)
+            if self.embeddings:
+                tracker.keep_image_positions(call.leaf_at(self.embeddings), result)
 
     def _with_image_positions(self, call: Call) -> Call | None:
         """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""
@@ -127,7 +133,7 @@ class PrunedRegion(ReplacedForward):
     def _cannot_continue(self) -> ContinuationError:
         self.prunes_caches = False
         return ContinuationError(
-            f"{self.programs.path} was to go on from what a pruned call has kept, and no program can be made for this call: "
+            f"{self.programs.name} was to go on from what a pruned call has kept, and no program can be made for this call: "
             f"{self.failure or 'too many others could not be made'}. Start again; tokens are no longer pruned there in calls "
             "that keep something for later ones."
         )
@@ -181,4 +187,4 @@ class PrunedRegion(ReplacedForward):
         yield built
 
     def _note(self, reason: str) -> None:
-        self.notes.unpruned(self.programs.path or type(self.module).__name__, reason)
+        self.notes.unpruned(self.programs.name, reason)

@@ -1,4 +1,7 @@
-"""A module tree becomes a pruned model: :func:`make_pruned`, which :func:`madtp.rewrite` calls."""
+"""A module tree becomes a pruned model: :func:`make_pruned`, which :func:`madtp.rewrite` calls.
+
+Then :func:`replace_forward` and :func:`replace_forwards` let programs run in place of its modules.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from torch import nn
 from madtp.calls.packed_images import PerImageArguments
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
+from madtp.programs.chain import PrunedChain
+from madtp.programs.chained_modules import Chain
 from madtp.programs.host_forward import HostForward
 from madtp.programs.packed_images_region import PerImageRegion
 from madtp.programs.program_builder import BuildProgram
@@ -105,4 +110,29 @@ def replace_forward(
     if isinstance(handle.forward_of_host, HostForward):
         handle.forward_of_host.follows_features |= bool(embeddings)
         handle.forward_of_host.programs.append(programs)
+    return programs
+
+
+def replace_forwards(
+    pruned: PrunedModel, chain: Chain, build_program: BuildProgram, *, embeddings: str = ""
+) -> ProgramCache:
+    """Let programs run in place of modules of a pruned model that its host calls one after the other.
+
+    Args:
+        pruned: the pruned model.
+        chain: the modules.
+        build_program: as in :func:`replace_forward`.
+        embeddings: as in :func:`replace_forward`.
+
+    Returns:
+        The program cache of the modules, still empty.
+    """
+    handle = pruned.madtp
+    programs = ProgramCache("", pruned, build_program, chain=chain)
+    PrunedChain(chain, programs, handle.control, handle.notes, embeddings)
+    if handle.forward_of_host is None:
+        handle.forward_of_host = HostForward(pruned, handle.control, handle.notes)
+    assert isinstance(handle.forward_of_host, HostForward)
+    handle.forward_of_host.chained = True
+    handle.forward_of_host.follows_features |= bool(embeddings)
     return programs

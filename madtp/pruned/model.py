@@ -67,7 +67,7 @@ class PrunedModel(nn.Module):
         if shapes_vary and is_exporting():
             raise ExportError(f"token counts depend on the input, so shapes are not known. {HOW_TO_EXPORT}")
         if isinstance(run, HostForward) and not is_exporting():
-            shapes_vary |= run.follows_features or not run.reproduces(args, kwargs)
+            shapes_vary |= run.follows_features or run.chained or not run.reproduces(args, kwargs)
         if shapes_vary or (handle.alignment_weight and self.training):
             return _run_uncompiled(self, args, kwargs)
         handle.control.compiled = True

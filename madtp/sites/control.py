@@ -69,6 +69,8 @@ class CallScope:
         calls: number of calls of the model that are under way.
         next_hook: number of the next hook when the outermost of them began; infinite outside.
         programs: number of programs of regions that are under way.
+        interrupted: names of chains of blocks that could not run as one in the outermost call.
+        computed_twice: those of them of which a program ran nevertheless.
     """
 
     unpruned: int = 0
@@ -77,6 +79,8 @@ class CallScope:
     calls: int = 0
     next_hook: float = math.inf
     programs: int = 0
+    interrupted: set[str] = field(default_factory=set)
+    computed_twice: set[str] = field(default_factory=set)
 
 
 OUTSIDE = CallScope()
@@ -182,7 +186,7 @@ class PruningControl:
         scope = self.scope
         if not scope.calls:
             self.record.outdated = True
-            scope = replace(scope, next_hook=next_hook())
+            scope = replace(scope, next_hook=next_hook(), interrupted=set(), computed_twice=set())
         with self._within(replace(scope, calls=scope.calls + 1)):
             yield
 

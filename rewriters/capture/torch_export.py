@@ -122,7 +122,7 @@ def _dynamic_tree(model: nn.Module, call: Call, args: tuple[Any, ...], kwargs: d
 
 def _choices_of_free_dims(leaves: list[Any], cached: Collection[int], region: Region) -> list[FreeDims]:
     """Which dimensions to try as free, most general first; those of the leaves ``cached``, parts of objects, may all grow."""
-    every = [] if not region.path else [tuple(_lengths(x) if isinstance(x, Tensor) else () for x in leaves)]
+    every = [] if not region.name else [tuple(_lengths(x) if isinstance(x, Tensor) else () for x in leaves)]
     batch = tuple((0,) if isinstance(x, Tensor) and x.dim() > 0 else () for x in leaves)
     length = tuple(
         (0, x.dim() - 1)

@@ -19,8 +19,9 @@ from madtp.errors import NothingToPruneError, RewriteError
 from madtp.programs.originals import original_of
 from madtp.programs.program import Program
 from madtp.programs.program_builder import BuildProgram
+from madtp.programs.program_cache import ProgramCache
 from madtp.pruned import AlignmentSpec, PrunedModel
-from madtp.pruned.make import make_pruned, replace_forward
+from madtp.pruned.make import make_pruned, replace_forward, replace_forwards
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.capture.scope import Region
 from rewriters.insert.workspace import site_key
@@ -50,10 +51,7 @@ def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks)
     )
     pruned.madtp.own_hooks = own_hooks
     for each in rewritten.regions:
-        region = each.region
-        programs = replace_forward(
-            pruned, region.path, _builder(each, config), embeddings=region.embeddings, per_image=region.per_image
-        )
+        programs = _replaced(pruned, each.region, _builder(each, config))
         programs.add(each.program, each.call)
         for inner in each.inner:
             replace_forward(
@@ -64,6 +62,13 @@ def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks)
                 replace_forward(pruned, path, _tower_builder(each, config, pruned, path), inner=True)
     pruned.madtp.example = record_call(request.call)
     return pruned
+
+
+def _replaced(pruned: PrunedModel, region: Region, build: BuildProgram) -> ProgramCache:
+    """The programs, still missing, that run in place of a region."""
+    if region.chain is not None:
+        return replace_forwards(pruned, region.chain, build, embeddings=region.embeddings)
+    return replace_forward(pruned, region.path, build, embeddings=region.embeddings, per_image=region.per_image)
 
 
 def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> BuildProgram:

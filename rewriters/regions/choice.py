@@ -33,6 +33,8 @@ from rewriters.pipeline import RewrittenRegion, rewrite_region
 from rewriters.plan.plan import Plan, Refusal, SitePlan, joined
 from rewriters.plan.policy import Policy
 from rewriters.plan.request import Request
+from rewriters.regions.chains import ChainOfBlocks, chains_in, why_no_chain
+from rewriters.verify.payoff import why_nothing_is_saved
 
 MOST_ATTEMPTS = 40
 # After so many modules of one class that cannot be captured, its others are not tried.
@@ -79,18 +81,18 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
 
     Args:
         request: The request for the whole model.
-        rejected: Paths of regions (the whole model is ``""``) that failed a check, with the reason; what lies below them
+        rejected: Names of regions (the whole model is ``""``) that failed a check, with the reason; what lies below them
             is tried.
 
     Raises:
         MadtpError: As :func:`rewriters.pipeline.rewrite_region`, where neither works.
     """
     model = request.model
-    by_region: RewrittenRegions | None = None
+    walk: _Walk | None = None
     if callable(getattr(model, "generate", None)):
-        by_region = _submodules(request, rejected)
-        if by_region.regions:
-            return by_region
+        walk = _submodules(request, rejected)
+        if walk.regions:
+            return walk.with_chains()
     failure: MadtpError = RewriteError(rejected.get("", ""))
     if "" not in rejected:
         try:
@@ -99,8 +101,7 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
             failure = error
         else:
             return _better(request, rejected, whole)
-    if by_region is None:
-        by_region = _submodules(request, rejected)
+    by_region = (walk or _submodules(request, rejected)).with_chains()
     if not by_region.regions and "" not in rejected:
         by_region = _per_image(request, by_region)
     if not by_region.regions:
@@ -161,18 +162,10 @@ def _neither(model: str, failure: MadtpError, refusals: list[Refusal]) -> MadtpE
     return NoSiteError(message) if isinstance(failure, LeftAloneError) else type(failure)(message)
 
 
-def _submodules(request: Request, rejected: Mapping[str, str]) -> RewrittenRegions:
+def _submodules(request: Request, rejected: Mapping[str, str]) -> _Walk:
     walk = _Walk(request, rejected)
     walk.down("", request.model)
-    plan = request.plan
-    if plan is not None and walk.regions:
-        lost = {s.name for s in plan.sites} - {s.name for r in walk.regions for s in r.plan.sites}
-        if lost:
-            raise PlanError(
-                f"the plan has {len(lost)} sites that no region of this model holds ({sorted(lost)[0]}, ...); start from the "
-                "plan of a fresh rewrite."
-            )
-    return RewrittenRegions(walk.regions, walk.refusals)
+    return walk
 
 
 def single_modality_towers(module: nn.Module, plan: Plan, path: str = "") -> Iterator[str]:
@@ -217,6 +210,57 @@ class _Walk:
         self.attempts = 0
         self.failures: Counter[type[nn.Module]] = Counter()
         self.seen: set[int] = set()
+        self.pruning_nothing: list[Region] = []
+
+    def with_chains(self) -> RewrittenRegions:
+        """The regions found, with chains of blocks beside them, and in place of regions that are single blocks.
+
+        Raises:
+            PlanError: The plan that was handed in has sites in no region.
+        """
+        taken = [*(one.region for one in self.regions), *self.pruning_nothing]
+        blocks = {one.region.path for one in self.regions if len(one.plan.sites) == 1}
+        for chain in chains_in(self.recording, self.request.model, taken, blocks):
+            if not any(chain.overlaps(one.region) for one in self.regions):
+                self._add_chain(chain)
+        if not self.regions:
+            self.refusals += why_no_chain(self.recording, self.request.model)
+        plan = self.request.plan
+        if plan is not None and self.regions:
+            lost = {s.name for s in plan.sites} - {s.name for r in self.regions for s in r.plan.sites}
+            if lost:
+                raise PlanError(
+                    f"the plan has {len(lost)} sites that no region of this model holds ({sorted(lost)[0]}, ...); start from "
+                    "the plan of a fresh rewrite."
+                )
+        return RewrittenRegions(self.regions, self.refusals)
+
+    def _add_chain(self, chain: ChainOfBlocks) -> None:
+        """Make a region of a chain, if it has no fewer sites than the regions in it."""
+        around = [r for r in self.refusals if not r.node and chain.lies_in(r.block)]
+        inside = [one for one in self.regions if chain.region.holds(one.region.path)]
+        result = self._try_chain(chain)
+        if isinstance(result, RewrittenRegion):
+            if len(result.plan.sites) >= site_count(inside):
+                others = [one for one in self.regions if not chain.region.holds(one.region.path)]
+                self.regions = [*others, result]
+                self.refusals = [r for r in self.refusals if r not in around]
+        elif result is not None and not (around or inside):
+            self.refusals.append(result)
+
+    def _try_chain(self, chain: ChainOfBlocks) -> RewrittenRegion | Refusal | None:
+        """Rewrite a chain, or say why not; None where there is nothing to prune in it."""
+        name = chain.region.name
+        if name in self.rejected:
+            return Refusal(name, "", self.rejected[name], REPORT)
+        if self.attempts >= MOST_ATTEMPTS:
+            return Refusal(name, "", "others like it could not be captured", "rewrite it by itself")
+        self.attempts += 1
+        result = self._rewrite(chain.region.module(self.request.model), chain.region, chain.call)
+        if isinstance(result, RewrittenRegion):
+            reason = why_nothing_is_saved(result.program, result.call.flattened(result.program.given))
+            return result if reason is None else Refusal(name, "", reason, SEE_REASON)
+        return result
 
     def down(self, path: str, module: nn.Module) -> None:
         """Make regions of the children of ``module``, or of theirs."""
@@ -238,6 +282,8 @@ class _Walk:
         if result is None or (isinstance(result, RewrittenRegion) and not result.plan.refusals):
             if result is not None:
                 self.regions.append(result)
+            else:
+                self.pruning_nothing.append(Region(path))
             self._down_to_others(path, path, module)
             return
         self.down(path, module)
@@ -264,11 +310,13 @@ class _Walk:
                 self.seen.add(id(child))
                 self._choose(place, child, recorded)
 
-    def _plan_inside(self, path: str) -> Plan | None:
-        """The part of a plan that was handed in for what runs in calls of the module at ``path``."""
+    def _plan_inside(self, region: Region) -> Plan | None:
+        """The part of a plan that was handed in for what runs in calls of a region."""
         if self.request.plan is None:
             return None
-        plan = self.request.plan.of(Region(path))
+        path, plan = region.path, self.request.plan.of(region)
+        if region.chain is not None:
+            return plan
         calls = self.recording.calls.items()
         apart = [Region(p) for p, r in calls if Region(path).holds(p) and p != path and path not in r.callers]
         return plan.without([s.name for s in plan.sites if any(region.holds(s.name) for region in apart)], ())
@@ -306,11 +354,11 @@ class _Walk:
         return self._rewrite(module, replace(region, per_image=found.per_image), found.call)
 
     def _rewrite(self, module: nn.Module, region: Region, call: Call) -> RewrittenRegion | Refusal | None:
-        plan = self._plan_inside(region.path)
+        plan = self._plan_inside(region)
         if plan is not None and not plan.sites:
             return None
         request = replace(self.request, model=module, call=call, region=region, serial=len(self.regions), plan=plan)
-        path = region.path
+        path = region.name
         try:
             rewritten = rewrite_region(request)
         except NothingToPruneError:
@@ -322,6 +370,8 @@ class _Walk:
             return Refusal(path, "", str(error), "an exportable module")
         except (RewriteError, PlanError) as error:
             return Refusal(path, "", str(error), REPORT)
+        if region.chain is not None:
+            return rewritten
         return replace(rewritten, inner=tuple(self._inner(path, module, rewritten.plan)))
 
     def _inner(self, path: str, module: nn.Module, plan: Plan) -> Iterator[Region]:

@@ -9,30 +9,32 @@ from madtp.calls.call import Call
 from madtp.programs.host_forward import HostForward
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.pruned import PrunedModel
+from rewriters.capture.scope import Region
 
 
-def region_at_fault(pruned: PrunedModel, paths: Sequence[str], call: Call) -> str | None:
-    """The path of a region that by itself makes a model differ from the original; None if there is none.
+def region_at_fault(pruned: PrunedModel, regions: Sequence[Region], call: Call) -> Region | None:
+    """A region that by itself makes a model differ from the original; None if there is none.
 
     Args:
         pruned: The model with all its regions, which differs.
-        paths: The paths of its regions.
+        regions: Its regions.
         call: The example call.
     """
     host = pruned.madtp.forward_of_host
-    if len(paths) < 2 or not isinstance(host, HostForward):
-        return next(iter(paths), None)
-    for path in paths:
-        with _alone(pruned, path, paths), host.control.call(), host.control.unrecorded():
+    if len(regions) < 2 or not isinstance(host, HostForward):
+        return next(iter(regions), None)
+    for region in regions:
+        with _alone(pruned, region, regions), host.control.call(), host.control.unrecorded():
             if host.disagreement(call) is not None:
-                return path
+                return region
     return None
 
 
 @contextmanager
-def _alone(pruned: PrunedModel, path: str, paths: Sequence[str]) -> Iterator[None]:
+def _alone(pruned: PrunedModel, region: Region, regions: Sequence[Region]) -> Iterator[None]:
     """Let one region run a program, and the others their own code."""
-    others = [pruned.get_submodule(other).__dict__ for other in paths if other != path]
+    paths = [path for other in regions if other is not region for path in _replaced(other)]
+    others = [pruned.get_submodule(path).__dict__ for path in paths]
     programs = [attributes.pop("forward") for attributes in others]
     for attributes, program in zip(others, programs, strict=True):
         if isinstance(program, ReplacedForward) and program.attribute is not None:
@@ -42,3 +44,8 @@ def _alone(pruned: PrunedModel, path: str, paths: Sequence[str]) -> Iterator[Non
     finally:
         for attributes, program in zip(others, programs, strict=True):
             attributes["forward"] = program
+
+
+def _replaced(region: Region) -> tuple[str, ...]:
+    """Paths of the modules whose forwards programs have replaced."""
+    return (region.path,) if region.chain is None else region.chain.names

@@ -56,11 +56,11 @@ def report_of(model: nn.Module, rewritten: RewrittenRegions) -> RewriteReport:
         plan=plan.to_dict(),
     )
     if not rewritten.whole:
-        report.regions = tuple(r.region.path for r in rewritten.regions)
+        report.regions = tuple(r.region.name for r in rewritten.regions)
         report.per_image_regions = tuple(r.region.path for r in rewritten.regions if r.region.per_image is not None)
     for region in rewritten.regions:
         add_region(report, region)
-        report.notes += [PADDED.format(region.region.path or report.model, why) for why in region.program.padded]
+        report.notes += [PADDED.format(region.region.name or report.model, why) for why in region.program.padded]
     if rewritten.whole and holds_texts(rewritten.regions[0].call):
         report.notes.append(TEXTS)
     if any(site.keeps_last for site in plan.sites):

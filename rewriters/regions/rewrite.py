@@ -65,14 +65,14 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
         if failure is None:
             _note_missing_payoff(pruned, rewritten, config)
             return pruned
-        rejected[failure.path] = failure.reason
+        rejected[failure.name] = failure.reason
 
 
 @dataclass(frozen=True)
 class FailedRegion:
-    """A rewritten region, or the whole model (path ``""``), that does not compute what it should."""
+    """A rewritten region, or the whole model (name ``""``), that does not compute what it should."""
 
-    path: str
+    name: str
     reason: str
 
 
@@ -88,13 +88,13 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
         try:
             saving_of(region.program, region.call.flattened(region.program.given))
         except RewriteError as error:
-            return FailedRegion(region.region.path, str(error))
-        stage(f"checking {region.region.path or type(model).__name__}")
+            return FailedRegion(region.region.name, str(error))
+        stage(f"checking {region.region.name or type(model).__name__}")
         try:
             verify(case)
         except RewriteError as error:
             if not is_rounding(case, partial(_case_in_double_precision, model, pruned, region)):
-                return FailedRegion(region.region.path, str(error))
+                return FailedRegion(region.region.name, str(error))
         note_lost_gradients(case)
         if region.program.lost_gradients:
             pruned.madtp.notes.add(f"in training, {lost_gradients_remark(region.program.lost_gradients)}")
@@ -106,16 +106,16 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
     unpruned = pruned.madtp.report.unpruned[known:]
     if not unpruned:
         return None
-    if any(unpruned[0].called == region.region.path for region in rewritten.regions):
+    if any(unpruned[0].called == region.region.name for region in rewritten.regions):
         return FailedRegion(unpruned[0].called, str(unpruned[0]))
-    at_fault = region_at_fault(pruned, [region.region.path for region in rewritten.regions], call)
+    at_fault = region_at_fault(pruned, [region.region for region in rewritten.regions], call)
     if at_fault is not None:
-        return FailedRegion(at_fault, unpruned[0].reason)
+        return FailedRegion(at_fault.name, unpruned[0].reason)
     raise RewriteError(f"the rewritten regions do not fit the model. {unpruned[0]}")
 
 
 def _case(model: nn.Module, pruned: PrunedModel, region: RewrittenRegion) -> Case:
-    original = model.get_submodule(region.region.path)
+    original = region.region.module(model)
     opened = Request(original, region.call, pruned.madtp.config, region.region).opened(region.program.sizes())
     return Case(
         model=opened.model,

@@ -100,6 +100,15 @@ def saving_of(program: Program, call: Call) -> Saving:
     return found
 
 
+def why_nothing_is_saved(program: Program, call: Call) -> str | None:
+    """Why pruning saves nothing on ``call``, which is opened, however strong it is; None if it saves something."""
+    try:
+        found = saving_of(program, call)
+    except RewriteError as error:
+        return str(error)
+    return str(found) if found.is_missing else None
+
+
 def _fewest_tokens(site: SitePlan, config: PruningConfig) -> int:
     """Tokens that survive at a site in any case, with the merged one."""
     return len(site.protected) + len(site.readouts) + max(1, config.min_tokens) + int(config.merge)

@@ -32,20 +32,29 @@ class Drawing(nn.Module):
         return self.head(x[:, 0] + torch.randn(WIDTH, generator=generator))
 
 
+@pytest.mark.parametrize(("inner", "region"), [(True, "encoder"), (False, "encoder.blocks.0 to encoder.blocks.1")])
 @torch.no_grad()
-def test_what_stands_around_the_draw_is_rewritten() -> None:
+def test_what_stands_around_the_draw_is_rewritten(inner: bool, region: str) -> None:
     torch.manual_seed(0)
-    model, pixels = lively(Drawing(inner=True)), torch.randn(3, 3, 32, 32)
+    model, pixels = lively(Drawing(inner=inner)), torch.randn(3, 3, 32, 32)
     pruned = madtp.rewrite(model, (pixels,), config=madtp.PruningConfig(alignment_tokens=4))
-    assert pruned.report.regions == ("encoder",)
+    assert pruned.report.regions == (region,)
     for _ in range(2):
         with pruned.dense():
             assert gap(model(pixels), pruned(pixels)) < 1e-5
 
 
-def test_a_draw_in_the_module_that_calls_the_blocks_is_refused() -> None:
+class DrawingBetween(Drawing):
+    def forward(self, pixels: Tensor) -> Tensor:
+        x, generator = self.patches(pixels), torch.Generator().manual_seed(3)
+        for block in self.encoder.blocks:
+            x = block(x) + torch.randn(WIDTH, generator=generator)
+        return self.head(x[:, 0])
+
+
+def test_a_draw_between_the_blocks_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"torch\.Generator of its own"):
-        madtp.rewrite(lively(Drawing(inner=False)), (torch.randn(3, 3, 32, 32),))
+        madtp.rewrite(lively(DrawingBetween(inner=False)), (torch.randn(3, 3, 32, 32),))
 
 
 @torch.no_grad()

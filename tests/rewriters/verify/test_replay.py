@@ -121,15 +121,22 @@ def test_outputs_beside_those_that_compare_samples_are_still_checked(monkeypatch
 
     read_position = state.read_position
     monkeypatch.setattr(repairs.runtime, "read_position", shares)
-    with pytest.raises(RewriteError, match=r"output 1 of the first sample"):
-        madtp.rewrite(Contrast().eval(), inputs())
+    report = madtp.rewrite(Contrast().eval(), inputs()).report
+    assert report.regions == ("blocks.0 to blocks.2",)
+    assert "output 1 of the first sample" in report.refusals[0].reason
+
+
+class BlockTracedOtherwise(Block):
+    """Computes something else while it is traced, as a model does that leaves a mask out by its values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if torch.compiler.is_exporting() else x)
 
 
 class TracedOtherwise(Tower):
-    """Computes something else while it is traced, as a model does that leaves a mask out by its values."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return super().forward(pixels * 2 if torch.compiler.is_exporting() else pixels)
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([BlockTracedOtherwise(16, None) for _ in range(3)])
 
 
 class Coupled(Tower):
@@ -139,9 +146,15 @@ class Coupled(Tower):
         return super().forward(pixels * 2 if pixels.shape[0] == 1 and not torch.compiler.is_exporting() else pixels)
 
 
-def test_a_model_that_treats_a_sample_alone_otherwise_is_refused_with_that_reason() -> None:
-    with pytest.raises(RewriteError, match="from what the model itself computes for it in its batch"):
-        madtp.rewrite(Coupled().eval(), inputs())
+@torch.no_grad()
+def test_a_model_that_treats_a_sample_alone_otherwise_is_no_region_for_that_reason() -> None:
+    model = Coupled().eval()
+    pruned = madtp.rewrite(model, inputs())
+    assert pruned.report.regions == ("blocks.0 to blocks.2",)
+    assert "from what the model itself computes for it in its batch" in pruned.report.refusals[0].reason
+    for batch in (inputs()["pixels"], inputs()["pixels"][:1]):
+        with pruned.dense():
+            assert torch.equal(model(batch), pruned(batch))
 
 
 class TwoTowers(nn.Module):
