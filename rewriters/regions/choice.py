@@ -125,8 +125,8 @@ def _better(request: Request, rejected: Mapping[str, str], whole: RewrittenRegio
     if not texts and all(recorded.image_positions is None for recorded in walk.recording.calls.values()):
         return whole
     walk.down("", request.model)
-    wanted = site_count(whole.regions) + (not texts)
-    return RewrittenRegions(walk.regions, walk.refusals) if site_count(walk.regions) >= wanted else whole
+    wanted, found = site_count(whole.regions) + (not texts), walk.with_chains()
+    return found if site_count(found.regions) >= wanted else whole
 
 
 def _per_image(request: Request, by_region: RewrittenRegions) -> RewrittenRegions:

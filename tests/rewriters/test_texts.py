@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from joint_stream_models import Encoder, Patches, Words
 from model_case import VOCABULARY, WIDTH, lively
@@ -17,11 +18,11 @@ LENGTH = 12
 
 
 class Matcher(nn.Module):
-    """loops: forward calls the blocks one by one, so that no submodule holds them."""
+    """loops: forward calls the blocks one by one, so that no submodule holds them. scales: it scales what they return."""
 
-    def __init__(self, loops: bool = False) -> None:
+    def __init__(self, loops: bool = False, scales: bool = False) -> None:
         super().__init__()
-        self.loops = loops
+        self.loops, self.scales = loops, scales
         self.patches, self.words = Patches(), Words()
         self.vision, self.text = Encoder(2), Encoder(2)
         self.head = nn.Linear(2 * WIDTH, 2)
@@ -35,6 +36,8 @@ class Matcher(nn.Module):
             return encoder(x, mask)
         for block in encoder.blocks:
             x = block(x, mask)
+            if self.scales:
+                x = x * 0.9
         return encoder.norm(x)
 
     def forward(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
@@ -48,12 +51,14 @@ def texts(number: int) -> list[str]:
     return [f"a photo of {number} red balls", f"two dogs and {number} cats", "people ride on a horse and wave"]
 
 
+@pytest.mark.parametrize("loops", [False, True])
 @torch.no_grad()
-def test_other_texts_need_no_other_program() -> None:
+def test_other_texts_need_no_other_program(loops: bool) -> None:
     torch.manual_seed(0)
-    model, pixels = lively(Matcher()), torch.randn(3, 3, 32, 32)
+    model, pixels = lively(Matcher(loops)), torch.randn(3, 3, 32, 32)
     pruned = madtp.rewrite(model, {"pixels": pixels, "texts": texts(0)}, config=madtp.PruningConfig(alignment_tokens=4))
-    assert set(pruned.report.regions) == {"vision", "text"}
+    chains = {f"{name}.blocks.0 to {name}.blocks.1" for name in ("vision", "text")}
+    assert set(pruned.report.regions) == (chains if loops else {"vision", "text"})
     assert len(pruned.report.sites) == 4
     for number in range(3):
         with pruned.dense():
@@ -66,7 +71,9 @@ def test_other_texts_need_no_other_program() -> None:
 def test_a_model_without_regions_says_what_texts_cost() -> None:
     torch.manual_seed(0)
     call = {"pixels": torch.randn(3, 3, 32, 32), "texts": texts(0)}
-    pruned = madtp.rewrite(lively(Matcher(loops=True)), call, config=madtp.PruningConfig(alignment_tokens=4))
+    pruned = madtp.rewrite(
+        lively(Matcher(loops=True, scales=True)), call, config=madtp.PruningConfig(alignment_tokens=4)
+    )
     assert pruned.report.capture == "whole"
     assert any("a call with other texts makes one more" in note for note in pruned.report.notes)
 
