@@ -111,13 +111,13 @@ def rewrite_region(request: Request) -> RewrittenRegion:
     stage(f"capturing {request.region.name or type(opened.model).__name__}")
     captured = capture(opened.model, opened.call, opened.region)
     stage(f"finding what to prune in {request.region.name or type(opened.model).__name__}")
-    with _blaming(opened.model):
+    with _blaming(_called(opened)):
         canonicalise(captured.graph)
         structure = detect(captured.graph)
         plan = choose_plan(opened, structure, captured)
         insertion, plan = insert_what_works(captured.graph, plan)
         if not plan.sites and request.existing_sites is None:
-            raise _no_site(opened.model, structure, plan)
+            raise _no_site(opened, structure, plan)
         program = lower(insertion, captured, opened)
     return RewrittenRegion(request.region, request.call, program, plan, structure)
 
@@ -138,14 +138,14 @@ def continue_region(request: Request, marked: Mapping[str, MarkedAxes]) -> Progr
     """
     opened = request.opened()
     captured = capture(opened.model, opened.call, opened.region)
-    with _blaming(opened.model):
+    with _blaming(_called(opened)):
         canonicalise(captured.graph)
         try:
             assert captured.returned is not None
             hide_dead(captured.graph, opened.call, captured.returned, marked)
         except AxisError as error:
             raise RewriteError(
-                f"{type(opened.model).__name__} goes on from pruned tokens in a way that is not followed: {error}."
+                f"{_called(opened)} goes on from pruned tokens in a way that is not followed: {error}."
             ) from error
         return lower(Insertion(captured.graph, EMPTY_PLAN), captured, opened)
 
@@ -169,7 +169,7 @@ def price_dense(model: nn.Module, call: Call) -> float:
 
 
 @contextmanager
-def _blaming(model: nn.Module) -> Iterator[None]:
+def _blaming(name: str) -> Iterator[None]:
     """Whatever goes wrong inside the block becomes an error that names the model."""
     try:
         yield
@@ -177,12 +177,12 @@ def _blaming(model: nn.Module) -> Iterator[None]:
         raise
     except AxisError as error:
         raise RewriteError(
-            f"{type(model).__name__} cannot be followed token by token: {error} (rows that are selected by their values, say). "
+            f"{name} cannot be followed token by token: {error} (rows that are selected by their values, say). "
             "Rewrite the submodules in front of it and behind it."
         ) from error
     except Exception as error:
         raise RewriteError(
-            f"{type(model).__name__} is built in a way that the rewriter does not expect: {type(error).__name__}: {error}. "
+            f"{name} is built in a way that the rewriter does not expect: {type(error).__name__}: {error}. "
             "Please report the model; rewriting one of its submodules may work."
         ) from error
 
@@ -334,8 +334,13 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _no_site(model: nn.Module, structure: Structure, plan: Plan) -> NoSiteError:
-    head = f"no place to prune was found in {type(model).__name__}"
+def _called(request: Request) -> str:
+    """What errors call the module: its class, or the names of the modules of a chain."""
+    return type(request.model).__name__ if request.region.chain is None else request.region.name
+
+
+def _no_site(request: Request, structure: Structure, plan: Plan) -> NoSiteError:
+    model, head = request.model, f"no place to prune was found in {_called(request)}"
     if not structure.sublayers and not structure.unplaced:
         what = "its graph holds no attention by a softmax over tokens (linear attention and convolutions do not count)"
         if structure.pooling:

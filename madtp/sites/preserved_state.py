@@ -99,7 +99,7 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     parameters = [(one, one.data, one.requires_grad) for one in model.parameters()]
     # Batch norm does not declare that it writes to its statistics.
     training = any(module.training for module in model.modules())
-    statistics = [(one, one.clone()) for one in model.buffers()] if training else []
+    statistics = [(one, one.clone()) for one in model.buffers() if one.is_floating_point()] if training else []
     try:
         yield
     finally:
@@ -110,7 +110,8 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
                 if one.requires_grad != wanted:
                     one.requires_grad_(wanted)
             for buffer, values in statistics:
-                buffer.copy_(values)
+                if not torch.equal(buffer, values):
+                    buffer.data.copy_(values)  # autograd may have saved the buffer
 
 
 @contextmanager

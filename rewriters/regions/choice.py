@@ -153,7 +153,7 @@ def _policy_of(error: MadtpError) -> Policy | None:
 
 def _neither(model: str, failure: MadtpError, refusals: list[Refusal]) -> MadtpError:
     """The error where the model can be rewritten neither as a whole (``failure``) nor by regions."""
-    if not refusals:
+    if not refusals or (isinstance(failure, LeftAloneError) and all(r.policy is not None for r in refusals)):
         return failure
     reasons = [f"{r.block}: {r.reason}" for r in refusals]
     message = f"{failure} Nor can its submodules be rewritten: {' | '.join(reasons[:6])}"
