@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,20 +84,33 @@ class Rounded(torch.autograd.Function):
         return gradients[0]
 
 
+rounded = Rounded.apply
+
+
+def halved(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient / 2)
+    return x
+
+
 class Rounding(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.tower = vit(2)
+        self.tower, self.function = vit(2), function
 
     def forward(self, pixels: Tensor) -> Tensor:
-        found: Tensor = Rounded.apply(self.tower.forward_features(pixels))
-        return self.tower.forward_head(found)
+        return self.tower.forward_head(self.function(self.tower.forward_features(pixels)))
 
 
-def test_a_backward_pass_of_ones_own_is_kept_and_told() -> None:
-    pruned = learns_what_the_original_does(Rounding())
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(lambda x: Rounded.apply(x), "Rounded"), (rounded, "Rounded"), (halved, "register_hook")],
+    ids=["by its class", "by another name", "a hook on a tensor"],
+)
+def test_a_backward_pass_of_ones_own_is_kept_and_told(function: Callable[[Tensor], Tensor], name: str) -> None:
+    pruned = learns_what_the_original_does(Rounding(function))
     (note,) = pruned.report.unpruned
-    assert "Rounded" in str(note)
+    assert name in str(note)
     with torch.no_grad():
         pruned(BATCH)
     assert all((kept < 65).any() for kept in pruned.token_counts().values())
