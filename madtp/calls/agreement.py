@@ -36,6 +36,12 @@ def require_agreement(original: Run, rewritten: Run, *, values: bool = True) -> 
             raise error from None
 
 
+def starting_with(result: object, run: Run) -> Run:
+    """Return a run that gives a result that is known at first."""
+    known = [result]
+    return lambda: known.pop() if known else run()
+
+
 def _agree_in_order(original: Run, rewritten: Run) -> bool:
     """Whether two runs agree if the second one ranks as the first; what is ranked has to agree, too."""
     with Rankings() as own:

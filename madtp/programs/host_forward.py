@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from madtp.calls.agreement import Run, differ_by_rounding, require_agreement
+from madtp.calls.agreement import Run, differ_by_rounding, require_agreement, starting_with
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.double_precision import DoublePrecision, in_double_precision
 from madtp.calls.module_states import ModuleState, ModuleStates
@@ -207,7 +207,7 @@ class HostForward(ReplacedForward):
         original = partial(run, self._by_original)
         expected = original()
         regions = _blaming_regions(partial(run, self._by_regions))
-        return original if changed else _starting_with(expected, original), regions
+        return original if changed else starting_with(expected, original), regions
 
 
 class _RegionsFail(RewriteError):
@@ -226,12 +226,6 @@ def _blaming_regions(run: Run) -> Run:
             raise _RegionsFail(f"with regions in it, it fails: {type(error).__name__}: {error}.") from error
 
     return blaming
-
-
-def _starting_with(result: object, run: Run) -> Run:
-    """A run that gives a result that is known at first."""
-    known = [result]
-    return lambda: known.pop() if known else run()
 
 
 def _all_dims(call: Call) -> tuple[tuple[int, ...], ...]:

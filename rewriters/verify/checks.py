@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from madtp.calls.agreement import Run, require_agreement
+from madtp.calls.agreement import Run, require_agreement, starting_with
 from madtp.calls.batch import free_batch
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
@@ -33,6 +34,13 @@ COUPLED = (
     "batch, so no one graph serves both. It decides by values that are not in the graph: a mask that hides nothing may be left "
     "out. Call the model without the mask, or change it to compute the same in either case."
 )
+
+
+class SampleAlone(NamedTuple):
+    """A call of one sample, and what the model returns for it."""
+
+    call: Call
+    expected: object
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,19 @@ class Case:
         """Multiply-accumulates per sample with pruning off."""
         return sum(self.program.cost.price(self.call.flat()[0], {}, False).values())
 
+    @cached_property
+    def alone(self) -> SampleAlone | None:
+        """The first sample by itself; None if it cannot be cut out of the call, or is not taken by model and program."""
+        if not free_batch(self.program.dynamic, self.call.flat()[0]):
+            return None
+        call = first_sample(self.call)
+        if not self.program.serves(call.flat()[0]):
+            return None
+        try:
+            return SampleAlone(call, unpruned_runs(self, call)[0]())
+        except Exception:  # group norms of one position refuse a single sample
+            return None
+
 
 def graph_is_sound(case: Case) -> None:
     """The graph is well formed and names only modules and parameters that exist."""
@@ -77,12 +98,12 @@ def inactive_equals_original(case: Case) -> None:
         return
     original, rewritten = unpruned_runs(case, case.call)
     require_agreement(original, rewritten)
-    if is_cheap(case) and _batch_is_free(case):
-        original_alone, rewritten_alone = unpruned_runs(case, first_sample(case.call))
+    if is_cheap(case) and case.alone is not None:
+        original_alone, rewritten_alone = unpruned_runs(case, case.alone.call)
         try:
-            require_agreement(original_alone, rewritten_alone)
+            require_agreement(starting_with(case.alone.expected, original_alone), rewritten_alone)
         except RewriteError:
-            coupled = differences(pytree.tree_leaves(original_alone()), pytree.tree_leaves(original()))
+            coupled = differences(pytree.tree_leaves(case.alone.expected), pytree.tree_leaves(original()))
             if not coupled:
                 raise
             position, error = next(iter(coupled.items()))
@@ -115,30 +136,13 @@ def decisions_hold(case: Case) -> None:
     if any(m.training for m in case.model.modules()) or not is_cheap(case) or misaligned:
         return
     dropping_equals_hiding(case.program, case.root, case.control, case.call)
-    if case.control.config.batching == "ragged" and _batch_is_free(case):
+    if case.control.config.batching == "ragged" and case.alone is not None:
         batch_mates_do_not_matter(case.program, case.root, case.control, case.call, case.plan)
 
 
 def is_cheap(case: Case) -> bool:
     """Whether the model is small enough to be run more often."""
     return case.macs() < EXPENSIVE
-
-
-def _batch_is_free(case: Case) -> bool:
-    """Whether the first sample can be cut out of the call, and the model takes it and its Python goes the same way for it."""
-    if not free_batch(case.program.dynamic, case.call.flat()[0]):
-        return False
-    alone = first_sample(case.call)
-    return case.program.serves(alone.flat()[0]) and _takes(case, alone)
-
-
-def _takes(case: Case, call: Call) -> bool:
-    """Whether the model itself runs on ``call``: group norms of one position refuse a single sample."""
-    try:
-        unpruned_runs(case, call)[0]()
-    except Exception:
-        return False
-    return True
 
 
 def _captured_outputs(graph: fx.Graph) -> list[object]:
@@ -151,8 +155,9 @@ def _captured_outputs(graph: fx.Graph) -> list[object]:
 def note_lost_gradients(case: Case) -> None:
     """Let the program of a case know which gradients it loses."""
     if not case.program.own_backward and is_cheap(case):
+        call = case.call if case.alone is None else case.alone.call
         case.program.lost_gradients = lost_gradients(
-            case.model, case.call, partial(_run_original, case), partial(_run_program, case)
+            case.model, call, partial(_run_original, case), partial(_run_program, case)
         )
 
 
