@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from madtp.calls.branches import expect
 from madtp.calls.call import Call
 from madtp.calls.copies import share
 from madtp.calls.progress_line import stage
@@ -283,9 +284,16 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
         limits=captured.limits,
         given=captured.example.sizes(),
         padded=padded,
+        turns_back=any(n.target is expect for n in graph.nodes) and any(_leaves_a_trace(n) for n in graph.nodes),
         own_backward=captured.own_backward,
         unshielded=captured.unshielded,
     )
+
+
+def _leaves_a_trace(node: fx.Node) -> bool:
+    """Whether a node draws numbers or writes to a tensor."""
+    tags = getattr(node.target, "tags", ())
+    return node.target is without_gradients or writes(node) or torch.Tag.nondeterministic_seeded in tags
 
 
 def _write_without_gradients(graph: fx.Graph) -> None:

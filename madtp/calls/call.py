@@ -211,12 +211,15 @@ def signature(call: Call, dynamic: tuple[tuple[int, ...], ...] | None, modules: 
     """
     leaves, spec = call.flat()
     described: list[LeafSignature] = []
+    first: dict[int, int] = {}
     for position, leaf in enumerate(leaves):
         free = dynamic[position] if dynamic is not None and position < len(dynamic) else ()
         if not isinstance(leaf, Tensor):
             described.append(LeafSignature(type(leaf).__name__, None if free else repr(leaf)))
             continue
         shape = tuple(-1 if d in free else n for d, n in enumerate(leaf.shape))
-        described.append(LeafSignature(str(leaf.dtype), shape))
+        # A capture takes one tensor that is given twice for one input.
+        same = first.setdefault(id(leaf), position)
+        described.append(LeafSignature(str(leaf.dtype) if same == position else f"input {same}", shape))
     objects = () if call.objects is None else tuple(object_spec for _, object_spec in call.objects.specs)
     return Signature(str(spec), tuple(described), modules, objects)

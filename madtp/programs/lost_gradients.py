@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
+from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
 from madtp.calls.saved_tensors import without_saved_tensors_hooks
 
@@ -33,10 +34,13 @@ def lost_gradients(
     wanted = any(x.requires_grad for x in call.tensors())
     if not named and not wanted:
         return ()
-    leaves = [_leaf(x) for x in call.flat()[0]]
+    copies: dict[int, object] = {}
+    leaves = [copies.setdefault(id(x), _leaf(x)) for x in call.flat()[0]]
     named |= {id(x): f"input {at}" for at, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad}
     # Some models write to their inputs, which autograd allows for results alone.
-    own = call.with_leaves([x.clone() if isinstance(x, Tensor) and x.requires_grad else x for x in leaves])
+    clones: dict[int, object] = {}
+    given = [clones.setdefault(id(x), x.clone()) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
+    own = call.with_leaves(given)
     with torch.enable_grad(), without_saved_tensors_hooks():
         try:
             expected = _reached(original(own))
@@ -44,6 +48,8 @@ def lost_gradients(
             return ()
         try:
             found = _reached(program(own))
+        except OtherBranch:
+            return ()
         except RuntimeError:  # autograd refuses what the graph does
             found = set()
     return tuple(name for key, name in named.items() if key in expected and key not in found)

@@ -41,6 +41,7 @@ class Program:
         marked: the tensors of these objects that may hold marks of dropped tokens, by path.
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
         autocast_dtypes: the dtypes of the original's outputs, by type of autocast; see ``autocast_dtypes.py``.
+        turns_back: it may find that the model's Python goes another way after it has drawn numbers or written to tensors.
         own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
         lost_gradients: parameters and inputs to which the original passes gradients, and the graph does not.
         unshielded: it serves calls without autocast alone.
@@ -60,6 +61,7 @@ class Program:
     limits: SizeLimits = field(default_factory=SizeLimits)
     given: tuple[str, ...] = ()
     padded: tuple[str, ...] = ()
+    turns_back: bool = False
     own_backward: tuple[str, ...] = ()
     lost_gradients: tuple[str, ...] = ()
     unshielded: bool = False

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, signature
 from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.compiling import is_exporting
@@ -44,6 +45,7 @@ from madtp.programs.single_sample import (
     with_doubled_leaves,
 )
 from madtp.sites.additions import PREFIX, additions_of
+from madtp.sites.preserved_state import undone_after
 from madtp.tokens.cache_marks import MarkedAxes, any_marked
 
 log = logging.getLogger("madtp")
@@ -135,6 +137,10 @@ class ProgramCache:
         built = self.build(call, cached)
         self.require_no_hooks()
         yield self.with_gradients(built, call)
+
+    def trying(self, program: Program, call: Call) -> AbstractContextManager[None]:
+        """The context in which a program runs: what it did is undone where the model's Python turns out to go another way."""
+        return undone_after(OtherBranch, self.host, call.flat()[0]) if program.turns_back else nullcontext()
 
     def with_gradients(self, program: Program, call: Call) -> Program:
         """The program, unless gradients are wanted that it does not have.

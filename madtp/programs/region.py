@@ -88,7 +88,8 @@ class PrunedRegion(ReplacedForward):
                 return self.original(*args, **kwargs)
             call = told
         for program in self._candidates(call, continues):
-            with suppress(OtherBranch), self.control.call(), self.control.in_program():
+            trying = self.programs.trying(program, call)
+            with suppress(OtherBranch), self.control.call(), self.control.in_program(), trying:
                 self.control.begin_program()
                 result = self.programs.run(program, call)
                 self._follow(call, result)

@@ -41,9 +41,10 @@ class WholeForward(ReplacedForward):
             self.control.clear_record()
             with self.control.running_original():
                 return original(*args, **kwargs)
+        reason = "the model's Python goes another way than in all of its programs"
         try:
             for program in self.programs.candidates(call):
-                with suppress(OtherBranch), self.control.call():
+                with suppress(OtherBranch), self.control.call(), self.programs.trying(program, call):
                     self.control.begin_program()
                     return self.programs.run(program, call)
         except Unserved as error:

@@ -31,15 +31,33 @@ FUSED = (torch.ops.aten._transformer_encoder_layer_fwd.default, torch.ops.aten._
 
 @contextmanager
 def trial_run(model: nn.Module, inputs: object) -> Iterator[None]:
-    """Restore, on leaving, all that running a model changes; inside, the same random numbers are drawn in every such block.
+    """Restore, on leaving, all that running a model changes. So the next such block draws the same random numbers.
 
     Args:
         model: the model, or the module of it that runs.
         inputs: what it is called with, in any structure.
     """
     with preserved_state(model), _preserved_values(model, inputs):
-        torch.manual_seed(0)
         yield
+
+
+@contextmanager
+def undone_after(error: type[Exception], model: nn.Module, inputs: object) -> Iterator[None]:
+    """Undo, where the block raises ``error``, what it has written to tensors and drawn.
+
+    Args:
+        error: the kind of error.
+        model: the model that runs.
+        inputs: what it is called with, in any structure.
+    """
+    writes, drawn = _Writes(_tensors_of(model, inputs)), torch.get_rng_state()
+    try:
+        with writes:
+            yield
+    except error:
+        writes.undo()
+        torch.set_rng_state(drawn)
+        raise
 
 
 @contextmanager
@@ -100,6 +118,7 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     # Batch norm does not declare that it writes to its statistics.
     training = any(module.training for module in model.modules())
     statistics = [(one, one.clone()) for one in model.buffers() if one.is_floating_point()] if training else []
+    plain = [one for one in model.buffers() if not one.requires_grad]
     try:
         yield
     finally:
@@ -112,18 +131,26 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
             for buffer, values in statistics:
                 if not torch.equal(buffer, values):
                     buffer.data.copy_(values)  # autograd may have saved the buffer
+            for buffer in plain:
+                if buffer.requires_grad:  # something with gradients was written to it
+                    buffer.detach_()
 
 
 @contextmanager
 def _preserved_values(model: nn.Module, inputs: object) -> Iterator[None]:
-    attributes = [vars(module) for module in _host_modules(model)]
-    held = [x for x in pytree.tree_leaves((attributes, inputs)) if isinstance(x, Tensor)]
-    writes = _Writes([*model.parameters(), *model.buffers(), *held])
+    writes = _Writes(_tensors_of(model, inputs))
     try:
         with writes:
             yield
     finally:
         writes.undo()
+
+
+def _tensors_of(model: nn.Module, inputs: object) -> list[Tensor]:
+    """Parameters, buffers, attributes and inputs that are tensors."""
+    attributes = [vars(module) for module in _host_modules(model)]
+    held = [x for x in pytree.tree_leaves((attributes, inputs)) if isinstance(x, Tensor)]
+    return [*model.parameters(), *model.buffers(), *held]
 
 
 class _Writes(TorchDispatchMode):

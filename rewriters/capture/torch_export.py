@@ -81,15 +81,27 @@ def export(model: nn.Module, call: Call, free: FreeDims, answers: Answers) -> Ex
     args_shapes, kwargs_shapes = _shapes_tree(spec, iter(shapes))
     # Older releases of torch take no dynamic shapes beside a **kwargs of constants; sizes are frozen there.
     combined = _dynamic_tree(model, call, args_shapes, kwargs_shapes) if any(free) else None
+    # Code without gradients inside shows only where there are gradients around it. Some models cannot run with them.
+    for with_gradients in dict.fromkeys((True, torch.is_grad_enabled())):
+        exported = _exported(model, call, combined, answers, with_gradients)
+        if isinstance(exported, Exported):
+            break
+    return exported
+
+
+def _exported(
+    model: nn.Module, call: Call, dynamic_shapes: Any, answers: Answers, with_gradients: bool
+) -> Exported | ExportFailure:
     try:
         with (
+            torch.set_grad_enabled(with_gradients),
             _traceable(),
             following_functions() as own_backward,
             decided_comparisons(),
             ReplayingAnswers(answers),
             preserved_attributes(model),
         ):
-            program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=combined, strict=False)
+            program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         return Exported(program, result_spec_of(model), tuple(own_backward))
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]

@@ -101,11 +101,13 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
             failure = error
         else:
             return _better(request, rejected, whole)
-    by_region = (walk or _submodules(request, rejected)).with_chains()
+    walk = walk or _submodules(request, rejected)
+    by_region = walk.with_chains()
     if not by_region.regions and "" not in rejected:
         by_region = _per_image(request, by_region)
     if not by_region.regions:
-        raise _neither(type(model).__name__, failure, by_region.refusals) from failure.__cause__
+        remarks = [] if isinstance(failure, LeftAloneError) else why_no_chain(walk.recording, model)
+        raise _neither(type(model).__name__, failure, [*by_region.refusals, *remarks]) from failure.__cause__
     if "" in rejected:
         by_region.refusals.insert(0, Refusal(type(model).__name__, "", rejected[""], REPORT))
     return by_region
@@ -223,8 +225,6 @@ class _Walk:
         for chain in chains_in(self.recording, self.request.model, taken, blocks):
             if not any(chain.overlaps(one.region) for one in self.regions):
                 self._add_chain(chain)
-        if not self.regions:
-            self.refusals += why_no_chain(self.recording, self.request.model)
         plan = self.request.plan
         if plan is not None and self.regions:
             lost = {s.name for s in plan.sites} - {s.name for r in self.regions for s in r.plan.sites}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cached_decoders import Reader, hiding, reader
-from model_case import VOCABULARY, Tensors
+from joint_stream_models import Block
+from model_case import VOCABULARY, WIDTH, Tensors, lively
 from region_hosts import Memory
 from rewritten_models import eager_arithmetic, gap
 from torch import Tensor, nn
@@ -134,3 +135,33 @@ def test_it_trains() -> None:
     pruned = madtp.rewrite(reader()[0], inputs, config=madtp.PruningConfig(temperature=4.0)).train()
     pruned(**inputs)[inputs["attention_mask"] > 0].square().mean().backward()
     assert [name for name, p in pruned.named_parameters() if p.grad is None and "patches" not in name] == []
+
+
+class Options:
+    """How to compute, in an object that blocks take."""
+
+
+class LoopedBlock(Block):
+    def forward(self, x: Tensor, options: Options) -> Tensor:  # type: ignore[override]
+        places = torch.arange(x.shape[1])
+        return super().forward(x, (places[:, None] >= places)[None, None])
+
+
+class Looping(nn.Module):
+    """The root itself calls the blocks, and gives them an object, as language models give a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.blocks = nn.Embedding(VOCABULARY, WIDTH), nn.ModuleList(LoopedBlock() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, options = self.words(ids), Options()
+        for block in self.blocks:
+            x = block(x, options)
+        return x @ self.words.weight.T
+
+
+def test_a_text_whose_blocks_the_root_calls_is_pruned_where_it_is_alone() -> None:
+    torch.manual_seed(0)
+    pruned = madtp.rewrite(lively(Looping()), {"ids": torch.randint(0, VOCABULARY, (3, 12))}, config=CONFIG)
+    assert len(pruned.report.sites) == 2
