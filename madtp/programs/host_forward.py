@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TypeAlias
 
@@ -28,6 +28,7 @@ from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.additions import PREFIX
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
+from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
 
 REMEMBERED = 256
 """Number of call signatures whose MACs outside the regions are remembered."""
@@ -150,16 +151,18 @@ class HostForward(ReplacedForward):
 
     def disagreement(self, call: Call) -> str | None:
         """How regions differ from the original on ``call`` with pruning off; None if they reproduce it."""
-        evaluates = not any(m.training for m in self.module.modules())
+        trains = any(m.training for m in self.module.modules())
+        values = not trains or draws_can_be_steady([*self.module.parameters(), *call.tensors()])
         before = set(self.control.scope.computed_twice)
-        try:
-            original, regions = self._unpruned_runs(call)
-            require_agreement(original, regions, values=evaluates)
-        except MadtpError as error:
-            differs = isinstance(error, RewriteError) and not isinstance(error, _RegionsFail)
-            if evaluates and differs and self._differ_by_rounding(call):
-                return None
-            return f"{error} {COLLECTED}"
+        with SteadyDraws() if trains and values else nullcontext():
+            try:
+                original, regions = self._unpruned_runs(call)
+                require_agreement(original, regions, values=values)
+            except MadtpError as error:
+                differs = isinstance(error, RewriteError) and not isinstance(error, _RegionsFail)
+                if values and differs and self._differ_by_rounding(call):
+                    return None
+                return f"{error} {COLLECTED}"
         twice = self.control.scope.computed_twice - before
         return f"it reads what blocks inside {', '.join(sorted(twice))} return." if twice else None
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from madtp.calls.agreement import require_agreement
 from madtp.calls.batch import are_free, sample_dims
+from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
-from madtp.calls.compare import compare
 from madtp.calls.hooks import without_hooks
 from madtp.calls.objects import ResultSpec, on_tensors, result_spec_of
 from madtp.calls.packed_images import PerImageArguments, per_image_module
@@ -20,10 +22,19 @@ from madtp.programs.caches_in_place import CachesInPlace
 from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.originals import original_of
 from madtp.programs.program import Program
-from madtp.programs.single_sample import sample_dims_of_one, serving_one_sample, with_doubled_sample
+from madtp.programs.single_sample import (
+    SingleSampleProgram,
+    sample_dims_of_one,
+    serving_one_sample,
+    with_doubled_sample,
+)
 from madtp.sites.additions import additions_of
 from madtp.sites.preserved_state import trial_run
+from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
 from madtp.tokens.cache_marks import MarkedAxes, zero_marked
+
+EXPENSIVE = 2e10
+"""MACs per sample from which on one comparison has to do: further ones would take seconds."""
 
 
 class BuildProgram(Protocol):
@@ -106,12 +117,20 @@ class ProgramBuilder:
         """
         leaves = call.flat()[0]
         if doubled and not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
-            with torch.no_grad():
+            with torch.no_grad(), self._comparable_draws():
                 expected, returned = self._run(self.original(), call, program)
                 with trial_run(self.host, leaves), self.additions.control.unpruned():
-                    host = self._without_hooks()
-                    program = serving_one_sample(program, self.module, host, call, expected, returned)
-        if call.cache_leaves() or self.inner or self.per_image is not None:
+                    program = serving_one_sample(
+                        program,
+                        self.module,
+                        self._without_hooks(),
+                        call,
+                        expected,
+                        returned,
+                        values=self._compares_values(),
+                    )
+        elsewhere = call.cache_leaves() or self.inner or self.per_image is not None
+        if elsewhere or (not isinstance(program, SingleSampleProgram) and _is_cheap(program, call)):
             self._check(program, call)
         if torch.is_grad_enabled() and not program.own_backward:
             program.lost_gradients = lost_gradients(
@@ -135,11 +154,21 @@ class ProgramBuilder:
         """The same in eval mode, which changes no running statistics, with gradients if they are on."""
         return self._run(self.original().eval(), call, program)[0]
 
+    def _run_writing(self, call: Call, program: Program) -> object:
+        """What the original returns, and what it writes to tensors."""
+        original = self.original()
+        with trial_run(original, (call.args, call.kwargs)) as trial:
+            result, _ = self._opened(original, call, program)
+        return result, trial.written
+
     def _run(self, original: nn.Module, call: Call, program: Program) -> tuple[object, ResultSpec | None]:
         """What the original returns, objects opened, and how to close them."""
         with trial_run(original, (call.args, call.kwargs)):
-            module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
-            return module(*call.args, **call.kwargs), result_spec_of(module)
+            return self._opened(original, call, program)
+
+    def _opened(self, original: nn.Module, call: Call, program: Program) -> tuple[object, ResultSpec | None]:
+        module = per_image_module(on_tensors(original, call.objects, program.sizes()), self.per_image)
+        return module(*call.args, **call.kwargs), result_spec_of(module)
 
     def _without_hooks(self) -> nn.Module:
         return without_hooks(self.host, self.additions.own_hooks)
@@ -150,18 +179,35 @@ class ProgramBuilder:
         Raises:
             RewriteError: it does not.
         """
-        if any(m.training for m in self.module.modules()):
+        if not self._compares_values():
             return
         held = call.cache_leaves()
         leaves = [
             zero_marked(x) if at in held and isinstance(x, Tensor) and x.is_floating_point() else x
             for at, x in enumerate(call.flat()[0])
         ]
-        expected = self.run_original(call.with_leaves(leaves), program)
-        with torch.no_grad():
-            compare(expected, self._run_unpruned(program, call.with_leaves(leaves)))
+        given = call.with_leaves(leaves)
+        # What Python decides by a number that it draws cannot be compared.
+        with torch.no_grad(), self._comparable_draws(), suppress(OtherBranch):
+            require_agreement(partial(self._run_writing, given, program), partial(self._run_unpruned, program, given))
+
+    def _trains(self) -> bool:
+        return any(module.training for module in self.module.modules())
+
+    def _compares_values(self) -> bool:
+        return not self._trains() or draws_can_be_steady(list(self.module.parameters()))
+
+    def _comparable_draws(self) -> AbstractContextManager[object]:
+        return SteadyDraws() if self._trains() and self._compares_values() else nullcontext()
 
     def _run_unpruned(self, program: Program, call: Call) -> object:
+        """What a program returns with pruning off, and what it writes to tensors."""
         leaves = call.flat()[0]
-        with trial_run(self.host, leaves), self.additions.control.unpruned():
-            return program.run(self._without_hooks(), leaves)
+        with trial_run(self.host, leaves) as trial, self.additions.control.unpruned():
+            result = program.run(self._without_hooks(), leaves)
+        return result, trial.written
+
+
+def _is_cheap(program: Program, call: Call) -> bool:
+    """Whether a program is small enough to be compared with the original whenever one is built."""
+    return sum(program.cost.price(call.flat()[0], {}, False).values()) < EXPENSIVE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from madtp.calls.branches import OtherBranch
-from madtp.calls.call import Call, signature
+from madtp.calls.call import Call, Signature, signature
 from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.compiling import is_exporting
 from madtp.calls.hooks import hooks_of
@@ -24,7 +24,7 @@ from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in
 from madtp.calls.packed_images import PerImageArguments
 from madtp.calls.saved_tensors import without_saved_tensors_hooks
-from madtp.errors import ExportError
+from madtp.errors import ExampleInputsError, ExportError, MadtpError
 from madtp.programs.autocast_dtypes import as_under_autocast
 from madtp.programs.cached_program import (
     CachedProgram,
@@ -45,7 +45,7 @@ from madtp.programs.single_sample import (
     with_doubled_leaves,
 )
 from madtp.sites.additions import PREFIX, additions_of
-from madtp.sites.preserved_state import undone_after
+from madtp.sites.preserved_state import preserved_random_numbers, undone_after
 from madtp.tokens.cache_marks import MarkedAxes, any_marked
 
 log = logging.getLogger("madtp")
@@ -59,6 +59,8 @@ MANY_KINDS = (
 SHOWN = 3
 ALIKE = 3
 """Number of values of an attribute that are captured to find that they give the same graph; then its values do not matter."""
+FAILURES = 3
+"""Number of call signatures that cannot be rewritten after which no further one is tried."""
 OWN_BACKWARD = (
     "{} computes its gradients by a backward pass of its own, which programs do not follow; under torch.no_grad() such calls "
     "are pruned"
@@ -77,6 +79,7 @@ class ProgramCache:
         module: the module whose calls are served.
         host: the module tree that programs run on.
         builder: builds further programs.
+        failed: why no program can be built, by signature of the calls.
         entries: the programs by serial number, oldest first.
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
@@ -105,6 +108,7 @@ class ProgramCache:
         self.module_states = ModuleStates(self.module, without="" if path else PREFIX)
         # Replaced, never changed: other threads may be reading it.
         self.entries: Mapping[int, CachedProgram] = {}
+        self.failed: dict[Signature, str] = {}
         self._tree = self.module_states.tree
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
@@ -134,7 +138,17 @@ class ProgramCache:
         for program in cached:
             yield self.with_gradients(program, call)
         self.require_room(cached)
-        built = self.build(call, cached)
+        exact = signature(call, None, self.module_states())
+        failure = self.failed.get(exact) or (next(iter(self.failed.values())) if len(self.failed) >= FAILURES else None)
+        if failure is not None:
+            raise Unserved(failure)
+        try:
+            built = self.build(call, cached)
+        except ExampleInputsError:
+            raise
+        except MadtpError as error:
+            self.failed[exact] = f"a further kind of call cannot be rewritten: {error}"
+            raise Unserved(self.failed[exact]) from error
         self.require_no_hooks()
         yield self.with_gradients(built, call)
 
@@ -236,7 +250,7 @@ class ProgramCache:
             for program in self.matching(call):
                 if all(program is not one for one in known):
                     return program
-            with outside_inference_mode(call) as usual, without_saved_tensors_hooks():
+            with outside_inference_mode(call) as usual, without_saved_tensors_hooks(), preserved_random_numbers():
                 return self._built(usual)
 
     def _built(self, call: Call) -> Program:

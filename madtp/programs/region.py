@@ -19,13 +19,11 @@ from madtp.errors import ContinuationError, ExampleInputsError, ExportError, Mad
 from madtp.programs.cached_program import Unserved
 from madtp.programs.notes import Notes
 from madtp.programs.program import Program
-from madtp.programs.program_cache import ProgramCache
+from madtp.programs.program_cache import FAILURES, ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 
 log = logging.getLogger("madtp")
-FAILURES = 3
-"""Number of call signatures that cannot be rewritten after which no further one is tried."""
 
 
 class PrunedRegion(ReplacedForward):

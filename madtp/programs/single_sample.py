@@ -89,7 +89,14 @@ def sample_dims_of_one(leaves: Sequence[object]) -> tuple[int | None, ...] | Non
 
 
 def serving_one_sample(
-    program: Program, module: nn.Module, host: nn.Module, call: Call, expected: object, returned: ResultSpec | None
+    program: Program,
+    module: nn.Module,
+    host: nn.Module,
+    call: Call,
+    expected: object,
+    returned: ResultSpec | None,
+    *,
+    values: bool,
 ) -> SingleSampleProgram:
     """Make a program of two samples serve one. Pruning has to be off.
 
@@ -100,6 +107,7 @@ def serving_one_sample(
         call: a call of one sample.
         expected: what ``module`` returns for ``call``, objects opened.
         returned: how to close these.
+        values: compare values; False compares structures and shapes only.
 
     Raises:
         CaptureError: what the program returns for two equal samples does not hold what is expected for one.
@@ -119,7 +127,7 @@ def serving_one_sample(
     halved = tuple(_halved_dims(one[place], found[at]) if place < len(one) else () for place, at in enumerate(kept))
     single = SingleSampleProgram(**{**vars(program), "out_spec": own, "returned": returned}, kept=kept, halved=halved)
     try:
-        compare(expected, single.run(host, call.flat()[0]), values=not any(m.training for m in module.modules()))
+        compare(expected, single.run(host, call.flat()[0]), values=values)
     except RewriteError as error:
         raise CaptureError(
             f"{type(module).__name__} was called with one sample, and torch.export froze its batch size, or forward asks for "

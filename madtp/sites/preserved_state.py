@@ -13,6 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,16 +30,28 @@ AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKe
 FUSED = (torch.ops.aten._transformer_encoder_layer_fwd.default, torch.ops.aten._native_multi_head_attention.default)
 
 
+@dataclass
+class Trial:
+    """What a run changed that was put back.
+
+    Attributes:
+        written: by address, the tensors that lay there before and were written to, with the values that were written.
+    """
+
+    written: dict[int, Tensor] = field(default_factory=dict)
+
+
 @contextmanager
-def trial_run(model: nn.Module, inputs: object) -> Iterator[None]:
+def trial_run(model: nn.Module, inputs: object) -> Iterator[Trial]:
     """Restore, on leaving, all that running a model changes. So the next such block draws the same random numbers.
 
     Args:
         model: the model, or the module of it that runs.
         inputs: what it is called with, in any structure.
     """
-    with preserved_state(model), _preserved_values(model, inputs):
-        yield
+    trial = Trial()
+    with preserved_state(model), _preserved_values(model, inputs, trial):
+        yield trial
 
 
 @contextmanager
@@ -66,12 +79,21 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 
     Values that a run writes into parameters and other tensors stay; see :func:`trial_run`.
     """
-    with _preserved_random_numbers(), preserved_attributes(model), _preserved_parameters(model):
+    with preserved_random_numbers(), preserved_attributes(model), _preserved_parameters(model):
         yield
 
 
+def random_states() -> tuple[object, ...]:
+    """Return the states of the generators of Python and NumPy, to compare."""
+    numpy = sys.modules.get("numpy.random")
+    if numpy is None:
+        return (random.getstate(),)
+    kind, keys, *others = numpy.get_state()
+    return random.getstate(), kind, keys.tobytes(), *others
+
+
 @contextmanager
-def _preserved_random_numbers() -> Iterator[None]:
+def preserved_random_numbers() -> Iterator[None]:
     """Let generators of torch, Python and NumPy go on from where they were."""
     numpy = sys.modules.get("numpy.random")
     before = random.getstate(), None if numpy is None else numpy.get_state()
@@ -137,12 +159,13 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _preserved_values(model: nn.Module, inputs: object) -> Iterator[None]:
+def _preserved_values(model: nn.Module, inputs: object, trial: Trial) -> Iterator[None]:
     writes = _Writes(_tensors_of(model, inputs))
     try:
         with writes:
             yield
     finally:
+        trial.written = writes.now()
         writes.undo()
 
 
@@ -158,13 +181,16 @@ class _Writes(TorchDispatchMode):
 
     Attributes:
         storages: those of the tensors, by address.
+        tensors: a tensor of each.
         kept: of each that was written to, its values before.
         autocast: what autocast dispatches by, for the devices for which it is on.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages = {storage.data_ptr(): storage for x in tensors if (storage := _storage(x)) is not None}
+        held = [(storage, x) for x in tensors if (storage := _storage(x)) is not None]
+        self.storages = {storage.data_ptr(): storage for storage, _ in held}
+        self.tensors = {storage.data_ptr(): x for storage, x in held}
         self.kept: dict[int, UntypedStorage] = {}
         self.autocast = [key for device, key in AUTOCAST.items() if torch.is_autocast_enabled(device)]
 
@@ -184,6 +210,10 @@ class _Writes(TorchDispatchMode):
             storage = _storage(one) if isinstance(one, Tensor) else None
             if storage is not None and storage.data_ptr() in self.storages and storage.data_ptr() not in self.kept:
                 self.kept[storage.data_ptr()] = storage.clone()
+
+    def now(self) -> dict[int, Tensor]:
+        """The tensors that were written to, with the values that they have now."""
+        return {address: self.tensors[address].detach().clone() for address in sorted(self.kept)}
 
     def undo(self) -> None:
         """Write the values back."""

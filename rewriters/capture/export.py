@@ -95,7 +95,14 @@ def capture(model: nn.Module, call: Call, region: Region = WHOLE) -> Capture:
             exported = exported if isinstance(again, ExportFailure) else again
     if isinstance(exported, ExportFailure):
         raise _untraceable(model, exported)
-    captured = _to_capture(exported, call, region)
+    try:
+        captured = _to_capture(exported, call, region)
+    except RuntimeError as error:
+        # torch.fx has attributes of its own that hide submodules of the same name.
+        raise CaptureError(
+            f"{type(model).__name__} cannot be taken over from torch.export: {error}. A submodule must not be named as an "
+            "attribute of torch.fx.GraphModule, such as code or graph."
+        ) from error
     record_rowwise(captured.graph, rowwise)
     return captured
 

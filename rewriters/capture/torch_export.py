@@ -20,7 +20,7 @@ from madtp.calls.call import Call
 from madtp.calls.capture_lock import CAPTURE_LOCK
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.objects import ResultSpec, result_spec_of
-from madtp.sites.preserved_state import preserved_attributes
+from madtp.sites.preserved_state import preserved_attributes, random_states
 from rewriters.capture.decided_comparisons import decided_comparisons
 from rewriters.capture.own_backward import following_functions
 from rewriters.capture.python_branches import Answers, ReplayingAnswers
@@ -101,7 +101,12 @@ def _exported(
             ReplayingAnswers(answers),
             preserved_attributes(model),
         ):
+            drawn = random_states()
             program = torch.export.export(model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        if random_states() != drawn:
+            return ExportFailure(
+                "it draws numbers by Python's or NumPy's generator, which would be constants of a graph"
+            )
         return Exported(program, result_spec_of(model), tuple(own_backward))
     except Exception as error:  # export raises many kinds
         lines = str(error).strip().splitlines() or [repr(error)]

@@ -72,7 +72,8 @@ def _replace(graph: fx.Graph, node: fx.Node, overload: OpOverload, order: dict[f
     owner = chain[-1]
     family = _family(owner, order, order[node])
     seen = [n for n in family if n is not mutated and _read_later(n, node, order)]
-    if mutated.op in ("placeholder", "get_attr") or (seen and owner.op in ("placeholder", "get_attr")):
+    given = owner.op in ("placeholder", "get_attr")
+    if given and (mutated is owner or seen or any(writes(n) for n in chain)):
         return
     if not seen:
         _compute(graph, node, overload, order)
@@ -109,7 +110,9 @@ def _chain(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _shares(node: fx.Node) -> bool:
-    """Whether the node may share the memory of its first operand."""
+    """Whether the node may share the memory of its first operand. What stays a write does."""
+    if writes(node) and node.args and isinstance(node.args[0], fx.Node):
+        return True
     if op_name(node) not in SHARE_MEMORY | MAY_SHARE_MEMORY or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if op_name(node) == "getitem":

@@ -6,6 +6,7 @@ Start at :data:`CHECKS`. The cheap ones run here; the tests run all invariants o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,14 +22,14 @@ from madtp.calls.call import Call
 from madtp.errors import RewriteError
 from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.program import Program
+from madtp.programs.program_builder import EXPENSIVE
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
+from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
 from rewriters.graph.nodes import attribute, example_size
 from rewriters.plan.plan import Plan
 from rewriters.verify.replay import batch_mates_do_not_matter, differences, dropping_equals_hiding, first_sample
 
-# MACs per sample from which on one comparison has to do: further ones would take seconds.
-EXPENSIVE = 2e10
 COUPLED = (
     "output {} of the first sample alone differs by {:.1e} of its scale from what the model itself computes for it in its "
     "batch, so no one graph serves both. It decides by values that are not in the graph: a mask that hides nothing may be left "
@@ -67,6 +68,10 @@ class Case:
         """Multiply-accumulates per sample with pruning off."""
         return sum(self.program.cost.price(self.call.flat()[0], {}, False).values())
 
+    def trains(self) -> bool:
+        """Whether the model, or a part of it, is in training mode."""
+        return any(module.training for module in self.model.modules())
+
     @cached_property
     def alone(self) -> SampleAlone | None:
         """The first sample by itself; None if it cannot be cut out of the call, or is not taken by model and program."""
@@ -94,11 +99,11 @@ def graph_is_sound(case: Case) -> None:
 
 def inactive_equals_original(case: Case) -> None:
     """With pruning off, the program computes what the model computes, for the example's batch and for one sample."""
-    if any(m.training for m in case.model.modules()):
+    if case.trains() and not draws_can_be_steady([*case.model.parameters(), *case.call.tensors()]):
         return
     original, rewritten = unpruned_runs(case, case.call)
     require_agreement(original, rewritten)
-    if is_cheap(case) and case.alone is not None:
+    if is_cheap(case) and not case.trains() and case.alone is not None:
         original_alone, rewritten_alone = unpruned_runs(case, case.alone.call)
         try:
             require_agreement(starting_with(case.alone.expected, original_alone), rewritten_alone)
@@ -114,7 +119,7 @@ def unpruned_runs(case: Case, call: Call) -> tuple[Run, Run]:
     """Run the model, and the program with pruning off, on ``call``, without gradients."""
 
     def run(one: Callable[[Case, Call], object]) -> object:
-        with torch.no_grad():
+        with torch.no_grad(), SteadyDraws() if case.trains() else nullcontext():
             return one(case, call)
 
     return partial(run, _run_original), partial(run, _run_program)
@@ -133,7 +138,7 @@ def pruned_keeps_shapes(case: Case) -> None:
 def decisions_hold(case: Case) -> None:
     """With pruning on, one decision gives one result, however it is carried out (see ``replay.py``)."""
     misaligned = case.control.config.mask_order == "sorted"
-    if any(m.training for m in case.model.modules()) or not is_cheap(case) or misaligned:
+    if case.trains() or not is_cheap(case) or misaligned:
         return
     dropping_equals_hiding(case.program, case.root, case.control, case.call)
     if case.control.config.batching == "ragged" and case.alone is not None:
@@ -155,22 +160,24 @@ def _captured_outputs(graph: fx.Graph) -> list[object]:
 def note_lost_gradients(case: Case) -> None:
     """Let the program of a case know which gradients it loses."""
     if not case.program.own_backward and is_cheap(case):
-        call = case.call if case.alone is None else case.alone.call
+        call = case.call if case.trains() or case.alone is None else case.alone.call
         case.program.lost_gradients = lost_gradients(
             case.model, call, partial(_run_original, case), partial(_run_program, case)
         )
 
 
 def _run_original(case: Case, call: Call) -> object:
-    with trial_run(case.model, call.flat()[0]):
-        result: object = case.model(*call.args, **call.kwargs)
-        return result
+    """What the model returns, and what it writes to tensors."""
+    with trial_run(case.model, call.flat()[0]) as trial:
+        result = case.model(*call.args, **call.kwargs)
+    return result, trial.written
 
 
 def _run_program(case: Case, call: Call) -> object:
     leaves = call.flat()[0]
-    with trial_run(case.root, leaves), case.control.unpruned():
-        return case.program.run(case.root, leaves)
+    with trial_run(case.root, leaves) as trial, case.control.unpruned():
+        result = case.program.run(case.root, leaves)
+    return result, trial.written
 
 
 CHECKS: tuple[tuple[str, Callable[[Case], None]], ...] = (

@@ -97,7 +97,10 @@ def first_sample(call: Call) -> Call:
     leaves = call.flat()[0]
     dims = sample_dims(leaves)
     assert dims is not None
-    return call.with_leaves([x if dim is None else x.narrow(dim, 0, 1) for x, dim in zip(leaves, dims, strict=True)])
+    parts: dict[int, object] = {}  # a tensor that is given twice stays one
+    return call.with_leaves(
+        [parts.setdefault(id(x), x if dim is None else x.narrow(dim, 0, 1)) for x, dim in zip(leaves, dims, strict=True)]
+    )
 
 
 @contextmanager

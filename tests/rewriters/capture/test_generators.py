@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from joint_stream_models import Encoder, Patches
@@ -73,3 +76,28 @@ def test_torchs_own_generator_is_followed() -> None:
         wanted = model(pixels)
         torch.manual_seed(1)
         assert gap(wanted, pruned(pixels)) < 1e-5
+
+
+class Varying(Drawing):
+    """Scales what it reads by a number that Python draws. inner: the tower is a module."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patches(pixels)
+        scale = 1 + random.random() + float(np.random.rand())
+        return self.head(self.encoder(x)[:, 0] * scale)
+
+
+@torch.no_grad()
+def test_what_python_or_numpy_draw_is_no_constant() -> None:
+    torch.manual_seed(0)
+    model, pixels = lively(Varying(inner=True)), torch.randn(3, 3, 32, 32)
+    pruned = madtp.rewrite(model, (pixels,), config=madtp.PruningConfig(alignment_tokens=4))
+    assert pruned.report.regions == ("encoder",)
+    for seed in range(3):
+        found = []
+        for one in (model, pruned):
+            random.seed(seed)
+            np.random.seed(seed)
+            with pruned.dense():
+                found.append(one(pixels))
+        assert gap(*found) < 1e-5
