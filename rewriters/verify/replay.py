@@ -99,7 +99,10 @@ def first_sample(call: Call) -> Call:
     assert dims is not None
     parts: dict[int, object] = {}  # a tensor that is given twice stays one
     return call.with_leaves(
-        [parts.setdefault(id(x), x if dim is None else x.narrow(dim, 0, 1)) for x, dim in zip(leaves, dims, strict=True)]
+        [
+            parts.setdefault(id(x), x if dim is None else x.narrow(dim, 0, 1))
+            for x, dim in zip(leaves, dims, strict=True)
+        ]
     )
 
 

@@ -116,7 +116,8 @@ def protected(design: Design, given: Tensors) -> tuple[Tensors, Tensors]:
     must = {s: torch.zeros(batch, n, dtype=torch.bool) for s, n in sizes.items()}
     may = {s: m.clone() for s, m in must.items()}
     may["image"][:, : design.prefix] = True
-    if design.image_readout in ("first", "first_and_mean"):
+    # Scattered features are the patches, whatever the tower's readout is.
+    if design.image_readout in ("first", "first_and_mean") and design.arrangement != "scattered":
         must["image"][:, 0] = True
     if "ids" in given:
         if design.text_readout == "first":
@@ -210,6 +211,8 @@ def pruned_equals_masked_original(subject: Subject) -> None:
             kept = survivors(subject, given)
         _as_wanted(subject, given, kept, forced)
         wanted = masked_outputs(subject.model, given, kept)
+        if subject.pruned.madtp.report.capture == "regions" and not _agree(wanted, found):
+            wanted = masked_outputs(subject.model, given, replace(kept, given_back=True))
         if design.arrangement in ("joint", "joint_after_towers") and not _agree(wanted, found):
             # A part cut out of a joint stream may have been given its dropped tokens back before it is pooled.
             wanted = masked_outputs(subject.model, given, replace(kept, pooled=False))

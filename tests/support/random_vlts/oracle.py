@@ -24,12 +24,14 @@ class Kept:
 
     parts: which joint stream lies where: name of a part to its stream and slice. starts: tokens that a stream starts with.
     pooled: whether pooling of a part leaves dropped tokens out, too; else they take part as they last were.
+    given_back: whether what reads a stream behind its last block sees dropped tokens as they last were: regions return them.
     """
 
     after: dict[str, list[Tensor]]
     parts: dict[str, tuple[str, slice]]
     starts: dict[str, Tensor]
     pooled: bool = True
+    given_back: bool = False
 
     def of(self, stream: str, places: int = -1) -> Tensor | None:
         """Tokens left after the first ``places`` places, None if the stream is never pruned."""
@@ -49,7 +51,8 @@ def masked_outputs(model: nn.Module, inputs: dict[str, Tensor], kept: Kept) -> d
     reading: list[Reads] = []
 
     def visible() -> Tensor | None:
-        found = kept.of(reading[-1].stream, reading[-1].sites) if reading else None
+        behind = bool(reading) and kept.given_back and reading[-1].sites == -1
+        found = kept.of(reading[-1].stream, reading[-1].sites) if reading and not behind else None
         return None if found is None or bool(found.all()) else found
 
     with _standing_still(model, kept), _reading(model, reading), _pooling(model, kept), hidden_keys(visible):
@@ -113,7 +116,8 @@ def _pooling(model: nn.Module, kept: Kept) -> Iterator[None]:
     """Pooling runs over what is left."""
     pools = [m for m in model.modules() if isinstance(m, Pooling)]
     for module in pools:
-        left = kept.of(module.stream) if kept.pooled or module.stream not in kept.parts else None
+        pooled = not kept.given_back and (kept.pooled or module.stream not in kept.parts)
+        left = kept.of(module.stream) if pooled else None
         if left is not None:
             module.forward = _over(module, left)  # type: ignore[method-assign]
     try:
