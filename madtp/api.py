@@ -10,14 +10,14 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from madtp.calls.call import Call, Inputs, check_batch, normalise_call
 from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.progress_line import progress_line
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
-from madtp.errors import CaptureError, ExampleInputsError, LeftAloneError, UnprunedError
+from madtp.errors import CaptureError, ConfigError, ExampleInputsError, LeftAloneError, UnprunedError
 from madtp.programs.completeness import unpruned_remark
 from madtp.programs.notes import Notes
 from madtp.programs.originals import unwrapped
@@ -53,6 +53,7 @@ def rewrite(
         A :class:`~madtp.pruned.PrunedModel`, called exactly as ``model`` is.
 
     Raises:
+        ConfigError: ``config`` is none.
         ExampleInputsError: The inputs are missing or do not fit the model.
         CaptureError: The model cannot be traced.
         NoSiteError: Nothing in the model can be pruned.
@@ -61,6 +62,10 @@ def rewrite(
         UnprunedError: ``config.strict``, and a tower or more than a third of the blocks is not pruned.
     """
     started = time.perf_counter()
+    if config is not None and not isinstance(config, PruningConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; pass PruningConfig(...), or PruningConfig.from_dict(...)."
+        )
     if isinstance(model, PrunedModel):
         model = unwrapped(model)
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
@@ -116,6 +121,8 @@ def example_call(model: nn.Module, example_inputs: Inputs | None) -> Call:
                 f"no example inputs were given and the zoo does not know {type(model).__name__}. Pass example_inputs: "
                 "a dict of keyword arguments or a tuple of positional ones, with at least 2 samples."
             )
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     if not isinstance(example_inputs, (Mapping, tuple)):
         raise ExampleInputsError(
             f"example_inputs is a {type(example_inputs).__name__}; pass a dict of keyword arguments or a tuple of positional "

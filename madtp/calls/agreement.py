@@ -6,13 +6,20 @@ and rankings amplify it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp.calls.compare import compare, rounds_alike
 from madtp.calls.double_precision import DoublePrecision
 from madtp.calls.rankings import Rankings
 from madtp.errors import RewriteError
 
+HALF = frozenset((torch.bfloat16, torch.float16))
 Run = Callable[[], object]
 """Runs a model once and returns its results."""
 
@@ -28,12 +35,32 @@ def require_agreement(original: Run, rewritten: Run, *, values: bool = True) -> 
     Raises:
         RewriteError: they do not.
     """
-    expected, actual = original(), rewritten()
+    with _HalfPrecision() as half:
+        expected, actual = original(), rewritten()
     try:
-        compare(expected, actual, values=values)
+        compare(expected, actual, values=values, coarse=half.found)
     except RewriteError as error:
         if not values or not _agree_in_order(original, rewritten):
             raise error from None
+
+
+class _HalfPrecision(TorchDispatchMode):
+    """Finds out whether anything is computed in half precision, by autocast say.
+
+    Attributes:
+        found: something was.
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        result: object = func(*args, **(kwargs or {}))
+        self.found |= isinstance(result, Tensor) and result.dtype in HALF
+        return result
 
 
 def starting_with(result: object, run: Run) -> Run:

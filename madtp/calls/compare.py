@@ -42,13 +42,14 @@ def relative_difference(want: Tensor, have: Tensor, *, floor: float = 1e-6) -> f
     return float((want - have)[finite].abs().amax() / scale)
 
 
-def compare(expected: object, actual: object, *, values: bool = True) -> None:
+def compare(expected: object, actual: object, *, values: bool = True, coarse: bool = False) -> None:
     """Compare two output structures.
 
     Args:
         expected: what the original returns.
         actual: what the rewritten model returns.
         values: compare values, to float tolerance; False compares structures and shapes only.
+        coarse: to the tolerance of half precision, whatever the dtype of an output: something before it had no more.
 
     Raises:
         RewriteError: they differ.
@@ -76,7 +77,7 @@ def compare(expected: object, actual: object, *, values: bool = True) -> None:
                 raise RewriteError(f"output {position} differs from the original's.")
             continue
         error = relative_difference(want, have)
-        if error > RELATIVE.get(want.dtype, COARSE):
+        if error > (COARSE if coarse else RELATIVE.get(want.dtype, COARSE)):
             raise RewriteError(
                 f"with pruning off, output {position} differs from the original's by {error:.1e} of its scale. The "
                 "rewritten graph would be wrong, so it is refused; please report the model."

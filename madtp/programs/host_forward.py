@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls.agreement import Run, differ_by_rounding, require_agreement, starting_with
 from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.double_precision import DoublePrecision, in_double_precision
+from madtp.calls.fast_path import spelled_out
 from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind
 from madtp.calls.stored_tensors import Entry, StoredTensors, put_others
@@ -32,7 +33,7 @@ from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
 
 REMEMBERED = 256
 """Number of call signatures whose MACs outside the regions are remembered."""
-COLLECTED = "It collects values from the inside of a rewritten region; leave the option that asks for them out."
+COLLECTED = "It may collect values from the inside of a rewritten region; then leave the option that asks for them out."
 Forward: TypeAlias = Callable[[tuple[object, ...], Mapping[str, object]], object]
 LARGEST = 1e9
 """Number of parameters up to which a copy in double precision is made to tell rounding from a fault."""
@@ -201,7 +202,12 @@ class HostForward(ReplacedForward):
 
         def run(forward: Forward) -> object:
             own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
-            with torch.no_grad(), trial_run(self.module, (own.args, own.kwargs)), self.control.unpruned():
+            with (
+                torch.no_grad(),
+                trial_run(self.module, (own.args, own.kwargs)),
+                self.control.unpruned(),
+                spelled_out(),
+            ):
                 put_others(changed)
                 result = settled(forward(own.args, own.kwargs))
                 changed.extend(() if changed else stored.changed())

@@ -14,6 +14,7 @@ from madtp.calls.agreement import require_agreement
 from madtp.calls.batch import are_free, sample_dims
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
+from madtp.calls.fast_path import spelled_out
 from madtp.calls.hooks import without_hooks
 from madtp.calls.objects import ResultSpec, on_tensors, result_spec_of
 from madtp.calls.packed_images import PerImageArguments, per_image_module
@@ -157,7 +158,7 @@ class ProgramBuilder:
     def _run_writing(self, call: Call, program: Program) -> object:
         """What the original returns, and what it writes to tensors."""
         original = self.original()
-        with trial_run(original, (call.args, call.kwargs)) as trial:
+        with trial_run(original, (call.args, call.kwargs)) as trial, spelled_out():
             result, _ = self._opened(original, call, program)
         return result, trial.written
 

@@ -236,7 +236,9 @@ class PruningHandle(Additions):
     def _record(self) -> ForwardRecord:
         record = self.control.last_record()
         if not record.runs:
-            raise MadtpError("no forward has run yet; call the model first.")
+            raise MadtpError(
+                "no forward has run yet, or the last one ran unpruned (see report.notes); call the model first."
+            )
         return record
 
 

@@ -37,9 +37,9 @@ def inline_bodies(module: fx.GraphModule) -> bool:
         wrapped = next((n for n in module.graph.nodes if _is_wrapper(n)), None)
         if wrapped is None:
             return unshielded
-        shielding = _is_gradients(wrapped) or torch.is_autocast_enabled(str(wrapped.args[0]))
-        unshielded |= not shielding
-        _inline(module, wrapped, shielding=shielding)
+        inside = _is_gradients(wrapped) or torch.is_autocast_enabled(str(wrapped.args[0]))
+        unshielded |= not inside
+        _inline(module, wrapped, shielding=inside and not _is_alike(wrapped))
 
 
 def _is_wrapper(node: fx.Node) -> bool:
@@ -48,6 +48,12 @@ def _is_wrapper(node: fx.Node) -> bool:
 
 def _is_gradients(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == GRADIENTS
+
+
+def _is_alike(node: fx.Node) -> bool:
+    """Whether a node wraps code under the autocast that is on around it."""
+    casting = None if _is_gradients(node) else _casting(node)
+    return casting is not None and casting.dtype == torch.get_autocast_dtype(casting.device_type)
 
 
 def _inline(module: fx.GraphModule, node: fx.Node, *, shielding: bool) -> None:

@@ -5,7 +5,6 @@ Start at :func:`assemble`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from torch import nn
@@ -16,6 +15,7 @@ from madtp.calls.hooks import OwnHooks
 from madtp.calls.record import record_call
 from madtp.config import PruningConfig
 from madtp.errors import NothingToPruneError, RewriteError
+from madtp.programs.notes import Notes
 from madtp.programs.originals import original_of
 from madtp.programs.program import Program
 from madtp.programs.program_builder import BuildProgram
@@ -29,8 +29,6 @@ from rewriters.pipeline import RewrittenRegion, continue_region, rewrite_region
 from rewriters.plan.request import Request
 from rewriters.regions.choice import RewrittenRegions, region_at, single_modality_towers
 from rewriters.regions.reporting import report_of
-
-log = logging.getLogger("madtp")
 
 
 def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks) -> PrunedModel:
@@ -51,12 +49,11 @@ def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks)
     )
     pruned.madtp.own_hooks = own_hooks
     for each in rewritten.regions:
-        programs = _replaced(pruned, each.region, _builder(each, config))
+        programs = _replaced(pruned, each.region, _builder(each, config, pruned.madtp.notes))
         programs.add(each.program, each.call)
         for inner in each.inner:
-            replace_forward(
-                pruned, inner.path, _inner_builder(each, config, inner), inner=True, embeddings=inner.embeddings
-            )
+            build = _inner_builder(each, config, inner, pruned.madtp.notes)
+            replace_forward(pruned, inner.path, build, inner=True, embeddings=inner.embeddings)
         if rewritten.whole:
             for path in single_modality_towers(pruned, plan):
                 replace_forward(pruned, path, _tower_builder(each, config, pruned, path), inner=True)
@@ -71,7 +68,7 @@ def _replaced(pruned: PrunedModel, region: Region, build: BuildProgram) -> Progr
     return replace_forward(pruned, region.path, build, embeddings=region.embeddings, per_image=region.per_image)
 
 
-def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> BuildProgram:
+def _builder(rewritten: RewrittenRegion, config: PruningConfig, notes: Notes) -> BuildProgram:
     """What makes programs for calls of further kinds of a region, onto the sites that it has."""
     sites = frozenset(site.name for site in rewritten.plan.sites)
 
@@ -83,13 +80,13 @@ def _builder(rewritten: RewrittenRegion, config: PruningConfig) -> BuildProgram:
         if rewritten.inner and not further.plan.sites:
             paths = ", ".join(region.path for region in rewritten.inner)
             raise NothingToPruneError(f"{_lost(sorted(sites), further)}. {paths} may prune by themselves.")
-        _warn_of_lost_sites(further, sites, module)
+        _note_lost_sites(further, sites, module, notes)
         return further.program
 
     return build
 
 
-def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Region) -> BuildProgram:
+def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Region, notes: Notes) -> BuildProgram:
     """What makes programs for direct calls of a module inside a region, onto the sites that the region has there."""
     specs = {site.name: site.spec() for site in rewritten.plan.sites if inner.holds(site.name)}
     sites = frozenset(specs)
@@ -103,7 +100,7 @@ def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Reg
             raise RewriteError(
                 f"{inner.path} by itself would be pruned in another way than as a part of {rewritten.region.path}."
             )
-        _warn_of_lost_sites(further, sites, module)
+        _note_lost_sites(further, sites, module, notes)
         return further.program
 
     return build
@@ -114,15 +111,17 @@ def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: Pr
 
     def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
         tower = region_at(original_of(pruned, pruned.madtp.own_hooks), rewritten.call, path)
-        return _inner_builder(rewritten, config, tower)(module, call, serial, marked)
+        return _inner_builder(rewritten, config, tower, pruned.madtp.notes)(module, call, serial, marked)
 
     return build
 
 
-def _warn_of_lost_sites(further: RewrittenRegion, sites: frozenset[str], module: nn.Module) -> None:
+def _note_lost_sites(further: RewrittenRegion, sites: frozenset[str], module: nn.Module, notes: Notes) -> None:
     lost = further.unpruned_sites(sites, module)
-    if lost:
-        log.warning("%s", _lost(lost, further))
+    if lost and not further.plan.sites:
+        notes.unpruned(further.region.name or type(module).__name__, _lost(lost, further))
+    elif lost:
+        notes.add(_lost(lost, further))
 
 
 def _lost(sites: list[str], further: RewrittenRegion) -> str:

@@ -19,6 +19,7 @@ from madtp.calls.agreement import Run, require_agreement, starting_with
 from madtp.calls.batch import free_batch
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call
+from madtp.calls.fast_path import spelled_out
 from madtp.errors import RewriteError
 from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.program import Program
@@ -168,7 +169,7 @@ def note_lost_gradients(case: Case) -> None:
 
 def _run_original(case: Case, call: Call) -> object:
     """What the model returns, and what it writes to tensors."""
-    with trial_run(case.model, call.flat()[0]) as trial:
+    with trial_run(case.model, call.flat()[0]) as trial, spelled_out():
         result = case.model(*call.args, **call.kwargs)
     return result, trial.written
 
