@@ -31,6 +31,7 @@ from rewriters.capture.scope import Region
 FreeDims = tuple[tuple[int, ...], ...]
 
 
+BUFFER_HOOKS = "_global_buffer_registration_hooks"
 NO_TRACES = "do_not_emit_stack_traces"
 """Setting of torch.fx."""
 
@@ -178,8 +179,28 @@ def _traceable() -> Iterator[None]:
 
     One thread at a time can be inside.
     """
-    with CAPTURE_LOCK, spelled_out(), quick_shapes(), _without_stack_traces(), _without_printed_graphs(), quiet():
+    with (
+        CAPTURE_LOCK,
+        spelled_out(),
+        quick_shapes(),
+        _without_stack_traces(),
+        _without_printed_graphs(),
+        _without_hooks_left_behind(),
+        quiet(),
+    ):
         yield
+
+
+@contextmanager
+def _without_hooks_left_behind() -> Iterator[None]:
+    """Remove the hook on buffers of all modules that exports of older releases of torch leave behind where they fail."""
+    hooks: dict[int, object] = getattr(nn.modules.module, BUFFER_HOOKS, {})
+    before = dict(hooks)
+    try:
+        yield
+    finally:
+        for key in [key for key in hooks if key not in before]:
+            del hooks[key]
 
 
 @contextmanager

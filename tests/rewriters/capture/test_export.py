@@ -259,3 +259,24 @@ class Routed(nn.Module):
 def test_sizes_that_depend_on_values_are_refused_in_words() -> None:
     with pytest.raises(RewriteError, match="selected by their values"):
         rewrite_region(Request(Routed().eval(), Call((images(2, 0),), {}), madtp.PruningConfig()))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, and decides by a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+def test_a_capture_that_fails_leaves_no_hook_behind() -> None:
+    with pytest.raises(madtp.MadtpError):
+        madtp.rewrite(Counting(), (torch.rand(2, 3),))
+    module = nn.Module()
+    module.register_buffer("count", torch.zeros(()))
+    module.count = torch.ones(())
+    assert float(module.count) == 1
