@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call, normalise_call
 from madtp.calls.compiling import is_compiling
@@ -22,7 +21,7 @@ from madtp.calls.objects import object_kind
 from madtp.errors import ExampleInputsError, ExportError, MadtpError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.chain_outputs import LinkOutput, LinkOutputs, kind_of
-from madtp.programs.chained_modules import Chain, LinkCall, chained_call, filled
+from madtp.programs.chained_modules import Chain, LinkCall, called_in_turn, chained_call
 from madtp.programs.deferred import Deferred, Form, deferred, deferred_in, settled
 from madtp.programs.notes import Notes
 from madtp.programs.program_cache import MANY_KINDS, ProgramCache
@@ -305,13 +304,7 @@ class PrunedChain:
 
     def _dense(self, hidden: Tensor, given: list[Tensor], calls: list[Any], places: list[int]) -> object:
         """What :meth:`ChainedModules.forward` returns, computed by the original modules."""
-        result: object = None
-        for link, call in zip(self.links, calls, strict=True):
-            args, kwargs = filled(call, hidden, given)
-            result = link.original(*args, **kwargs)
-            if link.number < len(places):
-                hidden = pytree.tree_leaves(result)[places[link.number]]
-        return result
+        return called_in_turn([link.original for link in self.links], hidden, given, calls, places)
 
 
 # A compiler breaks the graph around it.

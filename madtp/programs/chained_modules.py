@@ -6,7 +6,7 @@ all that they are given besides, and a description of how each is called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,24 @@ class ChainedModules(nn.Module):
         Returns:
             What the last returns.
         """
-        result: object = None
-        for number, name in enumerate(self.names):
-            args, kwargs = filled(calls[number], hidden, given)
-            result = self.get_submodule(name)(*args, **kwargs)
-            if number < len(places):
-                hidden = pytree.tree_leaves(result)[places[number]]
-        return result
+        return called_in_turn([self.get_submodule(name) for name in self.names], hidden, given, calls, places)
+
+
+def called_in_turn(
+    forwards: Sequence[Callable[..., object]],
+    hidden: Tensor,
+    given: Sequence[Tensor],
+    calls: Sequence[Any],
+    places: Sequence[int],
+) -> object:
+    """Call one function after the other, as :meth:`ChainedModules.forward` does; returns what the last returns."""
+    result: object = None
+    for number, (forward, call) in enumerate(zip(forwards, calls, strict=True)):
+        args, kwargs = filled(call, hidden, given)
+        result = forward(*args, **kwargs)
+        if number < len(places):
+            hidden = pytree.tree_leaves(result)[places[number]]
+    return result
 
 
 def chained_call(calls: Sequence[LinkCall], places: Sequence[int]) -> Call:

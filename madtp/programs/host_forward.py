@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
 
@@ -29,7 +29,7 @@ from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.additions import PREFIX
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
-from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
+from madtp.sites.steady_draws import comparable_draws, values_are_comparable
 
 REMEMBERED = 256
 """Number of call signatures whose MACs outside the regions are remembered."""
@@ -152,10 +152,9 @@ class HostForward(ReplacedForward):
 
     def disagreement(self, call: Call) -> str | None:
         """How regions differ from the original on ``call`` with pruning off; None if they reproduce it."""
-        trains = any(m.training for m in self.module.modules())
-        values = not trains or draws_can_be_steady([*self.module.parameters(), *call.tensors()])
+        values = values_are_comparable(self.module, call.tensors())
         before = set(self.control.scope.computed_twice)
-        with SteadyDraws() if trains and values else nullcontext():
+        with comparable_draws(self.module, call.tensors()):
             try:
                 original, regions = self._unpruned_runs(call)
                 require_agreement(original, regions, values=values)

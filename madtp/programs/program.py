@@ -77,6 +77,10 @@ class Program:
         """Paths of the numbers, in the objects that it returns, that follow from sizes of tensors."""
         return () if self.returned is None else self.returned.sizes()
 
+    def dense_macs(self, leaves: Sequence[object]) -> float:
+        """Multiply-accumulates per sample of a call with pruning off."""
+        return sum(self.cost.price(leaves, {}, False).values())
+
     def serves(self, leaves: Sequence[object]) -> bool:
         """Whether the free sizes of a call, and autocast around it, are within what the graph was captured for."""
         return self.limits.allow(leaves) and not (self.unshielded and autocast_of(leaves) is not None)

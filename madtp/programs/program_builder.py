@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from madtp.programs.single_sample import (
 )
 from madtp.sites.additions import additions_of
 from madtp.sites.preserved_state import trial_run
-from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
+from madtp.sites.steady_draws import comparable_draws, values_are_comparable
 from madtp.tokens.cache_marks import MarkedAxes, zero_marked
 
 EXPENSIVE = 2e10
@@ -118,7 +118,7 @@ class ProgramBuilder:
         """
         leaves = call.flat()[0]
         if doubled and not (are_free(sample_dims_of_one(leaves), program.dynamic) and program.serves(leaves)):
-            with torch.no_grad(), self._comparable_draws():
+            with torch.no_grad(), comparable_draws(self.module, call.tensors()):
                 expected, returned = self._run(self.original(), call, program)
                 with trial_run(self.host, leaves), self.additions.control.unpruned():
                     program = serving_one_sample(
@@ -128,10 +128,10 @@ class ProgramBuilder:
                         call,
                         expected,
                         returned,
-                        values=self._compares_values(),
+                        values=values_are_comparable(self.module, call.tensors()),
                     )
         elsewhere = call.cache_leaves() or self.inner or self.per_image is not None
-        if elsewhere or (not isinstance(program, SingleSampleProgram) and _is_cheap(program, call)):
+        if elsewhere or (not isinstance(program, SingleSampleProgram) and program.dense_macs(leaves) < EXPENSIVE):
             self._check(program, call)
         if torch.is_grad_enabled() and not program.own_backward:
             program.lost_gradients = lost_gradients(
@@ -146,13 +146,11 @@ class ProgramBuilder:
         """The module as it was before the rewrite."""
         return original_of(self.module, self.additions.own_hooks)
 
-    def run_original(self, call: Call, program: Program) -> object:
-        """What the module itself returns for ``call``, objects opened as ``program`` takes and returns them."""
-        with torch.no_grad():
-            return self._run(self.original(), call, program)[0]
-
     def run_evaluating(self, call: Call, program: Program) -> object:
-        """The same in eval mode, which changes no running statistics, with gradients if they are on."""
+        """What the module itself returns for ``call`` in eval mode, with gradients if they are on.
+
+        Objects are opened as ``program`` takes and returns them.
+        """
         return self._run(self.original().eval(), call, program)[0]
 
     def _run_writing(self, call: Call, program: Program) -> object:
@@ -180,7 +178,7 @@ class ProgramBuilder:
         Raises:
             RewriteError: it does not.
         """
-        if not self._compares_values():
+        if not values_are_comparable(self.module, call.tensors()):
             return
         held = call.cache_leaves()
         leaves = [
@@ -189,17 +187,8 @@ class ProgramBuilder:
         ]
         given = call.with_leaves(leaves)
         # What Python decides by a number that it draws cannot be compared.
-        with torch.no_grad(), self._comparable_draws(), suppress(OtherBranch):
+        with torch.no_grad(), comparable_draws(self.module, call.tensors()), suppress(OtherBranch):
             require_agreement(partial(self._run_writing, given, program), partial(self._run_unpruned, program, given))
-
-    def _trains(self) -> bool:
-        return any(module.training for module in self.module.modules())
-
-    def _compares_values(self) -> bool:
-        return not self._trains() or draws_can_be_steady(list(self.module.parameters()))
-
-    def _comparable_draws(self) -> AbstractContextManager[object]:
-        return SteadyDraws() if self._trains() and self._compares_values() else nullcontext()
 
     def _run_unpruned(self, program: Program, call: Call) -> object:
         """What a program returns with pruning off, and what it writes to tensors."""
@@ -207,8 +196,3 @@ class ProgramBuilder:
         with trial_run(self.host, leaves) as trial, self.additions.control.unpruned():
             result = program.run(self._without_hooks(), leaves)
         return result, trial.written
-
-
-def _is_cheap(program: Program, call: Call) -> bool:
-    """Whether a program is small enough to be compared with the original whenever one is built."""
-    return sum(program.cost.price(call.flat()[0], {}, False).values()) < EXPENSIVE

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madtp.sites.additions import PREFIX
+from madtp.sites.steady_draws import is_training
 
 # Hooks lie in an OrderedDict.
 CONTAINERS = (dict, list, set, OrderedDict)
@@ -138,8 +139,9 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
 def _preserved_parameters(model: nn.Module) -> Iterator[None]:
     parameters = [(one, one.data, one.requires_grad) for one in model.parameters()]
     # Batch norm does not declare that it writes to its statistics.
-    training = any(module.training for module in model.modules())
-    statistics = [(one, one.clone()) for one in model.buffers() if one.is_floating_point()] if training else []
+    statistics = (
+        [(one, one.clone()) for one in model.buffers() if one.is_floating_point()] if is_training(model) else []
+    )
     plain = [one for one in model.buffers() if not one.requires_grad]
     try:
         yield

@@ -1,12 +1,13 @@
-"""Runs whose random numbers do not depend on the order in which they are drawn: :class:`SteadyDraws`."""
+"""Runs whose random numbers do not depend on the order in which they are drawn: :func:`comparable_draws`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +38,19 @@ class SteadyDraws(TorchDispatchMode):
         return result
 
 
-def draws_can_be_steady(tensors: Sequence[Tensor]) -> bool:
-    """Whether all random numbers are drawn by operations of their own: on GPUs, fused attention draws inside."""
-    return all(one.device.type == "cpu" for one in tensors)
+def is_training(model: nn.Module) -> bool:
+    """Return whether a model, or a part of it, is in training mode."""
+    return any(module.training for module in model.modules())
+
+
+def values_are_comparable(model: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Return whether runs of a model on ``inputs`` can be made to draw alike (:func:`comparable_draws`).
+
+    In training that takes random numbers that operations of their own draw. On GPUs, fused attention draws inside.
+    """
+    return not is_training(model) or all(one.device.type == "cpu" for one in (*model.parameters(), *inputs))
+
+
+def comparable_draws(model: nn.Module, inputs: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Return a context in which runs of a model are compared: draws are steady in training, where they can be."""
+    return SteadyDraws() if is_training(model) and values_are_comparable(model, inputs) else nullcontext()

@@ -6,7 +6,6 @@ Start at :data:`CHECKS`. The cheap ones run here; the tests run all invariants o
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from madtp.programs.program import Program
 from madtp.programs.program_builder import EXPENSIVE
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
-from madtp.sites.steady_draws import SteadyDraws, draws_can_be_steady
+from madtp.sites.steady_draws import comparable_draws, is_training, values_are_comparable
 from rewriters.graph.nodes import attribute, example_size
 from rewriters.plan.plan import Plan
 from rewriters.verify.replay import batch_mates_do_not_matter, differences, dropping_equals_hiding, first_sample
@@ -67,11 +66,11 @@ class Case:
 
     def macs(self) -> float:
         """Multiply-accumulates per sample with pruning off."""
-        return sum(self.program.cost.price(self.call.flat()[0], {}, False).values())
+        return self.program.dense_macs(self.call.flat()[0])
 
     def trains(self) -> bool:
         """Whether the model, or a part of it, is in training mode."""
-        return any(module.training for module in self.model.modules())
+        return is_training(self.model)
 
     @cached_property
     def alone(self) -> SampleAlone | None:
@@ -100,7 +99,7 @@ def graph_is_sound(case: Case) -> None:
 
 def inactive_equals_original(case: Case) -> None:
     """With pruning off, the program computes what the model computes, for the example's batch and for one sample."""
-    if case.trains() and not draws_can_be_steady([*case.model.parameters(), *case.call.tensors()]):
+    if not values_are_comparable(case.model, case.call.tensors()):
         return
     original, rewritten = unpruned_runs(case, case.call)
     require_agreement(original, rewritten)
@@ -120,7 +119,7 @@ def unpruned_runs(case: Case, call: Call) -> tuple[Run, Run]:
     """Run the model, and the program with pruning off, on ``call``, without gradients."""
 
     def run(one: Callable[[Case, Call], object]) -> object:
-        with torch.no_grad(), SteadyDraws() if case.trains() else nullcontext():
+        with torch.no_grad(), comparable_draws(case.model, call.tensors()):
             return one(case, call)
 
     return partial(run, _run_original), partial(run, _run_program)

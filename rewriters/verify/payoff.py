@@ -34,7 +34,7 @@ def sites_without_payoff(program: Program, call: Call, sites: Sequence[SitePlan]
         config: How to prune.
     """
     leaves = call.flat()[0]
-    dense = sum(program.cost.price(leaves, {}, False).values())
+    dense = program.dense_macs(leaves)
     names = []
     for stream in dict.fromkeys(site.stream for site in sites):
         own = [site for site in sites if site.stream == stream]
@@ -85,7 +85,7 @@ def saving_of(program: Program, call: Call) -> Saving:
     """
     leaves = call.flat()[0]
     none = {site: torch.zeros(program.cost.entries(site, leaves)) for site in program.cost.streams}
-    dense = sum(program.cost.price(leaves, {}, False).values())
+    dense = program.dense_macs(leaves)
     least, most = (
         sum(
             amount
