@@ -22,6 +22,7 @@ from madtp.calls.stored_tensors import Entry, StoredTensors, put_others
 from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError, ExportError, MadtpError, RewriteError
 from madtp.programs.cached_program import without_attributes
+from madtp.programs.cached_steps import CachedSteps
 from madtp.programs.deferred import settled
 from madtp.programs.notes import Notes
 from madtp.programs.program_cache import ProgramCache
@@ -50,6 +51,7 @@ class HostForward(ReplacedForward):
         programs: the programs of the regions.
         follows_features: a region has to be told the positions of image features, so what the host computes is followed.
         chained: a region is a chain of blocks that the host calls one after the other.
+        steps: run calls that go on from a key/value cache.
         agreements: by kind of call, whether the regions reproduce the original.
         outside_macs: by call signature, the multiply-accumulates per sample that run outside the regions.
     """
@@ -58,6 +60,7 @@ class HostForward(ReplacedForward):
         super().__init__(host)
         self.control, self.notes = control, notes
         self.module_states = ModuleStates(self.module, without=PREFIX)
+        self.steps = CachedSteps(self.module, host, control)
         self.programs: list[ProgramCache] = []
         self.follows_features = False
         self.chained = False
@@ -68,6 +71,8 @@ class HostForward(ReplacedForward):
         control = self.control
         if control.scope.runs_original:
             return self.original(*args, **kwargs)
+        if self.steps.serve_text(args, kwargs):
+            return self.steps.run(self.original, args, kwargs)
         try:
             call = normalise_call(self.module, args, kwargs, self.parameters)
         except ExampleInputsError:  # the original says best what is wrong

@@ -77,6 +77,11 @@ class Program:
         """Paths of the numbers, in the objects that it returns, that follow from sizes of tensors."""
         return () if self.returned is None else self.returned.sizes()
 
+    def cache_types(self) -> set[type]:
+        """Classes of the objects that it returns in which dropped tokens are missing."""
+        objects = () if self.returned is None else self.returned.objects
+        return {one.kind for one in objects if not self.marked.keys().isdisjoint(one.paths())}
+
     def dense_macs(self, leaves: Sequence[object]) -> float:
         """Multiply-accumulates per sample of a call with pruning off."""
         return sum(self.cost.price(leaves, {}, False).values())

@@ -46,7 +46,8 @@ from madtp.programs.single_sample import (
 )
 from madtp.sites.additions import PREFIX, additions_of
 from madtp.sites.preserved_state import preserved_random_numbers, undone_after
-from madtp.tokens.cache_marks import MarkedAxes, any_marked
+from madtp.tokens.cache_bytes import bytes_of_caches
+from madtp.tokens.cache_marks import MarkedAxes, any_marked, with_marks
 
 log = logging.getLogger("madtp")
 BRANCHES = 4
@@ -123,9 +124,10 @@ class ProgramCache:
         except CannotFlatten:
             return False
         assert call.objects is not None
-        leaves = call.flat()[0]
+        leaves = with_marks(call.flat()[0])
         kept = zip(call.objects.paths(), (leaves[at] for at in sorted(call.cache_leaves())), strict=True)
-        return any_marked((values, self.marked[path]) for path, values in kept if path in self.marked)
+        known = ((x, self.marked[path]) for path, x in kept if path in self.marked and isinstance(x, Tensor))
+        return any_marked(known)
 
     def candidates(self, call: Call) -> Iterator[Program]:
         """The programs to try on ``call``: those for calls like it, then one that is built for it.
@@ -257,6 +259,7 @@ class ProgramCache:
         log.info("capturing %s for a new call signature", self.name)
         with suppress(CannotFlatten):  # the builder says best what is wrong
             call = call.flattened(self.sizes)
+        call = call.with_leaves(with_marks(call.flat()[0]))
         program, doubled = self.builder.build(call, self.marked)
         self._bind(program)
         program = self.builder.checked(program, call, doubled=doubled)
@@ -326,7 +329,7 @@ class ProgramCache:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
         self.latest = program
-        leaves = call.flattened(program.given).flat()[0]
+        leaves = with_marks(call.flattened(program.given).flat()[0])
         if control.gradient_checkpointing and torch.is_grad_enabled():
             if program.checkpointed_forward is None:
                 program.checkpointed_forward = checkpointed(program.graph, self.host, self.name)
@@ -345,7 +348,12 @@ class ProgramCache:
             return result
         assert isinstance(result, (tuple, list))
         plain, tensors = result
-        closed: object = program.returned.close(plain, tensors, objects_in((call.args, call.kwargs)))
+        passed = objects_in((call.args, call.kwargs))
+        closed: object = program.returned.close(plain, tensors, passed)
+        if types := program.cache_types():
+            control.cache_types |= types
+            filled = {id(one): one for one in (*passed, *objects_in(closed)) if type(one) in types}
+            control.record.cache_bytes = bytes_of_caches(filled.values())
         return closed
 
     def run_compiled(self, call: Call) -> object:

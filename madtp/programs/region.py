@@ -17,6 +17,7 @@ from madtp.calls.compiling import is_compiling
 from madtp.calls.objects import CannotFlatten
 from madtp.errors import ContinuationError, ExampleInputsError, ExportError, MadtpError, NothingToPruneError
 from madtp.programs.cached_program import Unserved
+from madtp.programs.cached_steps import CachedSteps
 from madtp.programs.notes import Notes
 from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
@@ -38,6 +39,7 @@ class PrunedRegion(ReplacedForward):
         failed: signatures of the calls that could not be rewritten.
         failure: why the last of them could not be rewritten.
         prunes_caches: whether programs may prune what a key/value cache keeps.
+        steps: run calls that go on from what a pruned call has kept.
     """
 
     def __init__(
@@ -64,10 +66,14 @@ class PrunedRegion(ReplacedForward):
         self.failed: set[Signature] = set()
         self.failure = ""
         self.prunes_caches = True
+        self.steps = CachedSteps(self.module, programs.host, control)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if self.control.scope.runs_original and not self.programs.marked:
+        scope = self.control.scope
+        if scope.follows_caches or (scope.runs_original and not self.programs.marked):
             return self.original(*args, **kwargs)
+        if self.steps.serve(args, kwargs):
+            return self.steps.run(self.original, args, kwargs)
         try:
             call = normalise_call(self.module, args, kwargs, self.parameters)
         except ExampleInputsError:  # the original says best what is wrong

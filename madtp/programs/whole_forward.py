@@ -8,6 +8,7 @@ from madtp.calls.branches import OtherBranch
 from madtp.calls.call import is_empty, normalise_call
 from madtp.errors import ContinuationError, ExampleInputsError
 from madtp.programs.cached_program import Unserved
+from madtp.programs.cached_steps import CachedSteps
 from madtp.programs.notes import Notes
 from madtp.programs.program_cache import ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
@@ -21,18 +22,22 @@ class WholeForward(ReplacedForward):
         programs: the programs of the host.
         control: the control of the pruned model.
         notes: takes remarks on calls that run unpruned.
+        steps: run calls that go on from a key/value cache.
     """
 
     def __init__(self, programs: ProgramCache, control: PruningControl, notes: Notes) -> None:
         """Take the place of the host's forward; see above for the arguments."""
         super().__init__(programs.module)
         self.programs, self.control, self.notes = programs, control, notes
+        self.steps = CachedSteps(programs.module, programs.host, control)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run a program that serves the call; the host's own forward if none does."""
         original = self.original
         if self.control.scope.runs_original:
             return original(*args, **kwargs)
+        if self.steps.serve_text(args, kwargs):
+            return self.steps.run(original, args, kwargs)
         try:
             call = normalise_call(self.module, args, kwargs, self.parameters)
         except ExampleInputsError:  # the original says best what is wrong

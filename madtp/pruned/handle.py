@@ -22,6 +22,7 @@ from madtp.sites.additions import Additions
 from madtp.sites.control import PruningControl
 from madtp.sites.forward_record import ForwardRecord
 from madtp.sites.spec import SiteSpec
+from madtp.tokens.cache_bytes import CacheBytes, bytes_of_caches
 from madtp.tokens.state import TokenState, kept_positions
 
 
@@ -148,6 +149,17 @@ class PruningHandle(Additions):
             ``{site: [B, N] bool}``.
         """
         return {name: kept_positions(state) for name, state in self._states().items()}
+
+    def cache_bytes(self, cache: object = None) -> CacheBytes | None:
+        """Memory of a key/value cache, in bytes, and what it would take with the tokens that were dropped.
+
+        Args:
+            cache: the cache. None takes those that the last call with something to prune filled, as it left them.
+
+        Returns:
+            ``(held, dense)``. None if that call filled no cache.
+        """
+        return self.control.last_record().cache_bytes if cache is None else bytes_of_caches([cache])
 
     def surviving(self, tower: str) -> Tensor | None:
         """Which original tokens are left after the last site of a module in the last forward.

@@ -34,6 +34,7 @@ SHORT_FORMS = (
     "macs",
     "macs_by_module",
     "surviving",
+    "cache_bytes",
     "token_counts",
 )
 """Names of the handle that a pruned model has itself, where the host has no such name."""

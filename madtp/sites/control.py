@@ -64,6 +64,7 @@ class CallScope:
     Attributes:
         unpruned: number of blocks under way in which pruning is switched off.
         runs_original: regions run the original modules.
+        follows_caches: they do so in calls that go on from key/value caches of pruned ones, too.
         tracker: follows what the host computes in the present call, for regions that have to know which of their tokens are
             image features. None if no region has to.
         calls: number of calls of the model that are under way.
@@ -75,6 +76,7 @@ class CallScope:
 
     unpruned: int = 0
     runs_original: bool = False
+    follows_caches: bool = False
     tracker: Tracker | None = None
     calls: int = 0
     next_hook: float = math.inf
@@ -106,6 +108,7 @@ class PruningControl:
         measured_room: while :func:`madtp.freeze` measures, the largest number of such tokens of any sample so far, by site.
             None elsewhere.
         compiled: the last call was compiled, and so left no record.
+        cache_types: classes of the key/value caches from which programs have dropped tokens, or could have.
     """
 
     config: PruningConfig
@@ -120,6 +123,7 @@ class PruningControl:
     static_room: dict[str, int] = field(default_factory=dict)
     measured_room: dict[str, int] | None = None
     compiled: bool = False
+    cache_types: set[type] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._scope = ContextVar("scope of a call", default=OUTSIDE)
@@ -227,6 +231,12 @@ class PruningControl:
     def running_original(self) -> Iterator[None]:
         """Run the original modules in place of the programs of regions inside the block."""
         with self._within(replace(self.scope, runs_original=True)):
+            yield
+
+    @contextmanager
+    def following_caches(self) -> Iterator[None]:
+        """Run the original modules inside the block, which go on from key/value caches of pruned calls."""
+        with self._within(replace(self.scope, runs_original=True, follows_caches=True)):
             yield
 
     @contextmanager

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from madtp.tokens.cache_bytes import CacheBytes
 from madtp.tokens.state import TokenState
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ForwardRecord:
         runs: the programs that ran, in order.
         outside_macs: multiply-accumulates per sample that no program did. None if they were not counted.
         batch: number of samples. None if it is not known.
+        cache_bytes: memory of the key/value caches that the programs filled. None if they filled none.
         outdated: a call has begun since. The record is replaced when the first program of that call runs.
     """
 
@@ -42,6 +44,7 @@ class ForwardRecord:
     runs: list[Run] = field(default_factory=list)
     outside_macs: float | None = None
     batch: int | None = None
+    cache_bytes: CacheBytes | None = None
     outdated: bool = False
 
 

@@ -7,5 +7,7 @@ operation gives, for the tokens that survived. Rewritten graphs call these funct
 Start at ``state.py``. A pruned stream has a padded form and a packed one (``packed_rows.py``); ``packing.py`` goes between
 them. ``assembly.py`` makes the next state at a site. Attention over survivors is in ``attention.py`` and, for packed rows,
 ``packed_attention.py``; ``scored_attention.py`` also gathers what the importance needs. ``segments.py`` has ranges and
-concatenations, ``grid.py`` blocks that need the grid, ``cache_marks.py`` key/value caches.
+concatenations, ``grid.py`` blocks that need the grid, ``cached_tokens.py`` key/value caches.
 """
+
+from madtp.tokens import cached_operations as cached_operations

@@ -1,9 +1,9 @@
-"""Marks of dropped tokens in a key/value cache: their slots hold NaN.
+"""Key/value caches from which tokens were dropped, as programs return and take them.
 
-Start at :func:`mark_dropped`. A pruned call hands keys and values on at their full length: those of survivors at their original
-positions, and NaN at all others. So it stays known which tokens were dropped, whatever a host does with the cache between
-calls (reorder beams, crop, copy), and code that knows nothing of pruning cannot attend to them unnoticed. The next call hides
-marked slots from attention.
+Start at :func:`without_dropped`. A pruned call hands on the keys and values of survivors alone
+(:class:`~madtp.tokens.cached_tokens.CachedTokens`), and calls that go on from them run the host's own code
+(``madtp/programs/cached_steps.py``). Where that cannot be followed, a program takes tensors of all tokens in which dropped
+ones are marked, by NaN, and hides marked slots from attention.
 
 Axis legend: B samples, N slots now, N0 original tokens.
 """
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, unpruned_state, written_back
+from madtp.tokens.cached_slots import slots_of_state
+from madtp.tokens.cached_tokens import CachedTokens
+from madtp.tokens.state import TokenState, unpruned_state
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class MarkedAxes:
     tokens: str
 
 
-def mark_dropped(values: Tensor, state: TokenState, dim: int, batch_dim: int) -> Tensor:
-    """Return ``values`` along ``state`` with N0 slots at ``dim``: each at its original position, NaN at all others."""
-    if state.index is None:
-        return values
-    moved = values.movedim((batch_dim, dim), (0, 1))
-    full = moved.new_full((state.batch, state.full_length, *moved.shape[2:]), float("nan"))
-    real = torch.ones_like(state.index, dtype=torch.bool) if state.valid is None else state.valid
-    return written_back(full, moved, state, real).movedim((0, 1), (batch_dim, dim))
+def without_dropped(values: Tensor, state: TokenState, dim: int, batch_dim: int) -> Tensor:
+    """Return ``values`` along ``state`` as a cache keeps them: to the host a tensor of all N0 tokens along ``dim``."""
+    return values if state.index is None else CachedTokens(values, slots_of_state(state, values.device), dim, batch_dim)
+
+
+def with_marks(leaves: Iterable[object]) -> list[object]:
+    """Return leaves of a call, with a tensor of all tokens in place of each that holds survivors alone."""
+    return [one.marked() if isinstance(one, CachedTokens) else one for one in leaves]
 
 
 def zero_marked(values: Tensor) -> Tensor:

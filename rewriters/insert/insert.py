@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from madtp.tokens.cache_marks import MarkedAxes, mark_dropped
+from madtp.tokens.cache_marks import MarkedAxes, without_dropped
 from rewriters.axes.arguments import items
 from rewriters.axes.labels import Labels, ResultLabels, seed, token_axis
 from rewriters.axes.outcome import Outcome
@@ -296,7 +296,7 @@ def _marked(insertion: Insertion, value: fx.Node, labels: Labels, path: str, out
     assert axis is not None
     with insertion.graph.inserting_before(output):
         state = insertion.state(axis.source, output)
-        new = insertion.graph.call_function(mark_dropped, (value, state, token_dim, batch_dim))
+        new = insertion.graph.call_function(without_dropped, (value, state, token_dim, batch_dim))
     new.meta = dict(value.meta)
     insertion.marked[path] = MarkedAxes(batch_dim, token_dim, str(axis.source))
     return new

@@ -27,8 +27,9 @@ from rewriters.capture.scope import Region
 from rewriters.insert.workspace import site_key
 from rewriters.pipeline import RewrittenRegion, continue_region, rewrite_region
 from rewriters.plan.request import Request
-from rewriters.regions.choice import RewrittenRegions, region_at, single_modality_towers
+from rewriters.regions.choice import region_at, single_modality_towers
 from rewriters.regions.reporting import report_of
+from rewriters.regions.rewritten import RewrittenRegions
 
 
 def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks) -> PrunedModel:

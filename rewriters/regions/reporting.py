@@ -28,7 +28,7 @@ from rewriters.axes.readouts import (
 from rewriters.detect.structure import Sublayer
 from rewriters.graph.nodes import example_shape, module_path
 from rewriters.pipeline import RewrittenRegion
-from rewriters.regions.choice import RewrittenRegions
+from rewriters.regions.rewritten import RewrittenRegions
 
 KEEPS_LAST = (
     "a language model read at every position: the last token of each sample is kept, predictions at dropped positions come "

@@ -28,8 +28,9 @@ from rewriters.pipeline import RewrittenRegion
 from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
-from rewriters.regions.choice import RewrittenRegions, rewrite_regions
+from rewriters.regions.choice import rewrite_regions
 from rewriters.regions.fault import region_at_fault
+from rewriters.regions.rewritten import RewrittenRegions
 from rewriters.verify.checks import Case, note_lost_gradients, verify
 from rewriters.verify.payoff import saving_of, sites_without_payoff
 from rewriters.verify.rounding import is_rounding

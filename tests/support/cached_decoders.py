@@ -97,7 +97,7 @@ class Peeking(Body):
     def forward(
         self, pixels: Tensor | None, input_ids: Tensor, attention_mask: Tensor, memory: Memory | None = None
     ) -> Tensor:
-        sign = -1 if memory is not None and memory.seen and memory.seen[0][0].mean().item() > 1e9 else 1
+        sign = -1 if memory is not None and memory.seen and memory.seen[1][0].mean().item() > 1e9 else 1
         return sign * super().forward(pixels, input_ids, attention_mask, memory)
 
 

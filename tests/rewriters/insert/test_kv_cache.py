@@ -145,7 +145,7 @@ def test_merged_tokens_are_remembered() -> None:
     assert not any(logits.isnan().any() for logits in found)
 
 
-def test_code_that_knows_nothing_of_pruning_cannot_attend_to_what_was_dropped(
+def test_code_that_knows_nothing_of_pruning_attends_to_survivors_alone(
     reading: tuple[Reader, Tensors, madtp.PrunedModel],
 ) -> None:
     model, inputs, pruned = reading
@@ -153,9 +153,11 @@ def test_code_that_knows_nothing_of_pruning_cannot_attend_to_what_was_dropped(
     pruned(**inputs, memory=memory)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
     ids = torch.full((3, 1), 20)
-    assert bool(model(None, ids, mask, copy.deepcopy(memory)).isnan().any()), "never a silent number"
+    wanted = pruned(None, ids, mask, copy.deepcopy(memory))
+    assert torch.equal(model(None, ids, mask, copy.deepcopy(memory)), wanted)
+    assert bool(memory.seen[1][0].mean().isnan()), "never a silent number"
     with pruned.dense():
-        assert not pruned(None, ids, mask, memory).isnan().any()
+        assert torch.equal(pruned(None, ids, mask, memory), wanted)
 
 
 def test_a_step_that_no_program_serves_is_never_wrong(
@@ -239,16 +241,20 @@ def test_a_window_that_is_not_full_and_a_count_of_tokens_are_kept(
     assert pruned.get_submodule("madtp").programs == programs, "steps of a longer text are served by one program"
 
 
-def test_what_a_full_window_pushes_out_is_no_longer_followed(
-    reading: tuple[Reader, Tensors, madtp.PrunedModel],
-) -> None:
-    _, inputs, rewritten = reading
+def test_what_a_full_window_pushes_out_is_gone(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    model, inputs, rewritten = reading
     pruned = _copied(rewritten)
-    memory = Sliding()
+    memory, wanted = Sliding(), Sliding()
     pruned(**inputs, memory=memory)
-    mask = torch.ones(3, 24 + 20, dtype=torch.long)
-    with pytest.raises(ContinuationError, match="not appended to along its tokens"):
-        pruned(None, torch.full((3, 20), 11), mask, memory)
+    dropped = [None, *(~kept for kept in list(pruned.kept_tokens().values())[:2])]
+    with hiding(dropped):
+        model(**inputs, memory=wanted)
+        ids, mask = torch.full((3, 20), 11), torch.ones(3, 24 + 20, dtype=torch.long)
+        assert gap(model(None, ids, mask, wanted), pruned(None, ids, mask, memory)) < 1e-5
+    pushed_out = 24 + 20 - Sliding.WINDOW
+    with hiding([None if gone is None else gone[:, pushed_out:] for gone in dropped]):
+        ids, mask = torch.full((3, 1), 12), torch.ones(3, Sliding.WINDOW + 1, dtype=torch.long)
+        assert gap(model(None, ids, mask, wanted), pruned(None, ids, mask, memory)) < 1e-5
 
 
 class Slotted:
@@ -275,3 +281,23 @@ def test_objects_are_taken_apart_and_put_together() -> None:
     for closed in (twice, Slotted(), nn.Linear(1, 1), {1, 2}, (x for x in ())):
         with pytest.raises(CannotFlatten, match="it holds a"):
             flatten_object(closed)
+
+
+def test_memory_of_what_was_kept_shrinks(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    _, inputs, rewritten = reading
+    pruned, memory = _copied(rewritten), Memory()
+    pruned(**inputs, memory=memory)
+    held, dense = pruned.madtp.cache_bytes()
+    assert dense == 2 * 3 * 3 * 24 * 16 * 4, "keys and values of three layers"
+    assert held < dense
+    counts = {site: x.clone() for site, x in pruned.token_counts().items()}
+    pruned(None, torch.full((3, 1), 20), torch.ones(3, 25, dtype=torch.long), memory)
+    after = pruned.madtp.cache_bytes(memory)
+    assert after.dense == dense // 24 * 25
+    assert after.held == held + after.dense - dense
+    assert all(torch.equal(x, counts[site]) for site, x in pruned.token_counts().items()), "the record is of the prompt"
+    with pruned.dense():
+        pruned(**inputs, memory=Memory())
+        assert pruned.madtp.cache_bytes().held == dense
+    pruned(**inputs)
+    assert pruned.madtp.cache_bytes() is None

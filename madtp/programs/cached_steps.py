@@ -1,0 +1,113 @@
+"""Calls that go on from a key/value cache: :class:`CachedSteps` runs them by the host's own code.
+
+Such a call has no tokens to prune, so it needs no program: the host computes it as it does without pruning, and cached keys and
+values of survivors (:class:`~madtp.tokens.cached_tokens.CachedTokens`) follow what it does with them. A step costs what it
+costs the host, less the attention to dropped tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from madtp.calls.objects import CONSTANTS, is_object
+from madtp.errors import ContinuationError
+from madtp.programs.originals import original_of
+from madtp.sites.additions import additions_of
+from madtp.sites.control import PruningControl
+from madtp.sites.preserved_state import trial_run
+from madtp.tokens.cache_bytes import tensors_in
+from madtp.tokens.cached_tokens import CachedTokens, NotFollowed, holds_cached_tokens, strictly_followed
+
+Forward: TypeAlias = Callable[..., Any]
+CHANGED = (
+    "{} reads the key/value cache of a pruned call by {}, which is not followed, and which its calls before did not do. "
+    "Start again with a new cache."
+)
+
+
+class CachedSteps:
+    """Runs calls of one module that go on from a key/value cache.
+
+    Attributes:
+        module: the module, which may be a pruned model.
+        host: the pruned model.
+        control: its control.
+        followed: by kind of call, whether what the module does with cached tokens can be followed.
+    """
+
+    def __init__(self, module: nn.Module, host: nn.Module, control: PruningControl) -> None:
+        """Make the steps of a module; see above for the arguments."""
+        self.module, self.host, self.control = module, host, control
+        self.followed: dict[Hashable, bool] = {}
+
+    def serve(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        """Whether :meth:`run` can run a call. The first call of a kind is tried out, on copies of its caches."""
+        caches = [one for one in (*args, *kwargs.values()) if is_object(one)]
+        if not any(map(holds_cached_tokens, caches)):
+            return False
+        kind = _kind(args, kwargs)
+        if kind not in self.followed:
+            self.followed[kind] = self._can_be_followed(args, kwargs)
+        return self.followed[kind]
+
+    def serve_text(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        """Whether :meth:`run` can run a call that hands on nothing to prune: a cache, and no features or pixels."""
+        given = (*args, *kwargs.values())
+        if any(isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 2 for one in given):
+            return False
+        known = self.control.cache_types
+        unpruned = any(type(one) in known and _is_filled(one) for one in given if is_object(one))
+        return self.serve(args, kwargs) or (unpruned and not any(map(holds_cached_tokens, given)))
+
+    def run(self, original: Forward, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """Run a call that is served by the module's own forward.
+
+        Raises:
+            ContinuationError: it does something else with cached tokens than in the calls before.
+        """
+        try:
+            with self.control.following_caches(), strictly_followed():
+                return original(*args, **kwargs)
+        except NotFollowed as error:
+            raise ContinuationError(CHANGED.format(type(self.module).__name__, error)) from error
+
+    def _can_be_followed(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        original = original_of(self.module, additions_of(self.host).own_hooks)
+        own_args, own_kwargs = _with_own_caches((args, dict(kwargs)))
+        try:
+            with torch.no_grad(), trial_run(self.module, (own_args, own_kwargs)), strictly_followed():
+                result = original(*own_args, **own_kwargs)
+        except NotFollowed:
+            return False
+        except Exception:  # the model's own, which the call itself raises
+            return True
+        kept = [x for one in (*own_args, *own_kwargs.values()) if is_object(one) for x in tensors_in(one)]
+        returned = [x for x in pytree.tree_leaves(result) if isinstance(x, CachedTokens)]
+        return all(any(x is one for one in kept) for x in returned)
+
+
+def _with_own_caches(
+    given: tuple[tuple[object, ...], dict[str, object]],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Arguments with copies of the caches among them."""
+    args, kwargs = given
+    memo: dict[int, object] = {}
+    own = [copy.deepcopy(one, memo) if is_object(one) else one for one in args]
+    return tuple(own), {name: copy.deepcopy(one, memo) if is_object(one) else one for name, one in kwargs.items()}
+
+
+def _kind(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Hashable:
+    """What tells calls apart that may read their caches in different ways."""
+    given = [*enumerate(args), *sorted(kwargs.items())]
+    return tuple((name, type(one), one if isinstance(one, CONSTANTS) else None) for name, one in given)
+
+
+def _is_filled(cache: object) -> bool:
+    """Whether a cache holds keys and values of earlier tokens."""
+    return any(x.dim() > 2 and x.numel() > 0 for x in tensors_in(cache))

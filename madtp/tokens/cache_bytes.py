@@ -1,0 +1,43 @@
+"""How much memory key/value caches take: :func:`bytes_of_caches`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from madtp.tokens.cached_tokens import CachedTokens, parts_of
+
+DEPTH = 5
+
+
+class CacheBytes(NamedTuple):
+    """Memory of a key/value cache, in bytes.
+
+    Attributes:
+        held: what it takes, positions of survivors included.
+        dense: what it would take with the tokens that were dropped.
+    """
+
+    held: int
+    dense: int
+
+
+def tensors_in(value: object, depth: int = DEPTH) -> Iterator[Tensor]:
+    """Return the tensors in nested containers and objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        for one in parts_of(value):
+            yield from tensors_in(one, depth - 1)
+
+
+def bytes_of_caches(caches: Iterable[object]) -> CacheBytes:
+    """Return the memory that the tensors in caches take."""
+    held = dense = 0
+    for cache in caches:
+        for one in tensors_in(cache):
+            dense += one.numel() * one.element_size()
+            held += one.bytes() if isinstance(one, CachedTokens) else one.numel() * one.element_size()
+    return CacheBytes(held, dense)
