@@ -13,6 +13,7 @@ import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from madtp.errors import ConfigError
@@ -21,6 +22,7 @@ Batching = Literal["ragged", "uniform", "static"]
 Selection = Literal["threshold", "random", "class_attention"]
 QueryProjection = Literal["differing", "always"]
 Positions = tuple[tuple[str, tuple[int, ...]], ...]
+Layers = tuple[tuple[str, tuple[int, ...]], ...]
 
 MODALITIES = ("image", "text")
 
@@ -38,6 +40,11 @@ class PruningConfig:
             approaches the dense one. Default 1. This is the setting to change for more or less pruning.
         towers: modalities to prune, out of ``"image"`` and ``"text"``. None, the default, prunes all. Choose ``("image",)`` to
             keep every word.
+        layers: in which blocks of a stream tokens are dropped, by their numbers in the stream from 0: ``(2,)`` prunes behind
+            the attention of the third block alone. A mapping gives numbers by the path of the blocks, with wildcards:
+            ``{"*language_model*": (2, 8), "*vision_tower*": ()}``; blocks that no pattern fits are pruned, and the first that
+            fits counts. What is not pruned computes no statistics, so its attention stays fused. None, the default, prunes
+            behind every block.
         protect: positions that are never pruned, by modality, besides those that the model reads by position:
             ``{"image": (0, 1)}``. Default none.
         min_tokens: number of tokens that survive at every site at least, protected ones not counted. Default 1.
@@ -87,6 +94,7 @@ class PruningConfig:
     temperature: float = 1.0
     gain: float = 1.0
     towers: tuple[str, ...] | None = None
+    layers: Layers | tuple[int, ...] | Mapping[str, Iterable[int]] | None = None
     protect: Positions | Mapping[str, Iterable[int]] = ()
     min_tokens: int = 1
     batching: Batching = "ragged"
@@ -117,6 +125,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "protect", _positions(self.protect))
         object.__setattr__(self, "towers", _towers(self.towers))
+        object.__setattr__(self, "layers", _layers(self.layers))
         for name in ("temperature", "gain"):
             object.__setattr__(self, name, _number(name, getattr(self, name), low=0.0))
         for name, low in (("min_tokens", 0), ("alignment_tokens", 1), ("seed", 0), ("max_programs", 1)):
@@ -176,6 +185,9 @@ class PruningConfig:
         """The fields as JSON types, for :meth:`from_dict`."""
         values: dict[str, object] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["towers"] = None if self.towers is None else list(self.towers)
+        values["layers"] = (
+            None if self.layers is None else {name: list(numbers) for name, numbers in self.chosen_layers()}
+        )
         values["protect"] = {name: list(positions) for name, positions in typing.cast(Positions, self.protect)}
         return values
 
@@ -209,6 +221,20 @@ class PruningConfig:
     def protected_positions(self, modality: str) -> tuple[int, ...]:
         """The positions in ``protect`` of one modality."""
         return dict(typing.cast(Positions, self.protect)).get(modality, ())
+
+    def chosen_layers(self) -> Layers:
+        """The numbers in ``layers`` by pattern; none where every layer is pruned."""
+        return typing.cast(Layers, self.layers or ())
+
+    def prunes_layer(self, block: str, layer: int) -> bool:
+        """Whether ``layers`` leaves tokens to be dropped in a block.
+
+        Args:
+            block: path of the block.
+            layer: its number in its stream.
+        """
+        numbers = next((numbers for pattern, numbers in self.chosen_layers() if fnmatchcase(block, pattern)), None)
+        return numbers is None or layer in numbers
 
     def prunes(self, modality: str) -> bool:
         """Whether streams of this modality are pruned."""
@@ -253,6 +279,30 @@ def _towers(towers: object) -> tuple[str, ...] | None:
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"towers is {names!r}; name each tower once, and at least one (temperature=0 prunes nothing)")
     return names
+
+
+def _layers(layers: object) -> Layers | None:
+    if layers is None:
+        return None
+    pairs: list[tuple[Any, Any]]
+    if isinstance(layers, Mapping):
+        pairs = list(layers.items())
+    elif isinstance(layers, (tuple, list)) and layers and all(isinstance(one, (tuple, list)) for one in layers):
+        pairs = [tuple(one) for one in layers]
+    else:
+        pairs = [("*", layers)]
+    result = []
+    for pattern, numbers in pairs:
+        if not isinstance(pattern, str) or isinstance(numbers, str) or not isinstance(numbers, Iterable):
+            raise ConfigError(
+                f"layers is {layers!r}; allowed: None for all, numbers of blocks such as (2, 8), or a mapping of such numbers "
+                "by path, {'*language_model*': (2,)}"
+            )
+        chosen = tuple(numbers)
+        for number in chosen:
+            _integer("layers", number, 0)
+        result.append((pattern, tuple(sorted(set(chosen)))))
+    return tuple(result)
 
 
 def _positions(protect: object) -> Positions:

@@ -49,6 +49,7 @@ from rewriters.insert.workspace import Insertion, InsertRefusal
 from rewriters.lower.lift import lift
 from rewriters.lower.packing import pack
 from rewriters.lower.pricing import cost_table
+from rewriters.plan.chosen_layers import in_chosen_layers
 from rewriters.plan.make_plan import make_plan
 from rewriters.plan.plan import Plan, Refusal
 from rewriters.plan.policy import Policy
@@ -198,6 +199,7 @@ def choose_plan(request: Request, structure: Structure, captured: Capture) -> Pl
     if plan is None:
         model = _with_constants(request.model, captured)
         plan = make_plan(structure, request.config, request.call.flat()[0], model).under(region)
+        plan = in_chosen_layers(plan, request.config)
     _require_fit(plan, captured.graph, region)
     if request.existing_sites is not None:
         plan = plan.without([s.name for s in plan.sites if s.name not in request.existing_sites], ())
@@ -358,6 +360,8 @@ def _no_site(request: Request, structure: Structure, plan: Plan) -> NoSiteError:
             f"{head}: {what}. madtp rewrites models made of transformer blocks over image or text "
             f"tokens; pass such a model, or its transformer submodule.{quantised_remark(model)}"
         )
+    if all(r.policy is Policy.LAYERS for r in plan.refusals):
+        return NothingToPruneError(f"{head}: config.layers leaves out all of its blocks.")
     reasons = {f"{r.block} (node {r.node}): {r.reason}; what would help: {r.help}" for r in plan.refusals}
     message = f"{head}. Refused: {' | '.join(sorted(reasons)[:8])}.{quantised_remark(model)}"
     if any(r.policy is Policy.LANGUAGE_MODEL for r in plan.refusals):

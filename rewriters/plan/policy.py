@@ -23,6 +23,8 @@ class Policy(Enum):
 
     TOWERS = "towers"
     """``PruningConfig.towers`` leaves its modality out."""
+    LAYERS = "layers"
+    """``PruningConfig.layers`` leaves its block out."""
     LANGUAGE_MODEL = "language model"
     """It is the text of a language model, whose predictions pruning would change."""
 
@@ -46,6 +48,13 @@ LANGUAGE_MODEL = LeftAlone(
     Policy.LANGUAGE_MODEL,
     reason="it is causal and every position is read (a language model): pruning its tokens would change predictions",
     help="towers=('text',) prunes it all the same, for scoring without training",
+)
+
+
+LAYERS = LeftAlone(
+    Policy.LAYERS,
+    reason="config.layers leaves it out",
+    help="add its number, or a pattern that fits its path, to layers",
 )
 
 

@@ -21,6 +21,7 @@ from madtp.errors import (
     LeftAloneError,
     MadtpError,
     NoSiteError,
+    NothingToPruneError,
     PlanError,
     RewriteError,
 )
@@ -66,7 +67,8 @@ def rewrite_regions(request: Request, rejected: Mapping[str, str] = MappingProxy
     if not by_region.regions and "" not in rejected:
         by_region = _per_image(request, by_region)
     if not by_region.regions:
-        remarks = [] if isinstance(failure, LeftAloneError) else why_no_chain(walk.recording, model)
+        chosen = isinstance(failure, (LeftAloneError, NothingToPruneError))
+        remarks = [] if chosen else why_no_chain(walk.recording, model)
         raise _neither(type(model).__name__, failure, [*by_region.refusals, *remarks]) from failure.__cause__
     if "" in rejected:
         by_region.refusals.insert(0, Refusal(type(model).__name__, "", rejected[""], REPORT))
@@ -80,7 +82,7 @@ def _better(request: Request, rejected: Mapping[str, str], whole: RewrittenRegio
     among text, which its graph may not show.
     """
     texts = holds_texts(request.call)
-    unpruned = any(r.policy is not Policy.TOWERS for r in whole.plan.refusals)
+    unpruned = any(r.policy not in (Policy.TOWERS, Policy.LAYERS) for r in whole.plan.refusals)
     if request.plan is not None or not (texts or unpruned):
         return whole
     walk = RegionWalk(request, rejected)

@@ -25,6 +25,7 @@ from madtp.pruned import PrunedModel
 from madtp.sites.preserved_state import trial_run
 from rewriters.capture.own_hooks import needed_hooks
 from rewriters.pipeline import RewrittenRegion
+from rewriters.plan.chosen_layers import layers_not_found
 from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
@@ -65,6 +66,8 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
         failure = _verify(bare, pruned, rewritten, call)
         if failure is None:
             _note_missing_payoff(pruned, rewritten, config)
+            for remark in layers_not_found(config, rewritten.plan.sites):
+                pruned.madtp.notes.add(remark)
             return pruned
         rejected[failure.name] = failure.reason
 

@@ -120,7 +120,7 @@ class RegionWalk:
         regions, refusals = len(self.regions), len(self.refusals)
         result = self._try(path, module, recorded)
         frozen = isinstance(result, RewrittenRegion) and _freezes_batch(result)
-        if result is None or (isinstance(result, RewrittenRegion) and not (result.plan.refusals or frozen)):
+        if result is None or (isinstance(result, RewrittenRegion) and not (_misses_blocks(result) or frozen)):
             if result is not None:
                 self.regions.append(result)
             else:
@@ -231,6 +231,11 @@ class RegionWalk:
                 yield recorded.region(place)
             else:
                 yield from self._inner(place, child, plan)
+
+
+def _misses_blocks(region: RewrittenRegion) -> bool:
+    """Whether a region leaves blocks unpruned that the configuration does not leave out."""
+    return any(refusal.policy is not Policy.LAYERS for refusal in region.plan.refusals)
 
 
 def _freezes_batch(region: RewrittenRegion) -> bool:

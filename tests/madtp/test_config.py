@@ -18,6 +18,7 @@ CONFIGS = st.builds(
     temperature=st.floats(0, 100),
     gain=st.floats(0, 10),
     towers=st.sampled_from([None, ("image",), ("text",), ("image", "text")]),
+    layers=st.none() | st.lists(st.integers(0, 9), max_size=3) | st.dictionaries(st.text(max_size=3), st.just((1, 2))),
     protect=st.dictionaries(st.sampled_from(["image", "text"]), st.lists(st.integers(0, 9), max_size=3)),
     min_tokens=st.integers(0, 5),
     batching=st.sampled_from(["ragged", "uniform", "static"]),
@@ -93,3 +94,20 @@ def test_protected_positions_and_towers_are_normalised() -> None:
     assert config.protected_positions("image") == ()
     assert config.prunes("text")
     assert not config.prunes("image")
+
+
+def test_layers_are_chosen_by_number_and_path() -> None:
+    assert PruningConfig().prunes_layer("any", 7)
+    everywhere = PruningConfig(layers=[8, 2, 2])
+    assert everywhere.layers == (("*", (2, 8)),)
+    assert [everywhere.prunes_layer("model.layers.8", n) for n in (2, 3, 8)] == [True, False, True]
+    by_path = PruningConfig(layers={"*vision*": (), "*language*": (1,)})
+    assert [by_path.prunes_layer(path, 1) for path in ("a.vision.0", "a.language.1", "other.1")] == [False, True, True]
+    assert not by_path.prunes_layer("a.language.0", 0)
+    assert by_path.prunes_layer("other.0", 0)
+
+
+@pytest.mark.parametrize("layers", ["2", 2, (-1,), (1.5,), {"*": "2"}, {2: (1,)}, (True,)])
+def test_layers_that_are_no_numbers_are_refused(layers: Any) -> None:
+    with pytest.raises(ConfigError, match="layers is"):
+        PruningConfig(layers=layers)
