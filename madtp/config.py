@@ -19,7 +19,17 @@ from typing import Any, Literal
 from madtp.errors import ConfigError
 
 Batching = Literal["ragged", "uniform", "static"]
-Selection = Literal["threshold", "random", "class_attention"]
+Selection = Literal[
+    "threshold",
+    "random",
+    "class_attention",
+    "class_token_attention",
+    "last_token_attention",
+    "diversity",
+    "conditional_diversity",
+]
+RULES = ("class_token_attention", "last_token_attention", "diversity", "conditional_diversity")
+"""Selections of methods that need no training. They keep a share of the tokens, ``keep_ratio``."""
 QueryProjection = Literal["differing", "always"]
 Positions = tuple[tuple[str, tuple[int, ...]], ...]
 Layers = tuple[tuple[str, tuple[int, ...]], ...]
@@ -58,8 +68,8 @@ class PruningConfig:
         alignment_width: d_e, the width of the alignment tokens. None, the default, takes that of the widest pruned stream.
         query_projection: where a linear layer maps tokens to the width of the alignment tokens: ``"differing"``, the default,
             where the widths differ; ``"always"`` everywhere, as in the authors' code for dual encoders.
-        merge: whether dropped tokens are merged into one token, their mean weighted by importance. False discards them.
-            Default True.
+        merge: whether dropped tokens are merged into one token, their mean weighted by importance. False discards them. None,
+            the default, merges, but for the selections that need no training, which would have to compute the importance.
         score_queries: number of evenly spaced queries that say how much attention tokens receive. None, the default, asks all
             of them. With fewer, attention itself runs by torch's fused kernels, which make no attention map. Where an attention
             is causal, or has a mask that differs between queries or heads, all queries are asked.
@@ -70,9 +80,14 @@ class PruningConfig:
             kinds run unpruned, with a warning. Default 16.
         selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
             ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as
-            the method would keep, or ``keep_ratio`` of them.
-        keep_ratio: fraction of a site's tokens that a control keeps, above 0 and at most 1, the same at every site. None, the
-            default, takes the method's count.
+            the method would keep, or ``keep_ratio`` of them. Rules of methods that need no training keep ``keep_ratio`` of
+            the tokens: ``"last_token_attention"`` (FastV) those that the last token of a causal stream attends to,
+            ``"class_token_attention"`` (VisionZip) those that the class token attends to, heads counting alike,
+            ``"diversity"`` (DivPrune) those that are far from each other, ``"conditional_diversity"`` (CDPruner) those that
+            differ and are relevant to the text beside them. Combine them with ``layers``; the diversity rules leave all
+            attention fused.
+        keep_ratio: fraction of a site's tokens that a control or a rule keeps, above 0 and at most 1, the same at every site.
+            None, the default, takes the method's count.
         seed: of the alignment tokens' initial values and of random selection. Default 0.
         guidance_score: how products with the alignment tokens become the guidance score s2: by a ``"softmax"`` over the tokens,
             or divided by their ``"sum"``. In this field and those below, the first value is the default, and the second is
@@ -102,7 +117,7 @@ class PruningConfig:
     alignment_tokens: int = 100
     alignment_width: int | None = None
     query_projection: QueryProjection = "differing"
-    merge: bool = True
+    merge: bool | None = None
     score_queries: int | None = None
     straight_through: bool = False
     strict: bool = False
@@ -133,6 +148,8 @@ class PruningConfig:
         for name in ("alignment_width", "score_queries"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1)
+        if self.merge is None:
+            object.__setattr__(self, "merge", self.selection not in RULES)
         for name in ("alignment", "merge", "straight_through", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
@@ -148,11 +165,15 @@ class PruningConfig:
 
     def _check_selection(self) -> None:
         if self.keep_ratio is None:
+            if self.selection in RULES:
+                raise ConfigError(
+                    f"selection={self.selection!r} keeps a share of the tokens; give keep_ratio, such as keep_ratio=0.11"
+                )
             return
         if self.selection == "threshold":
             raise ConfigError(
                 f"keep_ratio is {self.keep_ratio!r}, but selection='threshold' decides the counts itself; "
-                "leave keep_ratio out, or choose selection='random' or 'class_attention'"
+                "leave keep_ratio out, or choose another selection"
             )
         ratio = _number("keep_ratio", self.keep_ratio, low=0.0)
         if not 0.0 < ratio <= 1.0:
@@ -235,6 +256,11 @@ class PruningConfig:
         """
         numbers = next((numbers for pattern, numbers in self.chosen_layers() if fnmatchcase(block, pattern)), None)
         return numbers is None or layer in numbers
+
+    @property
+    def merges(self) -> bool:
+        """Whether dropped tokens are merged into one."""
+        return bool(self.merge)
 
     def prunes(self, modality: str) -> bool:
         """Whether streams of this modality are pruned."""

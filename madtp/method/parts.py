@@ -35,6 +35,10 @@ SELECTIONS = {
     "threshold": ("importance", "threshold"),
     "random": ("random", "count"),
     "class_attention": ("class_attention", "count"),
+    "class_token_attention": ("class_token_attention", "ratio"),
+    "last_token_attention": ("last_token_attention", "ratio"),
+    "diversity": ("diversity", "ratio"),
+    "conditional_diversity": ("conditional_diversity", "ratio"),
 }
 
 
@@ -44,7 +48,7 @@ def parts_of(config: PruningConfig) -> Parts:
     Args:
         config: the fields ``selection``, ``keep_ratio`` and ``merge`` are read.
     """
-    return PARTS[config.selection, config.keep_ratio is not None, config.merge]
+    return PARTS[config.selection, config.keep_ratio is not None, config.merges]
 
 
 def _parts(selection: str, *, has_ratio: bool, merges: bool) -> Parts:

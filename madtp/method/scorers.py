@@ -1,8 +1,8 @@
 """Scorers: what tokens are ranked by. A scorer says what it needs, and nothing else is computed.
 
 Start at :class:`Scorer`; :data:`SCORERS` finds them by name. :class:`Importance` is the method, S; the others are controls of
-ablations. Selectors (``selectors.py``) turn scores into survivors, reducers (``reducers.py``) decide what becomes of the other
-tokens, and ``parts.py`` puts the three together.
+ablations, and rules of methods that need no training. Selectors (``selectors.py``) turn scores into survivors, reducers
+(``reducers.py``) decide what becomes of the other tokens, and ``parts.py`` puts the three together.
 
 Symbols: B samples, N tokens, K alignment tokens, S ``[B, N]`` the importance.
 """
@@ -10,17 +10,19 @@ Symbols: B samples, N tokens, K alignment tokens, S ``[B, N]`` the importance.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar, Generic
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from madtp.calls.compiling import is_compiling
 from madtp.config import PruningConfig
-from madtp.errors import ConfigError
-from madtp.method.arrays import Values, in_float32
+from madtp.errors import ConfigError, ExportError
+from madtp.method.arrays import Numbers, Values, in_float32, on_host
+from madtp.method.diversity import determinantal_order, max_min_order, relevance_to, similarities
 from madtp.method.importance import ImportanceTerms
 
 
@@ -30,27 +32,58 @@ class Needs:
 
     Attributes:
         received: the attention that each token receives.
-        class_attention: what the class token attends to.
+        class_attention: what the class token attends to, heads weighted by their outputs.
+        class_token_attention: what it attends to in the mean of all heads.
+        last_token_attention: what the last token attends to in the mean of all heads.
+        features: the residual stream at the block's input.
         guidance: the guidance G of the alignment tokens.
         importance: S, which needs all of these.
     """
 
     received: bool = False
     class_attention: bool = False
+    class_token_attention: bool = False
+    last_token_attention: bool = False
+    features: bool = False
     guidance: bool = False
     importance: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            received=self.received or other.received,
-            class_attention=self.class_attention or other.class_attention,
-            guidance=self.guidance or other.guidance,
-            importance=self.importance or other.importance,
-        )
+        return Needs(**{one.name: getattr(self, one.name) or getattr(other, one.name) for one in fields(Needs)})
 
 
 NOTHING = Needs()
 IMPORTANCE = Needs(received=True, class_attention=True, guidance=True, importance=True)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The residual stream at the input of a block.
+
+    Attributes:
+        tokens: ``[B, N, C]``.
+        candidates: ``[B, N]`` bool, the tokens that pruning may take; None if it may take all of them.
+        context: ``[B, C]``, the mean of the tokens of other segments, such as the text beside image tokens. None without.
+    """
+
+    tokens: Tensor
+    candidates: Tensor | None
+    context: Tensor | None
+
+
+@dataclass(frozen=True)
+class Evidence(Generic[Values]):
+    """What is known of the tokens of a site; tensors or arrays.
+
+    Attributes:
+        terms: the terms of the importance that something asked for.
+        importance: S ``[B, N]``, their mean.
+        features: of the tokens. None if nothing asks for them.
+    """
+
+    terms: ImportanceTerms[Values]
+    importance: Values
+    features: Features | None = None
 
 
 class Scorer(ABC):
@@ -65,13 +98,12 @@ class Scorer(ABC):
     needs: ClassVar[Needs]
 
     @abstractmethod
-    def score(self, terms: ImportanceTerms[Values], importance: Values, config: PruningConfig) -> Values:
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
         """Return what tokens are ranked by, the larger the better.
 
         Args:
-            terms: those of the importance that something asked for; tensors or arrays.
-            importance: S ``[B, N]``, their mean.
-            config: the field ``seed`` is read.
+            evidence: what is known of the tokens: what something asked for.
+            config: the fields ``seed``, ``keep_ratio`` and ``min_tokens`` are read.
 
         Returns:
             ``[B, N]`` float32.
@@ -84,8 +116,8 @@ class Importance(Scorer):
     name = "importance"
     needs = IMPORTANCE
 
-    def score(self, terms: ImportanceTerms[Values], importance: Values, config: PruningConfig) -> Values:
-        return importance
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return evidence.importance
 
 
 class ClassAttention(Scorer):
@@ -94,13 +126,54 @@ class ClassAttention(Scorer):
     name = "class_attention"
     needs = Needs(class_attention=True)
 
-    def score(self, terms: ImportanceTerms[Values], importance: Values, config: PruningConfig) -> Values:
-        if terms.class_attention is None:
-            raise ConfigError(
-                "selection='class_attention' needs a class token, and this site has none; "
-                "restrict `towers` to the modality that has one, or choose another selection"
-            )
-        return terms.class_attention
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return _row(evidence, config, "a class token; restrict `towers` or `layers` to the stream that has one")
+
+
+class ClassTokenAttention(Scorer):
+    """What the class token attends to in the mean of all heads: Yang et al., VisionZip, CVPR 2025, dominant tokens."""
+
+    name = "class_token_attention"
+    needs = Needs(class_token_attention=True)
+
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return _row(evidence, config, "a class token; restrict `towers` or `layers` to the stream that has one")
+
+
+class LastTokenAttention(Scorer):
+    """What the last token attends to in the mean of all heads: Chen et al., FastV, ECCV 2024."""
+
+    name = "last_token_attention"
+    needs = Needs(last_token_attention=True)
+
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return _row(evidence, config, "causal attention; restrict `layers` to the language model")
+
+
+class Diversity(Scorer):
+    """Tokens that are far from each other: Alvar et al., DivPrune, CVPR 2025."""
+
+    name = "diversity"
+    needs = Needs(features=True)
+
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return _by_order(evidence, config, lambda tokens, _, count: max_min_order(similarities(tokens), count))
+
+
+class ConditionalDiversity(Scorer):
+    """Tokens that differ, and are relevant to the text, by a determinantal process: Zhang et al., CDPruner, NeurIPS 2025."""
+
+    name = "conditional_diversity"
+    needs = Needs(features=True)
+
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return _by_order(
+            evidence,
+            config,
+            lambda tokens, context, count: determinantal_order(
+                similarities(tokens), relevance_to(tokens, context), count
+            ),
+        )
 
 
 class Random(Scorer):
@@ -109,11 +182,66 @@ class Random(Scorer):
     name = "random"
     needs = IMPORTANCE
 
-    def score(self, terms: ImportanceTerms[Values], importance: Values, config: PruningConfig) -> Values:
-        return random_scores(importance, config.seed)
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        return random_scores(evidence.importance, config.seed)
 
 
-SCORERS: Mapping[str, Scorer] = {scorer.name: scorer for scorer in (Importance(), ClassAttention(), Random())}
+SCORERS: Mapping[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (
+        Importance(),
+        ClassAttention(),
+        Random(),
+        LastTokenAttention(),
+        ClassTokenAttention(),
+        Diversity(),
+        ConditionalDiversity(),
+    )
+}
+
+
+def share_kept(config: PruningConfig, candidates: Numbers) -> Numbers:
+    """Return how many of ``candidates [B]`` survive with ``config.keep_ratio``."""
+    assert config.keep_ratio is not None
+    counts = np.ceil(np.float32(config.keep_ratio) * candidates.astype(np.float32)).astype(np.int64)
+    kept: Numbers = counts.clip(min=config.min_tokens)
+    return kept
+
+
+def _row(evidence: Evidence[Values], config: PruningConfig, missing: str) -> Values:
+    """The row of attention that was asked for."""
+    row = evidence.terms.class_attention
+    if row is None:
+        raise ConfigError(
+            f"selection={config.selection!r} needs {missing}, or choose another selection: this site has none"
+        )
+    return row
+
+
+def _by_order(
+    evidence: Evidence[Values], config: PruningConfig, order_of: Callable[[Tensor, Tensor | None, int], Numbers]
+) -> Values:
+    """Scores that fall with the place of a token in an order; each sample is ordered by itself."""
+    features = evidence.features
+    assert features is not None
+    if is_compiling():
+        raise ExportError(
+            f"selection={config.selection!r} picks tokens one by one on the host, which cannot be exported."
+        )
+    batch, length = features.tokens.shape[:2]
+    inside = np.ones((batch, length), dtype=bool) if features.candidates is None else on_host(features.candidates)
+    counts = np.minimum(share_kept(config, inside.sum(1)), inside.sum(1))
+    ranking = np.full((batch, length), -1.0, dtype=np.float32)
+    for sample in range(batch):
+        slots = np.flatnonzero(inside[sample])
+        tokens = features.tokens[sample, torch.from_numpy(slots).to(features.tokens.device)]
+        context = None if features.context is None else features.context[sample]
+        order = order_of(tokens, context, int(counts[sample]))
+        ranking[sample, slots[order]] = np.arange(len(order), 0, -1)
+    importance = evidence.importance
+    if isinstance(importance, Tensor):
+        return torch.from_numpy(ranking).to(importance.device)
+    return ranking
 
 
 def random_scores(scores: Values, seed: int) -> Values:

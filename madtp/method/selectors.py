@@ -18,7 +18,7 @@ import numpy as np
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError
 from madtp.method.arrays import Flags, Numbers
-from madtp.method.scorers import IMPORTANCE, NOTHING, Needs
+from madtp.method.scorers import IMPORTANCE, NOTHING, Needs, share_kept
 from madtp.method.threshold import keep_best, keep_mask
 
 
@@ -96,12 +96,10 @@ class KeepRatio(Selector):
     needs = NOTHING
 
     def keep(self, ballot: Ballot, config: PruningConfig) -> Flags:
-        assert config.keep_ratio is not None
         batch, length = ballot.ranking.shape
         total = np.full(batch, length) if ballot.candidates is None else ballot.candidates.sum(1)
-        counts = np.ceil(np.float32(config.keep_ratio) * total.astype(np.float32)).astype(np.int64)
         return keep_best(
-            ballot.ranking, counts.clip(min=config.min_tokens), ballot.candidates, smallest_drop=ballot.smallest_drop
+            ballot.ranking, share_kept(config, total), ballot.candidates, smallest_drop=ballot.smallest_drop
         )
 
 

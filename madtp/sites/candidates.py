@@ -152,3 +152,28 @@ def _segment_groups(
         else:
             unpruned = unpruned | inside if state.valid is None else unpruned | (inside & state.valid)
     return groups, unpruned
+
+
+def mean_beside(
+    tokens: Tensor, spec: SiteSpec, state: TokenState, segments: SegmentMap | None, valid: Tensor | None
+) -> Tensor | None:
+    """Return the mean ``[B, C]`` of the tokens in segments that are not pruned, such as text beside image tokens.
+
+    Args:
+        tokens: ``[B, N, C]``.
+        spec: the spec of the site.
+        state: the state of the tokens.
+        segments: which token belongs to which segment.
+        valid: ``[B, N]`` bool, False on padding; None if no token is padding.
+
+    Returns:
+        None where there is no such segment.
+    """
+    if segments is None or all(segment.pruned for segment in spec.segments):
+        return None
+    slots = segment_slots(segments, state)
+    others = torch.tensor([not segment.pruned for segment in spec.segments], device=tokens.device)[slots]
+    for present in (state.valid, valid):
+        others = others if present is None else others & present
+    weights = others.to(tokens.dtype)
+    return torch.bmm(weights.unsqueeze(1), tokens).squeeze(1) / weights.sum(1, keepdim=True).clamp(min=1)

@@ -100,6 +100,7 @@ class TokenRoles:
         return Asked(
             counted=self.counted,
             class_slot=self.class_slot,
+            by_output=control.parts.needs.class_attention,
             received=control.parts.needs.received,
             queries=control.config.score_queries,
         )
@@ -140,8 +141,12 @@ class _Scoring(nn.Module):
         config = self.control.config
         valid = self._valid(state, shown)
         guarded = protected_readouts(readouts, config)
-        asks_class = self.control.parts.needs.class_attention
-        class_slot = self._class_slot(state, readouts, valid, segments, device) if asks_class else None
+        needs = self.control.parts.needs
+        class_slot: Slot | None = None
+        if needs.last_token_attention:
+            class_slot = last_slots(state, valid, device) if self.spec.causal else None
+        elif needs.class_attention or needs.class_token_attention:
+            class_slot = self._class_slot(state, readouts, valid, segments, device)
         if self.leading is not None and not guarded and config.padding == "excluded":
             counted: Counted = self.leading
             if valid is not None and not (self.packed and state.rows is not None):

@@ -23,10 +23,11 @@ from madtp.calls.compiling import is_compiling
 from madtp.errors import MadtpError
 from madtp.method.arrays import Flags, on_host
 from madtp.method.guidance import pooled_features, query_projection
-from madtp.method.importance import AttentionStatistics, best_of, importance_terms
+from madtp.method.importance import AttentionStatistics, ImportanceTerms, best_of, importance_terms
+from madtp.method.scorers import Evidence, Features
 from madtp.method.selectors import Ballot
 from madtp.method.threshold import straight_through_gate, threshold
-from madtp.sites.candidates import CandidateGroup, Layout, layout_of
+from madtp.sites.candidates import CandidateGroup, Layout, layout_of, mean_beside
 from madtp.sites.control import Observation, PruningControl
 from madtp.sites.forward_record import FeatureKey
 from madtp.sites.protection import Position
@@ -140,7 +141,7 @@ class PruningSite(nn.Module):
         self._note_room(layout, before)
         statistics = attention.statistics
         assert statistics is not None
-        scored = self._score(layout.groups, rows, block_input, statistics, before)
+        scored = self._score(layout, rows, block_input, statistics, before, segments)
         if control.counts_are_fixed():
             varies = bool(readouts) or segments is not None
             return self._keep_counts(scored, layout, rows, before, varies=varies)
@@ -176,11 +177,12 @@ class PruningSite(nn.Module):
 
     def _score(
         self,
-        groups: Sequence[CandidateGroup],
+        layout: Layout,
         tokens: Tensor,
         block_input: Tensor,
         statistics: AttentionStatistics[Tensor],
         state: TokenState,
+        segments: SegmentMap | None,
     ) -> list[_Scored]:
         """Score the candidates of all groups; ``tokens`` and ``block_input`` are rows ``[T, C]``."""
         control = self.control
@@ -190,7 +192,7 @@ class PruningSite(nn.Module):
             # No alignment token likes padding.
             guidance = in_slots(guidance, state, fill=torch.finfo(guidance.dtype).min)
         scored = []
-        for group in groups:
+        for group in layout.groups:
             if control.observer is not None:
                 candidates = group.mask(state, tokens.device)
                 control.observer(Observation(group.key, self.query, block_input, tokens, candidates, state))
@@ -203,20 +205,33 @@ class PruningSite(nn.Module):
             own_statistics = AttentionStatistics(
                 None if received is None else group.cut(received), None if seen is None else group.cut(seen)
             )
-            scored.append(_Scored(group, own, *self._judge(own_statistics, own, group.inside)))
+            own_features: Features | None = None
+            if control.parts.needs.features:
+                slots = in_slots(block_input, state)
+                context = mean_beside(slots, self.spec, state, segments, layout.valid)
+                own_features = Features(group.cut(slots), group.inside, context)
+            scored.append(_Scored(group, own, *self._judge(own_statistics, own, group.inside, own_features)))
         return scored
 
     def _judge(
-        self, statistics: AttentionStatistics[Tensor], guidance: Tensor | None, candidates: Tensor | None
+        self,
+        statistics: AttentionStatistics[Tensor],
+        guidance: Tensor | None,
+        candidates: Tensor | None,
+        features: Features | None,
     ) -> tuple[Tensor, Tensor]:
         """The importance of the candidates of a group, and what they are ranked by."""
         config, scorer = self.control.config, self.control.parts.scorer
         best = None if guidance is None else best_of(guidance)
         given = [one for one in (statistics.received, statistics.class_attention, best) if one is not None]
+        if features is not None and not given:
+            none = features.tokens.new_zeros(features.tokens.shape[:2], dtype=torch.float32)
+            evidence = Evidence(ImportanceTerms(None, None, None), none, features)
+            return none, scorer.score(evidence, config)
         if not given or is_compiling() or any(one.device.type != "cpu" or one.requires_grad for one in given):
             terms = importance_terms(statistics, best, candidates, config)
             importance = terms.mean()
-            return importance, scorer.score(terms, importance, config)
+            return importance, scorer.score(Evidence(terms, importance, features), config)
         known = [
             None if one is None else on_host(one)
             for one in (statistics.received, statistics.class_attention, best, candidates)
@@ -224,7 +239,7 @@ class PruningSite(nn.Module):
         with np.errstate(all="ignore"):  # as with tensors, the result tells of infinite numbers
             on_arrays = importance_terms(AttentionStatistics(known[0], known[1]), known[2], known[3], config)
             scores = on_arrays.mean()
-            ranking = scorer.score(on_arrays, scores, config)
+            ranking = scorer.score(Evidence(on_arrays, scores, features), config)
         found = torch.from_numpy(scores)
         return found, found if ranking is scores else torch.from_numpy(ranking)
 

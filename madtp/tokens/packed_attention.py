@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from madtp.calls.compiling import is_compiling
-from madtp.method.importance import AttentionStatistics, class_attention
+from madtp.method.importance import AttentionStatistics
 from madtp.tokens.attention import (
     AttentionInputs,
     AttentionOptions,
@@ -38,6 +38,7 @@ from madtp.tokens.scored_attention import (
     Scratch,
     is_plain,
     observe_heads,
+    seen_by,
     shares_memory,
 )
 from madtp.tokens.state import TokenState
@@ -169,7 +170,7 @@ def _observe_maps(
     observed = [observe_heads(q, k, v, own, scratch) for q, k, v, own in zip(*operands, each, strict=True)]
     output = torch.cat([one.output for one in observed], 0)
     rows = [one.class_row for one in observed if one.class_row is not None]
-    seen = [class_attention(torch.cat(rows, 1), output.transpose(0, 1), head_dim=0)] if rows else []
+    seen = [seen_by(torch.cat(rows, 1), output.transpose(0, 1), 0, each[0])] if rows else []
     return output, [one.received for one in observed], seen
 
 

@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from madtp.method.arrays import precise
-from madtp.method.importance import AttentionStatistics, class_attention
-from madtp.tokens.attention import AttentionInputs, hides_nothing, joined, plain_attention, valid_keys
-from madtp.tokens.scored_attention import Asked, Counted, Slot, attention_with_statistics, is_plain
+from madtp.method.importance import AttentionStatistics
+from madtp.tokens.attention import (
+    AttentionInputs,
+    hides_nothing,
+    join_masks,
+    joined,
+    plain_attention,
+    valid_keys,
+)
+from madtp.tokens.scored_attention import Asked, Counted, Slot, attention_with_statistics, seen_by
 from madtp.tokens.state import marked_first
 
 
@@ -28,8 +35,7 @@ def attention_with_sampled_statistics(
     """Return the output of an attention together with the statistics of DTP from ``asked.queries`` of its queries.
 
     Queries are spaced over the tokens of each sample that are not padding, so that a sample does not depend on its batch. All
-    count where a sample has no more of them, and where the attention has dropout, a softcap, or a mask that differs between
-    queries or heads.
+    count where a sample has no more of them, and where the attention has dropout or a softcap.
 
     Args:
         inputs: those of a self-attention, as in :func:`~madtp.tokens.scored_attention.attention_with_statistics`.
@@ -39,35 +45,39 @@ def attention_with_sampled_statistics(
         output ``[B, H, Q, Dv]`` and its statistics.
     """
     queries = asked.queries if asked.received else 0
-    mask = None if inputs.mask is None else inputs.mask[(None,) * (4 - inputs.mask.dim())]
-    unmasked = replace(inputs, mask=None).ungrouped()
-    of_keys = mask is None or (mask.size(1) == 1 and mask.size(2) == 1)
-    if queries is None or inputs.query.size(2) <= queries or not of_keys or not is_plain(unmasked):
+    every = queries is None or 0 < inputs.query.size(2) <= queries
+    if every or inputs.softcap is not None or inputs.dropout_p:
         return attention_with_statistics(inputs, asked)
+    assert queries is not None
+    mask = None if inputs.mask is None else inputs.mask[(None,) * (4 - inputs.mask.dim())]
     if mask is not None and hides_nothing(mask):
         mask = None
+    if mask is not None and inputs.causal:  # torch's own attention does not take both
+        order = _rows_at(None, torch.arange(inputs.query.size(2), device=mask.device)[None], True, inputs.key.size(2))
+        assert order is not None
+        mask, inputs = join_masks(mask, order), replace(inputs, causal=False)
     output = plain_attention(replace(inputs, mask=mask))
-    sampled, weights = [], None
-    if queries:
-        sample = (
-            _all_alike(unmasked.query, asked.counted, queries)
-            if mask is None
-            else _by_sample(unmasked, mask, asked.counted, queries)
-        )
-        sampled, weights = [sample.query], sample.weights
+    plain = replace(inputs, mask=None, causal=False).ungrouped()
+    asking: list[_Sample] = []
+    if queries and mask is None:
+        asking.append(_all_alike(plain.query, asked.counted, queries))
+    elif queries:
+        asking.append(_by_sample(plain, mask, asked.counted, queries))
     if asked.class_slot is not None:
-        sampled.append(_query_at(unmasked.query, asked.class_slot))
-    if not sampled:
+        asking.append(_query_at(plain.query, asked.class_slot))
+    if not asking:
         return output, AttentionStatistics(None, None)
-    scale = unmasked.query.size(-1) ** -0.5 if unmasked.scale is None else unmasked.scale
-    probabilities = _softmax((joined(sampled, 2) * scale) @ unmasked.key.transpose(2, 3), mask)
+    scale = plain.query.size(-1) ** -0.5 if plain.scale is None else plain.scale
+    scores = (joined([one.query for one in asking], 2) * scale) @ plain.key.transpose(2, 3)
+    shown = _rows_at(mask, joined([one.slots for one in asking], 1), inputs.causal, plain.key.size(2))
+    probabilities = _softmax(scores, shown)
     received = None
     if queries:
-        strongest = probabilities[:, :, :queries].amax(1)
+        strongest, weights = probabilities[:, :, :queries].amax(1), asking[0].weights
         received = strongest.sum(1) if weights is None else torch.bmm(weights.to(strongest.dtype), strongest).squeeze(1)
     if asked.class_slot is None:
         return output, AttentionStatistics(received, None)
-    return output, AttentionStatistics(received, class_attention(probabilities[:, :, -1], output, head_dim=1))
+    return output, AttentionStatistics(received, seen_by(probabilities[:, :, -1], output, 1, asked))
 
 
 def observe_sample(inputs: AttentionInputs, asked: Asked) -> SampleObserved:
@@ -91,35 +101,50 @@ class SampleObserved(NamedTuple):
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some queries ``[B, H, n, D]``, and whether each counts ``[B, 1, n]``; None if all do."""
+    """Some queries ``[B, H, n, D]``, their slots ``[B, n]``, and whether each counts ``[B, 1, n]``; None if all do."""
 
     query: Tensor
-    weights: Tensor | None
+    slots: Tensor
+    weights: Tensor | None = None
 
 
 def _all_alike(query: Tensor, counted: Counted, queries: int) -> _Sample:
     """The same positions of all samples, which have no padding."""
-    length = query.size(2)
+    batch, length = query.size(0), query.size(2)
     chosen = _evenly_spaced(queries, length, query.device)
+    slots = chosen.expand(batch, queries)
     if isinstance(counted, Tensor):
-        return _Sample(query.index_select(2, chosen), counted.index_select(1, chosen).unsqueeze(1))
+        return _Sample(query.index_select(2, chosen), slots, counted.index_select(1, chosen).unsqueeze(1))
     first = length // (2 * queries)  # the smallest position that is asked
-    weights = None if first >= counted else (chosen >= counted).expand(query.size(0), 1, queries)
-    return _Sample(query.index_select(2, chosen), weights)
+    weights = None if first >= counted else (chosen >= counted).expand(batch, 1, queries)
+    return _Sample(query.index_select(2, chosen), slots, weights)
 
 
-def _by_sample(inputs: AttentionInputs, mask: Tensor, counted: Counted, queries: int) -> _Sample:
+def _by_sample(inputs: AttentionInputs, mask: Tensor | None, counted: Counted, queries: int) -> _Sample:
     """Positions of each sample, spaced over the keys that its mask shows."""
     batch, heads, length, width = inputs.query.shape
     visible = valid_keys(mask, batch, length)
-    assert visible is not None
-    rank = _evenly_spaced(queries, visible.sum(1, keepdim=True), mask.device)
+    if visible is None:
+        visible = torch.ones(batch, length, dtype=torch.bool, device=inputs.query.device)
+    rank = _evenly_spaced(queries, visible.sum(1, keepdim=True), visible.device)
     slots = marked_first(visible).gather(1, rank)
     # A sample with fewer tokens than queries is asked for some of them twice.
     fresh = torch.cat([torch.ones_like(rank[:, :1], dtype=torch.bool), rank[:, 1:] != rank[:, :-1]], 1)
     taken = inputs.query.gather(2, slots[:, None, :, None].expand(batch, heads, queries, width))
     counts = counted.gather(1, slots) if isinstance(counted, Tensor) else slots >= counted
-    return _Sample(taken, (counts & fresh).unsqueeze(1))
+    return _Sample(taken, slots, (counts & fresh).unsqueeze(1))
+
+
+def _rows_at(mask: Tensor | None, slots: Tensor, causal: bool, keys: int) -> Tensor | None:
+    """The rows of a mask ``[B, H, Q, K]``, of which sizes may be 1, for the queries at ``slots [B, n]``."""
+    if mask is not None and mask.size(2) > 1:
+        batch, count = slots.shape
+        rows = slots[:, None, :, None].expand(batch, mask.size(1), count, mask.size(3))
+        mask = mask.expand(batch, -1, -1, -1).gather(2, rows)
+    if causal:
+        order = slots[:, None, :, None] >= torch.arange(keys, device=slots.device)
+        mask = order if mask is None else join_masks(mask, order)
+    return mask
 
 
 def _evenly_spaced(count: int, length: int | Tensor, device: torch.device) -> Tensor:
@@ -136,8 +161,10 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1, dtype=dtype).nan_to_num(0.0)
 
 
-def _query_at(query: Tensor, slot: Slot) -> Tensor:
+def _query_at(query: Tensor, slot: Slot) -> _Sample:
     """The query ``[B, H, 1, D]`` at a slot of each sample."""
+    batch = query.size(0)
     if isinstance(slot, int):
-        return query[:, :, slot : slot + 1]
-    return query[torch.arange(query.size(0), device=query.device), :, slot].unsqueeze(2)
+        return _Sample(query[:, :, slot : slot + 1], torch.full((batch, 1), slot, device=query.device))
+    own = query[torch.arange(batch, device=query.device), :, slot].unsqueeze(2)
+    return _Sample(own, slot.unsqueeze(1))

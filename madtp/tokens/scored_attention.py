@@ -55,14 +55,21 @@ class Asked:
         counted: the queries that count in the attention that a key receives.
         class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
             token, or if nobody asks.
+        by_output: whether the class attention weighs each head by its output at the key; else heads count alike.
         received: whether the attention that keys receive is asked.
         queries: how many queries it is taken from; None for all. See ``sampled_scores.py``.
     """
 
     counted: Counted = 0
     class_slot: Slot | None = None
+    by_output: bool = True
     received: bool = True
     queries: int | None = None
+
+
+def seen_by(row: Tensor, output: Tensor, head_dim: int, asked: Asked) -> Tensor:
+    """Return the class attention t from its row; see :func:`~madtp.method.importance.class_attention` for the arguments."""
+    return class_attention(row, output, head_dim) if asked.by_output else row.mean(head_dim)
 
 
 def attention_with_statistics(inputs: AttentionInputs, asked: Asked) -> tuple[Tensor, AttentionStatistics[Tensor]]:
@@ -98,7 +105,7 @@ def attention_with_statistics(inputs: AttentionInputs, asked: Asked) -> tuple[Te
     else:
         observed = _in_blocks(inputs, asked)
     row = observed.class_row
-    seen = None if row is None else class_attention(row, observed.output, head_dim=1)
+    seen = None if row is None else seen_by(row, observed.output, 1, asked)
     return observed.output, AttentionStatistics(observed.received, seen)
 
 

@@ -111,4 +111,4 @@ def why_nothing_is_saved(program: Program, call: Call) -> str | None:
 
 def _fewest_tokens(site: SitePlan, config: PruningConfig) -> int:
     """Tokens that survive at a site in any case, with the merged one."""
-    return len(site.protected) + len(site.readouts) + max(1, config.min_tokens) + int(config.merge)
+    return len(site.protected) + len(site.readouts) + max(1, config.min_tokens) + int(config.merges)

@@ -59,7 +59,7 @@ def batch_mates_do_not_matter(
     Outputs that compare samples in the original, too, are exempt.
     """
     batch = call.samples()
-    with _pruning(control, merge=control.config.merge):
+    with _pruning(control, merge=control.config.merges):
         _run(program, root, call)
         # A forced decision always drops merged tokens, a free one may keep them; so both runs are forced.
         control.forced = _survivors(control)

@@ -9,6 +9,7 @@ from madtp.config import PruningConfig
 from madtp.method.arrays import on_host
 from madtp.method.importance import ImportanceTerms
 from madtp.method.parts import parts_of
+from madtp.method.scorers import Evidence
 from madtp.method.selectors import Ballot
 
 
@@ -19,7 +20,7 @@ def select(
     parts, importance = parts_of(config), terms.mean()
     ballot = Ballot(
         importance=on_host(importance),
-        ranking=on_host(parts.scorer.score(terms, importance, config)),
+        ranking=on_host(parts.scorer.score(Evidence(terms, importance), config)),
         theta=on_host(theta),
         gain=gain,
         candidates=None if candidates is None else on_host(candidates),

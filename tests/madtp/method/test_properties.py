@@ -24,7 +24,7 @@ from madtp.method.importance import (
     importance_terms,
 )
 from madtp.method.merging import merge_weights, merged_position, merged_token
-from madtp.method.scorers import SCORERS
+from madtp.method.scorers import SCORERS, Evidence
 from madtp.method.selection import candidates_of, survivor_order
 from madtp.method.threshold import keep_mask, straight_through_gate, threshold
 
@@ -132,12 +132,11 @@ def test_arrays_on_the_host_give_what_tensors_give(layer: Layer, padded: bool, c
     for one, other in zip(found.present(), wanted.present(), strict=True):
         assert one.dtype == np.float32
         torch.testing.assert_close(torch.from_numpy(one), other)
-    for name in SCORERS:
-        ranked = SCORERS[name].score(found, found.mean(), config)
+    for name in ("importance", "class_attention", "random", "class_token_attention", "last_token_attention"):
+        ranked = SCORERS[name].score(Evidence(found, found.mean()), config)
         # The random control is a hash, which rounding changes.
-        same = SCORERS[name].score(
-            wanted, torch.from_numpy(found.mean()) if name == "random" else wanted.mean(), config
-        )
+        importance = torch.from_numpy(found.mean()) if name == "random" else wanted.mean()
+        same = SCORERS[name].score(Evidence(wanted, importance), config)
         torch.testing.assert_close(torch.from_numpy(ranked), same)
 
 

@@ -148,19 +148,27 @@ def test_statistics_from_some_queries(drawn: dict[str, int | str], queries: int)
     output, found = sampled_scores.attention_with_sampled_statistics(inputs, asked)
     torch.testing.assert_close(output, wanted, equal_nan=True)
     torch.testing.assert_close(found.class_attention, whole.class_attention, equal_nan=True)
-    if kind not in ("none", "keys") or queries >= tokens:
+    if queries >= tokens:
         torch.testing.assert_close(found.received, whole.received)
         return
+    visible = torch.ones(batch, heads, tokens, tokens, dtype=torch.bool)
+    added = torch.zeros(batch, heads, tokens, tokens, dtype=torch.double)
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask
+    elif mask is not None:
+        added = added + mask
+        visible = visible & (added > attention.HIDDEN)
+    seen = visible.any(2).any(1)
+    if causal:
+        visible = visible & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    scores = (query @ key.transpose(2, 3) / 2 + added).masked_fill(~visible, -torch.inf)
+    strongest = scores.softmax(-1).nan_to_num(0.0).amax(1)
     for sample in range(batch):
-        shown = list(range(tokens)) if mask is None else mask[sample, 0, 0].nonzero().flatten().tolist()
+        shown = seen[sample].nonzero().flatten().tolist()
         asked = sorted(
             {shown[(2 * part + 1) * len(shown) // (2 * queries)] for part in range(queries)} if shown else ()
         )
-        scores = query[sample][:, asked] @ key[sample][:, shown].transpose(1, 2) / 2
-        strongest = torch.zeros(len(asked), tokens, dtype=torch.double)
-        if shown:
-            strongest[:, shown] = scores.softmax(-1).amax(0)
-        wanted = (strongest * rows[sample, asked].unsqueeze(1)).sum(0)
+        wanted = (strongest[sample, asked] * rows[sample, asked].unsqueeze(1)).sum(0)
         torch.testing.assert_close(found.received[sample], wanted)
 
 

@@ -1,0 +1,110 @@
+"""Rules that need no training, at the sites of rewritten models: what they keep, and what they leave fused."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from cached_decoders import IMAGE, Reader, reader
+from model_case import Tensors
+from rewritten_models import eager_arithmetic, gap
+from small_vit import images, rewritten
+from torch import Tensor, nn
+
+import madtp
+from madtp.errors import RewriteError
+from madtp.method.diversity import determinantal_order, max_min_order, relevance_to, similarities
+
+
+def read(selection: str, **settings: Any) -> tuple[Reader, Tensors, madtp.PrunedModel]:
+    model, inputs = reader()
+    config = madtp.PruningConfig(selection=selection, keep_ratio=0.25, layers=(1,), **settings)
+    with eager_arithmetic():
+        return model, inputs, madtp.rewrite(model, inputs, config=config)
+
+
+def residual_at(model: Reader, inputs: Tensors, block: int) -> Tensor:
+    """The residual stream at the input of a block."""
+    found: list[Tensor] = []
+    with model.body.blocks[block].register_forward_pre_hook(lambda _, given: found.append(given[0])), torch.no_grad():
+        model(**inputs)
+    return found[0]
+
+
+def image_tokens(inputs: Tensors, row: int) -> np.ndarray[Any, Any]:
+    return np.flatnonzero((inputs["input_ids"][row] == IMAGE).numpy())
+
+
+def kept_images(pruned: madtp.PrunedModel, inputs: Tensors, row: int) -> set[int]:
+    kept = pruned.kept_tokens()["body.blocks.1"][row]
+    return set(np.flatnonzero((kept & (inputs["input_ids"][row] == IMAGE)).numpy()))
+
+
+@pytest.mark.parametrize("selection", ["diversity", "conditional_diversity"])
+@torch.no_grad()
+def test_diversity_rules_pick_by_the_features_at_the_block(selection: str) -> None:
+    model, inputs, pruned = read(selection)
+    attend = nn.functional.scaled_dot_product_attention
+    with patch.object(nn.functional, "scaled_dot_product_attention", wraps=attend) as fused:
+        pruned(**inputs)
+    assert fused.call_count >= 3, "every attention is fused"
+    stream = residual_at(model, inputs, 1)
+    for row in range(3):
+        at = image_tokens(inputs, row)
+        words = (inputs["input_ids"][row] != IMAGE) & (inputs["attention_mask"][row] > 0)
+        x, text = stream[row, torch.from_numpy(at)], stream[row, words].mean(0)
+        order = (
+            max_min_order(similarities(x), 4)
+            if selection == "diversity"
+            else determinantal_order(similarities(x), relevance_to(x, text), 4)
+        )
+        assert kept_images(pruned, inputs, row) == set(at[order])
+
+
+@torch.no_grad()
+def test_the_last_token_picks_what_it_attends_to() -> None:
+    model, inputs, pruned = read("last_token_attention")
+    pruned(**inputs)
+    seen: list[Tensor] = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def watch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+        seen.append(scores.masked_fill(~mask, float("-inf")).softmax(-1)[:, :, -1].mean(1))
+        return attend(query, key, value, mask)
+
+    with patch.object(nn.functional, "scaled_dot_product_attention", watch):
+        model(**inputs)
+    for row in range(3):
+        at = image_tokens(inputs, row)
+        best = seen[1][row, torch.from_numpy(at)].topk(4).indices.numpy()
+        assert kept_images(pruned, inputs, row) == set(at[best])
+
+
+@pytest.mark.parametrize("selection", ["last_token_attention", "diversity", "conditional_diversity"])
+@torch.no_grad()
+def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(selection: str) -> None:
+    _, inputs, pruned = read(selection)
+    together = pruned(**inputs)
+    kept = pruned.kept_tokens()["body.blocks.1"]
+    for row in range(3):
+        alone = pruned(**{name: x[row : row + 1] for name, x in inputs.items()})
+        assert torch.equal(pruned.kept_tokens()["body.blocks.1"][0], kept[row])
+        words = inputs["attention_mask"][row] > 0
+        assert gap(alone[0][words], together[row][words]) < 1e-4
+
+
+def test_the_class_token_picks_what_it_attends_to() -> None:
+    pruned = rewritten(selection="class_token_attention", keep_ratio=0.25, layers=(1,))
+    with torch.no_grad():
+        pruned(images(2, 1))
+    assert pruned.token_counts()["blocks.1"].tolist() == [17, 17]
+    assert bool(pruned.kept_tokens()["blocks.1"][:, 0].all())
+
+
+def test_a_stream_that_does_not_have_what_a_rule_reads_is_an_error() -> None:
+    with pytest.raises(RewriteError, match="needs causal attention; restrict"):
+        rewritten(selection="last_token_attention", keep_ratio=0.25)
