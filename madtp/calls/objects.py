@@ -228,6 +228,9 @@ def flatten_objects(values: object, sizes: Collection[str] | None = ()) -> tuple
         CannotFlatten: from :func:`flatten_object`, or because one object occurs twice.
     """
     leaves, spec = _leaves(values)
+    leaves, spec = _leaves(
+        spec.unflatten(leaves)
+    )  # containers may order their entries anew, as outputs of transformers do
     specs: list[tuple[int, ObjectSpec]] = []
     seen: set[int] = set()
     for position, leaf in enumerate(leaves):

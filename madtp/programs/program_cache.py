@@ -23,6 +23,7 @@ from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.module_states import ModuleState, ModuleStates
 from madtp.calls.objects import CannotFlatten, object_kind, objects_in
 from madtp.calls.packed_images import PerImageArguments
+from madtp.calls.progress_line import progress_line
 from madtp.calls.saved_tensors import without_saved_tensors_hooks
 from madtp.errors import ExampleInputsError, ExportError, MadtpError
 from madtp.programs.autocast_dtypes import as_under_autocast
@@ -247,7 +248,7 @@ class ProgramCache:
         Raises:
             MadtpError: the module cannot be rewritten for such calls, or no program can serve a single sample.
         """
-        with CAPTURE_LOCK:
+        with CAPTURE_LOCK, progress_line(f"preparing {type(self.host).__name__} for a new kind of call"):
             # Another thread may have built it meanwhile.
             for program in self.matching(call):
                 if all(program is not one for one in known):

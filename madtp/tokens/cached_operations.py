@@ -25,12 +25,12 @@ def pointwise(func: Function, args: Arguments, kwargs: Named) -> object:
         return NotImplemented
     rank = max(one.dim() for one in args if isinstance(one, Tensor))
     lead = cached[0]
-    more = rank - lead.dim()
+    more = rank - lead.survivors.dim()
     token_dim, batch_dim, slots = lead.token_dim + more, lead.batch_dim + more, lead.slots
     fitted = []
     for one in args:
         if isinstance(one, CachedTokens):
-            extra = rank - one.dim()
+            extra = rank - one.survivors.dim()
             same = one.token_dim + extra == token_dim and one.batch_dim + extra == batch_dim
             if not same or not one.slots.holds_the_same(slots):
                 return NotImplemented
@@ -80,7 +80,7 @@ def over_last_dims(func: Function, args: Arguments, kwargs: Named) -> object:
     x = args[0]
     shape = argument(args, kwargs, 1, "normalized_shape")
     last = len(shape) if isinstance(shape, (tuple, list)) else 1
-    if not isinstance(x, CachedTokens) or max(x.token_dim, x.batch_dim) >= x.dim() - last:
+    if not isinstance(x, CachedTokens) or max(x.token_dim, x.batch_dim) >= x.survivors.dim() - last:
         return NotImplemented
     return on_values(func, args, kwargs)
 
@@ -92,8 +92,8 @@ def softmax(func: Function, args: Arguments, kwargs: Named) -> object:
     if not isinstance(x, CachedTokens) or dim is None:
         return NotImplemented
     values, valid = x.survivors, x.slots.all_valid()
-    if dimension(dim, x.dim()) == x.token_dim and valid is not None:
-        values = values.masked_fill(~x.slots.along(valid, x.dim(), x.token_dim, x.batch_dim), float("-inf"))
+    if dimension(dim, x.survivors.dim()) == x.token_dim and valid is not None:
+        values = values.masked_fill(~x.slots.along(valid, x.survivors.dim(), x.token_dim, x.batch_dim), float("-inf"))
     return x.like(func(values, *args[1:], **kwargs))
 
 
@@ -132,7 +132,7 @@ def attention(func: Function, args: Arguments, kwargs: Named) -> object:
     both = isinstance(key, CachedTokens) and isinstance(value, CachedTokens) and not isinstance(query, CachedTokens)
     if not both or not key.slots.holds_the_same(value.slots) or key.batch_dim or value.batch_dim:
         return NotImplemented
-    rank, slots = key.dim(), key.slots
+    rank, slots = key.survivors.dim(), key.slots
     if key.token_dim != rank - 2 or value.token_dim != rank - 2 or query.dim() != rank or rank < 3:
         return NotImplemented
     mask = named.pop("attn_mask", None)

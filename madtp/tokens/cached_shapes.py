@@ -40,10 +40,10 @@ def cat(func: Function, args: Arguments, kwargs: Named) -> object:
     lead = parts[0]
     if not isinstance(lead, CachedTokens):
         return NotImplemented
-    dim = dimension(argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)), lead.dim())
+    dim = dimension(argument(args, kwargs, 1, "dim", kwargs.get("axis", 0)), lead.survivors.dim())
     if dim == lead.token_dim:
         later = parts[1:]
-        if any(isinstance(one, CachedTokens) or one.dim() != lead.dim() for one in later):
+        if any(isinstance(one, CachedTokens) or one.dim() != lead.survivors.dim() for one in later):
             return NotImplemented
         slots = lead.slots.with_later(sum(one.size(dim) for one in later))
         return CachedTokens(torch.cat([lead.survivors, *later], dim), slots, lead.token_dim, lead.batch_dim)
@@ -66,10 +66,10 @@ def getitem(func: Function, args: Arguments, kwargs: Named) -> object:
     items = list(index) if isinstance(index, tuple) else [index]
     given = sum(one is not None and one is not Ellipsis for one in items)
     places = [at for at, one in enumerate(items) if one is Ellipsis]
-    if given > x.dim() or len(places) > 1:
+    if given > x.survivors.dim() or len(places) > 1:
         return NotImplemented
     at = places[0] if places else len(items)
-    items[at : at + 1 if places else at] = [FULL] * (x.dim() - given)
+    items[at : at + 1 if places else at] = [FULL] * (x.survivors.dim() - given)
     tensors = [one for one in items if isinstance(one, (Tensor, list))]
     slots, old, new, moved = x.slots, 0, 0, {}
     chosen: list[Any] = []
@@ -102,9 +102,9 @@ def select_samples(func: Function, args: Arguments, kwargs: Named) -> object:
     """``index_select``: of samples, as beams are reordered; or of another dimension."""
     x = args[0]
     dim, index = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "index")
-    if not isinstance(x, CachedTokens) or dimension(dim, x.dim()) == x.token_dim:
+    if not isinstance(x, CachedTokens) or dimension(dim, x.survivors.dim()) == x.token_dim:
         return NotImplemented
-    slots = x.slots.selected(index) if dimension(dim, x.dim()) == x.batch_dim else x.slots
+    slots = x.slots.selected(index) if dimension(dim, x.survivors.dim()) == x.batch_dim else x.slots
     return CachedTokens(func(x.survivors, dim, index), slots, x.token_dim, x.batch_dim)
 
 
@@ -114,7 +114,7 @@ def repeat_interleave(func: Function, args: Arguments, kwargs: Named) -> object:
     times = argument(args, kwargs, 1, "repeats")
     if not isinstance(x, CachedTokens) or dim is None or not isinstance(times, int):
         return NotImplemented
-    dim = dimension(dim, x.dim())
+    dim = dimension(dim, x.survivors.dim())
     if dim == x.token_dim:
         return NotImplemented
     slots = x.slots.repeated(times) if dim == x.batch_dim else x.slots
@@ -139,8 +139,8 @@ def flatten(func: Function, args: Arguments, kwargs: Named) -> object:
     x = args[0]
     if not isinstance(x, CachedTokens):
         return NotImplemented
-    start = dimension(argument(args, kwargs, 1, "start_dim", 0), x.dim())
-    end = dimension(argument(args, kwargs, 2, "end_dim", -1), x.dim())
+    start = dimension(argument(args, kwargs, 1, "start_dim", 0), x.survivors.dim())
+    end = dimension(argument(args, kwargs, 2, "end_dim", -1), x.survivors.dim())
     return _reshaped(x, [*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]])
 
 
@@ -161,7 +161,7 @@ def expand(func: Function, args: Arguments, kwargs: Named) -> object:
     if not isinstance(x, CachedTokens):
         return NotImplemented
     sizes = _sizes(args, kwargs, "size")
-    more = len(sizes) - x.dim()
+    more = len(sizes) - x.survivors.dim()
     token_dim, batch_dim = x.token_dim + more, x.batch_dim + more
     if sizes[token_dim] not in (-1, x.slots.length) or sizes[batch_dim] not in (-1, x.slots.batch):
         return NotImplemented
@@ -175,10 +175,10 @@ def transpose(func: Function, args: Arguments, kwargs: Named) -> object:
     if not isinstance(x, CachedTokens):
         return NotImplemented
     if len(args) == 1 and not kwargs:  # .mT
-        one, other = x.dim() - 2, x.dim() - 1
+        one, other = x.survivors.dim() - 2, x.survivors.dim() - 1
     else:
-        one = dimension(argument(args, kwargs, 1, "dim0", kwargs.get("axis0")), x.dim())
-        other = dimension(argument(args, kwargs, 2, "dim1", kwargs.get("axis1")), x.dim())
+        one = dimension(argument(args, kwargs, 1, "dim0", kwargs.get("axis0")), x.survivors.dim())
+        other = dimension(argument(args, kwargs, 2, "dim1", kwargs.get("axis1")), x.survivors.dim())
     order = {one: other, other: one}
     moved = x.survivors.transpose(one, other)
     return CachedTokens(moved, x.slots, order.get(x.token_dim, x.token_dim), order.get(x.batch_dim, x.batch_dim))
@@ -189,7 +189,7 @@ def permute(func: Function, args: Arguments, kwargs: Named) -> object:
     x = args[0]
     if not isinstance(x, CachedTokens):
         return NotImplemented
-    order = [dimension(d, x.dim()) for d in _sizes(args, kwargs, "dims")]
+    order = [dimension(d, x.survivors.dim()) for d in _sizes(args, kwargs, "dims")]
     return CachedTokens(x.survivors.permute(order), x.slots, order.index(x.token_dim), order.index(x.batch_dim))
 
 
@@ -198,7 +198,7 @@ def unsqueeze(func: Function, args: Arguments, kwargs: Named) -> object:
     x = args[0]
     if not isinstance(x, CachedTokens):
         return NotImplemented
-    dim = dimension(argument(args, kwargs, 1, "dim"), x.dim() + 1)
+    dim = dimension(argument(args, kwargs, 1, "dim"), x.survivors.dim() + 1)
     token_dim, batch_dim = (d + (d >= dim) for d in (x.token_dim, x.batch_dim))
     return CachedTokens(x.survivors.unsqueeze(dim), x.slots, token_dim, batch_dim)
 
@@ -206,6 +206,6 @@ def unsqueeze(func: Function, args: Arguments, kwargs: Named) -> object:
 def parts(func: Function, args: Arguments, kwargs: Named) -> object:
     """``split`` and ``chunk`` along another dimension."""
     x, dim = args[0], argument(args, kwargs, 2, "dim", 0)
-    if not isinstance(x, CachedTokens) or dimension(dim, x.dim()) in (x.token_dim, x.batch_dim):
+    if not isinstance(x, CachedTokens) or dimension(dim, x.survivors.dim()) in (x.token_dim, x.batch_dim):
         return NotImplemented
     return tuple(x.like(one) for one in func(x.survivors, *args[1:], **kwargs))

@@ -97,7 +97,8 @@ class CachedSlots:
     def with_later(self, tokens: int) -> CachedSlots:
         """The slots with further tokens appended."""
         unfolded = None if self.unfolded is None else self.unfolded.with_later(tokens)
-        return replace(self, length=self.length + tokens, count=self.count + tokens, unfolded=unfolded)
+        # Each layer does this at each step, and `replace` takes longer.
+        return CachedSlots(self.length + tokens, self.index, self.count + tokens, self.valid, self.origin, unfolded)
 
     def selected(self, samples: Tensor | slice) -> CachedSlots:
         """The slots of some samples."""

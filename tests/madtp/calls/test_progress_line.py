@@ -6,6 +6,7 @@ import io
 import time
 
 import pytest
+from small_vit import images, rewritten
 
 from madtp.calls import progress_line as module
 from madtp.calls.progress_line import progress_line, stage
@@ -48,3 +49,13 @@ def test_a_line_inside_another_leaves_it_alone() -> None:
         time.sleep(0.1)
     assert "loading: checking" in terminal.getvalue()
     assert "rewriting" not in terminal.getvalue()
+
+
+def test_a_first_call_of_a_kind_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned, terminal = rewritten(depth=2), Terminal()
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr("sys.stderr", terminal)
+    pruned(images(2, 0))
+    assert not terminal.getvalue(), "a program serves it"
+    pruned.double()(images(2, 0).double())
+    assert "preparing VisionTransformer for a new kind of call: capturing" in terminal.getvalue()
