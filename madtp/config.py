@@ -58,6 +58,8 @@ class PruningConfig:
         protect: positions that are never pruned, by modality, besides those that the model reads by position:
             ``{"image": (0, 1)}``. Default none.
         min_tokens: number of tokens that survive at every site at least, protected ones not counted. Default 1.
+        min_tokens_per_image: number of tokens of each image that survive at every site at least, the best of each. In a
+            language model, an image or a frame is a run of image tokens between other tokens. Default 0.
         batching: how samples of a batch share a layer. ``"ragged"``, the default, keeps each sample's own tokens, so that its
             result does not depend on its batch. ``"uniform"`` gives every sample the largest count of the batch.
             ``"static"`` uses counts that are fixed beforehand; :func:`madtp.freeze` sets it, for compilers and ONNX.
@@ -112,6 +114,7 @@ class PruningConfig:
     layers: Layers | tuple[int, ...] | Mapping[str, Iterable[int]] | None = None
     protect: Positions | Mapping[str, Iterable[int]] = ()
     min_tokens: int = 1
+    min_tokens_per_image: int = 0
     batching: Batching = "ragged"
     alignment: bool = True
     alignment_tokens: int = 100
@@ -143,7 +146,13 @@ class PruningConfig:
         object.__setattr__(self, "layers", _layers(self.layers))
         for name in ("temperature", "gain"):
             object.__setattr__(self, name, _number(name, getattr(self, name), low=0.0))
-        for name, low in (("min_tokens", 0), ("alignment_tokens", 1), ("seed", 0), ("max_programs", 1)):
+        for name, low in (
+            ("min_tokens", 0),
+            ("min_tokens_per_image", 0),
+            ("alignment_tokens", 1),
+            ("seed", 0),
+            ("max_programs", 1),
+        ):
             _integer(name, getattr(self, name), low)
         for name in ("alignment_width", "score_queries"):
             if getattr(self, name) is not None:
@@ -160,6 +169,10 @@ class PruningConfig:
             raise ConfigError(
                 "score_queries samples the queries that score tokens, but readout='original' may read the row of a token that "
                 "is not there; leave one of them out"
+            )
+        if self.min_tokens_per_image and self.batching != "ragged":
+            raise ConfigError(
+                f"min_tokens_per_image needs batching='ragged'; batching={self.batching!r} fixes one count for all samples"
             )
         self._check_selection()
 

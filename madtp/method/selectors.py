@@ -108,6 +108,25 @@ SELECTORS: Mapping[str, Selector] = {
 }
 
 
+def keep_of_each_image(kept: Flags, ballot: Ballot, images: Numbers | None, least: int) -> None:
+    """Let the best ``least`` candidates of each image survive, in place.
+
+    Args:
+        kept: ``[B, N]``, what survives so far.
+        ballot: what was judged.
+        images: ``[B, N]``, the number of the image of each token; -1 for none. None if a sample is an image.
+        least: of an image with fewer candidates, all survive.
+    """
+    for sample, ranking in enumerate(ballot.ranking):
+        inside = np.ones(len(ranking), dtype=bool) if ballot.candidates is None else ballot.candidates[sample]
+        own = np.zeros(len(ranking), dtype=np.int64) if images is None else images[sample]
+        for image in np.unique(own[inside & (own >= 0)]):
+            slots = np.flatnonzero(inside & (own == image))
+            if kept[sample, slots].sum() < least:
+                best = np.argsort(-ranking[slots], kind="stable")[:least]
+                kept[sample, slots[best]] = True
+
+
 def _above(ballot: Ballot, config: PruningConfig, *, smallest_drop: int) -> Flags:
     if config.batching == "static":
         raise ConfigError("batching='static' needs counts for each site; freeze the model with madtp.freeze first")

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madtp.config import PruningConfig
 from madtp.method.arrays import Flags, on_host
 from madtp.method.selection import candidates_of
 from madtp.sites.control import PruningControl
 from madtp.sites.protection import Position, first_slots, protected_readouts, protected_slots
 from madtp.sites.scoring import BlockAttention
 from madtp.sites.spec import SiteSpec
-from madtp.tokens.segments import SegmentMap, segment_slots
+from madtp.tokens.segments import SegmentMap, run_slots, segment_slots
 from madtp.tokens.state import TokenState
 
 
@@ -36,6 +37,8 @@ class CandidateGroup:
         first: slot of the first token that may be a candidate; those before it are protected.
         inside: ``[B, N - first]`` bool, which of the tokens from there on are candidates; None if all are.
         is_tail: all tokens from there on are candidates but the padding behind them.
+        images: ``[B, N - first]``, the number of the image of each token, -1 for none. None if a sample is an image, or if it
+            does not matter.
     """
 
     key: str
@@ -43,6 +46,7 @@ class CandidateGroup:
     first: int
     inside: Tensor | None
     is_tail: bool = False
+    images: Tensor | None = None
 
     def cut(self, values: Tensor) -> Tensor:
         """The part of values ``[B, N, ...]`` that belongs to the tokens from ``first`` on."""
@@ -133,12 +137,12 @@ def layout_of(
         candidates = candidates & state.valid
     if segments is None:
         return Layout([CandidateGroup(spec.name, spec.modality, 0, candidates)], protected, 0, valid)
-    groups, unpruned = _segment_groups(spec, candidates, state, segments)
+    groups, unpruned = _segment_groups(spec, candidates, state, segments, config)
     return Layout(groups, protected | unpruned, 0, valid)
 
 
 def _segment_groups(
-    spec: SiteSpec, candidates: Tensor, state: TokenState, segments: SegmentMap
+    spec: SiteSpec, candidates: Tensor, state: TokenState, segments: SegmentMap, config: PruningConfig
 ) -> tuple[list[CandidateGroup], Tensor]:
     """The candidates of each segment that is pruned, and the tokens ``[B, N]`` of those that are not."""
     unpruned = torch.zeros_like(candidates)
@@ -148,7 +152,9 @@ def _segment_groups(
         inside = slots == number
         if segment.pruned:
             key = f"{spec.name}[{segment.modality}]"
-            groups.append(CandidateGroup(key, segment.modality, 0, candidates & inside))
+            counted = config.min_tokens_per_image and segment.modality == "image"
+            images = run_slots(segments, number, state) if counted else None
+            groups.append(CandidateGroup(key, segment.modality, 0, candidates & inside, images=images))
         else:
             unpruned = unpruned | inside if state.valid is None else unpruned | (inside & state.valid)
     return groups, unpruned

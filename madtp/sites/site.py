@@ -25,7 +25,7 @@ from madtp.method.arrays import Flags, on_host
 from madtp.method.guidance import pooled_features, query_projection
 from madtp.method.importance import AttentionStatistics, ImportanceTerms, best_of, importance_terms
 from madtp.method.scorers import Evidence, Features
-from madtp.method.selectors import Ballot
+from madtp.method.selectors import Ballot, keep_of_each_image
 from madtp.method.threshold import straight_through_gate, threshold
 from madtp.sites.candidates import CandidateGroup, Layout, layout_of, mean_beside
 from madtp.sites.control import Observation, PruningControl
@@ -269,6 +269,10 @@ class PruningSite(nn.Module):
             kept = wanted if ballot.candidates is None else ballot.candidates & wanted
         else:
             kept = control.parts.selector.keep(ballot, control.config)
+            least = control.config.min_tokens_per_image
+            if least and group.modality == "image":
+                images = None if group.images is None else on_host(group.images)
+                keep_of_each_image(kept, ballot, images, least)
         control.record.kept_counts[group.key] = torch.from_numpy(kept.sum(1))
         return kept
 

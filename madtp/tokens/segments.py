@@ -73,6 +73,17 @@ def segment_slots(segments: SegmentMap, state: TokenState) -> Tensor:
     return ids if state.index is None else ids.gather(1, state.index)
 
 
+def run_slots(segments: SegmentMap, number: int, state: TokenState) -> Tensor:
+    """Return which run of tokens of a segment each slot belongs to, ``[B, N]``, from 0; -1 for other tokens.
+
+    An image among words is such a run.
+    """
+    inside = segments.ids.expand(state.batch, state.full_length) == number
+    before = torch.cat([torch.zeros_like(inside[:, :1]), inside[:, :-1]], 1)
+    runs = torch.where(inside, (inside & ~before).cumsum(1) - 1, -1)
+    return runs if state.index is None else runs.gather(1, state.index)
+
+
 def special_slots(segments: SegmentMap, protected: Sequence[Sequence[int]], state: TokenState) -> Tensor:
     """Return which slots hold learned tokens or protected ones, ``[B, N]``.
 

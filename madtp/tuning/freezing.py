@@ -49,6 +49,10 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
             "order, mask_order, merged_mask, readout, causal_mask or cross_mask is that of the authors' code, which fixed "
             "counts do not reproduce; leave them at their defaults."
         )
+    if config.min_tokens_per_image:
+        raise ConfigError(
+            "min_tokens_per_image depends on where images stand, which fixed counts do not follow; set it to 0."
+        )
     calls = calls_of(pruned, batches)
     before = control.config, control.static_counts, control.static_room
     adaptive = "ragged" if control.config.batching == "static" else control.config.batching

@@ -15,7 +15,7 @@ from small_vit import images, rewritten
 from torch import Tensor, nn
 
 import madtp
-from madtp.errors import RewriteError
+from madtp.errors import ConfigError, RewriteError
 from madtp.method.diversity import determinantal_order, max_min_order, relevance_to, similarities
 
 
@@ -108,3 +108,42 @@ def test_the_class_token_picks_what_it_attends_to() -> None:
 def test_a_stream_that_does_not_have_what_a_rule_reads_is_an_error() -> None:
     with pytest.raises(RewriteError, match="needs causal attention; restrict"):
         rewritten(selection="last_token_attention", keep_ratio=0.25)
+
+
+@pytest.mark.parametrize("selection", ["threshold", "diversity"])
+@torch.no_grad()
+def test_each_image_keeps_its_best_tokens(selection: str) -> None:
+    """Three images of one sample, the last of another size than the rule would leave it."""
+    model, inputs = reader()
+    inputs["input_ids"][0, 2:18] = torch.tensor([IMAGE] * 5 + [20] + [IMAGE] * 7 + [30] + [IMAGE] * 2)
+    inputs["input_ids"][0, 18:20] = IMAGE
+    runs = [range(2, 7), range(8, 15), range(16, 20)]
+    kept = {}
+    for least in (0, 3):
+        share = {} if selection == "threshold" else {"keep_ratio": 0.1, "selection": selection}
+        config = madtp.PruningConfig(
+            temperature=20.0, layers=(1,), min_tokens_per_image=least, merge=False, alignment_tokens=5, **share
+        )
+        with eager_arithmetic():
+            pruned = madtp.rewrite(model, inputs, config=config)
+        pruned(**inputs)
+        kept[least] = pruned.kept_tokens()["body.blocks.1"]
+    assert any(int(kept[0][0, list(run)].sum()) < 3 for run in runs)
+    assert all(int(kept[3][0, list(run)].sum()) >= 3 for run in runs)
+    assert bool((kept[3] | ~kept[0]).all()), "it only adds"
+    assert all(int(kept[3][row, image_tokens(inputs, row)].sum()) >= 3 for row in (1, 2))
+    with pytest.raises(ConfigError, match="set it to 0"):
+        madtp.freeze(pruned, [inputs])
+
+
+def test_a_tower_keeps_tokens_of_each_image() -> None:
+    counts = {}
+    for least in (0, 40):
+        pruned = rewritten(min_tokens_per_image=least, temperature=20.0, layers=(1,), merge=False)
+        with torch.no_grad():
+            pruned(images(2, 1))
+        counts[least] = pruned.token_counts()["blocks.1"]
+    assert bool((counts[0] < 41).all())
+    assert counts[40].tolist() == [41, 41]
+    with pytest.raises(ConfigError, match="needs batching='ragged'"):
+        madtp.PruningConfig(min_tokens_per_image=1, batching="uniform")
