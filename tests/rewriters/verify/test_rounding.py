@@ -21,7 +21,7 @@ import madtp
 from madtp.errors import MadtpError
 from madtp.programs.compiled_graph import CompiledForward
 from madtp.programs.program import Program
-from rewriters.regions import choice
+from rewriters.regions import walk
 
 RANKING = (Detector, CutDetector, SortingDetector, SinglePositionDetector)
 
@@ -60,7 +60,7 @@ def _off(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
         return [x + by * x.flip(1) if isinstance(x, Tensor) else x for x in right(self, forward, root, leaves)]
 
     monkeypatch.setattr(Program, "outputs", wrong)
-    monkeypatch.setattr(choice, "MOST_ATTEMPTS", 1)  # what lies below is wrong, too, and takes long
+    monkeypatch.setattr(walk, "MOST_ATTEMPTS", 1)  # what lies below is wrong, too, and takes long
 
 
 @pytest.mark.parametrize("kind", [Detector, CutDetector, CutContrastDetector])
