@@ -95,14 +95,14 @@ class TokenRoles:
     counted: Counted
     class_slot: Slot | None
 
-    def asked(self, control: PruningControl) -> Asked:
-        """What the parts of the site ask of the attention."""
+    def asked(self, control: PruningControl, *, windows: bool) -> Asked:
+        """What the parts of the site ask of the attention. Within windows no query sees all tokens, and every one is asked."""
         return Asked(
             counted=self.counted,
-            class_slot=self.class_slot,
+            class_slot=None if windows else self.class_slot,
             by_output=control.parts.needs.class_attention,
             received=control.parts.needs.received,
-            queries=control.config.score_queries,
+            queries=None if windows else control.config.score_queries,
         )
 
 
@@ -221,8 +221,8 @@ class ScoringAttention(_Scoring):
         Returns:
             The output ``[B, H, N, D]``, and what the site needs of the attention.
         """
-        inputs = AttentionInputs(query, key, value, mask, dropout_p, causal, **options)
-        inputs = inputs.over_survivors(state, state, present_mask)
+        given = AttentionInputs(query, key, value, mask, dropout_p, causal, **options)
+        inputs = given.over_survivors(state, state, present_mask)
         if not self.control.active:
             return plain_attention(inputs), BlockAttention()
         roles = self.roles(
@@ -232,7 +232,8 @@ class ScoringAttention(_Scoring):
             lambda: valid_keys(inputs.mask, query.size(0), key.size(2)),
             query.device,
         )
-        output, statistics = attention_with_sampled_statistics(inputs, roles.asked(self.control))
+        asked = roles.asked(self.control, windows=given.windows is not None)
+        output, statistics = attention_with_sampled_statistics(inputs, asked)
         return output, BlockAttention(statistics, roles.valid, roles.protected)
 
 
@@ -277,7 +278,8 @@ class PackedScoringAttention(_Scoring):
             return valid_keys(mask_of_survivors(inputs, state, state, None)[0], state.batch, state.length)
 
         roles = self.roles(state, readouts, segments, shown, query.device)
-        output, statistics = packed_attention_with_statistics(inputs, state, roles.asked(self.control))
+        asked = roles.asked(self.control, windows=inputs.windows is not None)
+        output, statistics = packed_attention_with_statistics(inputs, state, asked)
         return output, BlockAttention(statistics, roles.valid, roles.protected)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from madtp.calls.compiling import is_compiling
 from madtp.method.arrays import precise
 from madtp.tokens.state import TokenState, gather_positions
+from madtp.tokens.windows import Windows, from_windows, in_windows, numbers_by_length, window_of_each
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,11 +37,13 @@ class AttentionOptions(TypedDict, total=False):
         scale: factor on the scores; None for ``D ** -0.5``.
         grouped: keys and values have fewer heads than queries, each serving several of them.
         softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask is added; None for no cap.
+        windows: a token sees the tokens of its own window only; None for all of them (``windows.py``).
     """
 
     scale: float | None
     grouped: bool
     softcap: float | None
+    windows: Windows | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class AttentionInputs:
         mask: boolean (True where a query sees a key) or additive, broadcastable to ``[B, H, Q, K]``.
         dropout_p: dropout probability of the attention weights.
         causal: a query sees only keys up to its own position.
-        scale: as in :class:`AttentionOptions`, and so are ``grouped`` and ``softcap``.
+        scale: as in :class:`AttentionOptions`, and so are ``grouped``, ``softcap`` and ``windows``.
     """
 
     query: Tensor
@@ -66,13 +69,38 @@ class AttentionInputs:
     scale: float | None = None
     grouped: bool = False
     softcap: float | None = None
+    windows: Windows | None = None
 
     def over_survivors(
         self, query_state: TokenState | None, key_state: TokenState | None, present_mask: Tensor | None
     ) -> AttentionInputs:
         """Return the inputs with a mask over the tokens that are present; see :func:`attention`."""
         mask, causal = mask_of_survivors(self, query_state, key_state, present_mask)
-        return replace(self, mask=mask, causal=causal)
+        inputs = replace(self, mask=mask, causal=causal)
+        rows, columns = (None if state is None else mask_positions(state) for state in (query_state, key_state))
+        return inputs if rows is None and columns is None else inputs.with_windows_masked(rows, columns)
+
+    def with_windows_masked(self, rows: Tensor | None = None, columns: Tensor | None = None) -> AttentionInputs:
+        """Return the inputs with windows as a part of the mask.
+
+        Args:
+            rows: original positions of the queries, ``[B, Q]``; None if all are there. ``columns`` are those of the keys.
+        """
+        if self.windows is None:
+            return self
+        own = window_of_each(self.windows, self.query.device)
+        row, column = (own[None] if at is None else own[at] for at in (rows, columns))
+        same = row[:, None, :, None] == column[:, None, None, :]
+        return replace(self, mask=same if self.mask is None else join_masks(self.mask, same), windows=None)
+
+    def of_windows(self) -> list[tuple[list[int], AttentionInputs]]:
+        """Return numbers of windows of one length and their inputs, with windows as samples; there must be no mask."""
+        assert self.windows is not None
+        groups = []
+        for numbers in numbers_by_length(self.windows):
+            query, key, value = (in_windows(x, self.windows, numbers, 2) for x in (self.query, self.key, self.value))
+            groups.append((numbers, replace(self, query=query, key=key, value=value, windows=None)))
+        return groups
 
     def ungrouped(self) -> AttentionInputs:
         """Return the inputs with one head of keys and values for each head of the queries."""
@@ -127,6 +155,10 @@ def attention(
 
 def plain_attention(inputs: AttentionInputs) -> Tensor:
     """Return the output ``[B, H, Q, Dv]`` of an attention, by torch's fused kernels where they can compute it."""
+    if inputs.windows is not None:
+        if inputs.mask is not None or inputs.causal:
+            return plain_attention(inputs.with_windows_masked())
+        return from_windows([(numbers, plain_attention(own)) for numbers, own in inputs.of_windows()], 2)
     if inputs.softcap is None:
         return F.scaled_dot_product_attention(
             inputs.query,

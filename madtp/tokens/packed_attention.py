@@ -30,7 +30,7 @@ from madtp.tokens.attention import (
 )
 from madtp.tokens.device_attention import attend_on_device, observe_on_device
 from madtp.tokens.packing import in_rows, in_slots, lengths_of, row_positions, side_input_rows
-from madtp.tokens.sampled_scores import attention_with_sampled_statistics, observe_sample
+from madtp.tokens.sampled_scores import attention_with_sampled_statistics, counted_within_windows, observe_sample
 from madtp.tokens.scored_attention import (
     WHOLE_MAP,
     Asked,
@@ -42,6 +42,7 @@ from madtp.tokens.scored_attention import (
     shares_memory,
 )
 from madtp.tokens.state import TokenState
+from madtp.tokens.windows import WindowRows, sorts_by_window, window_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,18 +81,25 @@ def packed_attention(
         In the form of the queries: ``[1, H, T, Dv]`` or ``[B, H, Q, Dv]``.
     """
     inputs = AttentionInputs(query, key, value, mask, dropout_p, causal, **options)
-    query_state, key_state = _packed(query_state), _packed(key_state)
+    return _attend(inputs, _packed(query_state), _packed(key_state))
+
+
+def _attend(inputs: AttentionInputs, query_state: TokenState | None, key_state: TokenState | None) -> Tensor:
+    """The output in the form of the queries; values without a state are not packed."""
+    if inputs.windows is not None and query_state is not None and _sorts(query_state):
+        rows, own = _by_window(inputs, query_state)
+        return rows.back(_attend(own, rows.state, rows.state), 2)
     inputs = _without_idle_mask(inputs, key_state)
     if _is_regular(query_state) and _is_regular(key_state):
         slots = in_batch(inputs, query_state, key_state).over_survivors(query_state, key_state, None)
         output = plain_attention(slots)
         return output if query_state is None else _in_rows(output)
-    if query.device.type != "cpu":
+    if inputs.query.device.type != "cpu":
         return attend_on_device(inputs, query_state, key_state)
     inputs = inputs.ungrouped()
     if is_plain(inputs):
         operands = zip(
-            _each(query, query_state), _each(inputs.key, key_state), _each(inputs.value, key_state), strict=True
+            _each(inputs.query, query_state), _each(inputs.key, key_state), _each(inputs.value, key_state), strict=True
         )
         outputs = [F.scaled_dot_product_attention(q, k, v, scale=inputs.scale) for q, k, v in operands]
     else:
@@ -114,6 +122,8 @@ def packed_attention_with_statistics(
     """
     if state.index is None:
         return attention_with_sampled_statistics(inputs, asked)
+    if inputs.windows is not None and _sorts(state):
+        return _observe_windows(inputs, state, asked)
     inputs = _without_idle_mask(inputs, state)
     if _is_regular(state):
         # The rows of a single sample have its slots already; an exporter must not tell it from others.
@@ -136,6 +146,34 @@ def packed_attention_with_statistics(
         received=in_slots(joined(received, 0), state) if received else None,
         class_attention=in_slots(joined(seen, 0), state) if seen else None,
     )
+
+
+def _sorts(state: TokenState) -> bool:
+    """Whether rows are sorted by their windows; a compiler must not follow."""
+    return not is_compiling() and sorts_by_window(state)
+
+
+def _by_window(inputs: AttentionInputs, state: TokenState) -> tuple[WindowRows, AttentionInputs]:
+    """The rows sorted by their windows, which are samples of an attention without windows then."""
+    assert inputs.windows is not None
+    assert inputs.mask is None
+    assert not inputs.causal
+    rows = window_rows(state, inputs.windows, inputs.query.device)
+    query, key, value = (x.index_select(2, rows.order) for x in (inputs.query, inputs.key, inputs.value))
+    return rows, replace(inputs, query=query, key=key, value=value, windows=None)
+
+
+def _observe_windows(
+    inputs: AttentionInputs, state: TokenState, asked: Asked
+) -> tuple[Tensor, AttentionStatistics[Tensor]]:
+    rows, own = _by_window(inputs, state)
+    counted = counted_within_windows(asked, state.batch, state.length, inputs.query.device)
+    counted = in_slots(in_rows(counted, state)[rows.order], rows.state)
+    output, statistics = packed_attention_with_statistics(own, rows.state, replace(asked, counted=counted))
+    received = statistics.received
+    if received is not None:
+        received = in_slots(rows.back(in_rows(received, rows.state), 0), state)
+    return rows.back(output, 2), AttentionStatistics(received, None)
 
 
 def _asked_of_each(asked: Asked, state: TokenState) -> list[Asked]:

@@ -27,6 +27,7 @@ from madtp.tokens.attention import (
 )
 from madtp.tokens.scored_attention import Asked, Counted, Slot, attention_with_statistics, seen_by
 from madtp.tokens.state import marked_first
+from madtp.tokens.windows import from_windows, in_windows
 
 
 def attention_with_sampled_statistics(
@@ -44,6 +45,8 @@ def attention_with_sampled_statistics(
     Returns:
         output ``[B, H, Q, Dv]`` and its statistics.
     """
+    if inputs.windows is not None:
+        return _within_windows(inputs, asked)
     queries = asked.queries if asked.received else 0
     every = queries is None or 0 < inputs.query.size(2) <= queries
     if every or inputs.softcap is not None or inputs.dropout_p:
@@ -78,6 +81,30 @@ def attention_with_sampled_statistics(
     if asked.class_slot is None:
         return output, AttentionStatistics(received, None)
     return output, AttentionStatistics(received, seen_by(probabilities[:, :, -1], output, 1, asked))
+
+
+def _within_windows(inputs: AttentionInputs, asked: Asked) -> tuple[Tensor, AttentionStatistics[Tensor]]:
+    assert inputs.windows is not None
+    if inputs.mask is not None or inputs.causal:
+        return attention_with_sampled_statistics(inputs.with_windows_masked(), asked)
+    counted = counted_within_windows(asked, inputs.query.size(0), inputs.query.size(2), inputs.query.device)
+    outputs, received = [], []
+    for numbers, own in inputs.of_windows():
+        own_asked = replace(asked, counted=in_windows(counted, inputs.windows, numbers, 1))
+        output, statistics = attention_with_sampled_statistics(own, own_asked)
+        outputs.append((numbers, output))
+        if statistics.received is not None:
+            received.append((numbers, statistics.received))
+    return from_windows(outputs, 2), AttentionStatistics(from_windows(received, 1) if received else None, None)
+
+
+def counted_within_windows(asked: Asked, batch: int, length: int, device: torch.device) -> Tensor:
+    """Return which queries count, ``[B, N]``. Within windows all are asked, and there is no class attention."""
+    assert asked.class_slot is None
+    assert asked.queries is None
+    if isinstance(asked.counted, Tensor):
+        return asked.counted
+    return (torch.arange(length, device=device) >= asked.counted).expand(batch, length)
 
 
 def observe_sample(inputs: AttentionInputs, asked: Asked) -> SampleObserved:

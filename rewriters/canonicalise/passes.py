@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from rewriters.canonicalise.attention import canonical_attention
+from rewriters.canonicalise.attention_calls import join_attention_calls
 from rewriters.canonicalise.attention_maps import kept_maps
 from rewriters.canonicalise.einsum import plain_products
 from rewriters.canonicalise.flatten_grids import cancel_permutes, flatten_grids
@@ -169,6 +170,7 @@ PASSES: tuple[tuple[str, Callable[[fx.Graph], None]], ...] = (
     ("plain softmaxes", plain_softmaxes),
     ("canonical norms", canonical_norms),
     ("canonical attention", canonical_attention),
+    ("attention calls", join_attention_calls),
     ("kept maps", kept_maps),
     ("canonical pooling", canonical_pooling),
     ("cancel permutes", cancel_permutes),

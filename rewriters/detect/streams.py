@@ -14,7 +14,7 @@ from typing import Literal
 from torch import fx
 
 from rewriters.axes.arguments import operand_list
-from rewriters.axes.labels import Dim, seed, token_axis
+from rewriters.axes.labels import Dim, dim_size, seed, token_axis
 from rewriters.axes.outcome import query_and_key
 from rewriters.axes.propagate import propagate
 from rewriters.axes.readouts import BatchReadout
@@ -95,7 +95,8 @@ def _misplaced(attention: fx.Node, reason: str, order: dict[fx.Node, int]) -> Un
     """Attention that belongs to no stream. An attention map in an unusual spelling may be the reason."""
     miss = map_miss(attention) if op_name(attention) == "weigh" else None
     if miss is None:
-        return Unplaced(attention, attention, reason, ON_A_STREAM)
+        nearest = nearest_miss(attention)
+        return Unplaced(attention, attention, reason, ON_A_STREAM if nearest is None else nearest.help)
     unknown = _unrecognised(attention, miss, order)
     return Unplaced(attention, unknown.node, f"{unknown.reason}; as it is spelled, {reason}", miss.help)
 
@@ -125,6 +126,10 @@ def _sublayer(node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int]) ->
             kind: Literal["self", "cross"] = "self" if token_axis(query) == token_axis(key) else "cross"
         except AxisError:
             continue
+        length = shape[dims.token_dim]
+        if token_axis(key) is not None and length not in (dim_size(query), dim_size(key)):
+            windows = f"windows of {dim_size(query)} of its {length} tokens"
+            raise AxisError(f"it attends within {windows}, in calls that are not joined{because(node)}")
         if kind == "cross" and (has_mixed_keys(span, dims) or _has_learned_keys(query, key)):
             return Sublayer(
                 node, "self", block_input, value, behind.norm, dims.token_dim, dims.batch_dim, path, scores="none"

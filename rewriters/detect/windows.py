@@ -91,7 +91,7 @@ def scores_on_grid(span: AttentionSpan, dims: HasTokenDims) -> Scores | None:
     residual = span.tracked_behind(known.get(span.attention))
     if not isinstance(residual, TrackedValue) or not _is_residual(residual, dims):
         return None
-    alike = query.moves is not None and query.moves == key.moves
+    alike = query.moves is not None and query.moves == key.moves and span.attention.kwargs.get("windows") is None
     return "windows" if alike and residual.moves is not None else "none"
 
 

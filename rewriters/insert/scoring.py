@@ -79,6 +79,7 @@ def insert_attention(insertion: Insertion, node: fx.Node, site: SitePlan, readou
         "scale": node.kwargs.get("scale"),
         "grouped": node.kwargs.get("grouped", False),
         "softcap": node.kwargs.get("softcap"),
+        "windows": node.kwargs.get("windows"),
         "present_mask": node.kwargs.get("present_mask"),
         **operands.keywords(),
     }

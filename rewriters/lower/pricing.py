@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import sympy
 import torch
@@ -187,7 +188,9 @@ def _attention(insertion: Insertion, node: fx.Node) -> list[CostTerm]:
     query, key, value = (_dims(insertion, operand(node, i)) for i in range(3))
     batch = query[0][0] if axes_of(query[0][0]) else key[0][0]
     common = [(batch, query[0][1]), query[1], query[2], key[2]]
-    return [_term(insertion, node, 1, [*common, width]) for width in (query[3], value[3])]
+    windows: Any = node.kwargs.get("windows") or (1,)
+    share = sum(n * n for n in windows) / sum(windows) ** 2  # survivors are taken to be spread over the windows
+    return [_term(insertion, node, share, [*common, width]) for width in (query[3], value[3])]
 
 
 def _weighing(insertion: Insertion, node: fx.Node) -> CostTerm:

@@ -32,9 +32,11 @@ def make_plan(structure: Structure, config: PruningConfig, inputs: Sequence[Any]
     """
     example = Example(structure.graph, inputs, module)
     sites: list[SitePlan] = []
-    refusals = [
+    unplaced = [
         Refusal(module_path(u.attention) or u.attention.name, u.node.name, u.reason, u.help) for u in structure.unplaced
     ]
+    # A block may call its attention for each window.
+    refusals = list({(refusal.block, refusal.reason): refusal for refusal in reversed(unplaced)}.values())[::-1]
     inherited_by = inherited(structure, config)
     for stream in structure.streams:
         decision = _decide(stream, config, example, inherited_by[stream.index])

@@ -70,6 +70,21 @@ class Mingling(Rows):
         return super().forward(rows - rows.mean(0), sizes)
 
 
+class Windows(Rows):
+    """Patches go to windows of six, fewer at the end of an image; every other block attends within these alone."""
+
+    def forward(self, rows: Tensor, sizes: Tensor) -> Any:
+        columns = [torch.arange(h * w).view(h, w).T.flatten() for h, w in sizes.tolist()]
+        starts = sizes.prod(1).cumsum(0) - sizes.prod(1)
+        order = torch.cat([places + start for places, start in zip(columns, starts.tolist(), strict=True)])
+        lengths = [min(6, count - start) for count in sizes.prod(1).tolist() for start in range(0, count, 6)]
+        x = (self.patches(rows) + self.positions(sizes))[order]
+        for number, block in enumerate(self.blocks):
+            x = block(x, sizes.prod(1) if number % 2 else torch.tensor(lengths))
+        x = x[order.argsort()]
+        return {"states": x, "merged": self.merger(x.reshape(-1, 4 * WIDTH)), "layers": (x,), "nothing": None}
+
+
 class Padded(Rows):
     """Images [n, 1, H, W] padded to one size; each is cut to its own, and they go on in one row of a batch of one."""
 

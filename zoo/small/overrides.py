@@ -56,6 +56,15 @@ _GEMMA_VISION = {
 }
 # A SAM tower in front of another one, which reads its grid of 4 by 4.
 _SAM_TOWER = {"window_size": 4, "output_channels": 64, "downsample_channels": [64, 64]}
+# Blocks attend within windows in front of one that attends to the whole image, and behind it. A window takes three by three of
+# four by four merged patches, or six by six of eight by eight patches; those at the edges are smaller.
+_WINDOWS = {"depth": 3, "fullatt_block_indexes": [1], "window_size": 48}
+_WINDOWS_BY_TYPE = {
+    "num_hidden_layers": 3,
+    "layer_types": ["window_attention", "full_attention", "window_attention"],
+    "pos_emb_height": 6,
+    "pos_emb_width": 6,
+}
 # Patches are merged behind the second of four layers.
 _MERGING = {
     "image_token_id": 124,
@@ -137,6 +146,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vq_config": {**_CODED, "hidden_size": 32},
     },
     "Ernie4_5_VLMoeTextConfig": {"rope_parameters": {"mrope_section": [3, 3, 2]}},  # rows and columns alternate
+    "Exaone4_5_VisionConfig": _WINDOWS,
     "FastVlmConfig": {
         "vision_config": {
             "architecture": "fastvit_mci0",
@@ -169,7 +179,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MiniCPMV4_7Config": _MERGING,
     "MistralLarge4TextConfig": {"kv_source_layers": [0, 1]},
     "Molmo2Config": {"image_token_id": 124, "vision_config": {"num_position_embeddings": 64}},
-    "MuseGlimmerConfig": {"out_hidden_size": 256},  # four patches of 64
+    "MuseGlimmerConfig": {"out_hidden_size": 256, "vision_config": _WINDOWS_BY_TYPE},  # four patches of 64
     "OmDetTurboConfig": {
         "apply_layernorm_after_vision_backbone": False,
         "backbone_config": {"backbone": "test_convnext", "img_size": None, "always_partition": None},
@@ -191,6 +201,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vision_config": {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {**_TOWER, "global_pool": ""}}
     },
     "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 97, "vision_end_token_id": 98},
+    "Qwen2_5OmniVisionEncoderConfig": _WINDOWS,
+    "Qwen2_5_VLVisionConfig": _WINDOWS,
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
         "output_gate_type": "sigmoid", "hc_lowrank": 16,

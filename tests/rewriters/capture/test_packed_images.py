@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from model_case import WIDTH, Tensors, lively
-from packed_image_hosts import GRIDS, Mingling, PackedHost, Padded, Rows, Strip, packed, padded, reordered, rows, strip
+from packed_image_hosts import (
+    GRIDS,
+    Mingling,
+    PackedHost,
+    Padded,
+    Rows,
+    Strip,
+    Windows,
+    packed,
+    padded,
+    reordered,
+    rows,
+    strip,
+)
 from rewritten_models import eager_arithmetic, gap
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -39,6 +52,7 @@ FORMS: dict[str, tuple[type[Rows], Callable[..., Tensors]]] = {
     "rows": (Rows, rows),
     "padded": (Padded, padded),
     "strip": (Strip, strip),
+    "windows": (Windows, rows),
 }
 
 
@@ -162,7 +176,7 @@ def _leaves(result: object) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.fixture(scope="module", params=["rows", "padded"])
+@pytest.fixture(scope="module", params=["rows", "padded", "windows"])
 def tower(request: pytest.FixtureRequest) -> tuple[nn.Module, Callable[..., Tensors], madtp.PrunedModel]:
     torch.manual_seed(0)
     made, inputs = FORMS[request.param]

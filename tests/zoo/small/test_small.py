@@ -187,3 +187,26 @@ def _runs(name: str) -> None:
     if isinstance(mask, Tensor) and "input_ids" in inputs and mask.dim() == 2 and mask.shape[1] > 8:
         assert mask[0].all()
         assert not mask[-1].all()
+
+
+@pytest.mark.parametrize("name", ["Qwen2_5_VL", "Qwen2_5OmniThinker", "Exaone4_5_", "MuseGlimmer"])
+@torch.no_grad()
+def test_towers_with_windows_have_several_beside_blocks_that_see_the_whole_image(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    name += "ForConditionalGeneration"
+    if not hasattr(transformers, name):
+        pytest.skip(f"this release has no {name}")
+    model, inputs = zoo.small.build(f"hf:{name}")
+    lengths: list[int] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def observed(query: Tensor, key: Tensor, *args: object, **kwargs: object) -> Tensor:
+        lengths.append(key.size(2))
+        return original(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", observed)
+    model(**inputs)
+    image = [36, 12, 12, 4]
+    assert lengths[:18] == 2 * image + [64, 64] + 2 * image
