@@ -109,6 +109,22 @@ def _from_timm(name: str) -> nn.Module:
 
 
 def _from_transformers_config(path: Path) -> nn.Module:
+    config, architecture = read_config(path)
+    import transformers
+
+    make: Callable[[Any], nn.Module] = getattr(transformers, architecture, transformers.AutoModel.from_config)
+    return make(config)
+
+
+def read_config(path: Path) -> tuple[Any, str]:
+    """Read a configuration of transformers.
+
+    Returns:
+        The configuration, and the name of the first class that it names for itself; empty where it names none.
+
+    Raises:
+        ConfigError: The file is unreadable or of a kind that transformers does not know, or there is no transformers.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -130,7 +146,4 @@ def _from_transformers_config(path: Path) -> nn.Module:
         raise ConfigError(
             f"{path}: transformers {transformers.__version__} knows no model type {model_type!r}. {advice}"
         )
-    config = known[model_type].from_dict(content)
-    architecture = (content.get("architectures") or [""])[0]
-    make: Callable[[Any], nn.Module] = getattr(transformers, architecture, transformers.AutoModel.from_config)
-    return make(config)
+    return known[model_type].from_dict(content), (content.get("architectures") or [""])[0]

@@ -77,6 +77,21 @@ class Seconds:
     cpu: float
 
 
+class Stopwatch:
+    """Measures laps, from its making on."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def lap(self) -> Seconds:
+        """Return the time since the lap before, and begin the next one."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        passed = Seconds(wall - self._wall, cpu - self._cpu)
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+        return passed
+
+
 @dataclass(frozen=True)
 class Round:
     """What one round took.
@@ -121,9 +136,9 @@ def _time_once(run: Run, batch: int) -> Seconds:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        cpu, wall = time.process_time(), time.perf_counter()
+        watch = Stopwatch()
         run.call(batch)
-        seconds = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        seconds = watch.lap()
     finally:
         if collecting:
             gc.enable()

@@ -27,6 +27,13 @@ The samples of a batch differ. Strengths are calibrated on other samples. The
 result, a JSON file, is written after every round, so Ctrl-C leaves what was
 measured. On a busy machine, CPU time is less disturbed than wall time.
 
+With --generate, MODEL is a class of transformers that reads an image and words
+and generates, built small (hf:CLASS), or a config.json of one. The table has
+the time of the prefill and of a decoded token, tokens a second and the bytes
+of the key/value cache, dense and pruned, for each batch and prompt size: words
+by --text-tokens, image tokens by --image-size. --set gives the model a size
+at which times mean something; --list names the classes.
+
 [bold]Examples[/bold]
 
   madtp bench blip_nlvr_mini --batch 32
@@ -38,6 +45,11 @@ measured. On a busy machine, CPU time is less disturbed than wall time.
   madtp bench blip_nlvr_mini --variant pruned --variant floor --seconds 60
   madtp bench blip_nlvr_mini -k pruned-80 --variant static --variant onnx
   madtp bench --list
+  madtp bench hf:LlavaForConditionalGeneration --generate -r 0.3 -b 1
+  madtp bench hf:LlavaForConditionalGeneration --generate --image-size 64 \\
+    --image-size 128 --text-tokens 32 --set text_config.num_hidden_layers=8
+  madtp bench ./llava/config.json --generate --new-tokens 64 --json llava.json
+  madtp bench --generate --list
 """
 
 
@@ -70,7 +82,9 @@ def bench_command(
     warm_up: Annotated[int, typer.Option(min=0, help="Rounds before them that do not.")] = 1,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="Begin no further round after this time, for each batch size.", show_default=False),
+        typer.Option(
+            min=0, help="Begin no further round after this time, for each batch and prompt size.", show_default=False
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -87,7 +101,9 @@ def bench_command(
     training: Annotated[bool, typer.Option("--training", help="Time a forward with its backward, too.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Find the peak memory of a call, too.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of samples and random weights.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = Path("benchmark.json"),
+    output: Annotated[Path, typer.Option("--output", "--json", "-o", help="JSON file to write.")] = Path(
+        "benchmark.json"
+    ),
     plot: Annotated[
         Path | None, typer.Option(help="Draw speed-up against MAC ratio to this file.", show_default=False)
     ] = None,
@@ -95,19 +111,77 @@ def bench_command(
         Path | None,
         typer.Option(help="Draw where the time of pruned models goes to this file, and print it.", show_default=False),
     ] = None,
-    list_variants: Annotated[bool, typer.Option("--list", help="List the variants and exit.")] = False,
+    list_variants: Annotated[
+        bool, typer.Option("--list", help="List the variants, or with --generate the models, and exit.")
+    ] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Measure a model that generates.")] = False,
+    text_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Words of a prompt (--generate). Default: 16 and 64.")
+    ] = None,
+    image_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Side of images in pixels (--generate). Default: the model's own.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens to continue each prompt by (--generate). Default: 16.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Field of the configuration, such as text_config.hidden_size=256."
+        ),
+    ] = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
+    from madtp.cli.bench_generation import generators_table, parsed_fields, refuse_options, run_generation
     from madtp.cli.console import output_console
-    from zoo.benchmark import BenchmarkSettings
+    from zoo.benchmark import BenchmarkSettings, GenerationSettings
 
     if list_variants:
-        output_console.print(_variants())
+        output_console.print(generators_table() if generate else _variants())
         return
     if not model:
         raise typer.BadParameter("name a model; `madtp models` lists them", param_hint="MODEL")
     if clock not in ("", "wall", "cpu"):
         raise typer.BadParameter(f"{clock!r} is neither wall nor cpu", param_hint="--clock")
+    chosen: Clock = "cpu" if clock == "cpu" or (not clock and threads == 1) else "wall"
+    refuse_options(
+        generate=generate,
+        of_generation={
+            "--text-tokens": text_tokens,
+            "--image-size": image_size,
+            "--new-tokens": new_tokens,
+            "--set": fields,
+        },
+        of_others={
+            "--checkpoint": checkpoint,
+            "--variant": variant,
+            "--compile": compiled,
+            "--training": training,
+            "--memory": memory,
+            "--plot": plot,
+            "--where": where,
+        },
+    )
+    if generate:
+        generation = GenerationSettings(
+            model=model,
+            fields=parsed_fields(fields or ()),
+            reductions=_reductions(reduction, ()),
+            batch_sizes=tuple(dict.fromkeys(batch or (1, 8))),
+            text_tokens=tuple(dict.fromkeys(text_tokens or (16, 64))),
+            image_sizes=tuple(dict.fromkeys(image_size or ())),
+            new_tokens=new_tokens or 16,
+            batches=batches,
+            calibration_samples=calibration_samples,
+            rounds=rounds,
+            warm_up=warm_up,
+            seconds=seconds,
+            threads=threads,
+            dtype=dtype,
+            seed=seed,
+        )
+        run_generation(generation, output, chosen)
+        return
     checkpoints = tuple(checkpoint or ())
     settings = BenchmarkSettings(
         model=model,
@@ -130,7 +204,7 @@ def bench_command(
     )
     plots = _Plots(speed_ups=plot, time_shares=where)
     _check_files(output, plots)
-    _measure(settings, output, plots, "cpu" if clock == "cpu" or (not clock and threads == 1) else "wall")
+    _measure(settings, output, plots, chosen)
 
 
 def _reductions(asked: list[float] | None, checkpoints: tuple[str, ...]) -> tuple[float, ...]:
@@ -167,9 +241,7 @@ def _measure(settings: BenchmarkSettings, output: Path, plots: _Plots, clock: Cl
     import shlex
     import sys
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from madtp.cli.console import error_console
+    from madtp.cli.console import progress_bar
     from zoo.benchmark import measure
 
     latest: list[BenchmarkResult] = []
@@ -178,18 +250,9 @@ def _measure(settings: BenchmarkSettings, output: Path, plots: _Plots, clock: Cl
         latest[:] = [result]
         result.write(output, clock)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=error_console, transient=True) as progress:
-            bar = progress.add_task(settings.model, total=None)
-            measure(
-                settings,
-                shlex.join(sys.argv),
-                save=save,
-                notify=lambda doing, done, total: progress.update(
-                    bar, description=doing, completed=done, total=total or None
-                ),
-            )
+        with progress_bar(settings.model) as notify:
+            measure(settings, shlex.join(sys.argv), save=save, notify=notify)
     finally:
         if latest:
             _show(latest[0], settings, output, plots, clock)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,24 @@ if TYPE_CHECKING:
 
 output_console = Console(highlight=False)
 error_console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar on stderr inside the block.
+
+    Args:
+        title: what it says at first.
+
+    Returns:
+        A function that takes what is being done, how much of it is done, and how much there is; 0 if that is unknown.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=error_console, transient=True) as progress:
+        bar = progress.add_task(title, total=None)
+        yield lambda doing, done, total: progress.update(bar, description=doing, completed=done, total=total or None)
 
 
 class _NoJsonForm:

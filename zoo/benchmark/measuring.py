@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from madtp.errors import ConfigError, MadtpError
 from madtp.pruned import PrunedModel
 from madtp.tuning.break_even import timed_sites
 from zoo.benchmark.bench import Bench, Target, targets_of
-from zoo.benchmark.models import Batch, open_model
+from zoo.benchmark.models import cast_batch, open_model
 from zoo.benchmark.variants import Entrant, Variant, choose_variants
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,12 +110,12 @@ class BenchmarkSettings:
         return ("inference", "training") if self.training else ("inference",)
 
 
-def _quiet(doing: str, done: int, total: int) -> None:
+def quiet(doing: str, done: int, total: int) -> None:
     """Reports nothing."""
 
 
 def measure(
-    settings: BenchmarkSettings, command: str = "", *, save: Save = lambda result: None, notify: Notify = _quiet
+    settings: BenchmarkSettings, command: str = "", *, save: Save = lambda result: None, notify: Notify = quiet
 ) -> BenchmarkResult:
     """Measure a model, its variants taking turns. A variant that cannot be built is left out, with the reason in the result.
 
@@ -133,7 +132,7 @@ def measure(
     result = BenchmarkResult(command, asdict(settings), describe_environment(LIBRARIES))
     notify(f"building {settings.model}", 0, 0)
     opened = open_model(settings.model, settings.checkpoints, settings.seed)
-    cast = partial(_cast, DTYPES[settings.dtype])
+    cast = partial(cast_batch, DTYPES[settings.dtype])
     for module in (opened.dense, *opened.pruned.values()):
         module.to(DTYPES[settings.dtype]).eval()
     calibration = opened.calibration(settings.calibration_samples)
@@ -277,10 +276,3 @@ def _mode(modules: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
     finally:
         for module in modules:
             module.eval()
-
-
-def _cast(dtype: torch.dtype, batch: Batch) -> Batch:
-    def change(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: change(value) for name, value in batch.items()}

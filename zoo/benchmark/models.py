@@ -123,3 +123,12 @@ def _drawn(model: nn.Module, count: int, seed: int) -> Batch:
 
 def _part(whole: Batch, start: int, end: int) -> Batch:
     return {name: value[start:end] if isinstance(value, Tensor) else value for name, value in whole.items()}
+
+
+def cast_batch(dtype: torch.dtype, batch: Batch) -> Batch:
+    """Return a batch with its floating-point tensors in a dtype."""
+
+    def change(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: change(value) for name, value in batch.items()}

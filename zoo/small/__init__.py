@@ -72,7 +72,7 @@ def build_model(name: str) -> nn.Module:
         raise UnknownModelError(f"{name!r} is not the name of a small architecture, such as 'hf:CLIPModel'.")
     torch.manual_seed(_SEED)
     model: nn.Module = _module_of(library).build(architecture).eval()
-    _enliven(model)
+    enliven(model)
     return model
 
 
@@ -84,9 +84,9 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     return model, example_inputs(model)
 
 
-def _enliven(model: nn.Module) -> None:
+def enliven(model: nn.Module, seed: int = _SEED) -> None:
     """Draw weights anew: an initialisation with tables of 0.02 and scales of zero makes all tokens alike and hides errors."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.dtype.is_floating_point or not parameter.numel():
