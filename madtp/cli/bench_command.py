@@ -27,12 +27,12 @@ The samples of a batch differ. Strengths are calibrated on other samples. The
 result, a JSON file, is written after every round, so Ctrl-C leaves what was
 measured. On a busy machine, CPU time is less disturbed than wall time.
 
-With --generate, MODEL is a class of transformers that reads an image and words
-and generates, built small (hf:CLASS), or a config.json of one. The table has
-the time of the prefill and of a decoded token, tokens a second and the bytes
-of the key/value cache, dense and pruned, for each batch and prompt size: words
-by --text-tokens, image tokens by --image-size. --set gives the model a size
-at which times mean something; --list names the classes.
+With --generate, MODEL is a class of transformers that reads an image and
+words, built small (hf:CLASS), or a config.json of one. The tables have the
+time of the prefill and of a step, new tokens a second and the bytes of the
+key/value cache, dense and pruned, for each batch and prompt. --text-tokens
+sets the words of a prompt, --image-size its image tokens. --set gives the
+model a size at which times mean something.
 
 [bold]Examples[/bold]
 
@@ -48,7 +48,7 @@ at which times mean something; --list names the classes.
   madtp bench hf:LlavaForConditionalGeneration --generate -r 0.3 -b 1
   madtp bench hf:LlavaForConditionalGeneration --generate --image-size 64 \\
     --image-size 128 --text-tokens 32 --set text_config.num_hidden_layers=8
-  madtp bench ./llava/config.json --generate --new-tokens 64 --json llava.json
+  madtp bench ./llava/config.json --generate --new-tokens 64 --json times.json
   madtp bench --generate --list
 """
 

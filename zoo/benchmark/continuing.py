@@ -6,7 +6,7 @@ since transformers renamed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from madtp.benchmark import Round, Seconds, Stopwatch
 from madtp.benchmark.generation import GenerationMeasurement, Times
+from madtp.errors import ConfigError
 from zoo.benchmark.generators import CACHES
 from zoo.benchmark.models import Batch
 
@@ -42,23 +43,28 @@ class Continuing:
     steps: list[Seconds] = field(default_factory=list)
 
     @torch.inference_mode()
-    def generate(self, calls: Sequence[Batch], cache_name: str, number: int) -> None:
+    def generate(self, calls: Sequence[Batch], form: StepForm, number: int) -> Tensor:
         """Continue the prompts of a batch, and time the prefill and the steps.
 
         Args:
             calls: batches of prompts.
-            cache_name: what the model's forward calls a cache.
+            form: how the model takes steps.
             number: of the batch.
+
+        Returns:
+            The new words, ``[B, new tokens]``.
         """
-        call, steps = calls[number], self.measurement.new_tokens - 1
+        call = calls[number]
+        given = [form.arguments(call, step) for step in range(1, self.measurement.new_tokens)]
         watch = Stopwatch()
         output = self.model(**call, use_cache=True)
-        words = next_words(output)
+        words = [next_words(output)]
         self.prefills.append(watch.lap())
-        for given in masks_of_steps(call, steps):
-            output = self.model(input_ids=words, use_cache=True, **{cache_name: cache_of(output)}, **given)
-            words = next_words(output)
+        for arguments in given:
+            output = form.step(self.model, output, words[-1], arguments)
+            words.append(next_words(output))
         self.steps.append(watch.lap())
+        return torch.cat(words, dim=1)
 
     def finish(self, timed: Round) -> None:
         """Take the times of a round, and count them if it counts."""
@@ -85,8 +91,16 @@ def _joined(before: Times, after: Times) -> Times:
 
 
 def cache_of(output: Any) -> Any:
-    """Return the key/value cache in what a call of a model returned, by its newest name that is there."""
-    return next(getattr(output, name) for name in CACHES if getattr(output, name, None) is not None)
+    """Return the key/value cache in what a call of a model returned, by its newest name that is there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = (getattr(output, name, None) for name in CACHES)
+    cache = next((one for one in found if one is not None), None)
+    if cache is None:
+        raise ConfigError(f"its call returns no key/value cache, but a {type(output).__name__}.")
+    return cache
 
 
 def next_words(output: Any) -> Tensor:
@@ -95,10 +109,48 @@ def next_words(output: Any) -> Tensor:
     return words
 
 
-def masks_of_steps(prompt: Batch, steps: int) -> list[dict[str, Tensor]]:
-    """The attention mask of each step, ``[B, T + 1]``, ``[B, T + 2]`` ...; empty for a model that takes none."""
-    mask = prompt.get("attention_mask")
-    if mask is None:
-        return [{} for _ in range(steps)]
-    longest = torch.cat([mask, mask.new_ones(len(mask), steps)], dim=1)
-    return [{"attention_mask": longest[:, : mask.shape[1] + number]} for number in range(1, steps + 1)]
+@dataclass(frozen=True)
+class StepForm:
+    """How a model takes a step.
+
+    Attributes:
+        cache_name: what its forward calls a cache.
+        masked: whether it takes the attention mask of all tokens. Without padding the mask says nothing, and some models take
+            it for the positions of all tokens.
+    """
+
+    cache_name: str
+    masked: bool
+
+    def arguments(self, prompt: Batch, number: int) -> dict[str, Tensor]:
+        """Return what a step takes beside the word and the cache: a mask ``[B, T + number]``. Steps count from 1."""
+        mask = prompt.get("attention_mask")
+        if mask is None or not self.masked:
+            return {}
+        return {"attention_mask": torch.cat([mask, mask.new_ones(len(mask), number)], dim=1)}
+
+    def step(self, model: nn.Module, output: Any, words: Tensor, given: Mapping[str, Tensor]) -> Any:
+        """Return the output of a step behind an output, for words ``[B, 1]`` and other arguments."""
+        return model(input_ids=words, use_cache=True, **{self.cache_name: cache_of(output)}, **given)
+
+
+@torch.inference_mode()
+def form_of_steps(model: nn.Module, cache_name: str, prompt: Batch) -> StepForm:
+    """Try out a prefill and a step, with a mask and without one, and return how the model takes steps.
+
+    Raises:
+        ConfigError: the model takes neither.
+    """
+    errors = []
+    for form in (StepForm(cache_name, masked=True), StepForm(cache_name, masked=False)):
+        try:
+            output = model(**prompt, use_cache=True)
+            form.step(model, output, next_words(output), form.arguments(prompt, 1))
+        except Exception as error:  # the model's own, whatever it is
+            errors.append(error)
+        else:
+            return form
+    raise ConfigError(
+        f"{type(model).__name__} cannot be measured: its call with a prompt, or with a word and a cache, fails "
+        f"({type(errors[0]).__name__}: {errors[0]})."
+    ) from errors[0]

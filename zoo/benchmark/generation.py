@@ -18,7 +18,7 @@ from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
 from madtp.tokens.cache_bytes import bytes_of_caches
 from zoo.benchmark.bench import TOLERANCE, set_strength, targets_of
-from zoo.benchmark.continuing import Continuing, cache_of, masks_of_steps, next_words
+from zoo.benchmark.continuing import Continuing, StepForm, cache_of, form_of_steps
 from zoo.benchmark.generators import GeneratingModel, PromptSize, open_generator
 from zoo.benchmark.measuring import DTYPES, FEWEST_SAMPLES, LIBRARIES, Notify, quiet
 from zoo.benchmark.models import DRAWN_SAMPLES, Batch, cast_batch
@@ -129,7 +129,7 @@ class _Session:
     def measure_model(self, opened: GeneratingModel) -> None:
         """Rewrite a model, and measure it with prompts of all lengths."""
         lengths = self.settings.text_tokens
-        self._try_out(opened, lengths[0])
+        form = form_of_steps(opened.dense, opened.cache_name, self._cast(opened.prompts(2, 2, lengths[0]))[0])
         self.notify("rewriting", 0, 0)
         pruned = madtp.rewrite(opened.dense, self._calibration(opened, lengths[0])[0]).eval()
         for text_tokens in lengths:
@@ -137,21 +137,7 @@ class _Session:
             for batch in self.settings.batch_sizes:
                 count = self.settings.batches_of(batch) * batch
                 prompts = self._cast(opened.prompts(count, batch, text_tokens))
-                self._time(opened, pruned, Prompts(prompts, batch, text_tokens), gains)
-
-    @torch.inference_mode()
-    def _try_out(self, opened: GeneratingModel, text_tokens: int) -> None:
-        """Run a prefill and a step of the dense model."""
-        prompt = self._cast(opened.prompts(2, 2, text_tokens))[0]
-        try:
-            output = opened.dense(**prompt, use_cache=True)
-            given = {opened.cache_name: cache_of(output), **masks_of_steps(prompt, 1)[0]}
-            opened.dense(input_ids=next_words(output), use_cache=True, **given)
-        except Exception as error:  # the model's own, whatever it is
-            raise ConfigError(
-                f"{opened.name} cannot be measured: its call with a prompt, or with a cache, a word and a mask, fails "
-                f"({type(error).__name__}: {error})."
-            ) from error
+                self._time((opened.dense, pruned), form, Prompts(prompts, batch, text_tokens), gains)
 
     def _gains(self, opened: GeneratingModel, pruned: PrunedModel, text_tokens: int) -> dict[str, float]:
         """Calibrate for prompts with so many words; gains by the label of the strength."""
@@ -169,8 +155,11 @@ class _Session:
         self.result = replace(self.result, notes={**self.result.notes, **notes})
         return gains
 
-    def _time(self, opened: GeneratingModel, pruned: PrunedModel, prompts: Prompts, gains: Mapping[str, float]) -> None:
-        """Measure dense and pruned in turns on prompts, and add the measurements to the result."""
+    def _time(
+        self, models: tuple[nn.Module, PrunedModel], form: StepForm, prompts: Prompts, gains: Mapping[str, float]
+    ) -> None:
+        """Measure a dense model and its pruned one in turns on prompts, and add the measurements to the result."""
+        dense, pruned = models
         doing = f"batch {prompts.batch}, prompts of {prompts.length}"
         total = self.settings.warm_up + self.settings.rounds
         self.notify(f"{doing}: what is kept", 0, 0)
@@ -181,15 +170,12 @@ class _Session:
             text_tokens=prompts.text_tokens,
             new_tokens=self.settings.new_tokens,
         )
-        entrants = [Continuing(blank(target="", **dense_costs(opened.dense, pruned, prompts.calls)), opened.dense)]
+        entrants = [Continuing(blank(target="", **dense_costs(dense, pruned, prompts.calls)), dense)]
         for label, gain in gains.items():
             prepare = partial(set_strength, pruned, gain=gain)
             prepare()
             entrants.append(Continuing(blank(target=label, **pruned_costs(pruned, prompts.calls)), pruned, prepare))
-        runs = [
-            Run(one.measurement.name, partial(one.generate, prompts.calls, opened.cache_name), one.prepare)
-            for one in entrants
-        ]
+        runs = [Run(one.measurement.name, partial(one.generate, prompts.calls, form), one.prepare) for one in entrants]
         before = self.result
         self.notify(doing, 0, total)
         for timed in time_interleaved(runs, len(prompts.calls), self.settings.limits):

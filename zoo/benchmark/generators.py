@@ -23,6 +23,7 @@ from zoo.benchmark.pictures import draw_pictures
 from zoo.examples import read_config
 from zoo.inputs.draft import InputsDraft, first, pair
 from zoo.small import enliven, hf, names
+from zoo.suggestions import did_you_mean
 
 HF = "hf:"
 CACHES = ("cache", "past_key_values")
@@ -178,9 +179,8 @@ def generates(kind: type) -> bool:
 
 def list_generators() -> list[str]:
     """Return the names of the models of the catalogue that generate from an image and words, in its order."""
-    import transformers
-
-    kinds = {name: getattr(transformers, name.removeprefix(HF), None) for name in names([f"{HF}*For*"])}
+    library = _transformers()
+    kinds = {name: getattr(library, name.removeprefix(HF), None) for name in names([f"{HF}*For*"])}
     return [name for name, kind in kinds.items() if kind is not None and generates(kind)]
 
 
@@ -190,19 +190,26 @@ def _cache_name(kind: type) -> str | None:
 
 
 def _kind_and_config(name: str) -> tuple[Any, Any]:
+    """A class and a configuration for it; that of a class that does not generate is not needed."""
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
         config, architecture = read_config(path / "config.json" if path.is_dir() else path)
-        import transformers
-
-        return getattr(transformers, architecture, type(None)), config
+        if not architecture:
+            raise ConfigError(f'{path} names no class; add one that generates as "architectures": ["..."].')
+        return getattr(_transformers(), architecture, type(None)), config
     if not name.startswith(HF):
         return type(None), None
     names([name])
-    import transformers
-
-    kind = getattr(transformers, name.removeprefix(HF))
+    kind = getattr(_transformers(), name.removeprefix(HF), type(None))
     return kind, hf.small_config(kind) if generates(kind) else None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("transformers is not installed; run pip install 'madtp[hf]'.") from error
+    return transformers
 
 
 def _changed(name: str, config: Any, fields: dict[str, Any]) -> Any:
@@ -216,13 +223,23 @@ def _changed(name: str, config: Any, fields: dict[str, Any]) -> Any:
         for part in outer:
             owner = owner.get(part) if isinstance(owner, dict) else None
         if not isinstance(owner, dict) or last not in owner:
-            known = ", ".join(sorted(owner)) if isinstance(owner, dict) else ", ".join(sorted(content))
-            raise ConfigError(f"the configuration of {name} has no field {path!r}; there are {known}.")
+            advice = did_you_mean(
+                path, _paths(content), otherwise="Nested fields have dots, as in text_config.hidden_size."
+            )
+            raise ConfigError(f"the configuration of {name} has no field {path!r}. {advice}")
         owner[last] = value
     try:
         return type(config).from_dict(content)
     except Exception as error:
         raise ConfigError(f"the configuration of {name} does not take {json.dumps(fields)}: {error}") from error
+
+
+def _paths(content: Mapping[str, Any], before: str = "") -> list[str]:
+    """Dotted names of all fields."""
+    found = []
+    for name, value in content.items():
+        found += [f"{before}{name}", *(_paths(value, f"{before}{name}.") if isinstance(value, dict) else ())]
+    return found
 
 
 def _resize(name: str, config: Any, side: int) -> None:
@@ -233,7 +250,9 @@ def _resize(name: str, config: Any, side: int) -> None:
     if old is None:
         raise ConfigError(f"the configuration of {name} has no image size, so leave out --image-size.")
     if patch is not None and any(side % edge for edge in pair(patch)):
-        raise ConfigError(f"images of {side} pixels are not made of whole patches of {pair(patch)[0]}; round it.")
+        raise ConfigError(
+            f"images of {side} pixels are not made of whole patches of {pair(patch)[0]}; choose a multiple."
+        )
     vision.image_size = side if isinstance(old, int) else [side] * len(old)
 
 
