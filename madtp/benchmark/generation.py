@@ -51,7 +51,8 @@ class GenerationMeasurement:
         new_tokens: tokens that each sample is continued by; the prefill yields the first.
         target: how strongly the model is pruned; empty for the dense model.
         macs: multiply-accumulates of the prefill, per sample.
-        cache_bytes: bytes of the key/value cache of a batch after the prefill, the mean over the batches.
+        cache_bytes: bytes of the key/value cache of a batch after the prefill, the mean over the batches. A batch takes as many
+            slots as its fullest sample.
         prefill: times of the prefill of a batch.
         step: times of a step of a batch, the mean over the steps.
         tokens: tokens of each sample after each site, by site, one entry for each batch.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from madtp.benchmark.generation import GenerationComparison, GenerationResult, compare_generation
 from madtp.benchmark.result import Clock
 
-COLUMNS = ("prefill\nms", "a step\nms", "new tokens\na second", "cache\nKiB")
+COLUMNS = ("MACs", "prefill\nms", "a step\nms", "new tokens\na second", "cache\nKiB")
 
 
 def generation_tables(result: GenerationResult, title: str, clock: Clock = "wall") -> list[Table]:
@@ -26,7 +25,7 @@ def generation_tables(result: GenerationResult, title: str, clock: Clock = "wall
 
 
 def _table(rows: list[GenerationComparison], title: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     table.add_column("image +\ntext", no_wrap=True)
     table.add_column("variant", no_wrap=True)
     for column in COLUMNS:
@@ -37,17 +36,20 @@ def _table(rows: list[GenerationComparison], title: str) -> Table:
         table.add_row(
             "" if prompt == last else prompt,
             row.name,
-            _cell(f"{row.prefill_ms.median:.1f}", row.prefill_share),
-            _cell(f"{row.step_ms.median:.2f}", row.step_share),
-            _cell(f"{row.tokens_per_second:.1f}", row.speed_share),
-            _cell(f"{row.cache_bytes / 2**10:.0f}", row.cache_share),
+            "" if row.macs_share is None else f"×{row.macs_share:.2f}",
+            _cell(row.prefill_ms.median, row.prefill_share),
+            _cell(row.step_ms.median, row.step_share),
+            _cell(row.tokens_per_second, row.speed_share),
+            _cell(row.cache_bytes / 2**10, row.cache_share),
         )
         last = prompt
     return table
 
 
-def _cell(value: str, share: float | None) -> str:
-    return value if share is None else f"{value} ×{share:.2f}"
+def _cell(value: float, share: float | None) -> str:
+    """A number of three digits or more, and what it is of the dense model's."""
+    digits = f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    return digits if share is None else f"{digits} ×{share:.2f}"
 
 
 def generation_conditions(result: GenerationResult, clock: Clock = "wall") -> str:
@@ -71,6 +73,6 @@ def generation_conditions(result: GenerationResult, clock: Clock = "wall") -> st
         f"{machine.cpu}, {machine.capability}, {threads}, {settings['dtype']}, seed {settings['seed']}. {versions}. "
         f"Half of the distance between the quartiles: {widest:.0%} or less. {new} new tokens: the prefill yields the first, a "
         f"step each of the other {new - 1}; new tokens a second are of all samples, with the prefill. "
-        "Cache: keys and values of a batch after the prefill. ×: what it is of dense."
+        "MACs: of the prefill. Cache: keys and values of a batch after it. ×: what it is of dense."
     )
     return text if result.complete else f"{text} Interrupted."

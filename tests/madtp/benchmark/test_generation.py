@@ -79,9 +79,10 @@ def test_tables_fit_a_narrow_console() -> None:
         "cache",
         "576 + 64",
         "pruned −50%",
-        "500.0 ×0.50",
-        "90.00 ×0.90",
-        "1 ×0.25",
+        "MACs",
+        "500 ×0.50",
+        "90.0 ×0.90",
+        "1.00 ×0.25",
     ):
         assert cell in written
     assert written.count("batch of") == 1

@@ -79,7 +79,13 @@ def test_options_reach_the_measurement_and_the_record_is_written(
             reductions=(0.3,),
         )
     ]
-    for part in ("hf:Some: generation, batch of 1, cpu time", "64 + 16", "4.0 ×1.00", "2 ×1.00", "results written to"):
+    for part in (
+        "hf:Some: generation, batch of 1, cpu time",
+        "64 + 16",
+        "4.00 ×1.00",
+        "2.00 ×1.00",
+        "results written to",
+    ):
         assert part in outcome.output
     assert GenerationResult.read(path).measurements[0].cache_bytes == 2048
 
