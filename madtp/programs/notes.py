@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -14,6 +15,7 @@ from madtp.report import RewriteReport, UnprunedCalls
 from madtp.sites.control import PruningControl
 
 log = logging.getLogger("madtp")
+_held: ContextVar[list[UnprunedCalls] | None] = ContextVar("remarks on calls that run unpruned", default=None)
 
 
 class Notes:
@@ -40,6 +42,10 @@ class Notes:
             UnprunedError: the configuration is strict.
         """
         calls = UnprunedCalls(called, reason)
+        held = _held.get()
+        if held is not None:
+            held.append(calls)
+            return
         if self.strict:
             raise UnprunedError(
                 f"{calls}. Leave strict=True out of the configuration to run them as the original does."
@@ -47,6 +53,17 @@ class Notes:
         if calls not in self.report.unpruned:
             self.report.unpruned.append(calls)
         self.add(str(calls))
+
+
+@contextmanager
+def holding_remarks() -> Iterator[list[UnprunedCalls]]:
+    """Collect remarks on unpruned calls inside the block, in place of making them."""
+    held: list[UnprunedCalls] = []
+    before = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(before)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class Program:
         own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
         lost_gradients: parameters and inputs to which the original passes gradients, and the graph does not.
         unshielded: it serves calls without autocast alone.
+        unpruned: why it prunes nothing although its module has sites; empty if it prunes, or has none.
         padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
 
@@ -60,6 +61,7 @@ class Program:
     marked: Mapping[str, MarkedAxes] = field(default_factory=dict)
     limits: SizeLimits = field(default_factory=SizeLimits)
     given: tuple[str, ...] = ()
+    unpruned: str = ""
     padded: tuple[str, ...] = ()
     turns_back: bool = False
     own_backward: tuple[str, ...] = ()

@@ -64,6 +64,7 @@ class ProgramBuilder:
             in advance.
         per_image: which arguments hold the images, if calls are split into images, a batch of which a program takes. None if
             they are not.
+        method: name of the method whose calls are served; empty for ``forward``.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class ProgramBuilder:
         *,
         inner: bool,
         per_image: PerImageArguments | None,
+        method: str = "",
     ) -> None:
         """Make a builder; see above for the arguments."""
         self.module, self.host, self.build_program = module, host, build_program
-        self.inner, self.per_image = inner, per_image
+        self.inner, self.per_image, self.method = inner, per_image, method
         self.additions = additions_of(host)
         self._caches_in_place = CachesInPlace()
 
@@ -143,8 +145,11 @@ class ProgramBuilder:
         return program
 
     def original(self) -> nn.Module:
-        """The module as it was before the rewrite."""
-        return original_of(self.module, self.additions.own_hooks)
+        """The module as it was before the rewrite; its forward is the method that is served."""
+        original = original_of(self.module, self.additions.own_hooks)
+        if self.method:
+            original.__dict__["forward"] = getattr(original, self.method)
+        return original
 
     def run_evaluating(self, call: Call, program: Program) -> object:
         """What the module itself returns for ``call`` in eval mode, with gradients if they are on.

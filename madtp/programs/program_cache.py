@@ -97,6 +97,7 @@ class ProgramCache:
         inner: bool = False,
         per_image: PerImageArguments | None = None,
         chain: Chain | None = None,
+        method: str = "",
     ) -> None:
         """Make an empty cache; see above, and :class:`~madtp.programs.program_builder.ProgramBuilder`, for the arguments.
 
@@ -104,8 +105,9 @@ class ProgramCache:
         """
         self.path, self.host = path, host
         self.module = host.get_submodule(path) if chain is None else ChainedModules(host, chain.names)
-        self.name = (path or type(host).__name__) if chain is None else str(chain)
-        self.builder = ProgramBuilder(self.module, host, build_program, inner=inner, per_image=per_image)
+        own_name = f"{type(host).__name__}.{method}".rstrip(".")
+        self.name = (path or own_name) if chain is None else str(chain)
+        self.builder = ProgramBuilder(self.module, host, build_program, inner=inner, per_image=per_image, method=method)
         self.additions = additions_of(host)
         self.module_states = ModuleStates(self.module, without="" if path else PREFIX)
         # Replaced, never changed: other threads may be reading it.

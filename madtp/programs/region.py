@@ -94,6 +94,8 @@ class PrunedRegion(ReplacedForward):
         for program in self._candidates(call, continues):
             trying = self.programs.trying(program, call)
             with suppress(OtherBranch), self.control.call(), self.control.in_program(), trying:
+                if program.unpruned and self.control.active:
+                    self._note(program.unpruned)
                 self.control.begin_program()
                 result = self.programs.run(program, call)
                 self._follow(call, result)

@@ -50,6 +50,8 @@ class WholeForward(ReplacedForward):
         try:
             for program in self.programs.candidates(call):
                 with suppress(OtherBranch), self.control.call(), self.programs.trying(program, call):
+                    if program.unpruned and self.control.active:
+                        self.notes.unpruned(type(self.module).__name__, program.unpruned)
                     self.control.begin_program()
                     return self.programs.run(program, call)
         except Unserved as error:

@@ -16,6 +16,7 @@ from madtp.method.guidance import ImageOrder, alignment_loss, mean_over_images, 
 from madtp.programs.host_forward import HostForward
 from madtp.programs.notes import Notes
 from madtp.programs.pricing import Tokens, macs_by_module
+from madtp.programs.pruned_methods import PrunedMethods
 from madtp.programs.whole_forward import WholeForward
 from madtp.report import RewriteReport
 from madtp.sites.additions import Additions
@@ -83,6 +84,7 @@ class PruningHandle(Additions):
         self.example: dict[str, Any] = {"args": [], "kwargs": {}}
         self.alignment_weight = 0.0
         self.forward_of_host: WholeForward | HostForward | None = None
+        self.methods: PrunedMethods | None = None
         self.alignment_spec = alignment
 
     def forward(self, value: Any) -> Any:

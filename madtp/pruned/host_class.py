@@ -113,7 +113,9 @@ def _one_call(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         if is_compiling() or control.scope.calls or control.scope.runs_original:
             return method(self, *args, **kwargs)
         bound = types.MethodType(method, self)
-        return as_one_call(bound, control, _noting_unpruned_blocks(self, name))(*args, **kwargs)
+        own = as_one_call(bound, control, _noting_unpruned_blocks(self, name))
+        methods = self.madtp.methods
+        return own(*args, **kwargs) if methods is None else methods.run(bound, own, args, kwargs)
 
     return called
 

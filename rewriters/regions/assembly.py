@@ -20,6 +20,7 @@ from madtp.programs.originals import original_of
 from madtp.programs.program import Program
 from madtp.programs.program_builder import BuildProgram
 from madtp.programs.program_cache import ProgramCache
+from madtp.programs.pruned_methods import PrunedMethods
 from madtp.pruned import AlignmentSpec, PrunedModel
 from madtp.pruned.make import make_pruned, replace_forward, replace_forwards
 from madtp.tokens.cache_marks import MarkedAxes
@@ -58,6 +59,8 @@ def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks)
         if rewritten.whole:
             for path in single_modality_towers(pruned, plan):
                 replace_forward(pruned, path, _tower_builder(each, config, pruned, path), inner=True)
+            handle = pruned.madtp
+            handle.methods = PrunedMethods(pruned, _method_builder(each, config), handle.control, handle.notes)
     pruned.madtp.example = record_call(request.call)
     return pruned
 
@@ -107,6 +110,21 @@ def _inner_builder(rewritten: RewrittenRegion, config: PruningConfig, inner: Reg
     return build
 
 
+def _method_builder(rewritten: RewrittenRegion, config: PruningConfig) -> BuildProgram:
+    """What makes programs for methods of a model that is rewritten whole, onto the sites that it has."""
+    specs = {site.name: site.spec() for site in rewritten.plan.sites}
+
+    def build(module: nn.Module, call: Call, serial: int, marked: Mapping[str, MarkedAxes]) -> Program:
+        further = rewrite_region(Request(module, call, config, serial=serial, existing_sites=frozenset(specs)))
+        if not further.plan.sites:
+            raise NothingToPruneError("none of the sites of the model lies in what it computes")
+        if any(site.spec() != specs[site.name] for site in further.plan.sites):
+            raise RewriteError("by itself it would be pruned in another way than as a part of the model")
+        return further.program
+
+    return build
+
+
 def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: PrunedModel, path: str) -> BuildProgram:
     """What makes programs for a tower of a model that is rewritten whole, for when a method of the model calls it."""
 
@@ -120,7 +138,7 @@ def _tower_builder(rewritten: RewrittenRegion, config: PruningConfig, pruned: Pr
 def _note_lost_sites(further: RewrittenRegion, sites: frozenset[str], module: nn.Module, notes: Notes) -> None:
     lost = further.unpruned_sites(sites, module)
     if lost and not further.plan.sites:
-        notes.unpruned(further.region.name or type(module).__name__, _lost(lost, further))
+        further.program.unpruned = _lost(lost, further)
     elif lost:
         notes.add(_lost(lost, further))
 
