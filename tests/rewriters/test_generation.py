@@ -69,6 +69,72 @@ def test_generation_from_pruned_prompts(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["hf:LlavaForConditionalGeneration", "hf:Gemma3ForConditionalGeneration"])
+@torch.no_grad()
+def test_steps_from_a_cache_give_what_one_long_call_gives(name: str) -> None:
+    """Several turns, too. The window of Gemma 3 slides, and is shorter than the prompt."""
+    torch.manual_seed(0)
+    model, made = zoo.small.build(name)
+    if hasattr(model.config.text_config, "sliding_window"):
+        model.config.text_config.sliding_window = 9
+        model = type(model)(model.config).eval()
+    inputs = _padded_on_the_left(dict(made))
+    pruned = madtp.rewrite(model, inputs, config=madtp.PruningConfig(merge=False, gain=2.0))
+    output = pruned(**inputs, use_cache=True)
+    cache_name = "cache" if hasattr(output, "cache") else "past_key_values"
+    kept = {site: x.clone() for site, x in pruned.kept_tokens().items()}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    length = ids.shape[1]
+    for tokens in (1, 1, 3, 1):
+        new = torch.randint(20, 60, (len(ids), tokens))
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+        given = {cache_name: getattr(output, cache_name), "use_cache": True}
+        output = pruned(input_ids=new, attention_mask=mask, **given)
+        longer = {
+            **{n: _longer(x, ids.shape[1]) if x.shape == inputs["input_ids"].shape else x for n, x in inputs.items()},
+            "input_ids": ids,
+            "attention_mask": mask,
+        }
+        pruned.madtp.control.forced = {
+            site: _longer(x, ids.shape[1], fill=True) if x.shape[1] == length else x for site, x in kept.items()
+        }
+        wanted = pruned(**longer, use_cache=False)
+        pruned.madtp.control.forced = None
+        torch.testing.assert_close(output.logits[:, -1], wanted.logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def _longer(x: Tensor, length: int, *, fill: bool = False) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - x.shape[1]), value=fill)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_beams_and_caches_of_each_kind() -> None:
+    torch.manual_seed(0)
+    model, made = zoo.small.build("hf:Mistral3ForConditionalGeneration")
+    inputs = _padded_on_the_left(dict(made))
+    with eager_arithmetic():
+        pruned = madtp.rewrite(model.eval(), inputs)
+        beams = {**SAID, "num_beams": 3}
+        with pruned.dense():
+            assert torch.equal(pruned.generate(**inputs, **beams), model.generate(**inputs, **beams))
+        pruned.gain = 3.0
+        said = pruned.generate(**inputs, **beams)
+        for row in range(len(said)):
+            assert torch.equal(pruned.generate(**_row(inputs, row), **beams)[0], said[row])
+        held, dense = pruned.madtp.cache_bytes()
+        assert held < dense
+        assert not pruned.report.notes
+        static = {**SAID, "cache_implementation": "static"}
+        with pruned.dense():
+            assert torch.equal(pruned.generate(**inputs, **static), model.generate(**inputs, **static))
+        pruned.generate(**inputs, **static)
+        assert any("memory set aside" in note for note in pruned.report.notes)
+
+
+@pytest.mark.slow
 def test_a_decoder_layer_that_cannot_be_told_where_images_are_leaves_the_rest() -> None:
     """What reaches its second layer has been through the first, in which nothing is followed."""
     model, inputs = zoo.small.build("hf:AriaForConditionalGeneration")
