@@ -124,6 +124,11 @@ def is_object(leaf: object) -> bool:
     return not isinstance(leaf, (Tensor, torch.SymInt, *CONSTANTS))
 
 
+def leaves_of(values: object) -> list[object]:
+    """Return the leaves of nested containers; objects are leaves, whatever pytree knows of them."""
+    return _leaves(values)[0]
+
+
 def _leaves(values: object) -> tuple[list[object], pytree.TreeSpec]:
     return pytree.tree_flatten(values, is_leaf=lambda x: not _is_container(x))
 

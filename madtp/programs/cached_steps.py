@@ -15,14 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from madtp.calls.objects import CONSTANTS, is_object
+from madtp.calls.objects import CONSTANTS, is_object, leaves_of
 from madtp.errors import ContinuationError
 from madtp.programs.originals import original_of
 from madtp.sites.additions import additions_of
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
 from madtp.tokens.cache_bytes import tensors_in
-from madtp.tokens.cached_tokens import CachedTokens, NotFollowed, holds_cached_tokens, strictly_followed
+from madtp.tokens.cached_tokens import (
+    CachedTokens,
+    NotFollowed,
+    dropped_as_zeros,
+    holds_cached_tokens,
+    strictly_followed,
+)
 
 Forward: TypeAlias = Callable[..., Any]
 CHANGED = (
@@ -58,8 +64,8 @@ class CachedSteps:
 
     def serve_text(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         """Whether :meth:`run` can run a call that hands on nothing to prune: a cache, and no features or pixels."""
-        given = (*args, *kwargs.values())
-        if any(isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 2 for one in given):
+        given = leaves_of((args, dict(kwargs)))
+        if any(isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1 for one in given):
             return False
         known = self.control.cache_types
         unpruned = any(type(one) in known and _is_filled(one) for one in given if is_object(one))
@@ -85,11 +91,21 @@ class CachedSteps:
                 result = original(*own_args, **own_kwargs)
         except NotFollowed:
             return False
-        except Exception:  # the model's own, which the call itself raises
-            return True
+        except Exception:  # if it is the model's own, the call itself raises it
+            return self._fails_with_all_tokens(args, kwargs)
         kept = [x for one in (*own_args, *own_kwargs.values()) if is_object(one) for x in tensors_in(one)]
         returned = [x for x in pytree.tree_leaves(result) if isinstance(x, CachedTokens)]
         return all(any(x is one for one in kept) for x in returned)
+
+    def _fails_with_all_tokens(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        original = original_of(self.module, additions_of(self.host).own_hooks)
+        own_args, own_kwargs = _with_own_caches((args, dict(kwargs)))
+        try:
+            with torch.no_grad(), trial_run(self.module, (own_args, own_kwargs)), dropped_as_zeros():
+                original(*own_args, **own_kwargs)
+        except Exception:
+            return True
+        return False
 
 
 def _with_own_caches(

@@ -66,6 +66,9 @@ METADATA = frozenset(
 _strict: ContextVar[bool] = ContextVar("what is not followed is an error", default=False)
 
 
+_zeros: ContextVar[bool] = ContextVar("dropped tokens are read as zeros", default=False)
+
+
 class NotFollowed(Exception):
     """An operation reads cached tokens in a way that is not followed."""
 
@@ -78,6 +81,16 @@ def strictly_followed() -> Iterator[None]:
         yield
     finally:
         _strict.reset(before)
+
+
+@contextmanager
+def dropped_as_zeros() -> Iterator[None]:
+    """Run everything inside the block on tensors of all tokens, with zeros for those that were dropped."""
+    before = _zeros.set(True)
+    try:
+        yield
+    finally:
+        _zeros.reset(before)
 
 
 def _name(function: Function) -> str:
@@ -135,7 +148,7 @@ class CachedTokens(Tensor):
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     def marked(self) -> Tensor:
-        """Return the tensor of all tokens, with NaN for those that were dropped."""
+        """Return the tensor of all tokens, with NaN for those that were dropped; see :func:`dropped_as_zeros`."""
         slots, values = self.slots, self.survivors
         moved = values.movedim((self.batch_dim, self.token_dim), (0, 1))
         full = moved.new_full((slots.batch, slots.length + 1, *moved.shape[2:]), _missing(values.dtype))
@@ -162,14 +175,14 @@ class CachedTokens(Tensor):
         if named in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        operation = OPERATIONS.get(named)
+        operation = None if _zeros.get() else OPERATIONS.get(named)
         if operation is not None:
             result = operation(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         if _strict.get():
             raise NotFollowed(named.strip("._"))
-        if _writes(named):
+        if _writes(named) and not _zeros.get():
             raise ContinuationError(f"{named.strip('._')} writes to cached tokens of which a pruned call dropped some.")
         args, kwargs = pytree.tree_map_only(CachedTokens, CachedTokens.marked, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
@@ -197,7 +210,7 @@ class CachedTokens(Tensor):
 
 
 def _missing(dtype: torch.dtype) -> float | bool:
-    return float("nan") if dtype.is_floating_point else False
+    return float("nan") if dtype.is_floating_point and not _zeros.get() else False
 
 
 def _writes(name: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import madtp
 from madtp.calls.objects import CannotFlatten, flatten_object, unflatten_object
 from madtp.errors import ContinuationError, RewriteError
+from madtp.programs.cached_steps import CachedSteps
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
 STEPS = [1, 1, 3, 1]
@@ -301,3 +302,25 @@ def test_memory_of_what_was_kept_shrinks(reading: tuple[Reader, Tensors, madtp.P
         assert pruned.madtp.cache_bytes().held == dense
     pruned(**inputs)
     assert pruned.madtp.cache_bytes() is None
+
+
+def test_a_later_turn_with_an_image_prunes_its_tower(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    """Only a call without pixels and features has nothing to prune."""
+    _, inputs, rewritten = reading
+    steps = CachedSteps(rewritten, rewritten, rewritten.madtp.control)
+    memory = Memory()
+    rewritten(**inputs, memory=memory)
+    ids = torch.full((3, 1), 20)
+    assert steps.serve_text((None, ids, inputs["attention_mask"], memory), {})
+    features = {"features": {"image": [torch.ones(4, 2)]}}
+    for more in ({"pixels": torch.ones(4, 2)}, features, {"other": inputs["pixels"]}):
+        assert not steps.serve_text((), {"memory": memory, "input_ids": ids, **more})
+    assert not steps.serve_text((ids, Memory()), {}), "it holds nothing yet"
+
+
+def test_an_error_of_the_models_own_comes_through(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
+    _, inputs, rewritten = reading
+    pruned, memory = _copied(rewritten), Memory()
+    pruned(**inputs, memory=memory)
+    with pytest.raises(IndexError, match="out of range"):
+        pruned(None, torch.full((3, 1), 20_000), torch.ones(3, 25, dtype=torch.long), memory)
