@@ -48,6 +48,9 @@ model a size at which times mean something.
   madtp bench hf:LlavaForConditionalGeneration --generate -r 0.3 -b 1
   madtp bench hf:LlavaForConditionalGeneration --generate --image-size 64 \\
     --image-size 128 --text-tokens 32 --set text_config.num_hidden_layers=8
+  madtp bench hf:LlavaForConditionalGeneration --generate \\
+    --pruning selection=diversity --pruning keep_ratio=0.5 \\
+    --pruning 'layers={"*language_model*": [0], "*vision*": []}'
   madtp bench ./llava/config.json --generate --new-tokens 64 --json times.json
   madtp bench --generate --list
 """
@@ -130,6 +133,12 @@ def bench_command(
             "--set", metavar="FIELD=VALUE", help="Field of the configuration, such as text_config.hidden_size=256."
         ),
     ] = None,
+    pruning: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pruning", metavar="FIELD=VALUE", help="Field of madtp.PruningConfig (--generate), such as layers=[1,3]."
+        ),
+    ] = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     from madtp.cli.bench_generation import generators_table, parsed_fields, refuse_options, run_generation
@@ -151,6 +160,7 @@ def bench_command(
             "--image-size": image_size,
             "--new-tokens": new_tokens,
             "--set": fields,
+            "--pruning": pruning,
         },
         of_others={
             "--checkpoint": checkpoint,
@@ -166,6 +176,7 @@ def bench_command(
         generation = GenerationSettings(
             model=model,
             fields=parsed_fields(fields or ()),
+            pruning=parsed_fields(pruning or (), "--pruning"),
             reductions=_reductions(reduction, ()),
             batch_sizes=tuple(dict.fromkeys(batch or (1, 8))),
             text_tokens=tuple(dict.fromkeys(text_tokens or (16, 64))),

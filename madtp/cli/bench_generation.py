@@ -33,8 +33,8 @@ def refuse_options(*, generate: bool, of_generation: Mapping[str, object], of_ot
         raise typer.BadParameter(told, param_hint=name)
 
 
-def parsed_fields(given: Sequence[str]) -> dict[str, Any]:
-    """Return what ``--set FIELD=VALUE`` gave. A value that is not JSON is a string.
+def parsed_fields(given: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """Return what ``--set FIELD=VALUE``, or an option like it, gave. A value that is not JSON is a string.
 
     Raises:
         typer.BadParameter: one of them has no ``=``.
@@ -43,7 +43,7 @@ def parsed_fields(given: Sequence[str]) -> dict[str, Any]:
     for one in given:
         name, sign, value = one.partition("=")
         if not sign or not name:
-            raise typer.BadParameter(f"{one!r} is not FIELD=VALUE", param_hint="--set")
+            raise typer.BadParameter(f"{one!r} is not FIELD=VALUE", param_hint=option)
         try:
             fields[name] = json.loads(value)
         except ValueError:

@@ -14,15 +14,19 @@ from torch import nn
 import madtp
 from madtp.benchmark import Limits, Run, describe_environment, time_interleaved
 from madtp.benchmark.generation import GenerationMeasurement, GenerationResult
+from madtp.config import PruningConfig
 from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
 from madtp.tokens.cache_bytes import bytes_of_caches
-from zoo.benchmark.bench import TOLERANCE, set_strength, targets_of
+from madtp.tuning.search import KNOBS, Knob
+from zoo.benchmark.bench import TOLERANCE, targets_of
 from zoo.benchmark.continuing import Continuing, StepForm, cache_of, form_of_steps
 from zoo.benchmark.generators import GeneratingModel, PromptSize, open_generator
 from zoo.benchmark.measuring import DTYPES, FEWEST_SAMPLES, LIBRARIES, Notify, quiet
 from zoo.benchmark.models import DRAWN_SAMPLES, Batch, cast_batch
 
+FIRST = {"gain": 1.0, "keep_ratio": 0.5}
+"""Where the search for a strength begins."""
 Save = Callable[[GenerationResult], None]
 
 
@@ -33,6 +37,7 @@ class GenerationSettings:
     Attributes:
         model: see :func:`zoo.benchmark.generators.open_generator`.
         fields: see there.
+        pruning: fields of :class:`madtp.PruningConfig`. With ``keep_ratio``, that is what strengths are calibrated by.
         reductions: fractions of the MACs of the prefill to save, each a pruned model.
         batch_sizes: samples in a batch.
         text_tokens: words of a prompt.
@@ -53,6 +58,7 @@ class GenerationSettings:
 
     model: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
     reductions: tuple[float, ...] = (0.5, 0.8)
     batch_sizes: tuple[int, ...] = (1, 8)
     text_tokens: tuple[int, ...] = (16, 64)
@@ -117,6 +123,11 @@ def measure_generation(
     return session.result
 
 
+def _knob_of(pruned: PrunedModel) -> Knob:
+    """The setting that strengths are calibrated by."""
+    return KNOBS["gain" if pruned.madtp.config.keep_ratio is None else "keep_ratio"]
+
+
 @dataclass
 class _Session:
     """What a benchmark measured so far; see :func:`measure_generation`."""
@@ -131,32 +142,34 @@ class _Session:
         lengths = self.settings.text_tokens
         form = form_of_steps(opened.dense, opened.cache_name, self._cast(opened.prompts(2, 2, lengths[0]))[0])
         self.notify("rewriting", 0, 0)
-        pruned = madtp.rewrite(opened.dense, self._calibration(opened, lengths[0])[0]).eval()
+        config = PruningConfig.from_dict(self.settings.pruning)
+        pruned = madtp.rewrite(opened.dense, self._calibration(opened, lengths[0])[0], config=config).eval()
         for text_tokens in lengths:
-            gains = self._gains(opened, pruned, text_tokens)
+            strengths = self._strengths(opened, pruned, text_tokens)
             for batch in self.settings.batch_sizes:
                 count = self.settings.batches_of(batch) * batch
                 prompts = self._cast(opened.prompts(count, batch, text_tokens))
-                self._time((opened.dense, pruned), form, Prompts(prompts, batch, text_tokens), gains)
+                self._time((opened.dense, pruned), form, Prompts(prompts, batch, text_tokens), strengths)
 
-    def _gains(self, opened: GeneratingModel, pruned: PrunedModel, text_tokens: int) -> dict[str, float]:
-        """Calibrate for prompts with so many words; gains by the label of the strength."""
-        calibration, gains, notes = self._calibration(opened, text_tokens), dict[str, float](), dict[str, str]()
+    def _strengths(self, opened: GeneratingModel, pruned: PrunedModel, text_tokens: int) -> dict[str, float]:
+        """Calibrate for prompts with so many words; gains, or keep ratios, by the label of the strength."""
+        knob = _knob_of(pruned)
+        calibration, strengths, notes = self._calibration(opened, text_tokens), dict[str, float](), dict[str, str]()
         length = calibration[0]["input_ids"].shape[1]
         for target in targets_of(self.settings.reductions, ()):
             assert target.reduction is not None
             self.notify(f"prompts of {length}: calibrating {target.label}", 0, 0)
             try:
-                set_strength(pruned, gain=1.0)
-                found = madtp.calibrate(pruned, calibration, reduction=target.reduction, tolerance=TOLERANCE)
-                gains[target.label] = found.gain
+                knob.write(pruned, FIRST[knob.name])
+                madtp.calibrate(pruned, calibration, reduction=target.reduction, tolerance=TOLERANCE)
+                strengths[target.label] = knob.read(pruned)
             except CalibrationError as error:
                 notes[f"pruned {target.label}, prompts of {length}"] = f"left out: {error}"
         self.result = replace(self.result, notes={**self.result.notes, **notes})
-        return gains
+        return strengths
 
     def _time(
-        self, models: tuple[nn.Module, PrunedModel], form: StepForm, prompts: Prompts, gains: Mapping[str, float]
+        self, models: tuple[nn.Module, PrunedModel], form: StepForm, prompts: Prompts, strengths: Mapping[str, float]
     ) -> None:
         """Measure a dense model and its pruned one in turns on prompts, and add the measurements to the result."""
         dense, pruned = models
@@ -171,8 +184,8 @@ class _Session:
             new_tokens=self.settings.new_tokens,
         )
         entrants = [Continuing(blank(target="", **dense_costs(dense, pruned, prompts.calls)), dense)]
-        for label, gain in gains.items():
-            prepare = partial(set_strength, pruned, gain=gain)
+        for label, strength in strengths.items():
+            prepare = partial(_knob_of(pruned).write, pruned, strength)
             prepare()
             entrants.append(Continuing(blank(target=label, **pruned_costs(pruned, prompts.calls)), pruned, prepare))
         runs = [Run(one.measurement.name, partial(one.generate, prompts.calls, form), one.prepare) for one in entrants]

@@ -65,13 +65,14 @@ def test_options_reach_the_measurement_and_the_record_is_written(
         "-r",
         "0.3",
     )
-    fields = ("--set", "text_config.num_hidden_layers=3", "--set", "name=x")
+    fields = ("--set", "text_config.num_hidden_layers=3", "--set", "name=x", "--pruning", "layers=[1,3]")
     outcome = run("hf:Some", "--generate", *sizes, *fields, "--json", str(path))
     assert outcome.exit_code == 0, outcome.output
     assert measured == [
         GenerationSettings(
             model="hf:Some",
             fields={"text_config.num_hidden_layers": 3, "name": "x"},
+            pruning={"layers": [1, 3]},
             image_sizes=(64, 96),
             text_tokens=(8,),
             new_tokens=4,
@@ -110,6 +111,8 @@ def test_an_interruption_leaves_what_was_measured(measured: list[GenerationSetti
         (("hf:Some", "--generate", "-k", "dense"), 2, "does not go with --generate"),
         (("blip_nlvr_mini", "--text-tokens", "8"), 2, "needs --generate"),
         (("hf:Some", "--generate", "--set", "seven"), 2, "is not FIELD=VALUE"),
+        (("hf:Some", "--generate", "--pruning", "seven"), 2, "is not FIELD=VALUE"),
+        (("blip_nlvr_mini", "--pruning", "layers=[1]"), 2, "needs --generate"),
         (("blip_caption_mini", "--generate"), 1, "does not generate from an image and words"),
     ],
 )

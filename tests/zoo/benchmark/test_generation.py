@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -155,3 +156,23 @@ def test_models_that_generate_are_listed() -> None:
     found = list_generators()
     assert {NAME, "hf:Qwen2VLForConditionalGeneration"} <= set(found)
     assert not {"hf:BlipForConditionalGeneration", "hf:Florence2ForConditionalGeneration", "hf:CLIPModel"} & set(found)
+
+
+def test_a_rule_is_measured_by_its_share() -> None:
+    settings = GenerationSettings(
+        model=NAME,
+        pruning={"selection": "diversity", "keep_ratio": 0.5, "layers": {"*language_model*": [0], "*vision*": []}},
+        reductions=(0.2,),
+        batch_sizes=(BATCH,),
+        text_tokens=TEXT_TOKENS[:1],
+        new_tokens=2,
+        batches=1,
+        calibration_samples=2,
+        rounds=1,
+        warm_up=0,
+    )
+    dense, pruned = compare_generation(measure_generation(settings))
+    assert dense.cache_share == 1
+    assert pruned.macs_share == pytest.approx(0.8, abs=0.05)
+    with pytest.raises(ConfigError, match="give keep_ratio"):
+        measure_generation(replace(settings, pruning={"selection": "diversity"}))
