@@ -166,44 +166,30 @@ def storage(func: Function, args: Arguments, kwargs: Named) -> object:
     return func(args[0].survivors)
 
 
-FOLLOWED: dict[Operation, tuple[str, ...]] = {
+FOLLOWED: dict[Operation, str] = {
     pointwise: (
-        *("add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "sub_"),
-        *(
-            "mul",
-            "__mul__",
-            "__rmul__",
-            "__imul__",
-            "mul_",
-            "div",
-            "__truediv__",
-            "__rtruediv__",
-            "__itruediv__",
-            "div_",
-        ),
-        *("tanh", "tanh_", "exp", "neg", "__neg__", "abs", "clamp", "clamp_", "masked_fill", "masked_fill_", "where"),
+        "add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ mul mul_ __mul__ __rmul__ __imul__ "
+        "div div_ __truediv__ __rtruediv__ __itruediv__ pow __pow__ square sqrt rsqrt exp neg __neg__ abs tanh tanh_ sigmoid "
+        "clamp clamp_ masked_fill masked_fill_ where"
     ),
-    on_values: (
-        *("to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda", "clone", "detach", ".data"),
-        *("contiguous", "dropout", "nan_to_num"),
-    ),
-    over_last_dims: ("layer_norm", "rms_norm", "linear"),
-    softmax: ("softmax",),
-    product: ("matmul", "__matmul__", "bmm"),
-    attention: ("scaled_dot_product_attention",),
-    shapes.cat: ("cat", "concat", "concatenate"),
-    shapes.getitem: ("__getitem__",),
-    shapes.select_samples: ("index_select",),
-    shapes.repeat_interleave: ("repeat_interleave",),
-    shapes.reshape: ("reshape", "view"),
-    shapes.flatten: ("flatten",),
-    shapes.expand: ("expand",),
-    shapes.transpose: ("transpose", "swapaxes", "swapdims", ".mT"),
-    shapes.permute: ("permute",),
-    shapes.unsqueeze: ("unsqueeze",),
-    shapes.parts: ("split", "chunk"),
-    storage: ("untyped_storage", ".nbytes"),
+    on_values: "to float half bfloat16 double type type_as cpu cuda clone detach .data contiguous dropout nan_to_num",
+    over_last_dims: "layer_norm rms_norm linear",
+    softmax: "softmax",
+    product: "matmul __matmul__ bmm",
+    attention: "scaled_dot_product_attention",
+    shapes.cat: "cat concat concatenate",
+    shapes.getitem: "__getitem__",
+    shapes.select_samples: "index_select",
+    shapes.repeat_interleave: "repeat_interleave",
+    shapes.reshape: "reshape view",
+    shapes.flatten: "flatten",
+    shapes.expand: "expand",
+    shapes.transpose: "transpose swapaxes swapdims .mT",
+    shapes.permute: "permute",
+    shapes.unsqueeze: "unsqueeze",
+    shapes.parts: "split chunk",
+    storage: "untyped_storage .nbytes",
 }
 """Operations, with the names of the functions of torch that they follow."""
 
-OPERATIONS.update({name: operation for operation, names in FOLLOWED.items() for name in names})
+OPERATIONS.update({name: operation for operation, names in FOLLOWED.items() for name in names.split()})

@@ -26,42 +26,9 @@ OPERATIONS: dict[str, Operation] = {}
 
 # What a tensor says of itself without its values.
 METADATA = frozenset(
-    (
-        *(
-            ".shape",
-            ".dtype",
-            ".device",
-            ".ndim",
-            ".layout",
-            ".requires_grad",
-            ".is_leaf",
-            ".is_cuda",
-            ".is_cpu",
-            ".is_mps",
-        ),
-        *(
-            ".is_xpu",
-            ".is_meta",
-            ".is_sparse",
-            ".is_quantized",
-            ".is_nested",
-            ".is_mkldnn",
-            ".grad",
-            ".grad_fn",
-            ".names",
-        ),
-        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride", "get_device", "storage_offset"),
-        *(
-            "is_floating_point",
-            "is_complex",
-            "is_signed",
-            "is_contiguous",
-            "__len__",
-            "__hash__",
-            "__bool__",
-            "is_pinned",
-        ),
-    )
+    ".shape .dtype .device .ndim .layout .requires_grad .is_leaf .is_cuda .is_cpu .is_mps .is_xpu .is_meta .is_sparse "
+    ".is_quantized .is_nested .is_mkldnn .grad .grad_fn .names size dim ndimension numel nelement element_size stride "
+    "get_device storage_offset is_floating_point is_complex is_signed is_contiguous is_pinned __len__ __hash__".split()
 )
 _strict: ContextVar[bool] = ContextVar("what is not followed is an error", default=False)
 
