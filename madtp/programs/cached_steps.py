@@ -63,12 +63,15 @@ class CachedSteps:
         return self.followed[kind]
 
     def serve_text(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-        """Whether :meth:`run` can run a call that hands on nothing to prune: a cache, and no features or pixels."""
+        """Whether :meth:`run` can run a call that hands on nothing to prune: a cache, and no features or pixels.
+
+        A cache that was filled without pruning is an object that the model has returned.
+        """
         given = leaves_of((args, dict(kwargs)))
         if any(isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1 for one in given):
             return False
-        known = self.control.cache_types
-        unpruned = any(type(one) in known and _is_filled(one) for one in given if is_object(one))
+        returned = self.control.has_returned
+        unpruned = any(is_object(one) and returned(one) and _is_filled(one) for one in given)
         return self.serve(args, kwargs) or (unpruned and not any(map(holds_cached_tokens, given)))
 
     def run(self, original: Forward, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:

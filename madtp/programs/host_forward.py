@@ -17,7 +17,7 @@ from madtp.calls.call import Call, Signature, normalise_call, signature
 from madtp.calls.double_precision import DoublePrecision, in_double_precision
 from madtp.calls.fast_path import spelled_out
 from madtp.calls.module_states import ModuleState, ModuleStates
-from madtp.calls.objects import CannotFlatten, object_kind
+from madtp.calls.objects import CannotFlatten, object_kind, objects_in
 from madtp.calls.stored_tensors import Entry, StoredTensors, put_others
 from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError, ExportError, MadtpError, RewriteError
@@ -93,6 +93,7 @@ class HostForward(ReplacedForward):
                 result = self._counted(described, kind, args, kwargs)
             result = settled(result)  # the host may leave a chain of blocks before its last one
         self._ignore_own_changes(kind.modules)
+        control.remember_returned(objects_in(result))
         return result
 
     def _ignore_own_changes(self, before: ModuleState) -> None:

@@ -354,7 +354,6 @@ class ProgramCache:
         passed = objects_in((call.args, call.kwargs))
         closed: object = program.returned.close(plain, tensors, passed)
         if types := program.cache_types():
-            control.cache_types |= types
             filled = {id(one): one for one in (*passed, *objects_in(closed)) if type(one) in types}
             control.record.cache_bytes = bytes_of_caches(filled.values())
         return closed

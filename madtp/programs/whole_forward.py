@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import is_empty, normalise_call
+from madtp.calls.objects import objects_in
 from madtp.errors import ContinuationError, ExampleInputsError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.cached_steps import CachedSteps
@@ -53,7 +54,9 @@ class WholeForward(ReplacedForward):
                     if program.unpruned and self.control.active:
                         self.notes.unpruned(type(self.module).__name__, program.unpruned)
                     self.control.begin_program()
-                    return self.programs.run(program, call)
+                    result = self.programs.run(program, call)
+                    self.control.remember_returned(objects_in(result))
+                    return result
         except Unserved as error:
             reason = str(error)
         except ExampleInputsError:
@@ -68,7 +71,9 @@ class WholeForward(ReplacedForward):
         before = self.programs.module_states()
         try:
             with self.control.call():
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
+            self.control.remember_returned(objects_in(result))
+            return result
         finally:
             self.programs.ignore_own_changes(before)
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,6 @@ class PruningControl:
         measured_room: while :func:`madtp.freeze` measures, the largest number of such tokens of any sample so far, by site.
             None elsewhere.
         compiled: the last call was compiled, and so left no record.
-        cache_types: classes of the key/value caches from which programs have dropped tokens, or could have.
     """
 
     config: PruningConfig
@@ -123,12 +123,12 @@ class PruningControl:
     static_room: dict[str, int] = field(default_factory=dict)
     measured_room: dict[str, int] | None = None
     compiled: bool = False
-    cache_types: set[type] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._scope = ContextVar("scope of a call", default=OUTSIDE)
         self._latest_scope = OUTSIDE
         self._records = Records()
+        self._returned: WeakSet[Any] = WeakSet()
 
     def __deepcopy__(self, memo: dict[int, object]) -> PruningControl:
         """Copy all but the record of the last forward, whose tensors hang on the gradients of this model."""
@@ -168,6 +168,19 @@ class PruningControl:
     def counts_are_fixed(self) -> bool:
         """Whether sites keep counts that were fixed beforehand (:func:`madtp.freeze`)."""
         return self.config.batching == "static" and self.forced is None and bool(self.static_counts)
+
+    def remember_returned(self, objects: Iterable[object]) -> None:
+        """Remember objects that the model has returned: what it is called with again is a cache."""
+        for one in objects:
+            with suppress(TypeError):  # some cannot be referred to weakly
+                self._returned.add(one)
+
+    def has_returned(self, value: object) -> bool:
+        """Whether the model has returned an object."""
+        try:
+            return value in self._returned
+        except TypeError:
+            return False
 
     def clear_record(self) -> None:
         """Forget the last forward."""
