@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.objects import CONSTANTS, is_object, leaves_of
+from madtp.calls.structures import unflatten
 from madtp.errors import ContinuationError
 from madtp.programs.originals import original_of
 from madtp.sites.additions import additions_of
@@ -45,12 +46,14 @@ class CachedSteps:
         host: the pruned model.
         control: its control.
         followed: by kind of call, whether what the module does with cached tokens can be followed.
+        returns_weights: the kinds of calls that return weights of attentions.
     """
 
     def __init__(self, module: nn.Module, host: nn.Module, control: PruningControl) -> None:
         """Make the steps of a module; see above for the arguments."""
         self.module, self.host, self.control = module, host, control
         self.followed: dict[Hashable, bool] = {}
+        self.returns_weights: set[Hashable] = set()
 
     def serve(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         """Whether :meth:`run` can run a call. The first call of a kind is tried out, on copies of its caches."""
@@ -82,13 +85,15 @@ class CachedSteps:
         """
         try:
             with self.control.following_caches(), strictly_followed():
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
         except NotFollowed as error:
+            self.followed[_kind(args, kwargs)] = False
             raise ContinuationError(CHANGED.format(type(self.module).__name__, error)) from error
+        return _with_full_weights(result) if _kind(args, kwargs) in self.returns_weights else result
 
     def _can_be_followed(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         original = original_of(self.module, additions_of(self.host).own_hooks)
-        own_args, own_kwargs = _with_own_caches((args, dict(kwargs)))
+        own_args, own_kwargs = with_own_caches((args, dict(kwargs)))
         try:
             with torch.no_grad(), trial_run(self.module, (own_args, own_kwargs)), strictly_followed():
                 result = original(*own_args, **own_kwargs)
@@ -98,11 +103,14 @@ class CachedSteps:
             return self._fails_with_all_tokens(args, kwargs)
         kept = [x for one in (*own_args, *own_kwargs.values()) if is_object(one) for x in tensors_in(one)]
         returned = [x for x in pytree.tree_leaves(result) if isinstance(x, CachedTokens)]
-        return all(any(x is one for one in kept) for x in returned)
+        others = [x for x in returned if not any(x is one for one in kept)]
+        if others:
+            self.returns_weights.add(_kind(args, kwargs))
+        return all(x.weights for x in others)
 
     def _fails_with_all_tokens(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         original = original_of(self.module, additions_of(self.host).own_hooks)
-        own_args, own_kwargs = _with_own_caches((args, dict(kwargs)))
+        own_args, own_kwargs = with_own_caches((args, dict(kwargs)))
         try:
             with torch.no_grad(), trial_run(self.module, (own_args, own_kwargs)), dropped_as_zeros():
                 original(*own_args, **own_kwargs)
@@ -111,20 +119,36 @@ class CachedSteps:
         return False
 
 
-def _with_own_caches(
+def with_own_caches(
     given: tuple[tuple[object, ...], dict[str, object]],
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Arguments with copies of the caches among them."""
+    """Return arguments with copies of the caches among them."""
     args, kwargs = given
     memo: dict[int, object] = {}
+    for one in (*args, *kwargs.values()):
+        if is_object(one):  # gradients must not keep tensors from being copied
+            memo.update({id(x): x.detach().clone() for x in tensors_in(one) if not isinstance(x, CachedTokens)})
     own = [copy.deepcopy(one, memo) if is_object(one) else one for one in args]
     return tuple(own), {name: copy.deepcopy(one, memo) if is_object(one) else one for name, one in kwargs.items()}
 
 
 def _kind(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Hashable:
-    """What tells calls apart that may read their caches in different ways."""
-    given = [*enumerate(args), *sorted(kwargs.items())]
-    return tuple((name, type(one), one if isinstance(one, CONSTANTS) else None) for name, one in given)
+    """What tells calls apart that may read their caches in different ways; positions and lengths do not."""
+    return tuple((name, type(one), _told(one)) for name, one in (*enumerate(args), *sorted(kwargs.items())))
+
+
+def _told(value: object) -> Hashable:
+    if isinstance(value, Tensor):
+        return tuple(min(size, 2) for size in value.shape)
+    exact = isinstance(value, CONSTANTS) and not (type(value) is int or type(value) is float)
+    return value if exact else None
+
+
+def _with_full_weights(result: object) -> object:
+    """A result in which weights of attentions have an entry for each token."""
+    leaves, spec = pytree.tree_flatten(result)
+    full = [x.full_weights() if isinstance(x, CachedTokens) and x.weights else x for x in leaves]
+    return unflatten(full, spec)
 
 
 def _is_filled(cache: object) -> bool:

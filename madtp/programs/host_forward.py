@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -22,7 +23,7 @@ from madtp.calls.stored_tensors import Entry, StoredTensors, put_others
 from madtp.cost.counting import Counter
 from madtp.errors import ExampleInputsError, ExportError, MadtpError, RewriteError
 from madtp.programs.cached_program import without_attributes
-from madtp.programs.cached_steps import CachedSteps
+from madtp.programs.cached_steps import CachedSteps, with_own_caches
 from madtp.programs.deferred import settled
 from madtp.programs.notes import Notes
 from madtp.programs.program_cache import ProgramCache
@@ -206,7 +207,8 @@ class HostForward(ReplacedForward):
         changed: list[Entry] = []
 
         def run(forward: Forward) -> object:
-            own = call if object_kind((call.args, call.kwargs)) is None else copy.deepcopy(call)
+            own_args, own_kwargs = with_own_caches((call.args, call.kwargs))
+            own = replace(call, args=own_args, kwargs=own_kwargs)
             with (
                 torch.no_grad(),
                 trial_run(self.module, (own.args, own.kwargs)),

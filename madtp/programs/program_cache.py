@@ -48,7 +48,8 @@ from madtp.programs.single_sample import (
 from madtp.sites.additions import PREFIX, additions_of
 from madtp.sites.preserved_state import preserved_random_numbers, undone_after
 from madtp.tokens.cache_bytes import bytes_of_caches
-from madtp.tokens.cache_marks import MarkedAxes, any_marked, with_marks
+from madtp.tokens.cache_marks import MarkedAxes, any_marked, with_marks, without_marked
+from madtp.tokens.cached_tokens import CachedTokens
 
 log = logging.getLogger("madtp")
 BRANCHES = 4
@@ -332,7 +333,9 @@ class ProgramCache:
         """Run a program and record it; returns what the module returns."""
         control = self.additions.control
         self.latest = program
-        leaves = with_marks(call.flattened(program.given).flat()[0])
+        given = call.flattened(program.given).flat()[0]
+        continues = any(isinstance(one, CachedTokens) for one in given)
+        leaves = with_marks(given)
         if control.gradient_checkpointing and torch.is_grad_enabled():
             if program.checkpointed_forward is None:
                 program.checkpointed_forward = checkpointed(program.graph, self.host, self.name)
@@ -351,12 +354,19 @@ class ProgramCache:
             return result
         assert isinstance(result, (tuple, list))
         plain, tensors = result
+        if continues:
+            paths = zip(program.returned.paths(), tensors, strict=True)
+            tensors = [self._without_marked(x, path) if isinstance(x, Tensor) else x for path, x in paths]
         passed = objects_in((call.args, call.kwargs))
         closed: object = program.returned.close(plain, tensors, passed)
         if types := program.cache_types():
             filled = {id(one): one for one in (*passed, *objects_in(closed)) if type(one) in types}
             control.record.cache_bytes = bytes_of_caches(filled.values())
         return closed
+
+    def _without_marked(self, values: Tensor, path: str) -> Tensor:
+        axes = self.marked.get(path)
+        return values if axes is None or isinstance(values, CachedTokens) else without_marked(values, axes)
 
     def run_compiled(self, call: Call) -> object:
         """Run a program for calls like ``call`` while a compiler follows: the one that ran last, if it is for such calls.

@@ -50,7 +50,7 @@ class SingleSampleProgram(Program):
 def _first_half(output: object, dims: Sequence[int]) -> object:
     for dim in dims:
         assert isinstance(output, Tensor)
-        output = output.narrow(dim, 0, output.shape[dim] // 2)
+        output = output[(slice(None),) * dim + (slice(output.shape[dim] // 2),)]
     return output
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from madtp.tokens.cached_tokens import CachedTokens, parts_of
 
-DEPTH = 5
+DEPTH = 8
 
 
 class CacheBytes(NamedTuple):

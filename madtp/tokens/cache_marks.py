@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from madtp.tokens.cached_slots import slots_of_state
+from madtp.tokens.cached_slots import CachedSlots, Origin, slots_of_state
 from madtp.tokens.cached_tokens import CachedTokens
-from madtp.tokens.state import TokenState, unpruned_state
+from madtp.tokens.state import TokenState, gather_positions, marked_first, unpruned_state
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,21 @@ class MarkedAxes:
 def without_dropped(values: Tensor, state: TokenState, dim: int, batch_dim: int) -> Tensor:
     """Return ``values`` along ``state`` as a cache keeps them: to the host a tensor of all N0 tokens along ``dim``."""
     return values if state.index is None else CachedTokens(values, slots_of_state(state, values.device), dim, batch_dim)
+
+
+def without_marked(values: Tensor, axes: MarkedAxes) -> Tensor:
+    """Return ``values`` with NaN for dropped tokens as :func:`without_dropped` does."""
+    visible = unmarked(values, axes.token_dim, axes.batch_dim)
+    if bool(visible.all()):
+        return values
+    counts = visible.sum(1)
+    index = marked_first(visible)[:, : int(counts.max())]
+    valid = torch.arange(index.size(1), device=index.device) < counts[:, None]
+    survivors = gather_positions(values, index, axes.token_dim, axes.batch_dim, values.dim())
+    slots = CachedSlots(
+        visible.size(1), index.masked_fill(~valid, 0), index.size(1), None if bool(valid.all()) else valid, Origin(None)
+    )
+    return CachedTokens(zero_marked(survivors), slots, axes.token_dim, axes.batch_dim)
 
 
 def with_marks(leaves: Iterable[object]) -> list[object]:

@@ -19,7 +19,7 @@ from madtp.tokens.cached_tokens import OPERATIONS, CachedTokens, Function, Opera
 def pointwise(func: Function, args: Arguments, kwargs: Named) -> object:
     """Operations on each value, of operands that broadcast. Those in place write to the first operand."""
     cached = [one for one in args if isinstance(one, CachedTokens)]
-    if not cached or any(isinstance(one, CachedTokens) for one in kwargs.values()):
+    if not cached or any(isinstance(one, Tensor) for one in kwargs.values()):
         return NotImplemented
     if _is_in_place(func) and not isinstance(args[0], CachedTokens):
         return NotImplemented
@@ -72,7 +72,9 @@ def on_values(func: Function, args: Arguments, kwargs: Named) -> object:
     if not isinstance(values, Tensor):
         return values
     slots = x.slots if values.device == x.survivors.device else x.slots.to(values.device)
-    return CachedTokens(values, slots, x.token_dim, x.batch_dim)
+    result = CachedTokens(values, slots, x.token_dim, x.batch_dim)
+    result.weights = x.weights
+    return result
 
 
 def over_last_dims(func: Function, args: Arguments, kwargs: Named) -> object:
@@ -94,7 +96,9 @@ def softmax(func: Function, args: Arguments, kwargs: Named) -> object:
     values, valid = x.survivors, x.slots.all_valid()
     if dimension(dim, x.survivors.dim()) == x.token_dim and valid is not None:
         values = values.masked_fill(~x.slots.along(valid, x.survivors.dim(), x.token_dim, x.batch_dim), float("-inf"))
-    return x.like(func(values, *args[1:], **kwargs))
+    result = x.like(func(values, *args[1:], **kwargs))
+    result.weights = dimension(dim, x.survivors.dim()) == x.token_dim
+    return result
 
 
 def product(func: Function, args: Arguments, kwargs: Named) -> object:
@@ -179,11 +183,13 @@ FOLLOWED: dict[Operation, str] = {
     attention: "scaled_dot_product_attention",
     shapes.cat: "cat concat concatenate",
     shapes.getitem: "__getitem__",
+    shapes.narrow: "narrow",
     shapes.select_samples: "index_select",
     shapes.repeat_interleave: "repeat_interleave",
     shapes.reshape: "reshape view",
     shapes.flatten: "flatten",
     shapes.expand: "expand",
+    shapes.repeat: "repeat tile",
     shapes.transpose: "transpose swapaxes swapdims .mT",
     shapes.permute: "permute",
     shapes.unsqueeze: "unsqueeze",

@@ -30,13 +30,14 @@ def argument(args: Arguments, kwargs: Named, at: int, name: str, default: object
 
 def _sizes(args: Arguments, kwargs: Named, name: str) -> list[Any]:
     """The sizes, or dimensions, that follow the tensor: one by one, or in a sequence."""
-    given = list(args[1:]) or [kwargs[name]]
+    given = list(args[1:]) or [kwargs.get(name, ())]
     return list(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
 def cat(func: Function, args: Arguments, kwargs: Named) -> object:
     """Appends later tokens; or joins values of the same tokens along another dimension."""
-    parts = list(args[0]) if args else list(kwargs["tensors"])
+    # An empty tensor is what caches begin with.
+    parts = [one for one in args[0] if isinstance(one, CachedTokens) or one.dim() != 1 or one.numel()]
     lead = parts[0]
     if not isinstance(lead, CachedTokens):
         return NotImplemented
@@ -98,6 +99,16 @@ def getitem(func: Function, args: Arguments, kwargs: Named) -> object:
     return CachedTokens(x.survivors[tuple(chosen)], slots, moved[x.token_dim], moved[x.batch_dim])
 
 
+def narrow(func: Function, args: Arguments, kwargs: Named) -> object:
+    """``narrow``, as indexing with a range."""
+    x = args[0]
+    dim, start, length = (argument(args, kwargs, at, name) for at, name in ((1, "dim"), (2, "start"), (3, "length")))
+    if not isinstance(x, CachedTokens) or not isinstance(start, int) or start < 0:
+        return NotImplemented
+    index = (FULL,) * dimension(dim, x.survivors.dim()) + (slice(start, start + length),)
+    return getitem(func, (x, index), {})
+
+
 def select_samples(func: Function, args: Arguments, kwargs: Named) -> object:
     """``index_select``: of samples, as beams are reordered; or of another dimension."""
     x = args[0]
@@ -126,8 +137,8 @@ def reshape(func: Function, args: Arguments, kwargs: Named) -> object:
     x = args[0]
     if not isinstance(x, CachedTokens):
         return NotImplemented
-    sizes = _sizes(args, kwargs, "shape")
-    if not all(isinstance(n, int) for n in sizes):
+    sizes = _sizes(args, kwargs, "shape") or _sizes(args, kwargs, "size")
+    if not sizes or not all(isinstance(n, int) for n in sizes):
         return NotImplemented
     if -1 in sizes:
         sizes[sizes.index(-1)] = x.numel() // max(1, -math.prod(sizes))
@@ -161,12 +172,27 @@ def expand(func: Function, args: Arguments, kwargs: Named) -> object:
     if not isinstance(x, CachedTokens):
         return NotImplemented
     sizes = _sizes(args, kwargs, "size")
+    if len(sizes) < x.survivors.dim():
+        return NotImplemented
     more = len(sizes) - x.survivors.dim()
     token_dim, batch_dim = x.token_dim + more, x.batch_dim + more
-    if sizes[token_dim] not in (-1, x.slots.length) or sizes[batch_dim] not in (-1, x.slots.batch):
+    samples = x.slots.batch if sizes[batch_dim] == -1 else sizes[batch_dim]
+    if sizes[token_dim] not in (-1, x.slots.length) or x.slots.batch not in (1, samples):
         return NotImplemented
     sizes[token_dim] = -1
-    return CachedTokens(x.survivors.expand(*sizes), x.slots, token_dim, batch_dim)
+    slots = x.slots if samples == x.slots.batch else x.slots.repeated(samples)
+    return CachedTokens(x.survivors.expand(*sizes), slots, token_dim, batch_dim)
+
+
+def repeat(func: Function, args: Arguments, kwargs: Named) -> object:
+    """``repeat``, of samples, heads or values, one copy of all behind the other."""
+    x = args[0]
+    sizes = _sizes(args, kwargs, "repeats")
+    if not isinstance(x, CachedTokens) or len(sizes) != x.survivors.dim() or sizes[x.token_dim] != 1:
+        return NotImplemented
+    order = torch.arange(x.slots.batch, device=x.slots.index.device).repeat(sizes[x.batch_dim])
+    slots = x.slots if sizes[x.batch_dim] == 1 else x.slots.selected(order)
+    return CachedTokens(x.survivors.repeat(*sizes), slots, x.token_dim, x.batch_dim)
 
 
 def transpose(func: Function, args: Arguments, kwargs: Named) -> object:
@@ -190,6 +216,8 @@ def permute(func: Function, args: Arguments, kwargs: Named) -> object:
     if not isinstance(x, CachedTokens):
         return NotImplemented
     order = [dimension(d, x.survivors.dim()) for d in _sizes(args, kwargs, "dims")]
+    if len(order) != x.survivors.dim():
+        return NotImplemented
     return CachedTokens(x.survivors.permute(order), x.slots, order.index(x.token_dim), order.index(x.batch_dim))
 
 

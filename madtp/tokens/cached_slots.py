@@ -17,6 +17,29 @@ from madtp.tokens.state import TokenState, gather_positions, positions_of
 
 
 @dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the tokens of a cached tensor come from: equal for tensors that hold the same ones.
+
+    Attributes:
+        index: of the state that they were along.
+        steps: what was done with samples and ranges of tokens since.
+    """
+
+    index: Tensor | None
+    steps: tuple[object, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin) and self.index is other.index and self.steps == other.steps
+
+    def __hash__(self) -> int:
+        return hash((id(self.index), self.steps))
+
+    def after(self, *step: object) -> Origin:
+        """The origin after one more step."""
+        return Origin(self.index, (*self.steps, step))
+
+
+@dataclass(frozen=True, eq=False)
 class CachedSlots:
     """Which tokens the slots of a cached tensor hold.
 
@@ -25,7 +48,7 @@ class CachedSlots:
         index: ``[B, S]`` the position of the token in each slot of the pruned call.
         count: M, the number of slots; those from S on hold the last M - S positions.
         valid: ``[B, S]`` bool, False where a slot holds no token. None if all hold one.
-        origin: the same for all tensors of a cache that hold the same tokens.
+        origin: where its tokens come from.
         unfolded: the slots before heads were folded into the batch; None if they were not.
     """
 
@@ -33,7 +56,7 @@ class CachedSlots:
     index: Tensor
     count: int
     valid: Tensor | None = None
-    origin: object = field(default_factory=object)
+    origin: Origin = field(default_factory=lambda: Origin(torch.empty(0)))
     unfolded: CachedSlots | None = None
 
     @property
@@ -53,7 +76,7 @@ class CachedSlots:
 
     def holds_the_same(self, other: CachedSlots) -> bool:
         """Whether another tensor's slots hold the same tokens."""
-        same = self.origin is other.origin and self.length == other.length
+        same = self.origin == other.origin and self.length == other.length
         return same and self.count == other.count and self.index.shape == other.index.shape
 
     def positions(self) -> Tensor:
@@ -103,14 +126,17 @@ class CachedSlots:
     def selected(self, samples: Tensor | slice) -> CachedSlots:
         """The slots of some samples."""
         valid = None if self.valid is None else self.valid[samples]
-        return replace(self, index=self.index[samples], valid=valid, unfolded=None)
+        step = str(samples) if isinstance(samples, slice) else "some"
+        origin = self.origin.after("selected", step)
+        return replace(self, index=self.index[samples], valid=valid, origin=origin, unfolded=None)
 
     def repeated(self, times: int) -> CachedSlots:
         """The slots with each sample ``times`` times, one behind the other."""
         if times == 1:
             return self
         valid = None if self.valid is None else self.valid.repeat_interleave(times, 0)
-        return replace(self, index=self.index.repeat_interleave(times, 0), valid=valid, unfolded=None)
+        index, origin = self.index.repeat_interleave(times, 0), self.origin.after("repeated", times)
+        return replace(self, index=index, valid=valid, origin=origin, unfolded=None)
 
     def folded(self, rows: int) -> CachedSlots | None:
         """The slots of a batch of ``rows``, into which heads are folded or out of which they are taken; None if neither."""
@@ -132,10 +158,12 @@ class CachedSlots:
         """
         first_later = self.length - self.later
         length = max(0, stop - start)
+        origin = self.origin.after("between", start, stop)
         if start >= first_later:
             slots = slice(self.first + start - first_later, self.first + max(start, stop) - first_later)
             none = self.index[:, :0]
-            return replace(self, length=length, index=none, valid=None, count=length, unfolded=None), slots
+            empty = replace(self, length=length, index=none, valid=None, count=length)
+            return replace(empty, origin=origin, unfolded=None), slots
         inside = self.index >= start
         if stop < first_later:
             inside = inside & (self.index < stop)
@@ -145,7 +173,7 @@ class CachedSlots:
         later = max(0, stop - first_later)
         count = self.first + later
         moved = replace(self, length=length, index=(self.index - start).clamp(0, max(0, length - 1)), valid=left)
-        return replace(moved, count=count, unfolded=None), slice(0, count)
+        return replace(moved, count=count, origin=origin, unfolded=None), slice(0, count)
 
 
 def slots_of_state(state: TokenState, device: torch.device) -> CachedSlots:
@@ -155,4 +183,4 @@ def slots_of_state(state: TokenState, device: torch.device) -> CachedSlots:
         valid = None
     if valid is not None:
         index = index.masked_fill(~valid, 0)
-    return CachedSlots(state.full_length, index, state.length, valid, origin=state.index)
+    return CachedSlots(state.full_length, index, state.length, valid, Origin(state.index))

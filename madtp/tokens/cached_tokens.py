@@ -2,7 +2,7 @@
 
 To a host it is a tensor of all tokens, so that lengths, positions and masks follow the unpruned positions; it holds the values
 of survivors alone. What hosts do with cached keys and values on their way to attention is followed (``cached_operations.py``).
-Anything else finds NaN in the place of what was dropped, so that it is never read unnoticed.
+Anything else is an error, so that dropped tokens are never read unnoticed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ OPERATIONS: dict[str, Operation] = {}
 METADATA = frozenset(
     ".shape .dtype .device .ndim .layout .requires_grad .is_leaf .is_cuda .is_cpu .is_mps .is_xpu .is_meta .is_sparse "
     ".is_quantized .is_nested .is_mkldnn .grad .grad_fn .names size dim ndimension numel nelement element_size stride "
-    "get_device storage_offset is_floating_point is_complex is_signed is_contiguous is_pinned __len__ __hash__".split()
+    "get_device storage_offset is_floating_point is_complex is_signed is_contiguous is_pinned is_inference __len__ __hash__ "
+    "._version".split()
 )
 _strict: ContextVar[bool] = ContextVar("what is not followed is an error", default=False)
 
 
+UNKNOWN = (
+    "{} reads keys or values in a cache of which a pruned call has dropped tokens, which is not followed. `marked()` of such a "
+    "tensor has NaN in their place; with pruned.dense() around the first call nothing is dropped"
+)
 _zeros: ContextVar[bool] = ContextVar("dropped tokens are read as zeros", default=False)
 
 
@@ -79,12 +84,14 @@ class CachedTokens(Tensor):
         slots: which token each slot holds.
         token_dim: the token dimension.
         batch_dim: the batch dimension.
+        weights: it holds weights of an attention; those of dropped tokens are zero.
     """
 
     survivors: Tensor
     slots: CachedSlots
     token_dim: int
     batch_dim: int
+    weights: bool
 
     @staticmethod
     def __new__(cls, values: Tensor, slots: CachedSlots, token_dim: int, batch_dim: int) -> CachedTokens:
@@ -93,6 +100,7 @@ class CachedTokens(Tensor):
         made = Tensor._make_wrapper_subclass(cls, size, dtype=values.dtype, device=values.device)
         assert isinstance(made, CachedTokens)
         made.survivors, made.slots, made.token_dim, made.batch_dim = values, slots, token_dim, batch_dim
+        made.weights = False
         return made
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
@@ -107,12 +115,19 @@ class CachedTokens(Tensor):
 
     def like(self, values: Tensor) -> CachedTokens:
         """Return other values of the same tokens, of the same dimensions."""
-        return CachedTokens(values, self.slots, self.token_dim, self.batch_dim)
+        made = CachedTokens(values, self.slots, self.token_dim, self.batch_dim)
+        made.weights = self.weights
+        return made
 
     def bytes(self) -> int:
         """Return the bytes of memory that it takes."""
         held = (self.survivors, self.slots.index, self.slots.valid)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    def full_weights(self) -> Tensor:
+        """Return weights of an attention to all tokens: zero for those that were dropped."""
+        with dropped_as_zeros():
+            return self.marked()
 
     def marked(self) -> Tensor:
         """Return the tensor of all tokens, with NaN for those that were dropped; see :func:`dropped_as_zeros`."""
@@ -142,15 +157,17 @@ class CachedTokens(Tensor):
         if named in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        operation = None if _zeros.get() else OPERATIONS.get(named)
+        operation = None if _zeros.get() or not args else OPERATIONS.get(named)
         if operation is not None:
             result = operation(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if _strict.get():
-            raise NotFollowed(named.strip("._"))
-        if _writes(named) and not _zeros.get():
-            raise ContinuationError(f"{named.strip('._')} writes to cached tokens of which a pruned call dropped some.")
+        if not _zeros.get():
+            raise (
+                NotFollowed(named.strip("._"))
+                if _strict.get()
+                else ContinuationError(UNKNOWN.format(named.strip("._")))
+            )
         args, kwargs = pytree.tree_map_only(CachedTokens, CachedTokens.marked, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
 
@@ -170,8 +187,8 @@ class CachedTokens(Tensor):
             kwargs: Mapping[str, Any] | None = None,
         ) -> object:
             """Run what reaches the tensor below Python's functions on :meth:`marked` tensors."""
-            if _strict.get():
-                raise NotFollowed(str(func))
+            if not _zeros.get():
+                raise NotFollowed(str(func)) if _strict.get() else ContinuationError(UNKNOWN.format(func))
             args, kwargs = pytree.tree_map_only(CachedTokens, CachedTokens.marked, (tuple(args), dict(kwargs or {})))
             return func(*args, **kwargs)
 
@@ -180,11 +197,7 @@ def _missing(dtype: torch.dtype) -> float | bool:
     return float("nan") if dtype.is_floating_point and not _zeros.get() else False
 
 
-def _writes(name: str) -> bool:
-    return name == "__setitem__" or name.endswith("=") or (name.endswith("_") and not name.endswith("__"))
-
-
-def holds_cached_tokens(values: object, depth: int = 5) -> bool:
+def holds_cached_tokens(values: object, depth: int = 8) -> bool:
     """Return whether there are :class:`CachedTokens` in nested containers and objects."""
     if isinstance(values, Tensor):
         return isinstance(values, CachedTokens)

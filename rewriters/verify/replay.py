@@ -22,6 +22,7 @@ from madtp.errors import RewriteError
 from madtp.programs.program import Program
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
+from madtp.tokens.cache_marks import with_marks
 from madtp.tokens.state import kept_positions
 from rewriters.plan.plan import Plan
 
@@ -123,7 +124,7 @@ def _pruning(control: PruningControl, merge: bool) -> Iterator[None]:
 def _run(program: Program, root: nn.Module, call: Call) -> list[Any]:
     leaves = call.flat()[0]
     with torch.no_grad(), trial_run(root, leaves):
-        return pytree.tree_flatten(program.run(root, leaves))[0]
+        return with_marks(pytree.tree_leaves(program.run(root, leaves)))
 
 
 def _survivors(control: PruningControl) -> Forced:

@@ -38,9 +38,21 @@ class ReaderBlock(nn.Module):
         query, key = rotate(query, positions), rotate(key, positions)
         if memory is not None:
             key, value = memory.extend(self.layer, key, value)
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        seen = self.attend(query, key, value, mask)
         x = x + self.own[3](seen.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norms[1](x))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask)
+
+
+class EinsumBlock(ReaderBlock):
+    """Attention as a sum over indices."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * query.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, -1e9).softmax(-1)
+        return torch.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
 class Body(nn.Module):
@@ -89,6 +101,12 @@ class Reader(nn.Module):
             attention_mask = torch.cat([attention_mask, torch.ones_like(said[-1])], 1)
             image, input_ids = None, said[-1]
         return torch.cat(said, 1)
+
+
+class EinsumBody(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(EinsumBlock(layer) for layer in range(LAYERS))
 
 
 class Peeking(Body):

@@ -15,8 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from madtp.errors import ContinuationError
+from madtp.tokens.cache_marks import MarkedAxes, without_marked
 from madtp.tokens.cached_slots import CachedSlots
-from madtp.tokens.cached_tokens import CachedTokens, NotFollowed, holds_cached_tokens, strictly_followed
+from madtp.tokens.cached_tokens import (
+    CachedTokens,
+    NotFollowed,
+    dropped_as_zeros,
+    holds_cached_tokens,
+    strictly_followed,
+)
 
 B, H, N, D = 2, 2, 6, 4
 KEPT = torch.tensor([[True, False, True, True, False, True], [False, True, False, True, False, False]])
@@ -117,7 +124,19 @@ def test_samples_are_selected_and_repeated() -> None:
         assert agree(cached[order], full[order], kept[order])
         assert agree(cached[order, ...], full[order], kept[order])
         assert agree(cached[1:], full[1:], kept[1:])
+        assert agree(cached.narrow(0, 1, 1), full[1:], kept[1:])
+        assert agree(cached.narrow(-2, 1, 4), full[:, :, 1:5], kept[:, 1:5])
         assert agree(cached.repeat_interleave(2, dim=0), full.repeat_interleave(2, 0), kept.repeat_interleave(2, 0))
+
+
+def test_one_prompt_is_shared_by_several_continuations() -> None:
+    full, cached, kept = cache(KEPT[:1])
+    with strictly_followed():
+        assert agree(cached.expand(3, -1, -1, -1), full.expand(3, -1, -1, -1), kept.expand(3, -1))
+        assert agree(cached.repeat(3, 1, 1, 1), full.repeat(3, 1, 1, 1), kept.repeat(3, 1))
+        assert agree(torch.cat([torch.tensor([]), cached], dim=-2), full, kept)
+    both = cache()
+    assert agree(both.cached.repeat(2, 1, 1, 1), both.full.repeat(2, 1, 1, 1), both.kept.repeat(2, 1))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,19 +193,55 @@ def test_causal_attention_counts_positions() -> None:
     assert torch.allclose(found[:, :, rows], wanted[:, :, rows], atol=1e-5)
 
 
-def test_what_is_not_followed_reads_marks_or_is_an_error() -> None:
-    _, cached, _ = cache()
-    assert bool(cached.mean().isnan())
-    for operation in (lambda x: x.mean(2), lambda x: x.flip(2), lambda x: x.sum(), lambda x: x[:, :, ::2]):
-        assert bool(operation(cached).isnan().any())
+def test_what_is_not_followed_is_an_error() -> None:
+    full, cached, kept = cache()
+    operations: list[Callable[[Tensor], object]] = [
+        lambda x: x.mean(2),
+        lambda x: x.flip(2),
+        lambda x: x.sum(),
+        lambda x: x[:, :, ::2],
+        lambda x: x[:, :, :5] + x[:, :, 3:],
+        lambda x: x - x[torch.tensor([1, 0])],
+        lambda x: torch.cat([torch.zeros(B, H, 1, D), x], 2),
+        lambda x: x.repeat(1, 1, 2, 1),
+        lambda x: torch.add(input=x, other=x),
+        lambda x: x.masked_fill(mask=torch.ones(N + 2, 1, dtype=torch.bool), value=0.0),
+        lambda x: x.clamp(min=torch.zeros(N + 2, 1)),
+        lambda x: x.zero_(),
+        lambda x: x.copy_(x),
+        lambda x: x.__setitem__(0, 1.0),
+        lambda x: x + cache().cached,
+    ]
+    for operation in operations:
+        with pytest.raises(ContinuationError, match="reads keys or values in a cache"):
+            operation(cached)
         with strictly_followed(), pytest.raises(NotFollowed):
             operation(cached)
-    for writing in (lambda x: x.zero_(), lambda x: x.copy_(x), lambda x: x.__setitem__(0, 1.0)):
-        with pytest.raises(ContinuationError, match="writes to cached tokens"):
-            writing(cached)
-    other = cache().cached
-    with strictly_followed(), pytest.raises(NotFollowed):
-        cached + other
+    assert agree(cached, full, kept)
+    with dropped_as_zeros():
+        torch.testing.assert_close(cached.sum(), full.masked_fill(~kept[:, None, :, None], 0).sum())
+
+
+def test_slots_are_found_again_by_their_marks() -> None:
+    full, cached, kept = cache()
+    again = without_marked(cached.marked(), MarkedAxes(0, 2, "tokens"))
+    assert agree(again, full, kept)
+    assert isinstance(again, CachedTokens)
+    assert again.slots.count == 6
+    assert without_marked(full, MarkedAxes(0, 2, "tokens")) is full
+
+
+def test_weights_of_an_attention_have_an_entry_for_each_token() -> None:
+    key = cache()
+    scores = torch.randn(B, H, 3, D) @ key.cached.mT
+    assert isinstance(scores, CachedTokens)
+    weights = F.dropout(scores.softmax(-1).to(torch.float64), 0.0)
+    assert isinstance(weights, CachedTokens)
+    assert weights.weights
+    assert not scores.weights
+    full = weights.full_weights()
+    assert bool((full.sum(-1) - 1).abs().max() < 1e-6)
+    assert bool((full[~key.kept[:, None, None].expand(full.shape)] == 0).all())
 
 
 def test_in_place_operations_on_scores_write_to_them() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cached_decoders import IMAGE, Peeking, Reader, hiding, reader
+from cached_decoders import IMAGE, EinsumBody, Peeking, Reader, hiding, reader
 from model_case import Tensors
 from region_hosts import Memory
 from rewritten_models import eager_arithmetic, gap
@@ -18,6 +18,8 @@ import madtp
 from madtp.calls.objects import CannotFlatten, flatten_object, unflatten_object
 from madtp.errors import ContinuationError, RewriteError
 from madtp.programs.cached_steps import CachedSteps
+from madtp.tokens.cache_marks import with_marks
+from madtp.tokens.cached_tokens import holds_cached_tokens
 
 CONFIG = madtp.PruningConfig(alignment_tokens=5, temperature=4.0, merge=False)
 STEPS = [1, 1, 3, 1]
@@ -66,7 +68,7 @@ def _read(model: nn.Module, inputs: Tensors, memory: Memory) -> list[Tensor]:
 
 
 def _dead(memory: Memory) -> list[Tensor]:
-    return [memory.seen[layer][0].isnan()[:, 0, :, 0] for layer in sorted(memory.seen)]
+    return [with_marks([memory.seen[layer][0]])[0].isnan()[:, 0, :, 0] for layer in sorted(memory.seen)]
 
 
 def test_the_decoder_is_a_region_that_prunes_image_tokens(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
@@ -156,7 +158,8 @@ def test_code_that_knows_nothing_of_pruning_attends_to_survivors_alone(
     ids = torch.full((3, 1), 20)
     wanted = pruned(None, ids, mask, copy.deepcopy(memory))
     assert torch.equal(model(None, ids, mask, copy.deepcopy(memory)), wanted)
-    assert bool(memory.seen[1][0].mean().isnan()), "never a silent number"
+    with pytest.raises(ContinuationError, match="mean reads keys or values in a cache"):
+        memory.seen[1][0].mean()
     with pruned.dense():
         assert torch.equal(pruned(None, ids, mask, memory), wanted)
 
@@ -324,3 +327,49 @@ def test_an_error_of_the_models_own_comes_through(reading: tuple[Reader, Tensors
     pruned(**inputs, memory=memory)
     with pytest.raises(IndexError, match="out of range"):
         pruned(None, torch.full((3, 1), 20_000), torch.ones(3, 25, dtype=torch.long), memory)
+
+
+def test_steps_that_are_captured_go_on_from_survivors() -> None:
+    """Sums over indices are not followed on survivors, so programs run the steps; the cache stays short."""
+    model, inputs = reader(EinsumBody)
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    memory = Memory()
+    found = _read(pruned, inputs, memory)
+    pruned(**inputs, memory=Memory())
+    kept = list(pruned.kept_tokens().values())
+    plain, _ = reader()
+    plain.load_state_dict(model.state_dict())
+    with hiding([None, ~kept[0], ~kept[1]]):
+        wanted = _read(plain, inputs, Memory())
+    assert all(gap(a, b) < 1e-4 for a, b in zip(wanted, found, strict=True))
+    assert holds_cached_tokens(memory)
+    assert not pruned.report.notes
+
+
+class Numbered(Reader):
+    """Is told where it goes on."""
+
+    def forward(
+        self,
+        pixels: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        memory: Memory | None = None,
+        at: int = 0,
+    ) -> Tensor:
+        return super().forward(pixels, input_ids, attention_mask, memory) + 0 * at
+
+
+def test_numbers_make_no_further_kinds_of_steps_and_gradients_do_not_matter() -> None:
+    _, inputs = reader()
+    model = Numbered()
+    model.load_state_dict(reader()[0].state_dict())
+    pruned = madtp.rewrite(model.eval(), inputs, config=CONFIG)
+    memory, mask = Memory(), inputs["attention_mask"]
+    with torch.enable_grad():
+        pruned(**inputs, memory=memory)
+        for at in range(24, 30):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+            logits = pruned(None, torch.full((3, 1), 20), mask, memory, at=at)
+            assert logits.requires_grad
+    assert len(pruned.madtp.forward_of_host.steps.followed) == 1
