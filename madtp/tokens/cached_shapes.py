@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from madtp.tokens.cached_tokens import CachedTokens, Function
+from madtp.tokens.state import gather_positions
 
 Arguments = Sequence[Any]
 Named = Mapping[str, Any]
@@ -96,7 +97,13 @@ def getitem(func: Function, args: Arguments, kwargs: Named) -> object:
         chosen.append(one)
         new += not isinstance(one, int)
         old += 1
-    return CachedTokens(x.survivors[tuple(chosen)], slots, moved[x.token_dim], moved[x.batch_dim])
+    token_dim, batch_dim = moved[x.token_dim], moved[x.batch_dim]
+    survivors, fewer = x.survivors[tuple(chosen)], slots.without_empty()
+    if fewer is None:
+        return CachedTokens(survivors, slots, token_dim, batch_dim)
+    slots, order = fewer
+    survivors = gather_positions(survivors, order, token_dim, batch_dim, survivors.dim())
+    return CachedTokens(survivors, slots, token_dim, batch_dim)
 
 
 def narrow(func: Function, args: Arguments, kwargs: Named) -> object:

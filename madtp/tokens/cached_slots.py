@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from madtp.tokens.state import TokenState, gather_positions, positions_of
+from madtp.tokens.state import TokenState, gather_positions, marked_first, positions_of
+
+FEW = 16
+"""Number of empty slots that are not worth moving the others for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +153,20 @@ class CachedSlots:
         """The slots on a device."""
         valid = None if self.valid is None else self.valid.to(device)
         return replace(self, index=self.index.to(device), valid=valid, unfolded=None)
+
+    def without_empty(self) -> tuple[CachedSlots, Tensor] | None:
+        """The slots without those that cannot hold a token, because fewer positions are left, and where these are, ``[B, M]``.
+
+        Nothing is read on the host, so others may stay empty. None while there are few of them.
+        """
+        left = self.length - self.later
+        if self.valid is None or self.first - left < max(FEW, self.length // 8):
+            return None
+        order = marked_first(self.valid)[:, :left]
+        later = torch.arange(self.first, self.count, device=order.device).expand(self.batch, -1)
+        index, valid = self.index.gather(1, order), self.valid.gather(1, order)
+        kept = replace(self, index=index, valid=valid, count=left + self.later, origin=self.origin.after("compacted"))
+        return kept, torch.cat([order, later], 1)
 
     def between(self, start: int, stop: int) -> tuple[CachedSlots, slice]:
         """The slots of the positions from ``start`` to ``stop``, and where these slots lie among all.

@@ -27,7 +27,8 @@ from rewriters.axes.token_moves import TokenMoves
 from rewriters.detect.windows import AttentionSpan, moves_to_residual
 from rewriters.graph.functional import has_effect
 from rewriters.graph.node_record import record
-from rewriters.graph.nodes import AxisError
+from rewriters.graph.nodes import AxisError, op_name
+from rewriters.graph.op_sets import KEEPS_VALUES, PERMUTATIONS, VIEWS
 from rewriters.graph.walk import ancestors
 from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.repairs import align_operand, pass_states, remap_readout, rename_argument, resize_argument
@@ -37,6 +38,12 @@ from rewriters.insert.workspace import BatchCut, InsertedSite, Insertion, Insert
 from rewriters.plan.plan import Plan, SitePlan
 
 aten = torch.ops.aten
+# Between keys or values and the attention that reads them.
+LAYOUTS = VIEWS | PERMUTATIONS | KEEPS_VALUES | {"expand", "repeat_interleave"}
+KEYS_RETURNED = (
+    "keys or values of a causal attention are returned, and a later call that takes them for a cache would attend to dropped "
+    "tokens; return them in the object of a cache, or leave the argument out that asks for them (use_cache=False)"
+)
 
 
 def insert(graph: fx.Graph, plan: Plan) -> Insertion:
@@ -58,6 +65,7 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     at_value = {place.value: place for place in places}
     restoration = Restoration(insertion, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
     _hoist_readouts(places)
+    _refuse_keys_outside_caches(graph, places)
     for node in list(graph.nodes):
         restoration.taint(node)
         try:
@@ -112,6 +120,28 @@ def _places(graph: fx.Graph, plan: Plan) -> list[_Place]:
         )
         for site in plan.sites
     ]
+
+
+def _refuse_keys_outside_caches(graph: fx.Graph, places: list[_Place]) -> None:
+    """Refuse sites in front of a causal attention whose keys or values are returned, and not in the object of a cache.
+
+    A later call may take them for a cache, in which dropped tokens would stand as they last were.
+
+    Raises:
+        InsertRefusal: there are such sites.
+    """
+    output = next(n for n in graph.nodes if n.op == "output")
+    cached = record(output).cache_paths or {}
+    returned = {n for at, n in enumerate(items(output, 0)) if isinstance(n, fx.Node) and at not in cached}
+    for place in places:
+        if place.site.causal and place.attention.op == "call_function":
+            operands = [n for n in place.attention.args[1:3] if isinstance(n, fx.Node)]
+            read = set(ancestors(*operands, through=lambda n: op_name(n) in LAYOUTS)) & returned
+            before = {
+                one.site.name for one in places if one.site.stream == place.site.stream and one.value < place.value
+            }
+            if read and before:
+                raise InsertRefusal(next(iter(read)), KEYS_RETURNED, before)
 
 
 def _moves_to_tokens(captured: list[fx.Node], nodes: dict[str, fx.Node], site: SitePlan) -> TokenMoves | None:

@@ -109,6 +109,30 @@ class EinsumBody(Body):
         self.blocks = nn.ModuleList(EinsumBlock(layer) for layer in range(LAYERS))
 
 
+class Handing(Body):
+    """Returns keys and values beside the states, in a tuple, a list or a dict."""
+
+    def __init__(self, container: type = tuple, *, causal: bool = True) -> None:
+        super().__init__()
+        self.container, self.causal = container, causal
+
+    def forward(
+        self, pixels: Tensor | None, input_ids: Tensor, attention_mask: Tensor, memory: Memory | None = None
+    ) -> object:
+        x = self.words(input_ids)
+        places = (input_ids == IMAGE)[:, :, None].expand_as(x)
+        x = x.masked_scatter(places, self.patches(pixels)[:, 1:])
+        length = input_ids.shape[1]
+        order = torch.ones(length, length, dtype=torch.bool)
+        mask = (order.tril() if self.causal else order) & (attention_mask > 0)[:, None, None, :]
+        kept = []
+        for block in self.blocks:
+            own = Memory()
+            x = block(x, attention_mask.cumsum(1), mask, own)
+            kept.append(own.seen[block.layer])
+        return x, dict(enumerate(kept)) if self.container is dict else self.container(kept)
+
+
 class Peeking(Body):
     """Decides by values of what it remembers, which no capture can follow."""
 

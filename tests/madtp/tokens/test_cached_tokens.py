@@ -129,6 +129,22 @@ def test_samples_are_selected_and_repeated() -> None:
         assert agree(cached.repeat_interleave(2, dim=0), full.repeat_interleave(2, 0), kept.repeat_interleave(2, 0))
 
 
+def test_a_window_holds_no_more_than_all_of_its_tokens() -> None:
+    kept = torch.rand(3, 80) < 0.7
+    full, cached, alive = cache(kept)
+    window = 60
+    for _ in range(90):
+        new = torch.randn(3, H, 1, D)
+        full, alive = torch.cat([full, new], 2)[:, :, -window:], F.pad(alive, (0, 1), value=True)[:, -window:]
+        with strictly_followed():
+            found = torch.cat([cached, new], 2)[:, :, -window:]
+        assert isinstance(found, CachedTokens)
+        cached = found
+        assert agree(cached, full, alive)
+        assert cached.slots.count <= window + 16
+    assert cached.slots.count == window
+
+
 def test_one_prompt_is_shared_by_several_continuations() -> None:
     full, cached, kept = cache(KEPT[:1])
     with strictly_followed():

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cached_decoders import IMAGE, EinsumBody, Peeking, Reader, hiding, reader
-from model_case import Tensors
+from cached_decoders import IMAGE, EinsumBody, Handing, Peeking, Reader, hiding, reader
+from model_case import Tensors, lively
 from region_hosts import Memory
 from rewritten_models import eager_arithmetic, gap
 from torch import Tensor, nn
@@ -373,3 +373,26 @@ def test_numbers_make_no_further_kinds_of_steps_and_gradients_do_not_matter() ->
             logits = pruned(None, torch.full((3, 1), 20), mask, memory, at=at)
             assert logits.requires_grad
     assert len(pruned.madtp.forward_of_host.steps.followed) == 1
+
+
+@pytest.mark.parametrize("container", [tuple, list, dict])
+def test_keys_that_are_returned_outside_a_cache_are_not_pruned(container: type) -> None:
+    """A later call could take them for a cache, and attend to what was dropped."""
+    _, inputs = reader()
+    torch.manual_seed(0)
+    model = lively(Handing(container))
+    pruned = madtp.rewrite(model, tuple(inputs.values()), config=CONFIG)
+    assert [site.name for site in pruned.report.sites] == ["blocks.2"], "nothing reads tokens behind the last one"
+    assert any("return them in the object of a cache" in refusal.reason for refusal in pruned.report.refusals)
+    assert any("keys or values of a causal attention are returned" in note for note in pruned.report.notes)
+    _, wanted = model(*inputs.values())
+    _, found = pruned(*inputs.values())
+    for layer in range(3):
+        assert gap(wanted[layer][0], found[layer][0]) < 1e-5
+
+
+def test_keys_of_attention_in_both_directions_are_no_cache() -> None:
+    _, inputs = reader()
+    torch.manual_seed(0)
+    pruned = madtp.rewrite(lively(Handing(causal=False)), tuple(inputs.values()), config=CONFIG)
+    assert len(pruned.report.sites) == 3
