@@ -71,11 +71,12 @@ class CachedSteps:
         A cache that was filled without pruning is an object that the model has returned.
         """
         given = leaves_of((args, dict(kwargs)))
-        if any(isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1 for one in given):
+        pruned = [one for one in given if is_object(one) and holds_cached_tokens(one)]
+        unpruned = [one for one in given if is_object(one) and self.control.has_returned(one)]
+        others = [one for one in given if not any(one is cache for cache in (*pruned, *unpruned))]
+        if any(x.is_floating_point() and x.dim() > 1 for one in others for x in tensors_in(one)):
             return False
-        returned = self.control.has_returned
-        unpruned = any(is_object(one) and returned(one) and _is_filled(one) for one in given)
-        return self.serve(args, kwargs) or (unpruned and not any(map(holds_cached_tokens, given)))
+        return self.serve(args, kwargs) if pruned else any(map(_is_filled, unpruned))
 
     def run(self, original: Forward, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run a call that is served by the module's own forward.

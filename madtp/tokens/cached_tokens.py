@@ -8,7 +8,7 @@ Anything else is an error, so that dropped tokens are never read unnoticed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -46,23 +46,22 @@ class NotFollowed(Exception):
 
 
 @contextmanager
-def strictly_followed() -> Iterator[None]:
+def _on(switch: ContextVar[bool]) -> Iterator[None]:
+    before = switch.set(True)
+    try:
+        yield
+    finally:
+        switch.reset(before)
+
+
+def strictly_followed() -> AbstractContextManager[None]:
     """Raise :class:`NotFollowed` inside the block where cached tokens are read in a way that is not followed."""
-    before = _strict.set(True)
-    try:
-        yield
-    finally:
-        _strict.reset(before)
+    return _on(_strict)
 
 
-@contextmanager
-def dropped_as_zeros() -> Iterator[None]:
+def dropped_as_zeros() -> AbstractContextManager[None]:
     """Run everything inside the block on tensors of all tokens, with zeros for those that were dropped."""
-    before = _zeros.set(True)
-    try:
-        yield
-    finally:
-        _zeros.reset(before)
+    return _on(_zeros)
 
 
 def _name(function: Function) -> str:

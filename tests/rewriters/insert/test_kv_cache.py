@@ -316,7 +316,9 @@ def test_a_later_turn_with_an_image_prunes_its_tower(reading: tuple[Reader, Tens
     ids = torch.full((3, 1), 20)
     assert steps.serve_text((None, ids, inputs["attention_mask"], memory), {})
     features = {"features": {"image": [torch.ones(4, 2)]}}
-    for more in ({"pixels": torch.ones(4, 2)}, features, {"other": inputs["pixels"]}):
+    state = Memory()
+    state.seen[0] = torch.ones(4, 2), torch.ones(4, 2)
+    for more in ({"pixels": torch.ones(4, 2)}, features, {"other": inputs["pixels"]}, {"state": state}):
         assert not steps.serve_text((), {"memory": memory, "input_ids": ids, **more})
     assert not steps.serve_text((ids, Memory()), {}), "it holds nothing yet"
 
