@@ -22,13 +22,13 @@ from madtp.programs.originals import original_of
 from madtp.sites.additions import additions_of
 from madtp.sites.control import PruningControl
 from madtp.sites.preserved_state import trial_run
-from madtp.tokens.cache_bytes import tensors_in
 from madtp.tokens.cached_tokens import (
     CachedTokens,
     NotFollowed,
     dropped_as_zeros,
     holds_cached_tokens,
     strictly_followed,
+    tensors_in,
 )
 
 Forward: TypeAlias = Callable[..., Any]
@@ -58,8 +58,9 @@ class CachedSteps:
     def serve(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         """Whether :meth:`run` can run a call. The first call of a kind is tried out, on copies of its caches."""
         caches = [one for one in (*args, *kwargs.values()) if is_object(one)]
-        if not any(map(holds_cached_tokens, caches)):
-            return False
+        return any(map(holds_cached_tokens, caches)) and self._follows(args, kwargs)
+
+    def _follows(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         kind = _kind(args, kwargs)
         if kind not in self.followed:
             self.followed[kind] = self._can_be_followed(args, kwargs)
@@ -76,7 +77,7 @@ class CachedSteps:
         others = [one for one in given if not any(one is cache for cache in (*pruned, *unpruned))]
         if any(x.is_floating_point() and x.dim() > 1 for one in others for x in tensors_in(one)):
             return False
-        return self.serve(args, kwargs) if pruned else any(map(_is_filled, unpruned))
+        return self._follows(args, kwargs) if pruned else any(map(_is_filled, unpruned))
 
     def run(self, original: Forward, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run a call that is served by the module's own forward.
@@ -90,7 +91,8 @@ class CachedSteps:
         except NotFollowed as error:
             self.followed[_kind(args, kwargs)] = False
             raise ContinuationError(CHANGED.format(type(self.module).__name__, error)) from error
-        return _with_full_weights(result) if _kind(args, kwargs) in self.returns_weights else result
+        weights = self.returns_weights and _kind(args, kwargs) in self.returns_weights
+        return _with_full_weights(result) if weights else result
 
     def _can_be_followed(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
         original = original_of(self.module, additions_of(self.host).own_hooks)

@@ -15,7 +15,7 @@ from torch import nn
 
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import normalise_call
-from madtp.errors import ExampleInputsError, MadtpError
+from madtp.errors import MadtpError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.notes import Notes, holding_remarks
 from madtp.programs.program_builder import BuildProgram
@@ -87,7 +87,7 @@ class PrunedMethods:
                 with suppress(OtherBranch), self.control.call(), programs.trying(program, call):
                     self.control.begin_program()
                     return Served(programs.run(program, call))
-        except (Unserved, ExampleInputsError, MadtpError):
+        except (Unserved, MadtpError):
             return None
         return None
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import Tensor
-
-from madtp.tokens.cached_tokens import CachedTokens, parts_of
-
-DEPTH = 8
+from madtp.tokens.cached_tokens import CachedTokens, tensors_in
 
 
 class CacheBytes(NamedTuple):
@@ -22,15 +18,6 @@ class CacheBytes(NamedTuple):
 
     held: int
     dense: int
-
-
-def tensors_in(value: object, depth: int = DEPTH) -> Iterator[Tensor]:
-    """Return the tensors in nested containers and objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth:
-        for one in parts_of(value):
-            yield from tensors_in(one, depth - 1)
 
 
 def bytes_of_caches(caches: Iterable[object]) -> CacheBytes:

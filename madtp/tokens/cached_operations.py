@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from madtp.tokens import cached_shapes as shapes
+from madtp.tokens.attention import join_masks
 from madtp.tokens.cached_shapes import Arguments, Named, argument, dimension
 from madtp.tokens.cached_slots import CachedSlots
 from madtp.tokens.cached_tokens import OPERATIONS, CachedTokens, Function, Operation
+from madtp.tokens.state import along
 
 
 def pointwise(func: Function, args: Arguments, kwargs: Named) -> object:
@@ -95,7 +97,7 @@ def softmax(func: Function, args: Arguments, kwargs: Named) -> object:
         return NotImplemented
     values, valid = x.survivors, x.slots.all_valid()
     if dimension(dim, x.survivors.dim()) == x.token_dim and valid is not None:
-        values = values.masked_fill(~x.slots.along(valid, x.survivors.dim(), x.token_dim, x.batch_dim), float("-inf"))
+        values = values.masked_fill(~along(valid, x.survivors.dim(), x.token_dim, x.batch_dim), float("-inf"))
     result = x.like(func(values, *args[1:], **kwargs))
     result.weights = dimension(dim, x.survivors.dim()) == x.token_dim
     return result
@@ -122,7 +124,7 @@ def product(func: Function, args: Arguments, kwargs: Named) -> object:
         return NotImplemented
     weights, valid = one.survivors, one.slots.all_valid()
     if valid is not None:
-        weights = weights.masked_fill(~one.slots.along(valid, rank, rank - 1, one.batch_dim), 0)
+        weights = weights.masked_fill(~along(valid, rank, rank - 1, one.batch_dim), 0)
     return func(weights, other.survivors)
 
 
@@ -154,15 +156,13 @@ def attention(func: Function, args: Arguments, kwargs: Named) -> object:
         mask = _hiding(mask, behind[(slice(None),) + (None,) * (rank - 3)])
     valid = slots.all_valid()
     if valid is not None:
-        mask = _hiding(mask, slots.along(valid, rank, rank - 1, 0))
+        mask = _hiding(mask, along(valid, rank, rank - 1, 0))
     return func(query, key.survivors, value.survivors, attn_mask=mask, **named)
 
 
 def _hiding(mask: Tensor | None, visible: Tensor) -> Tensor:
     """The mask of an attention that also hides what is not visible."""
-    if mask is None:
-        return visible
-    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, float("-inf"))
+    return visible if mask is None else join_masks(mask, visible)
 
 
 def storage(func: Function, args: Arguments, kwargs: Named) -> object:

@@ -114,12 +114,6 @@ class CachedSlots:
             later = later.expand(*(gathered.size(d) if d == batch_dim else -1 for d in range(rank)))
         return torch.cat([gathered, later], dim)
 
-    def along(self, flags: Tensor, rank: int, dim: int, batch_dim: int) -> Tensor:
-        """Reshape ``flags [B, M]`` to ``rank`` dimensions with B at ``batch_dim`` and M at ``dim``."""
-        shape = [1] * rank
-        shape[batch_dim], shape[dim] = flags.shape
-        return (flags if batch_dim < dim else flags.t()).reshape(shape)
-
     def with_later(self, tokens: int) -> CachedSlots:
         """The slots with further tokens appended."""
         unfolded = None if self.unfolded is None else self.unfolded.with_later(tokens)

@@ -7,6 +7,7 @@ Anything else is an error, so that dropped tokens are never read unnoticed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -31,9 +32,9 @@ METADATA = frozenset(
     "get_device storage_offset is_floating_point is_complex is_signed is_contiguous is_pinned is_inference __len__ __hash__ "
     "._version".split()
 )
+DEPTH = 8
+"""How deep tensors are looked for in containers and objects."""
 _strict: ContextVar[bool] = ContextVar("what is not followed is an error", default=False)
-
-
 UNKNOWN = (
     "{} reads keys or values in a cache of which a pruned call has dropped tokens, which is not followed. `marked()` of such a "
     "tensor has NaN in their place; with pruned.dense() around the first call nothing is dropped"
@@ -64,15 +65,13 @@ def dropped_as_zeros() -> AbstractContextManager[None]:
     return _on(_zeros)
 
 
+@functools.cache
 def _name(function: Function) -> str:
     name = getattr(function, "__name__", "")
     if name in ("__get__", "__set__"):
         owner = getattr(getattr(function, "__self__", None), "__name__", "")
         return f".{owner}" if name == "__get__" else f".{owner}="
     return str(name)
-
-
-_NAMES: dict[Function, str] = {}
 
 
 class CachedTokens(Tensor):
@@ -148,11 +147,8 @@ class CachedTokens(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        """Follow an operation, or run it on :meth:`marked` tensors."""
-        named = _NAMES.get(func)
-        if named is None:
-            named = _NAMES[func] = _name(func)
-        kwargs = kwargs or {}
+        """Follow an operation; what is not followed is an error."""
+        named, kwargs = _name(func), kwargs or {}
         if named in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -161,14 +157,7 @@ class CachedTokens(Tensor):
             result = operation(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        if not _zeros.get():
-            raise (
-                NotFollowed(named.strip("._"))
-                if _strict.get()
-                else ContinuationError(UNKNOWN.format(named.strip("._")))
-            )
-        args, kwargs = pytree.tree_map_only(CachedTokens, CachedTokens.marked, (tuple(args), dict(kwargs)))
-        return func(*args, **kwargs)
+        return _on_all_tokens(func, named.strip("._"), args, kwargs)
 
     if not TYPE_CHECKING:  # which has other signatures for these
 
@@ -185,26 +174,37 @@ class CachedTokens(Tensor):
             args: Sequence[Any] = (),
             kwargs: Mapping[str, Any] | None = None,
         ) -> object:
-            """Run what reaches the tensor below Python's functions on :meth:`marked` tensors."""
-            if not _zeros.get():
-                raise NotFollowed(str(func)) if _strict.get() else ContinuationError(UNKNOWN.format(func))
-            args, kwargs = pytree.tree_map_only(CachedTokens, CachedTokens.marked, (tuple(args), dict(kwargs or {})))
-            return func(*args, **kwargs)
+            """Nothing below Python's functions is followed."""
+            return _on_all_tokens(func, str(func), args, kwargs or {})
+
+
+def _on_all_tokens(function: Function, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
+    """Run what is not followed with zeros for dropped tokens where that is asked for; it is an error elsewhere."""
+    if not _zeros.get():
+        raise NotFollowed(name) if _strict.get() else ContinuationError(UNKNOWN.format(name))
+    args, kwargs = pytree.tree_map_only(CachedTokens, CachedTokens.marked, (tuple(args), dict(kwargs)))
+    return function(*args, **kwargs)
 
 
 def _missing(dtype: torch.dtype) -> float | bool:
     return float("nan") if dtype.is_floating_point and not _zeros.get() else False
 
 
-def holds_cached_tokens(values: object, depth: int = 8) -> bool:
+def holds_cached_tokens(value: object) -> bool:
     """Return whether there are :class:`CachedTokens` in nested containers and objects."""
-    if isinstance(values, Tensor):
-        return isinstance(values, CachedTokens)
-    return any(holds_cached_tokens(one, depth - 1) for one in parts_of(values)) if depth else False
+    return any(isinstance(one, CachedTokens) for one in tensors_in(value))
 
 
-def parts_of(value: object) -> Iterable[object]:
-    """Return what a container or an object holds."""
+def tensors_in(value: object, depth: int = DEPTH) -> Iterator[Tensor]:
+    """Return the tensors in nested containers and objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        for one in _parts_of(value):
+            yield from tensors_in(one, depth - 1)
+
+
+def _parts_of(value: object) -> Iterable[object]:
     if isinstance(value, (str, bytes, type, torch.nn.Module)):
         return ()
     if isinstance(value, Mapping):

@@ -248,15 +248,15 @@ def pool(
     """Return the mean or the maximum over the surviving tokens, without padding slots."""
     if state.index is None or state.valid is None:
         return values.mean(dim, keepdim) if how == "mean" else values.amax(dim, keepdim)
-    mask = _along(state.valid, values.dim(), dim, batch_dim)
+    mask = along(state.valid, values.dim(), dim, batch_dim)
     if how == "amax":
         return values.masked_fill(~mask, float("-inf")).amax(dim, keepdim)
     total = values.masked_fill(~mask, 0).sum(dim, keepdim)
     return total / mask.sum(dim, keepdim).clamp(min=1).to(values.dtype)
 
 
-def _along(valid: Tensor, rank: int, dim: int, batch_dim: int) -> Tensor:
-    """Reshape ``valid [B, N]`` to ``rank`` dimensions with B at ``batch_dim`` and N at ``dim``."""
+def along(valid: Tensor, rank: int, dim: int, batch_dim: int) -> Tensor:
+    """Return ``valid [B, N]`` reshaped to ``rank`` dimensions with B at ``batch_dim`` and N at ``dim``."""
     shape = [1] * rank
     shape[batch_dim], shape[dim] = valid.shape
     return (valid if batch_dim < dim else valid.t()).reshape(shape)
@@ -285,7 +285,7 @@ def masked_mean(
     if state is not None and state.index is not None:
         weights = gather_positions(weights, state.index, dim, batch_dim, values.dim())
         if state.valid is not None:
-            weights = weights.masked_fill(~_along(state.valid, values.dim(), dim, batch_dim), 0)
+            weights = weights.masked_fill(~along(state.valid, values.dim(), dim, batch_dim), 0)
     total = weights.sum(dim, keepdim)
     if minimum is not None:
         total = total.clamp(min=minimum)
