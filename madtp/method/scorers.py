@@ -120,34 +120,52 @@ class Importance(Scorer):
         return evidence.importance
 
 
-class ClassAttention(Scorer):
+CLASS_TOKEN = "a class token; restrict `towers` or `layers` to the stream that has one"
+
+
+class RowOfAttention(Scorer):
+    """What one token attends to.
+
+    Attributes:
+        missing: what a site needs that has no such token, and the way out.
+    """
+
+    missing: ClassVar[str]
+
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        row = evidence.terms.class_attention
+        if row is None:
+            raise ConfigError(
+                f"selection={config.selection!r} needs {self.missing}, or choose another selection: this site has none"
+            )
+        return row
+
+
+class ClassAttention(RowOfAttention):
     """Control: what the class token attends to, s3."""
 
     name = "class_attention"
     needs = Needs(class_attention=True)
 
-    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
-        return _row(evidence, config, "a class token; restrict `towers` or `layers` to the stream that has one")
+    missing = CLASS_TOKEN
 
 
-class ClassTokenAttention(Scorer):
+class ClassTokenAttention(RowOfAttention):
     """What the class token attends to in the mean of all heads: Yang et al., VisionZip, CVPR 2025, dominant tokens."""
 
     name = "class_token_attention"
     needs = Needs(class_token_attention=True)
 
-    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
-        return _row(evidence, config, "a class token; restrict `towers` or `layers` to the stream that has one")
+    missing = CLASS_TOKEN
 
 
-class LastTokenAttention(Scorer):
+class LastTokenAttention(RowOfAttention):
     """What the last token attends to in the mean of all heads: Chen et al., FastV, ECCV 2024."""
 
     name = "last_token_attention"
     needs = Needs(last_token_attention=True)
 
-    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
-        return _row(evidence, config, "causal attention; restrict `layers` to the language model")
+    missing = "causal attention; restrict `layers` to the language model"
 
 
 class Diversity(Scorer):
@@ -206,16 +224,6 @@ def share_kept(config: PruningConfig, candidates: Numbers) -> Numbers:
     counts = np.ceil(np.float32(config.keep_ratio) * candidates.astype(np.float32)).astype(np.int64)
     kept: Numbers = counts.clip(min=config.min_tokens)
     return kept
-
-
-def _row(evidence: Evidence[Values], config: PruningConfig, missing: str) -> Values:
-    """The row of attention that was asked for."""
-    row = evidence.terms.class_attention
-    if row is None:
-        raise ConfigError(
-            f"selection={config.selection!r} needs {missing}, or choose another selection: this site has none"
-        )
-    return row
 
 
 def _by_order(
