@@ -233,9 +233,8 @@ def flatten_objects(values: object, sizes: Collection[str] | None = ()) -> tuple
         CannotFlatten: from :func:`flatten_object`, or because one object occurs twice.
     """
     leaves, spec = _leaves(values)
-    leaves, spec = _leaves(
-        spec.unflatten(leaves)
-    )  # containers may order their entries anew, as outputs of transformers do
+    # Containers may order their entries anew, as outputs of transformers do.
+    leaves, spec = _leaves(spec.unflatten(leaves))
     specs: list[tuple[int, ObjectSpec]] = []
     seen: set[int] = set()
     for position, leaf in enumerate(leaves):

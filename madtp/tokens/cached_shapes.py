@@ -87,7 +87,7 @@ def getitem(func: Function, args: Arguments, kwargs: Named) -> object:
                 return NotImplemented
             start, stop, _ = one.indices(slots.length)
             slots, one = (slots, FULL) if (start, stop) == (0, slots.length) else slots.between(start, stop)
-        elif old == x.batch_dim and one != FULL if isinstance(one, slice) else old == x.batch_dim:
+        elif old == x.batch_dim and not (isinstance(one, slice) and one == FULL):
             alone = isinstance(one, Tensor) and one.dim() == 1 and len(tensors) == 1 and old == 0
             if not alone and not isinstance(one, slice):
                 return NotImplemented
