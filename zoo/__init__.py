@@ -9,6 +9,7 @@ from __future__ import annotations
 import zoo.blip
 import zoo.clip
 import zoo.inputs.families  # noqa: F401  (registers its adapters)
+import zoo.llava
 from zoo.adapters import Adapter, find_adapter, list_adapters, register_adapter
 from zoo.checkpoints.loading import LoadReport, load_checkpoint, save_checkpoint
 from zoo.datasets import DataEntry, data, describe_data, list_data, register_data

@@ -131,13 +131,13 @@ class PictureObjective(DenseSceneObjective[ModelT, OutputT]):
     def encode_texts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
         """Return texts about B pictures, as tensors of a batch."""
 
-    def pick_captions(self, pictures: Sequence[Picture]) -> list[str]:
-        """Return S captions of each picture, all of different orders; S * B in all."""
+    def pick_captions(self, pictures: Sequence[Picture], texts: int) -> list[str]:
+        """Return ``texts`` captions of each picture, all of different orders."""
         chosen = []
         for picture in pictures:
             of_picture = captions(picture.things)
             draws = draws_for(picture.seed, picture.split, picture.index, _CAPTION_STREAM + picture.side)
-            chosen += [of_picture[place] for place in draws.some(len(of_picture), self.texts)]
+            chosen += [of_picture[place] for place in draws.some(len(of_picture), texts)]
         return chosen
 
     def add_patch_heads(self) -> None:

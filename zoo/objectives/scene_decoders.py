@@ -89,7 +89,7 @@ class CaptionObjective(_DecoderObjective[BlipCaption]):
         self.module = ManyCaptions(model)
 
     def encode_texts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        ids, mask = self._spell(self.pick_captions(pictures), self.model.config.decode_id)
+        ids, mask = self._spell(self.pick_captions(pictures, self.texts), self.model.config.decode_id)
         return {"input_ids": ids, "attention_mask": mask, "words": _predicted_words(mask)}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ class BlipPairObjective(_ScenePairObjective[BlipRetrieval, RetrievalOutput]):
     def encode_texts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
         config = self.model.config
         words = words_for(config.text.vocabulary, None)
-        ids, mask = spell(words, self.pick_captions(pictures), first=config.class_id, end=config.end_id)
+        ids, mask = spell(words, self.pick_captions(pictures, self.texts), first=config.class_id, end=config.end_id)
         return {"input_ids": ids, "attention_mask": mask}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class ClipPairObjective(_ScenePairObjective[Clip, ClipOutput]):
         self.model.visual(images)
 
     def encode_texts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        return {"input_ids": clip_texts(self.model.config, None)(self.pick_captions(pictures))}
+        return {"input_ids": clip_texts(self.model.config, None)(self.pick_captions(pictures, self.texts))}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in ("images", "input_ids")}

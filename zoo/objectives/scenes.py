@@ -16,6 +16,7 @@ from zoo.blip.retrieval import BlipRetrieval
 from zoo.blip.vqa import BlipVqa
 from zoo.clip.model import Clip
 from zoo.objectives.scene_base import PADDING, DenseSceneObjective, SceneObjective
+from zoo.objectives.scene_conversations import ConversationObjective
 from zoo.objectives.scene_decoders import CaptionObjective, QuestionObjective
 from zoo.objectives.scene_pairs import BlipPairObjective, ClipPairObjective
 from zoo.objectives.scene_statements import DenseStatementObjective, StatementObjective
@@ -26,6 +27,7 @@ AnySceneObjective: TypeAlias = SceneObjective[Any, Any]
 AnyDenseObjective: TypeAlias = DenseSceneObjective[Any, Any]
 
 _MODELS: tuple[type[nn.Module], ...] = (BlipNlvr, BlipCaption, BlipVqa, BlipRetrieval, Clip)
+_LLAVA = "LlavaForConditionalGeneration"
 
 
 def scene_objective(model: nn.Module, texts: int) -> AnySceneObjective:
@@ -54,5 +56,7 @@ def dense_scene_objective(model: nn.Module, texts: int) -> AnyDenseObjective:
             return BlipPairObjective(model)
         case Clip():
             return ClipPairObjective(model)
-    known = ", ".join(kind.__name__ for kind in _MODELS)
+    if type(model).__name__ == _LLAVA:  # transformers need not be installed
+        return ConversationObjective(model, texts)
+    known = ", ".join([*(kind.__name__ for kind in _MODELS), _LLAVA])
     raise ConfigError(f"scenes have no objective for {type(model).__name__}; there are some for {known}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import zoo
 from madtp.errors import CheckpointError
+from zoo.llava.model import tower_weights
 
 _RENAMED = (
     ("crossattention.self0.", "crossattention.self."),
@@ -36,7 +37,7 @@ def start_from(model: nn.Module, name: str, checkpoint: str) -> int:
 
     Args:
         model: The model that is changed.
-        name: Name of a BLIP model in the zoo.
+        name: Name of a BLIP or CLIP model in the zoo.
         checkpoint: Its weights: a file, or the name of shipped weights.
 
     Returns:
@@ -67,7 +68,7 @@ def _offered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             offered[key.replace(*_DECODER)] = value
         if key.startswith("visual_encoder.blocks."):
             offered[_block(key)] = value
-    return offered
+    return {**offered, **tower_weights(offered)}
 
 
 def _block(key: str) -> str:

@@ -1,0 +1,115 @@
+"""Conversations about single pictures, for a language model that reads image tokens: :class:`ConversationObjective`.
+
+Axes: B pictures, S questions about each, T tokens of a conversation, W words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from madtp.training.batch_shares import Batch
+from madtp.training.compression import distillation_loss
+from zoo.llava.conversation import ANSWER, Turn, conversation
+from zoo.objectives.base import Metrics
+from zoo.objectives.scene_base import PictureObjective
+from zoo.objectives.scene_batches import Picture
+from zoo.scenes.objects import draws_for
+from zoo.scenes.single import Asked, draw_question
+
+_QUESTION_STREAM = 4
+"""Random stream of the questions about a left picture; the right one has the next."""
+
+_ORDER = 4
+"""Words of a caption that say in which order it names things: the request that it answers."""
+
+
+class ConversationObjective(PictureObjective[Any, Any]):
+    """Up to S different questions about a picture and then its caption, in one conversation, which reads the picture once.
+
+    The caption comes last: it says all that questions ask. The model is transformers' LLaVA; what it returns has ``logits`` ``[B, T, W]``.
+    """
+
+    data = "scenes_questions"
+
+    def __init__(self, model: Any, texts: int) -> None:
+        super().__init__(model, texts, model.config.vision_config.hidden_size)
+
+    @property
+    def tower(self) -> nn.Module:
+        layers: nn.ModuleList = self.model.model.vision_tower.encoder.layers
+        return layers[-1]
+
+    def encode_images(self, images: Tensor) -> None:
+        self.model.model.vision_tower(images)
+
+    def encode_texts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        rows = []
+        for picture, caption in zip(pictures, self.pick_captions(pictures, 1), strict=True):
+            turns = [Turn(asked.question, asked.answer) for asked in self._questions(picture)]
+            words = caption.split()
+            turns.append(Turn(" ".join(words[:_ORDER]), " ".join(words[_ORDER:])))
+            rows.append(conversation(turns, self.model.config.image_seq_length))
+        ids = pad_sequence([row[0] for row in rows], batch_first=True)
+        mask = pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True)
+        written = pad_sequence([row[1].long() for row in rows], batch_first=True)
+        return {"input_ids": ids, "attention_mask": mask, "answer_mask": written, "words": written.sum().float()}
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return {"pixel_values": batch["images"], **given}
+
+    def losses(self, module: nn.Module, batch: Batch, output: Any, progress: float) -> tuple[Tensor, Metrics]:
+        del module, progress
+        predicted, targets = self._predictions(output, batch)
+        loss = F.cross_entropy(predicted.float(), targets, reduction="sum") / batch["words"]
+        return loss, {"task": loss.detach(), "accuracy": self._hits(output, batch).float().mean()}
+
+    def scores(self, outputs: Sequence[Any], batches: Sequence[Batch]) -> dict[str, float]:
+        hits = torch.cat([self._hits(output, batch) for output, batch in zip(outputs, batches, strict=True)])
+        return {"accuracy": float(hits.float().mean())}
+
+    def logits(self, output: Any) -> Tensor:
+        found: Tensor = output.logits
+        return found
+
+    def certainty(self, output: Any) -> Tensor:
+        """Return how sure the model is of its words, a scalar; what it predicts behind image tokens means nothing."""
+        best = output.logits[:, self.model.config.image_seq_length :].float().topk(2, dim=-1).values
+        sure: Tensor = (best[..., 0] - best[..., 1]).sum()
+        return sure
+
+    def distance_to_teacher(
+        self, student: nn.Module, teacher: nn.Module, batch: Batch, *, output: Any, target: Any
+    ) -> Tensor:
+        """Return the distance of the logits of the words that the model writes."""
+        del student, teacher
+        return distillation_loss(self._predictions(output, batch)[0], self._predictions(target, batch)[0])
+
+    def _macs_of_one_text(self, by_path: dict[str, float]) -> float:
+        return sum(by_path.values())
+
+    def _predictions(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits ``[M, W]`` and the ids ``[M]`` of the M words that the model writes."""
+        written = batch["answer_mask"][:, 1:].bool()
+        return output.logits[:, :-1][written], batch["input_ids"][:, 1:][written]
+
+    def _hits(self, output: Any, batch: Batch) -> Tensor:
+        """Return which questions are answered rightly, given the turns before, ``[M]``; answers have one word."""
+        ids = batch["input_ids"]
+        asked = (ids == ANSWER) & (batch["attention_mask"] != 0)
+        asked &= asked.flip(1).cumsum(1).flip(1) > 1  # the last answer is the caption
+        at = asked[:, :-1]
+        hits: Tensor = output.logits[:, :-1].argmax(-1)[at] == ids[:, 1:][at]
+        return hits
+
+    def _questions(self, picture: Picture) -> list[Asked]:
+        """Return up to S different questions about a picture."""
+        draws = draws_for(picture.seed, picture.split, picture.index, _QUESTION_STREAM + picture.side)
+        drawn = [draw_question(picture.census, picture.side, draws) for _ in range(self.texts)]
+        return list({asked.question: asked for asked in drawn}.values())
