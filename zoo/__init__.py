@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import zoo.blip
 import zoo.clip
-import zoo.inputs.families  # noqa: F401  (registers its adapters)
-import zoo.llava
+import zoo.inputs.families
+import zoo.llava  # noqa: F401  (these register models and adapters)
 from zoo.adapters import Adapter, find_adapter, list_adapters, register_adapter
 from zoo.checkpoints.loading import LoadReport, load_checkpoint, save_checkpoint
 from zoo.datasets import DataEntry, data, describe_data, list_data, register_data

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from madtp.calls.call import Call
 from madtp.calls.copies import share
 from madtp.calls.double_precision import in_double_precision
 from madtp.calls.hooks import without_hooks
 from madtp.calls.progress_line import stage
-from madtp.calls.stored_tensors import StoredTensors
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
 from madtp.programs.lost_gradients import lost_gradients_remark
@@ -34,16 +32,11 @@ from rewriters.regions.assembly import assemble
 from rewriters.regions.choice import rewrite_regions
 from rewriters.regions.fault import region_at_fault
 from rewriters.regions.rewritten import RewrittenRegions
+from rewriters.regions.stored_state import StoredAttribute, stored_by, stored_note, why_not_rewritten
 from rewriters.verify.checks import Case, note_lost_gradients, verify
 from rewriters.verify.payoff import saving_of, sites_without_payoff
 from rewriters.verify.rounding import is_rounding
 
-SHOWN = 3
-STORED = (
-    "forward stores tensors of each sample in {}, and calls of the pruned model do not: what reads them later finds old ones, "
-    "such as keys and values that modules keep for the next call. Hand such a cache on as an object, or leave this part out "
-    "of the rewrite (towers, layers)"
-)
 WITHOUT_PAYOFF = (
     "on inputs like the example, pruning costs more than it can save from {} on: there are fewer tokens, or narrower ones, "
     "than {} alignment tokens pay for; lower alignment_tokens, set alignment=False, or leave these streams out (towers)"
@@ -66,19 +59,32 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
     # Hooks of the user are not to see what tracing computes; calls while there are any run as the original does.
     own_hooks = needed_hooks(model, call)
     bare = without_hooks(model, own_hooks)
+    stored = stored_by(bare, call)
     rejected: dict[str, str] = {}
     # Each round captures afresh, without the regions that failed a check.
     while True:
         rewritten = rewrite_regions(replace(request, model=share(bare)), rejected)
+        keeping = _keeping_state(rewritten, stored)
+        if keeping:
+            rejected |= keeping
+            continue
         pruned = assemble(request, rewritten, own_hooks)
         failure = _verify(bare, pruned, rewritten, call)
         if failure is None:
             _note_missing_payoff(pruned, rewritten, config)
-            _note_stored_tensors(bare, pruned, rewritten, call)
+            lost = stored_note(stored, [one.region for one in rewritten.regions])
+            if lost is not None:
+                pruned.madtp.notes.add(lost)
             for remark in layers_not_found(config, rewritten.plan.sites):
                 pruned.madtp.notes.add(remark)
             return pruned
         rejected[failure.name] = failure.reason
+
+
+def _keeping_state(rewritten: RewrittenRegions, stored: list[StoredAttribute]) -> dict[str, str]:
+    """Names of the regions whose modules keep state between calls, with the reason why they are not rewritten."""
+    reasons = {one.region.name: why_not_rewritten(stored, one.region) for one in rewritten.regions}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 @dataclass(frozen=True)
@@ -145,28 +151,6 @@ def _case_in_double_precision(model: nn.Module, pruned: PrunedModel, region: Rew
     # Copied together, they go on sharing their parameters.
     exact_model, exact_pruned = copy.deepcopy((model, pruned))
     return _case(exact_model.double(), exact_pruned.double(), replace(region, call=in_double_precision(region.call)))
-
-
-def _note_stored_tensors(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, call: Call) -> None:
-    """Note tensors of each sample that modules leave in their attributes: programs leave none."""
-    samples = call.samples()
-    named = {
-        path: module for path, module in model.named_modules() if any(r.region.holds(path) for r in rewritten.regions)
-    }
-    stored = StoredTensors(named.values())
-    with torch.no_grad(), trial_run(model, call.flat()[0]):
-        model(*call.args, **call.kwargs)
-        changed = [one for one in stored.changed() if _holds_samples(one.now(), samples)]
-        places = {id(vars(module)): path for path, module in named.items()}
-        found = {places[id(one.holder)]: one.key for one in changed if id(one.holder) in places}
-    if found:
-        shown = ", ".join(f"{path}.{name}".lstrip(".") for path, name in list(found.items())[:SHOWN])
-        pruned.madtp.notes.add(STORED.format(shown + (" ..." if len(found) > SHOWN else "")))
-
-
-def _holds_samples(value: object, samples: int) -> bool:
-    tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return any(x.is_floating_point() and x.dim() > 2 and x.shape[0] == samples > 1 for x in tensors)
 
 
 def _note_missing_payoff(pruned: PrunedModel, rewritten: RewrittenRegions, config: PruningConfig) -> None:

@@ -133,22 +133,6 @@ class Handing(Body):
         return x, dict(enumerate(kept)) if self.container is dict else self.container(kept)
 
 
-class KeepingBlock(ReaderBlock):
-    """Keeps keys and values itself, for the next call."""
-
-    kept: tuple[Tensor, Tensor] | None = None
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        self.kept = key, value
-        return super().attend(query, key, value, mask)
-
-
-class Keeping(Body):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(KeepingBlock(layer) for layer in range(LAYERS))
-
-
 class Peeking(Body):
     """Decides by values of what it remembers, which no capture can follow."""
 

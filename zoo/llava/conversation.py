@@ -45,7 +45,7 @@ def conversation(turns: Sequence[Turn], image_tokens: int) -> tuple[Tensor, Tens
 
 
 def prompts(questions: Sequence[Sequence[Turn]], image_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask ``[B, T]`` of B conversations, padded on the left as ``generate`` wants it; the mask is 1 for a token."""
+    """Return ids ``[B, T]`` and mask ``[B, T]``, 1 for a token, of B conversations, padded on the left as for ``generate``."""
     rows = [conversation(turns, image_tokens)[0] for turns in questions]
     ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=PADDING)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cached_decoders import IMAGE, EinsumBody, Handing, Keeping, Peeking, Reader, hiding, reader
+from cached_decoders import IMAGE, EinsumBody, Handing, Peeking, Reader, hiding, reader
 from model_case import Tensors, lively
 from region_hosts import Memory
 from rewritten_models import eager_arithmetic, gap
@@ -398,11 +398,3 @@ def test_keys_of_attention_in_both_directions_are_no_cache() -> None:
     torch.manual_seed(0)
     pruned = madtp.rewrite(lively(Handing(causal=False)), tuple(inputs.values()), config=CONFIG)
     assert len(pruned.report.sites) == 3
-
-
-def test_modules_that_keep_keys_themselves_are_told_of(reading: tuple[Reader, Tensors, madtp.PrunedModel]) -> None:
-    model, inputs = reader(Keeping)
-    pruned = madtp.rewrite(model, inputs, config=CONFIG)
-    assert any("forward stores tensors of each sample in body.blocks.0.kept" in note for note in pruned.report.notes)
-    assert model.body.blocks[0].kept is None, "the model is as it was"
-    assert not reading[2].report.notes
