@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from madtp.calls.batch import sample_dim
 from madtp.calls.call import Call
 from madtp.calls.stored_tensors import StoredTensors
 from madtp.programs.single_sample import with_doubled_sample
@@ -52,30 +53,49 @@ class StoredAttribute:
 
 
 def stored_by(model: nn.Module, call: Call) -> list[StoredAttribute]:
-    """Run a model once, on two samples or more, and return where it leaves tensors of samples; it is as before afterwards."""
-    with suppress(Exception):  # such as a model that takes one sample alone
-        return _stored(model, with_doubled_sample(call))
-    return []
+    """Return where a model leaves tensors of samples; it is run once or twice, and is as before afterwards.
 
-
-def _stored(model: nn.Module, call: Call) -> list[StoredAttribute]:
+    What a model derives from its parameters, such as the bias of positions, has no samples: twice as many leave it as it is.
+    """
     samples = call.samples()
-    places = {}
+    kept = [place for place, counts in _stored(model, call).items() if samples in counts]
+    if not kept:
+        return []
+    doubled = {place: {2 * samples} for place in kept if samples > 1}
+    with suppress(Exception):  # such as a model that takes as many samples alone
+        doubled = _stored(model, _with_all_doubled(call))
+    modules = dict(model.named_modules())
+    found = [place for place in kept if 2 * samples in doubled.get(place, ())]
+    return [StoredAttribute(path, name, reads_earlier(modules[path], name)) for path, name in found]
+
+
+def _stored(model: nn.Module, call: Call) -> dict[tuple[str, str], set[int]]:
+    """Run the model; returns the lengths of the first dimension of what it stores, by path of the module and attribute."""
+    places = {id(vars(module)): (path, "") for path, module in model.named_modules()}
     for path, module in model.named_modules():
-        places[id(vars(module))] = path, module, ""
-        for name, value in vars(module).items():
-            if isinstance(value, (list, dict)):
-                places.setdefault(id(value), (path, module, name))
-    stored = StoredTensors(model.modules())
+        containers = [(name, value) for name, value in vars(module).items() if isinstance(value, (list, dict))]
+        places = {**{id(value): (path, name) for name, value in containers}, **places}
+    stored, found = StoredTensors(model.modules()), {}
     with torch.no_grad(), trial_run(model, call.flat()[0]):
         model(*call.args, **call.kwargs)
-        found = {}
         for one in stored.changed():
-            if id(one.holder) in places and _holds_samples(one.now(), samples):
-                path, module, container = places[id(one.holder)]
-                name = container or str(one.key)
-                found[path, name] = StoredAttribute(path, name, reads_earlier(module, name))
-    return list(found.values())
+            if id(one.holder) in places:
+                path, container = places[id(one.holder)]
+                found[path, container or str(one.key)] = _lengths(one.now())
+    return found
+
+
+def _with_all_doubled(call: Call) -> Call:
+    samples = call.samples()
+    if samples == 1:
+        return with_doubled_sample(call)
+    leaves, dims = call.flat()[0], [sample_dim(leaf, samples) for leaf in call.flat()[0]]
+    return call.with_leaves(
+        [
+            x if d is None or not isinstance(x, Tensor) else torch.cat([x, x], d)
+            for x, d in zip(leaves, dims, strict=True)
+        ]
+    )
 
 
 def why_not_rewritten(stored: Sequence[StoredAttribute], region: Region) -> str | None:
@@ -94,6 +114,6 @@ def _naming(text: str, stored: Sequence[StoredAttribute]) -> str | None:
     return text.format(", ".join(map(str, stored[:SHOWN])) + (" ..." if len(stored) > SHOWN else ""))
 
 
-def _holds_samples(value: object, samples: int) -> bool:
+def _lengths(value: object) -> set[int]:
     tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return any(x.is_floating_point() and x.dim() > 2 and x.shape[0] == samples > 1 for x in tensors)
+    return {x.shape[0] for x in tensors if x.is_floating_point() and x.dim() > 2}

@@ -13,7 +13,9 @@ from rewritten_models import gap
 from torch import Tensor, nn
 
 import madtp
+from madtp.calls.call import normalise_call
 from rewriters.regions.attribute_reads import reads_earlier
+from rewriters.regions.stored_state import stored_by
 
 CONFIG = madtp.PruningConfig(alignment_tokens=4)
 
@@ -64,7 +66,7 @@ class Shows(GoesOn):
         return self.kept[0]
 
 
-def body_of(block: type[GoesOn]) -> type[Body]:
+def body_of(block: type[ReaderBlock]) -> type[Body]:
     class Made(Body):
         def __init__(self) -> None:
             super().__init__()
@@ -253,3 +255,33 @@ def test_the_tower_beside_modules_with_state_is_pruned(block: type[GoesOn]) -> N
     with torch.no_grad():
         pairs = zip(steps_of(pruned, inputs), steps_of(twin, inputs), strict=True)
         assert all(gap(a, b) < 1e-5 for a, b in pairs)
+
+
+class Biased(ReaderBlock):
+    """Keeps a bias for as many heads as there are samples, which follows from parameters."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__(layer)
+        self.bias = nn.Parameter(torch.zeros(3, 1, 1))
+        self.biases: dict[int, Tensor] = {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        if key.shape[2] not in self.biases:
+            self.biases[key.shape[2]] = self.bias.expand(3, query.shape[2], key.shape[2]) * 2
+        del value
+        return super().attend(query, key, key + self.biases[key.shape[2]].mean(), mask)
+
+
+def test_what_follows_from_parameters_is_no_state() -> None:
+    model, inputs = reader(body_of(Biased))
+    call = normalise_call(model, (), inputs)
+    assert not stored_by(model, call)
+    assert stored_by(reader(body_of(GoesOn))[0], call)
+
+
+def test_a_single_sample_shows_state() -> None:
+    model, inputs = reader(body_of(GoesOn))
+    one = {name: value[:1] for name, value in inputs.items()}
+    found = stored_by(model, normalise_call(model, (), one))
+    assert {str(attribute) for attribute in found} == {f"body.blocks.{layer}.kept" for layer in range(LAYERS)}
+    assert all(attribute.is_state for attribute in found)
