@@ -6,6 +6,7 @@ Axes: B pictures, S questions about each, T tokens of a conversation, W words.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
 from madtp.training.compression import distillation_loss
-from zoo.llava.conversation import ANSWER, Turn, conversation
+from zoo.llava.conversation import ANSWER, Turn, conversation, prompts
 from zoo.objectives.base import Metrics
 from zoo.objectives.scene_base import PictureObjective
 from zoo.objectives.scene_batches import Picture
@@ -25,8 +27,26 @@ from zoo.scenes.single import Asked, draw_question
 _QUESTION_STREAM = 4
 """Random stream of the questions about a left picture; the right one has the next."""
 
+_QUESTION = "how many small red shapes are there"
+"""One as long as any."""
+
 _ORDER = 4
 """Words of a caption that say in which order it names things: the request that it answers."""
+
+
+@dataclass(frozen=True)
+class PromptMacs:
+    """MACs of a call: those that it took, those without pruning, and those that no pruning saves."""
+
+    kept: float
+    dense: float
+    fixed: float
+
+    @classmethod
+    def of(cls, pruned: PrunedModel) -> PromptMacs:
+        """Return those of the last call of a model."""
+        kept, dense, fixed = (sum(pruned.madtp.macs_by_module(tokens).values()) for tokens in ("kept", "all", "none"))
+        return cls(kept, dense, fixed)
 
 
 class ConversationObjective(PictureObjective[Any, Any]):
@@ -92,8 +112,22 @@ class ConversationObjective(PictureObjective[Any, Any]):
         del student, teacher
         return distillation_loss(self._predictions(output, batch)[0], self._predictions(target, batch)[0])
 
-    def _macs_of_one_text(self, by_path: dict[str, float]) -> float:
-        return sum(by_path.values())
+    def attach(self, pruned: PrunedModel) -> None:
+        """Measure a prompt of one question, whose MACs :meth:`macs` tells."""
+        batch = self.batch(0, "val", 0, 0, range(2))
+        ids, mask = prompts([[Turn(_QUESTION)]] * 2, self.model.config.image_seq_length)
+        with torch.no_grad():
+            pruned(pixel_values=batch["images"], input_ids=ids, attention_mask=mask)
+        self._prompt = PromptMacs.of(pruned)
+
+    def macs(self, pruned: PrunedModel) -> tuple[float, float]:
+        """Return the MACs, pruned and dense, of a prompt with one question, of which as large a share is saved.
+
+        The share is that of what pruning may save: words of a conversation, which stay, are many more than those of a prompt.
+        """
+        found = PromptMacs.of(pruned)
+        saved = (found.dense - found.kept) / (found.dense - found.fixed)
+        return self._prompt.dense - saved * (self._prompt.dense - self._prompt.fixed), self._prompt.dense
 
     def _predictions(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits ``[M, W]`` and the ids ``[M]`` of the M words that the model writes."""

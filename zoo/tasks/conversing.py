@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,22 @@ from zoo.metrics.answers import vqa_accuracy
 
 LONGEST = 4
 """Words that an answer may have, with the token that ends it."""
+
+
+class Writer(Protocol):
+    """A model of transformers that writes, dense or rewritten."""
+
+    def generate(
+        self,
+        *,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        do_sample: bool,
+        pad_token_id: int,
+    ) -> Tensor:
+        """Go on from prompts ``[B, T]`` about images ``[B, 3, H, W]``; returns ids ``[B, T + new]``."""
 
 
 class Conversing:
@@ -52,10 +68,8 @@ class Conversing:
     def run(self, model: nn.Module, samples: range, earlier: Mapping[str, Sequence[Result]]) -> list[Result]:
         """Return the ``answer`` to each question."""
         del earlier
-        inputs, writer = self.inputs(samples), model
-        written: Tensor = writer.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=LONGEST, do_sample=False, pad_token_id=PADDING
-        )
+        inputs, writer = self.inputs(samples), cast(Writer, model)
+        written = writer.generate(**inputs, max_new_tokens=LONGEST, do_sample=False, pad_token_id=PADDING)
         answers = written[:, inputs["input_ids"].shape[1] :].tolist()
         return [{"answer": spoken(ids)} for ids in answers]
 

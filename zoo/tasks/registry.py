@@ -18,6 +18,7 @@ from zoo.datasets.records import DataSet
 from zoo.datasets.registry import describe_data
 from zoo.tasks.answering import Answering
 from zoo.tasks.captioning import Captioning
+from zoo.tasks.conversing import Conversing
 from zoo.tasks.encode_text import clip_texts
 from zoo.tasks.reasoning import Reasoning
 from zoo.tasks.retrieval import ClipRetrieval, Retrieval
@@ -56,6 +57,7 @@ _TASKS: dict[str, tuple[str, Builder]] = {
     "clip_*": ("retrieval", lambda r: ClipRetrieval(r.data, r.device, clip_texts(r.model.config, r.vocabulary))),
     "blip_caption*": ("captioning", lambda r: Captioning(r.data, r.words, r.device, r.model)),
     "blip_vqa*": ("questions", lambda r: Answering(r.data, r.words, r.device, r.model, r.answers)),
+    "llava_*": ("questions", lambda request: Conversing(request.data, request.device, request.model)),
 }
 """Task (one of :data:`zoo.datasets.registry.TASKS`) and its builder, by pattern of a model's name."""
 
