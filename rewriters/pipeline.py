@@ -33,6 +33,7 @@ from madtp.errors import (
 from madtp.programs.compiled_graph import compile_graph
 from madtp.programs.program import Program, without_gradients
 from madtp.sites.additions import PREFIX
+from madtp.sites.stream_start import SUFFIX
 from madtp.tokens.cache_marks import MarkedAxes
 from rewriters.canonicalise.passes import canonicalise
 from rewriters.capture.export import Capture, capture
@@ -231,12 +232,20 @@ def _require_fit(plan: Plan, graph: fx.Graph, region: Region) -> None:
 
 
 def insert_what_works(graph: fx.Graph, plan: Plan) -> tuple[Insertion, Plan]:
-    """Insert the sites of ``plan``; where a node refuses, give up those whose tokens reach it and start afresh."""
+    """Insert the sites of ``plan``; where a node refuses, give up those whose tokens reach it and start afresh.
+
+    First to go is that their streams begin without what a tower has dropped.
+    """
+    begin_whole: set[int] = set()
     while True:
         fresh = _copy(graph)
         try:
-            return insert(fresh, plan), plan
+            return insert(fresh, plan, begin_whole), plan
         except InsertRefusal as refusal:
+            streams = {s.stream for s in plan.sites if f"{s.name}{SUFFIX}" in refusal.sources}
+            if streams - begin_whole:
+                begin_whole |= streams
+                continue
             lost = [s for s in plan.sites if s.name in refusal.sources]
             if not lost:
                 raise
@@ -283,6 +292,7 @@ def lower(insertion: Insertion, captured: Capture, request: Request) -> Program:
         constants=constants,
         returned=captured.returned,
         marked=insertion.marked,
+        output_sites=insertion.output_sites if captured.returned is None else {},
         limits=captured.limits,
         given=captured.example.sizes(),
         padded=padded,

@@ -5,7 +5,8 @@ put them among the words. So the host's own run is followed (``modality_tracking
 program as one more input. They only decide what may be pruned: a program computes the same for the survivors, whatever the
 positions are.
 
-An *image mask* has the shape of a floating tensor and is True where a value is an image feature.
+An *image mask* has the shape of a floating tensor and says what each value is: :data:`OTHER`, :data:`FEATURE` (an image
+feature), or :data:`DROPPED` (one of a token that its vision tower has dropped).
 
 Axis legend: B samples, N tokens, C width.
 """
@@ -14,13 +15,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 IMAGE_POSITIONS = "madtp_image_positions"
 """Name of the further argument: ``[B, N]`` bool, True at image features."""
+
+OTHER, FEATURE, DROPPED = 0, 1, 2
+"""What an image mask says of a value. A token is the least of what its values are."""
 
 # Functions that move values or choose among them; they do to an image mask what they do to the values.
 MOVES = frozenset(
@@ -59,7 +63,7 @@ def moved_mask(
     def mask(value: object) -> object:
         nonlocal unknown
         if isinstance(value, float):
-            return False  # a number belongs to no modality
+            return OTHER  # a number belongs to no modality
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
             return value
         found = mask_of(value)
@@ -94,5 +98,15 @@ def accepting_image_positions(forward: Callable[..., object]) -> Callable[..., o
 
 
 def token_positions(mask: Tensor) -> Tensor:
-    """Return which tokens are image features, ``[B, N]``: those whose image mask ``[B, N, C]`` is True in every channel."""
-    return mask.all(-1)
+    """Return which tokens are image features, in every channel of an image mask ``[B, N, C]``; ``[B, N]`` bool."""
+    return (mask != OTHER).all(-1)
+
+
+def dropped_positions(mask: Tensor) -> Tensor:
+    """Return which tokens a vision tower has dropped by an image mask ``[B, N, C]``, ``[B, N]`` bool."""
+    return (mask == DROPPED).all(-1)
+
+
+def of_tokens(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the image mask of values of ``shape [..., C']`` that follow from those of ``mask [..., C]`` token by token."""
+    return mask.amin(-1, keepdim=True).expand(*shape)

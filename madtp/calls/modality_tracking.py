@@ -19,7 +19,18 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from madtp.calls.compiling import is_compiling
-from madtp.calls.image_positions import IN_PLACE, MOVES, TOKENWISE, moved_mask, token_positions
+from madtp.calls.image_positions import (
+    DROPPED,
+    FEATURE,
+    IN_PLACE,
+    MOVES,
+    OTHER,
+    TOKENWISE,
+    dropped_positions,
+    moved_mask,
+    of_tokens,
+    token_positions,
+)
 
 IDS = "ids"
 NOTHING: frozenset[str] = frozenset()
@@ -110,6 +121,18 @@ class Tracker(TorchFunctionMode):
         mask = self._masks.get(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
         return None if mask is None else token_positions(mask)
 
+    def dropped_positions(self, leaf: object) -> Tensor | None:
+        """Return at which of these positions stand tokens that a vision tower has dropped, ``[B, N]`` bool; None if nowhere."""
+        mask = self._masks.get(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 3 else None
+        dropped = None if mask is None else dropped_positions(mask)
+        return None if dropped is None or not bool(dropped.any()) else dropped
+
+    def mark_dropped(self, result: object, dropped: Tensor) -> None:
+        """Mark tokens ``[B, N, C]`` of which some were dropped, ``[B, N]`` bool; whatever is read of them is followed."""
+        if isinstance(result, Tensor) and result.dim() == 3 and result.shape[:2] == dropped.shape:
+            kinds = torch.where(dropped, DROPPED, FEATURE).to(torch.uint8)
+            self._masks[result] = kinds[:, :, None].expand(result.shape)
+
     def tag_result(self, operands: Iterable[object], result: object) -> None:
         """Give a result that was computed without being followed the modalities of all its operands."""
         found = self._union(_tensors(operands))
@@ -122,7 +145,7 @@ class Tracker(TorchFunctionMode):
         mask = self._masks.get(sequence) if isinstance(sequence, Tensor) else None
         for tensor in _tensors(pytree.tree_leaves(result)):
             if mask is not None and tensor.shape[:-1] == mask.shape[:-1]:
-                self._masks[tensor] = mask.all(-1, keepdim=True).expand(tensor.shape)
+                self._masks[tensor] = of_tokens(mask, tensor.shape)
 
     def watch_reads(self, output: object, read: set[int]) -> None:
         """Add to ``read`` the positions at which tokens ``[B, N, C]`` in ``output`` are read from now on."""
@@ -191,7 +214,8 @@ class Tracker(TorchFunctionMode):
         """Image masks of the results of a function that moves values of both modalities."""
         if name not in MOVES and name not in IN_PLACE:
             return []
-        if not self._union(_tensors(pytree.tree_leaves((args, kwargs)))) >= BOTH:
+        operands = _tensors(pytree.tree_leaves((args, kwargs)))
+        if not (self._union(operands) >= BOTH or any(x in self._masks for x in operands)):
             return []
         return pytree.tree_leaves(moved_mask(func, args, kwargs, self._mask_of))
 
@@ -202,7 +226,8 @@ class Tracker(TorchFunctionMode):
         carried = self._tags_of(tensor)
         if carried >= BOTH:
             return None
-        return torch.tensor("image" in carried, device=tensor.device).expand(tensor.shape)
+        kind = FEATURE if "image" in carried else OTHER
+        return torch.tensor(kind, dtype=torch.uint8, device=tensor.device).expand(tensor.shape)
 
     def _note_masks(
         self, name: str, operands: list[Tensor], results: Sequence[object], masks: Sequence[object]
@@ -212,14 +237,25 @@ class Tracker(TorchFunctionMode):
             source = next((x for x in operands if x in self._masks), None)
             mask = None if source is None else self._masks.get(source)
             if source is not None and mask is not None:
+                mask = self._with_others(mask, [x for x in operands if x is not source])
                 alike = [x for x in _tensors(results) if x.shape[:-1] == source.shape[:-1]]
-                results, masks = alike, [mask.all(-1, keepdim=True).expand(x.shape) for x in alike]
+                results, masks = alike, [of_tokens(mask, x.shape) for x in alike]
         elif name in IN_PLACE and not masks:
             for changed in _tensors(results):
                 self._masks.discard(changed)
         for tensor, own in zip(results, masks, strict=False):
             if isinstance(tensor, Tensor) and isinstance(own, Tensor) and tensor.shape == own.shape:
                 self._masks[tensor] = own
+
+    def _with_others(self, mask: Tensor, others: Iterable[Tensor]) -> Tensor:
+        """The image mask of tokens that meet others: one that was dropped and meets one that was not is a feature again."""
+        for other in others:
+            if other.shape[:-1] != mask.shape[:-1] or "image" not in self._tags_of(other):
+                continue
+            known = self._masks.get(other)
+            met = torch.ones_like(mask[..., :1]) if known is None else of_tokens(known, (*known.shape[:-1], 1))
+            mask = mask.masked_fill((mask == DROPPED) & (met != DROPPED), FEATURE)
+        return mask
 
     def _tag(self, tensor: Tensor, found: frozenset[str]) -> None:
         if tensor.dtype.is_floating_point:

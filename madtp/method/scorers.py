@@ -92,10 +92,13 @@ class Scorer(ABC):
     Attributes:
         name: what it is found by.
         needs: what it reads.
+        leaves_to_towers: where image tokens stand among words, and nothing of what it needs is there, the vision tower has
+            chosen among them; such a site keeps what it is given.
     """
 
     name: ClassVar[str]
     needs: ClassVar[Needs]
+    leaves_to_towers: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
@@ -155,6 +158,7 @@ class ClassTokenAttention(RowOfAttention):
 
     name = "class_token_attention"
     needs = Needs(class_token_attention=True)
+    leaves_to_towers = True
 
     missing = CLASS_TOKEN
 

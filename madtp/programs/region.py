@@ -11,6 +11,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, Signature, is_empty, normalise_call, signature
 from madtp.calls.compiling import is_compiling
@@ -23,6 +26,7 @@ from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
+from madtp.tokens.state import kept_positions
 
 log = logging.getLogger("madtp")
 
@@ -86,10 +90,12 @@ class PrunedRegion(ReplacedForward):
         continues = self.programs.continues_pruned(call)
         if self.control.scope.runs_original and not continues:
             return self.original(*args, **kwargs)
+        dropped = None
         if self.embeddings and not continues:
             told = self._with_image_positions(call)
             if told is None:
                 return self.original(*args, **kwargs)
+            dropped = self._dropped_features(call)
             call = told
         for program in self._candidates(call, continues):
             trying = self.programs.trying(program, call)
@@ -97,8 +103,10 @@ class PrunedRegion(ReplacedForward):
                 if program.unpruned and self.control.active:
                     self._note(program.unpruned)
                 self.control.begin_program()
-                result = self.programs.run(program, call)
+                with self.control.without_features(dropped):
+                    result = self.programs.run(program, call)
                 self._follow(call, result)
+                self._follow_dropped(program, result)
                 return result
         if continues:
             raise self._cannot_continue()
@@ -125,6 +133,24 @@ class PrunedRegion(ReplacedForward):
             tracker.tag_result(call.flat()[0], result)
             if self.embeddings:
                 tracker.keep_image_positions(call.leaf_at(self.embeddings), result)
+
+    def _follow_dropped(self, program: Program, result: object) -> None:
+        """Tell what follows the host's tensors which tokens a program has dropped of what it returns."""
+        tracker, states = self.control.scope.tracker, self.control.record.states
+        if tracker is None or not self.control.active or not program.output_sites:
+            return
+        leaves = pytree.tree_leaves(result)
+        for position, site in program.output_sites.items():
+            state = states.get(site)
+            if state is not None and state.index is not None:
+                tracker.mark_dropped(leaves[position], ~kept_positions(state))
+
+    def _dropped_features(self, call: Call) -> Tensor | None:
+        """Which tokens of the sequence are image tokens that their vision tower has dropped, ``[B, N]`` bool."""
+        tracker = self.control.scope.tracker
+        if tracker is None or not self.control.active:
+            return None
+        return tracker.dropped_positions(call.leaf_at(self.embeddings))
 
     def _with_image_positions(self, call: Call) -> Call | None:
         """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""

@@ -125,7 +125,9 @@ def serving_one_sample(
     if kept is None or len(kept) != len(one):
         kept, own, returned = tuple(range(len(found))), program.out_spec, program.returned
     halved = tuple(_halved_dims(one[place], found[at]) if place < len(one) else () for place, at in enumerate(kept))
-    single = SingleSampleProgram(**{**vars(program), "out_spec": own, "returned": returned}, kept=kept, halved=halved)
+    sites = {place: program.output_sites[at] for place, at in enumerate(kept) if at in program.output_sites}
+    fields = {**vars(program), "out_spec": own, "returned": returned, "output_sites": sites}
+    single = SingleSampleProgram(**fields, kept=kept, halved=halved)
     try:
         compare(expected, single.run(host, call.flat()[0]), values=values)
     except RewriteError as error:

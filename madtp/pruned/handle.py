@@ -23,6 +23,7 @@ from madtp.sites.additions import Additions
 from madtp.sites.control import PruningControl
 from madtp.sites.forward_record import ForwardRecord
 from madtp.sites.spec import SiteSpec
+from madtp.sites.stream_start import SUFFIX
 from madtp.tokens.cache_bytes import CacheBytes, bytes_of_caches
 from madtp.tokens.state import TokenState, kept_positions
 
@@ -245,7 +246,7 @@ class PruningHandle(Additions):
         return "\n".join(p.graph.python_code("self").src for p in programs.values())
 
     def _states(self) -> dict[str, TokenState]:
-        return self._record().states
+        return {name: state for name, state in self._record().states.items() if not name.endswith(SUFFIX)}
 
     def _record(self) -> ForwardRecord:
         record = self.control.last_record()

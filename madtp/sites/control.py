@@ -71,6 +71,8 @@ class CallScope:
         calls: number of calls of the model that are under way.
         next_hook: number of the next hook when the outermost of them began; infinite outside.
         programs: number of programs of regions that are under way.
+        dropped_features: which tokens of the program that runs are image tokens that their vision tower has dropped,
+            ``[B, N]`` bool. None if there are none.
         interrupted: names of chains of blocks that could not run as one in the outermost call.
         computed_twice: those of them of which a program ran nevertheless.
     """
@@ -82,6 +84,7 @@ class CallScope:
     calls: int = 0
     next_hook: float = math.inf
     programs: int = 0
+    dropped_features: Tensor | None = None
     interrupted: set[str] = field(default_factory=set)
     computed_twice: set[str] = field(default_factory=set)
 
@@ -219,6 +222,12 @@ class PruningControl:
         tracker = self.scope.tracker
         unfollowed = nullcontext() if tracker is None else tracker.set_aside()
         with self._within(replace(self.scope, programs=self.scope.programs + 1)), unfollowed:
+            yield
+
+    @contextmanager
+    def without_features(self, dropped: Tensor | None) -> Iterator[None]:
+        """Let programs inside the block begin without the image tokens ``dropped [B, N]`` bool; None keeps all."""
+        with self._within(replace(self.scope, dropped_features=dropped)):
             yield
 
     @contextmanager

@@ -33,6 +33,7 @@ from madtp.sites.forward_record import FeatureKey
 from madtp.sites.protection import Position
 from madtp.sites.scoring import BlockAttention, PackedScoringAttention, ScoringAttention, ScoringMap
 from madtp.sites.spec import SiteSpec
+from madtp.sites.stream_start import StreamStart
 from madtp.sites.window_attention import WindowAttention
 from madtp.tokens.assembly import Decision, JudgedGroup, assemble
 from madtp.tokens.packing import in_rows, in_slots
@@ -74,6 +75,7 @@ class PruningSite(nn.Module):
         packed_attention: replaces it where its tokens are packed rows.
         windows: replaces it where it runs in windows of a grid.
         map: observes an attention map that keeps its own spelling.
+        start: leaves out, at the input of the block, what a vision tower has dropped.
     """
 
     def __init__(self, spec: SiteSpec, control: PruningControl, alignment_width: int, seed: int) -> None:
@@ -84,6 +86,7 @@ class PruningSite(nn.Module):
         self.packed_attention = PackedScoringAttention(spec, control)
         self.windows = WindowAttention(control)
         self.map = ScoringMap(spec, control)
+        self.start = StreamStart(spec, control)
         if control.config.alignment:
             always = control.config.query_projection == "always"
             self.query = query_projection(spec.width, alignment_width, seed=seed, always=always)
@@ -141,6 +144,8 @@ class PruningSite(nn.Module):
         self._note_room(layout, before)
         statistics = attention.statistics
         assert statistics is not None
+        if parts.scorer.leaves_to_towers and self.spec.segments and statistics.class_attention is None:
+            return rows, before
         scored = self._score(layout, rows, block_input, statistics, before, segments)
         if control.counts_are_fixed():
             varies = bool(readouts) or segments is not None

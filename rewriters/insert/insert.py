@@ -9,6 +9,7 @@ decides nothing; what it cannot do it refuses with :class:`InsertRefusal`.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ from rewriters.insert.dense_sections import DenseSections
 from rewriters.insert.repairs import align_operand, pass_states, remap_readout, rename_argument, resize_argument
 from rewriters.insert.restoration import Restoration
 from rewriters.insert.scoring import SITES, attention_statistics, insert_attention, insert_windows
+from rewriters.insert.stream_starts import insert_start, is_start, starts_of
 from rewriters.insert.workspace import BatchCut, InsertedSite, Insertion, InsertRefusal, site_key
 from rewriters.plan.plan import Plan, SitePlan
 
@@ -46,12 +48,13 @@ KEYS_RETURNED = (
 )
 
 
-def insert(graph: fx.Graph, plan: Plan) -> Insertion:
+def insert(graph: fx.Graph, plan: Plan, begin_whole: Collection[int] = ()) -> Insertion:
     """Insert all sites of ``plan`` into ``graph``, in place.
 
     Args:
         graph: A canonical graph.
         plan: The sites; its names are those of nodes of the graph.
+        begin_whole: Streams that begin with all of their tokens, whatever a vision tower has dropped.
 
     Returns:
         The graph with labels of its nodes, token states and what was replaced.
@@ -63,6 +66,7 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
     places = _places(graph, plan)
     at_attention = {place.attention: place for place in places}
     at_value = {place.value: place for place in places}
+    starts = {place.value: place for place in starts_of(graph, plan.sites, begin_whole)}
     restoration = Restoration(insertion, post_norm=frozenset(s.name for s in plan.sites if s.norm == "post"))
     _hoist_readouts(places)
     _refuse_keys_outside_caches(graph, places)
@@ -70,6 +74,8 @@ def insert(graph: fx.Graph, plan: Plan) -> Insertion:
         restoration.taint(node)
         try:
             _insert_at(insertion, node, restoration, attention=at_attention.get(node), value=at_value.get(node))
+            if node in starts:
+                insert_start(insertion, starts[node])
         except AxisError as error:
             raise InsertRefusal(node, str(error), insertion.labels.sites_reaching(node)) from error
         restoration.taint_replacements(node)
@@ -312,8 +318,18 @@ def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restor
         if position in cached:
             results[position] = _marked(insertion, value, labels, cached[position], output)
         else:
+            _note_dropped(insertion, position, labels)
             results[position] = restoration.with_all_tokens(value, output)
     output.args = (tuple(results),)
+
+
+def _note_dropped(insertion: Insertion, position: int, labels: Labels | ResultLabels) -> None:
+    """Note which site has dropped tokens of an output ``[B, N, C]``, for those who read it outside the graph."""
+    if not isinstance(labels, Labels) or len(labels) != 3 or (labels.batch_dim(), labels.token_dim()) != (0, 1):
+        return
+    axis = token_axis(labels[1])
+    if axis is not None and isinstance(axis.source, str) and not is_start(axis.source):
+        insertion.output_sites[position] = axis.source
 
 
 def _marked(insertion: Insertion, value: fx.Node, labels: Labels, path: str, output: fx.Node) -> fx.Node:

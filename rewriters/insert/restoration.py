@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument, Target
 
+from madtp.sites.stream_start import SUFFIX
 from madtp.tokens import state as runtime
 from madtp.tokens.attention import attention
 from madtp.tokens.attention_maps import weigh
@@ -76,6 +77,7 @@ class Restoration:
         self.residual_values: set[fx.Node] = set()
         self.restored: dict[fx.Node, fx.Node] = {}
         self.stream_of = {site.name: site.stream for site in insertion.plan.sites}
+        self.stream_of |= {f"{site.name}{SUFFIX}": site.stream for site in insertion.plan.sites}
         self.tainted: dict[fx.Node, dict[str, str]] = {}
         self.sections = DenseSections(insertion)
 
@@ -231,7 +233,8 @@ class Restoration:
         axis = token_axis(labels[token_dim])
         assert axis is not None
         names = self._sites_of_stream(labels)
-        places = {(s.token_dim, s.batch_dim) for s in self.insertion.plan.sites if s.name in names}
+        known = {name.removesuffix(SUFFIX) for name in names}
+        places = {(s.token_dim, s.batch_dim) for s in self.insertion.plan.sites if s.name in known}
         if len(places) != 1 or next(iter(places))[1] != batch_dim or len(labels) != 3:
             raise AxisError("every position is needed where the tokens stand in another dimension than at the sites")
         site_dim, _ = next(iter(places))

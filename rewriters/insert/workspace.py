@@ -127,6 +127,7 @@ class Insertion:
         part_sizes: Sizes of the operands of concatenations along tokens.
         batch_cuts: The operations that cut the batch, by the source of what they give.
         segment_maps: The node that tells the segment of each token, by stream.
+        output_sites: The site that has dropped tokens of an output ``[B, N, C]`` last, by position of the output.
         marked: Outputs in the key/value cache that may lack tokens, by path in the object that holds them.
     """
 
@@ -144,6 +145,7 @@ class Insertion:
     part_sizes: dict[Concatenation, tuple[Size, ...]] = field(default_factory=dict)
     batch_cuts: dict[BatchPart, BatchCut] = field(default_factory=dict)
     segment_maps: dict[int, fx.Node] = field(default_factory=dict)
+    output_sites: dict[int, str] = field(default_factory=dict)
     marked: dict[str, MarkedAxes] = field(default_factory=dict)
 
     def current(self, node: fx.Node) -> fx.Node:

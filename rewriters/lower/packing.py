@@ -106,6 +106,8 @@ class _Packer:
         _, _, child = str(node.target).removeprefix(f"{SITES}.").partition(".")
         if child == "attention":
             self._visit_site_attention(node)
+        elif child == "start":
+            self.site_outputs.add(node)
         elif child:
             self._run_on_slots(node, "attention in windows, or in a spelling of its own")
         else:

@@ -32,6 +32,7 @@ from rewriters.axes.sources import BatchPart, Bound, Concatenation, Rest, Source
 from rewriters.capture.export import Capture
 from rewriters.graph.node_record import record, rowwise_module
 from rewriters.graph.nodes import call_argument, example_size, int_argument, is_tensor, module_path, op_name, operand
+from rewriters.insert.stream_starts import is_start
 from rewriters.insert.workspace import Insertion, Size, site_key
 
 NORM_COST = {"layer_norm": 5, "group_norm": 5, "rms_norm": 5, "batch_norm": 2}
@@ -66,6 +67,10 @@ def _symbols(capture: Capture) -> dict[sympy.Symbol, InputSize]:
 
 
 def _record_sites(table: CostTable, insertion: Insertion) -> None:
+    for name, inserted in insertion.sites.items():
+        if is_start(name):
+            batch, length, _ = inserted.value.meta["val"].shape
+            table.streams[name] = StreamSize(_size(length), _size(batch))
     for site in insertion.plan.sites:
         shape = insertion.sites[site.name].value.meta["val"].shape
         root = insertion.labels.chain(site.name)[-1]

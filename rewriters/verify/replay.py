@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from madtp.calls.batch import sample_dims
 from madtp.calls.call import Call
 from madtp.calls.compare import relative_difference
+from madtp.calls.image_positions import IMAGE_POSITIONS
 from madtp.errors import RewriteError
 from madtp.programs.program import Program
 from madtp.sites.control import PruningControl
@@ -40,7 +41,8 @@ def dropping_equals_hiding(program: Program, root: nn.Module, control: PruningCo
     the two differ.
     """
     with _pruning(control, merge=False):
-        dropped = _run(program, root, call)
+        with control.without_features(_some_features(call)):
+            dropped = _run(program, root, call)
         control.forced = _survivors(control)
         control.in_place = True
         hidden = _run(program, root, call)
@@ -61,7 +63,8 @@ def batch_mates_do_not_matter(
     """
     batch = call.samples()
     with _pruning(control, merge=control.config.merges):
-        _run(program, root, call)
+        with control.without_features(_some_features(call)):
+            _run(program, root, call)
         # A forced decision always drops merged tokens, a free one may keep them; so both runs are forced.
         control.forced = _survivors(control)
         together = _run(program, root, call)
@@ -125,6 +128,12 @@ def _run(program: Program, root: nn.Module, call: Call) -> list[Any]:
     leaves = call.flat()[0]
     with torch.no_grad(), trial_run(root, leaves):
         return with_marks(pytree.tree_leaves(program.run(root, leaves)))
+
+
+def _some_features(call: Call) -> Tensor | None:
+    """Every third image token of a sequence in which they stand among words, as if its tower had dropped them."""
+    positions = call.kwargs.get(IMAGE_POSITIONS)
+    return positions & (positions.cumsum(1) % 3 == 1) if isinstance(positions, Tensor) else None
 
 
 def _survivors(control: PruningControl) -> Forced:
