@@ -6,7 +6,6 @@ Axes: B pictures, S questions about each, T tokens of a conversation, W words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
 from madtp.training.compression import distillation_loss
+from madtp.tuning.search import dense_macs, mac_reduction
 from zoo.llava.conversation import ANSWER, Turn, conversation, prompts
 from zoo.objectives.base import Metrics
 from zoo.objectives.scene_base import PictureObjective
@@ -32,21 +32,6 @@ _QUESTION = "how many small red shapes are there"
 
 _ORDER = 4
 """Words of a caption that say in which order it names things: the request that it answers."""
-
-
-@dataclass(frozen=True)
-class PromptMacs:
-    """MACs of a call: those that it took, those without pruning, and those that no pruning saves."""
-
-    kept: float
-    dense: float
-    fixed: float
-
-    @classmethod
-    def of(cls, pruned: PrunedModel) -> PromptMacs:
-        """Return those of the last call of a model."""
-        kept, dense, fixed = (sum(pruned.madtp.macs_by_module(tokens).values()) for tokens in ("kept", "all", "none"))
-        return cls(kept, dense, fixed)
 
 
 class ConversationObjective(PictureObjective[Any, Any]):
@@ -113,21 +98,23 @@ class ConversationObjective(PictureObjective[Any, Any]):
         return distillation_loss(self._predictions(output, batch)[0], self._predictions(target, batch)[0])
 
     def attach(self, pruned: PrunedModel) -> None:
-        """Measure a prompt of one question, whose MACs :meth:`macs` tells."""
-        batch = self.batch(0, "val", 0, 0, range(2))
-        ids, mask = prompts([[Turn(_QUESTION)]] * 2, self.model.config.image_seq_length)
+        """Measure what a prompt of one question takes, and saves beside a conversation."""
+        batch = self.batch(0, "val", 0, 0, range(4))
+        ids, mask = prompts([[Turn(_QUESTION)]] * 4, self.model.config.image_seq_length)
         with torch.no_grad():
+            pruned(**self.inputs(batch))
+            saved = mac_reduction(pruned)
             pruned(pixel_values=batch["images"], input_ids=ids, attention_mask=mask)
-        self._prompt = PromptMacs.of(pruned)
+        self._macs_of_prompt, self._more_saved = dense_macs(pruned), mac_reduction(pruned) / saved
 
     def macs(self, pruned: PrunedModel) -> tuple[float, float]:
-        """Return the MACs, pruned and dense, of a prompt with one question, of which as large a share is saved.
+        """Return the MACs, pruned and dense, of a prompt of one question.
 
-        The share is that of what pruning may save: words of a conversation, which stay, are many more than those of a prompt.
+        A conversation has many more words, all of which stay. So a prompt saves a larger part, by a factor that hardly depends
+        on the strength.
         """
-        found = PromptMacs.of(pruned)
-        saved = (found.dense - found.kept) / (found.dense - found.fixed)
-        return self._prompt.dense - saved * (self._prompt.dense - self._prompt.fixed), self._prompt.dense
+        saved = min(1.0, self._more_saved * mac_reduction(pruned))
+        return self._macs_of_prompt * (1 - saved), self._macs_of_prompt
 
     def _predictions(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits ``[M, W]`` and the ids ``[M]`` of the M words that the model writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -118,11 +119,12 @@ def test_macs_are_those_of_a_prompt_however_long_the_conversation(objective: Con
     pruned = madtp.rewrite(objective.model.eval(), objective.inputs(batch), config=config)
     objective.attach(pruned)
     ids, mask = prompts([[Turn("how many small red shapes are there")]] * 2, 144)
+    pruned.madtp.config = dataclasses.replace(config, keep_ratio=0.125)
     pruned(pixel_values=batch["images"], input_ids=ids, attention_mask=mask)
     wanted = pruned.madtp.macs(), dense_macs(pruned)
     pruned(**objective.inputs(batch))
     assert dense_macs(pruned) > 1.15 * wanted[1]
-    assert objective.macs(pruned) == pytest.approx(wanted, rel=0.02)
+    assert objective.macs(pruned) == pytest.approx(wanted, rel=0.03)
     loss = objective.distance_to_teacher(
         pruned,
         objective.model,
