@@ -7,7 +7,8 @@
 
 A *share* is the fraction of the image tokens that a rule drops behind the attention of the first decoder layer. Each rule is
 calibrated to the MACs that this saves, so that those which also prune the tower, or further layers, cost the same.
-``last-token-at-2`` stands where its paper has it, behind the second layer, and saves less. ``run`` resumes, and leaves a card
+``last-token-at-2`` stands where its paper has it, behind the second layer, and saves less. ``class-token`` prunes the tower's last
+layer, and the decoder begins with what is left. ``run`` resumes, and leaves a card
 for each model; ``time`` measures prefill, step and cache of all of them in turns.
 """
 
@@ -60,6 +61,10 @@ RULES: dict[str, dict[str, object]] = {
     "random": _rule("random"),
     "last-token": _rule("last_token_attention"),
     "last-token-at-2": _rule("last_token_attention", 1),
+    "class-token": {
+        **_rule("class_token_attention"),
+        "layers": {"*vision_tower*": [5], "*language_model*": [0]},
+    },
     "diversity": _rule("diversity"),
     "conditional-diversity": _rule("conditional_diversity"),
 }
