@@ -6,9 +6,9 @@
     python benchmarks/language_model_rules.py table --output runs/rules
 
 A *share* is the fraction of the image tokens that a rule drops behind the attention of the first decoder layer. Each rule is
-calibrated to the MACs that this saves, so that those which also prune the tower, or further layers, cost the same.
-``last-token-at-2`` stands where its paper has it, behind the second layer, and saves less. ``class-token`` prunes in the last
-layer of the tower, and the decoder begins with what is left. ``run`` resumes, and leaves a card for each model; ``time`` measures
+calibrated to the MACs that this saves, so that those which also prune the tower, or further layers, cost the same. ``last-
+token-at-2`` stands where its paper has it, behind the second layer, and saves less. ``class-token`` prunes in the last layer of
+the tower, and the decoder begins with what is left. ``run`` resumes, and leaves a card for each model; ``time`` measures
 prefill, step and cache of all of them in turns.
 """
 
