@@ -52,7 +52,7 @@ def _in_decoder(layer: int, **fields: object) -> dict[str, object]:
 
 
 def _rule(selection: str, layer: int = 0) -> dict[str, object]:
-    return _in_decoder(layer, selection=selection, keep_ratio=0.85, alignment=False)
+    return _in_decoder(layer, selection=selection, keep_ratio=0.5, alignment=False)
 
 
 RULES: dict[str, dict[str, object]] = {
@@ -132,6 +132,8 @@ def run(rule: str, share: float, seed: int, options: argparse.Namespace) -> None
     content["training"] |= {"seed": seed, "threads": options.threads}
     settings = content["settings"]
     settings["pruning"] = {**settings["pruning"], **RULES[rule]}
+    if "keep_ratio" in RULES[rule]:
+        settings["pruning"]["keep_ratio"] = 1 - share  # where calibration begins
     settings["reduction"] = reductions(options.output)[f"{SITES.get(rule, REFERENCE)} {share}"]
     if options.steps:
         content["training"]["steps"] = options.steps
