@@ -37,7 +37,7 @@ _ORDER = 4
 class ConversationObjective(PictureObjective[Any, Any]):
     """Up to S different questions about a picture and then its caption, in one conversation, which reads the picture once.
 
-    The caption comes last: it says all that questions ask. The model is transformers' LLaVA, and what it returns has ``logits``
+    The caption comes last: it says all that questions ask. A single question comes without, as in use. The model is transformers' LLaVA, and what it returns has ``logits``
     ``[B, T, W]``.
     """
 
@@ -58,8 +58,9 @@ class ConversationObjective(PictureObjective[Any, Any]):
         rows = []
         for picture, caption in zip(pictures, self.pick_captions(pictures, 1), strict=True):
             turns = [Turn(asked.question, asked.answer) for asked in self._questions(picture)]
-            words = caption.split()
-            turns.append(Turn(" ".join(words[:_ORDER]), " ".join(words[_ORDER:])))
+            if self.texts > 1:
+                words = caption.split()
+                turns.append(Turn(" ".join(words[:_ORDER]), " ".join(words[_ORDER:])))
             rows.append(conversation(turns, self.model.config.image_seq_length))
         ids = pad_sequence([row[0] for row in rows], batch_first=True)
         mask = pad_sequence([torch.ones_like(row[0]) for row in rows], batch_first=True)
@@ -125,7 +126,8 @@ class ConversationObjective(PictureObjective[Any, Any]):
         """Return which questions are answered rightly, given the turns before, ``[M]``; answers have one word."""
         ids = batch["input_ids"]
         asked = (ids == ANSWER) & (batch["attention_mask"] != 0)
-        asked &= asked.flip(1).cumsum(1).flip(1) > 1  # the last answer is the caption
+        if self.texts > 1:  # the last answer is the caption
+            asked &= asked.flip(1).cumsum(1).flip(1) > 1
         at = asked[:, :-1]
         hits: Tensor = output.logits[:, :-1].argmax(-1)[at] == ids[:, 1:][at]
         return hits

@@ -85,6 +85,15 @@ def test_questions_come_before_the_caption_and_differ(objective: ConversationObj
         assert all(answer.strip() in ANSWERS for _, _, answer in turns[:-1])
 
 
+def test_a_single_question_comes_without_a_caption() -> None:
+    pytest.importorskip("transformers")
+    single = ConversationObjective(zoo.create("llava_mini"), 1)
+    batch = single.batch(0, "train", 0, 0, range(4))
+    assert ((batch["input_ids"] == ANSWER) & (batch["attention_mask"] == 1)).sum(1).tolist() == [1] * 4
+    _, metrics = single.losses(single.module, batch, single.module(**single.inputs(batch)), 0.0)
+    assert 4 * float(metrics["accuracy"]) in range(5)
+
+
 def test_a_batch_follows_from_its_place_and_gives_gradients(objective: ConversationObjective) -> None:
     whole = objective.batch(0, "train", 100, 8, range(6))
     part = objective.batch(0, "train", 100, 8, range(2, 4))
