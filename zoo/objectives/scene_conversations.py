@@ -37,8 +37,8 @@ _ORDER = 4
 class ConversationObjective(PictureObjective[Any, Any]):
     """Up to S different questions about a picture and then its caption, in one conversation, which reads the picture once.
 
-    The caption comes last: it says all that questions ask. A single question comes without, as in use. The model is transformers' LLaVA, and what it returns has ``logits``
-    ``[B, T, W]``.
+    The caption comes last: it says all that questions ask. A single question comes without, as in use. The model is
+    transformers' LLaVA, and what it returns has ``logits`` ``[B, T, W]``.
     """
 
     data = "scenes_questions"
