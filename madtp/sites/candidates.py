@@ -20,7 +20,7 @@ from madtp.config import PruningConfig
 from madtp.method.arrays import Flags, on_host
 from madtp.method.selection import candidates_of
 from madtp.sites.control import PruningControl
-from madtp.sites.protection import Position, first_slots, protected_readouts, protected_slots
+from madtp.sites.protection import Position, first_slots, protected_readouts, protected_slots, unpruned_slots
 from madtp.sites.scoring import BlockAttention
 from madtp.sites.spec import SiteSpec
 from madtp.tokens.segments import SegmentMap, run_slots, segment_slots
@@ -177,9 +177,7 @@ def mean_beside(
     """
     if segments is None or all(segment.pruned for segment in spec.segments):
         return None
-    slots = segment_slots(segments, state)
-    others = torch.tensor([not segment.pruned for segment in spec.segments], device=tokens.device)[slots]
-    for present in (state.valid, valid):
-        others = others if present is None else others & present
+    others = unpruned_slots(spec, segments, state)
+    others = others if valid is None else others & valid
     weights = others.to(tokens.dtype)
     return torch.bmm(weights.unsqueeze(1), tokens).squeeze(1) / weights.sum(1, keepdim=True).clamp(min=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from madtp.config import PruningConfig
 from madtp.sites.spec import SiteSpec
-from madtp.tokens.segments import SegmentMap, special_slots
+from madtp.tokens.segments import SegmentMap, segment_slots, special_slots
 from madtp.tokens.state import TokenState, positions_of
 
 Position = Tensor | int
@@ -39,6 +39,13 @@ def last_slots(state: TokenState, valid: Tensor | None, device: torch.device) ->
     index = positions_of(state, device)
     excluded = torch.zeros_like(index, dtype=torch.bool) if valid is None else ~valid
     return index.masked_fill(excluded if state.merged is None else excluded | state.merged, -1).argmax(1)
+
+
+def unpruned_slots(spec: SiteSpec, segments: SegmentMap, state: TokenState) -> Tensor:
+    """Return which slots hold tokens of segments that are not pruned, such as text beside image tokens, ``[B, N]`` bool."""
+    slots = segment_slots(segments, state)
+    kept = torch.tensor([not segment.pruned for segment in spec.segments], device=slots.device)[slots]
+    return kept if state.valid is None else kept & state.valid
 
 
 def protected_slots(

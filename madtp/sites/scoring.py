@@ -24,6 +24,7 @@ from madtp.sites.protection import (
     last_slots,
     protected_readouts,
     protected_slots,
+    unpruned_slots,
 )
 from madtp.sites.spec import SiteSpec
 from madtp.tokens.attention import (
@@ -41,6 +42,9 @@ from madtp.tokens.state import TokenState, slots_of, unpruned_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+WORDS_ASKED = 64
+"""Number of words of a prompt that say which image tokens a language model attends to."""
 
 Scores = Literal["attention", "windows", "none"]
 """Which tokens a block's attention scores: all of them, those within windows of a grid, or none."""
@@ -85,15 +89,17 @@ class TokenRoles:
         valid: ``[B, N]`` bool, False on padding; None if no token is padding.
         protected: ``[B, N]`` bool, the tokens that are never pruned, or P if the first P are and no others.
         counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding;
-            or P if all but the first P do.
+            or P if all but the first P do. In a language model whose words are not pruned, these words.
         class_slot: slot of the class token, or of the token that replaces it, ``[B]`` or one for all samples; None if there
             is none, or if nothing asks for it.
+        queries: number of queries that are asked at most, if the configuration does not say; None for all.
     """
 
     valid: Tensor | None
     protected: Tensor | int
     counted: Counted
     class_slot: Slot | None
+    queries: int | None = None
 
     def asked(self, control: PruningControl, *, windows: bool) -> Asked:
         """What the parts of the site ask of the attention. Within windows no query sees all tokens, and every one is asked."""
@@ -102,7 +108,7 @@ class TokenRoles:
             class_slot=None if windows else self.class_slot,
             by_output=control.parts.needs.class_attention,
             received=control.parts.needs.received,
-            queries=None if windows else control.config.score_queries,
+            queries=None if windows else control.config.score_queries or self.queries,
         )
 
 
@@ -153,6 +159,10 @@ class _Scoring(nn.Module):
                 counted = valid & ~first_slots(self.leading, valid)
             return TokenRoles(valid, self.leading, counted, class_slot)
         protected = protected_slots(self.spec, state, guarded, segments, valid, device)
+        if segments is not None and self.spec.causal and not all(segment.pruned for segment in self.spec.segments):
+            words = unpruned_slots(self.spec, segments, state)
+            words = words if valid is None else valid & words
+            return TokenRoles(valid, protected, words, class_slot, WORDS_ASKED)
         return TokenRoles(valid, protected, ~protected if valid is None else valid & ~protected, class_slot)
 
     def _valid(self, state: TokenState, shown: Callable[[], Tensor | None]) -> Tensor | None:

@@ -35,8 +35,8 @@ def attention_with_sampled_statistics(
 ) -> tuple[Tensor, AttentionStatistics[Tensor]]:
     """Return the output of an attention together with the statistics of DTP from ``asked.queries`` of its queries.
 
-    Queries are spaced over the tokens of each sample that are not padding, so that a sample does not depend on its batch. All
-    count where a sample has no more of them, and where the attention has dropout or a softcap.
+    Queries are spaced over those of each sample that count and are not padding, so that a sample does not depend on its batch.
+    All are asked where a sample has no more of them, and where the attention has dropout or a softcap.
 
     Args:
         inputs: those of a self-attention, as in :func:`~madtp.tokens.scored_attention.attention_with_statistics`.
@@ -62,7 +62,7 @@ def attention_with_sampled_statistics(
     output = plain_attention(replace(inputs, mask=mask))
     plain = replace(inputs, mask=None, causal=False).ungrouped()
     asking: list[_Sample] = []
-    if queries and mask is None:
+    if queries and mask is None and isinstance(asked.counted, int):
         asking.append(_all_alike(plain.query, asked.counted, queries))
     elif queries:
         asking.append(_by_sample(plain, mask, asked.counted, queries))
@@ -135,24 +135,24 @@ class _Sample:
     weights: Tensor | None = None
 
 
-def _all_alike(query: Tensor, counted: Counted, queries: int) -> _Sample:
+def _all_alike(query: Tensor, counted: int, queries: int) -> _Sample:
     """The same positions of all samples, which have no padding."""
     batch, length = query.size(0), query.size(2)
     chosen = _evenly_spaced(queries, length, query.device)
     slots = chosen.expand(batch, queries)
-    if isinstance(counted, Tensor):
-        return _Sample(query.index_select(2, chosen), slots, counted.index_select(1, chosen).unsqueeze(1))
     first = length // (2 * queries)  # the smallest position that is asked
     weights = None if first >= counted else (chosen >= counted).expand(batch, 1, queries)
     return _Sample(query.index_select(2, chosen), slots, weights)
 
 
 def _by_sample(inputs: AttentionInputs, mask: Tensor | None, counted: Counted, queries: int) -> _Sample:
-    """Positions of each sample, spaced over the keys that its mask shows."""
+    """Positions of each sample, spaced over the keys that its mask shows, and of these over the tokens that count."""
     batch, heads, length, width = inputs.query.shape
-    visible = valid_keys(mask, batch, length)
+    visible = None if mask is None else valid_keys(mask, batch, length)
     if visible is None:
         visible = torch.ones(batch, length, dtype=torch.bool, device=inputs.query.device)
+    if isinstance(counted, Tensor):
+        visible = visible & counted
     rank = _evenly_spaced(queries, visible.sum(1, keepdim=True), visible.device)
     slots = marked_first(visible).gather(1, rank)
     # A sample with fewer tokens than queries is asked for some of them twice.
