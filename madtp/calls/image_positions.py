@@ -17,6 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -41,6 +42,23 @@ TOKENWISE = frozenset(
     "cuda contiguous clone detach dropout layer_norm rms_norm linear gelu relu silu tanh sigmoid".split()
 )
 
+# The same in place.
+TOKENWISE_IN_PLACE = frozenset(
+    "add_ sub_ mul_ div_ neg_ __iadd__ __isub__ __imul__ __itruediv__ relu_ dropout_".split()
+)
+# Of these, functions that mix the values of a token: what comes out is one token all the same.
+MIXES_CHANNELS = frozenset(("layer_norm", "rms_norm", "linear"))
+# Where functions that move values take a number to write.
+FILLS: Mapping[str, tuple[int, ...]] = {
+    "where": (1, 2),
+    "masked_fill": (2,),
+    "masked_fill_": (2,),
+    "__setitem__": (2,),
+    "scatter": (3,),
+    "scatter_": (3,),
+}
+NUMBERS = frozenset(("value", "input", "other"))
+
 MaskOf = Callable[[Tensor], Tensor | None]
 """Gives the image mask of a floating tensor; None where it is unknown."""
 
@@ -48,7 +66,7 @@ MaskOf = Callable[[Tensor], Tensor | None]
 def moved_mask(
     func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], mask_of: MaskOf
 ) -> object:
-    """Return the image masks of what a function returns that moves values, in the same structure; None if one is unknown.
+    """Return the image masks of what a function returns that moves values, in the same structure; None if they are unknown.
 
     For a function that works in place this is the mask of its first operand.
 
@@ -58,12 +76,21 @@ def moved_mask(
         kwargs: its arguments by name.
         mask_of: gives the image masks of its operands.
     """
+    adds = kwargs.get("reduce") is not None or any(x is True for x in (kwargs.get("accumulate"), *args[3:]))
+    if adds or kwargs.get("out") is not None:
+        return None  # what is added up, or written elsewhere, is no longer what was moved
+    if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):
+        return None  # bits are read as other numbers
     unknown = False
+    fills = FILLS.get(func.__name__, ())
+    # A number that is written belongs to no modality.
+    args = tuple(OTHER if at in fills and isinstance(x, (int, float)) else x for at, x in enumerate(args))
+    kwargs = {n: OTHER if n in NUMBERS and isinstance(x, (int, float)) else x for n, x in kwargs.items()}
 
     def mask(value: object) -> object:
         nonlocal unknown
         if isinstance(value, float):
-            return OTHER  # a number belongs to no modality
+            return OTHER
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
             return value
         found = mask_of(value)
@@ -73,10 +100,13 @@ def moved_mask(
     operands, options = pytree.tree_map(mask, (args, kwargs))
     if unknown:
         return None
-    if func.__name__ not in IN_PLACE:
-        return COPIES.get(func.__name__, func)(*operands, **options)
-    changed: Tensor = operands[0].clone()
-    func(changed, *operands[1:], **options)
+    try:
+        if func.__name__ not in IN_PLACE:
+            return COPIES.get(func.__name__, func)(*operands, **options)
+        changed: Tensor = operands[0].clone()
+        func(changed, *operands[1:], **options)
+    except (TypeError, RuntimeError):  # a form of the function that masks do not take
+        return None
     return changed
 
 

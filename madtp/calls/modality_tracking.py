@@ -23,9 +23,11 @@ from madtp.calls.image_positions import (
     DROPPED,
     FEATURE,
     IN_PLACE,
+    MIXES_CHANNELS,
     MOVES,
     OTHER,
     TOKENWISE,
+    TOKENWISE_IN_PLACE,
     dropped_positions,
     moved_mask,
     of_tokens,
@@ -66,9 +68,27 @@ class _ByTensor(Generic[Value]):
     def __setitem__(self, tensor: Tensor, value: Value) -> None:
         self._values[tensor] = value
 
-    def discard(self, tensor: Tensor) -> None:
-        if tensor in self._values:
-            del self._values[tensor]
+
+class _Masks:
+    """Image masks by tensor. One that was written to since, be it through a view, has none."""
+
+    def __init__(self) -> None:
+        self._known: _ByTensor[tuple[Tensor, int]] = _ByTensor()
+
+    def get(self, tensor: Tensor) -> Tensor | None:
+        found = self._known.get(tensor)
+        return None if found is None or found[1] != _version(tensor) else found[0]
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return self.get(tensor) is not None
+
+    def __setitem__(self, tensor: Tensor, mask: Tensor) -> None:
+        self._known[tensor] = mask, _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Tracker(TorchFunctionMode):
@@ -79,6 +99,9 @@ class Tracker(TorchFunctionMode):
         on_attention: called at every attention.
         paused: nothing is followed while this returns True.
         tokenises: the model makes ids of texts: integers that it makes a tensor of are ids.
+
+    Attributes:
+        follows_images: an image is among the inputs.
     """
 
     def __init__(
@@ -93,10 +116,16 @@ class Tracker(TorchFunctionMode):
         self.on_attention, self.paused, self.tokenises = on_attention, paused, tokenises
         self._tags: _ByTensor[frozenset[str]] = _ByTensor()
         self._reads: _ByTensor[list[set[int]]] = _ByTensor()
-        self._masks: _ByTensor[Tensor] = _ByTensor()
+        self._masks = _Masks()
+        self.follows_images = False
+        self.follow(inputs)
+
+    def follow(self, inputs: Iterable[Tensor]) -> None:
+        """Follow further inputs; those that are followed already stay what they are."""
         for tensor in inputs:
-            if not _is_mask(tensor):
+            if tensor not in self._tags and tensor not in self._masks and not _is_mask(tensor):
                 self._tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
+                self.follows_images |= tensor.dtype.is_floating_point
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -182,10 +211,13 @@ class Tracker(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         masks = self._moved_masks(func, name, args, kwargs or {})
+        operands = _tensors(pytree.tree_leaves((args, kwargs)))
+        written = self._masks.get(operands[0]) if operands and name in TOKENWISE_IN_PLACE else None
         result = func(*args, **(kwargs or {}))
+        if written is not None:
+            self._masks[operands[0]] = self._with_others(written, operands[1:])
         if name in ATTENTIONS:
             self.on_attention()
-        operands = _tensors(pytree.tree_leaves((args, kwargs)))
         if self.tokenises and name in MADE_OF_NUMBERS and isinstance(result, Tensor):
             self._tag_ids(result)
             return result
@@ -205,7 +237,7 @@ class Tracker(TorchFunctionMode):
                 self._tag(tensor, found)
             if operands and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))):
                 self._tag(operands[0], found)
-        self._note_masks(name, operands, operands[:1] if name in IN_PLACE else leaves, masks)
+        self._note_masks(name, (args, kwargs or {}), operands, operands[:1] if name in IN_PLACE else leaves, masks)
         return result
 
     def _moved_masks(
@@ -230,19 +262,23 @@ class Tracker(TorchFunctionMode):
         return torch.tensor(kind, dtype=torch.uint8, device=tensor.device).expand(tensor.shape)
 
     def _note_masks(
-        self, name: str, operands: list[Tensor], results: Sequence[object], masks: Sequence[object]
+        self,
+        name: str,
+        arguments: tuple[tuple[object, ...], Mapping[str, object]],
+        operands: list[Tensor],
+        results: Sequence[object],
+        masks: Sequence[object],
     ) -> None:
         """Remember which values of the results are of which modality."""
-        if name in TOKENWISE:
+        if name in TOKENWISE and not _crosses_tokens(name, arguments):
             source = next((x for x in operands if x in self._masks), None)
             mask = None if source is None else self._masks.get(source)
             if source is not None and mask is not None:
                 mask = self._with_others(mask, [x for x in operands if x is not source])
                 alike = [x for x in _tensors(results) if x.shape[:-1] == source.shape[:-1]]
-                results, masks = alike, [of_tokens(mask, x.shape) for x in alike]
-        elif name in IN_PLACE and not masks:
-            for changed in _tensors(results):
-                self._masks.discard(changed)
+                if name in MIXES_CHANNELS or any(x.shape != source.shape for x in alike):
+                    mask = of_tokens(mask, mask.shape)
+                results, masks = alike, [mask if x.shape == mask.shape else of_tokens(mask, x.shape) for x in alike]
         for tensor, own in zip(results, masks, strict=False):
             if isinstance(tensor, Tensor) and isinstance(own, Tensor) and tensor.shape == own.shape:
                 self._masks[tensor] = own
@@ -250,11 +286,14 @@ class Tracker(TorchFunctionMode):
     def _with_others(self, mask: Tensor, others: Iterable[Tensor]) -> Tensor:
         """The image mask of tokens that meet others: one that was dropped and meets one that was not is a feature again."""
         for other in others:
-            if other.shape[:-1] != mask.shape[:-1] or "image" not in self._tags_of(other):
+            if other.dim() < 2 or not self._tags_of(other) & BOTH:
                 continue
             known = self._masks.get(other)
-            met = torch.ones_like(mask[..., :1]) if known is None else of_tokens(known, (*known.shape[:-1], 1))
-            mask = mask.masked_fill((mask == DROPPED) & (met != DROPPED), FEATURE)
+            if known is None or known.shape[:-1] != mask.shape[:-1]:
+                mask = mask.clamp(max=FEATURE)
+            else:
+                met = of_tokens(known, (*known.shape[:-1], 1))
+                mask = mask.masked_fill((mask == DROPPED) & (met != DROPPED), FEATURE)
         return mask
 
     def _tag(self, tensor: Tensor, found: frozenset[str]) -> None:
@@ -270,6 +309,13 @@ class Tracker(TorchFunctionMode):
 
     def _union(self, operands: Iterable[Tensor]) -> frozenset[str]:
         return NOTHING.union(*map(self._tags_of, operands))
+
+
+def _crosses_tokens(name: str, arguments: tuple[tuple[object, ...], Mapping[str, object]]) -> bool:
+    """Whether a norm is over more than the last dimension."""
+    args, kwargs = arguments
+    shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+    return name.endswith("_norm") and isinstance(shape, Sequence) and len(shape) > 1
 
 
 def _tensors(leaves: Iterable[object]) -> list[Tensor]:

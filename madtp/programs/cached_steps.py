@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -85,8 +86,10 @@ class CachedSteps:
         Raises:
             ContinuationError: it does something else with cached tokens than in the calls before.
         """
+        tracker = self.control.scope.tracker
         try:
-            with self.control.following_caches(), strictly_followed():
+            unfollowed = nullcontext() if tracker is None else tracker.set_aside()
+            with unfollowed, self.control.following_caches(), strictly_followed():
                 result = original(*args, **kwargs)
         except NotFollowed as error:
             self.followed[_kind(args, kwargs)] = False

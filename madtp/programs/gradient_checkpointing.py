@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from madtp.programs.compiled_graph import CompiledForward, compile_graph
 from madtp.sites.scoring import PackedScoringAttention, ScoringAttention
 from madtp.sites.site import PruningSite
+from madtp.sites.stream_start import StreamStart
 from madtp.tokens.attention import attention
 from madtp.tokens.packed_attention import packed_attention
 
@@ -139,7 +140,7 @@ def _attends(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _runs_once(node: fx.Node, root: nn.Module) -> bool:
-    return "batch_norm" in str(node.target) or _calls(node, root, PruningSite, _BatchNorm)
+    return "batch_norm" in str(node.target) or _calls(node, root, PruningSite, StreamStart, _BatchNorm)
 
 
 def _calls(node: fx.Node, root: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -26,6 +26,7 @@ from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
+from madtp.tokens.segments import small_runs
 from madtp.tokens.state import kept_positions
 
 log = logging.getLogger("madtp")
@@ -150,7 +151,12 @@ class PrunedRegion(ReplacedForward):
         tracker = self.control.scope.tracker
         if tracker is None or not self.control.active:
             return None
-        return tracker.dropped_positions(call.leaf_at(self.embeddings))
+        sequence = call.leaf_at(self.embeddings)
+        dropped, positions = tracker.dropped_positions(sequence), tracker.image_positions(sequence)
+        if dropped is None or positions is None:
+            return dropped
+        config = self.control.config
+        return dropped & ~small_runs(positions, dropped, max(1, config.min_tokens, config.min_tokens_per_image))
 
     def _with_image_positions(self, call: Call) -> Call | None:
         """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""

@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from madtp.calls.compiling import is_compiling
 from madtp.config import PruningConfig
+from madtp.programs.host_forward import HostForward
 from madtp.programs.host_methods import as_one_call
 from madtp.programs.notes import noting_unpruned_blocks
 from madtp.programs.replaced_forward import HOST_CLASS
@@ -115,9 +117,20 @@ def _one_call(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         bound = types.MethodType(method, self)
         own = as_one_call(bound, control, _noting_unpruned_blocks(self, name))
         methods = self.madtp.methods
-        return own(*args, **kwargs) if methods is None else methods.run(bound, own, args, kwargs)
+        with _following(self, (args, kwargs)):
+            return own(*args, **kwargs) if methods is None else methods.run(bound, own, args, kwargs)
 
     return called
+
+
+def _following(pruned: PrunedModel, given: object) -> AbstractContextManager[None]:
+    """The context in which a method of the host is followed, if its forward is."""
+    forward = pruned.madtp.forward_of_host
+    if not isinstance(forward, HostForward) or not forward.follows_features:
+        return nullcontext()
+    tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+    images = any(x.is_floating_point() for x in tensors)
+    return pruned.madtp.control.following(tensors) if images else nullcontext()
 
 
 def _describing(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:

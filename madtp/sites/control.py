@@ -232,9 +232,17 @@ class PruningControl:
 
     @contextmanager
     def following(self, inputs: Iterable[Tensor]) -> Iterator[None]:
-        """Follow what the host computes from ``inputs``, outside of programs. Without images, nothing is followed."""
+        """Follow what the host computes from ``inputs``, outside of programs. Without images, nothing is followed.
+
+        What is followed already goes on: a method such as ``generate`` may encode images before it calls forward.
+        """
         given = list(inputs)
         images = any(x.is_floating_point() for x in given)
+        around = self.scope.tracker
+        if around is not None and around.follows_images:
+            around.follow(given)
+            yield
+            return
         tracker = Tracker(given if images else (), paused=lambda: self.scope.programs > 0)
         with self._within(replace(self.scope, tracker=tracker)), tracker if images else nullcontext():
             yield

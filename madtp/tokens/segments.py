@@ -84,6 +84,20 @@ def run_slots(segments: SegmentMap, number: int, state: TokenState) -> Tensor:
     return runs if state.index is None else runs.gather(1, state.index)
 
 
+def small_runs(inside: Tensor, dropped: Tensor, least: int) -> Tensor:
+    """Return which tokens are in runs, such as those of one image among words, of which fewer than ``least`` are left.
+
+    Args:
+        inside: ``[B, N]`` bool, the tokens of all runs.
+        dropped: ``[B, N]`` bool, those of them that were dropped.
+        least: how many have to be left of each run.
+    """
+    before = torch.cat([torch.zeros_like(inside[:, :1]), inside[:, :-1]], 1)
+    number = (inside & ~before).cumsum(1) * inside
+    left = torch.zeros_like(number).scatter_add_(1, number, (inside & ~dropped).long())
+    return inside & (left.gather(1, number) < least)
+
+
 def special_slots(segments: SegmentMap, protected: Sequence[Sequence[int]], state: TokenState) -> Tensor:
     """Return which slots hold learned tokens or protected ones, ``[B, N]``.
 

@@ -318,7 +318,8 @@ def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restor
         if position in cached:
             results[position] = _marked(insertion, value, labels, cached[position], output)
         else:
-            _note_dropped(insertion, position, labels)
+            if not restoration.tainted.get(value):  # else it holds what was computed from all tokens
+                _note_dropped(insertion, position, labels)
             results[position] = restoration.with_all_tokens(value, output)
     output.args = (tuple(results),)
 
