@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from madtp.calls.held_containers import containers_in
+
 # What torch keeps in every module. Buffers are looked at by themselves.
 TORCHS_OWN = frozenset(vars(nn.Module()))
 ABSENT = object()
@@ -37,7 +39,8 @@ class Entry:
 
     def put(self, value: Any) -> None:
         if self.key is None:
-            self.holder[:] = value
+            self.holder.clear()
+            self.holder.extend(value)
         elif value is ABSENT:
             self.holder.pop(self.key, None)
         else:
@@ -49,10 +52,12 @@ class StoredTensors:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._holders: list[tuple[Any, Any]] = []
+        seen: set[int] = set()
         for module in modules:
             own = {name: value for name, value in vars(module).items() if name not in TORCHS_OWN}
             self._holders += [(vars(module), own), (module._buffers, dict(module._buffers))]
-            self._holders += [(value, value.copy()) for value in own.values() if isinstance(value, (list, dict))]
+            inside = containers_in(own.values(), seen)
+            self._holders += [(held, held.copy()) for held in inside if not isinstance(held, set)]
 
     def changed(self) -> list[Entry]:
         """All entries that are others now, such as the size of a mask that is kept with it; none if no tensors are."""
@@ -68,8 +73,8 @@ def put_others(entries: Iterable[Entry]) -> None:
 
 
 def _entries(holder: Any, before: Any) -> list[Entry]:
-    if isinstance(before, list):
-        return [Entry(holder, None, before)]
+    if not isinstance(before, dict):
+        return [Entry(holder, None, list(before))]
     names = [name for name in {**before, **holder} if name in before or name not in TORCHS_OWN]
     return [Entry(holder, name, before.get(name, ABSENT)) for name in names]
 

@@ -45,6 +45,7 @@ from madtp.programs.single_sample import (
     first_samples,
     with_doubled_leaves,
 )
+from madtp.programs.unwritten import UnwrittenAttributes
 from madtp.sites.additions import PREFIX, additions_of
 from madtp.sites.preserved_state import preserved_random_numbers, undone_after
 from madtp.tokens.cache_bytes import bytes_of_caches
@@ -87,6 +88,7 @@ class ProgramCache:
         marked: the tensors of key/value caches in which programs may have marked dropped tokens, by path.
         sizes: paths of the numbers in these caches that follow from sizes of tensors.
         latest: the program that ran last.
+        unwritten: the attributes that the module's own forward writes and programs do not.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class ProgramCache:
         self.marked: dict[str, MarkedAxes] = {}
         self.sizes: set[str] = set()
         self.latest: Program | None = None
+        self.unwritten = UnwrittenAttributes()
 
     def continues_pruned(self, call: Call) -> bool:
         """Whether ``call`` reads a key/value cache from which an earlier, pruned call has dropped tokens."""
@@ -342,6 +345,7 @@ class ProgramCache:
             result = program.run_checkpointed(self.host, leaves)
         else:
             result = program.run(self.host, leaves)
+        self.unwritten.mark(self.host)
         result = as_under_autocast(
             result, leaves, program.autocast_dtypes, lambda: self.builder.run_evaluating(call, program)
         )

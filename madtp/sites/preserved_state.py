@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +20,10 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from madtp.calls.held_containers import containers_in
 from madtp.sites.additions import PREFIX
 from madtp.sites.steady_draws import is_training
 
-# Hooks lie in an OrderedDict.
-CONTAINERS = (dict, list, set, OrderedDict)
 AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 # Fused operations, inside which autocast casts.
 FUSED = (torch.ops.aten._transformer_encoder_layer_fwd.default, torch.ops.aten._native_multi_head_attention.default)
@@ -115,7 +113,8 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
     A trace writes to such tensors, as they are constants to it.
     """
     attributes = [vars(module) for module in _host_modules(model)]
-    before = [(values, _contents(values)) for values in attributes]
+    seen: set[int] = set()
+    before = [(values, _contents(values, seen)) for values in attributes]
     tensors = [x for values in attributes for x in values.values() if isinstance(x, Tensor) and _storage(x) is not None]
     kept = [(x, x._version, x.detach().clone()) for x in tensors if not x.is_inference()]
     try:
@@ -132,7 +131,7 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
                     _restore_names(container, content)
                 elif not _holds(container, content):
                     container.clear()
-                    container.extend(content) if isinstance(container, list) else container.update(content)
+                    container.update(content) if isinstance(container, set) else container.extend(content)
 
 
 @contextmanager
@@ -174,7 +173,8 @@ def _preserved_values(model: nn.Module, inputs: object, trial: Trial) -> Iterato
 def _tensors_of(model: nn.Module, inputs: object) -> list[Tensor]:
     """Parameters, buffers, attributes and inputs that are tensors."""
     attributes = [vars(module) for module in _host_modules(model)]
-    held = [x for x in pytree.tree_leaves((attributes, inputs)) if isinstance(x, Tensor)]
+    inside = list(containers_in((value for one in attributes for value in one.values()), set()))
+    held = [x for x in pytree.tree_leaves((attributes, inputs, inside)) if isinstance(x, Tensor)]
     return [*model.parameters(), *model.buffers(), *held]
 
 
@@ -249,10 +249,9 @@ def _host_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if module not in own]
 
 
-def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """The attributes of a module, and each plain container among them with a copy of what it holds."""
-    containers = [value for value in attributes.values() if type(value) in CONTAINERS]
-    return dict(attributes), [(container, copy.copy(container)) for container in containers]
+def _contents(attributes: dict[str, Any], seen: set[int]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """The attributes of a module, and each container that it holds with a copy of what that holds."""
+    return dict(attributes), [(held, copy.copy(held)) for held in containers_in(attributes.values(), seen)]
 
 
 def _restore_names(present: dict[Any, Any], before: dict[Any, Any]) -> None:
@@ -264,7 +263,7 @@ def _restore_names(present: dict[Any, Any], before: dict[Any, Any]) -> None:
             present[name] = value
 
 
-def _holds(container: list[Any] | set[Any], content: list[Any] | set[Any]) -> bool:
+def _holds(container: Collection[Any], content: Collection[Any]) -> bool:
     if len(container) != len(content):
         return False
     if isinstance(container, set):

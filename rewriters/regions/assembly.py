@@ -5,7 +5,7 @@ Start at :func:`assemble`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from madtp.programs.program import Program
 from madtp.programs.program_builder import BuildProgram
 from madtp.programs.program_cache import ProgramCache
 from madtp.programs.pruned_methods import PrunedMethods
+from madtp.programs.unwritten import UnwrittenAttributes
 from madtp.pruned import AlignmentSpec, PrunedModel
 from madtp.pruned.make import make_pruned, replace_forward, replace_forwards
 from madtp.tokens.cache_marks import MarkedAxes
@@ -31,15 +32,19 @@ from rewriters.plan.request import Request
 from rewriters.regions.choice import region_at, single_modality_towers
 from rewriters.regions.reporting import report_of
 from rewriters.regions.rewritten import RewrittenRegions
+from rewriters.regions.stored_state import StoredAttribute, unwritten_attributes
 
 
-def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks) -> PrunedModel:
+def assemble(
+    request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks, stored: Sequence[StoredAttribute] = ()
+) -> PrunedModel:
     """The pruned model: a copy of the host's module tree in which programs run instead of the rewritten regions.
 
     Args:
         request: The request for the whole model.
         rewritten: Its regions.
         own_hooks: The hooks that are part of the model.
+        stored: Where the model leaves tensors of samples as it runs.
     """
     model, config, plan = request.model, request.config, rewritten.plan
     pruned = make_pruned(
@@ -52,10 +57,12 @@ def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks)
     pruned.madtp.own_hooks = own_hooks
     for each in rewritten.regions:
         programs = _replaced(pruned, each.region, _builder(each, config, pruned.madtp.notes))
+        _leave_unwritten(programs, each.region, stored)
         programs.add(each.program, each.call)
         for inner in each.inner:
             build = _inner_builder(each, config, inner, pruned.madtp.notes)
-            replace_forward(pruned, inner.path, build, inner=True, embeddings=inner.embeddings)
+            inside = replace_forward(pruned, inner.path, build, inner=True, embeddings=inner.embeddings)
+            _leave_unwritten(inside, inner, stored)
         if rewritten.whole:
             for path in single_modality_towers(pruned, plan):
                 replace_forward(pruned, path, _tower_builder(each, config, pruned, path), inner=True)
@@ -63,6 +70,11 @@ def assemble(request: Request, rewritten: RewrittenRegions, own_hooks: OwnHooks)
             handle.methods = PrunedMethods(pruned, _method_builder(each, config), handle.control, handle.notes)
     pruned.madtp.example = record_call(request.call)
     return pruned
+
+
+def _leave_unwritten(programs: ProgramCache, region: Region, stored: Sequence[StoredAttribute]) -> None:
+    programs.unwritten = UnwrittenAttributes(unwritten_attributes(stored, region))
+    programs.unwritten.mark(programs.host)  # before calls are told apart by what attributes hold
 
 
 def _replaced(pruned: PrunedModel, region: Region, build: BuildProgram) -> ProgramCache:

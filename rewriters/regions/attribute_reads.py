@@ -15,7 +15,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-_CHANGES = frozenset({"append", "extend", "insert", "clear", "update", "pop"})
+_CHANGES = frozenset({"append", "extend", "insert", "clear", "update"})
 """Methods that change a container without telling what it held."""
 _DEEPEST = 8
 """Methods that call each other are followed so far."""
@@ -40,7 +40,8 @@ class _Reads:
 
     def in_method(self, method: str, known: set[str], depth: int) -> bool:
         """Whether a method reads the attribute; adds it to ``known`` where the method sets it in any case."""
-        function = inspect.unwrap(inspect.getattr_static(self.cls, method))
+        found = inspect.getattr_static(self.cls, method)
+        function = inspect.unwrap(found.fget if isinstance(found, property) and found.fget else found)
         return self._in_statements(_body_of(function), known, depth)
 
     def _in_statements(self, statements: Iterable[ast.stmt], known: set[str], depth: int) -> bool:
@@ -60,6 +61,9 @@ class _Reads:
                 found |= self._in_statements(body, first, depth) | self._in_statements(orelse, second, depth)
                 known |= first & second
                 return found
+            case ast.Match(subject=subject, cases=cases):
+                found = self._in_expression(subject, known, depth)
+                return any(self._in_statements(one.body, set(known), depth) for one in cases) or found
             case ast.With(items=items, body=body):
                 found = any(self._in_expression(one.context_expr, known, depth) for one in items)
                 return self._in_statements(body, known, depth) or found
@@ -81,7 +85,8 @@ class _Reads:
                 while isinstance(inside, ast.Subscript):
                     found |= self._in_expression(inside.slice, known, depth)
                     inside = inside.value
-                if self._reads(inside) and isinstance(inside.value, ast.Name) and inside.value.id == "self":
+                # An entry that is set says nothing of the others.
+                if inside is place and self._reads(place) and _is_self(place.value):
                     known.add(self.name)
         return found
 
@@ -119,6 +124,10 @@ def _body_of(function: Callable[..., object]) -> list[ast.stmt]:
     return found.body
 
 
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
 def _is_getattr(call: ast.Call, name: str) -> bool:
     given = [one.value for one in call.args if isinstance(one, ast.Constant)]
     return isinstance(call.func, ast.Name) and call.func.id == "getattr" and name in given
@@ -134,5 +143,8 @@ def _called_on_self(node: ast.AST) -> str | None:
 
 
 def _is_method(cls: type, name: str) -> bool:
+    """Whether the model has a method, or a property, of that name."""
     found = inspect.getattr_static(cls, name, None)
-    return callable(found) and not hasattr(nn.Module, name)
+    return (callable(found) or isinstance(found, property)) and found is not inspect.getattr_static(
+        nn.Module, name, None
+    )

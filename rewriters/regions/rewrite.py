@@ -68,7 +68,7 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
         if keeping:
             rejected |= keeping
             continue
-        pruned = assemble(request, rewritten, own_hooks)
+        pruned = assemble(request, rewritten, own_hooks, stored)
         failure = _verify(bare, pruned, rewritten, call)
         if failure is None:
             _note_missing_payoff(pruned, rewritten, config)

@@ -2,13 +2,12 @@
 
 A program stores nothing in attributes. Where a later call reads what an earlier one has stored, such as keys and values that a
 module keeps for the next token, no program may take the module's place; :func:`why_not_rewritten` says so. Other stored tensors
-get a note: whoever looks at them finds old ones.
+get a note, and whoever reads them nevertheless an error (:class:`madtp.programs.unwritten.Unwritten`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.batch import sample_dim
 from madtp.calls.call import Call
-from madtp.calls.stored_tensors import StoredTensors
+from madtp.calls.held_containers import containers_in
+from madtp.calls.stored_tensors import TORCHS_OWN, StoredTensors
 from madtp.programs.single_sample import with_doubled_sample
 from madtp.sites.preserved_state import trial_run
 from rewriters.capture.scope import Region
@@ -25,8 +25,8 @@ from rewriters.regions.attribute_reads import reads_earlier
 
 SHOWN = 3
 STORED = (
-    "forward stores tensors of each sample in {}, and calls of the pruned model do not: what reads them later finds old ones. "
-    "Return them, or leave this part out of the rewrite (towers, layers)"
+    "forward stores tensors of each sample in {}, and calls of the pruned model do not; reading them is an error. Return them, "
+    "or leave this part out of the rewrite (towers, layers)"
 )
 STATE = (
     "its modules keep tensors of each sample in {} and read them in a later call, such as keys and values of earlier tokens, "
@@ -42,14 +42,21 @@ class StoredAttribute:
         module: The path of the module.
         name: The attribute.
         is_state: Whether a later call may read it.
+        is_plain: It holds the tensor itself, or a tuple of tensors.
     """
 
     module: str
     name: str
     is_state: bool
+    is_plain: bool
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}".lstrip(".")
+
+
+Shapes = tuple[tuple[int, ...], ...]
+Places = dict[tuple[str, str], Shapes]
+"""The shapes of tensors that were stored, by path of the module and attribute."""
 
 
 def stored_by(model: nn.Module, call: Call) -> list[StoredAttribute]:
@@ -58,31 +65,44 @@ def stored_by(model: nn.Module, call: Call) -> list[StoredAttribute]:
     What a model derives from its parameters, such as the bias of positions, has no samples: twice as many leave it as it is.
     """
     samples = call.samples()
-    kept = [place for place, counts in _stored(model, call).items() if samples in counts]
-    if not kept:
+    once = _stored(model, call)
+    if not once:
         return []
-    doubled = {place: {2 * samples} for place in kept if samples > 1}
-    with suppress(Exception):  # such as a model that takes as many samples alone
-        doubled = _stored(model, _with_all_doubled(call))
+    try:
+        twice = _stored(model, _with_all_doubled(call))
+    except Exception:  # such as a model that takes as many samples alone
+        found = [place for place, shapes in once.items() if samples > 1 and any(samples in shape for shape in shapes)]
+    else:
+        found = [place for place, shapes in once.items() if twice.get(place) != shapes]
     modules = dict(model.named_modules())
-    found = [place for place in kept if 2 * samples in doubled.get(place, ())]
-    return [StoredAttribute(path, name, reads_earlier(modules[path], name)) for path, name in found]
+    return [_attribute(modules[path], path, name) for path, name in found]
 
 
-def _stored(model: nn.Module, call: Call) -> dict[tuple[str, str], set[int]]:
-    """Run the model; returns the lengths of the first dimension of what it stores, by path of the module and attribute."""
-    places = {id(vars(module)): (path, "") for path, module in model.named_modules()}
+def _attribute(module: nn.Module, path: str, name: str) -> StoredAttribute:
+    value = vars(module).get(name)
+    holds_object = any(True for _ in containers_in([value], set())) and not isinstance(value, (list, dict, tuple))
+    is_plain = not isinstance(value, (list, dict)) and not holds_object and name not in module._buffers
+    return StoredAttribute(path, name, holds_object or reads_earlier(module, name), is_plain)
+
+
+def _stored(model: nn.Module, call: Call) -> Places:
+    """Run the model; returns what it has stored."""
+    places: dict[int, tuple[str, str]] = {}
     for path, module in model.named_modules():
-        containers = [(name, value) for name, value in vars(module).items() if isinstance(value, (list, dict))]
-        places = {**{id(value): (path, name) for name, value in containers}, **places}
-    stored, found = StoredTensors(model.modules()), {}
+        places[id(vars(module))] = places[id(module._buffers)] = path, ""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in TORCHS_OWN:
+                places = {**{id(one): (path, name) for one in containers_in([value], set())}, **places}
+    stored, found = StoredTensors(model.modules()), Places()
     with torch.no_grad(), trial_run(model, call.flat()[0]):
         model(*call.args, **call.kwargs)
         for one in stored.changed():
             if id(one.holder) in places:
-                path, container = places[id(one.holder)]
-                found[path, container or str(one.key)] = _lengths(one.now())
-    return found
+                path, inside = places[id(one.holder)]
+                place = path, inside or str(one.key)
+                found[place] = (*found.get(place, ()), *_shapes(one.now()))
+    return {place: shapes for place, shapes in found.items() if shapes}
 
 
 def _with_all_doubled(call: Call) -> Call:
@@ -108,12 +128,18 @@ def stored_note(stored: Sequence[StoredAttribute], regions: Sequence[Region]) ->
     return _naming(STORED, [one for one in stored if any(region.holds(one.module) for region in regions)])
 
 
+def unwritten_attributes(stored: Sequence[StoredAttribute], region: Region) -> list[tuple[str, str]]:
+    """The attributes that programs of a region leave behind; what reads them later is told so."""
+    return [(one.module, one.name) for one in stored if one.is_plain and region.holds(one.module)]
+
+
 def _naming(text: str, stored: Sequence[StoredAttribute]) -> str | None:
     if not stored:
         return None
     return text.format(", ".join(map(str, stored[:SHOWN])) + (" ..." if len(stored) > SHOWN else ""))
 
 
-def _lengths(value: object) -> set[int]:
-    tensors = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return {x.shape[0] for x in tensors if x.is_floating_point() and x.dim() > 2}
+def _shapes(value: object) -> Shapes:
+    found = [value, *containers_in([value], set())]
+    tensors = {id(x): x for x in pytree.tree_leaves(found) if isinstance(x, Tensor)}
+    return tuple(tuple(x.shape) for x in tensors.values())
