@@ -285,3 +285,68 @@ def test_a_single_sample_shows_state() -> None:
     found = stored_by(model, normalise_call(model, (), one))
     assert {str(attribute) for attribute in found} == {f"body.blocks.{layer}.kept" for layer in range(LAYERS)}
     assert all(attribute.is_state for attribute in found)
+
+
+class Hidden(GoesOn):
+    """Reads what it keeps in a way that its source does not show."""
+
+    def remember(self, key: Tensor, value: Tensor, goes_on: bool) -> tuple[Tensor, Tensor]:
+        if goes_on:
+            key, value = (torch.cat(pair, 2) for pair in zip(vars(self)["ke" + "pt"], (key, value), strict=True))
+        self.kept = key, value
+        return key, value
+
+
+class Flat(GoesOn):
+    """Keeps keys with heads folded into the batch, and reads them."""
+
+    def remember(self, key: Tensor, value: Tensor, goes_on: bool) -> tuple[Tensor, Tensor]:
+        del goes_on
+        if self.kept is not None and self.kept[0].shape == key.flatten(0, 1).shape:
+            key = key + 0 * self.kept[0].unflatten(0, (len(key), -1))
+        self.kept = key.flatten(0, 1), value.flatten(0, 1)
+        return key, value
+
+
+class Cache:
+    kept: Tensor | None = None
+
+
+class InObject(GoesOn):
+    """Keeps keys in an object of its own."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__(layer)
+        self.cache = Cache()
+
+    def remember(self, key: Tensor, value: Tensor, goes_on: bool) -> tuple[Tensor, Tensor]:
+        del goes_on
+        self.cache.kept = key
+        return key, value
+
+
+@torch.no_grad()
+def test_reading_what_a_program_has_not_written_is_an_error() -> None:
+    """Although nothing in the source shows that it is read."""
+    model, inputs = reader(body_of(Hidden))
+    model(**inputs)  # leaves keys of another prompt
+    pruned = madtp.rewrite(model, inputs, config=CONFIG)
+    for _ in range(2):
+        pruned(**inputs)
+    longer = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    with pytest.raises(madtp.MadtpError, match=r"body\.blocks\.0\.kept is written by the original's forward"):
+        pruned(None, torch.full((3, 1), 20), longer)
+    (programs,) = pruned.madtp.forward_of_host.programs
+    assert len(programs.entries) <= 2, "what stands there makes no further kind of call"
+    assert isinstance(model.body.blocks[0].kept, tuple), "the model has what it had"
+
+
+@pytest.mark.parametrize("block", [Flat, InObject])
+@torch.no_grad()
+def test_state_is_found_in_whatever_form_it_is_kept(block: type[GoesOn]) -> None:
+    model, inputs = reader(body_of(block))
+    model(**inputs)
+    kept = model.body.blocks[0].cache.kept if block is InObject else model.body.blocks[0].kept
+    with pytest.raises(madtp.MadtpError, match="keep tensors of each sample"):
+        madtp.rewrite(model, inputs, config=CONFIG)
+    assert (model.body.blocks[0].cache.kept if block is InObject else model.body.blocks[0].kept) is kept

@@ -171,3 +171,63 @@ def test_later_layers_may_be_the_first_that_prune() -> None:
     assert torch.equal(entering(pruned), left + LENGTH - PATCHES)
     (name,) = (name for name in pruned.madtp.control.record.states if name.endswith(SUFFIX))
     assert name == f"decoder.blocks.2{SUFFIX}"
+
+
+def test_gradient_checkpointing_keeps_the_decision() -> None:
+    model, inputs = chat()
+    pruned = madtp.rewrite(model, inputs, config=madtp.PruningConfig(alignment_tokens=4, gain=2.0))
+    found = []
+    for checkpointing in (False, True):
+        pruned.madtp.gradient_checkpointing = checkpointing
+        pruned.zero_grad()
+        pruned(**inputs).square().mean().backward()
+        assert entering(pruned).min() < LENGTH
+        found.append({name: one.grad.clone() for name, one in pruned.named_parameters() if one.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(gap(found[0][name], found[1][name]) < 1e-5 for name in found[0])
+
+
+@torch.no_grad()
+def test_an_image_of_which_nothing_is_left_enters_whole() -> None:
+    model, inputs = chat()
+    config = madtp.PruningConfig(alignment_tokens=4, gain=6.0, min_tokens=0)
+    pruned = madtp.rewrite(model, inputs, config=config)
+    pruned(**inputs)
+    left = pruned.kept_tokens()[TOWER][:, 1:].sum(1)
+    assert 0 in left
+    wanted = torch.where(left == 0, torch.tensor(PATCHES), left) + LENGTH - PATCHES
+    assert torch.equal(entering(pruned), wanted)
+
+
+class Encoding(Chat):
+    """Encodes images before it calls forward, as ``generate`` of transformers does."""
+
+    def forward(
+        self, pixels: Tensor | None, input_ids: Tensor, attention_mask: Tensor, features: Tensor | None = None
+    ) -> Tensor:
+        x = self.words(input_ids)
+        if features is None:
+            assert pixels is not None
+            features = self.encode(pixels)
+        if (input_ids == IMAGE).sum().item() != len(input_ids) * self.per_image:
+            raise ValueError("one image a sample")
+        x = x.masked_scatter((input_ids == IMAGE)[:, :, None].expand_as(x), features)
+        return self.head(self.decoder(x, attention_mask))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.look(self, self.vision(pixels)[:, 1:])
+
+    def generate(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self(None, input_ids, attention_mask, self.encode(pixels))
+
+
+@torch.no_grad()
+def test_methods_that_encode_images_first_begin_alike() -> None:
+    _, inputs = chat()
+    torch.manual_seed(0)
+    model = lively(Encoding(projected))
+    pruned = madtp.rewrite(model, inputs, config=BY_TOWER)
+    called, counts = pruned(**inputs), entering(pruned)
+    assert gap(pruned.generate(**inputs), called) < 1e-4
+    assert torch.equal(entering(pruned), counts)
+    assert counts.tolist() == [LENGTH - 9] * 3
