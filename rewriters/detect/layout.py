@@ -34,6 +34,10 @@ from rewriters.graph.walk import walk
 _SCATTERS = frozenset(("masked_scatter", "where"))
 
 
+REORDERINGS = frozenset("flip roll index_select index gather take_along_dim sort".split())
+"""Behind these, a token is no longer where it was written."""
+
+
 @dataclass(frozen=True)
 class LayoutPart:
     """One operand of a concatenation.
@@ -93,7 +97,7 @@ def _values_before(head: fx.Node, token_dim: int) -> Iterator[_TokenValue]:
     dims = {head: token_dim}
 
     def onward(node: fx.Node) -> Iterator[fx.Node]:
-        if not _is_computed(node) or op_name(node) in CONCATENATIONS | {"masked_scatter"}:
+        if not _is_computed(node) or op_name(node) in CONCATENATIONS | REORDERINGS | {"masked_scatter"}:
             return
         shape, dim = example_shape(node), dims[node]
         for before in tensor_operands(node):
