@@ -34,7 +34,7 @@ def test_weights_are_part_of_the_installed_package() -> None:
 
 def test_the_weights_fit_into_a_small_wheel() -> None:
     sizes = [checkpoint.size for name in zoo.list_models() for checkpoint in zoo.describe(name).shipped]
-    assert sum(sizes) < 38e6  # compressed in the wheel, 35 MB with everything else
+    assert sum(sizes) < 42e6
 
 
 @pytest.mark.parametrize(("tool", "environment"), [("ruff", "lint"), ("mypy", "types")])

@@ -5,7 +5,10 @@ Fast paths that depend on values, such as leaving out a mask that hides nothing,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
 
 
@@ -20,3 +23,8 @@ def is_compiling() -> bool:
 def is_exporting() -> bool:
     """Return whether ``torch.export`` traces what runs now, by running its Python."""
     return is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def has_free_sizes(leaves: Sequence[object]) -> bool:
+    """Whether a compiler has left sizes of tensors free."""
+    return any(isinstance(size, torch.SymInt) for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from madtp.calls.branches import OtherBranch
 from madtp.calls.call import Call, Signature, signature
 from madtp.calls.capture_lock import CAPTURE_LOCK
-from madtp.calls.compiling import is_exporting
+from madtp.calls.compiling import has_free_sizes, is_exporting
 from madtp.calls.hooks import hooks_of
 from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.module_states import ModuleState, ModuleStates
@@ -386,7 +386,7 @@ class ProgramCache:
         for cached in entries:
             program = cached.program
             # A compiler may leave sizes free; those of an export are known.
-            if is_exporting() and not _has_free_sizes(leaves) and not program.serves(leaves):
+            if is_exporting() and not has_free_sizes(leaves) and not program.serves(leaves):
                 continue
             if program.returned is None and signature(call, program.dynamic, modules) == cached.signature:
                 return program.run(self.host, leaves)
@@ -394,10 +394,6 @@ class ProgramCache:
             "no program serves this call: call the model once with such inputs before it is compiled or exported. Calls that "
             "take or return key/value caches cannot be compiled."
         )
-
-
-def _has_free_sizes(leaves: Sequence[object]) -> bool:
-    return any(isinstance(size, torch.SymInt) for leaf in leaves if isinstance(leaf, Tensor) for size in leaf.shape)
 
 
 def _without_values(leaf: object) -> object:

@@ -54,5 +54,8 @@ class StreamStart(nn.Module):
         dropped = control.scope.dropped_features
         if dropped is None or control.config.batching != "ragged":
             return None
-        copies = before.batch // dropped.size(0)  # a sample alone may run twice
-        return ~dropped.repeat(copies, 1)
+        dropped = dropped.repeat(before.batch // dropped.size(0), 1)  # a sample alone may run twice
+        forced = None if control.forced is None else control.forced.get(self.spec.name)
+        if forced is not None and bool((forced & dropped).any()):  # what is forced to survive has entered
+            return None
+        return ~dropped

@@ -48,7 +48,9 @@ def attention_with_sampled_statistics(
     if inputs.windows is not None:
         return _within_windows(inputs, asked)
     queries = asked.queries if asked.received else 0
-    every = queries is None or 0 < inputs.query.size(2) <= queries
+    length = inputs.query.size(2)
+    counting = length - asked.counted if isinstance(asked.counted, int) else length
+    every = queries is None or (bool(queries) and counting <= queries)
     if every or inputs.softcap is not None or inputs.dropout_p:
         return attention_with_statistics(inputs, asked)
     assert queries is not None
@@ -56,7 +58,7 @@ def attention_with_sampled_statistics(
     if mask is not None and hides_nothing(mask):
         mask = None
     if mask is not None and inputs.causal:  # torch's own attention does not take both
-        order = _rows_at(None, torch.arange(inputs.query.size(2), device=mask.device)[None], True, inputs.key.size(2))
+        order = _rows_at(None, torch.arange(length, device=mask.device)[None], True, inputs.key.size(2))
         assert order is not None
         mask, inputs = join_masks(mask, order), replace(inputs, causal=False)
     output = plain_attention(replace(inputs, mask=mask))
@@ -136,13 +138,9 @@ class _Sample:
 
 
 def _all_alike(query: Tensor, counted: int, queries: int) -> _Sample:
-    """The same positions of all samples, which have no padding."""
-    batch, length = query.size(0), query.size(2)
-    chosen = _evenly_spaced(queries, length, query.device)
-    slots = chosen.expand(batch, queries)
-    first = length // (2 * queries)  # the smallest position that is asked
-    weights = None if first >= counted else (chosen >= counted).expand(batch, 1, queries)
-    return _Sample(query.index_select(2, chosen), slots, weights)
+    """The same positions of all samples, which have no padding: spaced over all but the first ``counted``."""
+    chosen = counted + _evenly_spaced(queries, query.size(2) - counted, query.device)
+    return _Sample(query.index_select(2, chosen), chosen.expand(query.size(0), queries))
 
 
 def _by_sample(inputs: AttentionInputs, mask: Tensor | None, counted: Counted, queries: int) -> _Sample:
@@ -151,8 +149,9 @@ def _by_sample(inputs: AttentionInputs, mask: Tensor | None, counted: Counted, q
     visible = None if mask is None else valid_keys(mask, batch, length)
     if visible is None:
         visible = torch.ones(batch, length, dtype=torch.bool, device=inputs.query.device)
-    if isinstance(counted, Tensor):
-        visible = visible & counted
+    visible = visible & (
+        counted if isinstance(counted, Tensor) else torch.arange(length, device=visible.device) >= counted
+    )
     rank = _evenly_spaced(queries, visible.sum(1, keepdim=True), visible.device)
     slots = marked_first(visible).gather(1, rank)
     # A sample with fewer tokens than queries is asked for some of them twice.

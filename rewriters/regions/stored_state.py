@@ -65,7 +65,10 @@ def stored_by(model: nn.Module, call: Call) -> list[StoredAttribute]:
     What a model derives from its parameters, such as the bias of positions, has no samples: twice as many leave it as it is.
     """
     samples = call.samples()
-    once = _stored(model, call)
+    try:
+        once = _stored(model, call)
+    except Exception:  # what is wrong with the call is told where it is captured
+        return []
     if not once:
         return []
     try:

@@ -132,11 +132,13 @@ def test_the_index_of_embedded_files_is_up_to_date() -> None:
     """After a change of weights, `zoo.shipped.write_index` writes it anew."""
     index = json.loads((WEIGHTS / "index.json").read_text())
     assert index == shipped.measured_index()
-    assert all(zoo.describe(name).checkpoints == ("dense", "pruned-50", "pruned-80") for name in index)
+    pruned = {"dense", "pruned-50", "pruned-80"}
+    assert all({*zoo.describe(name).checkpoints} in (pruned, {"dense"}) for name in index)
     assert {path.name for path in WEIGHTS.iterdir() if path.is_dir()} == set(index)
 
 
-@pytest.mark.parametrize("name", sorted(json.loads((WEIGHTS / "index.json").read_text())))
+# `llava_mini` needs transformers; its own tests load it.
+@pytest.mark.parametrize("name", sorted({*json.loads((WEIGHTS / "index.json").read_text())} - {"llava_mini"}))
 def test_embedded_dense_weights_load(name: str) -> None:
     model = zoo.create(name, "dense")
     assert all(value.dtype == torch.float32 for value in model.parameters())

@@ -32,11 +32,10 @@ def test_max_min_diversity_picks_the_farthest_token(sizes: tuple[int, int, int])
     x = features(*sizes)
     count = len(x)
     distance = [[1 - cosine(x[i], x[j]) for j in range(count)] for i in range(count)]
-    first = max(range(count), key=lambda i: min(distance[i][j] for j in range(count) if j != i))
-    picked = [first] if count > 2 else []
+    alone = [min(distance[i][j] for j in range(count) if j != i) for i in range(count)]
     order = max_min_order(similarities(x), count)
-    if not picked:  # of two tokens each is the other's nearest
-        picked = [int(order[0])]
+    assert alone[order[0]] == pytest.approx(max(alone), abs=1e-5)
+    picked = [int(order[0])]  # two tokens may be each other's nearest
     while len(picked) < count:
         left = [i for i in range(count) if i not in picked]
         picked.append(max(left, key=lambda i: min(distance[i][j] for j in picked)))

@@ -164,7 +164,7 @@ def test_statistics_from_some_queries(drawn: dict[str, int | str], queries: int)
     scores = (query @ key.transpose(2, 3) / 2 + added).masked_fill(~visible, -torch.inf)
     strongest = scores.softmax(-1).nan_to_num(0.0).amax(1)
     for sample in range(batch):
-        shown = seen[sample].nonzero().flatten().tolist()
+        shown = (seen[sample] & (rows[sample] > 0)).nonzero().flatten().tolist()
         asked = sorted(
             {shown[(2 * part + 1) * len(shown) // (2 * queries)] for part in range(queries)} if shown else ()
         )

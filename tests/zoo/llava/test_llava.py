@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from madtp.tuning.search import dense_macs
 from zoo.llava.conversation import ANSWER, END, IMAGE, Turn, conversation, prompts, spoken
 from zoo.objectives.scene_conversations import ConversationObjective
 from zoo.objectives.scenes import dense_scene_objective
+from zoo.recipes.model_card import test_task as scores_of
 from zoo.recipes.warm_start import start_from
 from zoo.scenes.single import ANSWERS
 from zoo.scenes.tokens import VOCABULARY
@@ -143,3 +144,10 @@ def test_macs_are_those_of_a_prompt_however_long_the_conversation(objective: Con
     )
     assert float(loss) > 0
     assert torch.isfinite(objective.certainty(pruned(**objective.inputs(batch))))
+
+
+@torch.no_grad()
+def test_the_shipped_model_answers_questions_it_has_not_seen() -> None:
+    pytest.importorskip("transformers")
+    result = scores_of(zoo.create("llava_mini", "dense"), "llava_mini", "scenes_questions", items=48, seed=0)
+    assert cast(dict[str, float], result["metrics"])["vqa_accuracy"] > 0.9
