@@ -10,6 +10,7 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from madtp.pruned import PrunedModel
+from madtp.sites.forward_record import ForwardRecord
 from madtp.tuning.calibration import dense_macs
 
 _DENSE_MACS: ContextVar[float | None] = ContextVar("dense MACs of a sample", default=None)
@@ -54,6 +55,7 @@ class ComputeMeter:
 
     def __init__(self) -> None:
         self.calls: list[CallRecord] = []
+        self._latest: tuple[ForwardRecord, int] | None = None
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[ComputeMeter]:
@@ -69,6 +71,10 @@ class ComputeMeter:
         self, model: PrunedModel, args: tuple[object, ...], kwargs: Mapping[str, object], output: object
     ) -> None:
         del output
+        record = model.madtp.control.last_record()
+        before, self._latest = self._latest, (record, len(record.runs))
+        if before is not None and before[0] is record and before[1] == len(record.runs):
+            return  # a step of a text, which prunes nothing: what is on record is the prompt
         samples = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
         dense = _DENSE_MACS.get()
         self.calls.append(

@@ -13,6 +13,7 @@ from torch import Tensor
 import madtp
 import zoo
 from madtp.errors import ConfigError
+from madtp.evaluation import evaluate
 from madtp.tuning.search import dense_macs
 from zoo.llava.conversation import ANSWER, END, IMAGE, Turn, conversation, prompts, spoken
 from zoo.objectives.scene_conversations import ConversationObjective
@@ -21,7 +22,12 @@ from zoo.recipes.model_card import test_task as scores_of
 from zoo.recipes.warm_start import start_from
 from zoo.scenes.single import ANSWERS
 from zoo.scenes.tokens import VOCABULARY
+from zoo.tasks.conversing import Conversing
+from zoo.transforms import for_model
 
+ONE_SITE = madtp.PruningConfig(
+    selection="diversity", keep_ratio=0.25, layers={"*language_model*": (0,), "*": ()}, alignment=False
+)
 TURNS = [Turn("how many circles are there", "two"), Turn("what colour is the cross", "red")]
 
 
@@ -122,9 +128,7 @@ def test_patch_heads_read_the_tower(objective: ConversationObjective) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_macs_are_those_of_a_prompt_however_long_the_conversation(objective: ConversationObjective) -> None:
-    config = madtp.PruningConfig(
-        selection="diversity", keep_ratio=0.25, layers={"*language_model*": (0,), "*": ()}, alignment=False
-    )
+    config = ONE_SITE
     batch = objective.batch(0, "train", 0, 0, range(2))
     pruned = madtp.rewrite(objective.model.eval(), objective.inputs(batch), config=config)
     objective.attach(pruned)
@@ -151,3 +155,18 @@ def test_the_shipped_model_answers_questions_it_has_not_seen() -> None:
     pytest.importorskip("transformers")
     result = scores_of(zoo.create("llava_mini", "dense"), "llava_mini", "scenes_questions", items=48, seed=0)
     assert cast(dict[str, float], result["metrics"])["vqa_accuracy"] > 0.9
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_steps_of_an_answer_are_no_further_prompts() -> None:
+    pytest.importorskip("transformers")
+    task = Conversing(
+        zoo.data("scenes_questions", split="test", limit=8, transform=for_model("llava_mini")),
+        torch.device("cpu"),
+        zoo.create("llava_mini"),
+    )
+    pruned = madtp.rewrite(zoo.create("llava_mini", "dense"), task.inputs(range(4)), config=ONE_SITE)
+    found = evaluate(pruned, task, batch_size=4)
+    pruned(**task.inputs(range(4)))
+    assert found.dense_macs == pytest.approx(dense_macs(pruned), rel=0.05)
