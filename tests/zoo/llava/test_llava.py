@@ -166,7 +166,7 @@ def test_steps_of_an_answer_are_no_further_prompts() -> None:
         torch.device("cpu"),
         zoo.create("llava_mini"),
     )
-    pruned = madtp.rewrite(zoo.create("llava_mini", "dense"), task.inputs(range(4)), config=ONE_SITE)
+    pruned = madtp.rewrite(zoo.create("llava_mini", "dense"), task.inputs(range(4)))
     found = evaluate(pruned, task, batch_size=4)
     pruned(**task.inputs(range(4)))
     assert found.dense_macs == pytest.approx(dense_macs(pruned), rel=0.05)
