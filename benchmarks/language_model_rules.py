@@ -15,6 +15,7 @@ prefill, step and cache of all of them in turns.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -37,13 +38,13 @@ from madtp.training.config import TrainingConfig
 from madtp.training.run import read_config, train
 from zoo.benchmark.bench import kept_of
 from zoo.benchmark.continuing import Continuing, cache_of, form_of_steps
+from zoo.benchmark.generators import CACHES
 from zoo.benchmark.measuring import LIBRARIES
 from zoo.recipes.controls import reopen, training_free
 from zoo.recipes.model_card import held_out_calls, test_task
 
 MODEL, DATA = "llava_mini", "scenes_questions"
 SHARES = (0.5, 0.67, 0.78, 0.89)
-CACHE_NAME = "past_key_values"
 
 
 def _in_decoder(layer: int, **fields: object) -> dict[str, object]:
@@ -161,7 +162,8 @@ def measure_times(output: Path, options: argparse.Namespace) -> None:
     for found in finished_runs(output):
         if found.seed == 0:
             models[f"{found.rule} {found.share} {found.steps}"] = reopen(found.folder)
-    form = form_of_steps(dense, CACHE_NAME, calls[0])
+    taken = inspect.signature(dense.forward).parameters
+    form = form_of_steps(dense, next(name for name in CACHES if name in taken), calls[0])
     entrants = {name: Continuing(_blank(name, model, calls, options.batch), model) for name, model in models.items()}
     runs = [Run(name, partial(one.generate, calls, form)) for name, one in entrants.items()]
     limits = Limits(options.rounds, 1, None)
