@@ -43,20 +43,6 @@ def containers_in(values: Iterable[object], seen: set[int], depth: int = DEPTH) 
             yield from containers_in(list(own.values()) if isinstance(own, dict) else list(own), seen, depth - 1)
 
 
-def is_of_object(container: Container, values: Iterable[object], depth: int = DEPTH) -> bool:
-    """Whether a container among ``values`` is the attributes of a plain object, or lies inside of such an object."""
-    for value in values:
-        attributes = None if isinstance(value, (dict, list, set, deque, tuple, *CLOSED)) else _attributes_of(value)
-        if attributes is not None:
-            if any(one is container for one in containers_in([value], set(), depth)):
-                return True
-        elif depth and isinstance(value, (dict, list, tuple, deque)):
-            inner = list(value.values()) if isinstance(value, dict) else list(value)
-            if is_of_object(container, inner, depth - 1):
-                return True
-    return False
-
-
 def _attributes_of(value: object) -> dict[str, Any] | None:
     found = getattr(value, "__dict__", None)
     ours = type(value).__module__.partition(".")[0] in ("madtp", "torch")
