@@ -71,7 +71,7 @@ RULES: dict[str, dict[str, object]] = {
 }
 """Fields of the configuration of each rule."""
 
-SITES = {"last-token-at-2": "last-token-at-2"}
+ELSEWHERE = ("last-token-at-2",)
 """Rules whose MACs are not those of :data:`REFERENCE`."""
 REFERENCE = "diversity"
 
@@ -111,16 +111,15 @@ def reductions(output: Path) -> dict[str, float]:
     """Return the fraction of the MACs that each rule saves, by ``"SITE SHARE"``; measured once."""
     path = output / "reductions.json"
     known: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    dense = zoo.create(MODEL, "dense")
-    calls = held_out_calls(MODEL, DATA, split="val", items=64, seed=0)
-    for rule in dict.fromkeys([REFERENCE, *SITES.values()]):
-        for share in SHARES:
-            if f"{rule} {share}" in known:
-                continue
+    missing = [(rule, share) for rule in (REFERENCE, *ELSEWHERE) for share in SHARES if f"{rule} {share}" not in known]
+    if missing:
+        dense = zoo.create(MODEL, "dense")
+        calls = held_out_calls(MODEL, DATA, split="val", items=64, seed=0)
+        for rule, share in missing:
             config = madtp.PruningConfig.from_dict({**RULES[rule], "keep_ratio": 1 - share})
             kept = kept_of(madtp.rewrite(dense, calls[0], config=config).eval(), calls)
             known[f"{rule} {share}"] = 1 - sum(one.macs for one in kept) / sum(one.dense_macs for one in kept)
-    write_text(path, json.dumps(known, indent=1) + "\n")
+        write_text(path, json.dumps(known, indent=1) + "\n")
     return known
 
 
@@ -135,7 +134,7 @@ def run(rule: str, share: float, seed: int, options: argparse.Namespace) -> None
     settings["pruning"] = {**settings["pruning"], **RULES[rule]}
     if "keep_ratio" in RULES[rule]:
         settings["pruning"]["keep_ratio"] = 1 - share  # where calibration begins
-    settings["reduction"] = reductions(options.output)[f"{SITES.get(rule, REFERENCE)} {share}"]
+    settings["reduction"] = reductions(options.output)[f"{rule if rule in ELSEWHERE else REFERENCE} {share}"]
     if options.steps:
         content["training"]["steps"] = options.steps
         train(content, output, resume=True)

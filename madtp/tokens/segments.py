@@ -79,9 +79,14 @@ def run_slots(segments: SegmentMap, number: int, state: TokenState) -> Tensor:
     An image among words is such a run.
     """
     inside = segments.ids.expand(state.batch, state.full_length) == number
-    before = torch.cat([torch.zeros_like(inside[:, :1]), inside[:, :-1]], 1)
-    runs = torch.where(inside, (inside & ~before).cumsum(1) - 1, -1)
+    runs = _numbers_of_runs(inside) - 1
     return runs if state.index is None else runs.gather(1, state.index)
+
+
+def _numbers_of_runs(inside: Tensor) -> Tensor:
+    """The number of the run of True that each place of ``inside [B, N]`` is in, from 1; 0 outside."""
+    before = torch.cat([torch.zeros_like(inside[:, :1]), inside[:, :-1]], 1)
+    return (inside & ~before).cumsum(1) * inside
 
 
 def small_runs(inside: Tensor, dropped: Tensor, least: int) -> Tensor:
@@ -92,8 +97,7 @@ def small_runs(inside: Tensor, dropped: Tensor, least: int) -> Tensor:
         dropped: ``[B, N]`` bool, those of them that were dropped.
         least: how many have to be left of each run.
     """
-    before = torch.cat([torch.zeros_like(inside[:, :1]), inside[:, :-1]], 1)
-    number = (inside & ~before).cumsum(1) * inside
+    number = _numbers_of_runs(inside)
     left = torch.zeros_like(number).scatter_add_(1, number, (inside & ~dropped).long())
     return inside & (left.gather(1, number) < least)
 

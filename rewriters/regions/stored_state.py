@@ -96,7 +96,8 @@ def _stored(model: nn.Module, call: Call) -> Places:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in TORCHS_OWN:
-                places = {**{id(one): (path, name) for one in containers_in([value], set())}, **places}
+                for held in containers_in([value], set()):
+                    places.setdefault(id(held), (path, name))
     stored, found = StoredTensors(model.modules()), Places()
     with torch.no_grad(), trial_run(model, call.flat()[0]):
         model(*call.args, **call.kwargs)

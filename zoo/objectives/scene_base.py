@@ -28,6 +28,9 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "answer_ids": 0, "answer_mask": 
 _CAPTION_STREAM = 2
 """Random stream of the captions of a left picture; the right one has the next. Scenes draw from the streams before."""
 
+QUESTION_STREAM = 4
+"""Random stream of the questions about a left picture; the right one has the next."""
+
 _HELD_OUT_BATCH = 64
 
 

@@ -19,13 +19,10 @@ from madtp.training.compression import distillation_loss
 from madtp.tuning.search import dense_macs, mac_reduction
 from zoo.llava.conversation import ANSWER, Turn, conversation, prompts
 from zoo.objectives.base import Metrics
-from zoo.objectives.scene_base import PictureObjective
+from zoo.objectives.scene_base import QUESTION_STREAM, PictureObjective
 from zoo.objectives.scene_batches import Picture
 from zoo.scenes.objects import draws_for
 from zoo.scenes.single import Asked, draw_question
-
-_QUESTION_STREAM = 4
-"""Random stream of the questions about a left picture; the right one has the next."""
 
 _QUESTION = "how many small red shapes are there"
 """One as long as any."""
@@ -134,6 +131,6 @@ class ConversationObjective(PictureObjective[Any, Any]):
 
     def _questions(self, picture: Picture) -> list[Asked]:
         """Return up to S different questions about a picture."""
-        draws = draws_for(picture.seed, picture.split, picture.index, _QUESTION_STREAM + picture.side)
+        draws = draws_for(picture.seed, picture.split, picture.index, QUESTION_STREAM + picture.side)
         drawn = [draw_question(picture.census, picture.side, draws) for _ in range(self.texts)]
         return list({asked.question: asked for asked in drawn}.values())

@@ -18,15 +18,12 @@ from zoo.blip.losses import next_token_losses
 from zoo.blip.vqa import BlipVqa
 from zoo.objectives.base import Metrics
 from zoo.objectives.multi_text import DecoderOutput, ManyCaptions, ManyQuestions
-from zoo.objectives.scene_base import PictureObjective, text_inputs
+from zoo.objectives.scene_base import QUESTION_STREAM, PictureObjective, text_inputs
 from zoo.objectives.scene_batches import Picture
 from zoo.scenes.objects import draws_for
 from zoo.scenes.single import draw_question
 from zoo.tasks.encode_text import spell
 from zoo.tasks.vocabulary import words_for
-
-_QUESTION_STREAM = 4
-"""Random stream of the questions about a left picture; the right one has the next."""
 
 DecoderModelT = TypeVar("DecoderModelT", bound=BlipCaption | BlipVqa)
 
@@ -109,7 +106,7 @@ class QuestionObjective(_DecoderObjective[BlipVqa]):
     def encode_texts(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
         asked = []
         for picture in pictures:
-            draws = draws_for(picture.seed, picture.split, picture.index, _QUESTION_STREAM + picture.side)
+            draws = draws_for(picture.seed, picture.split, picture.index, QUESTION_STREAM + picture.side)
             asked += [draw_question(picture.census, picture.side, draws) for _ in range(self.texts)]
         config = self.model.config
         ids, mask = self._spell([question.question for question in asked], config.encode_id)
