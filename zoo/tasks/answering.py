@@ -15,6 +15,7 @@ from zoo.blip.vqa import BlipVqa
 from zoo.datasets.records import DataSet, Question
 from zoo.metrics.answers import vqa_accuracy
 from zoo.tasks.encode_text import QUESTION_TOKENS, spell
+from zoo.tasks.one_stage import OneStage
 from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_question
 
@@ -22,7 +23,7 @@ CANDIDATES = 128
 """Answers of the list that are scored in full, as published; the others only by their first token."""
 
 
-class Answering:
+class Answering(OneStage):
     """The task, in one stage: itself.
 
     Args:
@@ -48,14 +49,6 @@ class Answering:
         self.device = device
         self.config = model.config
         self.answers = answers
-
-    @property
-    def stages(self) -> Sequence[Answering]:
-        return (self,)
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return [record.id for record in self.data.records]
 
     def inputs(self, samples: range) -> dict[str, Tensor]:
         """Return images ``[B, 3, H, W]``, questions ``[B, T]``, one answer to each ``[B, L]``, and masks."""

@@ -14,6 +14,7 @@ from zoo.blip.decoding import Beams, Captioner, write_captions
 from zoo.datasets.records import CaptionedImage, DataSet
 from zoo.metrics.captions import caption_metrics
 from zoo.tasks.encode_text import CAPTION_TOKENS, spell
+from zoo.tasks.one_stage import OneStage
 from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import clean_caption
 
@@ -21,7 +22,7 @@ PROMPT = "a picture of"
 """The words with which the published model begins every caption."""
 
 
-class Captioning:
+class Captioning(OneStage):
     """The task, in one stage: itself.
 
     Args:
@@ -41,14 +42,6 @@ class Captioning:
         # The vocabulary of scenes has no words for the prompt, and captions of scenes may be short.
         self.prompt = PROMPT if words.cleaned else ""
         self.beams = None if words.cleaned else Beams(max_length=min(30, model.config.text.positions))
-
-    @property
-    def stages(self) -> Sequence[Captioning]:
-        return (self,)
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return [record.id for record in self.data.records]
 
     @property
     def prompt_tokens(self) -> int:

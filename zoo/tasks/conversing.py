@@ -12,6 +12,7 @@ from madtp.evaluation.task import Result
 from zoo.datasets.records import DataSet, Question
 from zoo.llava.conversation import PADDING, Turn, prompts, spoken
 from zoo.metrics.answers import vqa_accuracy
+from zoo.tasks.one_stage import OneStage
 
 LONGEST = 4
 """Words that an answer may have, with the token that ends it."""
@@ -33,7 +34,7 @@ class Writer(Protocol):
         """Go on from prompts ``[B, T]`` about images ``[B, 3, H, W]``; returns ids ``[B, T + new]``."""
 
 
-class Conversing:
+class Conversing(OneStage):
     """The task, in one stage: itself. The model writes its answers, by the likeliest word.
 
     Args:
@@ -48,14 +49,6 @@ class Conversing:
         self.data = data
         self.device = device
         self.image_tokens: int = model.config.image_seq_length
-
-    @property
-    def stages(self) -> Sequence[Conversing]:
-        return (self,)
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return [record.id for record in self.data.records]
 
     def inputs(self, samples: range) -> dict[str, Tensor]:
         """Return images ``[B, 3, H, W]``, prompts ``[B, T]``, padded on the left, and their mask, 1 for a token."""

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from madtp.evaluation.task import Result
 from zoo.datasets.records import DataSet, PairStatement
 from zoo.metrics import accuracy, accuracy_by_kind
+from zoo.tasks.one_stage import OneStage
 from zoo.tasks.vocabulary import Words
 from zoo.transforms.texts import STATEMENT_WORDS, clean_caption
 
 
-class Reasoning:
+class Reasoning(OneStage):
     """The task, in one stage: itself."""
 
     name = "reasoning"
@@ -23,14 +24,6 @@ class Reasoning:
         self.data = data
         self.words = words
         self.device = device
-
-    @property
-    def stages(self) -> Sequence[Reasoning]:
-        return (self,)
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return [record.id for record in self.data.records]
 
     def inputs(self, samples: range) -> dict[str, Tensor]:
         """Return image pairs ``[B, 2, 3, H, W]``, statements ``[B, T]`` and their mask."""
