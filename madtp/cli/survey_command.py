@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from madtp.survey.generation import GenerationRecord
     from madtp.survey.record import Record
     from madtp.survey.runner import Limits
+    from madtp.survey.surveys import AnyRecord, Survey
+
+ToShow = TypeVar("ToShow", "Record", "GenerationRecord", contravariant=True)
 
 HELP = """Rewrite many architectures and report the outcome of each.
 
@@ -39,6 +47,13 @@ strong pruning saves, and whether the model trains.
   madtp survey --list '*clip*'
   madtp survey 'hf:CLIP*' hf:ViltModel
   madtp survey --jobs 4 --json survey.json --markdown coverage.md
+  madtp survey --generate hf:LlavaForConditionalGeneration
+
+With --generate, the survey is about models that write text. Each writes
+behind its prompts as the dense model does, or as it does itself another way:
+with other caches, a sample alone, in several turns. `--generate --markdown`
+explains the checks. Outcomes are then `as it should`, `left alone`, `refused`,
+`cannot generate`, `error` and `wrong`.
 
 With --json, an interrupted survey continues where it stopped: names in the
 file are not run again, unless --again says so. The exit code is 1 if any
@@ -61,35 +76,92 @@ def survey_command(
     again: Annotated[
         str, typer.Option(help="Outcomes of the file to run again, such as 'error,wrong', or 'all'.")
     ] = "",
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Compare what models write; see above.", show_default=False)
+    ] = False,
+    new_tokens: Annotated[int, typer.Option(min=9, help="With --generate, tokens behind each prompt.")] = 64,
     only_list: Annotated[bool, typer.Option("--list", help="Print the names and exit.")] = False,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     import zoo.small
-    from madtp.cli.console import error_console, output_console
-    from madtp.survey.runner import Limits, load
-    from madtp.survey.tables import markdown, summary, terminal
 
     wanted = zoo.small.names(names or ())
+    wanted = zoo.small.generating(wanted) if generate else wanted
     if only_list:
         for name in wanted:
             typer.echo(name)
         return
-    records = {record.name: record for record in load(json_file)} if json_file else {}
-    repeat = set(again.split(",")) if again else set()
-    todo = [n for n in wanted if n not in records or "all" in repeat or records[n].outcome in repeat]
-    _run(todo, records, jobs=jobs, limits=Limits(timeout, memory), json_file=json_file)
-    shown = [records[name] for name in wanted if name in records]
-    output_console.print(terminal(shown))
-    output_console.print(summary(shown), soft_wrap=True)
-    if markdown_file is not None:
-        markdown_file.parent.mkdir(parents=True, exist_ok=True)
-        markdown_file.write_text(markdown(list(records.values()), note), encoding="utf-8")
-        error_console.print(f"page written to {markdown_file}")
+    from madtp.survey import generation_table, tables
+    from madtp.survey.runner import Limits
+    from madtp.survey.surveys import REWRITES, generation_survey
+
+    order = Order(wanted, jobs, Limits(timeout, memory), json_file, markdown_file, note, again)
+    if generate:
+        _run(order, generation_survey(new_tokens), generation_table)
+    else:
+        _run(order, REWRITES, tables)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for.
+
+    Attributes:
+        names: of the architectures.
+        jobs: number of them at a time.
+        limits: of one.
+        json_file: file of records.
+        markdown_file: file of the page.
+        note: remark for the head of the page.
+        again: outcomes to run again.
+    """
+
+    names: Sequence[str]
+    jobs: int
+    limits: Limits
+    json_file: Path | None
+    markdown_file: Path | None
+    note: str
+    again: str
+
+
+class Tables(Protocol[ToShow]):
+    """What shows the records of a survey."""
+
+    def terminal(self, records: Sequence[ToShow], /) -> Table:
+        """A table for the terminal."""
+        ...
+
+    def summary(self, records: Sequence[ToShow], /) -> str:
+        """A sentence."""
+        ...
+
+    def markdown(self, records: Sequence[ToShow], note: str = "", /) -> str:
+        """A page."""
+        ...
+
+
+def _run(order: Order, survey: Survey[AnyRecord], tables: Tables[AnyRecord]) -> None:
+    """Run a survey, and show and write its records."""
+    from madtp.cli.console import error_console, output_console
+    from madtp.survey.runner import load
+
+    records = {record.name: record for record in load(order.json_file, survey)} if order.json_file else {}
+    repeat = set(order.again.split(",")) if order.again else set()
+    todo = [n for n in order.names if n not in records or "all" in repeat or records[n].outcome in repeat]
+    _examine(todo, records, order, survey)
+    shown = [records[name] for name in order.names if name in records]
+    output_console.print(tables.terminal(shown))
+    output_console.print(tables.summary(shown), soft_wrap=True)
+    if order.markdown_file is not None:
+        order.markdown_file.parent.mkdir(parents=True, exist_ok=True)
+        order.markdown_file.write_text(tables.markdown(list(records.values()), order.note), encoding="utf-8")
+        error_console.print(f"page written to {order.markdown_file}")
     if any(record.outcome in ("wrong", "error") for record in shown):
         raise typer.Exit(1)
 
 
-def _run(todo: list[str], records: dict[str, Record], *, jobs: int, limits: Limits, json_file: Path | None) -> None:
+def _examine(todo: Sequence[str], records: dict[str, AnyRecord], order: Order, survey: Survey[AnyRecord]) -> None:
     """Run the survey with a progress bar; ``records`` and the file grow as records arrive."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -101,10 +173,11 @@ def _run(todo: list[str], records: dict[str, Record], *, jobs: int, limits: Limi
     with Progress(*columns, console=error_console) as progress:
         task = progress.add_task("survey", total=len(todo))
 
-        def each(record: Record) -> None:
+        def each(record: AnyRecord) -> None:
             records[record.name] = record
-            if json_file is not None:
-                save(json_file, records.values())
+            if order.json_file is not None:
+                save(order.json_file, records.values(), survey)
             progress.update(task, advance=1, description=f"{record.name}: {record.outcome}")
 
-        run(todo, zoo.small.__name__, jobs=jobs, limits=limits, preload=zoo.small.PRELOAD, each=each)
+        source, preload = zoo.small.__name__, zoo.small.PRELOAD
+        run(todo, source, survey, jobs=order.jobs, limits=order.limits, preload=preload, each=each)

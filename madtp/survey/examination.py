@@ -9,7 +9,8 @@ import copy
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,7 +74,7 @@ def _examine(record: Record, build: Build) -> Record:
         with torch.no_grad(), AttentionCalls() as calls:
             model(**inputs)
     except Exception as error:
-        return replace(record, outcome="unbuildable", failure=_text(error))
+        return replace(record, outcome="unbuildable", failure=text_of(error))
     record = replace(record, traits=traits(calls, inputs))
     started = time.perf_counter()
     try:
@@ -81,7 +82,7 @@ def _examine(record: Record, build: Build) -> Record:
     except MadtpError as error:
         return _refused(record, error, calls.count, time.perf_counter() - started)
     except Exception as error:
-        return replace(record, failure=_text(error))
+        return replace(record, failure=text_of(error))
     record = _reported(record, pruned.madtp.report, time.perf_counter() - started)
     if pruned.madtp.config.towers is not None:  # set by the rewrite itself, for a language model
         record = _language(record)
@@ -135,7 +136,7 @@ def _probed(record: Record, model: nn.Module, pruned: PrunedModel, inputs: Input
             record = replace(record, refusals=refusals)
             continue
         except Exception as error:
-            return replace(record, outcome="error", failure=f"{probe.field}: {_text(error)}")
+            return replace(record, outcome="error", failure=f"{probe.field}: {text_of(error)}")
         record = probe.recorded(record, value)
         if probe.fails(value):
             faults.append(f"{probe.field}: {value if isinstance(value, bool) else f'{value:.1e}'}")
@@ -181,7 +182,7 @@ def reduction(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float:
     with pruned.madtp.dense():
         pruned(**inputs)
         before = pruned.madtp.macs()
-    with _strongly(pruned):
+    with strongly(pruned):
         pruned(**inputs)
         return 1.0 - pruned.madtp.macs() / before
 
@@ -210,7 +211,7 @@ def _single_sample_error(model: nn.Module, pruned: PrunedModel, inputs: Inputs) 
         one = take_sample(inputs, row, size)
         alone = _outputs(model, one)
         independent = [key for key, value in alone.items() if _same_row(together.get(key), value, row, 1e-4)]
-        with _strongly(pruned):
+        with strongly(pruned):
             batch = _outputs(pruned, inputs)
             try:
                 single = _outputs(pruned, one)
@@ -283,20 +284,17 @@ def _loss(outputs: Mapping[str, Tensor], targets: dict[str, Tensor]) -> Tensor |
     return torch.stack(terms).mean() if terms else None
 
 
-class _strongly:
-    """Prunes strongly inside the block."""
-
-    def __init__(self, pruned: PrunedModel) -> None:
-        self.pruned, self.before = pruned, pruned.madtp.gain
-
-    def __enter__(self) -> None:
-        self.pruned.madtp.gain = STRONG_GAIN
-
-    def __exit__(self, *_: object) -> None:
-        self.pruned.madtp.gain = self.before
+@contextmanager
+def strongly(pruned: PrunedModel) -> Iterator[None]:
+    """Prune strongly inside the block."""
+    before, pruned.madtp.gain = pruned.madtp.gain, STRONG_GAIN
+    try:
+        yield
+    finally:
+        pruned.madtp.gain = before
 
 
-def _text(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     """The exception in one line, and the place in this project that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""

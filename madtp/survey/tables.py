@@ -134,18 +134,20 @@ def markdown(records: Sequence[Record], note: str = "") -> str:
         lines += ["", "| kind | architectures | how it is recognised |", "|---|---|---|"]
         kinds = Counter(trait for record in records for trait in record.traits or ())
         lines += [f"| {name} | {kinds[name]} | {meaning} |" for name, meaning in TRAITS.items()]
-    lines += ["", "## Every architecture", "", _row(COLUMNS), "|" + "---|" * len(COLUMNS)]
-    lines += [_row(table_row(record)) for record in records]
+    lines += ["", "## Every architecture", "", table_line(COLUMNS), "|" + "---|" * len(COLUMNS)]
+    lines += [table_line(table_row(record)) for record in records]
     lines += ["", "## Reasons", "", "| architectures | reason | for example |", "|---|---|---|"]
-    lines += [_row((str(len(names)), _escape(text), ", ".join(names[:3]))) for text, names in reasons(records)]
+    lines += [table_line((str(len(names)), escaped(text), ", ".join(names[:3]))) for text, names in reasons(records)]
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Iterable[str]) -> str:
+def table_line(cells: Iterable[str]) -> str:
+    """A row of a markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text for a cell of a markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -16,19 +16,19 @@ from multiprocessing.connection import Connection
 import torch
 
 import madtp
-from madtp.survey.examination import examine
-from madtp.survey.record import Record
+from madtp.survey.surveys import AnyRecord, Survey
 
 GIBI = 2**30
 
 
-def work(name: str, source: str, memory: float, answer: Connection) -> None:
+def work(name: str, source: str, memory: float, survey: Survey[AnyRecord], answer: Connection) -> None:
     """Examine one model and send its record.
 
     Args:
         name: name of the model.
         source: module whose ``build(name)`` returns the model and its inputs.
         memory: limit on memory, in GiB.
+        survey: what is found out about it.
         answer: where to send the record.
     """
     limit = int(memory * GIBI)
@@ -40,11 +40,11 @@ def work(name: str, source: str, memory: float, answer: Connection) -> None:
         os.dup2(unread.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
         try:
             build = importlib.import_module(source).build
-            record = examine(name, lambda: build(name))
+            record = survey.examine(name, lambda: build(name))
         except MemoryError:
-            record = Record(name, "error", failure=f"needs more than {memory:g} GiB of memory")
+            record = survey.record(name, "error", failure=f"needs more than {memory:g} GiB of memory")
         except BaseException as error:  # whatever ends the process belongs in the record
-            record = Record(name, "error", failure=f"{type(error).__name__}: {error}")
+            record = survey.record(name, "error", failure=f"{type(error).__name__}: {error}")
     answer.send(record.to_dict())
     answer.close()
 

@@ -42,6 +42,11 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
     return [name for name in known if not patterns or any(_matches(name, p) for p in patterns)]
 
 
+def generating(listed: Sequence[str]) -> list[str]:
+    """Return those of the listed names whose models write text: that have a method ``generate``."""
+    return [name for name in listed if name.startswith("hf:") and _module_of("hf").generates(name.partition(":")[2])]
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[2], pattern)
 

@@ -24,6 +24,14 @@ def has(name: str) -> bool:
     return hasattr(getattr(transformers, name, None), "config_class")
 
 
+def generates(name: str) -> bool:
+    """Whether the installed release has a model class of that name that writes text."""
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    return isinstance(kind, type) and issubclass(kind, transformers.GenerationMixin)
+
+
 def build(name: str) -> nn.Module:
     """Build the class of that name with a small configuration.
 

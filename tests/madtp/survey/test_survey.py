@@ -21,6 +21,7 @@ from madtp.survey.attention_calls import AttentionCalls, traits
 from madtp.survey.outputs import batch_size, output_tensors, relative_error, repeat_samples, take_sample
 from madtp.survey.record import with_outcome
 from madtp.survey.runner import Limits, load, run, save
+from madtp.survey.surveys import REWRITES
 from madtp.survey.tables import denominator, generalised, markdown, reasons, summary, table_row
 
 
@@ -134,8 +135,8 @@ def test_what_is_only_half_done_is_not_called_rewritten(changes: dict[str, Any],
 @pytest.mark.slow
 def test_processes_end_within_their_limits_and_say_how() -> None:
     seen: list[str] = []
-    records = run(["conv", "dies"], "survey_models", jobs=2, each=lambda record: seen.append(record.name))
-    records += run(["endless"], "survey_models", limits=Limits(seconds=2))
+    records = run(["conv", "dies"], "survey_models", REWRITES, jobs=2, each=lambda record: seen.append(record.name))
+    records += run(["endless"], "survey_models", REWRITES, limits=Limits(seconds=2))
     by_name = {record.name: record for record in records}
     assert sorted(seen) == ["conv", "dies"]
     assert by_name["conv"].outcome == "no transformer"
@@ -147,16 +148,16 @@ def test_records_survive_the_file(tmp_path: Path) -> None:
     record = Record(
         "a", "partly", blocks={"self": 2}, refusals=(RefusalRecord("block", "reason", "help"),), identity=1e-7
     )
-    save(tmp_path / "new" / "s.json", [record, Record("b", "error", trains=False)])
-    assert load(tmp_path / "new" / "s.json")[0] == record
-    assert load(tmp_path / "none.json") == []
+    save(tmp_path / "new" / "s.json", [record, Record("b", "error", trains=False)], REWRITES)
+    assert load(tmp_path / "new" / "s.json", REWRITES)[0] == record
+    assert load(tmp_path / "none.json", REWRITES) == []
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "records": []}', '{"format": 1}'])
 def test_a_file_that_is_no_survey_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text(content)
     with pytest.raises(DataError, match=r"s\.json"):
-        load(tmp_path / "s.json")
+        load(tmp_path / "s.json", REWRITES)
 
 
 RECORDS = [
@@ -293,8 +294,8 @@ def test_the_command_writes_both_files_and_resumes(tmp_path: Path) -> None:
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     assert "1 of the 1 (100%)" in " ".join(first.output.split())
-    record = load(tmp_path / "s.json")[0]
-    save(tmp_path / "s.json", [replace(record, outcome="refused")])
+    record = load(tmp_path / "s.json", REWRITES)[0]
+    save(tmp_path / "s.json", [replace(record, outcome="refused")], REWRITES)
     again = CliRunner().invoke(app, command)
     assert "0 of the 1 (0%)" in " ".join(again.output.split())
     assert "timm:test_vit | refused" in (tmp_path / "s.md").read_text()

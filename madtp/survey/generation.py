@@ -1,0 +1,292 @@
+"""Examine one model that generates: does the pruned model write what it should? Start at :func:`examine_generation`.
+
+:data:`CHECKS` is the list of what is compared. Decoding is greedy, so words are equal or they are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import madtp
+from madtp.errors import LeftAloneError, MadtpError, NoSiteError
+from madtp.pruned import PrunedModel
+from madtp.survey.examination import CONFIG, Build, strongly, text_of
+from madtp.survey.prompts import Prompts, Writing
+from madtp.survey.record import INDEPENDENCE
+
+OUTCOMES = {
+    "as it should": "the model is pruned, and every check that the dense model can take holds",
+    "left alone": "nothing is pruned, by policy or because there is no attention to prune",
+    "refused": "nothing can be pruned; the reason is given",
+    "cannot generate": "the dense model is not built, or does not continue its example inputs",
+    "error": "an exception of the pruned model that the dense one does not raise",
+    "wrong": "the pruned model writes something else than it should",
+}
+"""Outcomes of an examination, from best to worst."""
+
+Result = Literal["same", "differs", "dense fails", "dense differs", "fails"]
+
+TURN = 8
+"""New tokens of a turn."""
+A_TURN = {
+    "max_new_tokens": TURN,
+    "min_new_tokens": TURN,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+ASKED = 3
+"""Words of a further question."""
+
+# It judges by the image tokens alone, so what it keeps does not depend on the words that follow.
+BY_IMAGES = madtp.PruningConfig(selection="diversity", keep_ratio=0.7, alignment=False)
+
+
+@dataclass(frozen=True)
+class GenerationRecord:
+    """What came out for one model.
+
+    Attributes:
+        name: name in the survey.
+        outcome: one of :data:`OUTCOMES`.
+        kind: class of the model.
+        tokens: new tokens of a prompt.
+        sites: number of pruning sites.
+        checks: result of each check by its name in :data:`CHECKS`. ``"dense fails"``: the dense model does not take such a
+            call. ``"dense differs"``: it does not give itself what is compared.
+        cache: bytes that the cache of the strongly pruned prompts takes, relative to an unpruned one; None if no program
+            fills a cache.
+        failure: what went wrong.
+        notes: of the report, after all checks.
+        seconds: duration of everything.
+    """
+
+    name: str
+    outcome: str
+    kind: str = ""
+    tokens: int = 0
+    sites: int = 0
+    checks: Mapping[str, Result] = dataclasses.field(default_factory=dict)
+    cache: float | None = None
+    failure: str = ""
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON values; the inverse of :meth:`from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationRecord:
+        """Return the record of JSON values; fields of other versions are ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in values.items() if name in known}
+        return cls(**{**fields, "notes": tuple(fields.get("notes", ()))})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model before and after the rewrite, with prompts for it.
+
+    Attributes:
+        model: the dense model.
+        pruned: rewritten with the method.
+        by_images: rewritten with :data:`BY_IMAGES`; None if that is refused.
+        prompts: a batch.
+    """
+
+    model: nn.Module
+    pruned: PrunedModel
+    by_images: PrunedModel | None
+    prompts: Prompts
+
+
+Way = Callable[[nn.Module, Prompts], Writing]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Two ways to the same words.
+
+    Attributes:
+        meaning: what the check says if it holds.
+        one: a way to them; see :attr:`strength`.
+        other: the other way.
+        strength: ``"off"``: the pruned model goes one way with pruning off, the dense model the other. ``"strong"``: the
+            strongly pruned model goes both. ``"images"``: the model that judges by images goes both.
+    """
+
+    meaning: str
+    one: Way
+    other: Way
+    strength: Literal["off", "strong", "images"]
+
+
+def _with(**settings: object) -> Way:
+    return lambda model, prompts: prompts.written(model, **settings)
+
+
+def _each_alone(**settings: object) -> Way:
+    return lambda model, prompts: Writing.joined(
+        [prompts.alone(row).written(model, **settings) for row in range(prompts.size)]
+    )
+
+
+def _in_turns(model: nn.Module, prompts: Prompts) -> Writing:
+    """An answer, and an answer to more words on the cache of the first."""
+    generate: Any = model.generate
+    settings = {**prompts.settings, **A_TURN}
+    with torch.no_grad():
+        first = generate(**prompts.inputs, **settings)
+        asked = _asked(first.sequences)
+        mask = _mask_of(prompts.longer(asked))
+        return Writing.of(generate(input_ids=asked, past_key_values=first.past_key_values, **mask, **settings), TURN)
+
+
+def _in_one(model: nn.Module, prompts: Prompts) -> Writing:
+    """The same without the cache of the first."""
+    generate: Any = model.generate
+    settings = {**prompts.settings, **A_TURN}
+    with torch.no_grad():
+        longer = prompts.longer(_asked(generate(**prompts.inputs, **settings).sequences))
+        return Writing.of(generate(**longer.inputs, **settings), TURN)
+
+
+def _asked(sequences: Tensor) -> Tensor:
+    """The words so far, and a question that repeats the last of them."""
+    return torch.cat([sequences, sequences[:, -1:].expand(-1, ASKED)], dim=1)
+
+
+def _mask_of(prompts: Prompts) -> dict[str, Tensor]:
+    mask = prompts.inputs.get("attention_mask")
+    return {"attention_mask": mask} if isinstance(mask, Tensor) else {}
+
+
+def _off(meaning: str, **settings: object) -> Check:
+    return Check(meaning, _with(**settings), _with(**settings), "off")
+
+
+DENSE = _with()
+
+CHECKS: Mapping[str, Check] = {
+    "off": _off("with pruning off, the dense model's words"),
+    "off, static": _off("the same with a cache of fixed size", cache_implementation="static"),
+    "off, no cache": _off("the same without a cache", use_cache=False),
+    "off, beams": _off("the same with two beams", num_beams=2),
+    "alone": Check("strongly pruned, a sample alone writes what it writes in a batch", DENSE, _each_alone(), "strong"),
+    "static": Check(
+        "the same with a cache of fixed size",
+        _with(cache_implementation="static"),
+        _each_alone(cache_implementation="static"),
+        "strong",
+    ),
+    "uncached": Check(
+        "judged by images, without a cache what it writes with one", DENSE, _with(use_cache=False), "images"
+    ),
+    "turns": Check("judged by images, in several turns what one long prompt gives", _in_turns, _in_one, "images"),
+}
+"""What is checked, by name."""
+
+
+def examine_generation(name: str, build: Build, tokens: int = 64) -> GenerationRecord:
+    """Build a model and its inputs, rewrite it, and compare what it writes. Exceptions become part of the record.
+
+    Args:
+        name: of the model.
+        build: makes it, and example inputs.
+        tokens: new tokens of each prompt.
+    """
+    started = time.perf_counter()
+    record = _examine(GenerationRecord(name, "cannot generate", tokens=tokens), build)
+    return replace(record, seconds=time.perf_counter() - started)
+
+
+def _examine(record: GenerationRecord, build: Build) -> GenerationRecord:
+    torch.manual_seed(0)
+    try:
+        model, example = build()
+        model.eval()
+        record = replace(record, kind=type(model).__name__)
+        prompts = Prompts.of(example, record.tokens).that_it_takes(model)
+    except Exception as error:
+        return replace(record, failure=text_of(error))
+    try:
+        pruned = madtp.rewrite(model, dict(example), config=CONFIG)
+    except (LeftAloneError, NoSiteError) as error:
+        return replace(record, outcome="left alone", failure=text_of(error))
+    except MadtpError as error:
+        return replace(record, outcome="refused", failure=text_of(error))
+    except Exception as error:
+        return replace(record, outcome="error", failure=text_of(error))
+    try:
+        by_images = madtp.rewrite(model, dict(example), config=BY_IMAGES)
+    except MadtpError:
+        by_images = None
+    record = replace(record, sites=len(pruned.madtp.report.sites))
+    return _checked(record, Case(model, pruned, by_images, prompts))
+
+
+def _checked(record: GenerationRecord, case: Case) -> GenerationRecord:
+    results: dict[str, Result] = {}
+    failures = []
+    for name, check in CHECKS.items():
+        try:
+            results[name] = _result(check, case)
+        except Exception as error:  # whatever the pruned model raises where the dense one does not
+            results[name] = "fails"
+            failures.append(f"{name}: {text_of(error)}")
+    wrong = [name for name, result in results.items() if result == "differs"]
+    outcome = "wrong" if wrong else "error" if failures else "as it should"
+    return replace(
+        record,
+        outcome=outcome,
+        checks=results,
+        cache=None if failures else _cache_of(case),
+        failure="; ".join([*failures, *(f"{name} differs" for name in wrong)]),
+        notes=tuple(map(str, case.pruned.madtp.report.notes)),
+    )
+
+
+def _result(check: Check, case: Case) -> Result:
+    try:
+        wanted = check.other(case.model, case.prompts)
+        alike = check.strength == "off" or check.one(case.model, case.prompts).agrees(wanted, INDEPENDENCE)
+    except Exception:  # the model's own
+        return "dense fails"
+    if not alike:
+        return "dense differs"
+    if check.strength == "off":
+        with case.pruned.madtp.dense():
+            return "same" if check.one(case.pruned, case.prompts).equals(wanted) else "differs"
+    pruned = case.pruned if check.strength == "strong" else case.by_images
+    if pruned is None:
+        return "dense fails"
+    if _agrees(check, pruned, case.prompts):
+        return "same"
+    # Words that are equally likely but for rounding are told apart in double precision.
+    exact = replace(case.prompts, inputs=_doubled(case.prompts.inputs))
+    return "same" if _agrees(check, copy.deepcopy(pruned).double(), exact) else "differs"
+
+
+def _agrees(check: Check, pruned: PrunedModel, prompts: Prompts) -> bool:
+    with strongly(pruned):
+        return check.one(pruned, prompts).agrees(check.other(pruned, prompts), INDEPENDENCE)
+
+
+def _cache_of(case: Case) -> float | None:
+    """What the cache of the strongly pruned prompts takes, relative to a dense one."""
+    with strongly(case.pruned):
+        case.prompts.written(case.pruned)
+    held = case.pruned.madtp.cache_bytes()
+    return held.held / held.dense if held is not None and held.dense else None
+
+
+def _doubled(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
