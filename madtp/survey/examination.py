@@ -26,9 +26,9 @@ from madtp.sites.preserved_state import trial_run
 from madtp.survey.attention_calls import AttentionCalls, traits
 from madtp.survey.outputs import batch_size, output_tensors, relative_error, repeat_samples, take_sample, tensor_error
 from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, RefusalRecord, with_outcome
+from madtp.survey.source import Source
 
 Inputs = Mapping[str, object]
-Build = Callable[[], tuple[nn.Module, Inputs]]
 
 STRONG_GAIN = 4.0
 # The default number of alignment tokens suits widths of about 768; small models have about a twelfth of that.
@@ -58,17 +58,22 @@ class Probe:
         return update(record, **{self.field: value})
 
 
-def examine(name: str, build: Build) -> Record:
-    """Build a model and its inputs, rewrite it, and measure the invariants. Exceptions become part of the record."""
+def examine(name: str, source: Source) -> Record:
+    """Build a model and its inputs, rewrite it, and measure the invariants. Exceptions become part of the record.
+
+    Args:
+        name: of the model.
+        source: makes it, and its inputs.
+    """
     started = time.perf_counter()
-    record = _examine(Record(name, "error"), build)
+    record = _examine(Record(name, "error"), source)
     return replace(record, seconds=time.perf_counter() - started)
 
 
-def _examine(record: Record, build: Build) -> Record:
+def _examine(record: Record, source: Source) -> Record:
     torch.manual_seed(0)
     try:
-        model, inputs = build()
+        model, inputs = source.build(record.name)
         model.eval()
         record = replace(record, kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters()))
         with torch.no_grad(), AttentionCalls() as calls:

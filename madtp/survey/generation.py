@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import madtp
 from madtp.errors import LeftAloneError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
-from madtp.survey.examination import CONFIG, Build, strongly, text_of
+from madtp.survey.examination import CONFIG, strongly, text_of
 from madtp.survey.prompts import Prompts, Writing
 from madtp.survey.record import INDEPENDENCE
+from madtp.survey.source import Source
 
 OUTCOMES = {
     "as it should": "the model is pruned, and every check that the dense model can take holds",
@@ -34,6 +35,8 @@ OUTCOMES = {
 
 Result = Literal["same", "differs", "dense fails", "dense differs", "fails"]
 
+EXAMPLE = "example"
+"""Name of the form of the example inputs."""
 TURN = 8
 """New tokens of a turn."""
 A_TURN = {
@@ -99,13 +102,13 @@ class Case:
         model: the dense model.
         pruned: rewritten with the method.
         by_images: rewritten with :data:`BY_IMAGES`; None if that is refused.
-        prompts: a batch.
+        prompts: a batch in each form that the dense model takes, by name; :data:`EXAMPLE` is there.
     """
 
     model: nn.Module
     pruned: PrunedModel
     by_images: PrunedModel | None
-    prompts: Prompts
+    prompts: Mapping[str, Prompts]
 
 
 Way = Callable[[nn.Module, Prompts], Writing]
@@ -121,12 +124,14 @@ class Check:
         other: the other way.
         strength: ``"off"``: the pruned model goes one way with pruning off, the dense model the other. ``"strong"``: the
             strongly pruned model goes both. ``"images"``: the model that judges by images goes both.
+        form: of the prompts.
     """
 
     meaning: str
     one: Way
     other: Way
     strength: Literal["off", "strong", "images"]
+    form: str = EXAMPLE
 
 
 def _with(**settings: object) -> Way:
@@ -187,6 +192,11 @@ CHECKS: Mapping[str, Check] = {
         _each_alone(cache_implementation="static"),
         "strong",
     ),
+    **{
+        f"{name}, {form}": replace(check, meaning=f"the same with {words}", form=form)
+        for form, words in (("two images", "two images in each prompt"), ("clip", "a clip of two frames for the image"))
+        for name, check in (("off", _off("")), ("alone", Check("", DENSE, _each_alone(), "strong")))
+    },
     "uncached": Check(
         "judged by images, without a cache what it writes with one", DENSE, _with(use_cache=False), "images"
     ),
@@ -195,26 +205,27 @@ CHECKS: Mapping[str, Check] = {
 """What is checked, by name."""
 
 
-def examine_generation(name: str, build: Build, tokens: int = 64) -> GenerationRecord:
+def examine_generation(name: str, source: Source, tokens: int = 64) -> GenerationRecord:
     """Build a model and its inputs, rewrite it, and compare what it writes. Exceptions become part of the record.
 
     Args:
         name: of the model.
-        build: makes it, and example inputs.
+        source: makes it, and inputs.
         tokens: new tokens of each prompt.
     """
     started = time.perf_counter()
-    record = _examine(GenerationRecord(name, "cannot generate", tokens=tokens), build)
+    record = _examine(GenerationRecord(name, "cannot generate", tokens=tokens), source)
     return replace(record, seconds=time.perf_counter() - started)
 
 
-def _examine(record: GenerationRecord, build: Build) -> GenerationRecord:
+def _examine(record: GenerationRecord, source: Source) -> GenerationRecord:
     torch.manual_seed(0)
     try:
-        model, example = build()
+        model, example = source.build(record.name)
         model.eval()
         record = replace(record, kind=type(model).__name__)
         prompts = Prompts.of(example, record.tokens).that_it_takes(model)
+        further = {form: prompts.of_form(inputs) for form, inputs in source.further_inputs(model, example).items()}
     except Exception as error:
         return replace(record, failure=text_of(error))
     try:
@@ -230,7 +241,7 @@ def _examine(record: GenerationRecord, build: Build) -> GenerationRecord:
     except MadtpError:
         by_images = None
     record = replace(record, sites=len(pruned.madtp.report.sites))
-    return _checked(record, Case(model, pruned, by_images, prompts))
+    return _checked(record, Case(model, pruned, by_images, {EXAMPLE: prompts, **further}))
 
 
 def _checked(record: GenerationRecord, case: Case) -> GenerationRecord:
@@ -255,23 +266,26 @@ def _checked(record: GenerationRecord, case: Case) -> GenerationRecord:
 
 
 def _result(check: Check, case: Case) -> Result:
+    prompts = case.prompts.get(check.form)
+    if prompts is None:
+        return "dense fails"
     try:
-        wanted = check.other(case.model, case.prompts)
-        alike = check.strength == "off" or check.one(case.model, case.prompts).agrees(wanted, INDEPENDENCE)
+        wanted = check.other(case.model, prompts)
+        alike = check.strength == "off" or check.one(case.model, prompts).agrees(wanted, INDEPENDENCE)
     except Exception:  # the model's own
         return "dense fails"
     if not alike:
         return "dense differs"
     if check.strength == "off":
         with case.pruned.madtp.dense():
-            return "same" if check.one(case.pruned, case.prompts).equals(wanted) else "differs"
+            return "same" if check.one(case.pruned, prompts).equals(wanted) else "differs"
     pruned = case.pruned if check.strength == "strong" else case.by_images
     if pruned is None:
         return "dense fails"
-    if _agrees(check, pruned, case.prompts):
+    if _agrees(check, pruned, prompts):
         return "same"
     # Words that are equally likely but for rounding are told apart in double precision.
-    exact = replace(case.prompts, inputs=_doubled(case.prompts.inputs))
+    exact = replace(prompts, inputs=_doubled(prompts.inputs))
     return "same" if _agrees(check, copy.deepcopy(pruned).double(), exact) else "differs"
 
 
@@ -283,7 +297,7 @@ def _agrees(check: Check, pruned: PrunedModel, prompts: Prompts) -> bool:
 def _cache_of(case: Case) -> float | None:
     """What the cache of the strongly pruned prompts takes, relative to a dense one."""
     with strongly(case.pruned):
-        case.prompts.written(case.pruned)
+        case.prompts[EXAMPLE].written(case.pruned)
     held = case.pruned.madtp.cache_bytes()
     return held.held / held.dense if held is not None and held.dense else None
 

@@ -74,11 +74,15 @@ class Prompts:
             example: arguments of the model's forward.
             tokens: number of new tokens.
         """
-        inputs = _padded_on_the_left({name: x for name, x in example.items() if name not in NOT_PROMPTS})
+        inputs = _prompts_of(example)
         ids = inputs.get("input_ids")
         sizes = [len(x) for x in ([ids] if isinstance(ids, Tensor) else inputs.values()) if isinstance(x, Tensor)]
         settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": PAD}
         return cls(inputs, min(sizes, default=0), settings, tokens)
+
+    def of_form(self, example: Mapping[str, Any]) -> Prompts:
+        """As many prompts, with the same settings, made of inputs in another form."""
+        return replace(self, inputs=_prompts_of(example))
 
     def alone(self, row: int) -> Prompts:
         """The prompt of one sample, without its padding. What holds the patches of all images in one row is split evenly."""
@@ -133,6 +137,10 @@ class Prompts:
             found.written(model)
             return found
         return self
+
+
+def _prompts_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    return _padded_on_the_left({name: x for name, x in example.items() if name not in NOT_PROMPTS})
 
 
 def _padded_on_the_left(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run(
 
     Args:
         names: names of the models.
-        source: module whose ``build(name)`` returns a model and example inputs.
+        source: name of the module that makes them, a :class:`~madtp.survey.source.Source`.
         survey: what is found out.
         jobs: number of processes at a time.
         limits: what one architecture may use.

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-from madtp.survey.examination import Build, examine
+from madtp.survey.examination import examine
 from madtp.survey.generation import GenerationRecord, examine_generation
 from madtp.survey.record import Record
+from madtp.survey.source import Source
 
 AnyRecord = TypeVar("AnyRecord", Record, GenerationRecord)
 
@@ -21,12 +22,12 @@ class Survey(Generic[AnyRecord]):
     Attributes:
         name: of the survey, in its files.
         record: class of its records.
-        examine: makes the record of a name from a function that builds a model and inputs.
+        examine: makes the record of a name.
     """
 
     name: str
     record: type[AnyRecord]
-    examine: Callable[[str, Build], AnyRecord]
+    examine: Callable[[str, Source], AnyRecord]
 
 
 REWRITES = Survey("rewrites", Record, examine)

@@ -12,10 +12,12 @@ import resource
 import sys
 import warnings
 from multiprocessing.connection import Connection
+from typing import cast
 
 import torch
 
 import madtp
+from madtp.survey.source import Source
 from madtp.survey.surveys import AnyRecord, Survey
 
 GIBI = 2**30
@@ -26,7 +28,7 @@ def work(name: str, source: str, memory: float, survey: Survey[AnyRecord], answe
 
     Args:
         name: name of the model.
-        source: module whose ``build(name)`` returns the model and its inputs.
+        source: name of the module that makes it, a :class:`~madtp.survey.source.Source`.
         memory: limit on memory, in GiB.
         survey: what is found out about it.
         answer: where to send the record.
@@ -39,8 +41,7 @@ def work(name: str, source: str, memory: float, survey: Survey[AnyRecord], answe
     with open(os.devnull, "w") as unread, contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
         os.dup2(unread.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
         try:
-            build = importlib.import_module(source).build
-            record = survey.examine(name, lambda: build(name))
+            record = survey.examine(name, cast(Source, importlib.import_module(source)))
         except MemoryError:
             record = survey.record(name, "error", failure=f"needs more than {memory:g} GiB of memory")
         except BaseException as error:  # whatever ends the process belongs in the record

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,6 +109,26 @@ class Language(nn.Module):
         for block in self.blocks:
             x = block(x, places[None], places[:, None] >= places, None)
         return x @ self.words.weight.T
+
+
+def further_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return no further forms of inputs."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A source of one model."""
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def build(self, name: str) -> tuple[nn.Module, Mapping[str, Any]]:
+        return self.model, self.inputs
+
+    def further_inputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        return self.further
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:

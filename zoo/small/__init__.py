@@ -8,7 +8,7 @@ these cannot tell.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
@@ -87,6 +87,13 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
     model = build_model(name)
     return model, example_inputs(model)
+
+
+def further_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the example inputs of a model in the further forms that it takes: several images a sample, clips."""
+    from zoo.inputs import forms
+
+    return forms.further_inputs(model, inputs)
 
 
 def enliven(model: nn.Module, seed: int = _SEED) -> None:

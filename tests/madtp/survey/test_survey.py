@@ -27,7 +27,7 @@ from madtp.survey.tables import denominator, generalised, markdown, reasons, sum
 
 def record_of(name: str) -> Record:
     """The record of one of the test's models, made in this process."""
-    return examine(name, lambda: survey_models.build(name))
+    return examine(name, survey_models)
 
 
 def test_a_transformer_is_rewritten_and_every_invariant_is_measured() -> None:
@@ -318,7 +318,7 @@ def test_what_differs_in_single_precision_is_measured_in_double(monkeypatch: pyt
 
 
 def test_what_a_ranking_exchanges_is_no_error() -> None:
-    found = examine("detector", lambda: detector(Detector))
+    found = examine("detector", survey_models.Made(*detector(Detector)))
     assert found.outcome == "rewritten"
     assert found.identity is not None
     assert found.identity < 1e-10
