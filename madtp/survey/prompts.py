@@ -129,14 +129,24 @@ class Prompts:
         encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         if encodes and own is not None and own.decoder_start_token_id is None and own.bos_token_id is None:
             own.decoder_start_token_id = PAD
+        found = self
         try:
-            self.written(model)
+            written = self.written(model)
         except TypeError:  # its own code sets some of them itself
-            shorter = {name: value for name, value in self.settings.items() if name != "pad_token_id"}
-            found = replace(self, settings=shorter)
-            found.written(model)
-            return found
-        return self
+            found = replace(self, settings={k: v for k, v in self.settings.items() if k != "pad_token_id"})
+            written = found.written(model)
+        return found._in_words(written.logits.shape[-1])
+
+    def _in_words(self, vocabulary: int) -> Prompts:
+        """With none but words of the prompts allowed: a model with random weights would write tokens of images."""
+        ids = self.inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            return self
+        row = ids[0]
+        usual = int(row.mode().values)
+        words = set(row[int((row == usual).nonzero().max()) + 1 :].tolist()) or set(row.tolist())
+        others = [token for token in range(vocabulary) if token not in words]
+        return replace(self, settings={**self.settings, "suppress_tokens": others})
 
 
 def _prompts_of(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cached_decoders import Body, Reader, reader
+from cached_decoders import IMAGE, Body, Reader, reader
 from region_hosts import Memory
 from small_vit import images, vit
 from survey_models import Made
@@ -44,6 +45,7 @@ class Writer(Reader):
         output_logits: bool = False,
         min_new_tokens: int = 0,
         do_sample: bool = False,
+        suppress_tokens: Sequence[int] = (),
     ) -> object:
         assert num_beams == 1
         memory = past_key_values or (Memory() if use_cache else None)
@@ -53,7 +55,8 @@ class Writer(Reader):
             image = pixels if known == 0 else None
             logits.append(self.told(self(image, words[:, known:], attention_mask, memory)[:, -1]))
             known = words.shape[1] if memory is not None else 0
-            words = torch.cat([words, logits[-1].argmax(-1, keepdim=True)], 1)
+            allowed = logits[-1].index_fill(1, torch.tensor(list(suppress_tokens), dtype=torch.long), -torch.inf)
+            words = torch.cat([words, allowed.argmax(-1, keepdim=True)], 1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(words[:, :1])], 1)
         return SimpleNamespace(sequences=words, logits=tuple(logits), past_key_values=memory)
 
@@ -132,6 +135,14 @@ def test_faults_are_found(kind: type[Writer], outcome: str, check: str, result: 
     assert record.outcome == outcome, record.failure
     assert record.checks[check] == result
     assert (check in record.failure) == (outcome != "as it should")
+
+
+def test_only_words_of_the_prompts_are_written() -> None:
+    """An image token among the new ones would need an image."""
+    made = source()
+    prompts = Prompts.of(made.inputs, TOKENS).that_it_takes(made.model)
+    allowed = set(made.inputs["input_ids"].flatten().tolist()) - {IMAGE}
+    assert set(prompts.written(made.model).words.flatten().tolist()) <= allowed
 
 
 def test_models_that_do_not_write_say_why() -> None:
