@@ -6,10 +6,11 @@
     python benchmarks/language_model_rules.py table --output runs/rules
 
 A *share* is the fraction of the image tokens that a rule drops behind the attention of the first decoder layer. Each rule is
-calibrated to the MACs that this saves, so that those which also prune the tower, or further layers, cost the same. ``last-
-token-at-2`` stands where its paper has it, behind the second layer, and saves less. ``class-token`` prunes in the last layer of
-the tower, and the decoder begins with what is left. ``run`` resumes, and leaves a card for each model; ``time`` measures
-prefill, step and cache of all of them in turns.
+calibrated to the MACs that this saves, so that those which also prune the tower, or further layers, cost the same. Rules with
+``one-site`` prune where the others do, those with ``decoder`` behind each of its layers, and ``madtp`` in the tower, too.
+``last-token-at-2`` stands where its paper has it, behind the second layer, and saves less. ``class-token`` prunes in the last
+layer of the tower, and the decoder begins with what is left. ``run`` resumes, and leaves a card for each model; ``time``
+measures prefill, step and cache of all of them in turns.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ MODEL, DATA = "llava_mini", "scenes_questions"
 SHARES = (0.5, 0.67, 0.78, 0.89)
 
 
-def _in_decoder(layer: int, **fields: object) -> dict[str, object]:
-    """Fields of the configuration that prunes behind one decoder layer alone."""
-    return {"layers": {"*language_model*": [layer], "*": []}, **fields}
+def _in_decoder(*layers: int, **fields: object) -> dict[str, object]:
+    """Fields of the configuration that prunes behind some decoder layers alone."""
+    return {"layers": {"*language_model*": [*layers], "*": []}, **fields}
 
 
 def _rule(selection: str, layer: int = 0) -> dict[str, object]:
@@ -58,7 +59,10 @@ def _rule(selection: str, layer: int = 0) -> dict[str, object]:
 
 RULES: dict[str, dict[str, object]] = {
     "madtp": {},
+    "madtp-decoder": _in_decoder(*range(5)),
     "madtp-one-site": _in_decoder(0),
+    "distinct-decoder": _in_decoder(*range(5), selection="distinct"),
+    "distinct-one-site": _in_decoder(0, selection="distinct"),
     "random": _rule("random"),
     "last-token": _rule("last_token_attention"),
     "last-token-at-2": _rule("last_token_attention", 1),
@@ -70,6 +74,9 @@ RULES: dict[str, dict[str, object]] = {
     "conditional-diversity": _rule("conditional_diversity"),
 }
 """Fields of the configuration of each rule."""
+
+ALIKE = ("last-token", "last-token-at-2", "class-token", "diversity", "conditional-diversity")
+"""Rules that do the same with any seed, unless they are trained: they run with the first one."""
 
 ELSEWHERE = ("last-token-at-2",)
 """Rules whose MACs are not those of :data:`REFERENCE`."""
@@ -261,7 +268,8 @@ def main() -> None:
         for seed in options.seeds:
             for share in sorted(options.shares, reverse=True):
                 for rule in options.rules or RULES:
-                    run(rule, share, seed, options)
+                    if options.steps or seed == options.seeds[0] or rule not in ALIKE:
+                        run(rule, share, seed, options)
     elif options.command == "time":
         measure_times(options.output, options)
     Console(width=200).print(table(options.output), markup=False)

@@ -21,6 +21,7 @@ from madtp.errors import ConfigError
 Batching = Literal["ragged", "uniform", "static"]
 Selection = Literal[
     "threshold",
+    "distinct",
     "random",
     "class_attention",
     "class_token_attention",
@@ -80,7 +81,9 @@ class PruningConfig:
             nobody asked for that. False, the default, says so in the log and in the report.
         max_programs: number of kinds of calls (sizes, dtypes, modes, switches) of a module that are captured; calls of further
             kinds run unpruned, with a warning. Default 16.
-        selection: which tokens survive. ``"threshold"``, the default, is the method. The others are controls for experiments:
+        selection: which tokens survive. ``"threshold"``, the default, is the method. ``"distinct"`` is the method for image
+            tokens of which many are alike: a token counts for less, the nearer it is to one that survives. It is the better
+            choice where a language model is not trained after the rewrite. The others are controls for experiments:
             ``"random"`` keeps random tokens, ``"class_attention"`` those that the class token attends to most; both as many as
             the method would keep, or ``keep_ratio`` of them. Rules of methods that need no training keep ``keep_ratio`` of
             the tokens: ``"last_token_attention"`` (FastV) those that the last token of a causal stream attends to,
@@ -183,9 +186,9 @@ class PruningConfig:
                     f"selection={self.selection!r} keeps a share of the tokens; give keep_ratio, such as keep_ratio=0.11"
                 )
             return
-        if self.selection == "threshold":
+        if self.selection in ("threshold", "distinct"):
             raise ConfigError(
-                f"keep_ratio is {self.keep_ratio!r}, but selection='threshold' decides the counts itself; "
+                f"keep_ratio is {self.keep_ratio!r}, but selection={self.selection!r} decides the counts itself; "
                 "leave keep_ratio out, or choose another selection"
             )
         ratio = _number("keep_ratio", self.keep_ratio, low=0.0)

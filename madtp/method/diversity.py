@@ -1,6 +1,6 @@
-"""Orders in which tokens are picked so that they differ from each other: :func:`max_min_order`, :func:`determinantal_order`.
+"""Tokens that differ from each other: :func:`max_min_order`, :func:`determinantal_order`, :func:`distinct_values`.
 
-Both are greedy, so the first k tokens of an order are what its rule keeps of k. They need features of tokens and no attention.
+All are greedy, so the first k tokens of an order are what its rule keeps of k. They need features of tokens and no attention.
 
 Symbols: n tokens of one sample, C width, k tokens to pick.
 """
@@ -51,6 +51,38 @@ def max_min_order(similarity: Numbers, count: int) -> Numbers:
         np.minimum(nearest, distance[chosen], out=nearest)
         nearest[chosen] = -np.inf
     return order
+
+
+def distinct_values(similarity: Numbers, weight: Numbers) -> Numbers:
+    """Return how much each token matters beside those that matter more.
+
+    Tokens are picked one by one, each time the one with the largest value: its weight times its distance 1 - cosine to the
+    nearest token picked before. This is what remains of that token's value when its turn comes.
+
+    Args:
+        similarity: from :func:`similarities`.
+        weight: how much each token matters by itself ``[n]``, not negative.
+
+    Returns:
+        ``[n]`` float64, falling in the order of picking. The first token is as far as any two tokens are from each other.
+    """
+    distance = np.maximum(1.0 - similarity, 0.0)
+    count = len(weight)
+    values = np.zeros(count)
+    if count == 0:
+        return values
+    nearest = np.full(count, distance.max())
+    left = weight * nearest
+    lowest = np.inf
+    for _ in range(count):
+        chosen = int(left.argmax())
+        lowest = values[chosen] = min(lowest, left[chosen])
+        if lowest <= 0:
+            break
+        np.minimum(nearest, distance[chosen], out=nearest)
+        np.multiply(weight, nearest, out=left)
+        left[values > 0] = -np.inf
+    return values
 
 
 def relevance_to(features: Tensor, context: Tensor | None) -> Numbers:

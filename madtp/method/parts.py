@@ -33,6 +33,7 @@ class Parts:
 # The scorer and the selector of each value of ``PruningConfig.selection``; a keep ratio replaces the selector.
 SELECTIONS = {
     "threshold": ("importance", "threshold"),
+    "distinct": ("distinct", "distinct"),
     "random": ("random", "count"),
     "class_attention": ("class_attention", "count"),
     "class_token_attention": ("class_token_attention", "ratio"),

@@ -22,7 +22,7 @@ from madtp.calls.compiling import is_compiling
 from madtp.config import PruningConfig
 from madtp.errors import ConfigError, ExportError
 from madtp.method.arrays import Numbers, Values, in_float32, on_host
-from madtp.method.diversity import determinantal_order, max_min_order, relevance_to, similarities
+from madtp.method.diversity import determinantal_order, distinct_values, max_min_order, relevance_to, similarities
 from madtp.method.importance import ImportanceTerms
 
 
@@ -198,6 +198,22 @@ class ConditionalDiversity(Scorer):
         )
 
 
+class Distinct(Scorer):
+    """Tokens that matter beside those that matter more: sqrt(N S_j) times the distance to the nearest token picked before."""
+
+    name = "distinct"
+    needs = IMPORTANCE | Needs(features=True)
+
+    def score(self, evidence: Evidence[Values], config: PruningConfig) -> Values:
+        importance = on_host(evidence.importance) if isinstance(evidence.importance, Tensor) else evidence.importance
+
+        def ranked(sample: int, slots: Numbers, tokens: Tensor, _: Tensor | None) -> Numbers:
+            weight = np.sqrt(importance[sample, slots].astype(np.float64) * len(slots))
+            return distinct_values(similarities(tokens), weight)
+
+        return _by_features(evidence, config, ranked)
+
+
 class Random(Scorer):
     """Control: a hash of S, so that the draw for a sample does not depend on the other samples of the batch."""
 
@@ -218,6 +234,7 @@ SCORERS: Mapping[str, Scorer] = {
         ClassTokenAttention(),
         Diversity(),
         ConditionalDiversity(),
+        Distinct(),
     )
 }
 
@@ -233,7 +250,31 @@ def share_kept(config: PruningConfig, candidates: Numbers) -> Numbers:
 def _by_order(
     evidence: Evidence[Values], config: PruningConfig, order_of: Callable[[Tensor, Tensor | None, int], Numbers]
 ) -> Values:
-    """Scores that fall with the place of a token in an order; each sample is ordered by itself."""
+    """Scores that fall with the place of a token in an order."""
+
+    def ranked(_: int, slots: Numbers, tokens: Tensor, context: Tensor | None) -> Numbers:
+        count = min(len(slots), int(share_kept(config, np.array(len(slots)))))
+        order = order_of(tokens, context, count)
+        ranking = np.full(len(slots), -1.0)
+        ranking[order] = np.arange(len(order), 0, -1)
+        return ranking
+
+    return _by_features(evidence, config, ranked)
+
+
+def _by_features(
+    evidence: Evidence[Values],
+    config: PruningConfig,
+    ranked: Callable[[int, Numbers, Tensor, Tensor | None], Numbers],
+) -> Values:
+    """Scores of the candidates of each sample by themselves.
+
+    Args:
+        evidence: what is known of the tokens.
+        config: its ``selection`` is named where it cannot be exported.
+        ranked: takes the number of a sample, the slots of its n candidates, their features ``[n, C]`` and the mean of the
+            tokens beside them ``[C]``, and returns their scores ``[n]``.
+    """
     features = evidence.features
     assert features is not None
     if is_compiling():
@@ -242,14 +283,12 @@ def _by_order(
         )
     batch, length = features.tokens.shape[:2]
     inside = np.ones((batch, length), dtype=bool) if features.candidates is None else on_host(features.candidates)
-    counts = np.minimum(share_kept(config, inside.sum(1)), inside.sum(1))
     ranking = np.full((batch, length), -1.0, dtype=np.float32)
     for sample in range(batch):
         slots = np.flatnonzero(inside[sample])
         tokens = features.tokens[sample, torch.from_numpy(slots).to(features.tokens.device)]
         context = None if features.context is None else features.context[sample]
-        order = order_of(tokens, context, int(counts[sample]))
-        ranking[sample, slots[order]] = np.arange(len(order), 0, -1)
+        ranking[sample, slots] = ranked(sample, slots, tokens, context)
     importance = evidence.importance
     if isinstance(importance, Tensor):
         return torch.from_numpy(ranking).to(importance.device)

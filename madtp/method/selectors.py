@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +20,9 @@ from madtp.errors import ConfigError
 from madtp.method.arrays import Flags, Numbers
 from madtp.method.scorers import IMPORTANCE, NOTHING, Needs, share_kept
 from madtp.method.threshold import keep_best, keep_mask
+
+STEP = 1 / 16
+"""Distance 1 - cosine to the nearest survivor at which a token at the threshold survives, with a gain of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,21 @@ class AboveThreshold(Selector):
         return _above(ballot, config, smallest_drop=ballot.smallest_drop)
 
 
+class DistinctAboveThreshold(Selector):
+    """Tokens that matter and differ: {j : d_j sqrt(S_j) > gamma STEP sqrt(theta)}, d_j the distance to the nearest survivor."""
+
+    name = "distinct"
+    needs = IMPORTANCE
+
+    def keep(self, ballot: Ballot, config: PruningConfig) -> Flags:
+        assert ballot.theta is not None
+        limit = STEP * np.sqrt(_candidates(ballot) * ballot.theta)
+        judged = replace(ballot, importance=ballot.ranking, theta=limit.astype(np.float32))
+        if config.batching != "ragged":
+            return _best(ballot, _counts_above(judged, config), config)
+        return _above(judged, config, smallest_drop=ballot.smallest_drop)
+
+
 class AsManyAsThreshold(Selector):
     """Control: the best of another ranking, as many as the method would keep."""
 
@@ -96,15 +114,13 @@ class KeepRatio(Selector):
     needs = NOTHING
 
     def keep(self, ballot: Ballot, config: PruningConfig) -> Flags:
-        batch, length = ballot.ranking.shape
-        total = np.full(batch, length) if ballot.candidates is None else ballot.candidates.sum(1)
-        return keep_best(
-            ballot.ranking, share_kept(config, total), ballot.candidates, smallest_drop=ballot.smallest_drop
-        )
+        counts = share_kept(config, _candidates(ballot))
+        return keep_best(ballot.ranking, counts, ballot.candidates, smallest_drop=ballot.smallest_drop)
 
 
 SELECTORS: Mapping[str, Selector] = {
-    selector.name: selector for selector in (AboveThreshold(), AsManyAsThreshold(), KeepRatio())
+    selector.name: selector
+    for selector in (AboveThreshold(), DistinctAboveThreshold(), AsManyAsThreshold(), KeepRatio())
 }
 
 
@@ -125,6 +141,13 @@ def keep_of_each_image(kept: Flags, ballot: Ballot, images: Numbers | None, leas
             if kept[sample, slots].sum() < least:
                 best = np.argsort(-ranking[slots], kind="stable")[:least]
                 kept[sample, slots[best]] = True
+
+
+def _candidates(ballot: Ballot) -> Numbers:
+    """The number of candidates of each sample, ``[B]``."""
+    batch, length = ballot.ranking.shape
+    total: Numbers = np.full(batch, length) if ballot.candidates is None else ballot.candidates.sum(1)
+    return total
 
 
 def _above(ballot: Ballot, config: PruningConfig, *, smallest_drop: int) -> Flags:

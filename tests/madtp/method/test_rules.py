@@ -13,7 +13,7 @@ from torch import Tensor
 
 from madtp.config import RULES, PruningConfig
 from madtp.errors import ConfigError
-from madtp.method.diversity import determinantal_order, max_min_order, relevance_to, similarities
+from madtp.method.diversity import determinantal_order, distinct_values, max_min_order, relevance_to, similarities
 from madtp.method.parts import parts_of
 
 SIZES = st.tuples(st.integers(2, 9), st.integers(2, 6), st.integers(0, 99))
@@ -62,6 +62,45 @@ def test_the_determinantal_rule_adds_the_token_that_enlarges_the_determinant_mos
             if token not in order[:at]
         }
         assert volumes[order[at]] == pytest.approx(max(volumes.values()), rel=1e-4, abs=1e-9)
+
+
+@given(SIZES)
+def test_a_distinct_token_counts_by_its_distance_to_those_that_count_more(sizes: tuple[int, int, int]) -> None:
+    x = features(*sizes)
+    count = len(x)
+    weight = torch.rand(count, generator=torch.Generator().manual_seed(sizes[2])).double().numpy() + 0.1
+    distance = [[1 - cosine(x[i], x[j]) for j in range(count)] for i in range(count)]
+    farthest = max(max(row) for row in distance)
+    picked: list[int] = []
+    wanted = []
+    while len(picked) < count:
+        left = {
+            i: weight[i] * min([farthest, *(distance[i][j] for j in picked)]) for i in range(count) if i not in picked
+        }
+        picked.append(max(left, key=lambda i: left[i]))
+        wanted.append(left[picked[-1]])
+    values = distinct_values(similarities(x), weight)
+    assert np.sort(values)[::-1] == pytest.approx(np.minimum.accumulate(wanted), abs=1e-5)
+    for at, limit in enumerate(wanted):  # two values may differ by rounding
+        if at + 1 < count and wanted[at + 1] < limit - 1e-4:
+            assert set(np.flatnonzero(values > limit - 5e-5)) == set(picked[: at + 1])
+
+
+def test_a_token_that_is_like_another_counts_for_nothing() -> None:
+    x = torch.eye(3)[[0, 0, 1, 2]]
+    values = distinct_values(similarities(x), np.array([2.0, 1.0, 1.0, 0.5]))
+    assert values.tolist() == [2.0, 0.0, 1.0, 0.5]
+    assert distinct_values(similarities(x[:0]), np.zeros(0)).tolist() == []
+    assert distinct_values(similarities(x[:1]), np.ones(1)).tolist() == [0.0], "it is kept as the best"
+
+
+def test_what_is_distinct_decides_its_counts_itself() -> None:
+    with pytest.raises(ConfigError, match="decides the counts itself"):
+        PruningConfig(selection="distinct", keep_ratio=0.5)
+    config = PruningConfig(selection="distinct")
+    assert config.merge
+    assert parts_of(config).needs.importance
+    assert parts_of(config).needs.features
 
 
 def test_alike_tokens_are_kept_once() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import madtp
 from madtp.errors import ConfigError, RewriteError
 from madtp.method.diversity import determinantal_order, max_min_order, relevance_to, similarities
+from madtp.method.selectors import STEP, Ballot, DistinctAboveThreshold
 
 
 def read(selection: str, **settings: Any) -> tuple[Reader, Tensors, madtp.PrunedModel]:
@@ -65,6 +66,55 @@ def test_diversity_rules_pick_by_the_features_at_the_block(selection: str) -> No
 
 
 @torch.no_grad()
+def test_tokens_that_matter_and_differ_survive_and_their_number_is_their_own() -> None:
+    """A token survives if its distance to the nearest survivor, times the root of S over theta, is above the gain's limit."""
+    model, inputs = reader()
+    config = madtp.PruningConfig(selection="distinct", layers=(1,), alignment_tokens=5, gain=4.0, merge=False)
+    with eager_arithmetic():
+        pruned = madtp.rewrite(model, inputs, config=config)
+    ballots: list[Ballot] = []
+    keep = DistinctAboveThreshold.keep
+    with patch.object(
+        DistinctAboveThreshold,
+        "keep",
+        lambda self, ballot, config: ballots.append(ballot) or keep(self, ballot, config),
+    ):
+        pruned(**inputs)
+    stream, (ballot,) = residual_at(model, inputs, 1), ballots
+    counts = set()
+    for row in range(3):
+        at = image_tokens(inputs, row)
+        distance = 1 - similarities(stream[row, torch.from_numpy(at)])
+        ratio = np.sqrt(ballot.importance[row, at] / ballot.theta[row])
+        kept: list[int] = []
+        nearest = np.full(len(at), distance.max())
+        while True:
+            value = ratio * nearest
+            value[kept] = -1
+            if value.max() <= 4.0 * STEP:
+                break
+            kept.append(int(value.argmax()))
+            nearest = np.minimum(nearest, distance[kept[-1]])
+        assert kept_images(pruned, inputs, row) == set(at[kept])
+        counts.add(len(kept))
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize("batching", ["ragged", "uniform"])
+def test_alike_tokens_of_a_tower_count_once(batching: str) -> None:
+    """A picture whose lower half repeats one patch keeps less of it than of the upper half."""
+    picture = images(2, 1)
+    rows = picture.shape[2] // 2
+    picture[:, :, rows:] = 0.5
+    pruned = rewritten(selection="distinct", layers=(0,), batching=batching, merge=False, gain=2.0)
+    with torch.no_grad():
+        pruned(picture)
+    kept = pruned.kept_tokens()["blocks.0"][:, 1:]
+    half = kept.shape[1] // 2
+    assert bool((kept[:, half:].sum(1) < kept[:, :half].sum(1)).all())
+
+
+@torch.no_grad()
 def test_the_last_token_picks_what_it_attends_to() -> None:
     model, inputs, pruned = read("last_token_attention")
     pruned(**inputs)
@@ -108,6 +158,21 @@ def test_the_class_token_picks_what_it_attends_to() -> None:
 def test_a_stream_that_does_not_have_what_a_rule_reads_is_an_error() -> None:
     with pytest.raises(RewriteError, match="needs causal attention; restrict"):
         rewritten(selection="last_token_attention", keep_ratio=0.25)
+
+
+@torch.no_grad()
+def test_what_is_distinct_depends_on_no_other_sample() -> None:
+    model, inputs = reader()
+    config = madtp.PruningConfig(selection="distinct", layers=(1,), alignment_tokens=5, gain=3.0)
+    with eager_arithmetic():
+        pruned = madtp.rewrite(model, inputs, config=config)
+    together = pruned(**inputs)
+    kept = pruned.kept_tokens()["body.blocks.1"]
+    for row in range(3):
+        alone = pruned(**{name: x[row : row + 1] for name, x in inputs.items()})
+        assert torch.equal(pruned.kept_tokens()["body.blocks.1"][0], kept[row])
+        words = inputs["attention_mask"][row] > 0
+        assert gap(alone[0][words], together[row][words]) < 1e-4
 
 
 @pytest.mark.parametrize("selection", ["threshold", "diversity"])
