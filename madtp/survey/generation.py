@@ -49,7 +49,7 @@ ASKED = 3
 """Words of a further question."""
 
 # It judges by the image tokens alone, so what it keeps does not depend on the words that follow.
-BY_IMAGES = madtp.PruningConfig(selection="diversity", keep_ratio=0.7, alignment=False)
+BY_IMAGES = madtp.PruningConfig(selection="diversity", keep_ratio=0.7, alignment=False, towers=("image",))
 
 
 @dataclass(frozen=True)
