@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="samples in a batch that is timed")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # rules may follow options
     if unknown := sorted(set(options.rules) - set(RULES)):
         parser.error(f"unknown rule {', '.join(unknown)}; known: {', '.join(RULES)}")
     if unknown := sorted(set(options.shares) - set(SHARES)):
