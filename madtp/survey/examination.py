@@ -24,7 +24,15 @@ from madtp.pruned import PrunedModel
 from madtp.report import RewriteReport
 from madtp.sites.preserved_state import trial_run
 from madtp.survey.attention_calls import AttentionCalls, traits
-from madtp.survey.outputs import batch_size, output_tensors, relative_error, repeat_samples, take_sample, tensor_error
+from madtp.survey.outputs import (
+    batch_size,
+    in_double_precision,
+    output_tensors,
+    relative_error,
+    repeat_samples,
+    take_sample,
+    tensor_error,
+)
 from madtp.survey.record import IDENTITY, INDEPENDENCE, Record, RefusalRecord, with_outcome
 from madtp.survey.source import Source
 
@@ -168,17 +176,12 @@ def _exact_identity(model: nn.Module, pruned: PrunedModel, batches: Sequence[Inp
     exact_model, exact_pruned = copy.deepcopy(model).double(), copy.deepcopy(pruned).double()
     errors = []
     for given in batches:
-        truth = partial(_outputs, exact_model, _doubled(given))
+        truth = partial(_outputs, exact_model, in_double_precision(given))
         if not differ_by_rounding(truth, partial(_outputs, model, given), partial(_outputs, pruned, given)):
             return float("inf")
         with exact_pruned.madtp.dense():  # the block around this call does not hold for copies
-            errors.append(relative_error(truth(), _outputs(exact_pruned, _doubled(given))))
+            errors.append(relative_error(truth(), _outputs(exact_pruned, in_double_precision(given))))
     return max(errors)
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    """The inputs in double precision."""
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 @torch.no_grad()
@@ -202,7 +205,9 @@ def independence(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float
     error = _single_sample_error(model, pruned, inputs)
     if error is None or error <= INDEPENDENCE:
         return error
-    return _single_sample_error(copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), _doubled(inputs))
+    return _single_sample_error(
+        copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), in_double_precision(inputs)
+    )
 
 
 def _single_sample_error(model: nn.Module, pruned: PrunedModel, inputs: Inputs) -> float | None:

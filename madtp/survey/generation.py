@@ -19,6 +19,7 @@ import madtp
 from madtp.errors import LeftAloneError, MadtpError, NoSiteError
 from madtp.pruned import PrunedModel
 from madtp.survey.examination import CONFIG, strongly, text_of
+from madtp.survey.outputs import in_double_precision
 from madtp.survey.prompts import Prompts, Writing
 from madtp.survey.record import INDEPENDENCE
 from madtp.survey.source import Source
@@ -285,7 +286,7 @@ def _result(check: Check, case: Case) -> Result:
     if _agrees(check, pruned, prompts):
         return "same"
     # Words that are equally likely but for rounding are told apart in double precision.
-    exact = replace(prompts, inputs=_doubled(prompts.inputs))
+    exact = replace(prompts, inputs=in_double_precision(prompts.inputs))
     return "same" if _agrees(check, copy.deepcopy(pruned).double(), exact) else "differs"
 
 
@@ -300,7 +301,3 @@ def _cache_of(case: Case) -> float | None:
         case.prompts[EXAMPLE].written(case.pruned)
     held = case.pruned.madtp.cache_bytes()
     return held.held / held.dense if held is not None and held.dense else None
-
-
-def _doubled(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}

@@ -79,3 +79,8 @@ def repeat_samples(inputs: Mapping[str, object], size: int) -> dict[str, object]
         return None
     rows = torch.arange(size) % known
     return {name: value[rows] if isinstance(value, Tensor) and value.dim() else value for name, value in inputs.items()}
+
+
+def in_double_precision(inputs: Mapping[str, object]) -> dict[str, object]:
+    """Return the inputs in double precision."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
