@@ -34,7 +34,7 @@ OUTCOMES = {
 }
 """Outcomes of an examination, from best to worst."""
 
-Result = Literal["same", "differs", "dense fails", "dense differs", "fails"]
+Result = Literal["same", "differs", "not taken", "dense differs", "fails"]
 
 EXAMPLE = "example"
 """Name of the form of the example inputs."""
@@ -63,8 +63,9 @@ class GenerationRecord:
         kind: class of the model.
         tokens: new tokens of a prompt.
         sites: number of pruning sites.
-        checks: result of each check by its name in :data:`CHECKS`. ``"dense fails"``: the dense model does not take such a
-            call. ``"dense differs"``: it does not give itself what is compared.
+        checks: result of each check by its name in :data:`CHECKS`. ``"not taken"``: the dense model does not take such a
+            call, or no image token is pruned where a check judges by images. ``"dense differs"``: the dense model does not
+            give itself what is compared.
         cache: bytes that the cache of the strongly pruned prompts takes, relative to an unpruned one; None if no program
             fills a cache.
         failure: what went wrong.
@@ -269,12 +270,12 @@ def _checked(record: GenerationRecord, case: Case) -> GenerationRecord:
 def _result(check: Check, case: Case) -> Result:
     prompts = case.prompts.get(check.form)
     if prompts is None:
-        return "dense fails"
+        return "not taken"
     try:
         wanted = check.other(case.model, prompts)
         alike = check.strength == "off" or check.one(case.model, prompts).agrees(wanted, INDEPENDENCE)
     except Exception:  # the model's own
-        return "dense fails"
+        return "not taken"
     if not alike:
         return "dense differs"
     if check.strength == "off":
@@ -282,7 +283,7 @@ def _result(check: Check, case: Case) -> Result:
             return "same" if check.one(case.pruned, prompts).equals(wanted) else "differs"
     pruned = case.pruned if check.strength == "strong" else case.by_images
     if pruned is None:
-        return "dense fails"
+        return "not taken"
     if _agrees(check, pruned, prompts):
         return "same"
     # Words that are equally likely but for rounding are told apart in double precision.

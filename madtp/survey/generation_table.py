@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("architecture", "outcome", "sites", *CHECKS, "cache", "s")
-SIGNS = {"same": "yes", "differs": "**no**", "dense fails": "", "dense differs": "-", "fails": "**fails**"}
-LEGEND = """*yes*: the check holds. Empty: the dense model does not take such a call. *-*: the dense model does not agree with
-itself there. *cache*: bytes that the cache of the strongly pruned prompts takes, of those of an unpruned one; empty where no
-program fills a cache. *s*: seconds in total, on a shared machine."""
+SIGNS = {"same": "yes", "differs": "**no**", "not taken": "", "dense differs": "-", "fails": "**fails**"}
+LEGEND = """*yes*: the check holds. Empty: the dense model does not take such a call, or no image is pruned. *-*: the dense
+model does not agree with itself there. *cache*: bytes that the cache of the strongly pruned prompts takes, of those of an
+unpruned one; empty where no program fills a cache. *s*: seconds in total, on a shared machine."""
 
 
 def table_row(record: GenerationRecord) -> tuple[str, ...]:

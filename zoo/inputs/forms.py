@@ -99,30 +99,31 @@ def _clips(model: nn.Module, inputs: Inputs, ids: Tensor) -> Iterator[Inputs]:
         or not isinstance(pixels, Tensor)
     ):
         return
-    start, end = ((ids == image).nonzero()[:, 1].min(), (ids == image).nonzero()[:, 1].max() + 1)
-    frames = {name: inputs[name] for name in VIDEO_NAMES if name in inputs}
+    sizes = {new: inputs[old] for old, new in VIDEO_NAMES.items() if old in inputs and new in draft.arguments}
+    if "video_grid_thw" in sizes:
+        sizes["video_grid_thw"] = sizes["video_grid_thw"] * torch.tensor([2, 1, 1])
+    others = {name: x for name, x in inputs.items() if name not in VIDEO_NAMES}
     pictures = pixels[:, 0] if pixels.dim() == 5 else pixels  # the first of several tiles shows the whole
-    stacked = torch.stack([pictures, pictures.roll(1, 0)], 1) if len(pictures) == len(ids) else None
-    grid = inputs.get("image_grid_thw")
-    for shape in (stacked, _behind(pixels, len(ids))):
-        if shape is None:
-            continue
-        clip = {VIDEO_NAMES[name]: value for name, value in frames.items() if VIDEO_NAMES[name] in draft.arguments}
-        clip["pixel_values_videos"] = shape
-        if isinstance(grid, Tensor):
-            clip["video_grid_thw"] = grid * torch.tensor([2, 1, 1])
-        count = _count_features(model, clip, len(ids))
-        if not count:
-            continue
-        along: dict[str, Any] = {}
-        for name, x in inputs.items():
-            if _runs_along(x, ids):
-                piece = x[:, start : start + 1].expand(-1, count)
-                kind = video if name == "input_ids" else VIDEO_TYPE if name == "mm_token_type_ids" else None
-                piece = piece if kind is None else torch.full_like(piece, kind)
-                along[name] = torch.cat([x[:, :start], piece, x[:, end:]], 1)
-        others = {name: x for name, x in inputs.items() if name not in frames and not _runs_along(x, ids)}
-        yield {**others, **along, **clip}
+    frames = [torch.stack([pictures, pictures.roll(1, 0)], 1)] if len(pictures) == len(ids) else []
+    for clip in (*frames, _behind(pixels, len(ids))):
+        given = {**sizes, VIDEO_NAMES["pixel_values"]: clip}
+        count = _count_features(model, given, len(ids))
+        if count:
+            yield {**_in_place_of(ids == image, others, ids, video, count), **given}
+
+
+def _in_place_of(places: Tensor, inputs: Inputs, ids: Tensor, video: int, count: int) -> dict[str, Any]:
+    """The inputs with ``count`` tokens of a clip where those of an image stand, ``places [B, T]``."""
+    start, end = int(places.nonzero()[:, 1].min()), int(places.nonzero()[:, 1].max()) + 1
+    kinds = {"input_ids": video, "mm_token_type_ids": VIDEO_TYPE}
+    found = {}
+    for name, x in inputs.items():
+        if _runs_along(x, ids):
+            piece = x[:, start : start + 1].expand(-1, count)
+            piece = torch.full_like(piece, kinds[name]) if name in kinds else piece
+            x = torch.cat([x[:, :start], piece, x[:, end:]], 1)
+        found[name] = x
+    return found
 
 
 def _count_features(model: nn.Module, clip: Inputs, size: int) -> int:

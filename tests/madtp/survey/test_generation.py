@@ -88,7 +88,7 @@ def test_a_model_that_writes_as_it_should() -> None:
     assert record.cache is not None
     assert record.cache < 0.9
     not_taken = ("off, static", "static", "off, beams", "off, clip", "alone, clip")
-    assert record.checks == dict.fromkeys(CHECKS, "same") | dict.fromkeys(not_taken, "dense fails")
+    assert record.checks == dict.fromkeys(CHECKS, "same") | dict.fromkeys(not_taken, "not taken")
 
 
 class Shifting(Writer):
@@ -183,7 +183,7 @@ def test_the_page_holds_every_row_check_and_reason() -> None:
         GenerationRecord(
             "b", "wrong", tokens=64, sites=3, checks={"off": "differs"}, cache=0.25, failure="off differs"
         ),
-        GenerationRecord("a", "as it should", tokens=64, checks={"off": "same", "turns": "dense fails"}),
+        GenerationRecord("a", "as it should", tokens=64, checks={"off": "same", "turns": "not taken"}),
     ]
     assert summary(records) == "2 architectures, 64 new tokens: 1 as it should, 1 wrong."
     page = markdown(records, "versions")
