@@ -21,6 +21,7 @@ from madtp.calls.objects import CannotFlatten
 from madtp.errors import ContinuationError, ExampleInputsError, ExportError, MadtpError, NothingToPruneError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.cached_steps import CachedSteps
+from madtp.programs.handed_back import SEEN_WHOLE, HandedBack
 from madtp.programs.notes import Notes
 from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
@@ -45,6 +46,7 @@ class PrunedRegion(ReplacedForward):
         failure: why the last of them could not be rewritten.
         prunes_caches: whether programs may prune what a key/value cache keeps.
         steps: run calls that go on from what a pruned call has kept.
+        handed_back: tells calls that are given features of the call before.
     """
 
     def __init__(
@@ -72,11 +74,14 @@ class PrunedRegion(ReplacedForward):
         self.failure = ""
         self.prunes_caches = True
         self.steps = CachedSteps(self.module, programs.host, control)
+        self.handed_back = HandedBack()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         scope = self.control.scope
         if scope.follows_caches or (scope.runs_original and not self.programs.marked):
             return self.original(*args, **kwargs)
+        if self.control.active and self.handed_back.holds(args, kwargs):
+            self.notes.add(SEEN_WHOLE.format(self.programs.name))
         if self.steps.serve(args, kwargs):
             return self.steps.run(self.original, args, kwargs)
         try:
@@ -108,6 +113,8 @@ class PrunedRegion(ReplacedForward):
                     result = self.programs.run(program, call)
                 self._follow(call, result)
                 self._follow_dropped(program, result)
+                if self.control.active and program.sites:
+                    self.handed_back.remember(result)
                 return result
         if continues:
             raise self._cannot_continue()
