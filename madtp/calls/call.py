@@ -18,6 +18,7 @@ from madtp.calls.batch import batch_size
 from madtp.calls.image_positions import IMAGE_POSITIONS
 from madtp.calls.module_states import ModuleState
 from madtp.calls.objects import FlattenedObjects, ObjectSpec, flatten_objects, object_kind
+from madtp.calls.structures import in_declared_order
 from madtp.errors import ExampleInputsError
 
 Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
@@ -162,7 +163,8 @@ def normalise_call(
             positional.append(value)
         else:
             named[name] = value
-    return Call(tuple(positional), named)
+    # The order in which a container was filled is not the call's, and a capture would not keep it.
+    return Call(tuple(in_declared_order(positional)), in_declared_order(named))
 
 
 def is_empty(call: Call) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ from masked_oracle import expected, leaves, survivors
 from model_case import WIDTH
 from rewritten_models import Subject, eager_arithmetic, gap
 from rewritten_models import subject as rewritten
+from small_vit import images, vit
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import madtp
 
@@ -290,3 +293,40 @@ def test_what_is_made_in_inference_mode_trains_later(first_call: str) -> None:
     pruned(torch.randn(3, 3, size, size)).sum().backward()
     assert all(parameter.grad is not None for parameter in pruned.encoder.parameters())
     assert not any(tensor.is_inference() for tensor in (*pruned.parameters(), *pruned.buffers()))
+
+
+class Views(OrderedDict[str, Tensor]):
+    """Two views of the same shape, as an output class that another part of a model has filled."""
+
+
+pytree.register_pytree_node(
+    Views,
+    lambda views: (list(views.values()), list(views)),
+    lambda values, names: Views(sorted(zip(names, values, strict=True))),
+    flatten_with_keys_fn=lambda views: ([(pytree.MappingKey(name), x) for name, x in views.items()], list(views)),
+)
+
+
+class Comparing(nn.Module):
+    """Reads two views by name; they are not interchangeable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = vit(depth=2)
+
+    def forward(self, views: Views) -> Tensor:
+        return self.tower(views["one"] - 2 * views["other"])
+
+
+@torch.no_grad()
+def test_named_tensors_are_told_apart_in_any_order() -> None:
+    model = Comparing().eval()
+    first, second = images(2, 1), images(2, 2)
+    forward, backward = Views(one=first, other=second), Views(other=second, one=first)
+    assert list(backward) == ["other", "one"]
+    for example, later in ((forward, backward), (backward, forward)):
+        pruned = madtp.rewrite(model, {"views": example})
+        assert pruned.report.capture == "whole"
+        assert gap(pruned(example), pruned(later)) < 1e-5
+        assert gap(model(example), pruned(later)) < 0.5, "pruned, and not of the views exchanged"
+        assert not pruned.report.notes
