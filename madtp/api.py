@@ -75,7 +75,7 @@ def rewrite(
         preserved_state(model),
         outside_inference_mode(call) as usual,
     ):
-        with trial_run(model, usual.flat()[0]):
+        with trial_run(model, (usual.args, usual.kwargs)):
             check_batch(model, usual)
         try:
             pruned = rewrite_model(model, usual, config, plan)

@@ -15,6 +15,10 @@ from madtp.report import RewriteReport, UnprunedCalls
 from madtp.sites.control import PruningControl
 
 log = logging.getLogger("madtp")
+FILLS = (
+    "{} changes a container that it is given, such as a dictionary of features for later calls. Where it is pruned, the "
+    "container stays as it was"
+)
 _held: ContextVar[list[UnprunedCalls] | None] = ContextVar("remarks on calls that run unpruned", default=None)
 
 

@@ -46,6 +46,7 @@ class Program:
         own_backward: functions with a backward pass of their own, which the graph has lost: it has other gradients.
         lost_gradients: parameters and inputs to which the original passes gradients, and the graph does not.
         unshielded: it serves calls without autocast alone.
+        fills: the original changes a container that it is given, such as a dictionary, and the graph does not.
         unpruned: why it prunes nothing although its module has sites; empty if it prunes, or has none.
         padded: why values of pruned streams are padded on their way, where they are not packed rows throughout.
     """
@@ -69,6 +70,7 @@ class Program:
     own_backward: tuple[str, ...] = ()
     lost_gradients: tuple[str, ...] = ()
     unshielded: bool = False
+    fills: bool = False
     checkpointed_forward: CompiledForward | None = None
     autocast_dtypes: KnownDtypes = field(default_factory=dict)
 

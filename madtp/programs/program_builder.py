@@ -163,6 +163,7 @@ class ProgramBuilder:
         original = self.original()
         with trial_run(original, (call.args, call.kwargs)) as trial, spelled_out():
             result, _ = self._opened(original, call, program)
+        program.fills |= trial.filled
         return result, trial.written
 
     def _run(self, original: nn.Module, call: Call, program: Program) -> tuple[object, ResultSpec | None]:

@@ -22,7 +22,7 @@ from madtp.errors import ContinuationError, ExampleInputsError, ExportError, Mad
 from madtp.programs.cached_program import Unserved
 from madtp.programs.cached_steps import CachedSteps
 from madtp.programs.handed_back import SEEN_WHOLE, HandedBack
-from madtp.programs.notes import Notes
+from madtp.programs.notes import FILLS, Notes
 from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
@@ -108,6 +108,8 @@ class PrunedRegion(ReplacedForward):
             with suppress(OtherBranch), self.control.call(), self.control.in_program(), trying:
                 if program.unpruned and self.control.active:
                     self._note(program.unpruned)
+                if program.fills:
+                    self.notes.add(FILLS.format(self.programs.name))
                 self.control.begin_program()
                 with self.control.without_features(dropped):
                     result = self.programs.run(program, call)

@@ -11,7 +11,7 @@ from madtp.errors import ContinuationError, ExampleInputsError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.cached_steps import CachedSteps
 from madtp.programs.handed_back import SEEN_WHOLE, HandedBack
-from madtp.programs.notes import Notes
+from madtp.programs.notes import FILLS, Notes
 from madtp.programs.program_cache import ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
@@ -58,6 +58,8 @@ class WholeForward(ReplacedForward):
                 with suppress(OtherBranch), self.control.call(), self.programs.trying(program, call):
                     if program.unpruned and self.control.active:
                         self.notes.unpruned(type(self.module).__name__, program.unpruned)
+                    if program.fills:
+                        self.notes.add(FILLS.format(type(self.module).__name__))
                     self.control.begin_program()
                     result = self.programs.run(program, call)
                     self.control.remember_returned(objects_in(result))

@@ -35,9 +35,11 @@ class Trial:
 
     Attributes:
         written: by address, the tensors that lay there before and were written to, with the values that were written.
+        filled: whether a container among the inputs, such as a dictionary, was changed.
     """
 
     written: dict[int, Tensor] = field(default_factory=dict)
+    filled: bool = False
 
 
 @contextmanager
@@ -127,11 +129,7 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
         for present, (values, contents) in before:
             _restore_names(present, values)
             for container, content in contents:
-                if isinstance(container, dict):
-                    _restore_names(container, content)
-                elif not _holds(container, content):
-                    container.clear()
-                    container.update(content) if isinstance(container, set) else container.extend(content)
+                _put_back(container, content)
 
 
 @contextmanager
@@ -162,12 +160,15 @@ def _preserved_parameters(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserved_values(model: nn.Module, inputs: object, trial: Trial) -> Iterator[None]:
     writes = _Writes(_tensors_of(model, inputs))
+    given = [(held, copy.copy(held)) for held in containers_in([inputs], set())]
     try:
         with writes:
             yield
     finally:
         trial.written = writes.now()
         writes.undo()
+        for container, content in given:
+            trial.filled |= _put_back(container, content)
 
 
 def _tensors_of(model: nn.Module, inputs: object) -> list[Tensor]:
@@ -252,6 +253,19 @@ def _host_modules(model: nn.Module) -> list[nn.Module]:
 def _contents(attributes: dict[str, Any], seen: set[int]) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """The attributes of a module, and each container that it holds with a copy of what that holds."""
     return dict(attributes), [(held, copy.copy(held)) for held in containers_in(attributes.values(), seen)]
+
+
+def _put_back(container: Any, content: Any) -> bool:
+    """Give a container its content back; returns whether it held something else."""
+    if isinstance(container, dict):
+        same = list(container) == list(content) and all(container[name] is content[name] for name in content)
+        _restore_names(container, content)
+        return not same
+    if _holds(container, content):
+        return False
+    container.clear()
+    container.update(content) if isinstance(container, set) else container.extend(content)
+    return True
 
 
 def _restore_names(present: dict[Any, Any], before: dict[Any, Any]) -> None:

@@ -130,7 +130,7 @@ def find_rowwise(model: nn.Module, call: Call) -> list[RowwiseModule]:
         with (
             torch.no_grad(),
             spelled_out(),
-            trial_run(model, call.flat()[0]),
+            trial_run(model, (call.args, call.kwargs)),
             recorder,
         ):
             model(*call.args, **call.kwargs)

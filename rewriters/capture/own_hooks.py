@@ -33,7 +33,7 @@ def needed_hooks(model: nn.Module, call: Call) -> OwnHooks:
 
 
 def _outcome(model: nn.Module, call: Call) -> object:
-    with torch.no_grad(), trial_run(model, call.flat()[0]):
+    with torch.no_grad(), trial_run(model, (call.args, call.kwargs)):
         try:
             return model(*call.args, **call.kwargs)
         except Exception as error:  # it misses what the hook does

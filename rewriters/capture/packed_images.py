@@ -93,7 +93,7 @@ def _check(module: nn.Module, call: Call, images: list[Image], per_image: PerIma
     training = [m for m in module.modules() if m.training]
     module.eval()
     try:
-        with trial_run(module, call.flat()[0]):
+        with trial_run(module, (call.args, call.kwargs)):
             image_results(module, call, images, per_image)
             company = [images[0], *(_other(image) for image in images[1:])]
             image_results(module, per_image.join(call, company), company, per_image)

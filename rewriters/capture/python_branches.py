@@ -63,7 +63,7 @@ class ReplayingAnswers(TorchFunctionMode):
 
 def record_answers(model: nn.Module, call: Call) -> Answers:
     """The answers that the model's Python gets on ``call``; empty if it asks nothing."""
-    with torch.no_grad(), trial_run(model, call.flat()[0]), _RecordingAnswers() as recording:
+    with torch.no_grad(), trial_run(model, (call.args, call.kwargs)), _RecordingAnswers() as recording:
         model(*call.args, **call.kwargs)
     return {line: tuple(given) for line, given in recording.answers.items()}
 

@@ -122,7 +122,7 @@ def record(model: nn.Module, call: Call) -> Recording:
             blamed_on_the_inputs(model),
             spelled_out(),
             torch.no_grad(),
-            trial_run(model, call.flat()[0]),
+            trial_run(model, (call.args, call.kwargs)),
             tracker,
             recording.readers,
         ):

@@ -119,7 +119,7 @@ def _verify(model: nn.Module, pruned: PrunedModel, rewritten: RewrittenRegions, 
             pruned.madtp.notes.add(f"in training, {lost_gradients_remark(region.program.lost_gradients)}")
     if rewritten.whole:
         return None
-    with torch.no_grad(), trial_run(pruned, call.flat()[0]), pruned.madtp.dense():
+    with torch.no_grad(), trial_run(pruned, (call.args, call.kwargs)), pruned.madtp.dense():
         pruned(*call.args, **call.kwargs)
     pruned.madtp.control.clear_record()
     unpruned = pruned.madtp.report.unpruned[known:]

@@ -99,7 +99,7 @@ def _stored(model: nn.Module, call: Call) -> Places:
                 for held in containers_in([value], set()):
                     places.setdefault(id(held), (path, name))
     stored, found = StoredTensors(model.modules()), Places()
-    with torch.no_grad(), trial_run(model, call.flat()[0]):
+    with torch.no_grad(), trial_run(model, (call.args, call.kwargs)):
         model(*call.args, **call.kwargs)
         for one in stored.changed():
             if id(one.holder) in places:

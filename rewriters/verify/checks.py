@@ -168,8 +168,9 @@ def note_lost_gradients(case: Case) -> None:
 
 def _run_original(case: Case, call: Call) -> object:
     """What the model returns, and what it writes to tensors."""
-    with trial_run(case.model, call.flat()[0]) as trial, spelled_out():
+    with trial_run(case.model, (call.args, call.kwargs)) as trial, spelled_out():
         result = case.model(*call.args, **call.kwargs)
+    case.program.fills |= trial.filled
     return result, trial.written
 
 

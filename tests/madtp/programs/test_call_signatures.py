@@ -330,3 +330,32 @@ def test_named_tensors_are_told_apart_in_any_order() -> None:
         assert gap(pruned(example), pruned(later)) < 1e-5
         assert gap(model(example), pruned(later)) < 0.5, "pruned, and not of the views exchanged"
         assert not pruned.report.notes
+
+
+class Filling(nn.Module):
+    """Leaves the first layer's tokens in a dictionary that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = vit(depth=2)
+
+    def forward(self, images: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        kept["pixels"] = images * 2
+        return self.tower(images + 0 * kept["pixels"])
+
+
+@torch.no_grad()
+def test_a_container_that_a_model_fills_is_told_and_not_filled_by_trials() -> None:
+    given: dict[str, Tensor] = {}
+    model = Filling().eval()
+    pruned = madtp.rewrite(model, {"images": images(2, 1), "kept": given})
+    assert not given
+    wanted = model(images(2, 1), {})
+    pruned.temperature = 0.0
+    assert gap(wanted, pruned(images(2, 1), given)) < 1e-5
+    assert gap(model(images(3, 1), {}), pruned(images(3, 1), given)) < 1e-5
+    assert not given
+    assert sum("changes a container that it is given" in note for note in pruned.report.notes) == 1
+    other = {"pixels": torch.zeros(2, 3, 32, 32)}
+    assert gap(wanted, pruned(images(2, 1), other)) < 1e-5
+    assert float(other["pixels"].abs().sum()) == 0
