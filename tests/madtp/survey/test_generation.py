@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import madtp
 from madtp.cli.app import app
 from madtp.errors import DataError
+from madtp.survey import generation
 from madtp.survey.generation import CHECKS, GenerationRecord, examine_generation
 from madtp.survey.generation_table import COLUMNS, markdown, summary, table_row
 from madtp.survey.prompts import Prompts
@@ -130,7 +131,10 @@ class Coupling(Writer):
         (Coupling, "as it should", "alone", "dense differs"),
     ],
 )
-def test_faults_are_found(kind: type[Writer], outcome: str, check: str, result: str) -> None:
+def test_faults_are_found(
+    kind: type[Writer], outcome: str, check: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "CHECKS", {check: CHECKS[check]})
     record = examine_generation("writer", source(kind), TOKENS)
     assert record.outcome == outcome, record.failure
     assert record.checks[check] == result
