@@ -243,6 +243,7 @@ def test_a_module_without_source_may_read_anything() -> None:
     assert reads_earlier(made["Made"](), "state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [GoesOn, GoesOnFromDict])
 def test_the_tower_beside_modules_with_state_is_pruned(block: type[GoesOn]) -> None:
     torch.manual_seed(0)

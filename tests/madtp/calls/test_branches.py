@@ -68,6 +68,7 @@ def test_each_way_is_pruned(kind: type[nn.Module]) -> None:
     assert not pruned.report.notes
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_model_keeps_the_way_of_its_example_and_refuses_the_other(tmp_path: Path) -> None:
     pruned = madtp.rewrite(Guarded().eval(), (images(2, 0),))

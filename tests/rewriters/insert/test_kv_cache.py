@@ -331,6 +331,7 @@ def test_an_error_of_the_models_own_comes_through(reading: tuple[Reader, Tensors
         pruned(None, torch.full((3, 1), 20_000), torch.ones(3, 25, dtype=torch.long), memory)
 
 
+@pytest.mark.slow
 def test_steps_that_are_captured_go_on_from_survivors() -> None:
     """Sums over indices are not followed on survivors, so programs run the steps; the cache stays short."""
     model, inputs = reader(EinsumBody)

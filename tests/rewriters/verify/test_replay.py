@@ -166,6 +166,7 @@ class TwoTowers(nn.Module):
         return self.sound(pixels), self.odd(pixels)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_sound_in_a_model_that_is_wrong_as_a_whole_is_rewritten() -> None:
     model = TwoTowers().eval()

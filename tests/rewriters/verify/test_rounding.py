@@ -63,6 +63,7 @@ def _off(monkeypatch: pytest.MonkeyPatch, by: float) -> None:
     monkeypatch.setattr(walk, "MOST_ATTEMPTS", 1)  # what lies below is wrong, too, and takes long
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Detector, CutDetector, CutContrastDetector])
 def test_a_graph_that_is_wrong_is_refused(kind: type[Detector], monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = detector(kind)
@@ -90,6 +91,7 @@ def test_a_further_kind_of_call_is_judged_alike() -> None:
     assert not pruned.report.unpruned
 
 
+@pytest.mark.slow
 def test_double_precision_itself_has_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = detector(CutDetector)
     _off(monkeypatch, 1e-6)

@@ -46,6 +46,7 @@ def saved() -> list[GenerationResult]:
     return results
 
 
+@pytest.mark.slow
 def test_dense_and_pruned_are_measured_at_each_prompt_length(saved: list[GenerationResult]) -> None:
     rows = compare_generation(saved[-1])
     assert [(row.image_tokens, row.text_tokens, row.name) for row in rows] == [
@@ -55,6 +56,7 @@ def test_dense_and_pruned_are_measured_at_each_prompt_length(saved: list[Generat
     assert [row.macs_share for row in rows] == [1, pytest.approx(0.7, abs=0.1)] * 2
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_pruned_model_is_smaller(saved: list[GenerationResult]) -> None:
     dense, pruned = compare_generation(saved[-1])[:2]
     assert dense.cache_bytes == 2 * 2 * 64 * (IMAGE_TOKENS + TEXT_TOKENS[0]) * BATCH * 4, (
@@ -65,11 +67,13 @@ def test_the_cache_of_a_pruned_model_is_smaller(saved: list[GenerationResult]) -
     assert pruned.cache_share < 1
 
 
+@pytest.mark.slow
 def test_a_strength_that_cannot_be_reached_is_left_out_with_the_reason(saved: list[GenerationResult]) -> None:
     assert list(saved[-1].notes) == [f"pruned −95%, prompts of {IMAGE_TOKENS + words}" for words in TEXT_TOKENS]
     assert all("left out: a reduction of 95.0% cannot be reached" in note for note in saved[-1].notes.values())
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_saved_after_every_round(saved: list[GenerationResult], tmp_path: Path) -> None:
     counted = [[len(one.step.wall_ms) for one in result.measurements] for result in saved]
     assert counted == [[1] * 2, [2] * 2, [2, 2, 1, 1], [2] * 4, [2] * 4]
@@ -158,6 +162,7 @@ def test_models_that_generate_are_listed() -> None:
     assert not {"hf:BlipForConditionalGeneration", "hf:Florence2ForConditionalGeneration", "hf:CLIPModel"} & set(found)
 
 
+@pytest.mark.slow
 def test_a_rule_is_measured_by_its_share() -> None:
     settings = GenerationSettings(
         model=NAME,
