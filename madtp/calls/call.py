@@ -164,7 +164,7 @@ def normalise_call(
         else:
             named[name] = value
     # The order in which a container was filled is not the call's, and a capture would not keep it.
-    return Call(tuple(in_declared_order(positional)), in_declared_order(named))
+    return Call(tuple(map(in_declared_order, positional)), {name: in_declared_order(x) for name, x in named.items()})
 
 
 def is_empty(call: Call) -> bool:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Container = TypeVar("Container")
@@ -25,6 +26,8 @@ def unflatten(leaves: Iterable[object], spec: pytree.TreeSpec) -> object:
 
 def in_declared_order(value: Container) -> Container:
     """Return a copy of a container in which names have the order that their classes give them; a leaf as it is."""
+    if isinstance(value, Tensor | str | int | float | None):  # most arguments
+        return value
     leaves, spec = pytree.tree_flatten(value)
     if spec.is_leaf():
         return value
