@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="training steps; default: those of the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # controls may follow options
     if unknown := sorted(set(options.controls) - set(CONTROLS)):
         parser.error(f"unknown control {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
     if options.command == "run":
