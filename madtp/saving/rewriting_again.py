@@ -26,6 +26,11 @@ from madtp.saving.model_folder import shorten
 from madtp.sites.additions import PREFIX
 from madtp.sites.site import PruningSite
 
+CAPTURED_OTHERWISE = (
+    "the model in {} was captured as {!r}, this one as {!r}, because a check failed on the inputs that it is made from: it may "
+    "keep other tokens than the one that was saved. Pass the example_inputs of the first rewrite to load"
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,6 +46,7 @@ class Settings:
         sites: the specs of the sites as plain data, by name.
         alignment_width: d_e.
         example: the example call, as :func:`madtp.calls.record.record_call` keeps it.
+        capture: whether it was captured ``"whole"`` or by ``"regions"``; empty in files of before.
     """
 
     identity: Mapping[str, Any]
@@ -52,6 +58,7 @@ class Settings:
     sites: Mapping[str, Mapping[str, Any]]
     alignment_width: int
     example: Mapping[str, Any]
+    capture: str = ""
 
     @classmethod
     def of(cls, description: Mapping[str, Any], source: str) -> Settings:
@@ -83,6 +90,7 @@ class Settings:
             sites={site["name"]: site for site in description["sites"]},
             alignment_width=int(description["alignment_width"]),
             example=dict(description["example"]),
+            capture=str(description.get("capture", "")),
         )
 
 
@@ -110,6 +118,7 @@ def description_of(pruned: PrunedModel) -> dict[str, Any]:
         "sites": [dataclasses.asdict(site.spec) for site in _sites(pruned)],
         "alignment_width": handle.alignment_width,
         "example": handle.example,
+        "capture": handle.report.capture,
     }
 
 
@@ -145,6 +154,8 @@ def rewritten_as(source: str, host: nn.Module, settings: Settings, example_input
         plan = _plan_with(Plan.from_dict(pruned.madtp.report.plan), wanted, settings.alignment_width)
         pruned = rewrite(host, inputs, config=free, plan=plan)
     handle = pruned.madtp
+    if settings.capture and handle.report.capture != settings.capture:
+        handle.notes.add(CAPTURED_OTHERWISE.format(source, settings.capture, handle.report.capture))
     handle.temperature, handle.gain, handle.config = settings.temperature, settings.gain, config
     handle.control.static_counts.update(settings.static_counts)
     handle.control.static_room.update(settings.static_room)

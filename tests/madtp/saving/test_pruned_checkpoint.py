@@ -372,3 +372,16 @@ def test_files_are_plain_safetensors_and_json(pruned: PrunedModel, folder: Path)
     assert content["model"]["class"].endswith(".VisionTransformer")
     with safe_open(tensor_file(folder), "pt") as file:
         assert set(file.keys()) | set(content["tensors"]["aliases"]) == set(pruned.state_dict())
+
+
+def test_a_model_that_is_captured_otherwise_than_the_saved_one_says_so(tmp_path: Path) -> None:
+    """Checks of a rewrite may fail on the inputs that loading makes up."""
+    pruned = rewritten(layers=(1,))
+    madtp.save(pruned, tmp_path / "saved")
+    assert not madtp.load(tmp_path / "saved", vit()).report.notes
+    path = tmp_path / "saved" / "config.json"
+    content = json.loads(path.read_text())
+    assert content["capture"] == "whole"
+    path.write_text(json.dumps({**content, "capture": "regions"}))
+    (note,) = madtp.load(tmp_path / "saved", vit()).report.notes
+    assert "captured as 'regions', this one as 'whole'" in note
