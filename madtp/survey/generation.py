@@ -21,7 +21,7 @@ from madtp.pruned import PrunedModel
 from madtp.survey.examination import CONFIG, strongly, text_of
 from madtp.survey.outputs import in_double_precision
 from madtp.survey.prompts import Prompts, Writing
-from madtp.survey.record import INDEPENDENCE
+from madtp.survey.record import INDEPENDENCE, known_fields
 from madtp.survey.source import Source
 
 OUTCOMES = {
@@ -40,12 +40,7 @@ EXAMPLE = "example"
 """Name of the form of the example inputs."""
 TURN = 8
 """New tokens of a turn."""
-A_TURN = {
-    "max_new_tokens": TURN,
-    "min_new_tokens": TURN,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-}
+A_TURN = {"max_new_tokens": TURN, "min_new_tokens": TURN}
 ASKED = 3
 """Words of a further question."""
 
@@ -91,8 +86,7 @@ class GenerationRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationRecord:
         """Return the record of JSON values; fields of other versions are ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in values.items() if name in known}
+        fields = known_fields(cls, values)
         return cls(**{**fields, "notes": tuple(fields.get("notes", ()))})
 
 
@@ -148,32 +142,22 @@ def _each_alone(**settings: object) -> Way:
 
 def _in_turns(model: nn.Module, prompts: Prompts) -> Writing:
     """An answer, and an answer to more words on the cache of the first."""
-    generate: Any = model.generate
-    settings = {**prompts.settings, **A_TURN}
-    with torch.no_grad():
-        first = generate(**prompts.inputs, **settings)
-        asked = _asked(first.sequences)
-        mask = _mask_of(prompts.longer(asked))
-        return Writing.of(generate(input_ids=asked, past_key_values=first.past_key_values, **mask, **settings), TURN)
+    first = prompts.generated(model, **A_TURN)
+    asked = prompts.longer(_asked(first.sequences))
+    words = {name: x for name, x in asked.inputs.items() if name in ("input_ids", "attention_mask")}
+    second = replace(asked, inputs=words).generated(model, past_key_values=first.past_key_values, **A_TURN)
+    return Writing.of(second, TURN)
 
 
 def _in_one(model: nn.Module, prompts: Prompts) -> Writing:
     """The same without the cache of the first."""
-    generate: Any = model.generate
-    settings = {**prompts.settings, **A_TURN}
-    with torch.no_grad():
-        longer = prompts.longer(_asked(generate(**prompts.inputs, **settings).sequences))
-        return Writing.of(generate(**longer.inputs, **settings), TURN)
+    asked = prompts.longer(_asked(prompts.generated(model, **A_TURN).sequences))
+    return Writing.of(asked.generated(model, **A_TURN), TURN)
 
 
 def _asked(sequences: Tensor) -> Tensor:
     """The words so far, and a question that repeats the last of them."""
     return torch.cat([sequences, sequences[:, -1:].expand(-1, ASKED)], dim=1)
-
-
-def _mask_of(prompts: Prompts) -> dict[str, Tensor]:
-    mask = prompts.inputs.get("attention_mask")
-    return {"attention_mask": mask} if isinstance(mask, Tensor) else {}
 
 
 def _off(meaning: str, **settings: object) -> Check:

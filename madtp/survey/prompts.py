@@ -106,8 +106,8 @@ class Prompts:
         inputs = {name: _extended(x, more, along=ids) for name, x in self.inputs.items()}
         return replace(self, inputs={**inputs, "input_ids": words})
 
-    def written(self, model: nn.Module, **settings: object) -> Writing:
-        """What a model writes.
+    def generated(self, model: nn.Module, **settings: object) -> Any:
+        """What ``generate`` of a model returns, with the logits.
 
         Args:
             model: the dense or the pruned model.
@@ -116,8 +116,11 @@ class Prompts:
         generate: Any = model.generate
         told = {"return_dict_in_generate": True, "output_logits": True}
         with torch.no_grad():
-            output = generate(**self.inputs, **{**self.settings, **told, **settings})
-        return Writing.of(output, self.tokens)
+            return generate(**self.inputs, **{**self.settings, **told, **settings})
+
+    def written(self, model: nn.Module, **settings: object) -> Writing:
+        """What a model writes; the arguments are those of :meth:`generated`."""
+        return Writing.of(self.generated(model, **settings), self.tokens)
 
     def that_it_takes(self, model: nn.Module) -> Prompts:
         """The prompts with the settings that ``generate`` of a dense model takes.

@@ -109,12 +109,17 @@ class Record:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
         """Return the record of JSON values; fields of other versions are ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in values.items() if name in known}
+        fields = known_fields(cls, values)
         refusals = tuple(RefusalRecord(**refusal) for refusal in values.get("refusals", ()))
         if fields.get("traits") is not None:
             fields["traits"] = tuple(fields["traits"])
         return cls(**{**fields, "refusals": refusals})
+
+
+def known_fields(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a dataclass has fields for; those of other versions are left out."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in known}
 
 
 def with_outcome(record: Record) -> Record:

@@ -44,6 +44,16 @@ def kept_images(pruned: madtp.PrunedModel, inputs: Tensors, row: int) -> set[int
     return set(np.flatnonzero((kept & (inputs["input_ids"][row] == IMAGE)).numpy()))
 
 
+def assert_alone_as_in_the_batch(pruned: madtp.PrunedModel, inputs: Tensors) -> None:
+    together = pruned(**inputs)
+    kept = pruned.kept_tokens()["body.blocks.1"]
+    for row in range(3):
+        alone = pruned(**{name: x[row : row + 1] for name, x in inputs.items()})
+        assert torch.equal(pruned.kept_tokens()["body.blocks.1"][0], kept[row])
+        words = inputs["attention_mask"][row] > 0
+        assert gap(alone[0][words], together[row][words]) < 1e-4
+
+
 @pytest.mark.parametrize("selection", ["diversity", "conditional_diversity"])
 @torch.no_grad()
 def test_diversity_rules_pick_by_the_features_at_the_block(selection: str) -> None:
@@ -138,13 +148,7 @@ def test_the_last_token_picks_what_it_attends_to() -> None:
 @torch.no_grad()
 def test_a_sample_keeps_alone_what_it_keeps_in_a_batch(selection: str) -> None:
     _, inputs, pruned = read(selection)
-    together = pruned(**inputs)
-    kept = pruned.kept_tokens()["body.blocks.1"]
-    for row in range(3):
-        alone = pruned(**{name: x[row : row + 1] for name, x in inputs.items()})
-        assert torch.equal(pruned.kept_tokens()["body.blocks.1"][0], kept[row])
-        words = inputs["attention_mask"][row] > 0
-        assert gap(alone[0][words], together[row][words]) < 1e-4
+    assert_alone_as_in_the_batch(pruned, inputs)
 
 
 def test_the_class_token_picks_what_it_attends_to() -> None:
@@ -166,13 +170,7 @@ def test_what_is_distinct_depends_on_no_other_sample() -> None:
     config = madtp.PruningConfig(selection="distinct", layers=(1,), alignment_tokens=5, gain=3.0)
     with eager_arithmetic():
         pruned = madtp.rewrite(model, inputs, config=config)
-    together = pruned(**inputs)
-    kept = pruned.kept_tokens()["body.blocks.1"]
-    for row in range(3):
-        alone = pruned(**{name: x[row : row + 1] for name, x in inputs.items()})
-        assert torch.equal(pruned.kept_tokens()["body.blocks.1"][0], kept[row])
-        words = inputs["attention_mask"][row] > 0
-        assert gap(alone[0][words], together[row][words]) < 1e-4
+    assert_alone_as_in_the_batch(pruned, inputs)
 
 
 @pytest.mark.parametrize("selection", ["threshold", "diversity"])
