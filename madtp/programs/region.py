@@ -21,7 +21,7 @@ from madtp.calls.objects import CannotFlatten
 from madtp.errors import ContinuationError, ExampleInputsError, ExportError, MadtpError, NothingToPruneError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.cached_steps import CachedSteps
-from madtp.programs.handed_back import SEEN_WHOLE, HandedBack
+from madtp.programs.handed_back import HandedBack
 from madtp.programs.notes import FILLS, Notes
 from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
@@ -74,14 +74,13 @@ class PrunedRegion(ReplacedForward):
         self.failure = ""
         self.prunes_caches = True
         self.steps = CachedSteps(self.module, programs.host, control)
-        self.handed_back = HandedBack()
+        self.handed_back = HandedBack(programs.name, control, notes)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         scope = self.control.scope
         if scope.follows_caches or (scope.runs_original and not self.programs.marked):
             return self.original(*args, **kwargs)
-        if self.control.active and self.handed_back.holds(args, kwargs):
-            self.notes.add(SEEN_WHOLE.format(self.programs.name))
+        self.handed_back.look_at(args, kwargs)
         if self.steps.serve(args, kwargs):
             return self.steps.run(self.original, args, kwargs)
         try:
@@ -115,8 +114,7 @@ class PrunedRegion(ReplacedForward):
                     result = self.programs.run(program, call)
                 self._follow(call, result)
                 self._follow_dropped(program, result)
-                if self.control.active and program.sites:
-                    self.handed_back.remember(result)
+                self.handed_back.remember(program, result)
                 return result
         if continues:
             raise self._cannot_continue()

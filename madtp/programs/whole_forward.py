@@ -10,7 +10,7 @@ from madtp.calls.objects import objects_in
 from madtp.errors import ContinuationError, ExampleInputsError
 from madtp.programs.cached_program import Unserved
 from madtp.programs.cached_steps import CachedSteps
-from madtp.programs.handed_back import SEEN_WHOLE, HandedBack
+from madtp.programs.handed_back import HandedBack
 from madtp.programs.notes import FILLS, Notes
 from madtp.programs.program_cache import ProgramCache
 from madtp.programs.replaced_forward import ReplacedForward
@@ -33,15 +33,14 @@ class WholeForward(ReplacedForward):
         super().__init__(programs.module)
         self.programs, self.control, self.notes = programs, control, notes
         self.steps = CachedSteps(programs.module, programs.host, control)
-        self.handed_back = HandedBack()
+        self.handed_back = HandedBack(type(programs.module).__name__, control, notes)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run a program that serves the call; the host's own forward if none does."""
         original = self.original
         if self.control.scope.runs_original:
             return original(*args, **kwargs)
-        if self.control.active and self.handed_back.holds(args, kwargs):
-            self.notes.add(SEEN_WHOLE.format(type(self.module).__name__))
+        self.handed_back.look_at(args, kwargs)
         if self.steps.serve_text(args, kwargs):
             return self.steps.run(original, args, kwargs)
         try:
@@ -63,8 +62,7 @@ class WholeForward(ReplacedForward):
                     self.control.begin_program()
                     result = self.programs.run(program, call)
                     self.control.remember_returned(objects_in(result))
-                    if self.control.active and program.sites:
-                        self.handed_back.remember(result)
+                    self.handed_back.remember(program, result)
                     return result
         except Unserved as error:
             reason = str(error)
