@@ -38,7 +38,7 @@ from madtp.tokens.packed_attention import packed_attention, packed_attention_wit
 from madtp.tokens.sampled_scores import attention_with_sampled_statistics
 from madtp.tokens.scored_attention import Asked, Counted, Slot
 from madtp.tokens.segments import SegmentMap
-from madtp.tokens.state import TokenState, slots_of, unpruned_state
+from madtp.tokens.state import TokenState, slots_if_held, slots_of, unpruned_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,8 +90,8 @@ class TokenRoles:
         protected: ``[B, N]`` bool, the tokens that are never pruned, or P if the first P are and no others.
         counted: ``[B, N]`` bool, the queries that count in the attention that a token receives: neither protected nor padding;
             or P if all but the first P do. In a language model whose words are not pruned, these words.
-        class_slot: slot of the class token, or of the token that replaces it, ``[B]`` or one for all samples; None if there
-            is none, or if nothing asks for it.
+        class_slot: slot of the class token, or of the token that replaces it, ``[B]`` or one for all samples, -1 where a
+            sample has none; None if there is none, or if nothing asks for it.
         queries: number of queries that are asked at most, if the configuration does not say; None for all.
     """
 
@@ -155,7 +155,7 @@ class _Scoring(nn.Module):
             class_slot = self._class_slot(state, readouts, valid, segments, device)
         if self.leading is not None and not guarded and config.padding == "excluded":
             counted: Counted = self.leading
-            if valid is not None and not (self.packed and state.rows is not None):
+            if valid is not None and not (self.packed and state.rows is not None and valid is state.valid):
                 counted = valid & ~first_slots(self.leading, valid)
             return TokenRoles(valid, self.leading, counted, class_slot)
         protected = protected_slots(self.spec, state, guarded, segments, valid, device)
@@ -170,9 +170,9 @@ class _Scoring(nn.Module):
             return None
         if state.index is None:
             return shown()
-        if all(segment.pruned for segment in self.spec.segments):
+        if state.padding_known and all(segment.pruned for segment in self.spec.segments):
             return state.valid
-        # Padding stays in a segment that is not pruned, so only the mask tells it.
+        # Padding stays in a segment that is not pruned, and comes with tokens of another stream: only the mask tells it.
         seen = shown()
         return seen if state.valid is None else state.valid if seen is None else state.valid & seen
 
@@ -191,10 +191,13 @@ class _Scoring(nn.Module):
         if position == 0 and not (self.spec.causal and readouts):
             return 0  # survivors stand in the order of their positions, or protected ones stand first
         if position is not None and not (self.spec.causal and readouts):
-            return slots_of(state, torch.full((batch,), from_start(position, state), device=device))
+            return slots_if_held(state, torch.full((batch,), from_start(position, state), device=device))
         if readouts:
+            # Handed down by a concatenation, it may lie in another part of it.
             first = readouts[0]
-            return slots_of(state, first if isinstance(first, Tensor) else torch.full((batch,), first, device=device))
+            return slots_if_held(
+                state, first if isinstance(first, Tensor) else torch.full((batch,), first, device=device)
+            )
         if segments is not None and segments.special is not None and bool(segments.special.any()):
             return slots_of(state, segments.special.int().argmax().expand(batch))
         return last_slots(state, valid, device) if self.spec.keeps_last else None

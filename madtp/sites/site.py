@@ -121,6 +121,8 @@ class PruningSite(nn.Module):
             rows, after = self._prune(
                 tokens.flatten(0, 1), block_input.flatten(0, 1), attention, before, readouts, segments
             )
+            if after is not before and attention.protected is not None:
+                after = replace(after, padding_known=True)
         if not is_compiling():
             self.control.record.states[self.spec.name] = after
         if after.index is None:  # while nothing was pruned, values keep the form that they have in the original

@@ -82,7 +82,8 @@ def attention_with_sampled_statistics(
         received = strongest.sum(1) if weights is None else torch.bmm(weights.to(strongest.dtype), strongest).squeeze(1)
     if asked.class_slot is None:
         return output, AttentionStatistics(received, None)
-    return output, AttentionStatistics(received, seen_by(probabilities[:, :, -1], output, 1, asked))
+    row = _unless_none(probabilities[:, :, -1], asked.class_slot)
+    return output, AttentionStatistics(received, seen_by(row, output, 1, asked))
 
 
 def _within_windows(inputs: AttentionInputs, asked: Asked) -> tuple[Tensor, AttentionStatistics[Tensor]]:
@@ -188,9 +189,18 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _query_at(query: Tensor, slot: Slot) -> _Sample:
-    """The query ``[B, H, 1, D]`` at a slot of each sample."""
+    """The query ``[B, H, 1, D]`` at a slot of each sample; any query where the slot is -1."""
     batch = query.size(0)
     if isinstance(slot, int):
+        slot = max(slot, 0)
         return _Sample(query[:, :, slot : slot + 1], torch.full((batch, 1), slot, device=query.device))
+    slot = slot.clamp_min(0)
     own = query[torch.arange(batch, device=query.device), :, slot].unsqueeze(2)
     return _Sample(own, slot.unsqueeze(1))
+
+
+def _unless_none(row: Tensor, slot: Slot) -> Tensor:
+    """A row of the map ``[B, H, N]``, zero for samples whose slot is -1."""
+    if isinstance(slot, int):
+        return row if slot >= 0 else torch.zeros_like(row)
+    return row.masked_fill((slot < 0)[:, None, None], 0.0)

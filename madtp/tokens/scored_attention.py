@@ -53,8 +53,8 @@ class Asked:
 
     Attributes:
         counted: the queries that count in the attention that a key receives.
-        class_slot: slot whose row is the class attention, ``[B]`` or one for all samples. None if the stream has no such
-            token, or if nobody asks.
+        class_slot: slot whose row is the class attention, ``[B]`` or one for all samples, -1 for a sample that has no such
+            token. None if the stream has none, or if nobody asks.
         by_output: whether the class attention weighs each head by its output at the key; else heads count alike.
         received: whether the attention that keys receive is asked.
         queries: how many queries it is taken from; None for all. See ``sampled_scores.py``.
@@ -252,8 +252,8 @@ def _row(probabilities: Tensor, slot: Slot) -> Tensor:
     """The row ``[B, H, K]`` of one query of each sample of ``[B, H, Q, K]``; zeros as in :func:`_class_row`."""
     queries = probabilities.size(2)
     if isinstance(slot, int):
-        row = probabilities[:, :, min(slot, queries - 1)]
-        return row if slot < queries else torch.zeros_like(row)
+        row = probabilities[:, :, min(max(slot, 0), queries - 1)]
+        return row if 0 <= slot < queries else torch.zeros_like(row)
     inside = (slot >= 0) & (slot < queries)
     row = probabilities[torch.arange(slot.size(0), device=slot.device), :, slot.clamp(0, queries - 1)]
     return row * inside[:, None, None]

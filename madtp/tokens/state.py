@@ -51,6 +51,7 @@ class TokenState:
         quirks: what the authors' code does with pruned tokens and the default does not; None for nothing.
         rows: where the rows of the packed form stand; None if they are the slots, padding included.
         static: counts were fixed beforehand, so shapes must not depend on values.
+        padding_known: a site has left out what its block's mask hides, so that the mask need not be asked again.
         host: ``index`` and ``merged`` on the host. None, or out of date, if the state was not made by a site.
     """
 
@@ -64,6 +65,7 @@ class TokenState:
     quirks: Quirks | None = None
     rows: PackedRows | None = None
     static: bool = False
+    padding_known: bool = False
     host: HostTokens | None = None
 
     @property
@@ -220,10 +222,23 @@ def slots_of(state: TokenState, positions: Tensor) -> Tensor:
         return positions
     if state.quirks is not None and state.quirks.reads_slots:
         return positions.clamp(max=state.length - 1)
-    hit = state.index == positions[:, None].to(state.index.dtype)
-    if state.merged is not None:
-        hit = hit & ~state.merged
-    return hit.int().argmax(1)
+    return _holding(state.index, state, positions).int().argmax(1)
+
+
+def slots_if_held(state: TokenState, positions: Tensor) -> Tensor:
+    """Return the slots ``[B]`` that hold the tokens of the original ``positions [B]``; -1 where no slot does."""
+    if state.index is None:
+        return torch.where((positions >= 0) & (positions < state.length), positions, -1)
+    if state.quirks is not None and state.quirks.reads_slots:
+        return slots_of(state, positions)
+    hit = _holding(state.index, state, positions)
+    return torch.where(hit.any(1), hit.int().argmax(1), -1)
+
+
+def _holding(index: Tensor, state: TokenState, positions: Tensor) -> Tensor:
+    """Which slots ``[B, N]`` hold the tokens of the original ``positions [B]`` themselves."""
+    hit = index == positions[:, None].to(index.dtype)
+    return hit if state.merged is None else hit & ~state.merged
 
 
 def read_position(values: Tensor, state: TokenState, dim: int, batch_dim: int, position: int) -> Tensor:

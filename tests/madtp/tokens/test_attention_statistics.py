@@ -142,7 +142,8 @@ def test_statistics_from_some_queries(drawn: dict[str, int | str], queries: int)
     query, key, value = (torch.randn(batch, heads, tokens, 4, dtype=torch.double) for _ in range(3))
     mask, causal = mask_of(kind.removesuffix(", causal"), batch, heads, tokens), "causal" in kind
     rows, counted = queries_that_count(drawn)
-    asked = scored_attention.Asked(counted=counted, class_slot=torch.randint(tokens, (batch,)), queries=queries)
+    slot: int | Tensor = torch.randint(-1, tokens, (batch,)) if drawn["seed"] % 2 else drawn["seed"] % (tokens + 1) - 1
+    asked = scored_attention.Asked(counted=counted, class_slot=slot, queries=queries)
     inputs = attention.AttentionInputs(query, key, value, mask, 0.0, causal)
     wanted, whole = scored_attention.attention_with_statistics(inputs, asked)
     output, found = sampled_scores.attention_with_sampled_statistics(inputs, asked)

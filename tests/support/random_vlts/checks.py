@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -253,8 +253,9 @@ def valid(stream: str, given: Tensors) -> Tensor:
 @torch.no_grad()
 def batch_mates_do_not_matter(subject: Subject) -> None:
     """A sample's tokens and outputs depend neither on the others nor on their order."""
-    for temperature, merge in ((1.0, True), (6.0, False)):
-        given = inputs(subject.design, 3, 7, 6)
+    for temperature, merge, contrasts in ((1.0, True, (1, 1, 1)), (6.0, False, (1, 1, 1)), (1.0, True, (0.03, 1, 10))):
+        # Images of different contrast: some samples lose tokens at sites where others lose none.
+        given = _with_contrasts(inputs(subject.design, 3, 7, 6), contrasts)
         with subject.set(temperature, merge=merge) as pruned:
             together, kept = leaves(pruned(**given)), pruned.kept_tokens()
             order = torch.tensor([2, 0, 1])
@@ -265,6 +266,10 @@ def batch_mates_do_not_matter(subject: Subject) -> None:
                 for name, mask in pruned.kept_tokens().items():
                     assert torch.equal(mask, kept[name][row : row + 1]), f"{name} keeps other tokens of a sample alone"
                 same({n: v[row : row + 1] for n, v in together.items()}, alone, f"sample {row} alone", MERGED)
+
+
+def _with_contrasts(given: Tensors, contrasts: Sequence[float]) -> Tensors:
+    return given | {"pixels": given["pixels"] * torch.tensor(contrasts, dtype=torch.float64)[:, None, None, None]}
 
 
 @torch.no_grad()
