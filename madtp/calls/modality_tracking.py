@@ -123,7 +123,11 @@ class Tracker(TorchFunctionMode):
     def follow(self, inputs: Iterable[Tensor]) -> None:
         """Follow further inputs; those that are followed already stay what they are."""
         for tensor in inputs:
-            if tensor not in self._tags and tensor not in self._masks and not _is_mask(tensor):
+            if (
+                tensor not in self._tags
+                and tensor not in self._masks
+                and (_has_channels(tensor) or not _is_mask(tensor))
+            ):
                 self._tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
                 self.follows_images |= tensor.dtype.is_floating_point
 
@@ -320,6 +324,11 @@ def _crosses_tokens(name: str, arguments: tuple[tuple[object, ...], Mapping[str,
 
 def _tensors(leaves: Iterable[object]) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor)]
+
+
+def _has_channels(tensor: Tensor) -> bool:
+    """Whether an input has the shape of images or clips in colour, be they black; a mask has one channel, for all heads."""
+    return tensor.dtype.is_floating_point and tensor.dim() >= 4 and tensor.size(-3) > 1
 
 
 def _is_mask(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ from madtp.programs.handed_back import HandedBack
 from madtp.programs.notes import FILLS, Notes
 from madtp.programs.program import Program
 from madtp.programs.program_cache import FAILURES, ProgramCache
+from madtp.programs.recomputed_calls import ImageFeatures, RecomputedCalls
 from madtp.programs.replaced_forward import ReplacedForward
 from madtp.sites.control import PruningControl
 from madtp.tokens.segments import small_runs
@@ -47,6 +48,7 @@ class PrunedRegion(ReplacedForward):
         prunes_caches: whether programs may prune what a key/value cache keeps.
         steps: run calls that go on from what a pruned call has kept.
         handed_back: tells calls that are given features of the call before.
+        recomputed: tells calls that a checkpoint makes again what they were told.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class PrunedRegion(ReplacedForward):
         self.prunes_caches = True
         self.steps = CachedSteps(self.module, programs.host, control)
         self.handed_back = HandedBack(programs.name, control, notes)
+        self.recomputed = RecomputedCalls()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         scope = self.control.scope
@@ -97,11 +100,10 @@ class PrunedRegion(ReplacedForward):
             return self.original(*args, **kwargs)
         dropped = None
         if self.embeddings and not continues:
-            told = self._with_image_positions(call)
-            if told is None:
+            found = self._image_features(call)
+            if found is None:
                 return self.original(*args, **kwargs)
-            dropped = self._dropped_features(call)
-            call = told
+            call, dropped = call.with_image_positions(found.positions), found.dropped
         for program in self._candidates(call, continues):
             trying = self.programs.trying(program, call)
             with suppress(OtherBranch), self.control.call(), self.control.in_program(), trying:
@@ -123,12 +125,12 @@ class PrunedRegion(ReplacedForward):
     def _compiled(self, call: Call) -> object:
         """Run a program while a compiler follows."""
         if self.embeddings:
-            told = self._with_image_positions(call)
-            if told is None:
+            found = self._image_features(call)
+            if found is None:
                 raise ExportError(
                     f"it cannot be followed where image features are written among the tokens of {self.programs.name}."
                 )
-            call = told
+            call = call.with_image_positions(found.positions)
         with self.control.in_program():
             result = self.programs.run_compiled(call)
         self._follow(call, result)
@@ -153,28 +155,29 @@ class PrunedRegion(ReplacedForward):
             if state is not None and state.index is not None:
                 tracker.mark_dropped(leaves[position], ~kept_positions(state))
 
-    def _dropped_features(self, call: Call) -> Tensor | None:
-        """Which tokens of the sequence are image tokens that their vision tower has dropped, ``[B, N]`` bool."""
-        tracker = self.control.scope.tracker
-        if tracker is None or not self.control.active:
+    def _image_features(self, call: Call) -> ImageFeatures | None:
+        """Image features in a call's sequence; None if they are not known, and nothing would be pruned of text."""
+        sequence, tracker = call.leaf_at(self.embeddings), self.control.scope.tracker
+        if not isinstance(sequence, Tensor) or tracker is None:
+            found = self.recomputed.features(sequence)
+            if found is None:
+                self._note("it was not called by the model's own forward, which shows where image features are written")
+            return found
+        positions = tracker.image_positions(sequence)
+        if positions is None and "image" in (tracker.modalities(sequence) or ()):
+            self._note("it cannot be followed where image features were written among its tokens")
+        if positions is None:
             return None
-        sequence = call.leaf_at(self.embeddings)
-        dropped, positions = tracker.dropped_positions(sequence), tracker.image_positions(sequence)
-        if dropped is None or positions is None:
-            return dropped
+        found = ImageFeatures(positions, self._dropped(tracker.dropped_positions(sequence), positions))
+        self.recomputed.remember(sequence, found)
+        return found
+
+    def _dropped(self, dropped: Tensor | None, positions: Tensor) -> Tensor | None:
+        """Which of the tokens that their vision tower has dropped are left out: some of each image stay."""
+        if dropped is None or not self.control.active or is_compiling():
+            return None
         config = self.control.config
         return dropped & ~small_runs(positions, dropped, max(1, config.min_tokens, config.min_tokens_per_image))
-
-    def _with_image_positions(self, call: Call) -> Call | None:
-        """The call with the positions of image features; None if they are not known, and nothing would be pruned of text."""
-        leaf, tracker = call.leaf_at(self.embeddings), self.control.scope.tracker
-        if leaf is None or tracker is None:
-            self._note("it was not called by the model's own forward, which shows where image features are written")
-            return None
-        positions = tracker.image_positions(leaf)
-        if positions is None and "image" in (tracker.modalities(leaf) or ()):
-            self._note("it cannot be followed where image features were written among its tokens")
-        return None if positions is None else call.with_image_positions(positions)
 
     def _cannot_continue(self) -> ContinuationError:
         self.prunes_caches = False

@@ -11,6 +11,7 @@ from model_case import DEPTH, VOCABULARY, WIDTH, Tensors, lively
 from region_hosts import Vision
 from rewritten_models import eager_arithmetic, gap
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import madtp
 from madtp.sites.stream_start import SUFFIX
@@ -159,6 +160,49 @@ def test_survivors_pass_gradients_to_the_tower() -> None:
     pruned(**inputs).square().mean().backward()
     assert all(one.grad is not None and one.grad.isfinite().all() for one in pruned.vision.parameters())
     assert pruned.madtp.macs() < sum(pruned.madtp.macs_by_module("all").values())
+
+
+class CheckpointedChat(Chat):
+    """The host itself recomputes its decoder in the backward."""
+
+    reentrant: bool | None = None
+
+    def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(pixels, input_ids)
+        if self.reentrant is None:
+            return self.head(self.decoder(x, attention_mask))
+        return self.head(checkpoint(self.decoder, x, attention_mask, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("layers", [(LAST,), ()], ids=["tower and decoder", "decoder"])
+def test_a_decoder_under_a_checkpoint_has_the_gradients_of_one_without(layers: tuple[int, ...]) -> None:
+    _, inputs = chat()
+    torch.manual_seed(0)
+    model = lively(CheckpointedChat(projected))
+    config = madtp.PruningConfig(alignment_tokens=4, layers={"vision*": layers, "decoder*": (0,)})
+    wanted: dict[str, Tensor] = {}
+    for reentrant in (None, False, True):
+        model.reentrant = reentrant
+        pruned = madtp.rewrite(model, inputs, config=config)
+        losses = [pruned(**inputs).square().mean() for _ in range(2)]  # two calls, and then their backward passes
+        assert int(entering(pruned).sum()) < 3 * LENGTH or not layers
+        sum(losses).backward()
+        assert not pruned.report.unpruned
+        found = {n: p.grad.clone() for n, p in pruned.named_parameters() if p.grad is not None}
+        pruned.zero_grad()
+        wanted = wanted or found
+        assert found.keys() == wanted.keys()
+        assert max(float(gap(wanted[name], found[name])) for name in wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_a_black_image_alone_is_an_image() -> None:
+    model, inputs = chat()
+    inputs["pixels"][1] = 0
+    pruned = madtp.rewrite(model, inputs, config=madtp.PruningConfig(alignment_tokens=4, layers={"decoder*": (0, 1)}))
+    together, kept = pruned(**inputs), pruned.kept_tokens()
+    assert gap(pruned(**{name: value[1:2] for name, value in inputs.items()}), together[1:2]) < 1e-5
+    assert all(torch.equal(own[0], kept[site][1]) for site, own in pruned.kept_tokens().items())
 
 
 @torch.no_grad()
