@@ -39,7 +39,7 @@ class Program:
         constants: tensors that the graph holds itself, by name.
         returned: how to close the objects that it returns opened. None if it returns none.
         marked: the tensors of these objects that may hold marks of dropped tokens, by path.
-        output_sites: the site that has dropped tokens of an output ``[B, N, C]`` last, by position of the output.
+        output_sites: the site that has dropped image tokens of an output ``[B, N, C]`` last, by position of the output.
         given: paths of the numbers, in the objects of a call, that the graph takes as sizes.
         autocast_dtypes: the dtypes of the original's outputs, by type of autocast; see ``autocast_dtypes.py``.
         turns_back: it may find that the model's Python goes another way after it has drawn numbers or written to tensors.

@@ -40,6 +40,8 @@ from rewriters.insert.workspace import BatchCut, InsertedSite, Insertion, Insert
 from rewriters.plan.plan import Plan, SitePlan
 
 aten = torch.ops.aten
+IMAGE_FEATURES = ("image", "query")
+"""Modalities of streams whose tokens are image features where a decoder reads them."""
 # Between keys or values and the attention that reads them.
 LAYOUTS = VIEWS | PERMUTATIONS | KEEPS_VALUES | {"expand", "repeat_interleave"}
 KEYS_RETURNED = (
@@ -325,11 +327,14 @@ def _complete_outputs(insertion: Insertion, output: fx.Node, restoration: Restor
 
 
 def _note_dropped(insertion: Insertion, position: int, labels: Labels | ResultLabels) -> None:
-    """Note which site has dropped tokens of an output ``[B, N, C]``, for those who read it outside the graph."""
+    """Note which site has dropped image tokens of an output ``[B, N, C]``, for those who read it outside the graph."""
     if not isinstance(labels, Labels) or len(labels) != 3 or (labels.batch_dim(), labels.token_dim()) != (0, 1):
         return
     axis = token_axis(labels[1])
-    if axis is not None and isinstance(axis.source, str) and not is_start(axis.source):
+    if axis is None or not isinstance(axis.source, str) or is_start(axis.source):
+        return
+    modality = next(site.modality for site in insertion.plan.sites if site.name == axis.source)
+    if modality in IMAGE_FEATURES:
         insertion.output_sites[position] = axis.source
 
 

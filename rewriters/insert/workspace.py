@@ -127,7 +127,7 @@ class Insertion:
         part_sizes: Sizes of the operands of concatenations along tokens.
         batch_cuts: The operations that cut the batch, by the source of what they give.
         segment_maps: The node that tells the segment of each token, by stream.
-        output_sites: The site that has dropped tokens of an output ``[B, N, C]`` last, by position of the output.
+        output_sites: The site that has dropped image tokens of an output ``[B, N, C]`` last, by position of the output.
         marked: Outputs in the key/value cache that may lack tokens, by path in the object that holds them.
     """
 
