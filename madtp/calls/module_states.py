@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from madtp.calls.compiling import is_compiling
+from madtp.calls.plain_values import DEPTH, PLAIN, comparable, configuration_of
 
 # What torch keeps in every module.
 UNWATCHED = frozenset((*vars(nn.Module()), "_compiled_call_impl"))
 SHARDING = ("__composable_api_state", "_fsdp_", "_is_fsdp_")
 """How names begin that torch gives its marks on modules whose parameters are sharded."""
-DEPTH = 2
-"""How deep configurations lie in configurations that are looked at."""
-PLAIN = frozenset((bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device))
+REQUIRES_GRAD = "requires_grad"
 # Modules that stand for one operation, without a mode.
 LEAVES = frozenset(
     (
@@ -41,8 +40,6 @@ LEAVES = frozenset(
         nn.Tanh,
     )
 )
-NO_CONFIGURATION = (nn.Module, Tensor, type, FunctionType, MethodType, ModuleType)
-NO_CONFIGURATIONS_OF = ("builtins", "torch", "madtp")
 Reader = Callable[[Mapping[str, Any]], Any]
 
 
@@ -51,13 +48,17 @@ class ModuleState(NamedTuple):
 
     Attributes:
         training: the training flag of each module, where it may matter.
-        dtypes: the dtype of each parameter; models cast what they are given to that of their weights.
-        attributes: the attributes of modules that are more than one operation, and of configurations.
+        dtypes: the dtype of each parameter and buffer, None for those that are None; models cast what they are given to that of
+            their weights.
+        attributes: the attributes of modules that are more than one operation, and of configurations; then which parameters
+            want a gradient, if that is not as it was.
+        ties: of tensors that had several names, which of the names still stand for one tensor.
     """
 
     training: tuple[bool, ...]
     dtypes: tuple[torch.dtype | None, ...]
     attributes: tuple[object, ...] = ()
+    ties: tuple[tuple[int, ...], ...] = ()
 
 
 class _Namespace(NamedTuple):
@@ -76,6 +77,13 @@ class _Namespace(NamedTuple):
     read: Reader
 
 
+class _Place(NamedTuple):
+    """Where a module keeps a parameter or buffer: in ``holder`` under ``name``."""
+
+    holder: Mapping[str, Tensor | None]
+    name: str
+
+
 class _Tree(NamedTuple):
     """A module tree as it was found.
 
@@ -84,6 +92,7 @@ class _Tree(NamedTuple):
         children: the children of these.
         leaves: modules that stand for one operation, with the dtype of their first parameter.
         namespaces: the attributes that are watched.
+        tied: where the names of each tensor that had several are kept.
         token: another object for every walk.
     """
 
@@ -91,6 +100,7 @@ class _Tree(NamedTuple):
     children: list[nn.Module | None]
     leaves: list[tuple[nn.Module, torch.dtype | None]]
     namespaces: list[_Namespace]
+    tied: list[list[_Place]]
     token: object
 
     def is_outdated(self) -> bool:
@@ -119,6 +129,8 @@ class ModuleStates:
         self._ignored: frozenset[str] = frozenset()
         # Of the first parameter of each leaf. What takes a leaf's place later may have none, or others.
         self._leaf_dtypes: dict[str, torch.dtype | None] = {}
+        self._tied = _tied_names(self._named_modules())
+        self._wanted = _gradients_wanted([module for _, module in self._named_modules()])
         self._tree: _Tree | None = self._walked()
         self._last: tuple[list[object], tuple[object, ...]] = ([], ())
         self._dtypes: tuple[torch.dtype | None, ...] = ()
@@ -143,7 +155,8 @@ class ModuleStates:
                 values = _values(tree)
             self._last = self._compared(values)
             self._dtypes = _dtypes(tree)
-        return ModuleState(tuple([module.training for module in tree.inner]), self._dtypes, self._last[1])
+        ties = tuple([_ties(places) for places in tree.tied])
+        return ModuleState(tuple([module.training for module in tree.inner]), self._dtypes, self._last[1], ties)
 
     @property
     def tree(self) -> object:
@@ -171,7 +184,7 @@ class ModuleStates:
         """The attributes as they are, and as they are compared."""
         if _same_objects(values, self._last[0]):
             return self._last
-        return values, tuple([_plain(value) for value in values])
+        return values, tuple([comparable(value) for value in values])
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self._model.named_modules():
@@ -187,7 +200,14 @@ class ModuleStates:
             self._leaf_dtypes[path] = _dtype_of(module, self._leaf_dtypes.get(path))
         known = [(module, self._leaf_dtypes[path]) for path, module in leaves]
         namespaces = list(self._watched(inner))
-        return _Tree(inner, _children(inner), known, namespaces, object())
+        if f"{len(namespaces)}.{REQUIRES_GRAD}" not in self._ignored:
+            namespaces.append(self._wants_gradients())
+        modules = dict(named)
+        tied = [
+            [_Place(getattr(modules[path], kind), name) for path, kind, name in names if path in modules]
+            for names in self._tied
+        ]
+        return _Tree(inner, _children(inner), known, namespaces, tied, object())
 
     def _watched(self, modules: list[nn.Module]) -> Iterator[_Namespace]:
         for number, values in enumerate(_namespaces(modules)):
@@ -201,6 +221,38 @@ class ModuleStates:
                 and f"{number}.{name}" not in self._ignored
             )
             yield _Namespace(values, len(values), names, _reader(names))
+
+    def _wants_gradients(self) -> _Namespace:
+        everything = [module for _, module in self._named_modules()]
+
+        def other(_: Mapping[str, Any]) -> tuple[str | None]:
+            now = _gradients_wanted(everything) if torch.is_grad_enabled() else self._wanted
+            return (None if now == self._wanted else now,)
+
+        return _Namespace({}, 0, (REQUIRES_GRAD,), other)
+
+
+def _gradients_wanted(modules: Iterable[nn.Module]) -> str:
+    """Which parameters of some modules want a gradient, a letter for each."""
+    own = chain.from_iterable([module._parameters.values() for module in modules])
+    return sys.intern("".join(["-" if one is None else "01"[one.requires_grad] for one in own]))
+
+
+def _tied_names(modules: Iterable[tuple[str, nn.Module]]) -> list[list[tuple[str, str, str]]]:
+    """The names, by path, kind and name in the module, of each parameter or buffer that has several."""
+    names: dict[int, list[tuple[str, str, str]]] = {}
+    for path, module in modules:
+        for kind in ("_parameters", "_buffers"):
+            for name, value in getattr(module, kind).items():
+                if value is not None:
+                    names.setdefault(id(value), []).append((path, kind, name))
+    return [found for found in names.values() if len(found) > 1]
+
+
+def _ties(places: list[_Place]) -> tuple[int, ...]:
+    """Of each name of a tensor, the first name that stands for the same one now."""
+    values = [place.holder.get(place.name) for place in places]
+    return tuple([next(at for at, other in enumerate(values) if other is value) for value in values])
 
 
 def _same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
@@ -223,8 +275,8 @@ def _other_objects(before: list[object], now: list[object]) -> bool:
 
 
 def _dtypes(tree: _Tree) -> tuple[torch.dtype | None, ...]:
-    own = chain.from_iterable([module._parameters.values() for module in tree.inner])
-    dtypes = [one.dtype for one in own if one is not None]
+    own = chain.from_iterable([(*module._parameters.values(), *module._buffers.values()) for module in tree.inner])
+    dtypes = [None if one is None else one.dtype for one in own]
     return (*dtypes, *[_dtype_of(leaf, before) for leaf, before in tree.leaves])
 
 
@@ -257,48 +309,10 @@ def _namespaces(modules: list[nn.Module]) -> Iterator[Mapping[str, Any]]:
     seen = set(map(id, found))
     for _ in range(DEPTH):
         inside = [value for holder in found for name, value in holder.items() if name not in UNWATCHED]
-        deeper = [values for value in inside if (values := _configuration(value)) is not None]
+        deeper = [values for value in inside if (values := configuration_of(value)) is not None]
         found = []
         for values in deeper:
             if id(values) not in seen:
                 seen.add(id(values))
                 found.append(values)
         yield from found
-
-
-def _configuration(value: object) -> Mapping[str, Any] | None:
-    """The attributes of an object that is plain data; None of any other."""
-    if type(value) is dict:
-        return value if value and all(type(key) is str for key in value) and _holds_plain(value) else None
-    if isinstance(value, NO_CONFIGURATION) or type(value).__module__.partition(".")[0] in NO_CONFIGURATIONS_OF:
-        return None
-    values = getattr(value, "__dict__", None)
-    return values if type(values) is dict and _holds_plain(values) else None
-
-
-def _holds_plain(values: Mapping[str, Any]) -> bool:
-    return any(type(value) in PLAIN for value in values.values())
-
-
-class _Itself:
-    """Stands for a value that is compared by identity. It keeps the value, as ids of values that are gone are used again."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _plain(value: object) -> object:
-    """A value that can be compared: of containers of plain values these; anything else is like itself alone."""
-    if type(value) in PLAIN:
-        return value
-    if isinstance(value, (list, tuple)) and all(type(one) in PLAIN for one in value):
-        return type(value), *value
-    if type(value) is dict or isinstance(value, nn.Module):  # looked at by themselves
-        return type(value)
-    return _Itself(value)
