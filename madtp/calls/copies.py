@@ -7,14 +7,20 @@ the copies, too, or a trace would meet the original modules.
 
 from __future__ import annotations
 
+import copy
 import functools
+import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from types import CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+DEPTH = 3
+"""How deep objects of the host's own classes lie in each other that are looked at."""
+CLOSED = (nn.Module, Tensor, type, ModuleType, BuiltinFunctionType)
+LIBRARIES = ("builtins", "torch", "madtp", "numpy", "threading", "logging", "_thread")
 # What torch keeps in a module under these names, the copy has of its own.
 OWN = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
@@ -23,39 +29,40 @@ def share(module: nn.Module, prepare: Callable[[nn.Module], None] | None = None)
     """Return a copy of a module and its submodules: new module objects with the same parameters and buffers.
 
     Training flags, hooks and submodules can be changed in the copy alone. A module that is used twice stays one module. What
-    holds modules of the tree (lists, tuples, dicts and the like, bound methods, partial functions, closures) holds the copies.
+    holds modules of the tree (lists, tuples, dicts and the like, bound methods, partial functions, closures, weak references,
+    objects of the host's own classes) holds the copies.
 
     Args:
         module: the module to copy.
         prepare: called with each copy before its children are copied; it may change what the copy holds.
     """
     copies: dict[int, nn.Module] = {}
-    copy = _copied(module, copies, prepare)
+    shared = _copied(module, copies, prepare)
     rebinding = _Rebinding(copies)
     for one in copies.values():
         for name, value in one.__dict__.items():
             if name not in OWN:
                 one.__dict__[name] = rebinding(value)
-    return copy
+    return shared
 
 
 def _copied(module: nn.Module, copies: dict[int, nn.Module], prepare: Callable[[nn.Module], None] | None) -> nn.Module:
     """The copy of a module; ``copies`` holds those made so far, by ``id`` of the original."""
     if id(module) in copies:
         return copies[id(module)]
-    copy = object.__new__(module.__class__)  # a constructor of its own may make something else
-    copies[id(module)] = copy
-    copy.__dict__ = dict(module.__dict__)
+    own = object.__new__(module.__class__)  # a constructor of its own may make something else
+    copies[id(module)] = own
+    own.__dict__ = dict(module.__dict__)
     for name, value in module.__dict__.items():
         hooks = name.endswith("_hooks") and isinstance(value, dict)
         if hooks or name in OWN:
-            copy.__dict__[name] = value.copy()
+            own.__dict__[name] = value.copy()
     if prepare is not None:
-        prepare(copy)
-    copy.__dict__["_modules"] = {
-        name: None if child is None else _copied(child, copies, prepare) for name, child in copy._modules.items()
+        prepare(own)
+    own.__dict__["_modules"] = {
+        name: None if child is None else _copied(child, copies, prepare) for name, child in own._modules.items()
     }
-    return copy
+    return own
 
 
 class _Rebinding:
@@ -71,6 +78,7 @@ class _Rebinding:
         # ids of values that are gone are used again.
         self._known: dict[int, tuple[object, object]] = {}
         self._cells: dict[int, tuple[CellType, CellType]] = {}
+        self._depth = 0
 
     def __call__(self, value: Any) -> Any:
         """The value, or one like it that holds copies."""
@@ -78,11 +86,56 @@ class _Rebinding:
             return self._copies.get(id(value), value)
         make = next((make for kind, make in _KINDS.items() if type(value) is kind), None)
         if make is None:
-            return value
+            if self._depth == DEPTH or not _may_hold_modules(value):
+                return value
+            make = _Rebinding.object
         if id(value) not in self._known:
             self._known[id(value)] = (value, value)  # what holds itself is left as it is
             self._known[id(value)] = (value, make(self, value))
         return self._known[id(value)][1]
+
+    def object(self, value: Any) -> Any:
+        """An object of the host's own, such as a namespace or a list of a class of its own."""
+        self._depth += 1
+        try:
+            if isinstance(value, tuple):
+                items = [self(one) for one in value]
+                return value if _same(items, value) or not hasattr(value, "_fields") else type(value)(*items)
+            names = [name for name in _attributes(value) if hasattr(value, name)]
+            before = [getattr(value, name) for name in names]
+            attributes = [self(one) for one in before]
+            entries = self._entries(value)
+        finally:
+            self._depth -= 1
+        if _same(attributes, before) and entries is None:
+            return value
+        try:
+            changed = copy.copy(value)
+            for name, one in zip(names, attributes, strict=True):
+                object.__setattr__(changed, name, one)  # past what a frozen class refuses
+        except Exception:  # it lets itself not be copied
+            return value
+        if isinstance(entries, dict):
+            changed.update(entries)
+        elif entries is not None:
+            changed[:] = entries
+        return changed
+
+    def _entries(self, value: Any) -> list[Any] | dict[Any, Any] | None:
+        """The entries of a list or dict of a class of its own; None if they stay."""
+        if isinstance(value, list):
+            items = [self(one) for one in value]
+            return None if _same(items, value) else items
+        if isinstance(value, dict):
+            found = {key: self(one) for key, one in value.items()}
+            return None if _same(list(found.values()), value.values()) else found
+        return None
+
+    def reference(self, value: weakref.ReferenceType[Any]) -> weakref.ReferenceType[Any]:
+        """A weak reference."""
+        owner = value()
+        changed = self(owner)
+        return value if changed is owner else weakref.ref(changed)
 
     def items(self, value: Any) -> Any:
         """A sequence or a set."""
@@ -142,7 +195,20 @@ _KINDS: dict[type, Callable[[_Rebinding, Any], Any]] = {
     MethodType: _Rebinding.method,
     functools.partial: _Rebinding.partial,
     FunctionType: _Rebinding.function,
+    weakref.ReferenceType: _Rebinding.reference,
 }
+
+
+def _may_hold_modules(value: object) -> bool:
+    kind = type(value)
+    return not isinstance(value, CLOSED) and kind.__module__.partition(".")[0] not in LIBRARIES
+
+
+def _attributes(value: object) -> list[str]:
+    """The names of what an object keeps in itself."""
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for one in slots for name in ((one,) if isinstance(one, str) else one)]
+    return [*getattr(value, "__dict__", {}), *(name for name in names if name not in ("__dict__", "__weakref__"))]
 
 
 def _same(items: list[Any], others: Any) -> bool:
