@@ -52,13 +52,23 @@ class ModuleState(NamedTuple):
             their weights.
         attributes: the attributes of modules that are more than one operation, and of configurations; then which parameters
             want a gradient, if that is not as it was.
+        shapes: of each buffer, which a model may enlarge as it runs; None for those that are None.
         ties: of tensors that had several names, which of the names still stand for one tensor.
     """
 
     training: tuple[bool, ...]
     dtypes: tuple[torch.dtype | None, ...]
     attributes: tuple[object, ...] = ()
+    shapes: tuple[torch.Size | None, ...] = ()
     ties: tuple[tuple[int, ...], ...] = ()
+
+
+class _Tensors(NamedTuple):
+    """What a state says of parameters and buffers."""
+
+    dtypes: tuple[torch.dtype | None, ...]
+    shapes: tuple[torch.Size | None, ...]
+    ties: tuple[tuple[int, ...], ...]
 
 
 class _Namespace(NamedTuple):
@@ -115,8 +125,8 @@ class ModuleStates:
 
     It remembers the tree, as a walk through it would cost a small model a twentieth of a call, and walks again when a module
     has other children or attributes. Leaves stand for one operation, which programs call where it lies: what replaces them
-    later is called as they were. While a compiler follows, dtypes and attributes are those of the
-    last call.
+    later is called as they were. While a compiler follows, all but modes is that of
+    the last call.
 
     Args:
         model: the root of the tree.
@@ -133,7 +143,7 @@ class ModuleStates:
         self._wanted = _gradients_wanted([module for _, module in self._named_modules()])
         self._tree: _Tree | None = self._walked()
         self._last: tuple[list[object], tuple[object, ...]] = ([], ())
-        self._dtypes: tuple[torch.dtype | None, ...] = ()
+        self._tensors = _Tensors((), (), ())
 
     def __deepcopy__(self, memo: dict[int, object]) -> ModuleStates:
         # The copies of the modules are not complete yet, so the first call walks through them.
@@ -154,9 +164,15 @@ class ModuleStates:
                 tree = self._tree = self._walked()
                 values = _values(tree)
             self._last = self._compared(values)
-            self._dtypes = _dtypes(tree)
-        ties = tuple([_ties(places) for places in tree.tied])
-        return ModuleState(tuple([module.training for module in tree.inner]), self._dtypes, self._last[1], ties)
+            ties = tuple([_ties(places) for places in tree.tied])
+            self._tensors = _Tensors(_dtypes(tree), _shapes(tree), ties)
+        return ModuleState(
+            training=tuple([module.training for module in tree.inner]),
+            dtypes=self._tensors.dtypes,
+            attributes=self._last[1],
+            shapes=self._tensors.shapes,
+            ties=self._tensors.ties,
+        )
 
     @property
     def tree(self) -> object:
@@ -278,6 +294,11 @@ def _dtypes(tree: _Tree) -> tuple[torch.dtype | None, ...]:
     own = chain.from_iterable([(*module._parameters.values(), *module._buffers.values()) for module in tree.inner])
     dtypes = [None if one is None else one.dtype for one in own]
     return (*dtypes, *[_dtype_of(leaf, before) for leaf, before in tree.leaves])
+
+
+def _shapes(tree: _Tree) -> tuple[torch.Size | None, ...]:
+    buffers = chain.from_iterable([module._buffers.values() for module in tree.inner])
+    return tuple([None if one is None else one.shape for one in buffers])
 
 
 def _is_our_own(value: object) -> bool:

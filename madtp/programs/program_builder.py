@@ -18,7 +18,7 @@ from madtp.calls.fast_path import spelled_out
 from madtp.calls.hooks import without_hooks
 from madtp.calls.objects import ResultSpec, on_tensors, result_spec_of
 from madtp.calls.packed_images import PerImageArguments, per_image_module
-from madtp.errors import CaptureError, ExampleInputsError
+from madtp.errors import CaptureError, ExampleInputsError, MadtpError, RewriteError
 from madtp.programs.caches_in_place import CachesInPlace
 from madtp.programs.lost_gradients import lost_gradients
 from madtp.programs.originals import original_of
@@ -200,5 +200,10 @@ class ProgramBuilder:
         """What a program returns with pruning off, and what it writes to tensors."""
         leaves = call.flat()[0]
         with trial_run(self.host, leaves) as trial, self.additions.control.unpruned():
-            result = program.run(self._without_hooks(), leaves)
+            try:
+                result = program.run(self._without_hooks(), leaves)
+            except (MadtpError, OtherBranch):
+                raise
+            except Exception as error:  # the original has run: a buffer, say, is larger than in the capture
+                raise RewriteError(f"its program fails: {type(error).__name__}: {error}") from error
         return result, trial.written

@@ -11,6 +11,7 @@ import torch
 from joint_stream_models import Encoder, Patches
 from model_case import WIDTH, lively
 from rewritten_models import gap
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import madtp
@@ -104,6 +105,44 @@ def test_a_program_for_another_branch_leaves_no_trace() -> None:
         with pruned.dense():
             assert gap(own(given), pruned(given)) < 1e-5
     assert float(pruned.count) == 4
+
+
+class Growing(nn.Module):
+    """Makes its table larger for more patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit: Any = vit_of(3)
+        self.register_buffer("table", waves(64), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.vit.patch_embed(pixels)
+        if x.shape[1] > len(self.table):
+            self.table = waves(x.shape[1])
+        return self.vit.head(self.vit.norm(self.vit.blocks(x + self.table[: x.shape[1]])).mean(1))
+
+
+def waves(count: int) -> Tensor:
+    return torch.outer(torch.arange(count).float(), torch.linspace(0.1, 1, 32)).sin()
+
+
+def vit_of(depth: int) -> Any:
+    return VisionTransformer(img_size=64, patch_size=8, embed_dim=32, depth=depth, num_heads=2, num_classes=5)
+
+
+@torch.no_grad()
+def test_a_buffer_that_forward_enlarges() -> None:
+    torch.manual_seed(0)
+    model = Growing().eval()
+    model.vit.patch_embed.strict_img_size = False
+    own = copy.deepcopy(model)
+    pruned = madtp.rewrite(model, (torch.randn(2, 3, 64, 64),), config=CONFIG)
+    for size in (64, 96, 64, 96):
+        pixels = torch.randn(2, 3, size, size)
+        assert pruned(pixels).shape == (2, 5)
+        with pruned.dense():
+            assert gap(own(pixels), pruned(pixels)) < 1e-5
+    assert len(model.table) == 64
 
 
 class Pair(nn.Module):
