@@ -7,6 +7,7 @@ Start at :func:`rewrite_model`, which :func:`madtp.rewrite` calls. ``choice.py``
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +31,7 @@ from rewriters.plan.plan import Plan
 from rewriters.plan.request import Request
 from rewriters.regions.assembly import assemble
 from rewriters.regions.choice import rewrite_regions
+from rewriters.regions.counted_numbers import Place, counted_by, why_not_counted
 from rewriters.regions.fault import region_at_fault
 from rewriters.regions.rewritten import RewrittenRegions
 from rewriters.regions.stored_state import StoredAttribute, stored_by, stored_note, why_not_rewritten
@@ -59,12 +61,12 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
     # Hooks of the user are not to see what tracing computes; calls while there are any run as the original does.
     own_hooks = needed_hooks(model, call)
     bare = without_hooks(model, own_hooks)
-    stored = stored_by(bare, call)
+    stored, counted = stored_by(bare, call), counted_by(bare, call)
     rejected: dict[str, str] = {}
     # Each round captures afresh, without the regions that failed a check.
     while True:
         rewritten = rewrite_regions(replace(request, model=share(bare)), rejected)
-        keeping = _keeping_state(rewritten, stored)
+        keeping = _keeping_state(rewritten, stored, counted)
         if keeping:
             rejected |= keeping
             continue
@@ -81,9 +83,14 @@ def rewrite_model(model: nn.Module, call: Call, config: PruningConfig, plan: Pla
         rejected[failure.name] = failure.reason
 
 
-def _keeping_state(rewritten: RewrittenRegions, stored: list[StoredAttribute]) -> dict[str, str]:
+def _keeping_state(
+    rewritten: RewrittenRegions, stored: Sequence[StoredAttribute], counted: Sequence[Place]
+) -> dict[str, str]:
     """Names of the regions whose modules keep state between calls, with the reason why they are not rewritten."""
-    reasons = {one.region.name: why_not_rewritten(stored, one.region) for one in rewritten.regions}
+    reasons = {
+        one.region.name: why_not_rewritten(stored, one.region) or why_not_counted(counted, one.region)
+        for one in rewritten.regions
+    }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
