@@ -112,16 +112,24 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: the folder is missing, foreign, newer or damaged.
     """
-    description = _read_config(folder)
     while True:
+        before = _stamp(folder)
+        description = _read_config(folder)
         try:
             return _read_tensors(folder, description), description
         except CheckpointError:
             # Whoever replaces the model removes the tensors that the old configuration names.
-            newer = _read_config(folder)
-            if newer == description:
+            if _stamp(folder) == before:
                 raise
-            description = newer
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What differs between two configurations that were written one after the other, even where they say the same."""
+    try:
+        found = (folder / CONFIG).stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -149,12 +157,10 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Ten
                     f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again."
                 )
         tensors.update({alias: tensors[original] for alias, original in aliases.items()})
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} lacks {name}, which its {CONFIG} names; copy the whole folder again."
-        ) from error
-    except (OSError, RuntimeError, SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
+    except (OSError, RuntimeError) as error:  # torch maps the file, and its errors are not the system's
+        raise CheckpointError(f"{path} cannot be read ({error}); copy the whole folder again.") from error
     if description.get(STORED) == EIGHT_BIT:
         tensors = unpack(tensors, _read_base(folder, description[BASE]) if BASE in description else None)
     return tensors
