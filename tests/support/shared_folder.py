@@ -22,7 +22,8 @@ from madtp.saving.model_folder import CONFIG, read_folder, write_folder
 
 WRITERS, READERS, SAVES = 2, 3, 2
 SIZE = 10_000
-TIMEOUT = 120.0
+# Seconds that the processes wait for each other: to import torch on a busy machine, and within a round.
+START, TIMEOUT = 600.0, 120.0
 
 
 @dataclass
@@ -79,6 +80,7 @@ def _attempt(outcome: Outcome, who: str, action: Callable[[], object]) -> bool:
 
 def _write(shared: _Shared, number: int) -> None:
     outcome = Outcome()
+    shared.meeting.wait(START)
     for round_number in range(shared.rounds):
         shared.meeting.wait(TIMEOUT)
         for one in range(SAVES):
@@ -92,6 +94,7 @@ def _write(shared: _Shared, number: int) -> None:
 
 def _read(shared: _Shared) -> None:
     outcome = Outcome()
+    shared.meeting.wait(START)
     for _ in range(shared.rounds):
         shared.meeting.wait(TIMEOUT)
         while shared.writing.value:
@@ -126,6 +129,7 @@ def run_rounds(folder: Path, rounds: int) -> Outcome:
     for process in processes:
         process.start()
     total = Outcome()
+    shared.meeting.wait(START)
     for round_number in range(rounds):
         if round_number % 2 == 0:
             shutil.rmtree(folder, ignore_errors=True)
