@@ -78,6 +78,10 @@ class CheckpointError(MadtpError):
     """A file or folder is damaged, foreign, too new, or belongs to another model."""
 
 
+class UnwritableError(CheckpointError, OSError):
+    """A file or folder cannot be written: the disk is full, or the place is taken or not ours; the message says what to do."""
+
+
 class CalibrationError(MadtpError):
     """The reduction that was asked for cannot be reached; the message says what can."""
 

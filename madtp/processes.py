@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from madtp.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -100,6 +102,30 @@ def launched() -> Processes:
     return Processes(int(os.environ.get("RANK", "0")), size) if size > 1 else ALONE
 
 
+def usable_device(device: str) -> torch.device:
+    """Return a device by its name, once a tensor has been there and back.
+
+    Raises:
+        ConfigError: torch does not know it, or this machine does not have it; the message names those that it has.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}, which names no device; {_devices_here()}.") from error
+    try:
+        torch.zeros(1, device=found).cpu()
+    except Exception as error:  # what a missing device raises depends on its kind
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(f"device is {device!r}, which cannot be used here ({reason}); {_devices_here()}.") from error
+    return found
+
+
+def _devices_here() -> str:
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    others = [f"{kind.type}:{number}" for number in range(torch.accelerator.device_count())] if kind else []
+    return f"this machine has {', '.join(['cpu', *others])}"
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Processes, str]]:
     """Join the processes that a launcher has started with this one, for the block.
@@ -111,10 +137,14 @@ def joined(device: str) -> Iterator[tuple[Processes, str]]:
 
     Yields:
         The processes, and the device of this one.
+
+    Raises:
+        ConfigError: this machine does not have the device.
     """
     own = launched().size > 1 and not dist.is_initialized()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    usable_device(device)
     if device.startswith("cuda:") and (own or current().size > 1):
         torch.cuda.set_device(device)
     if own:

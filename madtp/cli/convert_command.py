@@ -43,11 +43,13 @@ def convert_command(
     """Entry point of the command; see ``HELP``."""
     import json
 
+    from madtp.atomic_files import check_writable
     from madtp.cli.console import error_console, output_console, plain_fields
     from madtp.errors import CheckpointError
 
     if output.exists():
         raise CheckpointError(f"{output} exists and is not overwritten; delete it or choose another name.")
+    check_writable(output)
     with error_console.status(f"reading {source} into {model}"):
         report = _dense(source, output, model) if output.suffix == DENSE_SUFFIX else _pruned(source, output, model)
     if as_json:

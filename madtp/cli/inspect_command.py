@@ -39,6 +39,7 @@ def inspect_command(
     import json
 
     import madtp
+    from madtp.atomic_files import check_writable
     from madtp.cli.console import error_console, output_console, plain_fields
     from madtp.errors import ConfigError
     from madtp.pictures.graph import SUFFIXES, draw_graph
@@ -46,6 +47,8 @@ def inspect_command(
 
     if graph is not None and graph.suffix not in SUFFIXES:
         raise ConfigError(f"--graph {graph} ends in {graph.suffix!r}; use one of {', '.join(SUFFIXES)}.")
+    if graph is not None:
+        check_writable(graph)
     with error_console.status(f"building {model}"):
         found = find_model(model)
     parameters = sum(p.numel() for p in found.model.parameters())

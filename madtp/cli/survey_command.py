@@ -143,8 +143,13 @@ class Tables(Protocol[ToShow]):
 
 def _run(order: Order, survey: Survey[AnyRecord], tables: Tables[AnyRecord]) -> None:
     """Run a survey, and show and write its records."""
+    from madtp.atomic_files import check_writable, write_text
     from madtp.cli.console import error_console, output_console
     from madtp.survey.runner import load
+
+    for path in (order.json_file, order.markdown_file):
+        if path is not None:
+            check_writable(path)
 
     records = {record.name: record for record in load(order.json_file, survey)} if order.json_file else {}
     repeat = set(order.again.split(",")) if order.again else set()
@@ -154,8 +159,7 @@ def _run(order: Order, survey: Survey[AnyRecord], tables: Tables[AnyRecord]) -> 
     output_console.print(tables.terminal(shown))
     output_console.print(tables.summary(shown), soft_wrap=True)
     if order.markdown_file is not None:
-        order.markdown_file.parent.mkdir(parents=True, exist_ok=True)
-        order.markdown_file.write_text(tables.markdown(list(records.values()), order.note), encoding="utf-8")
+        write_text(order.markdown_file, tables.markdown(list(records.values()), order.note))
         error_console.print(f"page written to {order.markdown_file}")
     if any(record.outcome in ("wrong", "error") for record in shown):
         raise typer.Exit(1)

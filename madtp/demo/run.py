@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from madtp.atomic_files import check_writable_folder
 from madtp.demo.measure import inputs_of, measure, steps
 from madtp.demo.models import Entry, PrunedEntry, load_models
 from madtp.demo.table import measurement_table
@@ -48,10 +49,11 @@ def run_demo(output: Path, *, samples: int, seed: int, console: Console, weights
 
     Raises:
         DataError: if ``samples`` is below 1.
-        CheckpointError: if the weights are missing or damaged.
+        CheckpointError: if the weights are missing or damaged, or if ``output`` cannot be written.
     """
     if samples < 1:
         raise DataError(f"{samples} samples were asked for; at least 1 is needed.")
+    check_writable_folder(output)
     from zoo.scenes import SceneDataset, collate
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

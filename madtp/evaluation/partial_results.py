@@ -72,15 +72,12 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
         CheckpointError: if it cannot be written, or holds NaN.
     """
     try:
-        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written ({error}); free space there or choose another output."
-        ) from error
+        text = json.dumps(content, indent=1, allow_nan=False)
     except ValueError as error:
         raise CheckpointError(
             f"{path} would hold NaN or an infinite number ({error}); check the weights for NaN."
         ) from error
+    write_text(path, text + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from madtp.atomic_files import replacing_file
 from madtp.errors import DataError
 from madtp.pictures.examples import Example, KeptPatches, answer_word, fade_dropped, most_layers
 
@@ -127,8 +128,8 @@ def draw_figure(
                 corner = _Row(left + whole + 0.08, y + line * row, name_width)
                 _draw_row(canvas, corner, patches.model, _panels(patches, image, index, layers))
         top += band + FOOT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    with replacing_file(path) as draft:
+        figure.savefig(draft, dpi=dpi)
     return path
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import networkx as nx
 
+from madtp.atomic_files import replacing_file
 from madtp.errors import DataError
 
 SUFFIXES = (".png", ".svg", ".pdf", ".dot")
@@ -34,11 +35,11 @@ def draw_graph(graph: nx.DiGraph, path: Path) -> Path:
         raise DataError(f"{path} ends in {path.suffix!r}; a graph is written as one of {', '.join(SUFFIXES)}.")
     if not graph:
         raise DataError("the graph holds no blocks, so there is nothing to draw.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".dot":
-        path.write_text(to_dot(graph), encoding="utf-8")
-    else:
-        _plot(graph, path)
+    with replacing_file(path) as draft:
+        if path.suffix == ".dot":
+            draft.write_text(to_dot(graph), encoding="utf-8")
+        else:
+            _plot(graph, draft)
     return path
 
 

@@ -12,6 +12,7 @@ from string import Template
 
 from torch import Tensor
 
+from madtp.atomic_files import write_text
 from madtp.errors import DataError
 from madtp.pictures.examples import Example, KeptPatches, answer_word, fade_dropped
 
@@ -66,8 +67,7 @@ def write_page(
         rows="\n".join(_table_row(m) for m in measurements),
         examples="\n".join(_card(number, example) for number, example in enumerate(examples, start=1)),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(body, encoding="utf-8")
+    write_text(path, body)
     return path
 
 

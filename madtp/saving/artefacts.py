@@ -6,12 +6,13 @@ tensors of its output in order.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from madtp.errors import ExampleInputsError, ExportError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 Opened: TypeAlias = Callable[..., list[Tensor]]
 """An opened artefact: takes what the model takes, returns the tensors among the leaves of its output."""
@@ -51,8 +55,39 @@ def tensors_of(output: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+class _PatientFile(io.FileIO):
+    """A file to write that keeps its first error until :meth:`close`: torch ends the process if writing an archive fails."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._failure: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write all of ``data``, or pretend to."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self._failure is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._failure = error
+        return size
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            OSError: not all has been written.
+        """
+        super().close()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
 def _write_pt2(program: ExportedProgram, description: Mapping[str, object], path: Path) -> None:
-    torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(description)})
+    with _PatientFile(path) as file:
+        torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(description)})
 
 
 def _open_pt2(path: Path) -> Opened:
@@ -61,17 +96,18 @@ def _open_pt2(path: Path) -> Opened:
 
 
 def _write_aoti(program: ExportedProgram, description: Mapping[str, object], path: Path) -> None:
-    try:
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {"madtp": json.dumps(description)}},
-        )
-    except Exception as error:  # compilers fail in many ways
-        raise ExportError(
-            f"AOTInductor could not compile the model ({type(error).__name__}: {reason_of(error)}). It needs a C++ compiler; "
-            "the format pt2 needs none."
-        ) from error
+    with _PatientFile(path) as file:
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=file,
+                inductor_configs={"aot_inductor.metadata": {"madtp": json.dumps(description)}},
+            )
+        except Exception as error:  # compilers fail in many ways
+            raise ExportError(
+                f"AOTInductor could not compile the model ({type(error).__name__}: {reason_of(error)}). It needs a C++ "
+                "compiler; the format pt2 needs none."
+            ) from error
 
 
 def _open_aoti(path: Path) -> Opened:

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import madtp
-from madtp.atomic_files import replacing_file
+from madtp.atomic_files import check_writable, is_write_failure, replacing_file
 from madtp.calls.batch import sample_dims
 from madtp.calls.call import Call, Inputs
 from madtp.errors import ConfigError, ExampleInputsError, ExportError, MadtpError
@@ -84,6 +84,7 @@ def export(
         ExampleInputsError: the inputs do not fit the model.
         ExportError: the model is not frozen, something in it depends on values, a library or compiler is missing, or the
             artefact computes something else. Nothing is left at ``path`` that was not there before.
+        UnwritableError: there is no room for the file, or no right to write it.
     """
     if not isinstance(pruned, PrunedModel):
         raise ExportError(f"a {type(pruned).__name__} is no pruned model; rewrite it with madtp.rewrite first.")
@@ -128,6 +129,7 @@ def _check_target(path: Path) -> None:
     blocking = next((parent for parent in path.parents if parent.exists()), None)
     if blocking is not None and not blocking.is_dir():
         raise ConfigError(f"{blocking} is a file, so {path} cannot be written.")
+    check_writable(path)
 
 
 def _written(
@@ -146,6 +148,8 @@ def _written(
     except MadtpError:
         raise
     except Exception as error:  # writers and runtimes fail in many ways
+        if is_write_failure(error, draft):
+            raise
         raise ExportError(
             f"the model cannot be written or run as {chosen.name} ({type(error).__name__}: {reason_of(error)})."
         ) from error

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from madtp.atomic_files import draft_of, publish, write_text
+from madtp.atomic_files import draft_of, publish, write_failures, write_text
 from madtp.errors import CheckpointError
 from madtp.saving.eight_bit import unpack
 
@@ -30,6 +31,7 @@ if sys.platform != "win32":
 FORMAT = "madtp-pruned-model"
 VERSION = 1
 CONFIG = "config.json"
+TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 # A folder whose description says so holds matrices as `madtp/saving/eight_bit.py` packs them; with a base, as the difference
 # from those of a file next to the folder.
 STORED, EIGHT_BIT, BASE = "stored_dtype", "int8", "base"
@@ -46,46 +48,91 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
     """
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
-    try:
-        with draft_of(folder / "model.safetensors") as draft:
-            save_file(stored, draft, metadata={"format": FORMAT})
-            digest, size = sha256_of(draft), draft.stat().st_size
-            name = f"model-{digest[:12]}.safetensors"
-            file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
-            content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
-            with _one_writer(folder):
+    with write_failures(folder), draft_of(folder / "model.safetensors") as draft:
+        save_file(stored, draft, metadata={"format": FORMAT})
+        digest, size = sha256_of(draft), draft.stat().st_size
+        name = f"model-{digest[:12]}.safetensors"
+        file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
+        content = {"format": FORMAT, "version": VERSION, **description, "tensors": file}
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        with _one_writer(folder) as alone:
+            try:
                 publish(draft, folder / name)
-                write_text(folder / CONFIG, json.dumps(content, indent=1, allow_nan=False) + "\n")
-                for old in folder.glob("model-*.safetensors"):
-                    if old.name != name:
-                        old.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be written ({error}); free space there or choose another folder."
-        ) from error
+                write_text(folder / CONFIG, text)
+            finally:
+                if alone:
+                    _remove_unnamed(folder)
 
 
 @contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """Let others that save into the folder wait, where the system has file locks."""
+def _one_writer(folder: Path) -> Iterator[bool]:
+    """Let others that save into the folder wait, where the system and the file system have such locks.
+
+    Yields:
+        Whether they wait. Where they do not, nothing may be removed: it may be what another one has just written.
+    """
     if sys.platform == "win32":
-        yield
+        yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # file systems of a network may not lock folders
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            # A process that another thread has forked meanwhile holds the descriptor, too, so closing it is not enough.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Remove tensor files that the configuration does not name: of the model before, or of a save that has failed."""
+    try:
+        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["tensors"]["file"]
+    except FileNotFoundError:
+        named = None
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for path in folder.glob("model-*.safetensors"):
+        if TENSOR_FILE.fullmatch(path.name) and path.name != named:
+            with suppress(OSError):  # Windows keeps files that a reader has open; the next save removes them
+                path.unlink()
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and description of a saved model; every byte is checked. Packed matrices come as float32.
 
+    The model is that of one moment, whoever saves into the folder meanwhile.
+
     Raises:
         CheckpointError: the folder is missing, foreign, newer or damaged.
     """
-    description = _read_config(folder)
+    while True:
+        before = _stamp(folder)
+        description = _read_config(folder)
+        try:
+            return _read_tensors(folder, description), description
+        except CheckpointError:
+            # Whoever replaces the model removes the tensors that the old configuration names.
+            if _stamp(folder) == before:
+                raise
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What differs between two configurations that were written one after the other, even where they say the same."""
+    try:
+        found = (folder / CONFIG).stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         name, size, digest = (description["tensors"][k] for k in ("file", "bytes", "sha256"))
         aliases = dict(description["tensors"]["aliases"])
@@ -98,19 +145,25 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {name}, which its {CONFIG} names; copy the whole folder again.")
-    found = path.stat().st_size
-    if found != size:
-        raise CheckpointError(f"{path} is damaged: it has {found} of {size} bytes; copy it again.")
-    if sha256_of(path) != digest:
-        raise CheckpointError(f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again.")
     try:
-        tensors = load_file(path)
+        # An open file can be read to its end, and a mapped one used, when another process has removed it.
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise CheckpointError(f"{path} is damaged: it has {found} of {size} bytes; copy it again.")
+            tensors = load_file(path)
+            if _sha256(file) != digest:
+                raise CheckpointError(
+                    f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again."
+                )
         tensors.update({alias: tensors[original] for alias, original in aliases.items()})
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
+    except (OSError, RuntimeError) as error:  # torch maps the file, and its errors are not the system's
+        raise CheckpointError(f"{path} cannot be read ({error}); copy the whole folder again.") from error
     if description.get(STORED) == EIGHT_BIT:
         tensors = unpack(tensors, _read_base(folder, description[BASE]) if BASE in description else None)
-    return tensors, description
+    return tensors
 
 
 def describe_base(path: Path) -> dict[str, str]:
@@ -202,10 +255,14 @@ def _without_sharing(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 

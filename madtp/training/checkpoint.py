@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from madtp.atomic_files import replacing_folder
+from madtp.atomic_files import remove_folder, replacing_folder
 from madtp.errors import CheckpointError
 
 VERSION = 1
@@ -48,8 +48,10 @@ def write_checkpoint(
 
     Returns:
         The folder of the new checkpoint.
+
+    Raises:
+        UnwritableError: the checkpoint cannot be written; those that are there stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / checkpoint_name(step)
     for left in folder.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(left)
@@ -72,7 +74,7 @@ def write_checkpoint(
         save_file(stored, draft / _TENSORS)
         (draft / _STATE).write_text(json.dumps(content, indent=1))
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return target
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from madtp.errors import ConfigError, TrainingError
-from madtp.processes import current
+from madtp.processes import current, usable_device
 from madtp.pruned import PrunedModel
 from madtp.training.attention_kernels import inference_kernels, training_kernels
 from madtp.training.batch_shares import Batch, BatchShares, Metrics
@@ -118,12 +118,12 @@ def fit(
         stop_after: total number of steps after which to stop, with a checkpoint.
 
     Raises:
-        ConfigError: if the batch of a step cannot be divided over processes and micro batches, or if the config asks for
-            something that is not available.
+        ConfigError: if the batch of a step cannot be divided over processes and micro batches, or if the config or ``device``
+            asks for something that is not available.
         TrainingError: if the loss is not finite, or if the folder holds checkpoints and ``resume`` is off.
         CheckpointError: if the checkpoint to resume from is unusable.
     """
-    processes = current()
+    processes, place = current(), usable_device(device)
     shares = BatchShares(learner.samples_per_step, processes, config.accumulate, config.seed)
     checkpoints = folder / "checkpoints"
     found = last_checkpoint(checkpoints)
@@ -136,7 +136,7 @@ def fit(
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    module = learner.module.to(device)
+    module = learner.module.to(place)
     if config.gradient_checkpointing:
         _checkpoint_pruned(module)
     optimisers = make_optimisers(module, config)
@@ -155,7 +155,7 @@ def fit(
         optimisers=optimisers,
         board=board,
         writer=writer,
-        device=torch.device(device),
+        device=place,
         saved=found,
     )
     began = time.perf_counter()

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from madtp.atomic_files import check_writable_folder
 from madtp.errors import ConfigError
 from madtp.processes import joined
 from madtp.training.config import TrainingConfig
@@ -77,11 +78,13 @@ def train(
         ConfigError: if the config cannot be read, or holds something that the recipe does not know.
         TrainingError: if training fails; the message says where to resume.
         CheckpointError: if the checkpoint to resume from is unusable.
+        UnwritableError: if ``output`` is a file, cannot be written, or the disk is full; checkpoints that are there stay.
     """
     content = read_config(config)
     training = TrainingConfig.from_dict(content.get("training", {}))
     recipe = _recipe(content["recipe"])
     folder = Path(output)
+    check_writable_folder(folder)
     with joined(device) as (processes, place):
         learner = recipe.build(content.get("settings", {}), training)
         result = fit(learner, training, folder, resume=resume, device=place, progress=progress, stop_after=stop_after)

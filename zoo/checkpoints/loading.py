@@ -109,11 +109,8 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     own = model.state_dict()
     tied = _tied(own)
     kept = {key: value.detach().cpu().contiguous() for key, value in own.items() if key == tied[key][0]}
-    try:
-        with replacing_file(path) as draft:
-            save_file(kept, draft)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with replacing_file(path) as draft:
+        save_file(kept, draft)
 
 
 def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:

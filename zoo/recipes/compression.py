@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import madtp
 import zoo
+from madtp.atomic_files import write_text
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
@@ -226,7 +227,7 @@ def finish_compression(
         },
         "test": test(shipped),
     }
-    (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1, default=str) + "\n")
+    write_text(output / "pruned" / "card.json", json.dumps(card, indent=1, default=str) + "\n")
 
 
 def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, object]) -> PrunedModel:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import madtp
 import zoo
+from madtp.atomic_files import write_text
 from madtp.training.batch_shares import Batch, Metrics
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, fit
@@ -65,7 +66,7 @@ def training_free(settings: Mapping[str, object], training: TrainingConfig, outp
     write_pruned(learner, output)
     path = output / "pruned" / "card.json"
     card = json.loads(path.read_text())
-    path.write_text(json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
+    write_text(path, json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
 
 
 def frozen(settings: Mapping[str, object], trained: Path, output: Path) -> None:
@@ -237,5 +238,4 @@ def _write_card(
         **more,
         "test": test_task(model, settings.model, data, items=settings.test_items, seed=settings.data_seed),
     }
-    (output / "pruned").mkdir(parents=True, exist_ok=True)
-    (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_text(output / "pruned" / "card.json", json.dumps(card, indent=1) + "\n")

@@ -12,6 +12,7 @@ from torch import nn
 
 import madtp
 import zoo
+from madtp.atomic_files import check_writable
 from madtp.errors import ConfigError
 from madtp.evaluation import Evaluation, PartialResults, Task, evaluate
 from madtp.evaluation.partial_results import write_json
@@ -102,10 +103,12 @@ def evaluate_settings(
         advance: Called with the number of samples that were done since the last call.
 
     Raises:
-        ConfigError: ``output`` is a folder.
+        ConfigError: ``output`` is a folder, or this machine does not have the device.
+        UnwritableError: ``output`` cannot be written, or the disk is full. Batches that are done need not be repeated.
     """
     if output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file for the result.")
+    check_writable(output)
     with joined(settings.device) as (processes, device):
         return _evaluate(
             settings,

@@ -193,6 +193,10 @@ def test_two_processes_evaluate_as_one_does(tmp_path: Path, whole: dict[str, Any
         (("-k", "best"), "'best' is neither a file, nor a saved folder, nor a shipped checkpoint"),
         (("--vocabulary", "/none.txt"), "no vocabulary file /none.txt"),
         (("-d", "other"), "no data set 'other'"),
+        (("--device", "banana"), "device is 'banana', which names no device; this machine has cpu"),
+        (("--device", "cuda:99"), "device is 'cuda:99', which cannot be used here"),
+        (("--output", "/dev/null/e.json"), "/dev/null/e.json cannot be written (Not a directory); choose another name"),
+        (("--output", "/dev/null"), "/dev/null cannot be written (File exists); choose another name"),
     ],
 )
 def test_what_does_not_fit_is_a_message(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -72,6 +72,32 @@ def test_a_missing_config_is_a_message(tmp_path: Path) -> None:
     assert "ConfigError" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "banana"), "ConfigError: device is 'banana', which names no device; this machine has cpu"),
+        (("--device", "cuda:99"), "ConfigError: device is 'cuda:99', which cannot be used here"),
+        (("--output", "taken"), "UnwritableError: taken cannot be written (taken is a file); choose another name."),
+        (("--output", "taken/run"), "UnwritableError: taken/run cannot be written (taken is a file)"),
+    ],
+)
+@pytest.mark.parametrize("command", [("train",), ("compress", "--reduction", "0.5")])
+def test_a_device_or_an_output_that_cannot_be_used_is_a_message(
+    command: tuple[str, ...],
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("mine")
+    result = CliRunner().invoke(app, [*command, *arguments])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert Path("taken").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 @pytest.mark.parametrize("text", ["steps", "=3", " = 3"])
 def test_an_override_without_name_or_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="NAME=VALUE"):

@@ -16,16 +16,18 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from case_models import CASES
+from full_disk import full_disk
 from joint_stream_models import SingleStream
 from model_case import lively, text
 from region_hosts import Collector
 from torch import Tensor, nn
 
 import madtp
-from madtp.errors import ConfigError, ExampleInputsError, ExportError
+from madtp.errors import ConfigError, ExampleInputsError, ExportError, UnwritableError
 from madtp.pruned import PrunedModel
 from madtp.saving import artefacts
 from madtp.saving import export as export_module
+from madtp.saving.artefacts import FORMATS
 from madtp.saving.export import open_artefact
 
 CONFIG = madtp.PruningConfig(temperature=4.0, alignment_tokens=8)
@@ -328,6 +330,18 @@ def test_what_cannot_be_exported_leaves_nothing_behind(
     with pytest.raises(ExportError, match="RuntimeError: data-dependent"):
         madtp.export(pruned, tmp_path / "vit.pt2", (images,))
     assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_full_disk_leaves_nothing_behind(frozen: tuple[PrunedModel, Tensor], tmp_path: Path, format: str) -> None:
+    """torch ends the process where its own writer of archives fails."""
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    pruned, images = frozen
+    path = tmp_path / "runs" / f"vit{FORMATS[format].suffix}"
+    with full_disk(), pytest.raises(UnwritableError, match=rf"^{path} cannot be written .*; free space there"):
+        madtp.export(pruned, path, (images,), format=format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_artefact_that_computes_something_else_is_refused(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
 from madtp.calls.record import record_call, replay_call
-from madtp.errors import CheckpointError, ExampleInputsError
+from madtp.errors import CheckpointError, ExampleInputsError, UnwritableError
 from madtp.saving.model_folder import read_folder, write_folder
 
 DTYPES = (
@@ -75,6 +76,19 @@ def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(whole))
     with pytest.raises(CheckpointError, match="damaged"):
         read_folder(tmp_path)
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path: Path) -> None:
+    for folder in (tmp_path / "old", tmp_path / "runs" / "new"):
+        with full_disk(), pytest.raises(UnwritableError, match=rf"^{folder} cannot be written .*; free space there"):
+            write_folder(folder, {"a": torch.ones(100, 100)}, {})
+        assert not folder.exists()
+        write_folder(folder, {"a": torch.zeros(3)}, {"note": "x" * 5000})
+        before = sorted(path.name for path in folder.iterdir())
+        with full_disk(), pytest.raises(UnwritableError, match="free space there"):
+            write_folder(folder, {"a": torch.ones(3)}, {"note": "x" * 5000})
+        assert sorted(path.name for path in folder.iterdir()) == before
+        assert not read_folder(folder)[0]["a"].any()
 
 
 def test_writing_the_same_model_twice_keeps_one_file(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from madtp.errors import CheckpointError, ConfigError, TrainingError
+from madtp.errors import CheckpointError, ConfigError, TrainingError, UnwritableError
 from madtp.training import Learner, TrainingConfig, fit
 from madtp.training.checkpoint import last_checkpoint
 from madtp.training.optim import learning_rate_at, make_optimisers
@@ -105,6 +106,42 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path: Path
         fit(learner(nan_at=9), tiny(), tmp_path / "late", progress=QUIET)
     with pytest.raises(TrainingError, match="no checkpoint yet"):
         fit(learner(nan_at=1), tiny(), tmp_path / "soon", progress=QUIET)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    fit(learner(), tiny(), tmp_path / "full", progress=QUIET, stop_after=4)
+    with full_disk(), pytest.raises(UnwritableError, match=r"step-00000008 cannot be written .*; free space there"):
+        fit(learner(), tiny(), tmp_path / "full", progress=QUIET, resume=True)
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-00000004"]
+    again, whole = learner(), learner()
+    fit(again, tiny(), tmp_path / "full", progress=QUIET, resume=True)
+    fit(whole, tiny(), tmp_path / "whole", progress=QUIET)
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], value), name
+
+
+def test_an_old_checkpoint_is_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed as it removes one leaves no part of it under a checkpoint's name."""
+
+    def killed(path: Path) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(learner(), tiny(checkpoint_every=1, keep_checkpoints=1), tmp_path, progress=QUIET)
+    for found in (tmp_path / "checkpoints").glob("step-*"):
+        assert (found / "state.json").exists()
+    fit(learner(), tiny(checkpoint_every=1, keep_checkpoints=1), tmp_path, progress=QUIET, resume=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_written(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}'"):
+        fit(learner(), tiny(), tmp_path, progress=QUIET, device=device)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_does_not_overwrite_the_first_unasked(tmp_path: Path) -> None:

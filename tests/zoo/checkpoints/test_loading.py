@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
-from madtp.errors import CheckpointError
+from madtp.errors import CheckpointError, UnwritableError
 from zoo.blip.config import NlvrConfig, TextConfig, VisionConfig
 from zoo.blip.nlvr import BlipNlvr
 from zoo.checkpoints.loading import resize_position_grid
@@ -71,6 +72,16 @@ def test_bare_state_dict_and_half_precision(tmp_path: Path) -> None:
     half = {key: value.half() for key, value in weights().items()}
     torch.save(half, tmp_path / "bare.pt")
     assert_loads(tmp_path / "bare.pt", {key: value.float() for key, value in half.items()})
+
+
+def test_weights_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with full_disk(), pytest.raises(UnwritableError, match=r"new\.safetensors cannot be written .*; free space there"):
+        zoo.save_checkpoint(build(), tmp_path / "runs" / "new.safetensors")
+    with pytest.raises(UnwritableError, match=r"file is a file\); choose another name"):
+        zoo.save_checkpoint(build(), tmp_path / "file" / "new.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_missing_file(tmp_path: Path) -> None:
