@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,19 @@ from madtp.evaluation.run import batches
 from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
 from madtp.saving.model_folder import CONFIG
+from madtp.training.number_ranges import PART, SEED, Range, check_numbers, whole
 from madtp.tuning.search import KNOBS
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
+
+RANGES: Mapping[str, Range] = {
+    "limit": replace(whole(1), optional=True),
+    "seed": SEED,
+    "reduction": replace(PART, optional=True),
+    "calibration_samples": whole(1),
+    "batch_size": whole(1, 10**6),
+}
+"""What the numbers of :class:`EvaluationSettings` may be."""
 
 PARTS = ".parts"
 CALIBRATION = "calibration"
@@ -48,6 +58,9 @@ class EvaluationSettings:
         vocabulary: A BERT ``vocab.txt``, for models of full size.
         answers: A JSON list of answers to choose from, for models that answer questions. None lets them write answers.
         device: "cpu", "cuda" and so on.
+
+    Raises:
+        ConfigError: A number is out of its range.
     """
 
     model: str
@@ -67,13 +80,7 @@ class EvaluationSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.reduction is not None and not 0 < self.reduction < 1:
-            raise ConfigError(
-                f"reduction is {self.reduction}; it is a share between 0 and 1 (0.8 saves 80% of the MACs)."
-            )
-        for name in ("batch_size", "calibration_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+        check_numbers(self, RANGES)
 
     def to_dict(self) -> dict[str, object]:
         """Return the settings as JSON values."""

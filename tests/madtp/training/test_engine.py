@@ -207,7 +207,7 @@ def test_prefetch_keeps_order_and_hands_on_errors() -> None:
         ({"precision": "float16"}, "bfloat16"),
         ({"optimiser": "sgd"}, "adamw, muon"),
         ({"final_learning_rate": 1.0}, "between 0"),
-        ({"warmup_steps": -1}, "negative"),
+        ({"warmup_steps": -1}, r"training\.warmup_steps is -1; it has to be a whole number of at least 0"),
         ({"steps": "many"}, "takes a int"),
         ({"betas": [0.9]}, "two numbers"),
     ],
