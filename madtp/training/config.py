@@ -17,7 +17,7 @@ T = TypeVar("T", bound="DataclassInstance")
 OPTIMISERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16")
 RANGES: Mapping[str, Range] = {
-    "steps": whole(1),
+    "steps": whole(1, 10**8 - 1),  # names of checkpoints have eight digits
     "learning_rate": Range(0, 100, above=True),
     "final_learning_rate": Range(0, 100),
     "warmup_steps": whole(0),
