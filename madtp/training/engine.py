@@ -33,7 +33,7 @@ from madtp.training.optim import learning_rate_at, make_optimisers, set_learning
 from madtp.training.precision import precision_on
 from madtp.training.prefetch import prefetch
 from madtp.training.progress import Progress
-from madtp.training.resuming import RESUME_ANYWAY, as_json, check_config, newest_whole
+from madtp.training.resuming import RESUME_ANYWAY, SHARES, as_json, check_config, newest_whole
 from madtp.training.tensorboard import TensorBoard
 
 LOCK = ".lock"
@@ -150,7 +150,7 @@ def fit(
             _checkpoint_pruned(module)
         trained = Trained(module, make_optimisers(module, config))
         unset = frozenset(not_finite(trained.tensors()))
-        depends_on = as_json({**learner.depends_on, "training": config.to_dict()})
+        depends_on = as_json({**learner.depends_on, "training": config.to_dict(), SHARES: shares.count})
         stored = newest_whole(place, unset)
         if stored:
             check_config(stored, depends_on, config.steps, anyway=resume_anyway)

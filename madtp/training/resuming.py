@@ -14,8 +14,11 @@ from madtp.training.checkpoint import DamagedCheckpointError, Stored, checkpoint
 log = logging.getLogger("madtp")
 
 RESUME_ANYWAY = "--resume-anyway (resume_anyway=True)"
-FREE = ("tensorboard", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
-"""Settings of the engine that cannot change what a run computes."""
+SHARES = "processes times accumulate"
+"""What a config to compare calls the number of shares of a batch, on which random draws depend."""
+
+FREE = ("tensorboard", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "accumulate")
+"""Settings of the engine that cannot change what a run computes, or not by themselves."""
 
 _SHOWN = 8
 

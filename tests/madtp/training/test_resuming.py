@@ -200,6 +200,13 @@ def test_what_cannot_change_the_result_may_differ(tmp_path: Path) -> None:
         assert torch.equal(value, weights(tmp_path / "run")[name]), name
 
 
+def test_another_number_of_shares_draws_otherwise(tmp_path: Path) -> None:
+    config = tiny(accumulate=2)
+    fit(replace(learner(), samples_per_step=2), config, tmp_path, progress=QUIET, stop_after=4)
+    with pytest.raises(CheckpointError, match=r"config: processes times accumulate is 2 there and 1 here\. Resume"):
+        fit(replace(learner(), samples_per_step=2), tiny(), tmp_path, progress=QUIET, resume=True)
+
+
 def test_data_and_settings_of_a_recipe_are_compared_too(tmp_path: Path) -> None:
     there = {"recipe": "r", "settings": {"data": "coco", "sizes": (1, 2)}, "data": {"records": "a1"}}
     fit(replace(learner(), depends_on=there), tiny(), tmp_path, progress=QUIET, stop_after=4)
