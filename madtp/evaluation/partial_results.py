@@ -16,9 +16,9 @@ from typing import Any
 
 from madtp.atomic_files import write_text
 from madtp.errors import CheckpointError
+from madtp.saving.differences import differences
 
 SETUP = "setup.json"
-_SHOWN = 200
 
 
 class PartialResults:
@@ -39,13 +39,9 @@ class PartialResults:
         self._owner = _hash(json.dumps(self.setup, sort_keys=True))
         if (folder / SETUP).is_file():
             stored = _read(folder / SETUP, f"remove {folder} to evaluate all batches again")
-            different = sorted(name for name in {*stored, *self.setup} if stored.get(name) != self.setup.get(name))
-            if different:
-                first = different[0]
-                there, here = (repr(values.get(first))[:_SHOWN] for values in (stored, self.setup))
+            if different := differences(stored, self.setup):
                 raise CheckpointError(
-                    f"{folder} holds parts of another evaluation ({', '.join(different)} differ: {there} there, {here} here); "
-                    "remove it or choose another output."
+                    f"{folder} holds parts of another evaluation: {different}; remove it or choose another output."
                 )
         elif folder.exists() and (not folder.is_dir() or any(not _is_draft(path) for path in folder.iterdir())):
             raise CheckpointError(f"{folder} is not a folder of an evaluation; choose another output.")

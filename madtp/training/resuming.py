@@ -9,6 +9,7 @@ from pathlib import Path
 
 from madtp.errors import CheckpointError
 from madtp.processes import current
+from madtp.saving.differences import differences
 from madtp.training.checkpoint import DamagedCheckpointError, Stored, checkpoints, not_finite, open_checkpoint
 
 log = logging.getLogger("madtp")
@@ -19,8 +20,6 @@ SHARES = "processes times accumulate"
 
 FREE = ("tensorboard", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "accumulate")
 """Settings of the engine that cannot change what a run computes, or not by themselves."""
-
-_SHOWN = 8
 
 
 def newest_whole(folder: Path, unset: Collection[str] = ()) -> Stored | None:
@@ -76,9 +75,8 @@ def check_config(stored: Stored, config: Mapping[str, object], steps: int, *, an
         )
     if stored.config is None:
         found = "comes from an older version of madtp, which stored no config to compare with"
-    elif different := differences(stored.config, config):
-        found = f"was written with another config: {'; '.join(different[:_SHOWN])}"
-        found += f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    elif different := differences(stored.config, config, [f"training.{name}" for name in FREE]):
+        found = f"was written with another config: {different}"
     else:
         return
     if not anyway:
@@ -90,30 +88,7 @@ def check_config(stored: Stored, config: Mapping[str, object], steps: int, *, an
         log.warning("%s %s; resuming anyway", stored.path, found)
 
 
-def differences(stored: Mapping[str, object], config: Mapping[str, object]) -> list[str]:
-    """Return a phrase for each value that two configs do not share, but for :data:`FREE`."""
-    there, here = _flat(stored), _flat(config)
-    free = {f"training.{name}" for name in FREE}
-    return [
-        f"{name} is {_shown(there, name)} there and {_shown(here, name)} here"
-        for name in sorted({*there, *here} - free)
-        if there.get(name) != here.get(name) or (name in there) != (name in here)
-    ]
-
-
 def as_json(config: Mapping[str, object]) -> dict[str, object]:
     """Return a config as it comes back from a JSON file."""
     plain: dict[str, object] = json.loads(json.dumps(config, default=str))
     return plain
-
-
-def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the values of nested tables by their dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
-    return flat
-
-
-def _shown(values: Mapping[str, object], name: str) -> str:
-    return repr(values[name]) if name in values else "not set"

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from madtp.errors import CheckpointError, DataError, OutputInUseError, TrainingError
 from madtp.training import Learner, TrainingConfig, fit, train
 from madtp.training.checkpoint import checkpoints
-from madtp.training.resuming import differences
 
 EVERY_STEP = {"checkpoint_every": 1, "evaluate_every": 0}
 
@@ -180,15 +179,18 @@ CHANGES: dict[str, Any] = {
     "clip_norm": 0.5,
     "precision": "bfloat16",
     "seed": 1,
-    "threads": 2,
+    "threads": 0,
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_config_is_refused_and_the_difference_named(tmp_path: Path, name: str) -> None:
-    fit(learner(), tiny(), tmp_path, progress=QUIET, stop_after=4)
-    with pytest.raises(CheckpointError, match=rf"training\.{name} is .* there and .* here.*--resume-anyway"):
-        fit(learner(), tiny(**{name: CHANGES[name]}), tmp_path, progress=QUIET, resume=True)
+    fit(learner(), tiny(threads=1), tmp_path, progress=QUIET, stop_after=4)
+    changed = tiny(**{"threads": 1, name: CHANGES[name]})
+    with pytest.raises(
+        CheckpointError, match=rf"config: training\.{name} is [^;]* there and [^;]* here\..*--resume-anyway"
+    ):
+        fit(learner(), changed, tmp_path, progress=QUIET, resume=True)
 
 
 def test_what_cannot_change_the_result_may_differ(tmp_path: Path) -> None:
@@ -215,11 +217,6 @@ def test_data_and_settings_of_a_recipe_are_compared_too(tmp_path: Path) -> None:
         changed = replace(learner(), depends_on={**there, name: value})
         with pytest.raises(CheckpointError, match=rf"with another config: {name}"):
             fit(changed, tiny(), tmp_path, progress=QUIET, resume=True)
-    assert differences({"a": {"b": 1, "c": {}}}, {"a": {"b": 2}, "d": None}) == [
-        "a.b is 1 there and 2 here",
-        "a.c is {} there and not set here",
-        "d is not set there and None here",
-    ]
 
 
 def test_resuming_anyway_takes_the_new_values_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
