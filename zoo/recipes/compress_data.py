@@ -29,6 +29,7 @@ from zoo.recipes.compression import CompressionLearner, SampleSource, compressio
 from zoo.recipes.compression_settings import CompressionSettings
 from zoo.recipes.data_loader import Loader
 from zoo.tasks import build_task
+from zoo.tasks.fingerprints import fingerprint_data, fingerprint_files
 from zoo.transforms import for_model
 from zoo.transforms import training as training_transform
 
@@ -128,6 +129,10 @@ def objective_and_source(
         held_out=list,
         scores=lambda outputs, batches: {},
         padding=PADDING,
+        fingerprint={
+            "samples": fingerprint_data(data),
+            "files": fingerprint_files(Path(name) for name in (chosen.vocabulary, chosen.answers) if name),
+        },
     )
 
 

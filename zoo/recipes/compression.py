@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import madtp
 import zoo
+from madtp.atomic_files import write_text
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
@@ -28,6 +29,7 @@ from madtp.training.engine import Learner
 from madtp.tuning.calibration import CalibrationResult
 from zoo.objectives.base import AnyObjective, Metrics
 from zoo.recipes.compression_settings import CompressionSettings
+from zoo.tasks.fingerprints import fingerprint_checkpoint
 
 TEACHING = "teaching"
 _TEACHING_BATCH = 16
@@ -49,6 +51,7 @@ class SampleSource:
         held_out: Makes batches for evaluation during training; none for no evaluation.
         scores: Takes outputs on these and the batches; returns metrics.
         padding: See :class:`madtp.training.engine.Learner`.
+        fingerprint: What the samples are, in JSON values, for runs that resume. Empty where they follow from the settings.
     """
 
     batch: Callable[[int, range], Batch]
@@ -57,6 +60,7 @@ class SampleSource:
     held_out: Callable[[], list[Batch]]
     scores: Callable[[Sequence[Any], Sequence[Batch]], dict[str, float]]
     padding: Mapping[str, float]
+    fingerprint: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -131,6 +135,11 @@ def compression_learner(
         sample_name=source.sample_name,
         padding=source.padding,
         card={"settings": asdict(settings), "training": training.to_dict()},
+        depends_on={
+            "settings": asdict(settings),
+            "data": source.fingerprint,
+            "weights": fingerprint_checkpoint(settings.model, settings.checkpoint),
+        },
         objective=objective,
         pruned=pruned,
         settings=settings,
@@ -226,7 +235,7 @@ def finish_compression(
         },
         "test": test(shipped),
     }
-    (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1, default=str) + "\n")
+    write_text(output / "pruned" / "card.json", json.dumps(card, indent=1, default=str) + "\n")
 
 
 def deploy(objective: AnyObjective, pruned: PrunedModel, inputs: Mapping[str, object]) -> PrunedModel:

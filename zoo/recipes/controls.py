@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import madtp
 import zoo
+from madtp.atomic_files import write_text
 from madtp.training.batch_shares import Batch, Metrics
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, fit
@@ -65,7 +66,7 @@ def training_free(settings: Mapping[str, object], training: TrainingConfig, outp
     write_pruned(learner, output)
     path = output / "pruned" / "card.json"
     card = json.loads(path.read_text())
-    path.write_text(json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
+    write_text(path, json.dumps({**card, "training": {**card["training"], "steps": 0}}, indent=1) + "\n")
 
 
 def frozen(settings: Mapping[str, object], trained: Path, output: Path) -> None:
@@ -185,6 +186,7 @@ def _fine_tune(
         samples_per_step=source.samples_per_step,
         sample_name=source.sample_name,
         padding=source.padding,
+        depends_on={"settings": asdict(chosen), cheaper.size_name: size},
     )
     fit(learner, training, output, resume=True, progress=progress)
     model: nn.Module = objective.model.eval()
@@ -238,4 +240,4 @@ def _write_card(
         "test": test_task(model, settings.model, data, items=settings.test_items, seed=settings.data_seed),
     }
     (output / "pruned").mkdir(parents=True, exist_ok=True)
-    (output / "pruned" / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    write_text(output / "pruned" / "card.json", json.dumps(card, indent=1) + "\n")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zoo
-from madtp.atomic_files import replacing_file
+from madtp.atomic_files import replacing_file, write_text
 from madtp.evaluation import Task, evaluate
 from zoo.tasks import build_task
 from zoo.transforms import for_model
@@ -78,4 +78,4 @@ def write_release(
     with replacing_file(path) as draft:
         save_file(stored, draft)
         result = test(draft)
-    path.with_suffix(".json").write_text(json.dumps({**card, "test": result}, indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps({**card, "test": result}, indent=1) + "\n")

@@ -27,6 +27,7 @@ from zoo.objectives.scene_statements import StatementObjective
 from zoo.objectives.scenes import PADDING, AnyDenseObjective, dense_scene_objective
 from zoo.recipes.model_card import measure_task, write_release
 from zoo.recipes.warm_start import start_from
+from zoo.tasks.fingerprints import fingerprint_checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,16 @@ class DenseSceneSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, self.RANGES, "settings")
+        if self.start_from and not all(self.starting_weights):
+            raise ConfigError(
+                f'settings.start_from is {self.start_from!r}; it has to be "MODEL:CHECKPOINT", or "" for none'
+            )
+
+    @property
+    def starting_weights(self) -> tuple[str, str]:
+        """Model and checkpoint to start from."""
+        name, _, checkpoint = self.start_from.partition(":")
+        return name, checkpoint
 
 
 @dataclass(kw_only=True)
@@ -137,6 +148,10 @@ def build(settings: Mapping[str, object], training: TrainingConfig) -> DenseLear
             "settings": asdict(chosen),
             "training": training.to_dict(),
         },
+        depends_on={
+            "settings": asdict(chosen),
+            "weights": fingerprint_checkpoint(*chosen.starting_weights) if chosen.start_from else {},
+        },
         samples_per_step=chosen.pictures_per_step,
         sample_name=objective.samples,
         padding=PADDING,
@@ -155,7 +170,7 @@ def _objective(settings: DenseSceneSettings) -> AnyDenseObjective:
     elif settings.kinds:
         raise ConfigError(f"settings.kinds are kinds of statement, and {settings.model} learns none; leave kinds out")
     if settings.start_from:
-        start_from(objective.model, *settings.start_from.split(":"))
+        start_from(objective.model, *settings.starting_weights)
     objective.add_patch_heads()
     return objective
 

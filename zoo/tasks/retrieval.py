@@ -31,6 +31,8 @@ CANDIDATES = {"coco": 256, "flickr30k": 128, "scenes_captions": 16}
 """By data set, how many texts are matched for each image, and images for each text. Those of COCO and Flickr are published."""
 FEATURES, MATCHING = "features", "matching"
 TOWER = "visual_encoder"
+_TOGETHER = 32
+"""Images that are encoded in one call before pairs are matched."""
 
 
 class CaptionedImages:
@@ -227,9 +229,9 @@ class Matching:
         return scores
 
     def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
-        new = sorted(set(images) - self.encoded.keys())
-        for start in range(0, len(new), 32):
-            part = new[start : start + 32]
+        # Always the same images together: products of other sizes round differently, and a run may resume in the middle.
+        for block in sorted({image // _TOGETHER for image in images if image not in self.encoded}):
+            part = range(block * _TOGETHER, min((block + 1) * _TOGETHER, len(self.task.ids)))
             whole = model(images=self.task.images(part)).image_tokens
             self.whole = whole[:1]
             tokens, mask = surviving_tokens(model, TOWER, whole)
