@@ -12,8 +12,9 @@ import typer
 TRAIN_HELP = """Train a model as a config file says.
 
 Without --config, the demonstration's model is trained on scenes. A run can
-be interrupted at any time and resumed with the same result. Several
-processes, started by torchrun or accelerate, divide every batch.
+be interrupted at any time and resumed with the same result; a config that
+has changed is refused. Several processes, started by torchrun or accelerate,
+divide every batch.
 
 [bold]Examples[/bold]
 

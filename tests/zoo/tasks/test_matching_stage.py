@@ -89,6 +89,26 @@ def test_which_images_are_encoded_together_does_not_depend_on_what_was_done_befo
 
 
 @torch.no_grad()
+def test_what_a_batch_spends_does_not_depend_on_what_was_done_before(
+    pruned: madtp.PrunedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.tasks.retrieval._TOGETHER", 2)
+    task: Any = Task()
+    features = [one for at in range(COUNT) for one in Features(task).run(pruned, range(at, at + 1), {})]
+
+    def spent(stage: Matching, at: int) -> list[float]:
+        meter = ComputeMeter()
+        with meter.watching(pruned):
+            stage.run(pruned, range(at, at + 1), {"features": features})
+        return [call["macs"] for call in meter.calls]
+
+    going_on = Matching(task)
+    whole = [spent(going_on, at) for at in range(COUNT)]
+    assert [spent(Matching(task), at) for at in range(COUNT)] == whole
+    assert [len(calls) - len(whole[1]) for calls in whole] == [1, 0, 1, 0, 1]
+
+
+@torch.no_grad()
 def test_pairs_score_as_with_dropped_tokens_hidden(pruned: madtp.PrunedModel) -> None:
     task: Any = Task()
     whole = pruned(images=task.images(range(COUNT)))
