@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,12 @@ class PartialResults:
 
     def remove(self) -> None:
         """Delete the folder, once the evaluation is complete."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        if not self.folder.exists():
+            return
+        # The setup goes last: without it, the folder would be nobody's if the process were killed here.
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == SETUP):
+            path.unlink()
+        self.folder.rmdir()
 
 
 AGAIN = "remove it, and its batch is evaluated again"

@@ -148,6 +148,30 @@ def test_a_kill_in_the_first_write_leaves_a_folder_to_go_on_with(tmp_path: Path,
     assert found.metrics == {"total": 1.0}
 
 
+def test_a_kill_while_the_folder_is_removed_leaves_one_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, left = Path.unlink, [0]
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        own(self, missing_ok)
+
+    for count in range(4):
+        parts = PartialResults(tmp_path / "p", {"a": 1})
+        for name in ("x", "y", "z"):
+            parts.put(name, {})
+        left[0] = count
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                parts.remove()
+        PartialResults(tmp_path / "p", {"a": 1}).remove()
+        assert not (tmp_path / "p").exists()
+
+
 def interrupted(folder: Path, task: FakeTask) -> list[Path]:
     """Stop after two batches; return their files."""
     with pytest.raises(KeyboardInterrupt):
