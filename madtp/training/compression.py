@@ -95,6 +95,16 @@ class Steering:
         self.state[_STATE] = self.controller.state_dict()
 
 
+def set_reached_strength(pruned: PrunedModel, state: Mapping[str, Any]) -> None:
+    """Set the strength that steering has reached, also in a process that resumed behind the last step.
+
+    Args:
+        pruned: the model that was trained.
+        state: state of the learner.
+    """
+    set_pruning_strength(pruned, state[_STATE]["gain"])
+
+
 def set_pruning_strength(pruned: PrunedModel, gain: float) -> None:
     """Set the gain, or, for a control with a fixed keep ratio, a ratio that falls as the gain rises."""
     if pruned.madtp.config.keep_ratio is None:

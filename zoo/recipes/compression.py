@@ -23,7 +23,7 @@ from madtp.atomic_files import write_text
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
-from madtp.training.compression import Steering, pruning_metrics, teach_in_all_processes
+from madtp.training.compression import Steering, pruning_metrics, set_reached_strength, teach_in_all_processes
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner
 from madtp.tuning.calibration import CalibrationResult
@@ -218,6 +218,8 @@ def finish_compression(
         output: Folder of the run.
     """
     settings = learner.settings
+    # Calibration starts from the strength that it finds, and ends a little elsewhere from another one.
+    set_reached_strength(learner.pruned, learner.state)
     pruned = deploy(learner.objective, learner.pruned, calls[0])
     calibration = calibrate_closely(pruned, calls, settings.reduction)
     madtp.save(pruned, output / "pruned", dtype=torch.float16)
