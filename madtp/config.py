@@ -36,6 +36,9 @@ Positions = tuple[tuple[str, tuple[int, ...]], ...]
 Layers = tuple[tuple[str, tuple[int, ...]], ...]
 
 MODALITIES = ("image", "text")
+_LARGEST = 2**63 - 1
+# Parameters of this size are allocated before anything else could tell that it is absurd.
+_WIDEST = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +152,17 @@ class PruningConfig:
         object.__setattr__(self, "layers", _layers(self.layers))
         for name in ("temperature", "gain"):
             object.__setattr__(self, name, _number(name, getattr(self, name), low=0.0))
-        for name, low in (
-            ("min_tokens", 0),
-            ("min_tokens_per_image", 0),
-            ("alignment_tokens", 1),
-            ("seed", 0),
-            ("max_programs", 1),
+        for name, low, high in (
+            ("min_tokens", 0, _LARGEST),
+            ("min_tokens_per_image", 0, _LARGEST),
+            ("alignment_tokens", 1, _WIDEST),
+            ("seed", 0, _LARGEST),
+            ("max_programs", 1, _LARGEST),
         ):
-            _integer(name, getattr(self, name), low)
-        for name in ("alignment_width", "score_queries"):
+            _integer(name, getattr(self, name), low, high)
+        for name, high in (("alignment_width", _WIDEST), ("score_queries", _LARGEST)):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                _integer(name, getattr(self, name), 1, high)
         if self.merge is None:
             object.__setattr__(self, "merge", self.selection not in RULES)
         for name in ("alignment", "merge", "straight_through", "strict"):
@@ -304,9 +307,10 @@ def _number(name: str, value: object, *, low: float) -> float:
     return float(value)
 
 
-def _integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} is {value!r}; allowed: a whole number, at least {low}")
+def _integer(name: str, value: object, low: int, high: int = _LARGEST) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        bound = "" if high == _LARGEST else f" and at most {high}"
+        raise ConfigError(f"{name} is {value!r}; allowed: a whole number, at least {low}{bound}")
 
 
 def _towers(towers: object) -> tuple[str, ...] | None:

@@ -97,5 +97,9 @@ class DataError(MadtpError):
     """A data set is missing, damaged or asked for something it does not hold."""
 
 
+class OutputInUseError(MadtpError):
+    """Another process writes to the same output; the message names it."""
+
+
 class TrainingError(MadtpError):
     """Training cannot go on; the message says from where it can be resumed."""

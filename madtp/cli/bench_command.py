@@ -89,7 +89,7 @@ def bench_command(
             min=0, help="Begin no further round after this time, for each batch and prompt size.", show_default=False
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     clock: Annotated[
         str,

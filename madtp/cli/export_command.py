@@ -71,7 +71,7 @@ def export_command(
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Samples in a batch.")] = 8,
     any_batch: Annotated[bool, typer.Option("--any-batch", help="Take any number of samples, 2 or more.")] = False,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds to time; 0 for none.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of samples and random weights.")] = 0,
 ) -> None:
     """Entry point of the command; see ``HELP``."""

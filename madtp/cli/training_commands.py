@@ -12,8 +12,9 @@ import typer
 TRAIN_HELP = """Train a model as a config file says.
 
 Without --config, the demonstration's model is trained on scenes. A run can
-be interrupted at any time and resumed with the same result. Several
-processes, started by torchrun or accelerate, divide every batch.
+be interrupted at any time and resumed with the same result; a config that
+has changed is refused. Several processes, started by torchrun or accelerate,
+divide every batch.
 
 [bold]Examples[/bold]
 
@@ -44,6 +45,9 @@ ConfigOption = Annotated[
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the finished model.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output folder.")]
+ResumeAnywayOption = Annotated[
+    bool, typer.Option("--resume-anyway", help="Continue even if the config has changed; implies --resume.")
+]
 OverrideOption = Annotated[
     list[str] | None,
     typer.Option("--override", metavar="NAME=VALUE", help="Replace a value of the config. May be repeated."),
@@ -55,11 +59,14 @@ def train_command(
     output: OutputOption = Path("runs/dense"),
     config: ConfigOption = None,
     resume: ResumeOption = False,
+    resume_anyway: ResumeAnywayOption = False,
     override: OverrideOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Entry point of ``madtp train``; see ``TRAIN_HELP``."""
-    _run(config or _shipped(TRAIN_CONFIG), output, parse_overrides(override or ()), resume=resume, device=device)
+    values = parse_overrides(override or ())
+    chosen = config or _shipped(TRAIN_CONFIG)
+    _run(chosen, output, values, resume=resume, resume_anyway=resume_anyway, device=device)
 
 
 def compress_command(
@@ -75,6 +82,7 @@ def compress_command(
     ] = None,
     config: ConfigOption = None,
     resume: ResumeOption = False,
+    resume_anyway: ResumeAnywayOption = False,
     override: OverrideOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -83,7 +91,8 @@ def compress_command(
     if checkpoint is not None:
         values["settings.checkpoint"] = str(checkpoint)
     folder = output or Path("runs") / f"pruned-{100 * reduction:.0f}"
-    _run(config or _shipped(COMPRESS_CONFIG), folder, values, resume=resume, device=device)
+    chosen = config or _shipped(COMPRESS_CONFIG)
+    _run(chosen, folder, values, resume=resume, resume_anyway=resume_anyway, device=device)
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
@@ -137,13 +146,22 @@ def _shipped(name: str) -> Path:
     return Path(str(resources.files("zoo"))) / "recipes" / f"{name}.toml"
 
 
-def _run(config: Path, output: Path, values: Mapping[str, object], *, resume: bool, device: str) -> None:
+def _run(
+    config: Path, output: Path, values: Mapping[str, object], *, resume: bool, resume_anyway: bool, device: str
+) -> None:
     from madtp.cli.console import output_console
     from madtp.processes import launched
     from madtp.training.progress import Progress
     from madtp.training.run import read_config, train
 
     content = apply_overrides(read_config(config), values)
-    result = train(content, output, resume=resume, device=device, progress=Progress(output_console))
+    result = train(
+        content,
+        output,
+        resume=resume,
+        resume_anyway=resume_anyway,
+        device=device,
+        progress=Progress(output_console),
+    )
     if launched().main:
         output_console.print(f"{result.steps} steps done; results are in {output}", soft_wrap=True)

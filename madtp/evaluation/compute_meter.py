@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypedDict
@@ -14,6 +14,8 @@ from madtp.sites.forward_record import ForwardRecord
 from madtp.tuning.calibration import dense_macs
 
 _DENSE_MACS: ContextVar[float | None] = ContextVar("dense MACs of a sample", default=None)
+_METER: ContextVar[ComputeMeter | None] = ContextVar("meter that is watching", default=None)
+_APART: ContextVar[list[CallRecord] | None] = ContextVar("records that are kept apart", default=None)
 
 
 class CallRecord(TypedDict):
@@ -46,6 +48,27 @@ def override_dense_macs(macs: float | None) -> Iterator[None]:
         _DENSE_MACS.reset(token)
 
 
+@contextmanager
+def record_apart() -> Iterator[list[CallRecord]]:
+    """Put the records of the calls inside the block into a list, and not into the meter; :func:`count_calls` adds them later.
+
+    For work that serves several batches: which of them counts it must not depend on the order in which they run.
+    """
+    records: list[CallRecord] = []
+    token = _APART.set(records)
+    try:
+        yield records
+    finally:
+        _APART.reset(token)
+
+
+def count_calls(records: Sequence[CallRecord]) -> None:
+    """Add records to the meter that is watching, if there is one."""
+    meter = _METER.get()
+    if meter is not None:
+        meter.calls += records
+
+
 class ComputeMeter:
     """Records MACs, with and without pruning, and the tokens kept in each call of a pruned model.
 
@@ -61,9 +84,11 @@ class ComputeMeter:
     def watching(self, model: nn.Module) -> Iterator[ComputeMeter]:
         """Record the calls inside the block."""
         handle = model.register_forward_hook(self._record, with_kwargs=True) if isinstance(model, PrunedModel) else None
+        token = _METER.set(self)
         try:
             yield self
         finally:
+            _METER.reset(token)
             if handle is not None:
                 handle.remove()
 
@@ -77,7 +102,8 @@ class ComputeMeter:
             return  # a step of a text, which prunes nothing: what is on record is the prompt
         samples = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim())
         dense = _DENSE_MACS.get()
-        self.calls.append(
+        apart = _APART.get()
+        (self.calls if apart is None else apart).append(
             {
                 "samples": samples,
                 "macs": model.madtp.macs() * samples,

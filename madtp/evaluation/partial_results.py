@@ -1,19 +1,21 @@
 """Results of an unfinished evaluation, stored in a folder: :class:`PartialResults`.
 
 The results of each batch are one JSON file, written under another name and renamed when complete. ``setup.json`` says which
-evaluation they belong to, so that those of another are never mixed in.
+evaluation they belong to, so that those of another are never mixed in. Every file tells its name and the hash of its content
+and of the setup, so that one that was changed, swapped or copied from elsewhere is told.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from madtp.atomic_files import write_text
 from madtp.errors import CheckpointError
+from madtp.saving.differences import differences
 
 SETUP = "setup.json"
 
@@ -22,7 +24,8 @@ class PartialResults:
     """Results of the batches of one evaluation, by name.
 
     Args:
-        folder: created with the first result. A folder that exists must belong to the same evaluation.
+        folder: created with the first result. A folder that exists must belong to the same evaluation, or hold nothing but
+            drafts of one that was killed before its first result.
         setup: everything that the results depend on, in JSON values.
 
     Raises:
@@ -32,22 +35,32 @@ class PartialResults:
     def __init__(self, folder: Path, setup: Mapping[str, object]) -> None:
         self.folder = folder
         self.setup: dict[str, object] = json.loads(json.dumps(setup))
+        self._owner = _hash(json.dumps(self.setup, sort_keys=True))
         if (folder / SETUP).is_file():
-            stored = _read(folder / SETUP)
-            different = sorted(name for name in {*stored, *self.setup} if stored.get(name) != self.setup.get(name))
-            if different:
-                first = different[0]
+            stored = _read(folder / SETUP, f"remove {folder} to evaluate all batches again")
+            if different := differences(stored, self.setup):
                 raise CheckpointError(
-                    f"{folder} holds parts of another evaluation ({', '.join(different)} differ: {stored.get(first)!r} "
-                    f"there, {self.setup.get(first)!r} here); remove it or choose another output."
+                    f"{folder} holds parts of another evaluation: {different}; remove it or choose another output."
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(not _is_draft(path) for path in folder.iterdir())):
             raise CheckpointError(f"{folder} is not a folder of an evaluation; choose another output.")
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a stored result, or ``None``."""
-        path = self.folder / f"{name}.json"
-        return _read(path) if path.is_file() else None
+        """Return a stored result, or ``None``.
+
+        Raises:
+            CheckpointError: if its file is damaged, or is that of another result.
+        """
+        path = self.path(name)
+        if not path.is_file():
+            return None
+        stored = _read(path, AGAIN)
+        content = stored.get("content")
+        if stored.get("name") != name or stored.get("setup") != self._owner:
+            raise CheckpointError(f"{path} holds another result than its name says; {AGAIN}.")
+        if not isinstance(content, dict) or stored.get("hash") != _hash(json.dumps(content)):
+            raise CheckpointError(f"{path} is damaged (its content does not match its hash); {AGAIN}.")
+        return content
 
     def put(self, name: str, content: Mapping[str, object]) -> None:
         """Store a result.
@@ -57,12 +70,25 @@ class PartialResults:
         """
         if not (self.folder / SETUP).is_file():
             write_json(self.folder / SETUP, self.setup)
-        write_json(self.folder / f"{name}.json", content)
+        head = {"name": name, "setup": self._owner, "hash": _hash(json.dumps(content))}
+        write_json(self.path(name), {**head, "content": content})
+
+    def path(self, name: str) -> Path:
+        """Return the file of a result."""
+        return self.folder / f"{name}.json"
 
     def remove(self) -> None:
         """Delete the folder, once the evaluation is complete."""
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        if not self.folder.exists():
+            return
+        # The setup goes last: without it, the folder would be nobody's if the process were killed here.
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == SETUP):
+            path.unlink()
+        self.folder.rmdir()
+
+
+AGAIN = "remove it, and its batch is evaluated again"
+"""What to do about the file of a result."""
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -80,11 +106,21 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_text(path, text + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, advice: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); remove it, and its batch is evaluated again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {advice}.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged (it holds {type(content).__name__}); remove it.")
+        raise CheckpointError(f"{path} is damaged (it holds {type(content).__name__}); {advice}.")
     return content
+
+
+def _hash(text: str) -> str:
+    # JSON has one form for each number, so the text of what was read is that of what was written.
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_draft(path: Path) -> bool:
+    """Whether a file is what a process that was killed left of its first write."""
+    return path.is_file() and path.name.startswith(f".{Path(SETUP).stem}.")

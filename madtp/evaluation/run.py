@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from madtp.errors import ConfigError
+from madtp.evaluation.batch_result import BatchResult
 from madtp.evaluation.compute_meter import CallRecord, ComputeMeter
 from madtp.evaluation.partial_results import PartialResults
 from madtp.evaluation.task import Result, Stage, Task
@@ -40,15 +41,6 @@ class Evaluation:
     def reduction(self) -> float | None:
         """Fraction of the dense MACs that is saved."""
         return None if self.macs is None or not self.dense_macs else 1 - self.macs / self.dense_macs
-
-
-@dataclass(frozen=True)
-class _BatchResult:
-    """What a stage gives for one batch; its fields are those of the stored JSON."""
-
-    results: list[Result]
-    calls: list[CallRecord]
-    seconds: float
 
 
 def batches(task: Task, size: int) -> list[range]:
@@ -85,14 +77,15 @@ def evaluate(
     model.eval()
     results: dict[str, list[Result]] = {}
     calls: list[CallRecord] = []
-    samples: list[dict[str, Any]] = [{"id": name} for name in task.ids]
+    ids = list(task.ids)
+    samples: list[dict[str, Any]] = [{"id": name} for name in ids]
     seconds = 0.0
     for stage in task.stages:
         stage_results: list[Result] = []
         all_batches = batches(task, batch_size)
         local = []
         for batch in processes.share(all_batches):
-            local.append(_run_or_read(model, stage, batch, earlier=results, partial_results=partial_results))
+            local.append(_run_or_read(model, stage, batch, ids=ids, earlier=results, partial_results=partial_results))
             advance(len(batch))
         by_rank = processes.gather(local)
         for number, batch in enumerate(all_batches):
@@ -116,24 +109,26 @@ def _run_or_read(
     stage: Stage,
     batch: range,
     *,
+    ids: Sequence[str],
     earlier: Mapping[str, Sequence[Result]],
     partial_results: PartialResults | None,
-) -> _BatchResult:
+) -> BatchResult:
     """The stored result of a stage for a batch, or else the computed one, which is then stored."""
     name = f"{stage.name}-{batch.start:08d}"
     stored = None if partial_results is None else partial_results.get(name)
-    if stored is not None:
-        return _BatchResult(**stored)
+    own_ids = [ids[place] for place in batch]
+    if partial_results is not None and stored is not None:
+        return BatchResult.from_json(stored, own_ids, partial_results.path(name))
     meter, start = ComputeMeter(), time.perf_counter()
     with torch.inference_mode(), meter.watching(model):
         results = stage.run(model, batch, earlier)
-    result = _BatchResult(results, meter.calls, time.perf_counter() - start)
+    result = BatchResult(own_ids, results, meter.calls, time.perf_counter() - start)
     if partial_results is not None:
-        partial_results.put(name, asdict(result))
+        partial_results.put(name, result.to_json())
     return result
 
 
-def _add_to_samples(samples: Sequence[dict[str, Any]], stage: str, batch: range, result: _BatchResult) -> None:
+def _add_to_samples(samples: Sequence[dict[str, Any]], stage: str, batch: range, result: BatchResult) -> None:
     """Add the result of a batch to the entries of its samples."""
     whole_calls = [call for call in result.calls if call["samples"] == len(batch)]
     for number, position in enumerate(batch):

@@ -1,8 +1,9 @@
-"""Training checkpoints: weights, optimiser and step, as safetensors and JSON, without pickle.
+"""Training checkpoints: weights, optimiser, step and config, as safetensors and JSON, without pickle.
 
 A checkpoint is a folder such as ``step-00001200``. It is written under another name and renamed when complete, so a folder
-of that name is always whole. Random state is not stored, because every step seeds anew from its number. Start at
-:func:`write_checkpoint`, :func:`read_checkpoint` and :func:`last_checkpoint`.
+of that name is always whole; hashes of its files tell whether it still is. Random state is not stored, because every step
+seeds anew from its number. Start at :func:`write_checkpoint` and :func:`open_checkpoint`; ``resuming.py`` chooses the
+checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,29 +24,72 @@ from torch.optim import Optimizer
 
 from madtp.atomic_files import remove_folder, replacing_folder
 from madtp.errors import CheckpointError
+from madtp.saving.model_folder import sha256_of
 
-VERSION = 1
+VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
-_TENSORS, _STATE = "tensors.safetensors", "state.json"
+_TENSORS, _STATE, _HASHES = "tensors.safetensors", "state.json", "hashes.json"
+_HASHED_SINCE = 2
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A training checkpoint is not what was written; an earlier one may be whole."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training changes, and checkpoints hold.
+
+    Attributes:
+        module: the module that is trained.
+        optimisers: its optimisers.
+    """
+
+    module: nn.Module
+    optimisers: Sequence[Optimizer]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights, buffers and the tensors of the optimisers by the names that they have in a file."""
+        tensors = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        return tensors | {name: value for name, value in self._optimiser_values().items() if isinstance(value, Tensor)}
+
+    def scalars(self) -> dict[str, object]:
+        """Return everything else that the optimisers keep."""
+        return {name: value for name, value in self._optimiser_values().items() if not isinstance(value, Tensor)}
+
+    def layout(self) -> list[list[int]]:
+        """Return the number of parameters in each group of each optimiser."""
+        return [[len(group["params"]) for group in optimiser.param_groups] for optimiser in self.optimisers]
+
+    def _optimiser_values(self) -> dict[str, object]:
+        return {
+            f"optimiser.{which}.{number}.{name}": value
+            for which, optimiser in enumerate(self.optimisers)
+            for number, entry in optimiser.state_dict()["state"].items()
+            for name, value in entry.items()
+        }
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinite values."""
+    return [
+        name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
 
 
 def write_checkpoint(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    *,
-    optimisers: Sequence[Optimizer],
-    extra: Mapping[str, object],
-    keep: int,
+    folder: Path, step: int, trained: Trained, *, extra: Mapping[str, object], config: Mapping[str, object], keep: int
 ) -> Path:
     """Write the state after ``step`` steps, and remove all but the last ``keep`` checkpoints.
+
+    Those of later steps are removed, too: the run did not go on from them, because they are damaged.
 
     Args:
         folder: folder of all checkpoints of the run.
         step: number of steps done.
-        module: module that is trained.
-        optimisers: its optimisers.
+        trained: what is trained.
         extra: further JSON values to store.
+        config: what the run depends on, in JSON values.
         keep: number of checkpoints that stay.
 
     Returns:
@@ -55,66 +101,134 @@ def write_checkpoint(
     target = folder / checkpoint_name(step)
     for left in folder.glob(".step-*"):  # of a run that was killed while it wrote
         shutil.rmtree(left)
-    tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
-    groups: list[object] = []
-    scalars: dict[str, object] = {}
-    for which, optimiser in enumerate(optimisers):
-        state = optimiser.state_dict()
-        groups.append(state["param_groups"])
-        for number, entry in state["state"].items():
-            for name, value in entry.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimiser.{which}.{number}.{name}"] = value
-                else:
-                    scalars[f"{which}.{number}.{name}"] = value
     # Clones: safetensors refuses tensors that share memory, and tied weights do.
-    stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    content = {"version": VERSION, "step": step, "groups": groups, "scalars": scalars, "extra": dict(extra)}
+    stored = {name: value.detach().cpu().contiguous().clone() for name, value in trained.tensors().items()}
+    content = {
+        "version": VERSION,
+        "step": step,
+        "optimisers": trained.layout(),
+        "scalars": trained.scalars(),
+        "extra": dict(extra),
+        "config": dict(config),
+    }
     with replacing_folder(target) as draft:
         save_file(stored, draft / _TENSORS)
-        (draft / _STATE).write_text(json.dumps(content, indent=1))
-    for old in _checkpoints(folder)[:-keep]:
+        (draft / _STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        hashes = {name: sha256_of(draft / name) for name in (_TENSORS, _STATE)}
+        (draft / _HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+    found = checkpoints(folder)
+    here = found.index(target)
+    for old in [*found[: max(0, here + 1 - keep)], *found[here + 1 :]]:
         remove_folder(old)
     return target
 
 
-def read_checkpoint(path: Path, module: nn.Module, optimisers: Sequence[Optimizer]) -> tuple[int, dict[str, Any]]:
-    """Load a checkpoint into module and optimisers.
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that was read and found whole.
 
-    Returns:
-        The number of steps done, and the ``extra`` values given to :func:`write_checkpoint`.
+    Attributes:
+        path: its folder.
+        step: number of steps done.
+        extra: the values given to :func:`write_checkpoint`.
+        config: those that the run depended on; None in checkpoints of older versions.
+        tensors: by name, on the CPU.
+        scalars: values of the optimisers that are no tensors.
+        layout: see :meth:`Trained.layout`; None in checkpoints of older versions.
+    """
+
+    path: Path
+    step: int
+    extra: dict[str, Any]
+    config: dict[str, Any] | None
+    tensors: dict[str, Tensor]
+    scalars: dict[str, object]
+    layout: list[list[int]] | None
+
+    def load_into(self, trained: Trained) -> None:
+        """Load weights and the state of the optimisers, all or nothing. Learning rates and the like stay as they are.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model or of other optimisers.
+        """
+        weights = {name.removeprefix("module."): x for name, x in self.tensors.items() if name.startswith("module.")}
+        own = trained.module.state_dict()
+        different = sorted(set(own) ^ set(weights))
+        different += [name for name in own if name in weights and own[name].shape != weights[name].shape]
+        if different:
+            raise CheckpointError(
+                f"{self.path} belongs to another model: {len(different)} tensors differ, the first is {different[0]!r}"
+            )
+        states = self._optimiser_states(trained)
+        trained.module.load_state_dict(weights)
+        for optimiser, state in zip(trained.optimisers, states, strict=True):
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+    def _optimiser_states(self, trained: Trained) -> list[dict[int, dict[str, object]]]:
+        parameters = [[p for group in one.param_groups for p in group["params"]] for one in trained.optimisers]
+        states: list[dict[int, dict[str, object]]] = [{} for _ in parameters]
+        try:
+            if self.layout is not None and self.layout != trained.layout():
+                raise ValueError(f"{self.layout} parameters in their groups, not {trained.layout()}")
+            for full_name, value in [*self.tensors.items(), *self.scalars.items()]:
+                if not full_name.startswith("optimiser."):
+                    continue
+                which, number, name = full_name.removeprefix("optimiser.").split(".", 2)
+                of = parameters[int(which)][int(number)]
+                if isinstance(value, Tensor) and value.dim() and value.shape != of.shape:
+                    raise ValueError(f"{full_name} is {list(value.shape)} for a parameter {list(of.shape)}")
+                states[int(which)].setdefault(int(number), {})[name] = value
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"{self.path} was written with other optimisers than this run has ({error})"
+            ) from error
+        return states
+
+
+def open_checkpoint(path: Path) -> Stored:
+    """Read a checkpoint and check every byte.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, newer than this code, or of another model.
+        DamagedCheckpointError: it is incomplete, its content has changed, or it holds NaN.
+        CheckpointError: it is newer than this code.
     """
     try:
-        content = json.loads((path / _STATE).read_text())
-        tensors = load_file(path / _TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete training checkpoint ({error}); resume from an earlier one"
-        ) from error
-    if content.get("version", 0) > VERSION:
-        raise CheckpointError(f"{path} has version {content['version']}, this code reads {VERSION}; upgrade madtp")
-    weights = _below(tensors, "module.")
-    own = module.state_dict()
-    different = sorted(set(own) ^ set(weights))
-    different += [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if different:
-        raise CheckpointError(
-            f"{path} belongs to another model: {len(different)} tensors differ, the first is {different[0]!r}"
-        )
-    module.load_state_dict(weights)
-    entries: list[dict[int, dict[str, object]]] = [{} for _ in optimisers]
-    try:
-        for name, value in [*_below(tensors, "optimiser.").items(), *content["scalars"].items()]:
-            which, number, entry_name = name.split(".", 2)
-            entries[int(which)].setdefault(int(number), {})[entry_name] = value
-        for optimiser, state, groups in zip(optimisers, entries, content["groups"], strict=True):
-            optimiser.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} was written with other optimisers than this run has ({error})") from error
-    return content["step"], content["extra"]
+        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        version = content["version"]
+        if version > VERSION:
+            raise CheckpointError(f"{path} has version {version}, this code reads {VERSION}; upgrade madtp")
+        if version >= _HASHED_SINCE:
+            _check_hashes(path)
+        stored = _parsed(path, content, load_file(path / _TENSORS))
+    # Whatever nonsense a damaged file holds in place of a number or a table.
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if stored.step != int(path.name.removeprefix("step-")):
+        raise DamagedCheckpointError(f"{path} is damaged (it holds step {stored.step})")
+    return stored
+
+
+def _check_hashes(path: Path) -> None:
+    hashes = json.loads((path / _HASHES).read_text(encoding="utf-8"))
+    for name in (_TENSORS, _STATE):
+        if sha256_of(path / name) != hashes[name]:
+            raise ValueError(f"the content of {name} does not match its hash")
+
+
+def _parsed(path: Path, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> Stored:
+    config, layout = content.get("config"), content.get("optimisers")
+    return Stored(
+        path,
+        step=int(content["step"]),
+        extra=dict(content["extra"]),
+        config=None if config is None else dict(config),
+        tensors=tensors,
+        scalars={
+            name if name.startswith("optimiser.") else f"optimiser.{name}": value
+            for name, value in dict(content["scalars"]).items()
+        },
+        layout=None if layout is None else [list(map(int, groups)) for groups in layout],
+    )
 
 
 def checkpoint_name(step: int) -> str:
@@ -122,15 +236,6 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint below a folder, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """Return all checkpoints below a folder, the oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

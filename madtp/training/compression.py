@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from madtp.errors import ConfigError
 from madtp.processes import current
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Metrics
+from madtp.training.number_ranges import PART, SHARE, Range, check_numbers
 from madtp.tuning.calibration import GainController
 from madtp.tuning.search import KNOBS
 from madtp.tuning.teaching import SaliencyObjective, TeachingResult, teach
@@ -28,6 +28,14 @@ FIRST_KEEP_RATIO = 0.85
 
 REDUCTION = "reduction"
 """Name of the metric that steers the next step."""
+
+BUDGET_RANGES: Mapping[str, Range] = {
+    "reduction": PART,
+    "start_reduction": PART,
+    "ramp": SHARE,
+    "rate": Range(0, 10, above=True),
+}
+"""What the numbers of :class:`Budget` may be."""
 
 _STATE = "controller"
 
@@ -49,11 +57,7 @@ class Budget:
     rate: float = 0.03
 
     def __post_init__(self) -> None:
-        for name in ("reduction", "start_reduction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; it takes a fraction between 0 and 1")
-        if not 0 <= self.ramp <= 1 or not self.rate > 0:
-            raise ConfigError(f"settings.ramp is {self.ramp} and rate {self.rate}; allowed: 0 to 1, and above 0")
+        check_numbers(self, BUDGET_RANGES, "settings")
 
     def target(self, progress: float) -> float:
         """Return the reduction to aim at after ``progress`` (0 to 1) of the run."""
@@ -89,6 +93,16 @@ class Steering:
         """
         self.controller.step(float(metrics[REDUCTION]))
         self.state[_STATE] = self.controller.state_dict()
+
+
+def set_reached_strength(pruned: PrunedModel, state: Mapping[str, Any]) -> None:
+    """Set the strength that steering has reached, also in a process that resumed behind the last step.
+
+    Args:
+        pruned: the model that was trained.
+        state: state of the learner.
+    """
+    set_pruning_strength(pruned, state[_STATE]["gain"])
 
 
 def set_pruning_strength(pruned: PrunedModel, gain: float) -> None:

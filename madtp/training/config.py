@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, TypeVar
 
 from madtp.errors import ConfigError
+from madtp.training.number_ranges import MOST_PROCESSES, SEED, Range, check_numbers, whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -15,6 +16,25 @@ T = TypeVar("T", bound="DataclassInstance")
 
 OPTIMISERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16")
+RANGES: Mapping[str, Range] = {
+    "steps": whole(1, 10**8 - 1),  # names of checkpoints have eight digits
+    "learning_rate": Range(0, 100, above=True),
+    "final_learning_rate": Range(0, 100),
+    "warmup_steps": whole(0),
+    "muon_factor": Range(0, 1000, above=True),
+    "weight_decay": Range(0, 10),
+    "clip_norm": Range(0, 10**9),
+    "seed": SEED,
+    "threads": whole(0, MOST_PROCESSES),
+    "accumulate": whole(1),
+    "log_every": whole(0),
+    "evaluate_every": whole(0),
+    "checkpoint_every": whole(0),
+    "keep_checkpoints": whole(1),
+}
+"""What the numbers of :class:`TrainingConfig` may be."""
+
+_BETA = Range(0, 1, below=True)
 
 
 @dataclass(frozen=True)
@@ -68,14 +88,10 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "accumulate", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_steps", "threads", "log_every", "evaluate_every", "checkpoint_every", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.final_learning_rate <= self.learning_rate:
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        check_numbers(self, RANGES, "training")
+        if self.final_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"training.final_learning_rate {self.final_learning_rate} must lie between 0 and learning_rate "
                 f"{self.learning_rate}"
@@ -84,7 +100,7 @@ class TrainingConfig:
             raise ConfigError(f"training.precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
         if self.optimiser not in OPTIMISERS:
             raise ConfigError(f"training.optimiser is {self.optimiser!r}; choose one of {', '.join(OPTIMISERS)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(beta in _BETA for beta in self.betas):
             raise ConfigError(f"training.betas is {self.betas}; it takes two numbers in [0, 1)")
 
     def to_dict(self) -> dict[str, object]:

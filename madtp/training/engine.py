@@ -9,6 +9,7 @@ one would have done, also in another number of processes. Each process computes 
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,17 +22,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from madtp.errors import ConfigError, TrainingError
-from madtp.processes import current, usable_device
+from madtp.processes import Processes, current, usable_device
 from madtp.pruned import PrunedModel
+from madtp.saving.output_lock import claimed
 from madtp.training.attention_kernels import inference_kernels, training_kernels
 from madtp.training.batch_shares import Batch, BatchShares, Metrics
-from madtp.training.checkpoint import checkpoint_name, last_checkpoint, read_checkpoint, write_checkpoint
+from madtp.training.checkpoint import Trained, checkpoint_name, checkpoints, not_finite, write_checkpoint
 from madtp.training.config import TrainingConfig
 from madtp.training.optim import learning_rate_at, make_optimisers, set_learning_rate
 from madtp.training.precision import precision_on
 from madtp.training.prefetch import prefetch
 from madtp.training.progress import Progress
+from madtp.training.resuming import RESUME_ANYWAY, SHARES, as_json, check_config, newest_whole
 from madtp.training.tensorboard import TensorBoard
+
+LOCK = ".lock"
 
 
 @dataclass
@@ -56,6 +61,8 @@ class Learner:
             buffers or in ``state``.
         state: JSON values of the learner that checkpoints store; updated in place on resume.
         card: JSON facts about the run as configured now, for the recipe's model card; not in checkpoints.
+        depends_on: JSON values that the result depends on besides the engine's config, such as the settings of a recipe and
+            fingerprints of its data. Checkpoints store them, and a run that resumes must have the same.
         samples_per_step: size of a step's batch over all processes.
         sample_name: plural noun for the samples.
         padding: names of the tensors of a batch that are padded in their last dimension, to the longest of all shares, and
@@ -70,6 +77,7 @@ class Learner:
     on_step: Callable[[int, nn.Module, Metrics], None] | None = None
     state: dict[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    depends_on: Mapping[str, Any] = field(default_factory=dict)
     samples_per_step: int = 1
     sample_name: str = "samples"
     padding: Mapping[str, float] = field(default_factory=dict)
@@ -100,6 +108,7 @@ def fit(
     folder: Path,
     *,
     resume: bool = False,
+    resume_anyway: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
     stop_after: int | None = None,
@@ -112,7 +121,10 @@ def fit(
         learner: see :class:`Learner`.
         config: see :class:`TrainingConfig`.
         folder: checkpoints go to its subfolder ``checkpoints``; all processes read it.
-        resume: continue from the last checkpoint of the folder; without one, start from the beginning.
+        resume: continue from the last checkpoint of the folder; without one, start from the beginning. Where the last one is
+            damaged, a warning says so, and the one before is taken.
+        resume_anyway: continue also with another config than the checkpoint was written with. The result is then that of
+            neither. Settings that change no result, such as ``log_every``, may differ in any case.
         device: torch device for module and batches.
         progress: where numbers are shown; ``None`` shows them on the terminal.
         stop_after: total number of steps after which to stop, with a checkpoint.
@@ -120,53 +132,56 @@ def fit(
     Raises:
         ConfigError: if the batch of a step cannot be divided over processes and micro batches, or if the config or ``device``
             asks for something that is not available.
-        TrainingError: if the loss is not finite, or if the folder holds checkpoints and ``resume`` is off.
-        CheckpointError: if the checkpoint to resume from is unusable.
+        TrainingError: if the loss, gradients or weights are not finite, or if the folder holds checkpoints and ``resume`` is
+            off. The last checkpoint is good in any case.
+        CheckpointError: if no checkpoint to resume from is usable, or the last one belongs to another config.
+        OutputInUseError: if another run writes to the folder.
     """
-    processes, place = current(), usable_device(device)
+    processes, usable = current(), usable_device(device)
     shares = BatchShares(learner.samples_per_step, processes, config.accumulate, config.seed)
-    checkpoints = folder / "checkpoints"
-    found = last_checkpoint(checkpoints)
-    if len(set(processes.gather(found and found.name))) > 1:
-        raise TrainingError(
-            f"not all processes see the same checkpoints in {checkpoints}; choose a folder that they share"
+    place = folder / "checkpoints"
+    with claimed(place, place / LOCK, processes):
+        _check_folder(place, processes, resume=resume or resume_anyway)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        module = learner.module.to(usable)
+        if config.gradient_checkpointing:
+            _checkpoint_pruned(module)
+        trained = Trained(module, make_optimisers(module, config))
+        unset = frozenset(not_finite(trained.tensors()))
+        depends_on = as_json({**learner.depends_on, "training": config.to_dict(), SHARES: shares.count})
+        stored = newest_whole(place, unset)
+        if stored:
+            check_config(stored, depends_on, config.steps, anyway=resume_anyway)
+            stored.load_into(trained)
+            learner.state.update(stored.extra)
+        start = stored.step if stored else 0
+        stop = max(start, min(config.steps, stop_after or config.steps))
+        writer = TensorBoard(folder, start) if config.tensorboard and processes.main else None
+        loop = _Loop(
+            learner=learner,
+            config=config,
+            depends_on=depends_on,
+            checkpoints=place,
+            shares=shares,
+            trained=trained,
+            unset=unset,
+            board=progress if progress and processes.main else Progress(quiet=not processes.main),
+            writer=writer,
+            device=usable,
+            saved=stored.path if stored else None,
         )
+        return loop.train(start, stop)
+
+
+def _check_folder(place: Path, processes: Processes, *, resume: bool) -> None:
+    """Make sure that all processes see the same checkpoints, and that none is there unless it may be resumed."""
+    found = [path.name for path in checkpoints(place)]
+    if any(names != found for names in processes.gather(found)):
+        raise TrainingError(f"not all processes see the same checkpoints in {place}; choose a folder that they share")
     if found and not resume:
-        raise TrainingError(f"{checkpoints} holds checkpoints of an earlier run; resume it or choose another folder")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    module = learner.module.to(place)
-    if config.gradient_checkpointing:
-        _checkpoint_pruned(module)
-    optimisers = make_optimisers(module, config)
-    start = 0
-    if found:
-        start, extra = read_checkpoint(found, module, optimisers)
-        learner.state.update(extra)
-    stop = min(config.steps, stop_after or config.steps)
-    board = progress if progress and processes.main else Progress(quiet=not processes.main)
-    writer = TensorBoard(folder, start) if config.tensorboard and processes.main else None
-    loop = _Loop(
-        learner=learner,
-        config=config,
-        checkpoints=checkpoints,
-        shares=shares,
-        optimisers=optimisers,
-        board=board,
-        writer=writer,
-        device=place,
-        saved=found,
-    )
-    began = time.perf_counter()
-    try:
-        with board.running(start, config.steps, learner.samples_per_step, learner.sample_name):
-            loop.run(start, stop)
-    finally:
-        if writer:
-            writer.close()
-    assert loop.saved is not None or start == stop
-    return TrainingResult(stop, loop.metrics, loop.evaluation, time.perf_counter() - began, loop.saved or checkpoints)
+        raise TrainingError(f"{place} holds checkpoints of an earlier run; resume it or choose another folder")
 
 
 def _checkpoint_pruned(module: nn.Module) -> None:
@@ -205,9 +220,11 @@ def _parallel(loss: _Loss) -> DistributedDataParallel:
 class _Loop:
     learner: Learner
     config: TrainingConfig
+    depends_on: Mapping[str, object]
     checkpoints: Path
     shares: BatchShares
-    optimisers: list[torch.optim.Optimizer]
+    trained: Trained
+    unset: frozenset[str]
     board: Progress
     writer: TensorBoard | None
     device: torch.device
@@ -219,6 +236,17 @@ class _Loop:
         self.module = self.learner.module
         loss = _Loss(self.learner)
         self.loss: nn.Module = _parallel(loss) if self.shares.processes.size > 1 else loss
+
+    def train(self, start: int, stop: int) -> TrainingResult:
+        began = time.perf_counter()
+        try:
+            with self.board.running(start, self.config.steps, self.learner.samples_per_step, self.learner.sample_name):
+                self.run(start, stop)
+        finally:
+            if self.writer:
+                self.writer.close()
+        seconds = time.perf_counter() - began
+        return TrainingResult(stop, self.metrics, self.evaluation, seconds, self.saved or self.checkpoints)
 
     def run(self, start: int, stop: int) -> None:
         config, writes = self.config, self.shares.processes.main
@@ -236,23 +264,24 @@ class _Loop:
             if self.learner.evaluate and (_due(done, config.evaluate_every) or done == config.steps):
                 self._evaluate(done)
             if _due(done, config.checkpoint_every) or last:
-                self.saved = self.checkpoints / checkpoint_name(done)
+                self._check_weights(done)
                 if writes:
                     write_checkpoint(
                         self.checkpoints,
                         done,
-                        self.module,
-                        optimisers=self.optimisers,
+                        self.trained,
                         extra=self.learner.state,
+                        config=self.depends_on,
                         keep=config.keep_checkpoints,
                     )
+                self.saved = self.checkpoints / checkpoint_name(done)
 
     def _batches(self, step: int) -> list[Batch]:
         return [self.learner.batch(step, share.rows) for share in self.shares.local()]
 
     def _step(self, step: int, batches: list[Batch]) -> dict[str, float | Tensor]:
         rate = learning_rate_at(step, self.config)
-        set_learning_rate(self.optimisers, rate / self.config.learning_rate)
+        set_learning_rate(self.trained.optimisers, rate / self.config.learning_rate)
         self.module.zero_grad(set_to_none=True)
         self.shares.reseed(step)
         if self.learner.before_step:
@@ -264,10 +293,12 @@ class _Loop:
             with nullcontext() if len(found) + 1 == len(equal) else self._unsynchronised():
                 found.append(self._backward(step, batch))
         metrics = self.shares.mean(found, self.device)
-        self._check(step, rate, float(metrics["loss"]))
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._check(step, rate, float(metrics["loss"]), float(norm))
         if self.config.clip_norm:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
-        for optimiser in self.optimisers:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        for optimiser in self.trained.optimisers:
             optimiser.step()
         return {**metrics, "lr": rate}
 
@@ -283,14 +314,32 @@ class _Loop:
         """Context of every share but the last, with whose gradients those of all are averaged over processes."""
         return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()
 
-    def _check(self, step: int, rate: float, loss: float) -> None:
-        if loss - loss == 0:  # neither infinite nor NaN
+    def _check(self, step: int, rate: float, loss: float, norm: float) -> None:
+        """Stop before weights change by a loss or gradients that are not finite, which are the same in all processes."""
+        if math.isfinite(loss) and math.isfinite(norm):
             return
-        where = f"resume from {self.saved}" if self.saved else "there is no checkpoint yet, so start again"
+        fault = f"the loss of step {step} is {loss:.3g}"
+        if math.isfinite(loss):
+            gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+            faults = not_finite(gradients)
+            fault += f" and the norm of its gradients {norm}" + (f" ({faults[0]})" if faults else "")
         raise TrainingError(
-            f"the loss of step {step} is {loss} at learning rate {rate:.2e}; {where} with a lower "
-            "learning rate, a longer warm-up or precision float32"
+            f"{fault} at learning rate {rate:.2e}; {self._way_on} a lower learning rate, a longer warm-up or precision float32"
         )
+
+    def _check_weights(self, done: int) -> None:
+        faults = [name for name in not_finite(self.trained.tensors()) if name not in self.unset]
+        if faults:
+            raise TrainingError(
+                f"after step {done - 1}, {len(faults)} tensors hold NaN or infinite values ({faults[0]}), so no checkpoint is "
+                f"written; {self._way_on} a lower learning rate or a longer warm-up"
+            )
+
+    @property
+    def _way_on(self) -> str:
+        if self.saved is None:
+            return "there is no checkpoint yet, so start again with"
+        return f"resume from {self.saved} by {RESUME_ANYWAY} with"
 
     def _evaluate(self, done: int) -> None:
         assert self.learner.evaluate is not None

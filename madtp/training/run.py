@@ -18,14 +18,16 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from madtp.atomic_files import check_writable_folder
 from madtp.errors import ConfigError
 from madtp.processes import joined
+from madtp.saving.output_lock import claimed
 from madtp.training.config import TrainingConfig
-from madtp.training.engine import Learner, TrainingResult, fit
+from madtp.training.engine import LOCK, Learner, TrainingResult, fit
 from madtp.training.progress import Progress
 
 if sys.version_info >= (3, 11):
@@ -58,6 +60,7 @@ def train(
     output: str | Path,
     *,
     resume: bool = False,
+    resume_anyway: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
     stop_after: int | None = None,
@@ -69,7 +72,8 @@ def train(
     Args:
         config: path of a TOML or JSON file, or its content.
         output: folder for checkpoints, the finished weights and their model card.
-        resume: continue from the last checkpoint in ``output``.
+        resume: continue from the last checkpoint in ``output``; see :func:`madtp.training.engine.fit`.
+        resume_anyway: continue also if the config has changed; see there.
         device: torch device; with several processes, ``"cuda"`` is the GPU of each.
         progress: where numbers are shown; ``None`` shows them on the terminal.
         stop_after: total number of steps after which to stop, with a checkpoint to resume from.
@@ -77,7 +81,8 @@ def train(
     Raises:
         ConfigError: if the config cannot be read, or holds something that the recipe does not know.
         TrainingError: if training fails; the message says where to resume.
-        CheckpointError: if the checkpoint to resume from is unusable.
+        CheckpointError: if the checkpoint to resume from is unusable, or was written with another config.
+        OutputInUseError: if another run writes to ``output``.
         UnwritableError: if ``output`` is a file, cannot be written, or the disk is full; checkpoints that are there stay.
     """
     content = read_config(config)
@@ -85,11 +90,24 @@ def train(
     recipe = _recipe(content["recipe"])
     folder = Path(output)
     check_writable_folder(folder)
-    with joined(device) as (processes, place):
-        learner = recipe.build(content.get("settings", {}), training)
-        result = fit(learner, training, folder, resume=resume, device=place, progress=progress, stop_after=stop_after)
-    if processes.main and result.steps == training.steps:
-        recipe.finish(learner, result, folder)
+    settings = content.get("settings", {})
+    with ExitStack() as held:
+        with joined(device) as (processes, place):
+            held.enter_context(claimed(folder, folder / LOCK, processes))
+            learner = recipe.build(settings, training)
+            learner.depends_on = {"settings": settings, **learner.depends_on, "recipe": content["recipe"]}
+            result = fit(
+                learner,
+                training,
+                folder,
+                resume=resume,
+                resume_anyway=resume_anyway,
+                device=place,
+                progress=progress,
+                stop_after=stop_after,
+            )
+        if processes.main and result.steps == training.steps:
+            recipe.finish(learner, result, folder)
     return result
 
 
@@ -116,7 +134,7 @@ def _parse(path: Path) -> dict[str, Any]:
         parsed: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     return parsed
 

@@ -148,11 +148,11 @@ class ImageFolder:
     root: Path
     below: tuple[str, ...] = (".", "images")
 
-    def __call__(self, name: str) -> Image.Image:
-        """The image in RGB.
+    def path(self, name: str) -> Path:
+        """The file of an image.
 
         Raises:
-            DataError: There is no such file, it lies outside the folder, or it is damaged.
+            DataError: There is no such file, or it lies outside the folder.
         """
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DataError(f"the image {name!r} lies outside {self.root}; names of images are relative to it.")
@@ -162,6 +162,15 @@ class ImageFolder:
             raise DataError(
                 f"there is no image {' or '.join(map(str, tried))}; the images of the data set are not complete."
             )
+        return path
+
+    def __call__(self, name: str) -> Image.Image:
+        """The image in RGB.
+
+        Raises:
+            DataError: There is no such file, it lies outside the folder, or it is damaged.
+        """
+        path = self.path(name)
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")

@@ -132,6 +132,11 @@ class DataSet(Dataset[Sample[R]], Generic[R]):
         transform = to_pixels if self.transform is None else self.transform
         return Sample(record, torch.stack([transform(self._source(name)) for name in record.images]))
 
+    @property
+    def source(self) -> ImageSource:
+        """Opens an image by its name."""
+        return self._source
+
     def with_records(self, records: Sequence[Any]) -> DataSet[Any]:
         """Return the same images with other records."""
         return DataSet(self.name, self.split, records, self._source, self.transform)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,14 @@ from madtp.evaluation import Task, evaluate
 from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import TrainingResult
+from madtp.training.number_ranges import MOST_PROCESSES, SHARE, Range, whole
 from zoo.datasets.records import DataSet
 from zoo.objectives.paper import AnyPaperObjective, ContrastSettings, paper_objective
 from zoo.recipes.compression import CompressionLearner, SampleSource, compression_learner, finish_compression
 from zoo.recipes.compression_settings import CompressionSettings
 from zoo.recipes.data_loader import Loader
 from zoo.tasks import build_task
+from zoo.tasks.fingerprints import fingerprint_data, fingerprint_files
 from zoo.transforms import for_model
 from zoo.transforms import training as training_transform
 
@@ -57,6 +59,20 @@ class CompressDataSettings(CompressionSettings):
         test_items: Samples to test on; 0 tests on all.
         evaluation_batch: Samples of a call in calibration and test.
     """
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **CompressionSettings.RANGES,
+        "samples_per_step": whole(1, 10**6),
+        "workers": whole(0, MOST_PROCESSES),
+        "smallest_crop": Range(0, 1, above=True),
+        "queue": whole(1, 10**8),
+        "momentum": SHARE,
+        "alpha": SHARE,
+        "alpha_ramp": SHARE,
+        "calibration_items": whole(1),
+        "test_items": whole(0),
+        "evaluation_batch": whole(1, 10**6),
+    }
 
     data: str = ""
     root: str = ""
@@ -113,6 +129,10 @@ def objective_and_source(
         held_out=list,
         scores=lambda outputs, batches: {},
         padding=PADDING,
+        fingerprint={
+            "samples": fingerprint_data(data),
+            "files": fingerprint_files(Path(name) for name in (chosen.vocabulary, chosen.answers) if name),
+        },
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ import zoo
 from madtp.training.batch_shares import Batch
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import TrainingResult
+from madtp.training.number_ranges import SEED, SHARE, WEIGHT, Range, whole
 from zoo.objectives.scenes import PADDING, AnySceneObjective, scene_objective
 from zoo.recipes.compression import CompressionLearner, SampleSource, compression_learner, finish_compression
 from zoo.recipes.compression_settings import CompressionSettings
@@ -42,6 +43,18 @@ class CompressSceneSettings(CompressionSettings):
         calibration_items: Held-out samples to calibrate on.
         test_items: Held-out samples to test on.
     """
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **CompressionSettings.RANGES,
+        "pictures_per_step": whole(1, 10**6),
+        "texts_per_picture": whole(1, 10**4),
+        "auxiliary_weight": WEIGHT,
+        "fade_to": SHARE,
+        "data_seed": SEED,
+        "first_pair": whole(0),
+        "calibration_items": whole(1),
+        "test_items": whole(1),
+    }
 
     model: str = "blip_vqa_mini"
     checkpoint: str | None = "dense"

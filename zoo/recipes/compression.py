@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,12 +23,13 @@ from madtp.atomic_files import write_text
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
-from madtp.training.compression import Steering, pruning_metrics, teach_in_all_processes
+from madtp.training.compression import Steering, pruning_metrics, set_reached_strength, teach_in_all_processes
 from madtp.training.config import TrainingConfig
 from madtp.training.engine import Learner
 from madtp.tuning.calibration import CalibrationResult
 from zoo.objectives.base import AnyObjective, Metrics
 from zoo.recipes.compression_settings import CompressionSettings
+from zoo.tasks.fingerprints import fingerprint_checkpoint
 
 TEACHING = "teaching"
 _TEACHING_BATCH = 16
@@ -50,6 +51,7 @@ class SampleSource:
         held_out: Makes batches for evaluation during training; none for no evaluation.
         scores: Takes outputs on these and the batches; returns metrics.
         padding: See :class:`madtp.training.engine.Learner`.
+        fingerprint: What the samples are, in JSON values, for runs that resume. Empty where they follow from the settings.
     """
 
     batch: Callable[[int, range], Batch]
@@ -58,6 +60,7 @@ class SampleSource:
     held_out: Callable[[], list[Batch]]
     scores: Callable[[Sequence[Any], Sequence[Batch]], dict[str, float]]
     padding: Mapping[str, float]
+    fingerprint: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -132,6 +135,11 @@ def compression_learner(
         sample_name=source.sample_name,
         padding=source.padding,
         card={"settings": asdict(settings), "training": training.to_dict()},
+        depends_on={
+            "settings": asdict(settings),
+            "data": source.fingerprint,
+            "weights": fingerprint_checkpoint(settings.model, settings.checkpoint),
+        },
         objective=objective,
         pruned=pruned,
         settings=settings,
@@ -210,6 +218,8 @@ def finish_compression(
         output: Folder of the run.
     """
     settings = learner.settings
+    # Calibration starts from the strength that it finds, and ends a little elsewhere from another one.
+    set_reached_strength(learner.pruned, learner.state)
     pruned = deploy(learner.objective, learner.pruned, calls[0])
     calibration = calibrate_closely(pruned, calls, settings.reduction)
     madtp.save(pruned, output / "pruned", dtype=torch.float16)

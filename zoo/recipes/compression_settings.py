@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from madtp.config import PruningConfig
-from madtp.training.compression import Budget
+from madtp.training.compression import BUDGET_RANGES, Budget
+from madtp.training.number_ranges import WEIGHT, Range, check_numbers, whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,20 @@ class CompressionSettings:
         teach_every: Alignment tokens are taught anew after this many training steps, as the streams that they score move. 0
             teaches once.
         pruning: Fields of :class:`madtp.PruningConfig`.
+
+    Raises:
+        ConfigError: A number is out of its range.
     """
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        **BUDGET_RANGES,
+        "alignment_weight": WEIGHT,
+        "distillation": WEIGHT,
+        "teaching_samples": whole(1),
+        "teaching_steps": whole(0),
+        "teach_every": whole(0),
+    }
+    """What each number may be. Recipes with further ones add theirs."""
 
     reduction: float = 0.8
     model: str = ""
@@ -41,6 +56,9 @@ class CompressionSettings:
     teaching_steps: int = 200
     teach_every: int = 200
     pruning: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.RANGES, "settings")
 
     @property
     def budget(self) -> Budget:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,6 +186,7 @@ def _fine_tune(
         samples_per_step=source.samples_per_step,
         sample_name=source.sample_name,
         padding=source.padding,
+        depends_on={"settings": asdict(chosen), cheaper.size_name: size},
     )
     fit(learner, training, output, resume=True, progress=progress)
     model: nn.Module = objective.model.eval()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from madtp.errors import ConfigError
 from madtp.training.batch_shares import Batch, Metrics
 from madtp.training.config import TrainingConfig, from_plain
 from madtp.training.engine import Learner, TrainingResult
+from madtp.training.number_ranges import SEED, SHARE, WEIGHT, Range, check_numbers, whole
 from zoo.objectives.scene_statements import StatementObjective
 from zoo.objectives.scenes import PADDING, AnyDenseObjective, dense_scene_objective
 from zoo.recipes.model_card import measure_task, write_release
 from zoo.recipes.warm_start import start_from
+from zoo.tasks.fingerprints import fingerprint_checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,26 @@ class DenseSceneSettings:
         first_pair: First pair of pictures that training takes.
         evaluation_pictures: Held-out pictures (or pairs) of each evaluation during training.
         test_items: Held-out samples that the model card reports on.
+
+    Raises:
+        ConfigError: A number is out of its range.
     """
+
+    RANGES: ClassVar[Mapping[str, Range]] = {
+        "pictures_per_step": whole(1, 10**6),
+        "texts_per_picture": whole(1, 10**4),
+        "patch_steps": whole(0),
+        "patch_weight": WEIGHT,
+        "auxiliary_weight": WEIGHT,
+        "fade_to": SHARE,
+        "count_weight": WEIGHT,
+        "place_weight": WEIGHT,
+        "data_seed": SEED,
+        "first_pair": whole(0),
+        "evaluation_pictures": whole(1, 10**6),
+        "test_items": whole(1),
+    }
+    """What each number may be."""
 
     model: str = "blip_vqa_mini"
     start_from: str = "blip_nlvr_mini:dense"
@@ -64,6 +86,19 @@ class DenseSceneSettings:
     first_pair: int = 2_000_000
     evaluation_pictures: int = 256
     test_items: int = 1024
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.RANGES, "settings")
+        if self.start_from and not all(self.starting_weights):
+            raise ConfigError(
+                f'settings.start_from is {self.start_from!r}; it has to be "MODEL:CHECKPOINT", or "" for none'
+            )
+
+    @property
+    def starting_weights(self) -> tuple[str, str]:
+        """Model and checkpoint to start from."""
+        name, _, checkpoint = self.start_from.partition(":")
+        return name, checkpoint
 
 
 @dataclass(kw_only=True)
@@ -113,6 +148,10 @@ def build(settings: Mapping[str, object], training: TrainingConfig) -> DenseLear
             "settings": asdict(chosen),
             "training": training.to_dict(),
         },
+        depends_on={
+            "settings": asdict(chosen),
+            "weights": fingerprint_checkpoint(*chosen.starting_weights) if chosen.start_from else {},
+        },
         samples_per_step=chosen.pictures_per_step,
         sample_name=objective.samples,
         padding=PADDING,
@@ -131,7 +170,7 @@ def _objective(settings: DenseSceneSettings) -> AnyDenseObjective:
     elif settings.kinds:
         raise ConfigError(f"settings.kinds are kinds of statement, and {settings.model} learns none; leave kinds out")
     if settings.start_from:
-        start_from(objective.model, *settings.start_from.split(":"))
+        start_from(objective.model, *settings.starting_weights)
     objective.add_patch_heads()
     return objective
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,18 +14,32 @@ from torch import nn
 import madtp
 import zoo
 from madtp.atomic_files import check_writable
-from madtp.errors import ConfigError
+from madtp.errors import CheckpointError, ConfigError
 from madtp.evaluation import Evaluation, PartialResults, Task, evaluate
 from madtp.evaluation.partial_results import write_json
 from madtp.evaluation.run import batches
 from madtp.processes import Processes, joined
 from madtp.pruned import PrunedModel
-from madtp.saving.model_folder import CONFIG
+from madtp.saving.output_lock import claimed
+from madtp.training.number_ranges import PART, SEED, Range, check_numbers, whole
 from madtp.tuning.search import KNOBS
+from zoo.datasets.records import DataSet
+from zoo.tasks.fingerprints import fingerprint_checkpoint, fingerprint_data, fingerprint_files
 from zoo.tasks.registry import build_task
 from zoo.transforms import for_model
 
-PARTS = ".parts"
+RANGES: Mapping[str, Range] = {
+    "limit": replace(whole(1), optional=True),
+    "seed": SEED,
+    "reduction": replace(PART, optional=True),
+    "calibration_samples": whole(1),
+    "batch_size": whole(1, 10**6),
+}
+"""What the numbers of :class:`EvaluationSettings` may be."""
+STRENGTH = Range(0, 10**12)
+"""What a stored pruning strength may be."""
+
+PARTS, LOCK = ".parts", ".lock"
 CALIBRATION = "calibration"
 
 
@@ -49,6 +64,9 @@ class EvaluationSettings:
         vocabulary: A BERT ``vocab.txt``, for models of full size.
         answers: A JSON list of answers to choose from, for models that answer questions. None lets them write answers.
         device: "cpu", "cuda" and so on.
+
+    Raises:
+        ConfigError: A number is out of its range.
     """
 
     model: str
@@ -68,13 +86,7 @@ class EvaluationSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.reduction is not None and not 0 < self.reduction < 1:
-            raise ConfigError(
-                f"reduction is {self.reduction}; it is a share between 0 and 1 (0.8 saves 80% of the MACs)."
-            )
-        for name in ("batch_size", "calibration_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+        check_numbers(self, RANGES)
 
     def to_dict(self) -> dict[str, object]:
         """Return the settings as JSON values."""
@@ -105,11 +117,16 @@ def evaluate_settings(
     Raises:
         ConfigError: ``output`` is a folder, or this machine does not have the device.
         UnwritableError: ``output`` cannot be written, or the disk is full. Batches that are done need not be repeated.
+        CheckpointError: The folder of results belongs to another evaluation, or a file of it is damaged.
+        OutputInUseError: Another evaluation writes ``output``.
     """
     if output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file for the result.")
     check_writable(output)
-    with joined(settings.device) as (processes, device):
+    with (
+        joined(settings.device) as (processes, device),
+        claimed(output, output.with_name(output.name + LOCK), processes),
+    ):
         return _evaluate(
             settings,
             output,
@@ -132,14 +149,20 @@ def _evaluate(
     device: torch.device,
 ) -> dict[str, object]:
     dense = zoo.create(settings.model)
-    annotations = settings.annotations
-    task = _task(settings, dense, settings.split, limit=settings.limit, annotations=annotations, device=device)
-    setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings)}
+    data = _data(settings, settings.split, limit=settings.limit, annotations=settings.annotations)
+    task = _task(settings, dense, data, device)
+    setup = {**settings.to_dict(), **_versions(), "files": _fingerprints(settings), "samples": fingerprint_data(data)}
+    held_out = None
+    if settings.reduction is not None:
+        samples = settings.calibration_samples
+        calibration_data = _data(settings, settings.calibration_split, limit=samples, annotations=None)
+        held_out = _task(settings, dense, calibration_data, device)
+        setup["calibrated_on"] = fingerprint_data(calibration_data)
     parts = PartialResults(output.with_name(output.name + PARTS), setup)
     processes.wait()  # a folder that another process begins to fill would not look like that of an evaluation
     model = _load(settings).to(device)
-    if settings.reduction is not None:
-        model = _prune(settings, dense, model, parts=parts, processes=processes, device=device)
+    if held_out is not None:
+        model = _prune(settings, held_out, model, parts=parts, processes=processes)
     begin(len(task.stages) * sum(map(len, processes.share(batches(task, settings.batch_size)))))
     size = settings.batch_size
     found = evaluate(model, task, batch_size=size, partial_results=parts, advance=advance, processes=processes)
@@ -152,16 +175,8 @@ def _evaluate(
     return content
 
 
-def _task(
-    settings: EvaluationSettings,
-    model: nn.Module,
-    split: str,
-    *,
-    limit: int | None,
-    annotations: Path | None,
-    device: torch.device,
-) -> Task:
-    data = zoo.data(
+def _data(settings: EvaluationSettings, split: str, *, limit: int | None, annotations: Path | None) -> DataSet[Any]:
+    return zoo.data(
         settings.data,
         settings.root,
         split,
@@ -170,6 +185,9 @@ def _task(
         limit=limit,
         seed=settings.seed,
     )
+
+
+def _task(settings: EvaluationSettings, model: nn.Module, data: DataSet[Any], device: torch.device) -> Task:
     return build_task(settings.model, model, data, device, vocabulary=settings.vocabulary, answers=settings.answers)
 
 
@@ -184,19 +202,16 @@ def _load(settings: EvaluationSettings) -> nn.Module:
 
 def _prune(
     settings: EvaluationSettings,
-    dense: nn.Module,
+    task: Task,
     model: nn.Module,
     *,
     parts: PartialResults,
     processes: Processes,
-    device: torch.device,
 ) -> PrunedModel:
     """Rewrite the model unless it is pruned, and calibrate it in one process.
 
     If the evaluation was interrupted, its results were made with a calibrated strength: the same one is set again.
     """
-    split, limit = settings.calibration_split, settings.calibration_samples
-    task = _task(settings, dense, split, limit=limit, annotations=None, device=device)
     first = task.inputs(batches(task, settings.batch_size)[0])
     pruned = model if isinstance(model, PrunedModel) else madtp.rewrite(model, first).eval()
     known = parts.get(CALIBRATION) if processes.main else None
@@ -205,7 +220,13 @@ def _prune(
         parts.put(CALIBRATION, known)
     known = processes.from_main(known)
     assert known is not None
-    KNOBS[known["steer"]].write(pruned, known["value"])
+    steer: Any = known.get("steer")
+    value: Any = known.get("value")
+    if steer not in KNOBS or value not in STRENGTH:
+        raise CheckpointError(
+            f"{parts.path(CALIBRATION)} holds no pruning strength; remove {parts.folder} to evaluate all batches again."
+        )
+    KNOBS[steer].write(pruned, value)
     return pruned
 
 
@@ -216,11 +237,10 @@ def _calibrated(pruned: PrunedModel, task: Task, settings: EvaluationSettings) -
     return {"steer": steer, "value": KNOBS[steer].read(pruned)}
 
 
-def _fingerprints(settings: EvaluationSettings) -> dict[str, list[int]]:
-    """Return size and time of change of the files that were named: a path may hold another file when a run is resumed."""
-    named = [Path(settings.checkpoint or ""), settings.annotations, settings.vocabulary, settings.answers]
-    files = [path / CONFIG if path.is_dir() else path for path in named if path is not None]
-    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.is_file()}
+def _fingerprints(settings: EvaluationSettings) -> dict[str, str]:
+    """Return fingerprints of the files that were named: a path may hold another file when a run is resumed."""
+    weights = fingerprint_checkpoint(settings.model, settings.checkpoint)
+    return weights | fingerprint_files([settings.annotations, settings.vocabulary, settings.answers])
 
 
 def _versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from madtp.evaluation.compute_meter import override_dense_macs
+from madtp.evaluation.compute_meter import CallRecord, count_calls, override_dense_macs, record_apart
 from madtp.evaluation.task import Result
 from madtp.pruned import PrunedModel
 from zoo.blip.matching import LEFT_OUT, Matcher, match
@@ -31,6 +31,8 @@ CANDIDATES = {"coco": 256, "flickr30k": 128, "scenes_captions": 16}
 """By data set, how many texts are matched for each image, and images for each text. Those of COCO and Flickr are published."""
 FEATURES, MATCHING = "features", "matching"
 TOWER = "visual_encoder"
+_TOGETHER = 32
+"""Images that are encoded in one call before pairs are matched."""
 
 
 class CaptionedImages:
@@ -185,6 +187,7 @@ class Matching:
     def __init__(self, task: Retrieval) -> None:
         self.task = task
         self.encoded: dict[int, Tensor] = {}
+        self.records: dict[int, list[CallRecord]] = {}
         self.whole: Tensor | None = None
         self.dense_macs: dict[int, float] = {}
 
@@ -207,6 +210,11 @@ class Matching:
                 scores = self._match(model, [(other, caption) for other in others], best, fullest)
                 of_captions.append([list(pair) for pair in zip(others, scores, strict=True)])
             results.append({"texts": [list(pair) for pair in zip(captions, found, strict=True)], "images": of_captions})
+            if (
+                image % _TOGETHER == 0
+            ):  # what encoding costs is counted once, by whatever batch has the first of the images
+                self._encode(model, [image])
+                count_calls(self.records[image // _TOGETHER])
         return results
 
     def _candidates(self, similar: Tensor) -> tuple[Tensor, list[int]]:
@@ -227,10 +235,11 @@ class Matching:
         return scores
 
     def _encode(self, model: nn.Module, images: Sequence[int]) -> None:
-        new = sorted(set(images) - self.encoded.keys())
-        for start in range(0, len(new), 32):
-            part = new[start : start + 32]
-            whole = model(images=self.task.images(part)).image_tokens
+        # Always the same images together: products of other sizes round differently, and a run may resume in the middle.
+        for block in sorted({image // _TOGETHER for image in images if image not in self.encoded}):
+            part = range(block * _TOGETHER, min((block + 1) * _TOGETHER, len(self.task.ids)))
+            with record_apart() as self.records[block]:
+                whole = model(images=self.task.images(part)).image_tokens
             self.whole = whole[:1]
             tokens, mask = surviving_tokens(model, TOWER, whole)
             counts = [tokens.shape[1]] * len(part) if mask is None else mask.sum(dim=1).tolist()

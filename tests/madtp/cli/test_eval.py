@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,62 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert ran == [0, 2, 2, 4]
     assert content["metrics"] == whole["metrics"]
     assert content["per_sample"] == whole["per_sample"]
+
+
+def change_a_statement(root: Path) -> None:
+    path = root / "nlvr_test.json"
+    path.write_text(path.read_text().replace("blue", "red"))
+
+
+def change_an_image(root: Path) -> None:
+    dataset_files.write_image(next(root.rglob("*.png")), (1, 2, 3), (30, 20))
+
+
+def turn_the_order(root: Path) -> None:
+    path = root / "nlvr_test.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[::-1]))
+
+
+@pytest.mark.parametrize("change", [change_a_statement, change_an_image, turn_the_order])
+def test_results_of_two_states_of_the_data_are_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    root = tmp_path / "data"
+    path = dataset_files.nlvr2_list(root, "test")
+    texts = [STATEMENTS[number][0] for number in (0, 1, 0)]
+    listed = [{**entry, "sentence": text} for entry, text in zip(json.loads(path.read_text()), texts, strict=True)]
+    dataset_files.write_json(path, listed)
+    arguments = ("-k", "dense", "-d", "nlvr2", "--root", str(root), "-b", "1", "--output", str(tmp_path / "e.json"))
+    own, ran = Reasoning.run, []
+
+    def interrupted(self: Reasoning, model: Any, samples: range, earlier: Any) -> Any:
+        ran.append(samples.start)
+        if ran == [0, 1]:
+            raise KeyboardInterrupt
+        return own(self, model, samples, earlier)
+
+    monkeypatch.setattr(Reasoning, "run", interrupted)
+    assert run(*arguments).exit_code == 130
+    change(root)
+    outcome = run(*arguments)
+    assert outcome.exit_code == 1
+    assert "holds parts of another evaluation: samples." in outcome.output
+    assert ran == [0, 1]
+
+
+def test_a_second_evaluation_to_the_same_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("-k", "dense", "-n", "2", "--output", str(tmp_path / "e.json"))
+    own, told = Reasoning.run, []
+
+    def meanwhile(self: Reasoning, model: Any, samples: range, earlier: Any) -> Any:
+        told.append(run(*arguments))
+        return own(self, model, samples, earlier)
+
+    monkeypatch.setattr(Reasoning, "run", meanwhile)
+    assert run(*arguments).exit_code == 0
+    assert told[0].exit_code == 1
+    assert f"in use by process {os.getpid()} on" in told[0].output
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_a_model_with_a_vocabulary_of_word_pieces(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_parts_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:
     parts = PartialResults(tmp_path / "p", {"model": "a", "sizes": (1, 2)})
     parts.put("x", {"results": []})
     assert PartialResults(tmp_path / "p", {"model": "a", "sizes": [1, 2]}).get("x") == {"results": []}
-    with pytest.raises(CheckpointError, match=r"another evaluation \(model differ: 'a' there, 'b' here\)"):
+    with pytest.raises(CheckpointError, match="another evaluation: model is 'a' there and 'b' here; remove it"):
         PartialResults(tmp_path / "p", {"model": "b", "sizes": (1, 2)})
     parts.remove()
     assert not (tmp_path / "p").exists()
@@ -133,6 +133,134 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not a folder of an evaluation"):
         PartialResults(tmp_path, {})
+
+
+@pytest.mark.parametrize("draft", [".setup.json.4711", ".setup.0123456789ab.json", ".setup.json"])
+def test_a_kill_in_the_first_write_leaves_a_folder_to_go_on_with(tmp_path: Path, draft: str) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / draft).write_text('{"half')
+    found = evaluate(
+        Doubling(),
+        FakeTask((Doubled(), Shares())),
+        batch_size=2,
+        partial_results=PartialResults(tmp_path / "p", {"a": 1}),
+    )
+    assert found.metrics == {"total": 1.0}
+
+
+def test_a_kill_while_the_folder_is_removed_leaves_one_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, left = Path.unlink, [0]
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        own(self, missing_ok)
+
+    for count in range(4):
+        parts = PartialResults(tmp_path / "p", {"a": 1})
+        for name in ("x", "y", "z"):
+            parts.put(name, {})
+        left[0] = count
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                parts.remove()
+        PartialResults(tmp_path / "p", {"a": 1}).remove()
+        assert not (tmp_path / "p").exists()
+
+
+def interrupted(folder: Path, task: FakeTask) -> list[Path]:
+    """Stop after two batches; return their files."""
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Doubling(), task, batch_size=2, partial_results=PartialResults(folder, {"a": 1}))
+    return sorted(folder.glob("doubled-*.json"))
+
+
+def swap(files: list[Path]) -> None:
+    first, second = (file.read_text() for file in files)
+    files[0].write_text(second)
+    files[1].write_text(first)
+
+
+def copy_from_another_evaluation(files: list[Path]) -> None:
+    other = PartialResults(files[0].parent.parent / "other", {"a": 2})
+    other.put("doubled-00000000", json.loads(files[0].read_text())["content"])
+    files[0].write_text(other.path("doubled-00000000").read_text())
+
+
+def change_a_digit(files: list[Path]) -> None:
+    text = files[1].read_text()
+    assert text.count('"value": 4') == 1
+    files[1].write_text(text.replace('"value": 4', '"value": 5'))
+
+
+def leave_the_content_alone(files: list[Path]) -> None:
+    files[0].write_text(json.dumps(json.loads(files[0].read_text())["content"]))
+
+
+def nest(files: list[Path]) -> None:
+    files[0].write_text("[" * 100_000)
+
+
+HARMS = (swap, copy_from_another_evaluation, change_a_digit, leave_the_content_alone, nest)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_parts_that_were_swapped_or_changed_are_told(tmp_path: Path, harm: Any) -> None:
+    harm(interrupted(tmp_path / "p", FakeTask((Doubled(fail_at=4), Shares()))))
+    parts = PartialResults(tmp_path / "p", {"a": 1})
+    with pytest.raises(
+        CheckpointError, match=r"doubled-0000000[02]\.json .*; remove it, and its batch is evaluated again"
+    ):
+        evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2, partial_results=parts)
+
+
+def test_parts_of_other_samples_are_told(tmp_path: Path) -> None:
+    interrupted(tmp_path / "p", FakeTask((Doubled(fail_at=4), Shares())))
+    parts = PartialResults(tmp_path / "p", {"a": 1})
+    for ids in (("a", "x", "c", "d", "e"), ("b", "a", "c", "d", "e"), ("a",)):
+        with pytest.raises(CheckpointError, match=r"doubled-00000000\.json holds results of other samples"):
+            evaluate(Doubling(), FakeTask((Doubled(), Shares()), ids=ids), batch_size=2, partial_results=parts)
+
+
+CALL = {"samples": 2, "macs": 1.0, "dense_macs": 2.0, "tokens": {"site": [3, 4]}}
+GOOD = {"ids": ["a", "b"], "results": [{"value": 0}, {"value": 2}], "calls": [CALL], "seconds": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"results": [{"value": 0}]},
+        {"results": {"value": 0}},
+        {"results": [1, 2]},
+        {"seconds": "long"},
+        {"seconds": -1},
+        {"calls": None},
+        {"calls": [{}]},
+        {"calls": [{**CALL, "macs": "many"}]},
+        {"calls": [{**CALL, "tokens": {"site": [3]}}]},
+        {"calls": [{**CALL, "tokens": [3]}]},
+        {"calls": [{**CALL, "more": 1}]},
+    ],
+)
+def test_malformed_parts_are_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    parts = PartialResults(tmp_path / "p", {})
+    parts.put("doubled-00000000", GOOD)
+    whole = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2, partial_results=parts)
+    assert whole.samples[1]["tokens"] == {"doubled": {"site": 4}}
+    parts.put("doubled-00000000", {**GOOD, **changes})
+    with pytest.raises(CheckpointError, match=r"doubled-00000000\.json does not hold the results of a batch"):
+        evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2, partial_results=parts)
+
+
+def test_a_damaged_setup_says_to_remove_the_folder(tmp_path: Path) -> None:
+    PartialResults(tmp_path / "p", {}).put("x", {})
+    (tmp_path / "p" / "setup.json").write_text("{")
+    with pytest.raises(CheckpointError, match=rf"setup\.json is damaged .*; remove {tmp_path / 'p'} to evaluate all"):
+        PartialResults(tmp_path / "p", {})
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

@@ -12,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from madtp.errors import ConfigError
+from madtp.pruned import PrunedModel
 from madtp.training import fit
-from madtp.training.compression import Budget, Steering, distillation_loss, pruning_metrics, set_pruning_strength
+from madtp.training.compression import (
+    Budget,
+    Steering,
+    distillation_loss,
+    pruning_metrics,
+    set_pruning_strength,
+    set_reached_strength,
+)
 
 
 @given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.floats(0, 1))
@@ -47,6 +55,18 @@ def test_steering_reaches_the_target_by_what_steps_cost(tmp_path: Path) -> None:
     assert made.state["controller"]["target"] == 0.5
     assert made.state["controller"]["observed"] == pytest.approx(0.5, abs=0.05)
     assert result.metrics["gain"] > 1
+
+
+def test_a_run_that_resumes_behind_its_last_step_has_the_strength_that_it_reached(tmp_path: Path) -> None:
+    config = tiny.config(steps=4, checkpoint_every=0)
+    gains = []
+    for resume in (False, True):
+        made = tiny.learner(steps=4)
+        assert fit(made, config, tmp_path, progress=tiny.QUIET, resume=resume).steps == 4
+        pruned = next(part for part in made.module.modules() if isinstance(part, PrunedModel))
+        set_reached_strength(pruned, made.state)
+        gains.append(pruned.madtp.gain)
+    assert gains[0] == gains[1] == made.state["controller"]["gain"] != 1.0
 
 
 def test_a_control_with_a_fixed_ratio_is_steered_by_it() -> None:

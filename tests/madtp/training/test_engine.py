@@ -12,53 +12,16 @@ import torch
 from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_learner import QUIET, learner, tiny
 from torch import Tensor, nn
 
 from madtp.errors import CheckpointError, ConfigError, TrainingError, UnwritableError
-from madtp.training import Learner, TrainingConfig, fit
-from madtp.training.checkpoint import last_checkpoint
+from madtp.training import TrainingConfig, fit
+from madtp.training.checkpoint import checkpoints
 from madtp.training.optim import learning_rate_at, make_optimisers
 from madtp.training.precision import precision_on
 from madtp.training.prefetch import prefetch
-from madtp.training.progress import Progress
 from madtp.training.run import read_config, train
-
-QUIET = Progress(quiet=True)
-
-
-def tiny(**changes: Any) -> TrainingConfig:
-    base = {
-        "steps": 12,
-        "learning_rate": 1e-2,
-        "warmup_steps": 3,
-        "checkpoint_every": 4,
-        "evaluate_every": 5,
-        "log_every": 2,
-        "precision": "float32",
-    }
-    return TrainingConfig.from_dict({**base, **changes})
-
-
-def learner(nan_at: int = -1) -> Learner:
-    """A small network with dropout (so that random state matters), a frozen part and a tied weight."""
-    torch.manual_seed(7)
-    module = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.3), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 2))
-    module[3].bias.requires_grad_(False)
-
-    def batch(step: int, rows: range) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 6, generator=generator)
-        return {"x": x, "y": (x[:, 0] > 0).long()}
-
-    def loss(module: nn.Module, batch: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        value = nn.functional.cross_entropy(module(batch["x"]).float(), batch["y"])
-        return (value * float("nan") if step == nan_at else value), {"task": value.detach()}
-
-    def evaluate(module: nn.Module) -> dict[str, float]:
-        assert not module.training
-        return {"noise": float(torch.rand(()))}
-
-    return Learner(module, batch, loss, evaluate=evaluate)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
@@ -155,7 +118,7 @@ def test_only_the_last_checkpoints_are_kept_and_none_is_pickled(tmp_path: Path) 
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["step-00000008", "step-00000012"]
     files = {path.name for path in (tmp_path / "checkpoints" / folders[-1]).iterdir()}
-    assert files == {"tensors.safetensors", "state.json"}
+    assert files == {"tensors.safetensors", "state.json", "hashes.json"}
 
 
 def damage_tensors(path: Path) -> None:
@@ -175,15 +138,14 @@ def make_newer(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (damage_tensors, "not a complete training checkpoint"),
-        (damage_state, "not a complete training checkpoint"),
+        (damage_tensors, "is damaged"),
+        (damage_state, "is damaged"),
         (make_newer, "version 99"),
     ],
 )
 def test_a_bad_checkpoint_is_refused(tmp_path: Path, harm: Any, message: str) -> None:
     fit(learner(), tiny(), tmp_path, progress=QUIET, stop_after=4)
-    path = last_checkpoint(tmp_path / "checkpoints")
-    assert path is not None
+    (path,) = checkpoints(tmp_path / "checkpoints")
     harm(path)
     with pytest.raises(CheckpointError, match=message):
         fit(learner(), tiny(), tmp_path, progress=QUIET, resume=True)
@@ -244,7 +206,7 @@ def test_prefetch_keeps_order_and_hands_on_errors() -> None:
         ({"precision": "float16"}, "bfloat16"),
         ({"optimiser": "sgd"}, "adamw, muon"),
         ({"final_learning_rate": 1.0}, "between 0"),
-        ({"warmup_steps": -1}, "negative"),
+        ({"warmup_steps": -1}, r"training\.warmup_steps is -1; it has to be a whole number of at least 0"),
         ({"steps": "many"}, "takes a int"),
         ({"betas": [0.9]}, "two numbers"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_training as tiny
 import torch
+from killing import CASES, kill_and_resume
 from process_group import environment, kill
 from safetensors.torch import load_file
 
@@ -111,3 +112,9 @@ def test_torchrun_trains_as_one_process_in_two_micro_batches_does(config: Path, 
     ours = weights(tmp_path / "one")
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, ours[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", CASES)
+def test_commands_that_are_killed_at_random_moments_end_alike(name: str, tmp_path: Path) -> None:
+    assert kill_and_resume(CASES[name], tmp_path, kills=7) >= 2

@@ -141,6 +141,25 @@ def test_batches_of_questions_hold_all_answers_with_their_shares(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("shallow_zoo")
+def test_a_run_knows_the_state_of_its_data(tmp_path: Path) -> None:
+    content = small("blip_vqa", tmp_path)
+    settings = from_plain(CompressDataSettings, content["settings"], "settings")
+    training = TrainingConfig.from_dict(content["training"])
+
+    def found() -> object:
+        return objective_and_source(settings, training)[1].fingerprint
+
+    before = found()
+    assert found() == before
+    dataset_files.write_image(next(tmp_path.rglob("*.jpg")), (1, 2, 3), (50, 40))
+    changed = found()
+    assert changed != before
+    answers = tmp_path / "vqa_val.json"
+    answers.write_text(answers.read_text().replace("yes", "ja", 1).replace("two", "three", 1))
+    assert found() != changed
+
+
+@pytest.mark.usefixtures("shallow_zoo")
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     dataset_files.coco_list(tmp_path, "val")
     content = small("blip_caption_coco", tmp_path)

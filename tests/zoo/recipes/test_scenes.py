@@ -37,6 +37,9 @@ def test_statements_are_trained_densely_by_the_recipe_of_all_tasks() -> None:
 def test_kinds_of_statement_are_refused_for_a_model_that_learns_none() -> None:
     with pytest.raises(ConfigError, match="blip_vqa_mini learns none; leave kinds out"):
         scenes_dense.build({"model": "blip_vqa_mini", "kinds": ["spatial"]}, TrainingConfig())
+    for odd in ("dense", "blip_nlvr_mini:", ":dense"):
+        with pytest.raises(ConfigError, match='has to be "MODEL:CHECKPOINT"'):
+            scenes_dense.build({"model": "blip_vqa_mini", "start_from": odd}, TrainingConfig())
 
 
 def test_the_former_names_of_settings_give_the_same_run() -> None:

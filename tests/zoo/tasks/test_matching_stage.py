@@ -27,7 +27,9 @@ class Task(SimpleNamespace):
         torch.manual_seed(0)
         given = inputs("retrieval", batch=COUNT)
         every = list(range(COUNT))
-        super().__init__(given=given, captions=every, owners=every, candidates=COUNT, device=torch.device("cpu"))
+        super().__init__(
+            given=given, ids=every, captions=every, owners=every, candidates=COUNT, device=torch.device("cpu")
+        )
 
     def captions_of(self, samples: range) -> list[int]:
         return list(samples)
@@ -56,6 +58,54 @@ def found(model: Any, task: Any, size: int) -> tuple[list[dict[str, Any]], Compu
     stage._encode(model, range(COUNT))
     with meter.watching(model):
         return [one for part in parts for one in stage.run(model, part, {"features": features})], meter
+
+
+@torch.no_grad()
+def test_which_images_are_encoded_together_does_not_depend_on_what_was_done_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So a run that resumes in the middle rounds as one that does not."""
+    monkeypatch.setattr("zoo.tasks.retrieval._TOGETHER", 2)
+    task: Any = Task()
+    task.candidates = 1
+    model = small("retrieval").eval()
+    features = [one for at in range(COUNT) for one in Features(task).run(model, range(at, at + 1), {})]
+
+    def asked(samples: list[int]) -> tuple[set[tuple[int, ...]], list[dict[str, Any]]]:
+        together: set[tuple[int, ...]] = set()
+        own = task.images
+        task.images = lambda places: together.add(tuple(places)) or own(places)
+        stage = Matching(task)
+        found = [one for at in samples for one in stage.run(model, range(at, at + 1), {"features": features})]
+        task.images = own
+        return together, found
+
+    together, whole = asked(list(range(COUNT)))
+    assert together == {(0, 1), (2, 3), (4,)}
+    for at in range(COUNT):
+        again, resumed = asked(list(range(at, COUNT)))
+        assert again <= together
+        assert resumed == whole[at:]
+
+
+@torch.no_grad()
+def test_what_a_batch_spends_does_not_depend_on_what_was_done_before(
+    pruned: madtp.PrunedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.tasks.retrieval._TOGETHER", 2)
+    task: Any = Task()
+    features = [one for at in range(COUNT) for one in Features(task).run(pruned, range(at, at + 1), {})]
+
+    def spent(stage: Matching, at: int) -> list[float]:
+        meter = ComputeMeter()
+        with meter.watching(pruned):
+            stage.run(pruned, range(at, at + 1), {"features": features})
+        return [call["macs"] for call in meter.calls]
+
+    going_on = Matching(task)
+    whole = [spent(going_on, at) for at in range(COUNT)]
+    assert [spent(Matching(task), at) for at in range(COUNT)] == whole
+    assert [len(calls) - len(whole[1]) for calls in whole] == [1, 0, 1, 0, 1]
 
 
 @torch.no_grad()
