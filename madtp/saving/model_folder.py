@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from madtp.atomic_files import draft_of, publish, write_text
 from madtp.errors import CheckpointError
+from madtp.files.json_text import read_description
+from madtp.files.limits import LARGEST_FILE, count, is_file_name, shown
+from madtp.files.tensors import Stored, read_safetensors
 from madtp.saving.eight_bit import unpack
 
 if sys.platform != "win32":
@@ -33,7 +36,8 @@ CONFIG = "config.json"
 # A folder whose description says so holds matrices as `madtp/saving/eight_bit.py` packs them; with a base, as the difference
 # from those of a file next to the folder.
 STORED, EIGHT_BIT, BASE = "stored_dtype", "int8", "base"
-SHOWN = 3
+# The tensor file says itself which names share a tensor, so that its hash covers this, too.
+ALIASES = "aliases"
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
@@ -48,7 +52,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
     stored, aliases = _without_sharing(tensors)
     try:
         with draft_of(folder / "model.safetensors") as draft:
-            save_file(stored, draft, metadata={"format": FORMAT})
+            save_file(stored, draft, metadata={ALIASES: _plain(aliases)})
             digest, size = sha256_of(draft), draft.stat().st_size
             name = f"model-{digest[:12]}.safetensors"
             file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
@@ -86,15 +90,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: the folder is missing, foreign, newer or damaged.
     """
     description = _read_config(folder)
-    try:
-        name, size, digest = (description["tensors"][k] for k in ("file", "bytes", "sha256"))
-        aliases = dict(description["tensors"]["aliases"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} is damaged: its entry 'tensors' is incomplete; save again."
-        ) from error
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: {name!r} does not name a file in the folder; save again.")
+    name, size, digest, aliases = _tensor_entry(folder, description)
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {name}, which its {CONFIG} names; copy the whole folder again.")
@@ -103,24 +99,51 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged: it has {found} of {size} bytes; copy it again.")
     if sha256_of(path) != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again.")
-    try:
-        tensors = load_file(path)
-        tensors.update({alias: tensors[original] for alias, original in aliases.items()})
-    except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
+    tensors = _with_aliases(path, read_safetensors(path), aliases)
     if description.get(STORED) == EIGHT_BIT:
-        tensors = unpack(tensors, _read_base(folder, description[BASE]) if BASE in description else None)
+        base = _read_base(folder, description[BASE]) if BASE in description else None
+        try:
+            tensors = unpack(tensors, base)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
     return tensors, description
+
+
+def _tensor_entry(folder: Path, description: Mapping[str, Any]) -> tuple[str, int, str, dict[str, str]]:
+    """What a description says of the tensor file: name, size, hash, and further names of tensors."""
+    path = folder / CONFIG
+    try:
+        entry = description["tensors"]
+        name, digest, aliases = (entry[k] for k in ("file", "sha256", ALIASES))
+        size = count(entry["bytes"], "its size", most=LARGEST_FILE)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: its entry 'tensors' is incomplete; save again.") from error
+    if not is_file_name(name):
+        raise CheckpointError(f"{path} is damaged: {shown(name)} does not name a file in the folder; save again.")
+    if not isinstance(aliases, dict) or not all(isinstance(original, str) for original in aliases.values()):
+        raise CheckpointError(f"{path} is damaged: its entry '{ALIASES}' is not names by name; save again.")
+    return name, size, digest, aliases
+
+
+def _with_aliases(path: Path, stored: Stored, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors under all their names."""
+    if stored.metadata.get(ALIASES, _plain(aliases)) != _plain(aliases):  # a file of before says nothing
+        raise CheckpointError(
+            f"{path} is damaged, or {CONFIG} is: they differ in which tensors have several names; copy both again."
+        )
+    unknown = [name for name in aliases.values() if name not in stored.tensors]
+    if unknown or aliases.keys() & stored.tensors.keys():
+        raise CheckpointError(f"{path} is damaged: names of its tensors are missing or there twice; save again.")
+    return {**stored.tensors, **{alias: stored.tensors[original] for alias, original in aliases.items()}}
+
+
+def _plain(aliases: Mapping[str, str]) -> str:
+    return json.dumps(aliases, sort_keys=True)
 
 
 def describe_base(path: Path) -> dict[str, str]:
     """Return the entry :data:`BASE` of a folder next to ``path`` that stores the difference from the tensors in that file."""
     return {"file": path.name, "sha256": sha256_of(path)}
-
-
-def shorten(items: list[str]) -> str:
-    """Return the first few of a list, for a message."""
-    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -132,7 +155,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {CONFIG}, so it is not a saved model, or saving never finished.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON ({error}); copy it again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -141,25 +164,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     version = content.get("version")
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path} is damaged: its version is {version!r}; save the model again.")
+        raise CheckpointError(f"{path} is damaged: its version is {shown(version)}; save the model again.")
     if version > VERSION:
         raise CheckpointError(
-            f"{folder} was saved by madtp {content.get('madtp', '?')} in format {version}; this release reads up to format "
-            f"{VERSION}. Upgrade madtp."
+            f"{folder} was saved by madtp {content.get('madtp', '?')} in format {shown(version)}; this release reads up "
+            f"to format {VERSION}. Upgrade madtp."
         )
     return content
 
 
 def _read_base(folder: Path, base: object) -> dict[str, Tensor]:
     name, digest = (base.get("file"), base.get("sha256")) if isinstance(base, dict) else (None, None)
-    if not isinstance(name, str) or Path(name).name != name:
+    if not is_file_name(name):
         raise CheckpointError(f"{folder / CONFIG} is damaged: its entry '{BASE}' does not name a file; copy it again.")
     path = folder.parent / name
     if not path.is_file():
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which is missing; copy both.")
     if sha256_of(path) != digest:
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which has changed; copy both again.")
-    return unpack(load_file(path))
+    return unpack(read_safetensors(path).tensors)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -169,7 +192,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
