@@ -6,33 +6,31 @@ and allocate what a small file claims. The checks walk through opcodes and the l
 
 from __future__ import annotations
 
+import mmap
 import pickletools
 import re
 import zipfile
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 from madtp.files.limits import DEEPEST, MOST_EXPANSION, ExceededError, check_bytes
 
 MOST_ITEMS = 1_000_000
 """Items of a tuple, with those of the tuples in it, as often as each occurs: what hashing it takes."""
 
+LONGEST_NUMBER = 100
+"""Bytes of a whole number, in binary or as text."""
+
 LEGACY_PICKLES = 5
 """How many pickles stand one after the other in a file from before PyTorch 1.6."""
 
-MOST_BITS = 256
-"""Bits of a whole number."""
-
 _ZIP = b"PK\x03\x04"
 # What makes an object as large as the number that it is called with.
-_SIZED = frozenset(("__builtin__ bytearray", "builtins bytearray"))
+_SIZED = frozenset((b"__builtin__\nbytearray", b"builtins\nbytearray"))
 # Called over and over, each of these codecs makes a text larger, and larger again.
-_ENCODE, _GROWING = "_codecs encode", re.compile(r"(hex|base.?64|quopri|quoted.?printable|uu)(.?codec)?", re.IGNORECASE)
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_INTEGERS = frozenset(("INT", "LONG", "LONG1", "LONG4"))
-_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
-_GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
-_MARK = pickletools.markobject
+_ENCODE = b"_codecs\nencode"
+_GROWING = re.compile(r"(hex|base.?64|quopri|quoted.?printable|uu)(.?codec)?", re.IGNORECASE)
 
 
 class _Value(NamedTuple):
@@ -42,43 +40,46 @@ class _Value(NamedTuple):
     items: int = 1
 
 
-_PLAIN, _MARKER = _Value(), _Value(-1, 0)
+class _Opcode(NamedTuple):
+    """What an opcode does, as the table of :mod:`pickletools` says.
 
-
-def check_pickle(file: IO[bytes]) -> None:
-    """Read a pickle from a file, up to its end, and refuse what an unpickler should not be given.
-
-    Raises:
-        ExceededError: it nests tuples too deeply, or makes objects of any size that it likes.
-        ValueError: it is no pickle.
+    Attributes:
+        name: its name there.
+        width: bytes of its argument; where negative, the constant of :mod:`pickletools` that says how to tell.
+        closes: whether it takes all objects behind the last mark, and the mark.
+        taken: how many further objects it takes.
+        made: how many plain objects it makes.
     """
-    stack: list[_Value] = []
-    memo: dict[int, _Value] = {}
-    encodes = grows = False
-    argument: Any
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        name = opcode.name
-        if name in _PUTS:
-            if argument > number:  # an unpickler makes room for as many as the largest number says
-                raise ExceededError(f"its object {argument} is numbered beyond all that it holds")
-            memo[argument] = stack[-1] if stack else _PLAIN
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1] if stack else _PLAIN
-        elif name in _GETS:
-            stack.append(memo.get(argument, _PLAIN))
-        elif name in _TUPLES:
-            _join(stack, len(stack) - _TUPLES[name])
-        elif name in ("TUPLE", "FROZENSET"):
-            _join(stack, _last_mark(stack), marked=True)
-        elif name == "DUP":
-            stack.append(stack[-1] if stack else _PLAIN)
-        else:
-            _check_argument(name, argument)
-            encodes |= argument == _ENCODE
-            grows |= isinstance(argument, str) and _GROWING.fullmatch(argument) is not None
-            _apply(stack, opcode)
-    if encodes and grows:
-        raise ExceededError(f"it calls {_ENCODE.replace(' ', '.')} with a codec that makes texts larger")
+
+    name: str
+    width: int
+    closes: bool
+    taken: int
+    made: int
+
+
+def _read(opcode: pickletools.OpcodeInfo) -> _Opcode:
+    before, mark = opcode.stack_before, pickletools.markobject
+    closes = mark in before
+    taken = before.index(mark) if closes else len(before)
+    return _Opcode(opcode.name, opcode.arg.n if opcode.arg else 0, closes, taken, len(opcode.stack_after))
+
+
+_OPCODES = {ord(opcode.code): _read(opcode) for opcode in pickletools.opcodes}
+# Arguments that a length stands in front of: how many bytes the length has.
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CLOSED_TUPLES = frozenset(("TUPLE", "FROZENSET"))
+_NUMBERS = frozenset(("INT", "LONG", "LONG1", "LONG4"))
+_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+_GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
+_GLOBALS = frozenset(("GLOBAL", "INST"))
+_PLAIN, _MARK = _Value(), _Value(-1, 0)
 
 
 def check_file(path: Path) -> int:
@@ -89,21 +90,22 @@ def check_file(path: Path) -> int:
 
     Raises:
         ExceededError: it asks for more than the limits allow.
-        Exception: whatever :mod:`zipfile` and :mod:`pickletools` raise where the file is damaged.
+        ValueError: it holds no pickle.
+        Exception: whatever :mod:`zipfile` raises where the file is damaged.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(len(_ZIP)) != _ZIP:
-            file.seek(0)
-            for _ in range(LEGACY_PICKLES):
-                check_pickle(file)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                end = 0
+                for _ in range(LEGACY_PICKLES):
+                    end = check_pickle(content, end)
             return size
     with zipfile.ZipFile(path) as archive:
         held = check_archive(archive, size)
         for name in archive.namelist():
             if name.endswith(".pkl"):
-                with archive.open(name) as pickled:
-                    check_pickle(pickled)
+                check_pickle(archive.read(name))
     return held
 
 
@@ -125,27 +127,98 @@ def check_archive(archive: zipfile.ZipFile, size: int) -> int:
     return total
 
 
-def _check_argument(name: str, argument: object) -> None:
-    if name in _INTEGERS and isinstance(argument, int) and argument.bit_length() > MOST_BITS:
-        raise ExceededError(f"it holds a number of {argument.bit_length()} bits")
-    if argument in _SIZED:
-        raise ExceededError(f"it calls {str(argument).replace(' ', '.')}, whose result may be of any size")
+def check_pickle(content: bytes | mmap.mmap, start: int = 0) -> int:
+    """Walk through a pickle, and refuse what an unpickler should not be given.
+
+    Args:
+        content: holds the pickle.
+        start: where it starts.
+
+    Returns:
+        Where it ends.
+
+    Raises:
+        ExceededError: it nests tuples too deeply, or makes objects of any size that it likes.
+        ValueError: it is no pickle.
+    """
+    stack: list[_Value] = []
+    memo: dict[int, _Value] = {}
+    place, done, encodes = start, 0, False
+    while True:
+        opcode = _OPCODES.get(content[place]) if place < len(content) else None
+        if opcode is None:
+            raise ValueError(f"at byte {place} it is no pickle")
+        name, width, closes, taken, made = opcode
+        first, place = (place + 1, place + 1 + width) if width >= 0 else _argument(content, place + 1, opcode)
+        done += 1
+        if name in _PUTS:
+            number = _number(content[first:place], opcode)
+            if number > done:  # an unpickler makes room for as many as the largest number says
+                raise ExceededError(f"its object {number} is numbered beyond all that it holds")
+            memo[number] = stack[-1] if stack else _PLAIN
+        elif name in _TUPLES:
+            _join(stack, len(stack) - _TUPLES[name])
+        elif name in _GETS:
+            stack.append(memo.get(_number(content[first:place], opcode), _PLAIN))
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in _CLOSED_TUPLES:
+            _join(stack, _last_mark(stack), marked=True)
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1] if stack else _PLAIN
+        elif name == "DUP":
+            stack.append(stack[-1] if stack else _PLAIN)
+        else:
+            if name in _GLOBALS:
+                called = bytes(content[first:place]).rstrip(b"\n")
+                encodes |= called == _ENCODE
+                if called in _SIZED:
+                    raise ExceededError(
+                        f"it calls {called.decode().replace(chr(10), '.')}, whose result may be of any size"
+                    )
+            elif name in _NUMBERS and place - first > LONGEST_NUMBER:
+                raise ExceededError(f"it holds a number of {place - first} bytes")
+            if closes:
+                del stack[_last_mark(stack) :]
+            if taken:
+                del stack[-taken:]
+            if made:
+                stack.append(_PLAIN)
+            if name == "STOP":
+                break
+    if encodes:
+        _check_codecs(content[start:place])
+    return place
 
 
-def _apply(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> None:
-    """Do to the stack what an opcode does that makes no tuple."""
-    taken = opcode.stack_before
-    if pickletools.stackslice in taken or opcode.name == "POP_MARK":
-        del stack[_last_mark(stack) :]
-        taken = taken[: taken.index(_MARK)] if _MARK in taken else []
-    if taken:
-        del stack[-len(taken) :]
-    stack.extend(_MARKER if made is _MARK else _PLAIN for made in opcode.stack_after)
+def _argument(content: bytes | mmap.mmap, place: int, opcode: _Opcode) -> tuple[int, int]:
+    """Where the argument of an opcode starts and ends that has no fixed width."""
+    width = opcode.width
+    if width == pickletools.UP_TO_NEWLINE:
+        end = place
+        for _ in range(1 + (opcode.name in _GLOBALS)):
+            end = content.find(b"\n", end) + 1
+            if not end:
+                raise ValueError(f"at byte {place} it ends within a line")
+        return place, end
+    first = place + _LENGTHS[width]
+    return first, first + int.from_bytes(content[place:first], "little")
+
+
+def _number(argument: bytes, opcode: _Opcode) -> int:
+    return int(argument) if opcode.width < 0 else int.from_bytes(argument, "little")
+
+
+def _check_codecs(content: bytes) -> None:
+    """Refuse codecs that make a text larger."""
+    for _, argument, _ in pickletools.genops(BytesIO(content)):
+        if isinstance(argument, str) and _GROWING.fullmatch(argument):
+            raise ExceededError(f"it encodes as {argument}, which makes texts larger")
 
 
 def _last_mark(stack: list[_Value]) -> int:
     for place in range(len(stack) - 1, -1, -1):
-        if stack[place] is _MARKER:
+        if stack[place] is _MARK:
             return place
     raise ValueError("it closes what it did not open")
 
@@ -155,7 +228,10 @@ def _join(stack: list[_Value], start: int, *, marked: bool = False) -> None:
     if start < 0:
         raise ValueError("it takes more than it holds")
     parts = stack[start + marked :]
-    depth = 1 + max((part.depth for part in parts), default=0)
+    if all(part is _PLAIN for part in parts):
+        stack[start:] = [_Value(1, 1 + len(parts))]
+        return
+    depth = 1 + max(part.depth for part in parts)
     items = 1 + sum(part.items for part in parts)
     if depth > DEEPEST or items > MOST_ITEMS:
         raise ExceededError(f"it nests tuples deeper than {DEEPEST} levels, or over and over")
