@@ -1,4 +1,4 @@
-"""JSON that someone else may have written: :func:`parse_json` reads text, :func:`read_description` a file about a model."""
+"""Text that someone else may have written: :func:`read_text`, and JSON by :func:`parse_json` and :func:`read_description`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ def read_text(path: Path, most: int = LARGEST_DESCRIPTION) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too large, or not UTF-8.
+        ValueError: it is too large, or not UTF-8; the message names the line.
     """
     check_bytes("the file", path.stat().st_size, most)
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = 1 + path.read_bytes().count(b"\n", 0, error.start)
+        raise ValueError(f"line {line} is not UTF-8: {error}") from error
 
 
 def read_description(path: Path) -> Any:
