@@ -37,8 +37,8 @@ SKIPS = re.compile(r"importorskip\(.transformers")
 
 # Folders and files of each package in the order in which they build on each other: none imports a later one.
 ORDER = {
-    "madtp": "errors files atomic_files processes config benchmark calls method tokens cost sites report programs pruned tuning "
-    "saving pictures training evaluation survey api demo cli __main__",
+    "madtp": "errors files atomic_files processes config benchmark calls method tokens cost sites report programs pruned "
+    "tuning saving pictures training evaluation survey api demo cli __main__",
     "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions",
     "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs examples small blip "
     "clip llava transforms tasks objectives recipes benchmark",

@@ -27,6 +27,7 @@ from madtp.pruned import PrunedModel
 from madtp.sites.additions import PREFIX
 from madtp.sites.site import PruningSite
 
+CAPTURES = ("", "whole", "regions")
 ALIGNMENT_TOKENS = f"{PREFIX}.alignment.tokens"
 CAPTURED_OTHERWISE = (
     "the model in {} was captured as {!r}, this one as {!r}, because a check failed on the inputs that it is made from: it may "
@@ -91,7 +92,7 @@ class Settings:
             sites={_checked_site(site)["name"]: site for site in description["sites"]},
             alignment_width=count(description["alignment_width"], "alignment_width", low=1),
             example=dict(description["example"]),
-            capture=str(description.get("capture", "")),
+            capture=_one_of(CAPTURES, description.get("capture", "")),
         )
 
 
@@ -131,6 +132,12 @@ def _checked_site(site: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(site[name], kind):
             raise TypeError(f"{name!r} of a site is {shown(site[name])}")
     return site
+
+
+def _one_of(allowed: tuple[str, ...], value: object) -> str:
+    if value not in allowed:
+        raise ValueError(f"{shown(value)} is none of {', '.join(map(repr, allowed))}")
+    return str(value)
 
 
 def description_of(pruned: PrunedModel) -> dict[str, Any]:

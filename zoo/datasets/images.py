@@ -6,7 +6,10 @@ Orientation in EXIF data is not applied: the published models were trained and m
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +57,7 @@ class ImageFolder:
 def read_image(path: Path) -> Image.Image:
     """Return the image in a file, in RGB, as :class:`ImageFolder` does."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=_known_formats()) as image:
             return _in_rgb(image)
     except _OddError as error:
         raise DataError(f"{path} {error}") from error
@@ -62,6 +65,15 @@ def read_image(path: Path) -> Image.Image:
         raise DataError(
             f"{path} is damaged or not an image in one of the formats {', '.join(FORMATS)} ({error}); copy it again."
         ) from error
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of the formats that this Pillow can read; AVIF came late. Others are not even imported."""
+    for name in FORMATS:
+        with suppress(ImportError):
+            import_module(f"PIL.{'WebP' if name == 'WEBP' else name.title()}ImagePlugin")
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 class _OddError(Exception):
