@@ -7,6 +7,7 @@ rewrite. So the host's ``from_pretrained`` reads the original from such a folder
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def describing(pruned: PrunedModel, folder: str | Path) -> Iterator[None]:
 
 def is_host_folder(folder: Path) -> bool:
     """Return whether a folder holds such a description."""
-    return (folder / DESCRIPTION).is_file()
+    return os.path.isfile(folder / DESCRIPTION)
 
 
 def load_host_folder(folder: Path, model: nn.Module | None, example_inputs: Inputs | None) -> PrunedModel:

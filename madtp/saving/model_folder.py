@@ -147,7 +147,7 @@ def describe_base(path: Path) -> dict[str, str]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
+    if not os.path.exists(folder):  # the methods of Path raise where a name is too long
         raise CheckpointError(f"there is no folder {folder}; give the folder that madtp.save wrote.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that madtp.save wrote, not a file in it.")

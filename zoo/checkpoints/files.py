@@ -57,9 +57,9 @@ def read_checkpoint(path: Path) -> Content:
     Raises:
         CheckpointError: It is missing, of unknown kind, truncated, unsafe, or holds no named tensors.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # the methods of Path raise where a name is too long
         path = _in_folder(path)
-    if not os.path.isfile(path):  # Path.is_file() raises where a name is too long
+    if not os.path.isfile(path):
         raise CheckpointError(f"There is no checkpoint file {path}.")
     return _read_sharded(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
 
