@@ -18,9 +18,12 @@ from torch import Tensor
 
 from madtp.errors import CheckpointError
 from madtp.files.limits import DEEPEST, FREE_BYTES, ExceededError, check_bytes
-from zoo.checkpoints.pickles import MOST_ITEMS, check_file
+from zoo.checkpoints.pickles import check_file
 
 _PICKLE, _CODE = "data.pkl", "constants.pkl"
+MOST_MODULES = 100_000
+"""Modules of a tree, as often as each occurs."""
+
 _STORAGES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -135,7 +138,7 @@ def _collect(tree: object) -> dict[str, Tensor]:
         seen += 1
         if not isinstance(module, _Bag):
             raise _Refused(f"a {type(module).__name__} where a module belongs")
-        if depth > DEEPEST or seen > MOST_ITEMS:
+        if depth > DEEPEST or seen > MOST_MODULES:
             raise ExceededError(f"its modules nest deeper than {DEEPEST} levels, or over and over")
         for name, value in module.attributes.items():
             place = f"{path}.{name}" if path else str(name)

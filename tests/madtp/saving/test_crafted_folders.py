@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peak_memory import peak_bytes
 from safetensors.torch import load_file, save_file
 from small_vit import rewritten, vit
 from torch import Tensor
