@@ -6,7 +6,6 @@ model from a zoo name, a timm name or a transformers configuration. Nothing is d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from madtp.errors import ConfigError, ExampleInputsError, UnknownModelError
+from madtp.files.json_text import read_description
 from zoo.adapters import find_adapter
 from zoo.registry import create, list_models
 from zoo.suggestions import did_you_mean
@@ -126,7 +126,7 @@ def read_config(path: Path) -> tuple[Any, str]:
         ConfigError: The file is unreadable or of a kind that transformers does not know, or there is no transformers.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give a transformers config.json or its folder."

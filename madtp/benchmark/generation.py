@@ -18,6 +18,7 @@ from madtp.benchmark.environment import Environment
 from madtp.benchmark.result import Clock
 from madtp.benchmark.spread import Spread, spread_of
 from madtp.errors import DataError
+from madtp.files.json_text import read_description
 
 FORMAT = 1
 KIND = "generation"
@@ -116,7 +117,7 @@ class GenerationResult:
             DataError: the file is no result of a benchmark of generation.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_description(path)
             if content["kind"] != KIND:
                 raise ValueError(f"its kind is {content['kind']!r}")
             return cls(

@@ -15,6 +15,7 @@ from madtp.benchmark.environment import Environment
 from madtp.benchmark.spread import Spread, spread_of
 from madtp.benchmark.timing import Round
 from madtp.errors import DataError
+from madtp.files.json_text import read_description
 
 Clock: TypeAlias = Literal["wall", "cpu"]
 Mode: TypeAlias = Literal["inference", "training"]
@@ -102,7 +103,7 @@ class BenchmarkResult:
             DataError: the file is no result of a benchmark.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_description(path)
             measurements = [Measurement(**entry) for entry in content["measurements"]]
             return cls(
                 command=content["command"],

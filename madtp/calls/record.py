@@ -16,6 +16,7 @@ from torch import Tensor
 
 from madtp.calls.call import Call
 from madtp.errors import ExampleInputsError
+from madtp.files.limits import count
 
 Record: TypeAlias = Mapping[str, Any]
 """A value as JSON: an object of one key, which says what kind of value it is."""
@@ -40,8 +41,33 @@ def replay_call(recorded: Record) -> Call:
     try:
         args = tuple(_replay(a, generator) for a in recorded["args"])
         return Call(args, {str(k): _replay(v, generator) for k, v in recorded["kwargs"].items()})
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise ExampleInputsError(f"the recorded example call is malformed: {type(error).__name__}: {error}") from error
+
+
+def recorded_bytes(recorded: Record) -> int:
+    """Return how much memory the tensors of a recorded call take, without making them.
+
+    Raises:
+        ValueError: the record is malformed.
+    """
+    total, waiting = 0, [recorded]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            if isinstance(one.get("tensor"), Mapping):
+                total += _tensor_bytes(one["tensor"])
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(item for item in one if isinstance(item, Mapping | list))
+    return total
+
+
+def _tensor_bytes(recorded: Record) -> int:
+    shape, dtype = recorded.get("shape"), getattr(torch, str(recorded.get("dtype")), None)
+    if not isinstance(shape, list) or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a recorded tensor has the shape {shape!r} and the dtype {dtype!r}")
+    return math.prod(count(size, "a size") for size in shape) * dtype.itemsize
 
 
 def _record(value: object) -> Record:
@@ -77,6 +103,8 @@ def _record_tensor(value: Tensor) -> Record:
 def _replay(recorded: Record, generator: torch.Generator) -> object:
     ((kind, content),) = recorded.items()
     if kind == "value":
+        if content is not None and not isinstance(content, (bool, int, float, str)):
+            raise TypeError(f"a value is a {type(content).__name__}")
         return content
     if kind == "tensor":
         return _replay_tensor(content, generator)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from madtp.calls.call import Inputs
 from madtp.calls.quantised import quantised_modules
 from madtp.errors import CheckpointError, ConfigError, UnknownModelError
+from madtp.files.limits import shown
+from madtp.files.tensors import COMPUTED, check_kinds, check_values, shorten
 from madtp.pruned import PrunedModel
 from madtp.saving.host_folder import is_host_folder, load_host_folder
-from madtp.saving.model_folder import CONFIG, narrowed, read_folder, shorten, write_folder
-from madtp.saving.rewriting_again import Settings, description_of, rewritten_as
+from madtp.saving.model_folder import CONFIG, narrowed, read_folder, write_folder
+from madtp.saving.rewriting_again import Settings, check_claims, description_of, rewritten_as
 from madtp.sites.additions import PREFIX
 
 
@@ -38,8 +40,8 @@ def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None =
         The folder.
 
     Raises:
-        CheckpointError: the folder cannot be written or belongs to something else, or a tensor holds NaN or does not fit
-            ``dtype``.
+        CheckpointError: the folder cannot be written or belongs to something else, or a tensor holds NaN, is sparse or of a
+            type such as float8, or does not fit ``dtype``.
         ConfigError: ``dtype`` is not a floating-point type.
     """
     folder = Path(folder)
@@ -52,6 +54,7 @@ def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None =
         raise CheckpointError(
             f"{shorten(unreal)} lie on the meta device and hold no values; load weights before saving."
         )
+    check_kinds("the model", tensors)
     _refuse_nan("the model", tensors)
     description = description_of(pruned)
     write_folder(folder, tensors if dtype is None else narrowed(tensors, dtype), description)
@@ -85,6 +88,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
     host = _create(folder, identity) if model is None else model
     bare = {name: value for name, value in tensors.items() if not name.startswith(f"{PREFIX}.")}
     _check_fit(folder, identity, host, own=host.state_dict(), stored=bare)
+    check_claims(str(folder), settings, tensors)
     pruned = rewritten_as(str(folder), host, settings, example_inputs)
     own = pruned.state_dict()
     _check_fit(folder, identity, host, own=own, stored=tensors)
@@ -107,11 +111,17 @@ def _create(folder: Path, identity: Mapping[str, object]) -> nn.Module:
         model = zoo.create(str(name))
     except UnknownModelError as error:
         raise CheckpointError(
-            f"{folder} holds the zoo model {name!r}, which is not registered here ({error}); import what registers it, or "
+            f"{folder} holds the zoo model {shown(name)}, which is not registered here ({error}); import what registers it, or "
             "pass model."
         ) from error
-    dtype = getattr(torch, str(identity.get("dtype")), None)
-    return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+    if identity.get("dtype") is None:
+        return model
+    dtype = getattr(torch, str(identity["dtype"]), None)
+    if dtype not in COMPUTED or not dtype.is_floating_point:
+        raise CheckpointError(
+            f"{folder} holds a model in {shown(identity['dtype'])}, which is no floating-point type of torch; save it again."
+        )
+    return model.to(dtype)
 
 
 def _refuse_quantised(pruned: PrunedModel, tensors: Mapping[str, object]) -> None:
@@ -163,3 +173,4 @@ def _check_fit(
             f"{folder} holds a pruned {identity.get('class')} and does not fit this {type(host).__name__}: of {len(own)} "
             f"tensors {', '.join(faults)}. Pass the model that was saved, unmodified and of the same size."
         )
+    check_values(str(folder), own=own, stored=stored)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from madtp.errors import CheckpointError
+
 SCALE = "::scale"
 LARGEST = 127
 
@@ -42,7 +44,11 @@ def pack(
 
 
 def unpack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return what :func:`pack` was given, the packed tensors rounded and in float32; ``base`` as there."""
+    """Return what :func:`pack` was given, the packed tensors rounded and in float32; ``base`` as there.
+
+    Raises:
+        CheckpointError: scales, or a tensor of the base, do not fit.
+    """
     unpacked: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
     for name, value in tensors.items():
@@ -52,11 +58,26 @@ def unpack(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = No
             unpacked[name] = value
             continue
         if value.data_ptr() not in done:
+            _check_fit(name, value, tensors[name + SCALE], None if base is None else base.get(name))
             rows = value.float().flatten(1) * tensors[name + SCALE][:, None]
             whole = rows.view(value.shape)
             done[value.data_ptr()] = whole + base[name].float() if base is not None and name in base else whole
         unpacked[name] = done[value.data_ptr()]
     return unpacked
+
+
+def _check_fit(name: str, value: Tensor, scale: Tensor, base: Tensor | None) -> None:
+    """Refuse what could not be multiplied and added, or only after one of both is made larger."""
+    if value.dtype != torch.int8 or value.dim() < 2 or scale.shape != value.shape[:1] or not scale.is_floating_point():
+        raise CheckpointError(
+            f"{name} is {_kind(value)} with scales that are {_kind(scale)}, not a matrix of int8 with a scale for each row"
+        )
+    if base is not None and base.shape != value.shape:
+        raise CheckpointError(f"{name} is {_kind(value)}, and the tensor that it differs from is {_kind(base)}")
+
+
+def _kind(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def _packed(value: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,20 +7,23 @@ rewrite. So the host's ``from_pretrained`` reads the original from such a folder
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from madtp.atomic_files import write_text
 from madtp.calls.call import Inputs
 from madtp.errors import CheckpointError
+from madtp.files.json_text import read_description
+from madtp.files.limits import shown
+from madtp.files.tensors import check_values, read_safetensors
 from madtp.pruned import PrunedModel
-from madtp.saving.rewriting_again import Settings, description_of, rewritten_as
+from madtp.saving.rewriting_again import Settings, check_claims, description_of, rewritten_as
 from madtp.sites.additions import PREFIX
 
 DESCRIPTION = "madtp.json"
@@ -51,7 +54,7 @@ def describing(pruned: PrunedModel, folder: str | Path) -> Iterator[None]:
 
 def is_host_folder(folder: Path) -> bool:
     """Return whether a folder holds such a description."""
-    return (folder / DESCRIPTION).is_file()
+    return os.path.isfile(folder / DESCRIPTION)
 
 
 def load_host_folder(folder: Path, model: nn.Module | None, example_inputs: Inputs | None) -> PrunedModel:
@@ -72,6 +75,7 @@ def load_host_folder(folder: Path, model: nn.Module | None, example_inputs: Inpu
             f"madtp.load(folder, {name}.from_pretrained(folder))."
         )
     stored = _additions(folder)
+    check_claims(str(folder), settings, stored)
     pruned = rewritten_as(str(folder), model, settings, example_inputs)
     own = {name: value for name, value in pruned.state_dict().items() if name.startswith(f"{PREFIX}.")}
     faults = [name for name, value in own.items() if name not in stored or stored[name].shape != value.shape]
@@ -80,6 +84,7 @@ def load_host_folder(folder: Path, model: nn.Module | None, example_inputs: Inpu
             f"the weight files in {folder} do not hold what pruning added to this {type(model).__name__} "
             f"({', '.join(faults[:3]) or 'it holds NaN'}); save the model again."
         )
+    check_values(str(folder), own=own, stored={name: stored[name] for name in own})
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(stored[name])
@@ -88,25 +93,19 @@ def load_host_folder(folder: Path, model: nn.Module | None, example_inputs: Inpu
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON ({error}); save the model again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe a pruned model; save the model again.")
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} is of format {content.get('version')!r}; this release reads {VERSION}. Upgrade madtp."
+            f"{path} is of format {shown(content.get('version'))}; this release reads {VERSION}. Upgrade madtp."
         )
     return content
 
 
 def _additions(folder: Path) -> Mapping[str, Tensor]:
     """What pruning added, from all weight files of a folder."""
-    found: dict[str, Tensor] = {}
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(f"{PREFIX}.")}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"a weight file in {folder} is damaged ({error}); save the model again.") from error
-    return found
+    paths = sorted(folder.glob("*.safetensors"))
+    return {name: value for path in paths for name, value in read_safetensors(path, f"{PREFIX}.").tensors.items()}

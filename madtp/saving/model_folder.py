@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from madtp.atomic_files import draft_of, publish, write_failures, write_text
 from madtp.errors import CheckpointError
+from madtp.files.json_text import read_description
+from madtp.files.limits import LARGEST_FILE, count, is_file_name, shown
+from madtp.files.tensors import Stored, read_safetensors
 from madtp.saving.eight_bit import unpack
 
 if sys.platform != "win32":
@@ -35,7 +37,8 @@ TENSOR_FILE = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 # A folder whose description says so holds matrices as `madtp/saving/eight_bit.py` packs them; with a base, as the difference
 # from those of a file next to the folder.
 STORED, EIGHT_BIT, BASE = "stored_dtype", "int8", "base"
-SHOWN = 3
+# The tensor file says itself which names share a tensor, so that its hash covers this, too.
+ALIASES = "aliases"
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, object]) -> None:
@@ -49,7 +52,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
     with write_failures(folder), draft_of(folder / "model.safetensors") as draft:
-        save_file(stored, draft, metadata={"format": FORMAT})
+        save_file(stored, draft, metadata={"format": FORMAT, ALIASES: _plain(aliases)})
         digest, size = sha256_of(draft), draft.stat().st_size
         name = f"model-{digest[:12]}.safetensors"
         file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
@@ -133,15 +136,7 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 
 
 def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    try:
-        name, size, digest = (description["tensors"][k] for k in ("file", "bytes", "sha256"))
-        aliases = dict(description["tensors"]["aliases"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG} is damaged: its entry 'tensors' is incomplete; save again."
-        ) from error
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: {name!r} does not name a file in the folder; save again.")
+    name, size, digest, aliases = _tensor_entry(folder, description)
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {name}, which its {CONFIG} names; copy the whole folder again.")
@@ -151,19 +146,53 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, Ten
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise CheckpointError(f"{path} is damaged: it has {found} of {size} bytes; copy it again.")
-            tensors = load_file(path)
+            stored = read_safetensors(path)
             if _sha256(file) != digest:
                 raise CheckpointError(
                     f"{path} is damaged: its content does not match the hash in {CONFIG}; copy it again."
                 )
-        tensors.update({alias: tensors[original] for alias, original in aliases.items()})
-    except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); save the model again.") from error
-    except (OSError, RuntimeError) as error:  # torch maps the file, and its errors are not the system's
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy the whole folder again.") from error
+    tensors = _with_aliases(path, stored, aliases)
     if description.get(STORED) == EIGHT_BIT:
-        tensors = unpack(tensors, _read_base(folder, description[BASE]) if BASE in description else None)
+        base = _read_base(folder, description[BASE]) if BASE in description else None
+        try:
+            tensors = unpack(tensors, base)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
     return tensors
+
+
+def _tensor_entry(folder: Path, description: Mapping[str, Any]) -> tuple[str, int, str, dict[str, str]]:
+    """What a description says of the tensor file: name, size, hash, and further names of tensors."""
+    path = folder / CONFIG
+    try:
+        entry = description["tensors"]
+        name, digest, aliases = (entry[k] for k in ("file", "sha256", ALIASES))
+        size = count(entry["bytes"], "its size", most=LARGEST_FILE)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: its entry 'tensors' is incomplete; save again.") from error
+    if not is_file_name(name):
+        raise CheckpointError(f"{path} is damaged: {shown(name)} does not name a file in the folder; save again.")
+    if not isinstance(aliases, dict) or not all(isinstance(original, str) for original in aliases.values()):
+        raise CheckpointError(f"{path} is damaged: its entry '{ALIASES}' is not names by name; save again.")
+    return name, size, digest, aliases
+
+
+def _with_aliases(path: Path, stored: Stored, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors under all their names."""
+    if stored.metadata.get(ALIASES, _plain(aliases)) != _plain(aliases):  # a file of before says nothing
+        raise CheckpointError(
+            f"{path} is damaged, or {CONFIG} is: they differ in which tensors have several names; copy both again."
+        )
+    unknown = [name for name in aliases.values() if name not in stored.tensors]
+    if unknown or aliases.keys() & stored.tensors.keys():
+        raise CheckpointError(f"{path} is damaged: names of its tensors are missing or there twice; save again.")
+    return {**stored.tensors, **{alias: stored.tensors[original] for alias, original in aliases.items()}}
+
+
+def _plain(aliases: Mapping[str, str]) -> str:
+    return json.dumps(aliases, sort_keys=True)
 
 
 def describe_base(path: Path) -> dict[str, str]:
@@ -171,13 +200,8 @@ def describe_base(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": sha256_of(path)}
 
 
-def shorten(items: list[str]) -> str:
-    """Return the first few of a list, for a message."""
-    return ", ".join(items[:SHOWN]) + (", ..." if len(items) > SHOWN else "")
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.exists():
+    if not os.path.exists(folder):  # the methods of Path raise where a name is too long
         raise CheckpointError(f"there is no folder {folder}; give the folder that madtp.save wrote.")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that madtp.save wrote, not a file in it.")
@@ -185,7 +209,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {CONFIG}, so it is not a saved model, or saving never finished.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON ({error}); copy it again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -194,25 +218,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     version = content.get("version")
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{path} is damaged: its version is {version!r}; save the model again.")
+        raise CheckpointError(f"{path} is damaged: its version is {shown(version)}; save the model again.")
     if version > VERSION:
         raise CheckpointError(
-            f"{folder} was saved by madtp {content.get('madtp', '?')} in format {version}; this release reads up to format "
-            f"{VERSION}. Upgrade madtp."
+            f"{folder} was saved by madtp {content.get('madtp', '?')} in format {shown(version)}; this release reads up "
+            f"to format {VERSION}. Upgrade madtp."
         )
     return content
 
 
 def _read_base(folder: Path, base: object) -> dict[str, Tensor]:
     name, digest = (base.get("file"), base.get("sha256")) if isinstance(base, dict) else (None, None)
-    if not isinstance(name, str) or Path(name).name != name:
+    if not is_file_name(name):
         raise CheckpointError(f"{folder / CONFIG} is damaged: its entry '{BASE}' does not name a file; copy it again.")
     path = folder.parent / name
     if not path.is_file():
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which is missing; copy both.")
     if sha256_of(path) != digest:
         raise CheckpointError(f"{folder} is stored as the difference from {path}, which has changed; copy both again.")
-    return unpack(load_file(path))
+    return unpack(read_safetensors(path).tensors)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -222,7 +246,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

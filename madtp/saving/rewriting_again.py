@@ -17,15 +17,18 @@ from torch.utils import _pytree as pytree
 
 import madtp
 from madtp.calls.call import Call, Inputs
-from madtp.calls.record import replay_call
+from madtp.calls.record import recorded_bytes, replay_call
 from madtp.config import PruningConfig
 from madtp.errors import CheckpointError
+from madtp.files.limits import FREE_BYTES, LARGEST_COUNT, check_bytes, count, finite, shown
+from madtp.files.tensors import shorten
 from madtp.programs.replaced_forward import HOST_CLASS
 from madtp.pruned import PrunedModel
-from madtp.saving.model_folder import shorten
 from madtp.sites.additions import PREFIX
 from madtp.sites.site import PruningSite
 
+CAPTURES = ("", "whole", "regions")
+ALIGNMENT_TOKENS = f"{PREFIX}.alignment.tokens"
 CAPTURED_OTHERWISE = (
     "the model in {} was captured as {!r}, this one as {!r}, because a check failed on the inputs that it is made from: it may "
     "keep other tokens than the one that was saved. Pass the example_inputs of the first rewrite to load"
@@ -73,25 +76,68 @@ class Settings:
         """
         try:
             return cls._of(description)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{source} is damaged: {type(error).__name__}: {error}. Save the model again."
-            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{source} is damaged: {reason}. Save the model again.") from error
 
     @classmethod
     def _of(cls, description: Mapping[str, Any]) -> Settings:
         return cls(
             identity=dict(description["model"]),
             config=PruningConfig.from_dict(description["pruning"]),
-            temperature=float(description["temperature"]),
-            gain=float(description["gain"]),
-            static_counts={str(site): int(count) for site, count in description["static_counts"].items()},
-            static_room={str(site): int(count) for site, count in description.get("static_room", {}).items()},
-            sites={site["name"]: site for site in description["sites"]},
-            alignment_width=int(description["alignment_width"]),
+            temperature=finite(description["temperature"], "temperature"),
+            gain=finite(description["gain"], "gain"),
+            static_counts={site: count(n, site) for site, n in description["static_counts"].items()},
+            static_room={site: count(n, site) for site, n in description.get("static_room", {}).items()},
+            sites={_checked_site(site)["name"]: site for site in description["sites"]},
+            alignment_width=count(description["alignment_width"], "alignment_width", low=1),
             example=dict(description["example"]),
-            capture=str(description.get("capture", "")),
+            capture=_one_of(CAPTURES, description.get("capture", "")),
         )
+
+
+def check_claims(source: str, settings: Settings, stored: Mapping[str, Tensor]) -> None:
+    """Refuse settings that ask for larger tensors than the file holds, before :func:`rewritten_as` makes them.
+
+    Args:
+        source: where the settings come from, for messages.
+        settings: how the model was rewritten.
+        stored: tensors of the file by name, with what pruning added.
+
+    Raises:
+        CheckpointError: there are others than the settings say, or the example call is too large.
+    """
+    if settings.config.alignment:
+        wanted = [settings.config.alignment_tokens, settings.alignment_width]
+        found = stored.get(ALIGNMENT_TOKENS)
+        if found is None or list(found.shape) != wanted:
+            held = "none" if found is None else f"those of the shape {list(found.shape)}"
+            raise CheckpointError(f"{source} is damaged: its alignment tokens are to be {wanted}, and it holds {held}.")
+    most = max(FREE_BYTES, sum(value.nbytes for value in stored.values()))
+    try:
+        check_bytes("its example call", recorded_bytes(settings.example), most)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source} cannot be rewritten from what it says of the first call ({error}); pass example_inputs."
+        ) from error
+
+
+def _checked_site(site: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A site whose fields are of the types that :class:`~madtp.sites.spec.SiteSpec` has."""
+    positions = [*site["protected"], *([] if site["class_position"] is None else [site["class_position"]])]
+    for position in positions:
+        count(position, "a position", low=-LARGEST_COUNT)
+    count(site["width"], "width", low=1)
+    for name, kind in (("name", str), ("modality", str), ("causal", bool)):
+        if not isinstance(site[name], kind):
+            raise TypeError(f"{name!r} of a site is {shown(site[name])}")
+    return site
+
+
+def _one_of(allowed: tuple[str, ...], value: object) -> str:
+    if value not in allowed:
+        raise ValueError(f"{shown(value)} is none of {', '.join(map(repr, allowed))}")
+    return str(value)
 
 
 def description_of(pruned: PrunedModel) -> dict[str, Any]:
@@ -139,8 +185,10 @@ def rewritten_as(source: str, host: nn.Module, settings: Settings, example_input
 
     inputs = _inputs(source, settings.example, host) if example_inputs is None else example_inputs
     config = settings.config
+    free = dataclasses.replace(config, alignment_width=settings.alignment_width)
     # Fixed counts cannot run before they are known, and checking the rewrite runs the model.
-    free = dataclasses.replace(config, batching="ragged") if config.batching == "static" else config
+    if config.batching == "static":
+        free = dataclasses.replace(free, batching="ragged")
     pruned = rewrite(host, inputs, config=free)
     found = {site.spec.name: _plain(dataclasses.asdict(site.spec)) for site in _sites(pruned)}
     wanted = {name: _plain(site) for name, site in settings.sites.items()}

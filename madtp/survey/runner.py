@@ -16,6 +16,7 @@ from pathlib import Path
 
 from madtp.atomic_files import write_text
 from madtp.errors import DataError
+from madtp.files.json_text import read_description
 from madtp.survey.surveys import REWRITES, AnyRecord, Survey
 
 FORMAT = 1
@@ -134,7 +135,7 @@ def load(path: Path, survey: Survey[AnyRecord]) -> list[AnyRecord]:
     if not path.exists():
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_description(path)
         if content["format"] != FORMAT:
             raise DataError(
                 f"{path} is a survey of format {content['format']}, this version reads {FORMAT}; start a new file."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from madtp.errors import DataError
+from madtp.files.json_text import read_text
 
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[SEP]"
 # BLIP appends these two to the vocabulary; [ENC] takes the place of BERT's [CLS] in front of a statement.
@@ -65,8 +66,15 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise DataError(f"There is no vocabulary file {path}; supply the vocab.txt of bert-base-uncased.")
     # Not splitlines(): it would also split at rarer separators that may be word pieces themselves.
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    pieces = {line: index for index, line in enumerate(lines)}
+    try:
+        lines = read_text(path).removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); supply the vocab.txt of bert-base-uncased.") from error
+    pieces: dict[str, int] = {}
+    for index, line in enumerate(lines):
+        if not line or pieces.setdefault(line, index) != index:
+            fault = f"repeats line {pieces[line] + 1}" if line else "is empty"
+            raise DataError(f"{path}, line {index + 1}, {fault}; supply the vocab.txt of bert-base-uncased.")
     absent = [token for token in (PAD, UNKNOWN, END) if token not in pieces]
     if absent:
         raise DataError(f"{path} lacks {', '.join(absent)}; supply the vocab.txt of bert-base-uncased.")

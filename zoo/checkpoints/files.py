@@ -5,7 +5,7 @@ safetensors (whole, or sharded with an index), PyTorch's ``.pth``, and TorchScri
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from madtp.errors import CheckpointError
+from madtp.files.json_text import read_description
+from madtp.files.limits import FREE_BYTES, check_bytes, is_file_name, shown
+from madtp.files.tensors import check_kinds, read_safetensors
 from madtp.saving.eight_bit import unpack
+from zoo.checkpoints.pickles import check_file
 from zoo.checkpoints.torchscript import is_torchscript, read_torchscript
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
@@ -53,16 +57,18 @@ def read_checkpoint(path: Path) -> Content:
     Raises:
         CheckpointError: It is missing, of unknown kind, truncated, unsafe, or holds no named tensors.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # the methods of Path raise where a name is too long
         path = _in_folder(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"There is no checkpoint file {path}.")
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_sharded(path)
+    return _read_sharded(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
+
+
+def _read_file(path: Path) -> Content:
     if path.suffix == SAFETENSORS_SUFFIX:
-        return Content(_read_safetensors(path))
+        return Content(_unpacked(path, read_safetensors(path).tensors))
     if path.suffix in PICKLE_SUFFIXES:
-        return Content(read_torchscript(path)) if is_torchscript(path) else _unwrap(path, _read_pickle(path))
+        return Content(read_torchscript(path)) if is_torchscript(path) else _read_pickle(path)
     kinds = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, INDEX_SUFFIX))
     raise CheckpointError(f"{path} ends in {path.suffix!r}; a checkpoint ends in one of {kinds}.")
 
@@ -76,41 +82,42 @@ def _in_folder(folder: Path) -> Path:
 
 def _read_sharded(index: Path) -> Content:
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        wanted = {str(key): str(shard) for key, shard in places.items()}
+        wanted: dict[str, object] = dict(read_description(index)["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} is not the index of a sharded checkpoint ({type(error).__name__}: {error})."
         ) from error
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(wanted.values())):
-        if Path(shard).name != shard or shard.endswith(INDEX_SUFFIX):
-            raise CheckpointError(f"{index} names {shard!r}, which is not a file in its folder.")
-        found = read_checkpoint(index.parent / shard).tensors
+    odd = [name for name in wanted.values() if not is_file_name(name) or name.endswith(INDEX_SUFFIX)]
+    if odd:
+        raise CheckpointError(f"{index} names {shown(odd[0])}, which is not a file in its folder.")
+    for shard in sorted(map(str, set(wanted.values()))):
+        path = index.parent / shard
+        if not os.path.isfile(path):
+            raise CheckpointError(f"There is no checkpoint file {path}, which {index.name} names.")
+        found = _read_file(path).tensors
         keys = {key for key, place in wanted.items() if place == shard}
         if keys != found.keys():
             differing = sorted(keys ^ found.keys())
             raise CheckpointError(
-                f"{index.parent / shard} does not hold what {index.name} says: {len(differing)} keys differ "
+                f"{path} does not hold what {index.name} says: {len(differing)} keys differ "
                 f"({', '.join(differing[:3])}); fetch both again."
             )
         tensors.update(found)
     return Content(tensors)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _unpacked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
-        return unpack(load_file(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); fetch it again.") from error
+        return unpack(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
 
 
-def _read_pickle(path: Path) -> object:
+def _read_pickle(path: Path) -> Content:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        held = check_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged, or holds Python objects besides tensors and plain containers, which are refused since "
@@ -119,6 +126,14 @@ def _read_pickle(path: Path) -> object:
     except Exception as error:  # torch.load raises whatever a broken archive or pickle stream trips over
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is truncated or not a PyTorch file ({reason}); fetch it again.") from error
+    found = _unwrap(path, content)
+    check_kinds(str(path), found.tensors)
+    try:
+        for name, value in found.tensors.items():
+            check_bytes(name, value.nbytes, max(FREE_BYTES, held))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from error
+    return found
 
 
 def _unwrap(path: Path, content: object) -> Content:
@@ -131,7 +146,7 @@ def _unwrap(path: Path, content: object) -> Content:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors.")
     for key, value in content.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path} holds a {type(value).__name__} under {key!r} where a tensor belongs.")
+            raise CheckpointError(f"{path} holds a {type(value).__name__} under {shown(key)} where a tensor belongs.")
     return Content({str(key): value for key, value in content.items()}, settings)
 
 

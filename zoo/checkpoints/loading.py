@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from madtp.atomic_files import replacing_file
 from madtp.errors import CheckpointError
+from madtp.files.tensors import overflows, shorten, tied_names
 from zoo.checkpoints.files import read_checkpoint
 from zoo.checkpoints.key_table import KeyTable, choose, matches, translate
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class LoadReport:
         for name in ("unused", "absent", "resized"):
             keys = list(getattr(self, name))
             if keys:
-                parts.append(f"{len(keys)} {name} ({_shorten(keys)})")
+                parts.append(f"{len(keys)} {name} ({shorten(keys)})")
         return ", ".join(parts)
 
 
@@ -75,7 +74,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
         found = translate(tensors, table)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not a checkpoint of this {type(model).__name__}: {error}") from error
-    tied = _tied(own)
+    tied = tied_names(own)
     _check_keys(path, model, own, found, table, tied)
     resized = [key for key in table.position_grids if found[key].shape != own[key].shape]
     for key in resized:
@@ -107,7 +106,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     if path.exists():
         raise CheckpointError(f"{path} exists and is not overwritten; delete it or choose another name.")
     own = model.state_dict()
-    tied = _tied(own)
+    tied = tied_names(own)
     kept = {key: value.detach().cpu().contiguous() for key, value in own.items() if key == tied[key][0]}
     with replacing_file(path) as draft:
         save_file(kept, draft)
@@ -123,25 +122,14 @@ def resize_position_grid(embedding: Tensor, shape: torch.Size) -> Tensor:
         return resize_position_grid(embedding[None], torch.Size((1, *shape)))[0]
     if embedding.shape == shape or embedding.dim() != 3 or embedding.shape[-1] != shape[-1]:
         return embedding
+    if embedding.shape[1] < 2 or shape[1] < 2 or not embedding.is_floating_point():
+        return embedding
     old, new = math.isqrt(embedding.shape[1] - 1), math.isqrt(shape[1] - 1)
     if old * old != embedding.shape[1] - 1:
         return embedding
     grid = torch.unflatten(embedding[:, 1:].float(), 1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([embedding[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def _shorten(items: list[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
-
-
-def _tied(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For each key all keys of the same tensor."""
-    groups: dict[object, list[str]] = {}
-    for key, value in own.items():
-        identity = key if value.is_meta or not value.numel() else (value.data_ptr(), value.shape, value.stride())
-        groups.setdefault(identity, []).append(key)
-    return {key: keys for keys in groups.values() for key in keys}
 
 
 def _check_tied(path: Path, found: Mapping[str, Tensor], tied: Mapping[str, list[str]]) -> None:
@@ -165,7 +153,7 @@ def _check_keys(
     missing = [key for key in own if not any(twin in found for twin in tied[key]) and not matches(key, table.optional)]
     unexpected = [key for key in found if key not in own]
     faults = [
-        f"{len(keys)} {kind} ({_shorten(keys)})"
+        f"{len(keys)} {kind} ({shorten(keys)})"
         for kind, keys in (("missing", missing), ("unexpected", unexpected))
         if keys
     ]
@@ -187,16 +175,23 @@ def _check_tensors(path: Path, model: nn.Module, own: Mapping[str, Tensor], foun
     if wrong_shape:
         raise CheckpointError(
             f"{path} is of another size than this {type(model).__name__}: {len(wrong_shape)} tensors differ "
-            f"({_shorten(wrong_shape)}). Create the model with the sizes of the file."
+            f"({shorten(wrong_shape)}). Create the model with the sizes of the file."
         )
     wrong_kind = [key for key, value in found.items() if value.is_floating_point() != own[key].is_floating_point()]
     if wrong_kind:
-        raise CheckpointError(f"{path} holds integers where {_shorten(wrong_kind)} needs floats, or the reverse.")
+        raise CheckpointError(f"{path} holds integers where {shorten(wrong_kind)} needs floats, or the reverse.")
     not_finite = [key for key, value in found.items() if not torch.isfinite(value).all()]
     if not_finite:
         raise CheckpointError(
-            f"{path} holds NaN or infinite values in {len(not_finite)} tensors ({_shorten(not_finite)}); "
+            f"{path} holds NaN or infinite values in {len(not_finite)} tensors ({shorten(not_finite)}); "
             "its training diverged or the file is damaged."
+        )
+    too_large = [key for key, value in found.items() if overflows(value, own[key].dtype)]
+    if too_large:
+        key = too_large[0]
+        raise CheckpointError(
+            f"{path} holds values that the model cannot hold in {len(too_large)} tensors ({shorten(too_large)}): {key} is "
+            f"{found[key].dtype} in the file and {own[key].dtype} in the model. Create the model in the type of the file."
         )
     if any(own[key].is_meta for key in found):
         raise CheckpointError(f"This {type(model).__name__} lies on the meta device; call to_empty(device=...) first.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import madtp
 from madtp.errors import CheckpointError
+from madtp.files.tensors import check_values
 from zoo.checkpoints.files import read_checkpoint
 from zoo.checkpoints.key_table import KeyTable, Row, matches, translate
 from zoo.checkpoints.loading import LoadReport, load_tensors
@@ -92,6 +93,7 @@ def _copy(path: Path, name: str, pruned: nn.Module, added: Mapping[str, Tensor])
             raise CheckpointError(
                 f"{path}: {key} is {list(value.shape)} in the file and {list(own[key].shape)} in the model."
             )
+    check_values(str(path), own=own, stored=added)
     with torch.no_grad():
         for key, value in added.items():
             own[key].copy_(value)

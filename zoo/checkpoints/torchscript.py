@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 
 from madtp.errors import CheckpointError
+from madtp.files.limits import DEEPEST, FREE_BYTES, ExceededError, check_bytes
+from zoo.checkpoints.pickles import check_file
 
 _PICKLE, _CODE = "data.pkl", "constants.pkl"
+MOST_MODULES = 100_000
+"""Modules of a tree, as often as each occurs."""
+
 _STORAGES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -38,7 +43,7 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.count("/") == 1 and name.endswith(f"/{_CODE}") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises whatever it trips over; such a file is read as none, which says what is wrong
         return False
 
 
@@ -49,10 +54,13 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         CheckpointError: The archive is damaged, or its pickle asks for anything but modules and tensors.
     """
     try:
+        held = check_file(path)
         with zipfile.ZipFile(path) as archive:
             root = next(name.partition("/")[0] for name in archive.namelist() if name.endswith(f"/{_CODE}"))
             with archive.open(f"{root}/{_PICKLE}") as file:
-                module = _Unpickler(file, archive, root).load()
+                tensors = _collect(_Unpickler(file, archive, root).load())
+        for name, value in tensors.items():
+            check_bytes(name, value.nbytes, max(FREE_BYTES, held))
     except _Refused as refused:
         raise CheckpointError(
             f"{path} is a TorchScript archive whose module tree holds {refused}, which is refused, since reading it can run "
@@ -60,8 +68,6 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         ) from refused
     except Exception as error:  # zipfile and pickle raise whatever a broken archive trips over
         raise CheckpointError(f"{path} is a damaged TorchScript archive ({type(error).__name__}: {error}).") from error
-    tensors: dict[str, Tensor] = {}
-    _collect(module, "", tensors)
     return tensors
 
 
@@ -83,7 +89,7 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
     if offset < 0 or min(stride, default=0) < 0 or last >= storage.numel():
         raise _Refused("a tensor that reaches beyond its storage")
-    return storage.as_strided(size, stride, offset).clone()
+    return storage.as_strided(size, stride, offset)
 
 
 def _constants(values: list[Any]) -> list[Any]:
@@ -123,12 +129,21 @@ class _Unpickler(pickle.Unpickler):
         return self.storages[key]
 
 
-def _collect(module: object, path: str, tensors: dict[str, Tensor]) -> None:
-    if not isinstance(module, _Bag):
-        raise CheckpointError(f"the TorchScript archive holds a {type(module).__name__} where a module belongs.")
-    for name, value in module.attributes.items():
-        place = f"{path}.{name}" if path else name
-        if isinstance(value, Tensor):
-            tensors[place] = value
-        elif isinstance(value, _Bag):
-            _collect(value, place, tensors)
+def _collect(tree: object) -> dict[str, Tensor]:
+    """The tensors of a module tree by their path in it."""
+    tensors: dict[str, Tensor] = {}
+    waiting, seen = [("", 0, tree)], 0
+    while waiting:
+        path, depth, module = waiting.pop()
+        seen += 1
+        if not isinstance(module, _Bag):
+            raise _Refused(f"a {type(module).__name__} where a module belongs")
+        if depth > DEEPEST or seen > MOST_MODULES:
+            raise ExceededError(f"its modules nest deeper than {DEEPEST} levels, or over and over")
+        for name, value in module.attributes.items():
+            place = f"{path}.{name}" if path else str(name)
+            if isinstance(value, Tensor):
+                tensors[place] = value
+            elif isinstance(value, _Bag):
+                waiting.append((place, depth + 1, value))
+    return tensors

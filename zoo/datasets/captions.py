@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from madtp.errors import DataError
-from zoo.datasets.files import Entry, ImageFolder, entries, find_annotations, read_json
+from zoo.datasets.files import Entry, entries, find_annotations, named_once, read_json
+from zoo.datasets.images import ImageFolder
 from zoo.datasets.records import CaptionedImage, ImageSource
 from zoo.datasets.registry import DataEntry, Opener, Request, register_data
 
@@ -32,7 +33,7 @@ def _open(request: Request, blip: str, karpathy: str, folders: tuple[str, ...]) 
 
 
 def _of_karpathy(content: Entry, request: Request) -> list[CaptionedImage]:
-    records, seen = [], set()
+    records, chosen, seen = [], [], set()
     for entry in content.entries("images"):
         split = entry.text("split")
         seen.add(split)
@@ -44,19 +45,27 @@ def _of_karpathy(content: Entry, request: Request) -> list[CaptionedImage]:
             raise DataError(f"{entry.place} has no captions.")
         number = entry.name("cocoid" if entry.has("cocoid") else "imgid")
         records.append(CaptionedImage(number, (folder + entry.text("filename"),), captions))
+        chosen.append(entry)
     if not records:
         raise DataError(
             f"{content.place} holds no images of the split {request.split!r}; it has {', '.join(sorted(seen))}."
         )
-    return records
+    return named_once(records, chosen)
 
 
 def _of_blip(listed: list[Entry], path: Path) -> list[CaptionedImage]:
-    """Entries of the same image are joined, in the order of their first."""
+    """Entries with one caption each are joined by image, in the order of their first. A caption that people wrote twice stays
+    twice, as the published files have it."""
     captions: dict[str, list[str]] = {}
+    whole: dict[str, str] = {}
     names: dict[str, str] = {}
     for entry in listed:
         image = entry.text("image")
+        if image in captions and (image in whole or entry.is_list("caption")):
+            before = whole.get(image, "an entry with a single caption")
+            raise DataError(f"{entry.place} lists captions of {image} once more, after {before}; remove one of them.")
+        if entry.is_list("caption"):
+            whole[image] = entry.place
         captions.setdefault(image, []).extend(entry.texts("caption"))
         name = entry.name("image_id") if entry.has("image_id") else Path(image).stem
         if names.setdefault(image, name) != name:

@@ -1,19 +1,19 @@
-"""Reads annotation files and images, with an error for everything that is damaged or of another format.
+"""Reads annotation files, with an error for everything that is damaged or of another format.
 
-:func:`read_json` and :class:`Entry` are for annotations, :class:`ImageFolder` opens images.
+Start at :func:`read_json`, :func:`entries` and :class:`Entry`. Messages name the file, and the entry or the line in it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from madtp.errors import DataError
+from madtp.files.json_text import parse_json, read_text
+from madtp.files.limits import LARGEST_ANNOTATIONS, shown
+from zoo.datasets.records import R
 
 ANNOTATION_FOLDERS = (".", "annotations", "annotation")
 
@@ -28,9 +28,9 @@ class Entry:
     def text(self, name: str) -> str:
         """A string that is not blank."""
         value = self._get(name)
-        if not isinstance(value, str) or not value.strip():
+        if not _is_text(value):
             raise self._odd(name, value, "some text")
-        return value
+        return str(value)
 
     def name(self, name: str) -> str:
         """A string or whole number, as a string."""
@@ -40,16 +40,24 @@ class Entry:
         return str(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of strings with at least one in it, or a string that stands for itself."""
+        """A list of strings with at least one in it, or a string that stands for itself; none of them is blank."""
         value = self._get(name)
         listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
+        if not isinstance(listed, list) or not listed:
             raise self._odd(name, value, "text or a list of texts")
+        for number, text in enumerate(listed):
+            if not _is_text(text):
+                place = name if isinstance(value, str) else f"{name}[{number}]"
+                raise self._odd(place, text, "some text")
         return tuple(listed)
 
     def entries(self, name: str) -> list[Entry]:
         """A list of entries."""
         return entries(self._get(name), f"{self.place}, {name!r}")
+
+    def is_list(self, name: str) -> bool:
+        """Whether a field holds a list."""
+        return isinstance(self._get(name), list)
 
     def choice(self, name: str, options: Sequence[str]) -> str:
         """One of the options."""
@@ -70,8 +78,20 @@ class Entry:
         return self.content[name]
 
     def _odd(self, name: str, value: Any, wanted: str) -> DataError:
-        shown = repr(value)
-        return DataError(f"{self.place}: {name!r} is {shown[:60]}; it has to be {wanted}.")
+        return DataError(f"{self.place}: {name!r} is {shown(value)}; it has to be {wanted}.")
+
+
+class JsonLines(list[Any]):
+    """The values of a file with one JSON value on each line.
+
+    Attributes:
+        lines: the number of the line of each.
+    """
+
+    def __init__(self, numbered: Iterable[tuple[int, Any]]) -> None:
+        pairs = list(numbered)
+        super().__init__(value for _, value in pairs)
+        self.lines = [number for number, _ in pairs]
 
 
 def entries(value: Any, place: str) -> list[Entry]:
@@ -82,10 +102,26 @@ def entries(value: Any, place: str) -> list[Entry]:
     """
     if not isinstance(value, list):
         raise DataError(f"{place} holds {type(value).__name__}, not a list.")
+    listed = []
     for number, item in enumerate(value):
+        where = f"line {value.lines[number]}" if isinstance(value, JsonLines) else f"entry {number}"
         if not isinstance(item, dict):
-            raise DataError(f"{place}, entry {number}, holds {type(item).__name__}, not an object.")
-    return [Entry(item, f"{place}, entry {number}") for number, item in enumerate(value)]
+            raise DataError(f"{place}, {where}, holds {type(item).__name__}, not an object.")
+        listed.append(Entry(item, f"{place}, {where}"))
+    return listed
+
+
+def named_once(records: Sequence[R], listed: Sequence[Entry]) -> list[R]:
+    """Return the records of entries, in their order.
+
+    Raises:
+        DataError: Two have one name; the message says where both are.
+    """
+    places: dict[str, str] = {}
+    for record, entry in zip(records, listed, strict=True):
+        if places.setdefault(record.id, entry.place) != entry.place:
+            raise DataError(f"{entry.place} is {record.id!r} once more, after {places[record.id]}; remove one of them.")
+    return list(records)
 
 
 def read_json(path: Path) -> Any:
@@ -95,14 +131,14 @@ def read_json(path: Path) -> Any:
         DataError: The file is missing, empty, or not JSON.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, LARGEST_ANNOTATIONS)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); give an annotation file.") from error
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as whole:
         try:
-            lines = list(_json_lines(text))
+            lines = JsonLines(_json_lines(text))
         except ValueError as error:
             raise DataError(
                 f"{path} is neither JSON ({whole}) nor a file with one JSON value on each line ({error}); copy it again."
@@ -112,12 +148,19 @@ def read_json(path: Path) -> Any:
         return lines
 
 
-def _json_lines(text: str) -> Iterator[Any]:
+def _is_text(value: object) -> bool:
+    """Whether a value is a string that is not blank, of whole characters."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield number, parse_json(line)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
 
@@ -139,40 +182,3 @@ def find_annotations(owner: str, root: Path, names: Sequence[str]) -> Path:
         f"{owner}: {root} holds none of {', '.join(names)}, nor does a folder 'annotations' in it; put one there, or name the "
         "file by `annotations`."
     )
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Opens images below a folder, or below one of its folders of the given names."""
-
-    root: Path
-    below: tuple[str, ...] = (".", "images")
-
-    def path(self, name: str) -> Path:
-        """The file of an image.
-
-        Raises:
-            DataError: There is no such file, or it lies outside the folder.
-        """
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"the image {name!r} lies outside {self.root}; names of images are relative to it.")
-        tried = [self.root / folder / name for folder in self.below]
-        path = next((path for path in tried if path.is_file()), None)
-        if path is None:
-            raise DataError(
-                f"there is no image {' or '.join(map(str, tried))}; the images of the data set are not complete."
-            )
-        return path
-
-    def __call__(self, name: str) -> Image.Image:
-        """The image in RGB.
-
-        Raises:
-            DataError: There is no such file, it lies outside the folder, or it is damaged.
-        """
-        path = self.path(name)
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} is damaged or not an image ({error}); copy it again.") from error

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from madtp.errors import DataError
-from zoo.datasets.files import Entry, ImageFolder, entries, find_annotations, read_json
+from zoo.datasets.files import Entry, entries, find_annotations, named_once, read_json
+from zoo.datasets.images import ImageFolder
 from zoo.datasets.records import ImageSource, PairStatement
 from zoo.datasets.registry import DataEntry, Request, register_data
 
@@ -33,7 +34,7 @@ def open_nlvr2(request: Request) -> tuple[list[Any], ImageSource]:
         records = [_by_identifier(entry, request.split) for entry in listed]
     else:
         records = [_by_images(entry, f"nlvr2-{request.split}-{number}") for number, entry in enumerate(listed)]
-    return records, ImageFolder(root)
+    return named_once(records, listed), ImageFolder(root)
 
 
 def _by_images(entry: Entry, name: str) -> PairStatement:

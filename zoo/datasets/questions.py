@@ -7,11 +7,14 @@ secret.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from madtp.errors import DataError
-from zoo.datasets.files import Entry, ImageFolder, entries, find_annotations, read_json
+from madtp.files.limits import shown
+from zoo.datasets.files import Entry, entries, find_annotations, named_once, read_json
+from zoo.datasets.images import ImageFolder
 from zoo.datasets.records import ImageSource, Question
 from zoo.datasets.registry import DataEntry, Request, register_data
 
@@ -32,7 +35,8 @@ def open_vqav2(request: Request) -> tuple[list[Any], ImageSource]:
     content = read_json(path)
     if isinstance(content, dict):
         return _of_official(Entry(content, str(path)), path, request), ImageFolder(root)
-    return [_of_blip(entry, request.split) for entry in entries(content, str(path))], ImageFolder(root)
+    listed = entries(content, str(path))
+    return named_once([_of_blip(entry, request.split) for entry in listed], listed), ImageFolder(root)
 
 
 def open_visual_genome(request: Request) -> tuple[list[Any], ImageSource]:
@@ -60,11 +64,15 @@ def answer_list(path: str | Path) -> tuple[str, ...]:
         DataError: The file is missing or something else.
     """
     content = read_json(Path(path))
-    if not isinstance(content, list) or not content or not all(isinstance(text, str) and text for text in content):
+    if not isinstance(content, list) or not content:
         raise DataError(f"{path} is not a list of answers; it has to be a JSON list of texts.")
-    if len(set(content)) != len(content):
-        raise DataError(f"{path} lists an answer twice.")
-    return tuple(content)
+    places: dict[str, int] = {}
+    for number, answer in enumerate(Entry({"answers": content}, str(path)).texts("answers")):
+        if places.setdefault(answer, number) != number:
+            raise DataError(
+                f"{path} lists {answer!r} twice, as entries {places[answer]} and {number}; remove one of them."
+            )
+    return tuple(places)
 
 
 def _of_blip(entry: Entry, split: str) -> Question:
@@ -79,8 +87,8 @@ def _of_official(content: Entry, path: Path, request: Request) -> list[Question]
     if content.has("data_subtype"):
         content.choice("data_subtype", (part,))
     answers = {} if request.split in _SECRET else _annotations(path, part)
-    records = []
-    for entry in content.entries("questions"):
+    records, listed = [], content.entries("questions")
+    for entry in listed:
         name = entry.name("question_id")
         if request.split not in _SECRET and name not in answers:
             raise DataError(
@@ -88,7 +96,7 @@ def _of_official(content: Entry, path: Path, request: Request) -> list[Question]
             )
         given, kind = answers.get(name, ((), ""))
         records.append(Question(name, (_image(entry, part),), entry.text("question"), given, kind))
-    return records
+    return named_once(records, listed)
 
 
 def _annotations(questions: Path, part: str) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -99,10 +107,16 @@ def _annotations(questions: Path, part: str) -> dict[str, tuple[tuple[str, ...],
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds {type(content).__name__}, not an object with 'annotations'.")
-    found = {}
+    found: dict[str, tuple[tuple[str, ...], str]] = {}
+    places: dict[str, str] = {}
     for entry in Entry(content, str(path)).entries("annotations"):
+        name = entry.name("question_id")
+        if places.setdefault(name, entry.place) != entry.place:
+            raise DataError(
+                f"{entry.place} answers question {name} once more, after {places[name]}; remove one of them."
+            )
         answers = tuple(answer.text("answer") for answer in entry.entries("answers"))
-        found[entry.name("question_id")] = (answers, entry.text("answer_type"))
+        found[name] = (answers, entry.text("answer_type"))
     return found
 
 
@@ -110,8 +124,8 @@ def _image(entry: Entry, part: str) -> str:
     """Where COCO keeps an image; the two test sets share theirs."""
     folder = part.replace("test-dev", "test")
     number = entry.name("image_id")
-    if not number.isdigit():
-        raise DataError(f"{entry.place}: 'image_id' is {number!r}; images of COCO have numbers.")
+    if not re.fullmatch("[0-9]{1,12}", number):
+        raise DataError(f"{entry.place}: 'image_id' is {shown(number)}; images of COCO have numbers.")
     return f"{folder}/COCO_{folder}_{int(number):012d}.jpg"
 
 

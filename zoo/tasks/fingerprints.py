@@ -14,7 +14,7 @@ from typing import Any
 from madtp.errors import DataError
 from madtp.saving.model_folder import CONFIG
 from zoo.checkpoints.files import INDEX_SUFFIX, PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
-from zoo.datasets.files import ImageFolder
+from zoo.datasets.images import ImageFolder
 from zoo.datasets.records import DataSet
 from zoo.registry import describe
 

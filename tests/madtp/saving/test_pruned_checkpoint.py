@@ -304,7 +304,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "odd pruning": (lambda f: change(f, lambda c: c["pruning"].update(merg=1)), "did you mean 'merge'"),
     "no tensor entry": (lambda f: change(f, lambda c: c["tensors"].pop("sha256")), "'tensors' is incomplete"),
     "a path": (lambda f: change(f, lambda c: c["tensors"].update(file="../x")), "does not name a file"),
-    "odd gain": (lambda f: change(f, lambda c: c.update(gain="much")), "damaged: ValueError"),
+    "odd gain": (lambda f: change(f, lambda c: c.update(gain="much")), "damaged: gain is 'much', not a finite number"),
 }
 
 

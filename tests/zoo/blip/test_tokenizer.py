@@ -75,3 +75,19 @@ def test_vocabulary_of_another_model_is_refused(tmp_path: Path, pieces: list[str
 def test_missing_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no vocabulary file"):
         StatementTokenizer(tmp_path / "vocab.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[PAD]\n[UNK]\n[SEP]\ncaf\xe9\n", r"vocab\.txt cannot be read \(line 4 is not UTF-8"),
+        ("[PAD]\n[UNK]\n[SEP]\n".encode("utf-16"), r"vocab\.txt cannot be read \(line 1 is not UTF-8"),
+        (b"[PAD]\n[UNK]\n[SEP]\ndog\n[UNK]\n", r"vocab\.txt, line 5, repeats line 2"),
+        (b"[PAD]\n[UNK]\n\n[SEP]\n", r"vocab\.txt, line 3, is empty"),
+        (b"", r"vocab\.txt, line 1, is empty"),
+    ],
+)
+def test_damaged_vocabularies_name_the_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        StatementTokenizer(tmp_path / "vocab.txt")

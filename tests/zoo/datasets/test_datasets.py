@@ -230,7 +230,7 @@ def test_images_stay_inside_their_folder(tmp_path: Path, name: str) -> None:
         ('[{"images": ["a", "b"], "label": "True"}]', "has no field 'sentence'"),
         ('[{"images": ["a", "b"], "label": "true", "sentence": "A."}]', "'label' is 'true'; it has to be one of"),
         ('[{"images": ["a"], "label": "True", "sentence": "A."}]', "names 1 images"),
-        ('[{"images": ["a", 2], "label": "True", "sentence": "A."}]', "'images' is"),
+        ('[{"images": ["a", 2], "label": "True", "sentence": "A."}]', r"'images\[1\]' is 2"),
         ('[{"images": ["a", "b"], "label": "True", "sentence": " "}]', "'sentence' is ' '"),
         ('{"identifier": "test1-0-0", "label": "True", "sentence": "A."}', "three numbers"),
     ],
@@ -245,7 +245,7 @@ def test_files_of_another_format_are_refused(tmp_path: Path, content: str, messa
 def test_a_sample_twice_is_refused(tmp_path: Path) -> None:
     path = dataset_files.nlvr2_lines(tmp_path)
     path.write_text(path.read_text() * 2)
-    with pytest.raises(DataError, match="'dev-0-0-1' more than once"):
+    with pytest.raises(DataError, match=r"dev\.json, line 3 is 'dev-0-0-1' once more, after .*dev\.json, line 1"):
         zoo.data("nlvr2", tmp_path, "val")
 
 
@@ -266,3 +266,144 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     dataset_files.nlvr2_lines(tmp_path)
     with pytest.raises(DataError, match="one edition"):
         zoo.data("nlvr2", tmp_path, "val", seed=1)
+
+
+ANNOTATIONS: dict[str, tuple[str, str, object, str]] = {
+    "blank caption": (
+        "coco",
+        "coco_karpathy_test.json",
+        [{"image": "a.jpg", "caption": [" "]}],
+        r"entry 0: 'caption\[0\]' is ' '",
+    ),
+    "blank caption in training": (
+        "coco",
+        "coco_karpathy_train.json",
+        [{"image": "a", "caption": "\n"}],
+        "'caption' is",
+    ),
+    "half a character": (
+        "coco",
+        "coco_karpathy_test.json",
+        [{"image": "a", "caption": ["a \ud800"]}],
+        "it has to be some text",
+    ),
+    "no captions": (
+        "coco",
+        "coco_karpathy_test.json",
+        [{"image": "a", "caption": []}],
+        "it has to be text or a list of texts",
+    ),
+    "an image twice": (
+        "coco",
+        "coco_karpathy_test.json",
+        [{"image": "a", "caption": ["x"]}, {"image": "b", "caption": ["y"]}, {"image": "a", "caption": ["z"]}],
+        "entry 2 lists captions of a once more, after .*entry 0",
+    ),
+    "an image in both ways": (
+        "coco",
+        "coco_karpathy_test.json",
+        [{"image": "a", "caption": "x"}, {"image": "a", "caption": ["z"]}],
+        "entry 1 lists captions of a once more",
+    ),
+    "a number twice": (
+        "coco",
+        "dataset_coco.json",
+        {"images": [{"split": "test", "filename": n, "cocoid": 3, "sentences": [{"raw": "x"}]} for n in "ab"]},
+        "entry 1 is '3' once more, after .*entry 0",
+    ),
+    "blank answer": (
+        "vqav2",
+        "vqa_test.json",
+        [{"question_id": 1, "question": " ", "image": "a"}],
+        "entry 0: 'question' is ' '",
+    ),
+    "a question twice": (
+        "vqav2",
+        "vqa_test.json",
+        [{"question_id": n, "question": "x", "image": "a"} for n in (1, 2, 1)],
+        "entry 2 is '1' once more, after .*entry 0",
+    ),
+    "huge image": (
+        "vqav2",
+        "v2_OpenEnded_mscoco_test2015_questions.json",
+        {"questions": [{"question_id": 1, "question": "x", "image_id": "9" * 5000}]},
+        "images of COCO have numbers",
+    ),
+    "odd digits": (
+        "vqav2",
+        "v2_OpenEnded_mscoco_test2015_questions.json",
+        {"questions": [{"question_id": 1, "question": "x", "image_id": "²"}]},
+        "images of COCO have numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ANNOTATIONS)
+def test_annotations_that_say_nothing_or_say_it_twice_are_named(tmp_path: Path, fault: str) -> None:
+    name, file, content, words = ANNOTATIONS[fault]
+    dataset_files.write_json(tmp_path / file, content)
+    split = "train" if "train" in file else "test"
+    with pytest.raises(DataError, match=words) as caught:
+        zoo.data(name, tmp_path, split)
+    assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", None, 3])
+def test_blank_answers_are_named(tmp_path: Path, blank: object) -> None:
+    entry = {"question_id": 1, "question": "x", "image": "a", "answer": ["yes", blank]}
+    dataset_files.write_json(tmp_path / "vqa_val.json", [entry])
+    with pytest.raises(DataError, match=r"vqa_val\.json, entry 0: 'answer\[1\]' is .*it has to be some text"):
+        zoo.data("vqav2", tmp_path, "val")
+    path = dataset_files.write_json(tmp_path / "answer_list.json", ["yes", blank])
+    with pytest.raises(DataError, match=r"answer_list\.json: 'answers\[1\]' is .*it has to be some text"):
+        answer_list(path)
+
+
+def test_a_question_that_is_answered_twice_is_refused(tmp_path: Path) -> None:
+    _, annotations = dataset_files.vqa_official(tmp_path)
+    content = json.loads(annotations.read_text())
+    content["annotations"].append(content["annotations"][0])
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"entry 2 answers question 262148000 once more, after .*entry 0"):
+        zoo.data("vqav2", tmp_path, "val")
+
+
+def test_a_caption_that_two_people_wrote_is_kept_twice(tmp_path: Path) -> None:
+    entries = [{"image": "a.jpg", "caption": "A dog.", "image_id": "coco_1"}] * 2
+    dataset_files.write_json(tmp_path / "coco_karpathy_train.json", entries)
+    (record,) = zoo.data("coco", tmp_path, "train").records
+    assert record.captions == ("A dog.", "A dog.")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"images":' * 100_000, '{"a": 1}\n' + "[" * 100_000]
+)
+def test_deep_annotations_are_refused(tmp_path: Path, text: str) -> None:
+    for name in ("coco_karpathy_test.json", "vqa_test.json", "nlvr_test.json", "vg_qa.json"):
+        (tmp_path / name).write_text(text)
+    for data in ("coco", "vqav2", "nlvr2"):
+        with pytest.raises(DataError, match=r"test\.json"):
+            zoo.data(data, tmp_path, "test")
+    with pytest.raises(DataError, match=r"vg_qa\.json"):
+        zoo.data("visual_genome", tmp_path, "train")
+
+
+def test_values_that_nest_deeply_in_a_field_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vqa_test.json").write_text(
+        '[{"question_id": 1, "image": "a", "question": ' + "[" * 900 + "]" * 900 + "}]"
+    )
+    with pytest.raises(DataError, match="'question' is a list of 1; it has to be some text"):
+        zoo.data("vqav2", tmp_path, "test")
+
+
+def test_annotations_that_are_not_utf_8_name_the_line(tmp_path: Path) -> None:
+    (tmp_path / "nlvr_test.json").write_bytes(b'{"identifier": "test1-0-0-0"}\n{"sentence": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"nlvr_test\.json cannot be read \(line 2 is not UTF-8"):
+        zoo.data("nlvr2", tmp_path, "test")
+
+
+def test_annotations_of_a_size_that_no_data_set_has_are_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "nlvr_test.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="takes 1048576 MiB where 4096 MiB at most fit"):
+        zoo.data("nlvr2", tmp_path, "test")
