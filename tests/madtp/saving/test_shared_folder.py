@@ -39,7 +39,7 @@ def test_two_writers_and_three_readers_share_a_folder_for_long(tmp_path: Path) -
     check_rounds(tmp_path / "model", 1000)
 
 
-@pytest.mark.parametrize("place", ["_read_tensors", "load_file", "_sha256"])
+@pytest.mark.parametrize("place", ["_read_tensors", "read_safetensors", "_sha256"])
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_model_that_is_replaced_while_it_is_read_is_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, times: int
