@@ -24,6 +24,7 @@ def quick(path: Path, model: str, *arguments: str) -> Outcome:
     return run(model, *common, *arguments)
 
 
+@pytest.mark.slow
 def test_all_variants_of_a_vision_transformer(tmp_path: Path) -> None:
     path, plot, where = tmp_path / "b.json", tmp_path / "b.png", tmp_path / "w.png"
     plots = ("--plot", str(plot), "--where", str(where))

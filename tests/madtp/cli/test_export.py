@@ -17,6 +17,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(ended.value.code or 0), shown.out, shown.err
 
 
+@pytest.mark.slow
 def test_a_shipped_model_becomes_a_file_and_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "caption.pt2"
     code, out, _ = run(

@@ -105,6 +105,7 @@ def shared(folder: Path) -> dict[str, Any]:
     return {"metrics": plain.metrics, "samples": list(plain.samples), "alike": alike, "ran": ran, "done": done}
 
 
+@pytest.mark.slow
 def test_processes_share_batches_out_and_find_what_one_finds(tmp_path: Path) -> None:
     whole = evaluate(Doubling(), FakeTask((Doubled(), Shares())), batch_size=2)
     parts = PartialResults(tmp_path / "parts", {"a": 1})

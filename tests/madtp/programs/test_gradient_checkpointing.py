@@ -78,6 +78,7 @@ def test_blocks_without_sites_are_cut_between_attentions() -> None:
     check(unpruned, inputs(), lambda output: output["score"].sum(), 0.6)
 
 
+@pytest.mark.slow
 def test_autocast_and_the_choice_of_kernels_hold_for_what_is_computed_again() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -122,6 +123,7 @@ def stem(in_place: bool = False) -> tuple[PrunedModel, dict[str, Tensor]]:
     return madtp.rewrite(lively(Stem(in_place)), call, config=madtp.PruningConfig(alignment=False)).train(), call
 
 
+@pytest.mark.slow
 def test_batch_norms_count_a_batch_once() -> None:
     pruned, call = stem()
     pruned.gradient_checkpointing = True
@@ -133,6 +135,7 @@ def test_batch_norms_count_a_batch_once() -> None:
     torch.testing.assert_close(pruned.norm.running_mean, once)
 
 
+@pytest.mark.slow
 def test_in_place_operations_inside_a_piece_are_harmless() -> None:
     pruned, call = stem(in_place=True)
     check(pruned, call, lambda output: output.square().sum(), 0.8)

@@ -51,6 +51,7 @@ def wrap_one(model: Any) -> None:
     model.blocks[0].attn.proj = Wrapped(model.blocks[0].attn.proj)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [untie, untie_the_first, load_untied_weights, wrap_one], ids=lambda one: one.__name__
 )

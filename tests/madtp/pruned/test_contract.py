@@ -63,6 +63,7 @@ def test_the_hosts_names_win_and_the_handle_has_all(kind: str) -> None:
     assert getattr(pruned, name) is own
 
 
+@pytest.mark.slow
 def test_saving_and_calibrating_use_no_name_of_the_host(tmp_path: Path) -> None:
     for name in ("gain", "report"):
         model = Named(name, nn.Parameter(torch.tensor(0.5))).eval()

@@ -76,6 +76,7 @@ def trainer(model: Any, folder: Path, **settings: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_trainer_trains_evaluates_saves_and_resumes_to_the_same_model(tmp_path: Path) -> None:
     first = rewritten()
     first.madtp.alignment_weight = 0.1
@@ -92,6 +93,7 @@ def test_trainer_trains_evaluates_saves_and_resumes_to_the_same_model(tmp_path: 
     assert all((kept < 17).any() for name, kept in first.token_counts().items() if "vision" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}])
 def test_trainer_trains_with(settings: dict[str, bool], tmp_path: Path) -> None:
     pruned = rewritten()
@@ -102,6 +104,7 @@ def test_trainer_trains_with(settings: dict[str, bool], tmp_path: Path) -> None:
     assert all(name.startswith("madtp.") or "post_layernorm" in name for name in still)
 
 
+@pytest.mark.slow
 def test_the_alignment_loss_joins_the_models_own() -> None:
     pruned = rewritten().train()
     plain = pruned(**batch(), return_loss=True).loss
@@ -188,6 +191,7 @@ def test_accelerate_prepares_and_trains() -> None:
     assert pruned.get_parameter("visual_projection.weight").grad is not None
 
 
+@pytest.mark.slow
 def test_lora_adapts_before_and_after(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)

@@ -317,6 +317,7 @@ def test_what_differs_in_single_precision_is_measured_in_double(monkeypatch: pyt
     assert model.weight.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_what_a_ranking_exchanges_is_no_error() -> None:
     found = examine("detector", survey_models.Made(*detector(Detector)))
     assert found.outcome == "rewritten"

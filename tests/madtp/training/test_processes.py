@@ -38,6 +38,7 @@ def both(folder: Path) -> list[Any]:
     return [tiny.trained(folder / "plain"), tiny.trained(folder / "dropout", dropout=0.2, stop=2)]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_whose_batch_is_whole_or_comes_in_two_parts(tmp_path: Path) -> None:
     found = run_workers(both, tmp_path / "two")
     whole = tiny.trained(tmp_path / "one")
@@ -79,6 +80,7 @@ def failing(folder: Path, at: int) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_one_process_stops_all(tmp_path: Path) -> None:
     for message in run_workers(failing, tmp_path, at=2):
         assert "loss of step 2 is nan" in message

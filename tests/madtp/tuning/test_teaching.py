@@ -56,6 +56,7 @@ def test_guidance_comes_to_agree_with_what_the_output_depends_on() -> None:
     assert "after 200 steps" in str(result)
 
 
+@pytest.mark.slow
 def test_survivors_are_salient_tokens_afterwards() -> None:
     pruned, unseen = loud_background(), patches(32, 99)
     quiet = nn.functional.pad(unseen[..., 0] >= 0, (1, 0), value=False)

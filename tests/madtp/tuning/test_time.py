@@ -35,6 +35,7 @@ def takes(share: float, fixed: float):  # type: ignore[no-untyped-def]
     return time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "fixed"), [(1.0, 0.0), (0.9, 0.15), (0.7, 0.3)])
 def test_the_time_falls_as_wanted(
     model: tuple[madtp.PrunedModel, Tensor], share: float, fixed: float, monkeypatch: pytest.MonkeyPatch

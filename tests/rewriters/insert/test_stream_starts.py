@@ -142,6 +142,7 @@ def test_a_token_of_several_patches_enters_if_one_of_them_does() -> None:
     assert torch.equal(entering(pruned), wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["mixed", "uniform"])
 def test_all_tokens_enter_where_it_is_not_known_which_were_dropped(case: str) -> None:
@@ -174,6 +175,7 @@ class CheckpointedChat(Chat):
         return self.head(checkpoint(self.decoder, x, attention_mask, use_reentrant=self.reentrant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(LAST,), ()], ids=["tower and decoder", "decoder"])
 def test_a_decoder_under_a_checkpoint_has_the_gradients_of_one_without(layers: tuple[int, ...]) -> None:
     _, inputs = chat()

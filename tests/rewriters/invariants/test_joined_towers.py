@@ -69,7 +69,7 @@ def batch_of(size: int, seed: int) -> Tensors:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"score_queries": 4}, {"merge": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"score_queries": 4}], ids=str)
 @pytest.mark.parametrize("image_first", [True, False])
 @pytest.mark.parametrize("host", [JoinedTowers, ByRegions])
 def test_a_sample_does_not_depend_on_its_batch(
@@ -82,7 +82,7 @@ def test_a_sample_does_not_depend_on_its_batch(
     pruned = madtp.rewrite(model, batch_of(4, 0), config=config)
     assert pruned.madtp.report.capture == ("whole" if host is JoinedTowers else "regions")
     assert {site.name.partition(".")[0] for site in pruned.madtp.report.sites} >= {"image_encoder", "fusion"}
-    for seed in range(1, 6):
+    for seed in range(1, 4):
         batch = batch_of(5, seed)
         together, kept = pruned(**batch), pruned.kept_tokens()
         for sample in range(5):

@@ -130,6 +130,7 @@ def test_generation_goes_on_from_a_pruned_prompt(language: tuple[Reader, madtp.P
     assert pruned.generate(**inputs).shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_it_trains() -> None:
     inputs = words()
     pruned = madtp.rewrite(reader()[0], inputs, config=madtp.PruningConfig(temperature=4.0)).train()

@@ -114,6 +114,7 @@ def test_ranking_finds_the_most_probable_answer() -> None:
     assert torch.equal(ranked(model, given, answers, 1), first.argmax(1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pruned_models_write_and_rank() -> None:
     config = madtp.PruningConfig(alignment_tokens=5, temperature=4.0)

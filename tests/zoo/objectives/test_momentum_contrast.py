@@ -231,6 +231,7 @@ def shared_steps(folder: Path, samples: list[int]) -> dict[str, Any]:
     return {"losses": torch.stack(losses), **dict(trainer.named_buffers()), **gradients}
 
 
+@pytest.mark.slow
 def test_two_processes_compare_and_fill_the_queues_as_one_does(tmp_path: Path) -> None:
     samples = [4, 9, 4, 7]
     alone = shared_steps(tmp_path, samples)

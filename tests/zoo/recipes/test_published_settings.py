@@ -114,6 +114,7 @@ def test_a_step_of_a_recipe_leaves_a_pruned_model_and_its_card(tmp_path: Path, n
         assert "align" in result.metrics
 
 
+@pytest.mark.slow
 def test_samples_follow_from_seed_and_step_also_in_other_processes(tmp_path: Path) -> None:
     paper_settings.coco(tmp_path)
     data = zoo.data("coco", tmp_path, "val", transform=zoo.transforms.training(16, (0.5,) * 3, (0.5,) * 3))

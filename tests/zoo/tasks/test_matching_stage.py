@@ -108,6 +108,7 @@ def test_what_a_batch_spends_does_not_depend_on_what_was_done_before(
     assert [len(calls) - len(whole[1]) for calls in whole] == [1, 0, 1, 0, 1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pairs_score_as_with_dropped_tokens_hidden(pruned: madtp.PrunedModel) -> None:
     task: Any = Task()
