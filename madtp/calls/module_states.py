@@ -125,8 +125,7 @@ class ModuleStates:
 
     It remembers the tree, as a walk through it would cost a small model a twentieth of a call, and walks again when a module
     has other children or attributes. Leaves stand for one operation, which programs call where it lies: what replaces them
-    later is called as they were. While a compiler follows, all but modes is that of
-    the last call.
+    later is called as they were. While a compiler follows, all but modes is that of the last call.
 
     Args:
         model: the root of the tree.
