@@ -63,8 +63,10 @@ def compare(expected: object, actual: object, *, values: bool = True, coarse: bo
     for position, (path, want) in enumerate(first.items()):
         have = second[path]
         if not isinstance(want, Tensor):
-            if isinstance(want, int) and want != have:
+            if isinstance(want, (int, str)) and want != have:
                 raise RewriteError(f"output {position} is {have} instead of {want}.")
+            if (wanted := _texts(want)) != (found := _texts(have)):
+                raise RewriteError(f"output {position} holds the texts {found} instead of {wanted}.")
             continue
         if not isinstance(have, Tensor):
             raise RewriteError(f"output {position} is {type(have).__name__} instead of a tensor.")
@@ -82,6 +84,12 @@ def compare(expected: object, actual: object, *, values: bool = True, coarse: bo
                 f"with pruning off, output {position} differs from the original's by {error:.1e} of its scale. The "
                 "rewritten graph would be wrong, so it is refused; please report the model."
             )
+
+
+def _texts(leaf: object) -> dict[str, str]:
+    """The texts in the attributes of an object, which may tell of sizes."""
+    attributes = getattr(leaf, "__dict__", {})
+    return {name: value for name, value in attributes.items() if type(value) is str}
 
 
 def rounds_alike(exact: object, original: object, rewritten: object) -> bool:

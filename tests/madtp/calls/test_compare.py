@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,15 @@ def test_what_is_kept_by_name_is_compared_by_name() -> None:
     compare({"a": a, "b": (b, None)}, {"b": (b, None), "a": a})
     with pytest.raises(RewriteError, match="shape"):
         compare({"a": a, "b": b}, {"b": a, "a": b})
+
+
+def test_texts_are_compared_also_inside_objects() -> None:
+    said = SimpleNamespace(note="batch 4", scores=torch.ones(1))
+    compare({"a": "batch 4", "b": said}, {"a": "batch 4", "b": SimpleNamespace(note="batch 4", scores=torch.ones(1))})
+    with pytest.raises(RewriteError, match="batch s77"):
+        compare("batch 4", "batch s77")
+    with pytest.raises(RewriteError, match="batch s77"):
+        compare(said, SimpleNamespace(note="batch s77", scores=torch.ones(1)))
 
 
 def test_a_tensor_that_is_missing_is_found() -> None:
