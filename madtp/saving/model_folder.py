@@ -52,7 +52,8 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Mappi
     _refuse_foreign(folder)
     stored, aliases = _without_sharing(tensors)
     with write_failures(folder), draft_of(folder / "model.safetensors") as draft:
-        save_file(stored, draft, metadata={"format": FORMAT, ALIASES: _plain(aliases)})
+        # One entry only: the order of several differs from run to run, and so would the hash.
+        save_file(stored, draft, metadata={ALIASES: _plain(aliases)})
         digest, size = sha256_of(draft), draft.stat().st_size
         name = f"model-{digest[:12]}.safetensors"
         file = {"file": name, "bytes": size, "sha256": digest, "aliases": aliases}
