@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from madtp.calls.plain_values import slot_names
+
 DEPTH = 3
 """How deep objects of the host's own classes lie in each other that are looked at."""
 CLOSED = (nn.Module, Tensor, type, ModuleType, BuiltinFunctionType)
@@ -206,9 +208,7 @@ def _may_hold_modules(value: object) -> bool:
 
 def _attributes(value: object) -> list[str]:
     """The names of what an object keeps in itself."""
-    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
-    names = [name for one in slots for name in ((one,) if isinstance(one, str) else one)]
-    return [*getattr(value, "__dict__", {}), *(name for name in names if name not in ("__dict__", "__weakref__"))]
+    return [*getattr(value, "__dict__", {}), *slot_names(value)]
 
 
 def _same(items: list[Any], others: Any) -> bool:

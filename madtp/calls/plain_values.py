@@ -34,12 +34,15 @@ def _entries(value: object) -> Mapping[str, Any] | None:
     values = getattr(value, "__dict__", None)
     if type(values) is dict and values:
         return values
-    slots = [name for kind in type(value).__mro__ for name in _named(vars(kind).get("__slots__", ()))]
-    return _Slots(value, tuple(slots)) if slots else None
+    slots = slot_names(value)
+    return _Slots(value, slots) if slots else None
 
 
-def _named(slots: str | Iterable[str]) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def slot_names(value: object) -> tuple[str, ...]:
+    """Return the names of the attributes that an object keeps in slots."""
+    slots: list[str | Iterable[str]] = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for one in slots for name in ((one,) if isinstance(one, str) else one)]
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 class _Slots(Mapping[str, Any]):
