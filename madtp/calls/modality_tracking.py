@@ -123,11 +123,7 @@ class Tracker(TorchFunctionMode):
     def follow(self, inputs: Iterable[Tensor]) -> None:
         """Follow further inputs; those that are followed already stay what they are."""
         for tensor in inputs:
-            if (
-                tensor not in self._tags
-                and tensor not in self._masks
-                and (_has_channels(tensor) or not _is_mask(tensor))
-            ):
+            if tensor not in self._tags and tensor not in self._masks and not _is_mask(tensor):
                 self._tags[tensor] = frozenset(("image" if tensor.dtype.is_floating_point else IDS,))
                 self.follows_images |= tensor.dtype.is_floating_point
 
@@ -334,6 +330,8 @@ def _has_channels(tensor: Tensor) -> bool:
 def _is_mask(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool:
         return True
+    if _has_channels(tensor):
+        return False
     if is_compiling():  # values are not known: then masks count as ids
         return False
     return bool(((tensor == 0) | (tensor == 1)).all())

@@ -63,14 +63,6 @@ class ModuleState(NamedTuple):
     ties: tuple[tuple[int, ...], ...] = ()
 
 
-class _Tensors(NamedTuple):
-    """What a state says of parameters and buffers."""
-
-    dtypes: tuple[torch.dtype | None, ...]
-    shapes: tuple[torch.Size | None, ...]
-    ties: tuple[tuple[int, ...], ...]
-
-
 class _Namespace(NamedTuple):
     """Attributes that are watched.
 
@@ -142,7 +134,7 @@ class ModuleStates:
         self._wanted = _gradients_wanted([module for _, module in self._named_modules()])
         self._tree: _Tree | None = self._walked()
         self._last: tuple[list[object], tuple[object, ...]] = ([], ())
-        self._tensors = _Tensors((), (), ())
+        self._state = ModuleState((), ())
 
     def __deepcopy__(self, memo: dict[int, object]) -> ModuleStates:
         # The copies of the modules are not complete yet, so the first call walks through them.
@@ -150,6 +142,7 @@ class ModuleStates:
         memo[id(self)] = fresh
         fresh._leaf_dtypes = dict(self._leaf_dtypes)
         fresh._model, fresh._tree, fresh._last = copy.deepcopy(self._model, memo), None, ([], ())
+        fresh._state = self._state._replace(attributes=())
         return fresh
 
     def __call__(self) -> ModuleState:
@@ -163,15 +156,14 @@ class ModuleStates:
                 tree = self._tree = self._walked()
                 values = _values(tree)
             self._last = self._compared(values)
-            ties = tuple([_ties(places) for places in tree.tied])
-            self._tensors = _Tensors(_dtypes(tree), _shapes(tree), ties)
-        return ModuleState(
-            training=tuple([module.training for module in tree.inner]),
-            dtypes=self._tensors.dtypes,
-            attributes=self._last[1],
-            shapes=self._tensors.shapes,
-            ties=self._tensors.ties,
-        )
+            self._state = ModuleState(
+                training=(),
+                dtypes=_dtypes(tree),
+                attributes=self._last[1],
+                shapes=_shapes(tree),
+                ties=tuple([_ties(places) for places in tree.tied]),
+            )
+        return self._state._replace(training=tuple([module.training for module in tree.inner]))
 
     @property
     def tree(self) -> object:
