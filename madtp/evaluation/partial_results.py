@@ -15,6 +15,7 @@ from typing import Any
 
 from madtp.atomic_files import write_text
 from madtp.errors import CheckpointError
+from madtp.files.json_text import read_description
 from madtp.saving.differences import differences
 
 SETUP = "setup.json"
@@ -108,8 +109,8 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def _read(path: Path, advice: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_description(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {advice}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged (it holds {type(content).__name__}); {advice}.")

@@ -192,7 +192,9 @@ class PrunedRegion(ReplacedForward):
         try:
             call = call.flattened(self.programs.sizes)
         except CannotFlatten as error:
-            self._note(f"it was called with a {error}, which later calls may read again")
+            self._note(
+                f"it was called with a {error}, which later calls may read again; leave the option out that asks for it"
+            )
             return
         if call.continues() and not continues:
             return

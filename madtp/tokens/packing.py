@@ -49,7 +49,11 @@ def in_slots(rows: Tensor, state: TokenState, fill: float = 0.0) -> Tensor:
     """Return ``rows [T, ...]`` in the padded form ``[B, N, ...]``, with ``fill`` on padding."""
     if state.rows is not None:
         padded = rows.new_full((state.batch * state.length, *rows.shape[1:]), fill)
-        rows = padded.index_copy(0, state.rows.slots, rows)
+        slots_of_rows = state.rows.slots
+        if rows.is_floating_point() and rows.element_size() == 1:  # which a quantised cache holds, and index_copy lacks
+            rows = padded.index_put((slots_of_rows,), rows)
+        else:
+            rows = padded.index_copy(0, slots_of_rows, rows)
     slots: Tensor = rows.unflatten(0, (state.batch, state.length))
     return slots
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from madtp.atomic_files import remove_folder, replacing_folder
 from madtp.errors import CheckpointError
+from madtp.files.json_text import read_description
+from madtp.files.tensors import read_safetensors
 from madtp.saving.model_folder import sha256_of
 
 VERSION = 2
@@ -193,23 +194,25 @@ def open_checkpoint(path: Path) -> Stored:
         CheckpointError: it is newer than this code.
     """
     try:
-        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        version = content["version"]
-        if version > VERSION:
-            raise CheckpointError(f"{path} has version {version}, this code reads {VERSION}; upgrade madtp")
-        if version >= _HASHED_SINCE:
-            _check_hashes(path)
-        stored = _parsed(path, content, load_file(path / _TENSORS))
+        content = read_description(path / _STATE)
+        version = int(content["version"])
+        whole = None
+        if version <= VERSION:
+            if version >= _HASHED_SINCE:
+                _check_hashes(path)
+            whole = _parsed(path, content, read_safetensors(path / _TENSORS).tensors)
     # Whatever nonsense a damaged file holds in place of a number or a table.
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, CheckpointError) as error:
         raise DamagedCheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    if stored.step != int(path.name.removeprefix("step-")):
-        raise DamagedCheckpointError(f"{path} is damaged (it holds step {stored.step})")
-    return stored
+    if whole is None:
+        raise CheckpointError(f"{path} has version {version}, this code reads {VERSION}; upgrade madtp")
+    if whole.step != int(path.name.removeprefix("step-")):
+        raise DamagedCheckpointError(f"{path} is damaged (it holds step {whole.step})")
+    return whole
 
 
 def _check_hashes(path: Path) -> None:
-    hashes = json.loads((path / _HASHES).read_text(encoding="utf-8"))
+    hashes = read_description(path / _HASHES)
     for name in (_TENSORS, _STATE):
         if sha256_of(path / name) != hashes[name]:
             raise ValueError(f"the content of {name} does not match its hash")

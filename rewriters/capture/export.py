@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from madtp.calls.call import Call
 from madtp.calls.image_positions import IMAGE_POSITIONS
-from madtp.calls.objects import ResultSpec
+from madtp.calls.objects import CannotFlatten, ResultSpec
 from madtp.calls.packed_images import taking_one_image
 from madtp.calls.quantised import quantised_remark
 from madtp.calls.size_limits import SizeLimits, limits_of
@@ -170,6 +170,11 @@ def blamed_on_the_inputs(model: nn.Module) -> Iterator[None]:
     """Turn what ``model`` itself raises inside the block into an :class:`ExampleInputsError`."""
     try:
         yield
+    except CannotFlatten as error:  # the call could be flattened, so it is about what the model returns
+        raise CaptureError(
+            f"{type(model).__name__} keeps an object for later calls that cannot be taken apart: {error}; leave the option out "
+            "that asks for it."
+        ) from error
     except Exception as error:
         raise ExampleInputsError(
             f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "

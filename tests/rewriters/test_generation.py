@@ -135,6 +135,61 @@ def test_beams_and_caches_of_each_kind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_cache_in_float8_holds_survivors() -> None:
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no cache in float8")
+    torch.manual_seed(0)
+    model, made = zoo.small.build("hf:LlavaForConditionalGeneration")
+    inputs = _padded_on_the_left(dict(made))
+    float8 = {**SAID, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with eager_arithmetic():
+        pruned = madtp.rewrite(model.eval(), inputs)
+        for options in (float8, {**float8, "num_beams": 3}):
+            with pruned.dense():
+                assert torch.equal(pruned.generate(**inputs, **options), model.generate(**inputs, **options))
+        pruned.gain = 3.0
+        assert torch.equal(pruned.generate(**inputs, **float8), pruned.generate(**inputs, **SAID))
+        pruned.generate(**inputs, **float8)
+        held, dense = pruned.madtp.cache_bytes()
+        assert held < dense
+    assert not pruned.report.notes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_cache_that_cannot_be_taken_apart_leaves_the_decoder_dense_and_is_named() -> None:
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+
+    class Blocks(cache_utils.QuantizedLayer):  # type: ignore[misc, name-defined]
+        """Keeps the shape beside the values, as some libraries of quantisation do."""
+
+        def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, torch.Size]:
+            return tensor.flatten().half(), tensor.shape
+
+        def _dequantize(self, q_tensor: tuple[Tensor, torch.Size]) -> Tensor:
+            return q_tensor[0].float().view(q_tensor[1])
+
+    def cache() -> object:
+        return cache_utils.Cache(layer_class_to_replicate=Blocks)
+
+    torch.manual_seed(0)
+    model, made = zoo.small.build("hf:LlavaForConditionalGeneration")
+    inputs = _padded_on_the_left(dict(made))
+    config = madtp.PruningConfig(gain=3.0, layers={"*vision*": ()})
+    pruned = madtp.rewrite(model.eval(), inputs, config=config)
+    with eager_arithmetic():
+        said = pruned.generate(**inputs, **SAID, past_key_values=cache())
+        assert torch.equal(said, model.generate(**inputs, **SAID, past_key_values=cache()))
+    (note,) = pruned.report.notes
+    assert "keeps an object for later calls that cannot be taken apart: Cache (it holds a Size)" in note
+    assert "leave the option out" in note
+
+
+@pytest.mark.slow
 def test_a_decoder_layer_that_cannot_be_told_where_images_are_leaves_the_rest() -> None:
     """What reaches its second layer has been through the first, in which nothing is followed."""
     model, inputs = zoo.small.build("hf:AriaForConditionalGeneration")
