@@ -1,6 +1,6 @@
 """Kill commands at random moments, resume them, and compare the results bit for bit: :func:`kill_and_resume`.
 
-As a command, for longer runs: ``cd tests/support && python -m killing compress 20``, or ``eval``, ``eval-pruned``.
+As a command, for longer runs: ``cd tests/support && python -m killing compress 20``, or another of :data:`CASES`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ class Case:
         output: what ``--output`` names, below a folder.
         progress: takes the output; counts what is done, so that kills come near writes.
         result: takes the output; returns what has to be equal.
+        processes: how many share the work.
     """
 
     arguments: Sequence[str]
     output: str
     progress: Callable[[Path], int]
     result: Callable[[Path], object]
+    processes: int = 1
 
 
 def _written(output: Path) -> int:
@@ -78,15 +80,20 @@ def _evaluated(output: Path) -> object:
 
 COMPRESS = ("compress", "-r", "0.3", "--resume", *(f"--override={name}={value}" for name, value in SETTINGS.items()))
 EVAL = ("eval", "--model", "blip_nlvr_mini", "-k", "dense", "-n", "9", "-b", "2", "--per-sample")
+PRUNED = (*EVAL, "-r", "0.4", "--calibration-samples", "4")
 CASES = {
     "compress": Case(COMPRESS, "run", _written, _model),
     "eval": Case(EVAL, "e.json", _parts, _evaluated),
-    "eval-pruned": Case((*EVAL, "-r", "0.4", "--calibration-samples", "4"), "e.json", _parts, _evaluated),
+    "eval-pruned": Case(PRUNED, "e.json", _parts, _evaluated),
+    "eval-in-two": Case(EVAL, "e.json", _parts, _evaluated, processes=2),
+    "eval-pruned-in-two": Case(PRUNED, "e.json", _parts, _evaluated, processes=2),
 }
 
 
 def _started(case: Case, output: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "madtp", *case.arguments, "--output", str(output)]
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes), "-m")
+    command = [sys.executable, "-m", *(launcher if case.processes > 1 else ()), "madtp", *case.arguments]
+    command += ["--output", str(output)]
     with log.open("wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment(), start_new_session=True)
 
@@ -132,6 +139,7 @@ def kill_and_resume(case: Case, folder: Path, kills: int, seed: int = 0) -> int:
             done += 1
         assert _finish(case, output, log) == whole, f"run {runs}, killed {done - before} times, ended otherwise"
         assert not list(output.parent.rglob("*.lock"))
+        assert {path.name for path in output.parent.iterdir()} == {output.name}, "something was left behind"
         runs += 1
         print(f"run {runs}: killed {done - before} times, equal ({done} of {kills} kills)", flush=True)
     return runs

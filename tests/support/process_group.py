@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,11 +72,28 @@ def watch(children: list[subprocess.Popen[bytes]], timeout: float, logs: Callabl
     assert not any(child.returncode for child in children), logs()
 
 
-def kill(child: subprocess.Popen[bytes]) -> None:
-    """Kill a child that leads a session, and everything that it has started."""
+def kill(child: subprocess.Popen[Any]) -> None:
+    """Kill a child that leads a session, and everything that it has started, in sessions of their own, too."""
     if child.poll() is None:
+        started = _descendants(child.pid)
         os.killpg(child.pid, signal.SIGKILL)
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         child.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs; none where the system has no ``/proc``."""
+    children = defaultdict(list)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = path.read_text().rpartition(")")[2].split()[1]
+            children[int(parent)].append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += children[one]
+    return found[1:]
 
 
 def _main(folder: Path, rank: int, size: int) -> None:
