@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -85,17 +86,15 @@ def train(
         OutputInUseError: if another run writes to ``output``.
         UnwritableError: if ``output`` is a file, cannot be written, or the disk is full; checkpoints that are there stay.
     """
-    content = read_config(config)
-    training = TrainingConfig.from_dict(content.get("training", {}))
-    recipe = _recipe(content["recipe"])
+    opened = open_recipe(config)
+    recipe, training, settings = opened.recipe, opened.training, opened.settings
     folder = Path(output)
     check_writable_folder(folder)
-    settings = content.get("settings", {})
     with ExitStack() as held:
         with joined(device) as (processes, place):
             held.enter_context(claimed(folder, folder / LOCK, processes))
             learner = recipe.build(settings, training)
-            learner.depends_on = {"settings": settings, **learner.depends_on, "recipe": content["recipe"]}
+            learner.depends_on = {"settings": settings, **learner.depends_on, "recipe": opened.name}
             result = fit(
                 learner,
                 training,
@@ -109,6 +108,34 @@ def train(
         if processes.main and result.steps == training.steps:
             recipe.finish(learner, result, folder)
     return result
+
+
+@dataclass(frozen=True)
+class OpenedRecipe:
+    """What a config asks for.
+
+    Attributes:
+        name: of the recipe module.
+        recipe: the module.
+        training: settings of the engine.
+        settings: those of the recipe, which its ``build`` checks.
+    """
+
+    name: str
+    recipe: Recipe[Learner]
+    training: TrainingConfig
+    settings: Mapping[str, Any]
+
+
+def open_recipe(config: str | Path | Mapping[str, object]) -> OpenedRecipe:
+    """Read a config, check the settings of the engine, and import the recipe; see :func:`train`.
+
+    Raises:
+        ConfigError: if the config cannot be read, a value in it is out of range, or there is no such recipe.
+    """
+    content = read_config(config)
+    training = TrainingConfig.from_dict(content.get("training", {}))
+    return OpenedRecipe(content["recipe"], _recipe(content["recipe"]), training, content.get("settings", {}))
 
 
 def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
