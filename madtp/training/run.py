@@ -15,7 +15,6 @@ The recipe module has the functions of :class:`Recipe`.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,6 +24,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 from madtp.atomic_files import check_writable_folder
 from madtp.errors import ConfigError
+from madtp.files.json_text import read_description, read_text
+from madtp.files.limits import shown
 from madtp.processes import joined
 from madtp.saving.output_lock import claimed
 from madtp.training.config import TrainingConfig
@@ -134,31 +135,36 @@ def open_recipe(config: str | Path | Mapping[str, object]) -> OpenedRecipe:
         ConfigError: if the config cannot be read, a value in it is out of range, or there is no such recipe.
     """
     content = read_config(config)
-    training = TrainingConfig.from_dict(content.get("training", {}))
-    return OpenedRecipe(content["recipe"], _recipe(content["recipe"]), training, content.get("settings", {}))
+    training = TrainingConfig.from_dict(content["training"])
+    return OpenedRecipe(content["recipe"], _recipe(content["recipe"]), training, content["settings"])
 
 
 def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
-    """Read a config and check its outermost level.
+    """Read a config and check its outermost level; tables that it leaves out are empty.
 
     Raises:
-        ConfigError: if the file does not exist or is neither TOML nor JSON, if a table is unknown, or if no recipe is named.
+        ConfigError: if the file does not exist or is neither TOML nor JSON, if a table is unknown or none, or if no recipe is
+            named.
     """
-    if isinstance(config, Mapping):
-        content, where = dict(config), "the config"
-    else:
-        content, where = _parse(Path(config)), str(config)
+    read, where = (config, "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
+    if not isinstance(read, Mapping):
+        raise ConfigError(f"{where} is {shown(read)}; it has to name a recipe and hold tables of settings")
+    content = {"training": {}, "settings": {}, **read}
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):
         raise ConfigError(f'{where} names no recipe; add a line such as recipe = "zoo.recipes.scenes_dense"')
+    for name in ("training", "settings"):
+        if not isinstance(content[name], Mapping):
+            raise ConfigError(f"{where}: {name!r} is {shown(content[name])}; it has to be a table of settings")
     return content
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> object:
     try:
-        text = path.read_text()
-        parsed: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        if path.suffix == ".json":
+            return read_description(path)
+        parsed: dict[str, object] = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -167,6 +173,8 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _recipe(name: str) -> Recipe[Learner]:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"the recipe is {shown(name)}, which is no name of a module such as zoo.recipes.scenes_dense")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

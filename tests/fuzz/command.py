@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .judging import ALLOWED, FAULTS, Limits, Verdict
-from .readers import READERS
-from .runner import Tally, run_reader
+from .runner import Runner, Tally
+from .verdicts import ALLOWED, FAULTS, Limits, Verdict
 
 HELP = """Change saved models, checkpoints, data sets, images and configs at random, and read them.
 
@@ -55,10 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _parser().parse_args(arguments)
     console = Console()
-    if options.list:
-        console.print(_listed())
-        return 0
-    limits = Limits(options.seconds, options.mebibytes << 20)
+    runner = Runner(options.output, Limits(options.seconds, options.mebibytes << 20))
+    known = runner.list_readers()
+    unknown = sorted(set(options.reader or ()) - set(known))
+    if options.list or unknown:
+        console.print(_listed(known), *(f"there is no reader {name}" for name in unknown))
+        runner.close()
+        return int(bool(unknown))
     seeds = range(options.seed, options.seed + options.attempts)
     tallies = []
     columns = (
@@ -69,14 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for name in options.reader or READERS:
+        for name in options.reader or known:
             task = progress.add_task(name, total=len(seeds))
 
             def ended(seed: int, verdict: Verdict, name: str = name, task: object = task) -> None:
                 progress.advance(task)  # type: ignore[arg-type]
 
-            tallies.append(run_reader(name, seeds, options.output, limits=limits, ended=ended))
+            tallies.append(runner.run(name, seeds, ended))
             _print_faults(console, tallies[-1])
+    runner.close()
     console.print(_table(tallies))
     if options.json is not None:
         options.json.write_text(json.dumps([tally.to_json() for tally in tallies], indent=1) + "\n")
@@ -91,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("attempts", type=int, nargs="?", default=1000, help="attempts of each reader (1000)")
-    parser.add_argument(
-        "--reader", action="append", choices=READERS, metavar="NAME", help="only this one; may be repeated"
-    )
+    parser.add_argument("--reader", action="append", metavar="NAME", help="only this one; may be repeated")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first attempt; the next have the numbers after it (0)"
     )
@@ -107,10 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listed() -> Table:
+def _listed(known: dict[str, str]) -> Table:
     table = Table("reader", "reads")
-    for reader in READERS.values():
-        table.add_row(reader.name, reader.about)
+    for name, about in known.items():
+        table.add_row(name, about)
     return table
 
 

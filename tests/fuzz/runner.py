@@ -1,4 +1,4 @@
-"""Attempts by the thousand, in processes of their own: :func:`run_reader`."""
+"""Attempts by the thousand, in processes of their own: :class:`Runner`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from project_paths import ROOT, SUPPORT
 
-from .judging import CRASH, FAULTS, SLOW, Limits, Verdict
+from .verdicts import CRASH, FAULTS, SLOW, Limits, Verdict
 
 START = 300.0
 """Seconds for a process to import everything and to make its input."""
@@ -68,40 +68,61 @@ class Tally:
             self.faults.append((seed, verdict))
 
 
-def run_reader(
-    reader: str,
-    seeds: range,
-    failures: Path,
-    *,
-    limits: Limits = Limits(),  # noqa: B008 (it is frozen)
-    readers: str = ALL_READERS,
-    ended: Callable[[int, Verdict], None] = lambda seed, verdict: None,
-) -> Tally:
-    """Make the attempts of a reader, and go on where one ends its process.
+class Runner:
+    """Makes the attempts of readers in a process of its own, and starts another one where an attempt ends that.
 
     Args:
-        reader: its name.
-        seeds: of the attempts, one after the other.
         failures: folder for the inputs of attempts that went wrong.
         limits: for each attempt.
         readers: module with the table of readers.
-        ended: called after each attempt.
     """
-    tally, first = Tally(reader), seeds.start
-    while first < seeds.stop:
-        with tempfile.TemporaryDirectory() as folder:
-            worker = _Worker([readers, reader, first, seeds.stop, folder, failures, limits.seconds, limits.bytes])
-            for seed, verdict in worker.verdicts(limits):
-                tally.add(seed, verdict)
-                ended(seed, verdict)
-                first = seed + 1
-                if verdict.kind in (CRASH, SLOW):
-                    _keep(Path(folder) / "input", failures / f"{reader}-{seed}")
-    return tally
+
+    def __init__(self, failures: Path, limits: Limits, readers: str = ALL_READERS) -> None:
+        self.failures, self.limits, self.readers = failures, limits, readers
+        self._worker: _Worker | None = None
+
+    def list_readers(self) -> dict[str, str]:
+        """Return the names of all readers, with a line about each."""
+        return self._running().about
+
+    def _running(self) -> _Worker:
+        self._worker = self._worker or _Worker(self.readers)
+        return self._worker
+
+    def run(
+        self, reader: str, seeds: range, ended: Callable[[int, Verdict], None] = lambda seed, verdict: None
+    ) -> Tally:
+        """Make attempts.
+
+        Args:
+            reader: name of the reader.
+            seeds: of the attempts, one after the other.
+            ended: called after each attempt.
+        """
+        tally, first = Tally(reader), seeds.start
+        while first < seeds.stop:
+            worker = self._running()
+            with tempfile.TemporaryDirectory() as folder:
+                job = {"reader": reader, "first": first, "stop": seeds.stop, "folder": folder}
+                job |= {"failures": str(self.failures.absolute()), "limits": asdict(self.limits)}
+                for seed, verdict in worker.verdicts(job, self.limits):
+                    tally.add(seed, verdict)
+                    ended(seed, verdict)
+                    first = seed + 1
+                    if verdict.kind in FAULTS:
+                        _keep(Path(folder) / "input", self.failures / f"{reader}-{seed}")
+            if worker.process.poll() is not None:
+                self._worker = None
+        return tally
+
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.end()
 
 
 def _keep(changed: Path, target: Path) -> None:
-    """Save the input at which a process ended; one that only took long is saved already."""
+    """Save the input at which a process ended; a process that goes on has saved it itself."""
     if not target.exists() and changed.exists():
         shutil.copytree(changed, target, symlinks=True)
 
@@ -109,19 +130,24 @@ def _keep(changed: Path, target: Path) -> None:
 class _Worker:
     """A process that makes attempts."""
 
-    def __init__(self, arguments: list[Any]) -> None:
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed where it is read)
+    def __init__(self, readers: str) -> None:
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed where the process ends)
         paths = os.pathsep.join((str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.worker", *map(str, arguments)],
+            [sys.executable, "-m", "tests.fuzz.worker", readers],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), "MALLOC_ARENA_MAX": "2"},
+            env={**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep)},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
         )
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
+        first = self._line(START)
+        if not first:
+            raise RuntimeError(f"no process for attempts could be started: {self.end()[1][-3000:]}")
+        self.about: dict[str, str] = json.loads(first)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -129,30 +155,28 @@ class _Worker:
             self.lines.put(line)
         self.lines.put(ENDED)
 
-    def verdicts(self, limits: Limits) -> Iterator[tuple[int, Verdict]]:
-        """Yield seeds and verdicts; the last one says why the process ended, if an attempt did that."""
-        began, silent, patience = None, False, START
-        try:
-            while (line := self._line(patience)) != ENDED:
-                if line is None:
-                    silent = True
-                    break
-                content = json.loads(line)
-                patience = limits.seconds + MARGIN
-                if "began" in content:
-                    began = content["began"]
-                else:
-                    yield content.pop("ended"), Verdict(**content)
-                    began = None
-        finally:
-            code = self._end(silent)
-        said = self._said()
-        if began is not None:
-            slow = silent or "Timeout (" in said
-            reason = f"it took more than {limits.seconds:g} s" if slow else f"the process ended with {code}"
-            yield began, Verdict(SLOW if slow else CRASH, f"{reason}. {said[-3000:]}", _top(said), limits.seconds)
-        elif code:
+    def verdicts(self, job: dict[str, Any], limits: Limits) -> Iterator[tuple[int, Verdict]]:
+        """Yield seeds and verdicts; where an attempt ends the process, that is the last one."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        began, patience = None, START
+        while (line := self._line(patience)) not in (None, ENDED):
+            content = json.loads(line or "")
+            patience = limits.seconds + MARGIN
+            if "done" in content:
+                return
+            if "began" in content:
+                began = content["began"]
+            else:
+                yield content.pop("ended"), Verdict(**content)
+                began = None
+        code, said = self.end()
+        if began is None:
             raise RuntimeError(f"the process of the attempts ended with {code}: {said[-3000:]}")
+        slow = line is None or "Timeout (" in said
+        reason = f"it took more than {limits.seconds:g} s" if slow else f"the process ended with {code}"
+        yield began, Verdict(SLOW if slow else CRASH, f"{reason}. {said[-3000:]}", _top(said), limits.seconds)
 
     def _line(self, patience: float) -> str | None:
         """The next line; :data:`ENDED` after the last one, None where none comes."""
@@ -161,18 +185,19 @@ class _Worker:
         except queue.Empty:
             return None
 
-    def _end(self, silent: bool) -> int:
-        """End the process, which may need a moment to end itself; return its exit code."""
-        if not silent:
-            with suppress(subprocess.TimeoutExpired):
-                return self.process.wait(MARGIN)
-        self.process.kill()
-        return self.process.wait()
-
-    def _said(self) -> str:
+    def end(self) -> tuple[int, str]:
+        """End the process, which may need a moment to end itself; return its exit code, and what it wrote."""
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            self.process.stdin.close()
+        try:
+            code = self.process.wait(MARGIN)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
         with self.errors:
             self.errors.seek(0)
-            return self.errors.read().decode(errors="replace")
+            return code, self.errors.read().decode(errors="replace")
 
 
 def _top(said: str) -> str:

@@ -61,7 +61,6 @@ def _training(folder: Path) -> Case:
             same = same and all(torch.equal(value, whole.tensors[name]) for name, value in stored.tensors.items())
             expect(same, "it holds other tensors, and no hash told")
         _step(trained)
-        expect(all(bool(value.isfinite().all()) for value in trained.module.state_dict().values()), "it is not finite")
 
     def seal(place: Path) -> None:
         path = place / "checkpoints" / newer.name
@@ -114,9 +113,12 @@ def _evaluation(folder: Path) -> Case:
     setup = {"model": "doubling", "limit": 3, "files": {"a": "b"}, "seed": 0}
 
     def read(place: Path) -> Evaluation:
-        return evaluate(_Doubling(), _Task(), batch_size=2, partial_results=PartialResults(place / "parts", setup))
+        parts = PartialResults(place / "parts", setup)
+        found = evaluate(_Doubling(), _Task(), batch_size=2, partial_results=parts)
+        parts.remove()
+        return found
 
-    whole = read(folder)
+    whole = evaluate(_Doubling(), _Task(), batch_size=2, partial_results=PartialResults(folder / "parts", setup))
 
     def check(found: Evaluation, sealed: bool) -> None:
         expect((found.metrics, found.samples) == (whole.metrics, whole.samples), "other results, and no hash told")

@@ -6,7 +6,6 @@ begun.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import faulthandler
 import importlib
@@ -15,12 +14,16 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .changes import Attempt, drawn_attempt
-from .judging import Bench, Limits
+from .judging import Bench
+from .reading import Reader
+from .verdicts import Limits
 
 ROOM = 8 << 30
 """Bytes of addresses that an attempt may ask for: what would take all memory fails before it does."""
@@ -32,27 +35,43 @@ def attempt_of(bench: Bench, seed: int) -> Attempt:
 
 
 def main() -> None:
-    """Make the attempts with the seeds from ``first`` up to ``last``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("readers", "reader", "first", "last", "folder", "failures", "seconds", "bytes"):
-        parser.add_argument(name)
-    options = parser.parse_args()
+    """Say which readers there are, and do one job after the other, each a line of JSON from the standard input."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    limits = Limits(float(options.seconds), int(options.bytes))
-    bench = Bench(importlib.import_module(options.readers).READERS[options.reader], Path(options.folder), limits)
+    readers = importlib.import_module(sys.argv[1]).READERS
     _limit_addresses()
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no verdict
-    for seed in range(int(options.first), int(options.last)):
-        lines.write(json.dumps({"began": seed}) + "\n")
+    lines.write(json.dumps({name: reader.about for name, reader in readers.items()}) + "\n")
+    for job in sys.stdin:
+        for said in work(readers, **json.loads(job)):
+            lines.write(json.dumps(said) + "\n")
+
+
+def work(
+    readers: Mapping[str, Reader],
+    *,
+    reader: str,
+    first: int,
+    stop: int,
+    folder: str,
+    failures: str,
+    limits: Mapping[str, float],
+) -> Iterator[dict[str, Any]]:
+    """Make the attempts with the seeds from ``first`` up to ``stop``; yield what they begin and how they end."""
+    of_each = Limits(**limits)
+    bench = Bench(readers[reader], Path(folder), of_each)
+    for seed in range(first, stop):
+        yield {"began": seed}
         attempt = attempt_of(bench, seed)
-        faulthandler.dump_traceback_later(limits.seconds, exit=True)
+        faulthandler.dump_traceback_later(of_each.seconds, exit=True)
         verdict = bench.judge(attempt)
         faulthandler.cancel_dump_traceback_later()
         if not verdict.allowed:
-            keep(bench, attempt, Path(options.failures) / f"{options.reader}-{seed}")
-        lines.write(json.dumps({"ended": seed, **dataclasses.asdict(verdict)}) + "\n")
+            keep(bench, attempt, Path(failures) / f"{reader}-{seed}")
+        yield {"ended": seed, **dataclasses.asdict(verdict)}
+    yield {"done": stop}
 
 
 def keep(bench: Bench, attempt: Attempt, target: Path) -> None:
@@ -76,5 +95,4 @@ def _counts() -> bool:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()
     main()
