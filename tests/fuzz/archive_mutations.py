@@ -104,16 +104,18 @@ def _changed(content: bytes, member: int, new: Callable[[str, bytes], Members], 
     target = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile warns of names that are there twice
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+        with zipfile.ZipFile(
+            target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1
+        ) as archive:
             for name, data in members:
                 archive.writestr(name, data)
     return target.getvalue()
 
 
 ARCHIVE = (
-    *[Kind(InMember, (CHOICE,), BYTES)] * 5,
-    Kind(RenameMember, (CHOICE, CHOICE)),
-    Kind(RepeatMember, (CHOICE, Whole(0, 2))),
-    Kind(CopyMember, (CHOICE, PLACE)),
-    Kind(Swell, (CHOICE, Whole(1, 80))),
+    *[Kind(InMember, (CHOICE,), BYTES)] * 14,
+    *[Kind(RenameMember, (CHOICE, CHOICE))] * 3,
+    *[Kind(RepeatMember, (CHOICE, Whole(0, 2)))] * 3,
+    *[Kind(CopyMember, (CHOICE, PLACE))] * 3,
+    Kind(Swell, (CHOICE, Whole(60, 70))),
 )

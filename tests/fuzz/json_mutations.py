@@ -109,7 +109,7 @@ def written(tree: Any) -> str:
     return tree.text if isinstance(tree, Raw) else json.dumps(tree)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Slot:
     """A place of a tree that holds a value.
 
