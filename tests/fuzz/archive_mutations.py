@@ -108,7 +108,7 @@ def _changed(content: bytes, member: int, new: Callable[[str, bytes], Members], 
             target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED, compresslevel=1
         ) as archive:
             for name, data in members:
-                archive.writestr(name, data)
+                archive.writestr(name or "a", data)  # an earlier mutation may have left a name empty
     return target.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,21 @@ def _image(folder: Path, *, image: Image.Image, **options: Any) -> Case:
         expect(found.mode == "RGB", f"it is of the mode {found.mode}")
         expect(to_pixels(found).shape == (3, found.height, found.width), "it has other pixels")
 
-    return Case((("image", "bytes"),), lambda place: read_image(place / "image"), check)
+    seal = _seal_png if options["format"] == "PNG" else None
+    return Case((("image", "bytes"),), lambda place: read_image(place / "image"), check, seal=seal)
+
+
+def _seal_png(place: Path) -> None:
+    """Make the checksums right of the parts of a PNG file, as far as their lengths hold."""
+    content = bytearray((place / "image").read_bytes())
+    first = len(b"\x89PNG\r\n\x1a\n")
+    while first + 12 <= len(content):
+        end = first + 8 + int.from_bytes(content[first : first + 4], "big")
+        if end + 4 > len(content):
+            break
+        content[end : end + 4] = zlib.crc32(content[first + 4 : end]).to_bytes(4, "big")
+        first = end + 4
+    (place / "image").write_bytes(content)
 
 
 _DRAW = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import dataclasses
 import faulthandler
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -39,6 +40,7 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.disable()
     readers = importlib.import_module(sys.argv[1]).READERS
     _limit_addresses()
     lines = os.fdopen(os.dup(1), "w", buffering=1)
