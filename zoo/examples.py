@@ -150,7 +150,9 @@ def read_config(path: Path) -> tuple[Any, str]:
             f"{path}: transformers {transformers.__version__} knows no model type {shown(model_type)}. {advice}"
         )
     if not isinstance(architectures, list) or not isinstance(architectures[0], str):
-        raise ConfigError(f"{path}: 'architectures' is {shown(architectures)}; it has to be a list of names of classes.")
+        raise ConfigError(
+            f"{path}: 'architectures' is {shown(architectures)}; it has to be a list of names of classes."
+        )
     try:
         return known[model_type].from_dict(content), architectures[0]
     except Exception as error:  # whatever the class makes of fields of another type

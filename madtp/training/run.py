@@ -149,7 +149,7 @@ def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
     read, where = (config, "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
     if not isinstance(read, Mapping):
         raise ConfigError(f"{where} is {shown(read)}; it has to name a recipe and hold tables of settings")
-    content = {"training": {}, "settings": {}, **read}
+    content: dict[str, Any] = {"training": {}, "settings": {}, **read}
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,7 +72,8 @@ def apply(attempt: Attempt, files: Sequence[Path]) -> None:
             path.write_bytes(change.mutation.of(content, source))
 
 
-def attempts(formats: Sequence[str]) -> st.SearchStrategy[Attempt]:
+@cache
+def attempts(formats: tuple[str, ...]) -> st.SearchStrategy[Attempt]:
     """Return the strategy of attempts on an input.
 
     Args:

@@ -79,10 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
 
             tallies.append(runner.run(name, seeds, ended))
             _print_faults(console, tallies[-1])
+            if not console.is_terminal:
+                console.print(f"{name}: {dict(tallies[-1].counts)}", highlight=False)
+            if options.json is not None:
+                options.json.write_text(json.dumps([tally.to_json() for tally in tallies], indent=1) + "\n")
     runner.close()
     console.print(_table(tallies))
-    if options.json is not None:
-        options.json.write_text(json.dumps([tally.to_json() for tally in tallies], indent=1) + "\n")
     return int(any(tally.faults for tally in tallies))
 
 
