@@ -16,6 +16,7 @@ from torch import nn
 
 from madtp.errors import ConfigError, ExampleInputsError, UnknownModelError
 from madtp.files.json_text import read_description
+from madtp.files.limits import shown
 from zoo.adapters import find_adapter
 from zoo.registry import create, list_models
 from zoo.suggestions import did_you_mean
@@ -140,10 +141,19 @@ def read_config(path: Path) -> tuple[Any, str]:
     except ImportError as error:
         raise ConfigError("transformers is not installed; run pip install 'madtp[hf]'.") from error
     known = transformers.CONFIG_MAPPING
-    model_type = content.pop("model_type")
-    if model_type not in known:
-        advice = did_you_mean(model_type, known.keys(), otherwise="Correct it, or install a newer release.", cutoff=0.6)
-        raise ConfigError(
-            f"{path}: transformers {transformers.__version__} knows no model type {model_type!r}. {advice}"
+    model_type, architectures = content.pop("model_type"), content.get("architectures") or [""]
+    if not isinstance(model_type, str) or model_type not in known:
+        advice = did_you_mean(
+            shown(model_type), known.keys(), otherwise="Correct it, or install a newer release.", cutoff=0.6
         )
-    return known[model_type].from_dict(content), (content.get("architectures") or [""])[0]
+        raise ConfigError(
+            f"{path}: transformers {transformers.__version__} knows no model type {shown(model_type)}. {advice}"
+        )
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ConfigError(
+            f"{path}: 'architectures' is {shown(architectures)}; it has to be a list of names of classes."
+        )
+    try:
+        return known[model_type].from_dict(content), architectures[0]
+    except Exception as error:  # whatever the class makes of fields of another type
+        raise ConfigError(f"{path} is no configuration of {model_type}: {type(error).__name__}: {error}") from error

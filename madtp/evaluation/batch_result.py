@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from madtp.errors import CheckpointError
 from madtp.evaluation.compute_meter import CallRecord
 from madtp.evaluation.partial_results import AGAIN
 from madtp.evaluation.task import Result
+from madtp.files.limits import ExceededError, finite
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,8 @@ def _is_call(call: object, samples: int) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    """Whether a value is a finite number of at least 0."""
+    try:
+        return finite(value, "it") >= 0
+    except ExceededError:
+        return False

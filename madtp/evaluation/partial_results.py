@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from madtp.atomic_files import write_text
 from madtp.errors import CheckpointError
-from madtp.files.json_text import read_description
+from madtp.files.json_text import parse_json, read_text
+from madtp.files.limits import LARGEST_ANNOTATIONS, check_depth
 from madtp.saving.differences import differences
 
 SETUP = "setup.json"
@@ -79,13 +81,15 @@ class PartialResults:
         return self.folder / f"{name}.json"
 
     def remove(self) -> None:
-        """Delete the folder, once the evaluation is complete."""
+        """Delete the files, once the evaluation is complete, and the folder unless it holds a folder of someone else's."""
         if not self.folder.exists():
             return
         # The setup goes last: without it, the folder would be nobody's if the process were killed here.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == SETUP):
-            path.unlink()
-        self.folder.rmdir()
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 AGAIN = "remove it, and its batch is evaluated again"
@@ -109,7 +113,8 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def _read(path: Path, advice: str) -> dict[str, Any]:
     try:
-        content = read_description(path)
+        content = parse_json(read_text(path, LARGEST_ANNOTATIONS))  # a batch has as many results as samples
+        check_depth(content)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {advice}.") from error
     if not isinstance(content, dict):

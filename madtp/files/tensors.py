@@ -108,7 +108,7 @@ def check_values(owner: str, *, own: Mapping[str, Tensor], stored: Mapping[str, 
     """
     for name, value in stored.items():
         dtype = own[name].dtype
-        if _kind(value.dtype) != _kind(dtype) or overflows(value, dtype):
+        if kind_of(value.dtype) != kind_of(dtype) or overflows(value, dtype):
             raise CheckpointError(
                 f"{owner} holds {name} as {value.dtype}, with values that the model's {dtype} cannot hold; pass a model of the "
                 "type that was saved."
@@ -121,7 +121,8 @@ def check_values(owner: str, *, own: Mapping[str, Tensor], stored: Mapping[str, 
             )
 
 
-def _kind(dtype: torch.dtype) -> str:
+def kind_of(dtype: torch.dtype) -> str:
+    """Which numbers a type holds: "complex", "float" or "integer"."""
     return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "integer"
 
 

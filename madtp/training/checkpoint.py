@@ -24,13 +24,17 @@ from torch.optim import Optimizer
 from madtp.atomic_files import remove_folder, replacing_folder
 from madtp.errors import CheckpointError
 from madtp.files.json_text import read_description
-from madtp.files.tensors import read_safetensors
+from madtp.files.limits import count, finite, shown
+from madtp.files.tensors import check_values, read_safetensors
 from madtp.saving.model_folder import sha256_of
 
 VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 _TENSORS, _STATE, _HASHES = "tensors.safetensors", "state.json", "hashes.json"
 _HASHED_SINCE = 2
+_MODULE, _OPTIMISER = "module.", re.compile(r"optimiser\.(\d{1,9})\.(\d{1,9})\.(.+)")
+_STEP = "step"
+"""What optimisers of torch call the only value of a parameter that is not of its shape."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -152,7 +156,7 @@ class Stored:
         Raises:
             CheckpointError: the checkpoint is of another model or of other optimisers.
         """
-        weights = {name.removeprefix("module."): x for name, x in self.tensors.items() if name.startswith("module.")}
+        weights = {name.removeprefix(_MODULE): x for name, x in self.tensors.items() if name.startswith(_MODULE)}
         own = trained.module.state_dict()
         different = sorted(set(own) ^ set(weights))
         different += [name for name in own if name in weights and own[name].shape != weights[name].shape]
@@ -160,6 +164,7 @@ class Stored:
             raise CheckpointError(
                 f"{self.path} belongs to another model: {len(different)} tensors differ, the first is {different[0]!r}"
             )
+        check_values(str(self.path), own=own, stored=weights)
         states = self._optimiser_states(trained)
         trained.module.load_state_dict(weights)
         for optimiser, state in zip(trained.optimisers, states, strict=True):
@@ -172,13 +177,15 @@ class Stored:
             if self.layout is not None and self.layout != trained.layout():
                 raise ValueError(f"{self.layout} parameters in their groups, not {trained.layout()}")
             for full_name, value in [*self.tensors.items(), *self.scalars.items()]:
-                if not full_name.startswith("optimiser."):
+                if full_name.startswith(_MODULE):
                     continue
-                which, number, name = full_name.removeprefix("optimiser.").split(".", 2)
-                of = parameters[int(which)][int(number)]
-                if isinstance(value, Tensor) and value.dim() and value.shape != of.shape:
-                    raise ValueError(f"{full_name} is {list(value.shape)} for a parameter {list(of.shape)}")
-                states[int(which)].setdefault(int(number), {})[name] = value
+                which, number, name = _parts(full_name)
+                of = parameters[which][number]
+                _check_state(full_name, name, value, of)
+                states[which].setdefault(number, {})[name] = value
+            for state in states:
+                if any(one.keys() != next(iter(state.values())).keys() for one in state.values()):
+                    raise ValueError("not the same values for each parameter")
         except (ValueError, IndexError) as error:
             raise CheckpointError(
                 f"{self.path} was written with other optimisers than this run has ({error})"
@@ -195,20 +202,46 @@ def open_checkpoint(path: Path) -> Stored:
     """
     try:
         content = read_description(path / _STATE)
-        version = int(content["version"])
-        whole = None
+        version = count(content["version"], "its version", low=1)
         if version <= VERSION:
-            if version >= _HASHED_SINCE:
+            if version >= _HASHED_SINCE or (path / _HASHES).exists():
                 _check_hashes(path)
-            whole = _parsed(path, content, read_safetensors(path / _TENSORS).tensors)
+            stored = _parsed(path, content, _tensors(path / _TENSORS))
     # Whatever nonsense a damaged file holds in place of a number or a table.
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, CheckpointError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    if whole is None:
+    if version > VERSION:
         raise CheckpointError(f"{path} has version {version}, this code reads {VERSION}; upgrade madtp")
-    if whole.step != int(path.name.removeprefix("step-")):
-        raise DamagedCheckpointError(f"{path} is damaged (it holds step {whole.step})")
-    return whole
+    if stored.step != int(path.name.removeprefix("step-")):
+        raise DamagedCheckpointError(f"{path} is damaged (it holds step {stored.step})")
+    return stored
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_safetensors(path).tensors
+    except CheckpointError as error:
+        raise DamagedCheckpointError(str(error)) from error
+
+
+def _parts(name: str) -> tuple[int, int, str]:
+    """Which optimiser and which parameter a value belongs to, and its name there."""
+    found = _OPTIMISER.fullmatch(name)
+    if found is None:
+        raise ValueError(f"a value with the name {shown(name)}")
+    return int(found[1]), int(found[2]), found[3]
+
+
+def _check_state(full_name: str, name: str, value: object, of: Tensor) -> None:
+    """Refuse what an optimiser cannot go on from."""
+    if not isinstance(value, Tensor):
+        finite(value, full_name)
+        return
+    wanted = torch.Size() if name == _STEP else of.shape
+    if value.shape != wanted or not value.is_floating_point():
+        raise ValueError(f"{full_name} is {value.dtype} {list(value.shape)} for a parameter {list(of.shape)}")
+    if name == _STEP and value < 0:
+        raise ValueError(f"{full_name} is {float(value)}")
 
 
 def _check_hashes(path: Path) -> None:
@@ -222,7 +255,7 @@ def _parsed(path: Path, content: Mapping[str, Any], tensors: dict[str, Tensor]) 
     config, layout = content.get("config"), content.get("optimisers")
     return Stored(
         path,
-        step=int(content["step"]),
+        step=count(content["step"], "its step"),
         extra=dict(content["extra"]),
         config=None if config is None else dict(config),
         tensors=tensors,
@@ -230,7 +263,7 @@ def _parsed(path: Path, content: Mapping[str, Any], tensors: dict[str, Tensor]) 
             name if name.startswith("optimiser.") else f"optimiser.{name}": value
             for name, value in dict(content["scalars"]).items()
         },
-        layout=None if layout is None else [list(map(int, groups)) for groups in layout],
+        layout=None if layout is None else [[count(size, "a size") for size in groups] for groups in layout],
     )
 
 

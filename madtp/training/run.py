@@ -15,15 +15,17 @@ The recipe module has the functions of :class:`Recipe`.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from madtp.atomic_files import check_writable_folder
 from madtp.errors import ConfigError
+from madtp.files.json_text import read_description, read_text
+from madtp.files.limits import shown
 from madtp.processes import joined
 from madtp.saving.output_lock import claimed
 from madtp.training.config import TrainingConfig
@@ -85,17 +87,15 @@ def train(
         OutputInUseError: if another run writes to ``output``.
         UnwritableError: if ``output`` is a file, cannot be written, or the disk is full; checkpoints that are there stay.
     """
-    content = read_config(config)
-    training = TrainingConfig.from_dict(content.get("training", {}))
-    recipe = _recipe(content["recipe"])
+    opened = open_recipe(config)
+    recipe, training, settings = opened.recipe, opened.training, opened.settings
     folder = Path(output)
     check_writable_folder(folder)
-    settings = content.get("settings", {})
     with ExitStack() as held:
         with joined(device) as (processes, place):
             held.enter_context(claimed(folder, folder / LOCK, processes))
             learner = recipe.build(settings, training)
-            learner.depends_on = {"settings": settings, **learner.depends_on, "recipe": content["recipe"]}
+            learner.depends_on = {"settings": settings, **learner.depends_on, "recipe": opened.name}
             result = fit(
                 learner,
                 training,
@@ -111,27 +111,60 @@ def train(
     return result
 
 
-def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
-    """Read a config and check its outermost level.
+@dataclass(frozen=True)
+class OpenedRecipe:
+    """What a config asks for.
+
+    Attributes:
+        name: of the recipe module.
+        recipe: the module.
+        training: settings of the engine.
+        settings: those of the recipe, which its ``build`` checks.
+    """
+
+    name: str
+    recipe: Recipe[Learner]
+    training: TrainingConfig
+    settings: Mapping[str, Any]
+
+
+def open_recipe(config: str | Path | Mapping[str, object]) -> OpenedRecipe:
+    """Read a config, check the settings of the engine, and import the recipe; see :func:`train`.
 
     Raises:
-        ConfigError: if the file does not exist or is neither TOML nor JSON, if a table is unknown, or if no recipe is named.
+        ConfigError: if the config cannot be read, a value in it is out of range, or there is no such recipe.
     """
-    if isinstance(config, Mapping):
-        content, where = dict(config), "the config"
-    else:
-        content, where = _parse(Path(config)), str(config)
+    content = read_config(config)
+    training = TrainingConfig.from_dict(content["training"])
+    return OpenedRecipe(content["recipe"], _recipe(content["recipe"]), training, content["settings"])
+
+
+def read_config(config: str | Path | Mapping[str, object]) -> dict[str, Any]:
+    """Read a config and check its outermost level; tables that it leaves out are empty.
+
+    Raises:
+        ConfigError: if the file does not exist or is neither TOML nor JSON, if a table is unknown or none, or if no recipe is
+            named.
+    """
+    read, where = (config, "the config") if isinstance(config, Mapping) else (_parse(Path(config)), str(config))
+    if not isinstance(read, Mapping):
+        raise ConfigError(f"{where} is {shown(read)}; it has to name a recipe and hold tables of settings")
+    content: dict[str, Any] = {"training": {}, "settings": {}, **read}
     if unknown := sorted(set(content) - set(_TABLES)):
         raise ConfigError(f"{where} holds {', '.join(unknown)}; known at the top are {', '.join(_TABLES)}")
     if not isinstance(content.get("recipe"), str):
         raise ConfigError(f'{where} names no recipe; add a line such as recipe = "zoo.recipes.scenes_dense"')
+    for name in ("training", "settings"):
+        if not isinstance(content[name], Mapping):
+            raise ConfigError(f"{where}: {name!r} is {shown(content[name])}; it has to be a table of settings")
     return content
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path) -> object:
     try:
-        text = path.read_text()
-        parsed: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        if path.suffix == ".json":
+            return read_description(path)
+        parsed: dict[str, object] = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -140,6 +173,8 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _recipe(name: str) -> Recipe[Learner]:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"the recipe is {shown(name)}, which is no name of a module such as zoo.recipes.scenes_dense")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

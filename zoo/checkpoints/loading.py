@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from madtp.atomic_files import replacing_file
 from madtp.errors import CheckpointError
-from madtp.files.tensors import overflows, shorten, tied_names
+from madtp.files.tensors import kind_of, overflows, shorten, tied_names
 from zoo.checkpoints.files import read_checkpoint
 from zoo.checkpoints.key_table import KeyTable, choose, matches, translate
 
@@ -177,9 +177,11 @@ def _check_tensors(path: Path, model: nn.Module, own: Mapping[str, Tensor], foun
             f"{path} is of another size than this {type(model).__name__}: {len(wrong_shape)} tensors differ "
             f"({shorten(wrong_shape)}). Create the model with the sizes of the file."
         )
-    wrong_kind = [key for key, value in found.items() if value.is_floating_point() != own[key].is_floating_point()]
+    wrong_kind = [key for key, value in found.items() if kind_of(value.dtype) != kind_of(own[key].dtype)]
     if wrong_kind:
-        raise CheckpointError(f"{path} holds integers where {shorten(wrong_kind)} needs floats, or the reverse.")
+        raise CheckpointError(
+            f"{path} holds integers or complex numbers where {shorten(wrong_kind)} needs floats, or the reverse."
+        )
     not_finite = [key for key, value in found.items() if not torch.isfinite(value).all()]
     if not_finite:
         raise CheckpointError(

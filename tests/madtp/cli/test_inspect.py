@@ -84,7 +84,17 @@ def test_unknown_names_list_near_matches_of_zoo_and_timm() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON"), ("[]", "model_type"), ('{"a": 1}', "model_type"), ('{"model_type": "clippp"}', "clippp")],
+    [
+        ("{", "not JSON"),
+        ("[]", "model_type"),
+        ('{"a": 1}', "model_type"),
+        ('{"model_type": "clippp"}', "clippp"),
+        ('{"model_type": ["clip"]}', "knows no model type a list of 1"),
+        ('{"model_type": null}', "knows no model type None"),
+        ('{"model_type": "clip", "architectures": 3}', "'architectures' is 3; it has to be a list of names"),
+        ('{"model_type": "clip", "architectures": [["CLIPModel"]]}', "'architectures' is a list of 1"),
+        ('{"model_type": "clip", "text_config": 3}', "is no configuration of clip"),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(content: str, message: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")

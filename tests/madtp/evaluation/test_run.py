@@ -239,6 +239,7 @@ GOOD = {"ids": ["a", "b"], "results": [{"value": 0}, {"value": 2}], "calls": [CA
         {"results": [1, 2]},
         {"seconds": "long"},
         {"seconds": -1},
+        {"seconds": 10**400},
         {"calls": None},
         {"calls": [{}]},
         {"calls": [{**CALL, "macs": "many"}]},
@@ -264,13 +265,21 @@ def test_a_damaged_setup_says_to_remove_the_folder(tmp_path: Path) -> None:
         PartialResults(tmp_path / "p", {})
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"a":' * 200 + "1" + "}" * 200])
 def test_a_damaged_part_is_named(tmp_path: Path, content: str) -> None:
     parts = PartialResults(tmp_path / "p", {})
     parts.put("x", {})
     (tmp_path / "p" / "x.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"x\.json is damaged"):
         parts.get("x")
+
+
+def test_a_folder_in_the_parts_stays_and_stops_nothing(tmp_path: Path) -> None:
+    parts = PartialResults(tmp_path / "p", {})
+    parts.put("x", {})
+    (tmp_path / "p" / "own").mkdir()
+    parts.remove()
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["own"]
 
 
 def test_nan_is_no_result_and_leaves_no_file(tmp_path: Path) -> None:

@@ -240,6 +240,17 @@ def test_config_files_are_checked(tmp_path: Path) -> None:
             read_config(path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_config(tmp_path / "missing.toml")
+    for text in ("[1]", "3", "null", '"a"'):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ConfigError, match="has to name a recipe and hold tables"):
+            read_config(tmp_path / "c.json")
+    for table in ("training", "settings"):
+        for value in (3, [1], None, "ab"):
+            with pytest.raises(ConfigError, match=f"'{table}' is .*; it has to be a table of settings"):
+                read_config({"recipe": "zoo.recipes.nlvr_scenes", table: value})
+    for name in ("", ".", ".nlvr_scenes", "zoo..recipes", "zoo.recipes.", "a b", "a\0b", "../x", "\ud800"):
+        with pytest.raises(ConfigError, match="which is no name of a module"):
+            train({"recipe": name}, tmp_path)
     with pytest.raises(ConfigError, match="no recipe module"):
         train({"recipe": "zoo.recipes.unheard_of"}, tmp_path)
     with pytest.raises(ConfigError, match="is not a recipe"):

@@ -20,6 +20,7 @@ from small_learner import QUIET, learner, tiny
 from torch import Tensor, nn
 
 from madtp.errors import CheckpointError, DataError, OutputInUseError, TrainingError
+from madtp.saving.model_folder import sha256_of
 from madtp.training import Learner, TrainingConfig, fit, train
 from madtp.training.checkpoint import checkpoints
 
@@ -134,9 +135,23 @@ def poison(path: Path) -> None:
     save_file({**tensors, "module.0.bias": tensors["module.0.bias"] * float("nan")}, path / "tensors.safetensors")
     text = (path / "state.json").read_text()
     (path / "state.json").write_text(text.replace('"version": 2', '"version": 1'))
+    (path / "hashes.json").unlink()
 
 
-HARMS = (cut, flip, empty, other_step, nested, odd_state, no_hashes, poison)
+def older(path: Path) -> None:
+    """A version before hashes, beside hashes, hides a change of the weights."""
+    flip(path)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"version": 2', '"version": 1'))
+
+
+def version_of_nothing(path: Path) -> None:
+    flip(path)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"version": 2', '"version": NaN'))
+
+
+HARMS = (cut, flip, empty, other_step, nested, odd_state, no_hashes, poison, older, version_of_nothing)
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -157,6 +172,55 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     fit(learner(), config, tmp_path / "run", progress=QUIET, resume=True)
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "run")[name]), name
+
+
+def forge(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
+    """Change a checkpoint as someone would who wants it to be read."""
+    tensors, state = load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
+    change(tensors, state)
+    save_file(tensors, path / "tensors.safetensors")
+    (path / "state.json").write_text(json.dumps(state))
+    hashes = {name: sha256_of(path / name) for name in ("tensors.safetensors", "state.json")}
+    (path / "hashes.json").write_text(json.dumps(hashes))
+
+
+STEP = "optimiser.0.0.step"
+FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], object]] = {
+    "float8 weights": lambda t, s: t.update({"module.0.bias": t["module.0.bias"].to(torch.float8_e4m3fn)}),
+    "complex weights": lambda t, s: t.update({"module.0.bias": t["module.0.bias"].to(torch.complex64)}),
+    "whole weights": lambda t, s: t.update({"module.0.bias": t["module.0.bias"].long()}),
+    "too large weights": lambda t, s: t.update({"module.0.bias": t["module.0.bias"].double() + 1e300}),
+    "a negative step": lambda t, s: t.update({STEP: t[STEP] - 100}),
+    "a step for each weight": lambda t, s: t.update({STEP: torch.zeros(40, 6)}),
+    "a moment that is a number": lambda t, s: t.update({"optimiser.0.0.exp_avg": torch.tensor(0.0)}),
+    "complex moments": lambda t, s: t.update({"optimiser.0.0.exp_avg": torch.zeros(40, 6, dtype=torch.complex64)}),
+    "a moment less": lambda t, s: t.pop("optimiser.0.0.exp_avg"),
+    "a parameter counted from the end": lambda t, s: t.update({"optimiser.0.-1.exp_avg": torch.zeros(2)}),
+    "a value without a place": lambda t, s: t.update({"optimiser.x": torch.zeros(2)}),
+    "a list for a number": lambda t, s: s["scalars"].update({STEP: [1]}),
+    "an infinite number": lambda t, s: s["scalars"].update({STEP: float("inf")}),
+    "an infinite layout": lambda t, s: s.update(optimisers=[[float("inf")]]),
+    "a config without end": lambda t, s: s.update(config=nest(200)),
+}
+
+
+def nest(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(depth):
+        inner = {"a": inner}
+    return inner
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_forged_checkpoints_are_refused_and_nothing_is_changed(tmp_path: Path, forged: str) -> None:
+    fit(learner(), tiny(), tmp_path, progress=QUIET, stop_after=4)
+    (path,) = checkpoints(tmp_path / "checkpoints")
+    forge(path, FORGED[forged])
+    made = learner()
+    before = {name: value.clone() for name, value in made.module.state_dict().items()}
+    with pytest.raises(CheckpointError, match="step-00000004"):
+        fit(made, tiny(), tmp_path, progress=QUIET, resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in made.module.state_dict().items())
 
 
 def test_where_all_checkpoints_are_damaged_each_is_named(tmp_path: Path) -> None:

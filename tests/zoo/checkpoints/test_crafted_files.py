@@ -301,6 +301,15 @@ def test_weights_that_are_no_plain_tensors_are_refused(tmp_path: Path, kind: str
     refused(tmp_path / "x.pth", r"x\.pth holds 1 tensors that are not plain ones \(a\.weight \(")
 
 
+def test_complex_numbers_do_not_become_whole_ones(tmp_path: Path) -> None:
+    model = Net()
+    model.register_buffer("ids", torch.arange(3))
+    save_file({**STATE, "ids": torch.tensor([0.5j, 1, 2])}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="complex numbers where ids needs"):
+        zoo.load_checkpoint(model, tmp_path / "x.safetensors")
+    assert model.ids.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("value", [1e39, -1e300])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_values_that_the_model_cannot_hold_are_refused(tmp_path: Path, value: float, suffix: str) -> None:

@@ -180,7 +180,9 @@ def test_integers_for_floats(tmp_path: Path) -> None:
     content = weights()
     content["cls_head.0.bias"] = torch.zeros(8, dtype=torch.int8)
     save_file(content, tmp_path / "integers.safetensors")
-    assert_refused(tmp_path / "integers.safetensors", r"integers where cls_head\.0\.bias needs floats")
+    assert_refused(
+        tmp_path / "integers.safetensors", r"integers or complex numbers where cls_head\.0\.bias needs floats"
+    )
 
 
 def test_meta_model_is_refused(tmp_path: Path) -> None:
