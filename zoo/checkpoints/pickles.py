@@ -45,6 +45,7 @@ class _Opcode(NamedTuple):
 
     Attributes:
         name: its name there.
+        does: which of the cases of :func:`check_pickle` it is.
         width: bytes of its argument; where negative, the constant of :mod:`pickletools` that says how to tell.
         closes: whether it takes all objects behind the last mark, and the mark.
         taken: how many further objects it takes.
@@ -52,6 +53,7 @@ class _Opcode(NamedTuple):
     """
 
     name: str
+    does: str
     width: int
     closes: bool
     taken: int
@@ -62,9 +64,24 @@ def _read(opcode: pickletools.OpcodeInfo) -> _Opcode:
     before, mark = opcode.stack_before, pickletools.markobject
     closes = mark in before
     taken = before.index(mark) if closes else len(before)
-    return _Opcode(opcode.name, opcode.arg.n if opcode.arg else 0, closes, taken, len(opcode.stack_after))
+    width, made = opcode.arg.n if opcode.arg else 0, len(opcode.stack_after)
+    does = _CASES.get(opcode.name) or ("push" if width >= 0 and not taken and not closes and made == 1 else "other")
+    return _Opcode(opcode.name, does, width, closes, taken, made)
 
 
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_CASES = {
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), "put"),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), "get"),
+    **dict.fromkeys(_TUPLES, "tuple"),
+    **dict.fromkeys(("TUPLE", "FROZENSET"), "closed tuple"),
+    **dict.fromkeys(("GLOBAL", "INST"), "global"),
+    **dict.fromkeys(("INT", "LONG", "LONG1", "LONG4"), "number"),
+    "MARK": "mark",
+    "MEMOIZE": "memoize",
+    "DUP": "dup",
+    "STOP": "stop",
+}
 _OPCODES = {ord(opcode.code): _read(opcode) for opcode in pickletools.opcodes}
 # Arguments that a length stands in front of: how many bytes the length has.
 _LENGTHS = {
@@ -73,12 +90,6 @@ _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT4U: 4,
     pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_CLOSED_TUPLES = frozenset(("TUPLE", "FROZENSET"))
-_NUMBERS = frozenset(("INT", "LONG", "LONG1", "LONG4"))
-_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
-_GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
-_GLOBALS = frozenset(("GLOBAL", "INST"))
 _PLAIN, _MARK = _Value(), _Value(-1, 0)
 
 
@@ -148,35 +159,37 @@ def check_pickle(content: bytes | mmap.mmap, start: int = 0) -> int:
         opcode = _OPCODES.get(content[place]) if place < len(content) else None
         if opcode is None:
             raise ValueError(f"at byte {place} it is no pickle")
-        name, width, closes, taken, made = opcode
+        name, does, width, closes, taken, made = opcode
         first, place = (place + 1, place + 1 + width) if width >= 0 else _argument(content, place + 1, opcode)
         done += 1
-        if name in _PUTS:
-            number = _number(content[first:place], opcode)
+        if does == "push":
+            stack.append(_PLAIN)
+        elif does == "put":
+            number = content[first] if width == 1 else _number(content[first:place], opcode)
             if number > done:  # an unpickler makes room for as many as the largest number says
                 raise ExceededError(f"its object {number} is numbered beyond all that it holds")
             memo[number] = stack[-1] if stack else _PLAIN
-        elif name in _TUPLES:
-            _join(stack, len(stack) - _TUPLES[name])
-        elif name in _GETS:
-            stack.append(memo.get(_number(content[first:place], opcode), _PLAIN))
-        elif name == "MARK":
+        elif does == "get":
+            stack.append(memo.get(content[first] if width == 1 else _number(content[first:place], opcode), _PLAIN))
+        elif does == "mark":
             stack.append(_MARK)
-        elif name in _CLOSED_TUPLES:
+        elif does == "closed tuple":
             _join(stack, _last_mark(stack), marked=True)
-        elif name == "MEMOIZE":
+        elif does == "tuple":
+            _join(stack, len(stack) - _TUPLES[name])
+        elif does == "memoize":
             memo[len(memo)] = stack[-1] if stack else _PLAIN
-        elif name == "DUP":
+        elif does == "dup":
             stack.append(stack[-1] if stack else _PLAIN)
         else:
-            if name in _GLOBALS:
+            if does == "global":
                 called = bytes(content[first:place]).rstrip(b"\n")
                 encodes |= called == _ENCODE
                 if called in _SIZED:
                     raise ExceededError(
                         f"it calls {called.decode().replace(chr(10), '.')}, whose result may be of any size"
                     )
-            elif name in _NUMBERS and place - first > LONGEST_NUMBER:
+            elif does == "number" and place - first > LONGEST_NUMBER:
                 raise ExceededError(f"it holds a number of {place - first} bytes")
             if closes:
                 del stack[_last_mark(stack) :]
@@ -184,7 +197,7 @@ def check_pickle(content: bytes | mmap.mmap, start: int = 0) -> int:
                 del stack[-taken:]
             if made:
                 stack.append(_PLAIN)
-            if name == "STOP":
+            if does == "stop":
                 break
     if encodes:
         _check_codecs(content[start:place])
@@ -196,7 +209,7 @@ def _argument(content: bytes | mmap.mmap, place: int, opcode: _Opcode) -> tuple[
     width = opcode.width
     if width == pickletools.UP_TO_NEWLINE:
         end = place
-        for _ in range(1 + (opcode.name in _GLOBALS)):
+        for _ in range(1 + (opcode.does == "global")):
             end = content.find(b"\n", end) + 1
             if not end:
                 raise ValueError(f"at byte {place} it ends within a line")
