@@ -40,7 +40,7 @@ def inspect_command(
 
     import madtp
     from madtp.atomic_files import check_writable
-    from madtp.cli.console import error_console, output_console, plain_fields
+    from madtp.cli.console import error_console, output_console
     from madtp.errors import ConfigError
     from madtp.pictures.graph import SUFFIXES, draw_graph
     from zoo.examples import find_model
@@ -57,7 +57,7 @@ def inspect_command(
     report = pruned.madtp.report
     if as_json:
         found_as = {"name": found.name, "origin": found.origin, "parameters": parameters}
-        typer.echo(json.dumps({**found_as, **plain_fields(report)}, indent=2))
+        typer.echo(json.dumps({**found_as, **report.to_dict()}, indent=2))
     else:
         title = f"[bold]{type(found.model).__name__}[/bold] ({found.origin} {found.name})"
         output_console.print(f"{title}, {parameters / 1e6:.1f} M parameters", soft_wrap=True)

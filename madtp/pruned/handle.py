@@ -145,6 +145,14 @@ class PruningHandle(Additions):
         """
         return {name: state.counts for name, state in self._states().items()}
 
+    def token_lengths(self) -> dict[str, int]:
+        """Number of tokens, padding included, in front of the first site of each site's stream in the last forward.
+
+        Returns:
+            ``{site: N}``; in a batch of several lengths, the longest.
+        """
+        return {name: state.full_length for name, state in self._states().items()}
+
     def kept_tokens(self) -> dict[str, Tensor]:
         """Which original tokens survive each site in the last forward; merged ones do not count.
 
