@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -15,15 +17,22 @@ if TYPE_CHECKING:
 
 HELP = """Show the blocks, streams, pruning sites and refusals of a model.
 
-MODEL is a name from `madtp models`, the name of a timm architecture, or the
-config.json of a transformers model (or its folder). The model is built with
-random weights; nothing is downloaded.
+MODEL is one of these:
+
+  a name from `madtp models`, or of a timm architecture
+  the config.json of a transformers model, or its folder
+  module:function, a function of yours that takes no arguments and returns
+  the model, or the model and its example inputs
+
+Models of the first two kinds get random weights; nothing is downloaded.
 
 [bold]Examples[/bold]
 
   madtp inspect blip_nlvr_mini
   madtp inspect vit_base_patch16_224 --graph vit.png
   madtp inspect ./clip-vit-large/config.json --json > report.json
+  madtp inspect my.module:build
+  madtp inspect my_vlm --plugin my_models
 """
 
 
@@ -34,6 +43,7 @@ def inspect_command(
         Path | None,
         typer.Option(help="Also draw blocks and streams, to a .png, .svg, .pdf or .dot file.", show_default=False),
     ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     import json
@@ -45,6 +55,7 @@ def inspect_command(
     from madtp.pictures.graph import SUFFIXES, draw_graph
     from zoo.examples import find_model
 
+    load_plugins(plugin)
     if graph is not None and graph.suffix not in SUFFIXES:
         raise ConfigError(f"--graph {graph} ends in {graph.suffix!r}; use one of {', '.join(SUFFIXES)}.")
     if graph is not None:

@@ -1,7 +1,7 @@
 """The report of a rewrite: what was found, where tokens are pruned and what that saves, which blocks are not pruned and why.
 
-Start at :class:`RewriteReport` in ``records.py``. ``outline.py`` arranges it for a reader, ``text.py`` prints that, and ``page.py``
-makes HTML of it.
+Start at :class:`RewriteReport` in ``records.py``. ``outline.py`` arranges it for a reader, ``text.py`` prints that,
+and ``page.py`` makes HTML of it.
 """
 
 from __future__ import annotations
