@@ -27,6 +27,9 @@ FOOT = 0.22  # space between bands
 MARGIN = 0.35
 TITLE = 0.85
 
+LEGEND = "Patches in colour survive the layer and are all that later layers compute on; faded ones were dropped."
+NARROW, SHORT_LEGEND = 6.8, "In colour: patches that survive the layer. Faded: dropped."
+
 INK, MUTED, RIGHT, WRONG, RULE = "#1d2129", "#6b7280", "#1a7f4b", "#c0362c", "#d9dce1"
 
 
@@ -119,10 +122,7 @@ def draw_figure(
     FigureCanvasAgg(figure)
     canvas = _Canvas(figure, width, height)
     canvas.text(title, MARGIN, 0.22, 14, color=INK, weight="bold")
-    canvas.text(
-        "Patches in colour survive the layer and are all that later layers compute on; faded ones were dropped.",
-        MARGIN, 0.53, 8.5, color=MUTED,
-    )  # fmt: skip
+    canvas.text(LEGEND if width > NARROW else SHORT_LEGEND, MARGIN, 0.53, 8.5, color=MUTED)
     top = TITLE
     for number, example in enumerate(examples, start=1):
         canvas.rule(top)
@@ -131,7 +131,8 @@ def draw_figure(
             left = MARGIN + index * (block + GAP)
             y = top + head
             canvas.image(image.permute(1, 2, 0).numpy(), left, y, whole)
-            canvas.text(f"image {index + 1}", left + whole / 2, y + whole + 0.03, color=MUTED, ha="center")
+            if len(example.images) > 1 or example.truth is not None:
+                canvas.text(f"image {index + 1}", left + whole / 2, y + whole + 0.03, color=MUTED, ha="center")
             for line, patches in enumerate(example.kept_patches):
                 corner = _Row(left + whole + 0.08, y + line * row, name_width, panel)
                 _draw_row(canvas, corner, patches.model, _panels(patches, image, index, layers))

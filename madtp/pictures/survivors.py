@@ -16,6 +16,7 @@ from madtp.errors import DataError
 from madtp.pictures.examples import Example, KeptPatches
 from madtp.pictures.figure import draw_figure
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_pruned
 from madtp.report import RewriteReport, SiteReport
 from madtp.tuning.batches import as_call, evaluating
 
@@ -55,6 +56,7 @@ def show(
         The path.
 
     Raises:
+        ArgumentError: ``pruned`` is no pruned model.
         DataError: An image cannot be read, there are more or fewer than the call has, or no image tower is pruned.
         ExampleInputsError: The inputs do not fit the model.
 
@@ -71,15 +73,17 @@ def survivors(
     pruned: PrunedModel | Mapping[str, PrunedModel], images: Sequence[Picture], inputs: Inputs, *, tower: str = ""
 ) -> list[Example]:
     """Return what :func:`show` draws, an example for each sample; see there for arguments and errors."""
-    models = {"pruned": pruned} if isinstance(pruned, PrunedModel) else dict(pruned)
+    if not isinstance(pruned, Mapping):
+        check_pruned(pruned)
+        pruned = {"pruned": pruned}
+    models = dict(pruned)
     if isinstance(images, (str, Path, Tensor)) or not images:
         raise DataError("images is no list of images; pass at least one, as in show(pruned, ['cat.jpg'], inputs).")
     if not models:
         raise DataError("there is no model to draw; pass a pruned model, or several by name.")
     rows: dict[str, _Masks] = {}
     for name, model in models.items():
-        if not isinstance(model, PrunedModel):
-            raise DataError(f"{name!r} is a {type(model).__name__}; pass what madtp.rewrite or madtp.load returned.")
+        check_pruned(model)
         rows[name] = _masks(model, as_call(model, inputs), len(images), tower)
     each = next(iter(rows.values())).images
     height, width = _drawn_size(next(iter(rows.values())).size)

@@ -21,6 +21,7 @@ import torch
 from madtp.calls.call import Call, Inputs
 from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_pruned
 from madtp.report import Savings
 from madtp.tuning.batches import calls_of, evaluating
 from madtp.tuning.break_even import break_even
@@ -108,10 +109,12 @@ def calibrate(
         The settings that were found, which the model now has.
 
     Raises:
+        ArgumentError: ``pruned`` is no pruned model.
         ConfigError: a value is out of range, or ``steer`` names a setting that has no effect here.
         ExampleInputsError: there are no batches, or they do not fit the model.
         CalibrationError: the reduction cannot be reached, or weights or outputs are NaN. The model's settings are unchanged.
     """
+    check_pruned(pruned)
     if not isinstance(objective, str) or objective not in TOLERANCES:
         raise ConfigError(f"objective is {objective!r}; allowed: {', '.join(map(repr, TOLERANCES))}")
     tolerance = TOLERANCES[objective] if tolerance is None else tolerance
