@@ -76,14 +76,17 @@ def import_own(name: str, missing: type[Exception] = ConfigError) -> Any:
     Raises:
         ConfigError: The module cannot be imported.
     """
+    unknown = (
+        f"there is no module {name!r}. Give a module as `import` would, such as my_models for my_models.py in the folder that "
+        "you are in."
+    )
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise missing(unknown)
     try:
         return importlib.import_module(name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            advice = (
-                "Give a module as `import` would, such as my_models for my_models.py in the folder that you are in."
-            )
-            raise missing(f"there is no module {name!r}. {advice}") from error
+            raise missing(unknown) from error
         raise ConfigError(f"the module {name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import madtp
 import madtp.training.run
-import zoo
+import zoo.small
 from madtp.cli.app import app
 from madtp.errors import ConfigError, UnknownModelError
 from zoo.builders import build_own
