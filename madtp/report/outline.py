@@ -104,9 +104,9 @@ def outline_of(report: RewriteReport) -> Outline:
     )
     return Outline(
         title=(
-            f"{report.model}: {counted(len(report.sites), 'site')} in {counted(len(towers), 'tower')}, "
-            f"{counted(len(report.blocks), 'attention block')} in {counted(len(report.streams), 'stream')}, "
-            f"{counted(len(report.refusals), 'refusal')} ({report.capture} capture, {report.seconds:.1f} s)"
+            f"{report.model} ({report.capture} capture, {report.seconds:.1f} s): {counted(len(report.sites), 'site')} in "
+            f"{counted(len(towers), 'tower')}, {counted(len(report.blocks), 'attention block')} in "
+            f"{counted(len(report.streams), 'stream')}, {counted(len(report.refusals), 'refusal')}"
         ),
         facts=_facts(report),
         towers=tuple(towers),

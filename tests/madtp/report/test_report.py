@@ -39,7 +39,8 @@ def line_with(text: str, word: str) -> str:
 
 def test_before_a_calibration_the_report_says_that_nothing_was_measured(fresh: RewriteReport) -> None:
     text = str(fresh)
-    assert "VisionTransformer: 2 sites in 1 tower, 2 attention blocks in 1 stream, 0 refusals" in text
+    assert text.startswith("VisionTransformer (whole capture, ")
+    assert "2 sites in 1 tower, 2 attention blocks in 1 stream, 0 refusals" in " ".join(text.split())
     assert "not measured yet; madtp.calibrate" in text
     assert "image: blocks.*" in text
     assert "2 of 2 blocks pruned" in text
