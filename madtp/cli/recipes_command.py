@@ -56,18 +56,10 @@ def _table(command: str, recipes: Sequence[RecipeEntry]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        "recipe",
-        "task",
-        "model",
-        "data",
-        "what it needs",
-        title=f"madtp {command}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-    )
+    table = Table(title=f"madtp {command}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("recipe", min_width=max(len(recipe.name) for recipe in recipes))  # names are there to be copied
+    for name in ("task", "model", "data", "what it needs"):
+        table.add_column(name, overflow="fold")
     for recipe in recipes:
         needs = Text(", ".join(recipe.needs) or "nothing else")
         table.add_row(recipe.name, recipe.task, recipe.model, recipe.data, needs)
