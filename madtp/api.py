@@ -17,11 +17,12 @@ from madtp.calls.inference_mode import outside_inference_mode
 from madtp.calls.progress_line import progress_line
 from madtp.config import PruningConfig
 from madtp.cost.counting import count_eagerly
-from madtp.errors import CaptureError, ConfigError, ExampleInputsError, LeftAloneError, UnprunedError
+from madtp.errors import CaptureError, ConfigError, ExampleInputsError, LeftAloneError, PlanError, UnprunedError
 from madtp.programs.completeness import unpruned_remark
 from madtp.programs.notes import Notes
 from madtp.programs.originals import unwrapped
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_model
 from madtp.sites.preserved_state import preserved_state, trial_run
 from rewriters.pipeline import price_dense
 from rewriters.plan.plan import Plan
@@ -53,6 +54,7 @@ def rewrite(
         A :class:`~madtp.pruned.PrunedModel`, called exactly as ``model`` is.
 
     Raises:
+        ArgumentError: ``model`` is no ``nn.Module``.
         ConfigError: ``config`` is none.
         ExampleInputsError: The inputs are missing or do not fit the model.
         CaptureError: The model cannot be traced.
@@ -66,6 +68,9 @@ def rewrite(
         raise ConfigError(
             f"config is a {type(config).__name__}; pass PruningConfig(...), or PruningConfig.from_dict(...)."
         )
+    check_model(model)
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"plan is a {type(plan).__name__}; pass a madtp.Plan, such as Plan.from_dict(plan).")
     if isinstance(model, PrunedModel):
         model = unwrapped(model)
     config = _with_adapter_protection(model, PruningConfig() if config is None else config)
@@ -121,17 +126,16 @@ def example_call(model: nn.Module, example_inputs: Inputs | None) -> Call:
                 f"no example inputs were given and the zoo does not know {type(model).__name__}. Pass example_inputs: "
                 "a dict of keyword arguments or a tuple of positional ones, with at least 2 samples."
             )
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, (Mapping, tuple)):
+    return _as_call(model, example_inputs, "example_inputs")
+
+
+def _as_call(model: nn.Module, inputs: Inputs | Tensor, argument: str = "inputs") -> Call:
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, (Mapping, tuple)):
         raise ExampleInputsError(
-            f"example_inputs is a {type(example_inputs).__name__}; pass a dict of keyword arguments or a tuple of positional "
-            "ones."
+            f"{argument} is a {type(inputs).__name__}; pass a dict of keyword arguments or a tuple of positional ones."
         )
-    return _as_call(model, example_inputs)
-
-
-def _as_call(model: nn.Module, inputs: Inputs) -> Call:
     if isinstance(inputs, Mapping):
         return normalise_call(model, (), inputs)
     return normalise_call(model, tuple(inputs), {})
@@ -152,8 +156,10 @@ def count_macs(model: nn.Module, inputs: Inputs) -> float:
         MACs per sample, that is per entry of the batch.
 
     Raises:
+        ArgumentError: ``model`` is no ``nn.Module``.
         ExampleInputsError: The inputs do not fit the model.
     """
+    check_model(model)
     if isinstance(model, PrunedModel):
         call = _as_call(model, inputs)
         with torch.no_grad():

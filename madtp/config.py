@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -240,12 +241,7 @@ class PruningConfig:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"a configuration is a mapping of field names to values; got {type(values).__name__}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(names)}"
-                raise ConfigError(f"unknown field {key!r} in the pruning configuration; {hint}")
+        _refuse_unknown(values)
         return cls(**dict(values))
 
     def protecting(self, further: Mapping[str, Iterable[int]]) -> PruningConfig:
@@ -369,3 +365,28 @@ def _positions(protect: object) -> Positions:
             _integer(f"protect[{modality!r}]", index, 0)
         result[modality] = tuple(sorted(set(indices)))
     return tuple(sorted(result.items()))
+
+
+def _refuse_unknown(fields: Iterable[object]) -> None:
+    names = [field.name for field in dataclasses.fields(PruningConfig)]
+    for key in fields:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(names)}"
+            raise ConfigError(f"unknown field {key!r} in the pruning configuration; {hint}")
+
+
+def _with_words(make: Callable[..., None]) -> Callable[..., None]:
+    """The constructor that dataclasses made, with errors of the library for fields that it does not have."""
+
+    @functools.wraps(make)
+    def checked(self: PruningConfig, *args: object, **fields: object) -> None:
+        if args:
+            raise ConfigError(f"{args[0]!r} is given without a name; name each field, as in PruningConfig(gain=2.0).")
+        _refuse_unknown(fields)
+        make(self, **fields)
+
+    return checked
+
+
+PruningConfig.__init__ = _with_words(PruningConfig.__init__)  # type: ignore[method-assign]

@@ -74,6 +74,10 @@ class ConfigError(MadtpError, ValueError):
     """A configuration value is out of range or contradicts another."""
 
 
+class ArgumentError(MadtpError, TypeError):
+    """An argument is of the wrong kind, such as a path where a model is asked for."""
+
+
 class CheckpointError(MadtpError):
     """A file or folder is damaged, foreign, too new, or belongs to another model."""
 

@@ -40,8 +40,8 @@ ORDER = {
     "madtp": "errors files atomic_files processes config benchmark calls method tokens cost sites report programs pruned "
     "tuning saving pictures training evaluation survey api demo cli __main__",
     "rewriters": "graph axes capture canonicalise detect plan insert lower verify pipeline regions",
-    "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs examples small blip "
-    "clip llava transforms tasks objectives recipes benchmark",
+    "zoo": "suggestions named shipped adapters checkpoints metrics scenes datasets registry inputs builders examples small "
+    "blip clip llava transforms tasks objectives recipes benchmark",
 }
 # Saving and pickling a pruned model, and rewriting again what was saved: the calls from a lower folder to a higher one.
 UPWARDS = frozenset(

@@ -6,7 +6,8 @@ model from a zoo name, a timm name or a transformers configuration. Nothing is d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from madtp.errors import ConfigError, ExampleInputsError, UnknownModelError
 from madtp.files.json_text import read_description
 from madtp.files.limits import shown
 from zoo.adapters import find_adapter
+from zoo.builders import build_own, names_builder
 from zoo.registry import create, list_models
 from zoo.suggestions import did_you_mean
 
 _SEED = 0
 _CONFIG_FILE = "config.json"
+_HUB_ID = re.compile(r"(hf:)?[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -31,31 +34,38 @@ class FoundModel:
 
     Attributes:
         name: What it was found by.
-        origin: Where it came from: "zoo", "timm" or "transformers".
+        origin: Where it came from: "zoo", "timm", "transformers", or "function".
         model: The model.
-        example_inputs: Keyword arguments to trace it with.
+        example_inputs: Keyword arguments, or positional ones, to trace it with.
     """
 
     name: str
     origin: str
     model: nn.Module
-    example_inputs: dict[str, Any]
+    example_inputs: Mapping[str, Any] | tuple[Any, ...]
 
 
 def find_model(name: str) -> FoundModel:
-    """Build the model behind a zoo name, a timm name, a transformers ``config.json`` or a folder that holds one.
+    """Build the model behind a name.
+
+    Args:
+        name: Of the zoo; of timm, ``timm:`` in front if you like; a transformers ``config.json`` or a folder that holds one; or
+            ``module:function`` (see :mod:`zoo.builders`).
 
     Raises:
         UnknownModelError: There is nothing of that name; the message lists near matches.
-        ConfigError: The configuration file is unreadable or of a kind that transformers does not know.
+        ConfigError: The configuration file is unreadable or of a kind that transformers does not know, or a function fails.
     """
+    if names_builder(name):
+        own, inputs = build_own(name)
+        return FoundModel(name, "function", own, example_inputs(own) if inputs is None else inputs)
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
         model, origin = _from_transformers_config(path / _CONFIG_FILE if path.is_dir() else path), "transformers"
     elif name in list_models():
         model, origin = create(name), "zoo"
     else:
-        model, origin = _from_timm(name), "timm"
+        model, origin = _from_timm(name.removeprefix("timm:")), "timm"
     model = model.eval()
     return FoundModel(name=name, origin=origin, model=model, example_inputs=example_inputs(model))
 
@@ -95,6 +105,11 @@ def _from_timm(name: str) -> nn.Module:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise UnknownModelError(
             f"{name!r} names a model to be downloaded; give a timm architecture such as 'vit_base_patch16_224'."
+        )
+    if _HUB_ID.fullmatch(name):
+        raise UnknownModelError(
+            f"there is no folder {name!r}. If it is the id of a model on a hub: nothing is downloaded here. Give the path of "
+            f"its config.json; or rewrite it in Python: madtp.rewrite(AutoModel.from_pretrained({name!r}), inputs)."
         )
     if timm.is_model(name.partition(".")[0]):
         try:

@@ -5,6 +5,7 @@ Start at :func:`normalise_call`.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -146,7 +147,7 @@ def normalise_call(
     except TypeError as error:
         raise ExampleInputsError(
             f"the inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}. "
-            f"Given: {', '.join(kwargs) or f'{len(args)} positional ones'}. "
+            f"{_misspelt(model, kwargs)}Given: {', '.join(kwargs) or f'{len(args)} positional ones'}. "
             "Pass a dict of keyword arguments, or a tuple of positional ones."
         ) from error
     named: dict[str, Any] = {}
@@ -165,6 +166,13 @@ def normalise_call(
             named[name] = value
     # The order in which a container was filled is not the call's, and a capture would not keep it.
     return Call(tuple(map(in_declared_order, positional)), {name: in_declared_order(x) for name, x in named.items()})
+
+
+def _misspelt(model: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """A question for each name that is nearly one of an argument."""
+    known = list(inspect.signature(model.forward).parameters)
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in kwargs if name not in known}
+    return "".join(f"{name!r} is no argument; did you mean {found[0]!r}? " for name, found in near.items() if found)
 
 
 def is_empty(call: Call) -> bool:

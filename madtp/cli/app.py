@@ -23,6 +23,8 @@ from madtp.cli import (
     export_command,
     inspect_command,
     models_command,
+    recipes_command,
+    show_command,
     survey_command,
     training_commands,
 )
@@ -101,6 +103,7 @@ def options(
 
 app.command("demo", help=demo_command.HELP)(demo_command.demo_command)
 app.command("inspect", help=inspect_command.HELP)(inspect_command.inspect_command)
+app.command("show", help=show_command.HELP)(show_command.show_command)
 app.command("train", help=training_commands.TRAIN_HELP)(training_commands.train_command)
 app.command("compress", help=training_commands.COMPRESS_HELP)(training_commands.compress_command)
 app.command("convert", help=convert_command.HELP)(convert_command.convert_command)
@@ -108,6 +111,7 @@ app.command("eval", help=eval_command.HELP)(eval_command.eval_command)
 app.command("bench", help=bench_command.HELP)(bench_command.bench_command)
 app.command("export", help=export_command.HELP)(export_command.export_command)
 app.command("survey", help=survey_command.HELP)(survey_command.survey_command)
+app.command("recipes", help=recipes_command.HELP)(recipes_command.recipes_command)
 app.command("models", help=models_command.HELP)(models_command.models_command)
 
 

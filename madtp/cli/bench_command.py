@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -139,12 +141,14 @@ def bench_command(
             "--pruning", metavar="FIELD=VALUE", help="Field of madtp.PruningConfig (--generate), such as layers=[1,3]."
         ),
     ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     from madtp.cli.bench_generation import generators_table, parsed_fields, refuse_options, run_generation
     from madtp.cli.console import output_console
     from zoo.benchmark import BenchmarkSettings, GenerationSettings
 
+    load_plugins(plugin)
     if list_variants:
         output_console.print(generators_table() if generate else _variants())
         return

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from zoo.checkpoints.loading import LoadReport
 
@@ -39,6 +41,7 @@ def convert_command(
     output: Annotated[Path, typer.Argument(help="File or folder to write.", show_default=False)],
     model: Annotated[str, typer.Option(help="Name of the model, as in `madtp models`.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     import json
@@ -47,6 +50,7 @@ def convert_command(
     from madtp.cli.console import error_console, output_console, plain_fields
     from madtp.errors import CheckpointError
 
+    load_plugins(plugin)
     if output.exists():
         raise CheckpointError(f"{output} exists and is not overwritten; delete it or choose another name.")
     check_writable(output)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -31,6 +33,7 @@ processes, started by torchrun or accelerate, divide the batches.
   madtp eval --model blip_vqa -k model_vqa.pth --data vqav2 --root vqa --vocabulary vocab.txt --answers list.json
   madtp eval --model blip_vqa --checkpoint model_vqa.pth --data vqav2 --root coco --split val --vocabulary vocab.txt
   torchrun --nproc-per-node 2 -m madtp eval --model blip_nlvr_mini --checkpoint dense
+  madtp eval --model blip_nlvr_mini -k dense --data my_scenes --plugin my_data
   madtp eval --list
 """
 
@@ -71,12 +74,14 @@ def eval_command(
         bool, typer.Option("--per-sample", help="Also write the answer and token counts of each sample.")
     ] = False,
     list_data: Annotated[bool, typer.Option("--list", help="List the data sets and exit.")] = False,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     from madtp.cli.console import output_console
     from madtp.processes import launched
     from zoo.tasks import EvaluationSettings
 
+    load_plugins(plugin)
     if list_data:
         output_console.print(_data_sets())
         return

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -73,11 +75,13 @@ def export_command(
     rounds: Annotated[int, typer.Option(min=0, help="Rounds to time; 0 for none.")] = 5,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of samples and random weights.")] = 0,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     from madtp.cli.console import error_console, output_console
     from zoo.benchmark.exporting import ExportSettings, export_model
 
+    load_plugins(plugin)
     settings = ExportSettings(
         model=model,
         output=output,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -15,15 +17,22 @@ if TYPE_CHECKING:
 
 HELP = """Show the blocks, streams, pruning sites and refusals of a model.
 
-MODEL is a name from `madtp models`, the name of a timm architecture, or the
-config.json of a transformers model (or its folder). The model is built with
-random weights; nothing is downloaded.
+MODEL is one of these:
+
+  a name from `madtp models`, or of a timm architecture
+  the config.json of a transformers model, or its folder
+  module:function, a function of yours that takes no arguments and returns
+  the model, or the model and its example inputs
+
+Models of the first two kinds get random weights; nothing is downloaded.
 
 [bold]Examples[/bold]
 
   madtp inspect blip_nlvr_mini
   madtp inspect vit_base_patch16_224 --graph vit.png
   madtp inspect ./clip-vit-large/config.json --json > report.json
+  madtp inspect my.module:build
+  madtp inspect my_vlm --plugin my_models
 """
 
 
@@ -34,17 +43,19 @@ def inspect_command(
         Path | None,
         typer.Option(help="Also draw blocks and streams, to a .png, .svg, .pdf or .dot file.", show_default=False),
     ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     import json
 
     import madtp
     from madtp.atomic_files import check_writable
-    from madtp.cli.console import error_console, output_console, plain_fields
+    from madtp.cli.console import error_console, output_console
     from madtp.errors import ConfigError
     from madtp.pictures.graph import SUFFIXES, draw_graph
     from zoo.examples import find_model
 
+    load_plugins(plugin)
     if graph is not None and graph.suffix not in SUFFIXES:
         raise ConfigError(f"--graph {graph} ends in {graph.suffix!r}; use one of {', '.join(SUFFIXES)}.")
     if graph is not None:
@@ -57,7 +68,7 @@ def inspect_command(
     report = pruned.madtp.report
     if as_json:
         found_as = {"name": found.name, "origin": found.origin, "parameters": parameters}
-        typer.echo(json.dumps({**found_as, **plain_fields(report)}, indent=2))
+        typer.echo(json.dumps({**found_as, **report.to_dict()}, indent=2))
     else:
         title = f"[bold]{type(found.model).__name__}[/bold] ({found.origin} {found.name})"
         output_console.print(f"{title}, {parameters / 1e6:.1f} M parameters", soft_wrap=True)

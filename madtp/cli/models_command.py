@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 HELP = """List the models of the zoo.
 
 With --timm, also list the architectures of timm, which madtp can inspect
@@ -22,6 +24,7 @@ and rewrite as well.
 def models_command(
     pattern: Annotated[str, typer.Argument(help="Shell-style pattern, such as 'blip*'. Default: all models.")] = "",
     timm: Annotated[bool, typer.Option("--timm", help="Also list the architectures of timm.")] = False,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     from rich.table import Table
@@ -29,6 +32,7 @@ def models_command(
     import zoo
     from madtp.cli.console import error_console, output_console
 
+    load_plugins(plugin)
     names = zoo.list_models(pattern)
     table = Table("model", "image", "shipped weights", "what it is", box=None, pad_edge=False, header_style="bold")
     for name in names:

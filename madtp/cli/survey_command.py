@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -23,9 +25,12 @@ HELP = """Rewrite many architectures and report the outcome of each.
 
 NAMES are names or shell-style patterns from `madtp survey --list`, or full
 names of other models of an installed library, such as
-`timm:vit_small_patch16_384`. Without NAMES, the whole list is surveyed.
+`timm:vit_small_patch16_384`. `module:function` is a model of your own: the
+function takes no arguments and returns the model, or the model and its
+example inputs. `zoo:NAME` is a model of the zoo. Without NAMES, the whole
+list is surveyed.
 
-Each architecture is a real class of a library with a small random
+Each listed architecture is a real class of a library with a small random
 configuration, built offline. It is rewritten in a process of its own, within
 limits on time and memory. Then the survey measures the error with pruning
 off, the error of a sample alone against itself in a batch, the compute that
@@ -46,6 +51,7 @@ strong pruning saves, and whether the model trains.
 
   madtp survey --list '*clip*'
   madtp survey 'hf:CLIP*' hf:ViltModel
+  madtp survey my.module:build
   madtp survey --jobs 4 --json survey.json --markdown coverage.md
   madtp survey --generate hf:LlavaForConditionalGeneration
 
@@ -81,10 +87,12 @@ def survey_command(
     ] = False,
     new_tokens: Annotated[int, typer.Option(min=9, help="With --generate, tokens behind each prompt.")] = 64,
     only_list: Annotated[bool, typer.Option("--list", help="Print the names and exit.")] = False,
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of the command; see ``HELP``."""
     import zoo.small
 
+    load_plugins(plugin)
     wanted = zoo.small.names(names or ())
     wanted = zoo.small.generating(wanted) if generate else wanted
     if only_list:
@@ -95,7 +103,7 @@ def survey_command(
     from madtp.survey.runner import Limits
     from madtp.survey.surveys import REWRITES, generation_survey
 
-    order = Order(wanted, jobs, Limits(timeout, memory), json_file, markdown_file, note, again)
+    order = Order(wanted, jobs, Limits(timeout, memory), json_file, markdown_file, note, again, tuple(plugin or ()))
     if generate:
         _run(order, generation_survey(new_tokens), generation_table)
     else:
@@ -114,6 +122,7 @@ class Order:
         markdown_file: file of the page.
         note: remark for the head of the page.
         again: outcomes to run again.
+        plugins: modules of the user's to import in every process.
     """
 
     names: Sequence[str]
@@ -123,6 +132,7 @@ class Order:
     markdown_file: Path | None
     note: str
     again: str
+    plugins: tuple[str, ...]
 
 
 class Tables(Protocol[ToShow]):
@@ -183,5 +193,5 @@ def _examine(todo: Sequence[str], records: dict[str, AnyRecord], order: Order, s
                 save(order.json_file, records.values(), survey)
             progress.update(task, advance=1, description=f"{record.name}: {record.outcome}")
 
-        source, preload = zoo.small.__name__, zoo.small.PRELOAD
+        source, preload = zoo.small.__name__, (*zoo.small.PRELOAD, *order.plugins)
         run(todo, source, survey, jobs=order.jobs, limits=order.limits, preload=preload, each=each)

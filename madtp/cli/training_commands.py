@@ -9,9 +9,12 @@ from typing import Annotated
 
 import typer
 
+from madtp.cli.plugins import PluginOption, load_plugins
+
 TRAIN_HELP = """Train a model as a config file says.
 
-Without --config, the demonstration's model is trained on scenes. A run can
+--config takes the name of a recipe, which `madtp recipes` lists, or a file.
+Without it, the demonstration's model is trained on scenes. A run can
 be interrupted at any time and resumed with the same result; a config that
 has changed is refused. Several processes, started by torchrun or accelerate,
 divide every batch.
@@ -21,19 +24,23 @@ divide every batch.
   madtp train --output runs/dense
   madtp train --output runs/dense --resume
   madtp train -o runs/quick --override training.steps=200
+  madtp train --config clip_mini --output runs/clip
   madtp train --config mine.toml --output runs/mine
+  madtp train --config mine.toml --plugin my_models --output runs/mine
   torchrun --nproc-per-node 2 -m madtp train --output runs/both
 """
 
 COMPRESS_HELP = """Prune a trained model and fine-tune it to a compute budget.
 
---reduction 0.8 asks for 80% fewer MACs. Without --config, the
-demonstration's model is compressed on scenes.
+--reduction 0.8 asks for 80% fewer MACs. --config takes the name of a recipe,
+which `madtp recipes` lists, or a file. Without it, the demonstration's model
+is compressed on scenes.
 
 [bold]Examples[/bold]
 
   madtp compress --reduction 0.8 --output runs/pruned-80
   madtp compress --reduction 0.5 -o runs/mine --checkpoint runs/dense/dense.safetensors
+  madtp compress --reduction 0.5 --config blip_nlvr --override settings.root=nlvr2
   torchrun --nproc-per-node 2 -m madtp compress --reduction 0.8
 """
 
@@ -41,7 +48,8 @@ TRAIN_CONFIG = "blip_nlvr_mini"
 COMPRESS_CONFIG = "blip_nlvr_mini_compress"
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="TOML or JSON file, such as those in zoo/recipes.")
+    str | None,
+    typer.Option("--config", "-c", help="Recipe, as in `madtp recipes`, or a TOML or JSON file.", show_default=False),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the finished model.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output folder.")]
@@ -62,11 +70,12 @@ def train_command(
     resume_anyway: ResumeAnywayOption = False,
     override: OverrideOption = None,
     device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of ``madtp train``; see ``TRAIN_HELP``."""
+    load_plugins(plugin)
     values = parse_overrides(override or ())
-    chosen = config or _shipped(TRAIN_CONFIG)
-    _run(chosen, output, values, resume=resume, resume_anyway=resume_anyway, device=device)
+    _run(config or TRAIN_CONFIG, output, values, resume=resume, resume_anyway=resume_anyway, device=device)
 
 
 def compress_command(
@@ -85,14 +94,15 @@ def compress_command(
     resume_anyway: ResumeAnywayOption = False,
     override: OverrideOption = None,
     device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
 ) -> None:
     """Entry point of ``madtp compress``; see ``COMPRESS_HELP``."""
+    load_plugins(plugin)
     values = {"settings.reduction": reduction, **parse_overrides(override or ())}
     if checkpoint is not None:
         values["settings.checkpoint"] = str(checkpoint)
     folder = output or Path("runs") / f"pruned-{100 * reduction:.0f}"
-    chosen = config or _shipped(COMPRESS_CONFIG)
-    _run(chosen, folder, values, resume=resume, resume_anyway=resume_anyway, device=device)
+    _run(config or COMPRESS_CONFIG, folder, values, resume=resume, resume_anyway=resume_anyway, device=device)
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
@@ -140,21 +150,16 @@ def apply_overrides(content: Mapping[str, object], values: Mapping[str, object])
     return changed
 
 
-def _shipped(name: str) -> Path:
-    from importlib import resources
-
-    return Path(str(resources.files("zoo"))) / "recipes" / f"{name}.toml"
-
-
 def _run(
-    config: Path, output: Path, values: Mapping[str, object], *, resume: bool, resume_anyway: bool, device: str
+    config: str, output: Path, values: Mapping[str, object], *, resume: bool, resume_anyway: bool, device: str
 ) -> None:
     from madtp.cli.console import output_console
     from madtp.processes import launched
     from madtp.training.progress import Progress
     from madtp.training.run import read_config, train
+    from zoo.recipes.catalogue import recipe_path
 
-    content = apply_overrides(read_config(config), values)
+    content = apply_overrides(read_config(recipe_path(config)), values)
     result = train(
         content,
         output,

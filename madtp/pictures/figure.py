@@ -13,7 +13,7 @@ from torch import Tensor
 
 from madtp.atomic_files import replacing_file
 from madtp.errors import DataError
-from madtp.pictures.examples import Example, KeptPatches, answer_word, fade_dropped, most_layers
+from madtp.pictures.examples import Example, KeptPatches, answer_word, most_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 PANEL = 0.92  # inches, a layer's panel
 GAP = 0.30  # between the two images of a pair
 LABEL = 0.17  # a line of small text under a panel
-HEAD = 0.62  # statement and answers above a band
+HEAD, HEAD_ALONE = 0.62, 0.38  # what stands above a band, with and without answers
 FOOT = 0.22  # space between bands
 MARGIN = 0.35
 TITLE = 0.85
+
+LEGEND = "Patches in colour survive the layer and are all that later layers compute on; faded ones were dropped."
+NARROW, SHORT_LEGEND = 6.8, "In colour: patches that survive the layer. Faded: dropped."
 
 INK, MUTED, RIGHT, WRONG, RULE = "#1d2129", "#6b7280", "#1a7f4b", "#c0362c", "#d9dce1"
 
@@ -71,7 +74,13 @@ class _Canvas:
 
 
 def draw_figure(
-    examples: Sequence[Example], path: Path, *, title: str = "What pruning keeps", layers: int = 4, dpi: int = 160
+    examples: Sequence[Example],
+    path: Path,
+    *,
+    title: str = "What pruning keeps",
+    layers: int = 4,
+    panel: float = PANEL,
+    dpi: int = 160,
 ) -> Path:
     """Draw the examples.
 
@@ -82,6 +91,7 @@ def draw_figure(
         path: file to write: PNG, or any format that matplotlib knows by its suffix.
         title: heading of the figure.
         layers: number of panels in a row at most.
+        panel: side of a panel in inches.
         dpi: resolution.
 
     Returns:
@@ -98,34 +108,33 @@ def draw_figure(
     rows = max(len(example.kept_patches) for example in examples)
     images = max(len(example.images) for example in examples)
     columns = most_layers(examples, layers)
-    row = PANEL + LABEL + 0.06
-    whole = rows * row - LABEL - 0.06 if rows > 1 else PANEL  # an image is as tall as all rows of panels
-    whole = min(whole, 2.1)
+    row = panel + LABEL + 0.06
+    whole = rows * row - LABEL - 0.06 if rows > 1 else panel  # an image is as tall as all rows of panels
+    whole = min(whole, max(2.1, panel))
     name_width = 0.62
-    block = whole + 0.08 + name_width + columns * (PANEL + 0.05)
+    block = whole + 0.08 + name_width + columns * (panel + 0.05)
     width = 2 * MARGIN + images * block + (images - 1) * GAP
-    band = HEAD + rows * row
+    head = HEAD if any(example.truth is not None for example in examples) else HEAD_ALONE
+    band = head + rows * row
     height = TITLE + len(examples) * (band + FOOT) + MARGIN * 0.5
 
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     canvas = _Canvas(figure, width, height)
     canvas.text(title, MARGIN, 0.22, 14, color=INK, weight="bold")
-    canvas.text(
-        "Patches in colour survive the layer and are all that later layers compute on; faded ones were dropped.",
-        MARGIN, 0.53, 8.5, color=MUTED,
-    )  # fmt: skip
+    canvas.text(LEGEND if width > NARROW else SHORT_LEGEND, MARGIN, 0.53, 8.5, color=MUTED)
     top = TITLE
     for number, example in enumerate(examples, start=1):
         canvas.rule(top)
         _draw_head(canvas, number, example, top)
         for index, image in enumerate(example.images):
             left = MARGIN + index * (block + GAP)
-            y = top + HEAD
+            y = top + head
             canvas.image(image.permute(1, 2, 0).numpy(), left, y, whole)
-            canvas.text(f"image {index + 1}", left + whole / 2, y + whole + 0.03, color=MUTED, ha="center")
+            if len(example.images) > 1 or example.truth is not None:
+                canvas.text(f"image {index + 1}", left + whole / 2, y + whole + 0.03, color=MUTED, ha="center")
             for line, patches in enumerate(example.kept_patches):
-                corner = _Row(left + whole + 0.08, y + line * row, name_width)
+                corner = _Row(left + whole + 0.08, y + line * row, name_width, panel)
                 _draw_row(canvas, corner, patches.model, _panels(patches, image, index, layers))
         top += band + FOOT
     with replacing_file(path) as draft:
@@ -134,7 +143,10 @@ def draw_figure(
 
 
 def _draw_head(canvas: _Canvas, number: int, example: Example, top: float) -> None:
-    canvas.text(f"{number}.  “{example.statement}”", MARGIN, top + 0.10, 10, color=INK, weight="bold")
+    statement = example.statement if example.truth is None else f"“{example.statement}”"
+    canvas.text(f"{number}.  {statement}", MARGIN, top + 0.10, 10, color=INK, weight="bold")
+    if example.truth is None:
+        return
     x, y = MARGIN, top + 0.34
     x = _run_on(canvas, f"The statement is {answer_word(example.truth)}.", x, y, colour=MUTED)
     for model, answer in example.answers:
@@ -154,11 +166,12 @@ def _run_on(canvas: _Canvas, words: str, x: float, y: float, *, colour: str) -> 
 
 @dataclass(frozen=True)
 class _Row:
-    """Where a row of panels stands: its left top corner and the width of the model's name, in inches."""
+    """Where a row of panels stands: its left top corner, the width of the model's name, and the side of a panel, in inches."""
 
     x: float
     y: float
     name_width: float
+    panel: float
 
 
 @dataclass(frozen=True)
@@ -175,14 +188,15 @@ def _panels(patches: KeptPatches, image: Tensor, index: int, most: int) -> list[
     for site in patches.spread_layers(most):
         kept = patches.kept[site][index]
         caption = f"{patches.layers[site]}: {int(kept.sum())}/{kept.numel()}"
-        found.append(_Panel(fade_dropped(image, kept).numpy(), caption))
+        found.append(_Panel(patches.faded(site, image, index).numpy(), caption))
     return found
 
 
 def _draw_row(canvas: _Canvas, row: _Row, model: str, panels: Sequence[_Panel]) -> None:
     right = row.x + row.name_width - 0.08
-    canvas.text(model.replace(" ", "\n"), right, row.y + PANEL / 2, 7.5, color=INK, ha="right", va="center")
+    size = 6.2 if row.panel <= PANEL else 8.0
+    canvas.text(model.replace(" ", "\n"), right, row.y + row.panel / 2, 7.5, color=INK, ha="right", va="center")
     for column, panel in enumerate(panels):
-        left = row.x + row.name_width + column * (PANEL + 0.05)
-        canvas.image(panel.pixels, left, row.y, PANEL)
-        canvas.text(panel.caption, left + PANEL / 2, row.y + PANEL + 0.03, 6.2, color=MUTED, ha="center")
+        left = row.x + row.name_width + column * (row.panel + 0.05)
+        canvas.image(panel.pixels, left, row.y, row.panel)
+        canvas.text(panel.caption, left + row.panel / 2, row.y + row.panel + 0.03, size, color=MUTED, ha="center")

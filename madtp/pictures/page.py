@@ -14,7 +14,7 @@ from torch import Tensor
 
 from madtp.atomic_files import write_text
 from madtp.errors import DataError
-from madtp.pictures.examples import Example, KeptPatches, answer_word, fade_dropped
+from madtp.pictures.examples import Example, KeptPatches, answer_word
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,15 @@ def _table_row(m: Measurement) -> str:
 
 
 def _card(number: int, example: Example) -> str:
-    answers = "".join(_answer(model, answer, example.truth) for model, answer in example.answers)
+    answers = ""
+    if example.truth is not None:
+        given = "".join(_answer(model, answer, example.truth) for model, answer in example.answers)
+        truth = f"<span class='chip'>truth: <b>{answer_word(example.truth)}</b></span>"
+        answers = f"<p class='answers'>{truth}{given}</p>"
     images = "".join(_image_block(example, index) for index in range(len(example.images)))
     return (
         f"<article><h2><span class='number'>{number}</span>{html.escape(example.statement)}</h2>"
-        f"<p class='answers'><span class='chip'>truth: <b>{answer_word(example.truth)}</b></span>{answers}</p>"
-        f"{images}</article>"
+        f"{answers}{images}</article>"
     )
 
 
@@ -130,9 +133,9 @@ def _image_block(example: Example, index: int) -> str:
 
 def _layer_row(patches: KeptPatches, image: Tensor, index: int) -> str:
     panels = []
-    for label, kept in zip(patches.layers, patches.kept, strict=True):
+    for site, (label, kept) in enumerate(zip(patches.layers, patches.kept, strict=True)):
         caption = f"{label}: {int(kept[index].sum())}/{kept[index].numel()}"
-        panels.append(_picture(fade_dropped(image, kept[index]), caption, "panel"))
+        panels.append(_picture(patches.faded(site, image, index), caption, "panel"))
     return f"<div class='row'><span class='model'>{html.escape(patches.model)}</span>{''.join(panels)}</div>"
 
 

@@ -99,6 +99,10 @@ class PruningHandle(Additions):
 
     @config.setter
     def config(self, value: PruningConfig) -> None:
+        if not isinstance(value, PruningConfig):
+            raise ConfigError(
+                f"config is a {type(value).__name__}; set a PruningConfig, such as PruningConfig(gain=2.0)."
+            )
         self.control.config = value
 
     @property
@@ -144,6 +148,14 @@ class PruningHandle(Additions):
             ``{site: [B]}``; ``[2B]`` in a vision tower that takes two images a sample.
         """
         return {name: state.counts for name, state in self._states().items()}
+
+    def token_lengths(self) -> dict[str, int]:
+        """Number of tokens, padding included, in front of the first site of each site's stream in the last forward.
+
+        Returns:
+            ``{site: N}``; in a batch of several lengths, the longest.
+        """
+        return {name: state.full_length for name, state in self._states().items()}
 
     def kept_tokens(self) -> dict[str, Tensor]:
         """Which original tokens survive each site in the last forward; merged ones do not count.
@@ -294,7 +306,10 @@ def _is_loss(value: object) -> TypeGuard[Tensor]:
 
 
 def _strength(name: str, value: float) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is {value!r}; it has to be a number of at least 0.") from error
     if not (0 <= number < float("inf")):
         raise ConfigError(f"{name} is {value!r}; it has to be a finite number of at least 0.")
     return number

@@ -56,6 +56,7 @@ def make_pruned(
     made = pruned_class(host)
     control = PruningControl(config, temperature=config.temperature, gain=config.gain)
     handle = PruningHandle(sites, control, report, alignment)
+    report.parameters, report.added_parameters = (sum(p.numel() for p in one.parameters()) for one in (host, handle))
     example = next(host.parameters(), None)
     if example is not None:
         handle.to(device=example.device, dtype=example.dtype if example.dtype.is_floating_point else None)

@@ -6,6 +6,7 @@ record of the example call. ``madtp/saving/model_folder.py`` knows the files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from madtp.calls.call import Inputs
 from madtp.calls.quantised import quantised_modules
-from madtp.errors import CheckpointError, ConfigError, UnknownModelError
+from madtp.errors import ArgumentError, CheckpointError, ConfigError, UnknownModelError
 from madtp.files.limits import shown
 from madtp.files.tensors import COMPUTED, check_kinds, check_values, shorten
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_model, check_pruned
 from madtp.saving.host_folder import is_host_folder, load_host_folder
 from madtp.saving.model_folder import CONFIG, narrowed, read_folder, write_folder
 from madtp.saving.rewriting_again import Settings, check_claims, description_of, rewritten_as
@@ -40,11 +42,13 @@ def save(pruned: PrunedModel, folder: str | Path, *, dtype: torch.dtype | None =
         The folder.
 
     Raises:
+        ArgumentError: ``pruned`` is no pruned model, or ``folder`` no path.
         CheckpointError: the folder cannot be written or belongs to something else, or a tensor holds NaN, is sparse or of a
             type such as float8, or does not fit ``dtype``.
         ConfigError: ``dtype`` is not a floating-point type.
     """
-    folder = Path(folder)
+    check_pruned(pruned)
+    folder = _folder(folder)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is {dtype!r}; allowed: a floating-point torch.dtype such as torch.float16, or None")
     tensors: Mapping[str, Tensor] = pruned.state_dict()
@@ -75,10 +79,13 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
         The pruned model with its temperature and gain, in the mode (train or eval) of ``model``.
 
     Raises:
+        ArgumentError: ``folder`` is no path, or ``model`` no model.
         CheckpointError: the folder is missing, damaged, foreign, newer, or of another model. ``model`` is unchanged then.
         MadtpError: the model cannot be rewritten.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
+    if model is not None:
+        check_model(model)
     if is_host_folder(folder):
         return load_host_folder(folder, model, example_inputs)
     tensors, description = read_folder(folder)
@@ -96,6 +103,15 @@ def load(folder: str | Path, model: nn.Module | None = None, *, example_inputs: 
         for name, value in tensors.items():
             own[name].copy_(value)
     return pruned
+
+
+def _folder(folder: object) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(
+            f"folder is of type {type(folder).__name__}; pass a path, as in madtp.save(pruned, folder) and "
+            "madtp.load(folder, model)."
+        )
+    return Path(folder)
 
 
 def _create(folder: Path, identity: Mapping[str, object]) -> nn.Module:

@@ -29,13 +29,16 @@ def calls_of(pruned: PrunedModel, batches: Iterable[Inputs]) -> list[Call]:
     Raises:
         ExampleInputsError: there are none, or they do not fit the model.
     """
-    if isinstance(batches, (Mapping, Tensor)):
+    if not isinstance(batches, Iterable):
+        raise ExampleInputsError(f"batches is {type(batches).__name__}; pass a list or a loader of batches.")
+    if isinstance(batches, (Mapping, Tensor, str)):
         raise ExampleInputsError(f"batches is one {type(batches).__name__}; pass a list of batches.")
     calls = []
     for number, batch in enumerate(batches):
         if not isinstance(batch, (Mapping, tuple)):
             raise ExampleInputsError(
-                f"batch {number} is a {type(batch).__name__}; pass dicts of keyword arguments or tuples of positional ones."
+                f"batch {number} is a {type(batch).__name__}; pass dicts of keyword arguments or tuples of positional ones. "
+                "Of a loader whose batches are lists of what forward takes: map(tuple, loader)."
             )
         call = as_call(pruned, batch)
         if not any(t.dim() for t in call.tensors()):

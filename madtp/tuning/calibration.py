@@ -21,10 +21,12 @@ import torch
 from madtp.calls.call import Call, Inputs
 from madtp.errors import CalibrationError, ConfigError
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_pruned
+from madtp.report import Savings
 from madtp.tuning.batches import calls_of, evaluating
 from madtp.tuning.break_even import break_even
 from madtp.tuning.search import KNOBS, Knob, KnobName, Measurement, Search, dense_macs, has_nan, mac_reduction
-from madtp.tuning.time_search import search_time
+from madtp.tuning.time_search import Timing, search_time
 
 __all__ = ["CalibrationResult", "GainController", "calibrate", "dense_macs", "mac_reduction"]
 
@@ -89,8 +91,9 @@ def calibrate(
 ) -> CalibrationResult:
     """Set the pruning strength so that mean MACs, or the time, of ``batches`` fall by ``reduction``.
 
-    The report then tells what each site costs and saves in time on the first batch (``pruned.report.balances``), and the log
-    names sites that cost more than they save.
+    The report then tells MACs before and after and the tokens that each site keeps (``pruned.madtp.report.savings``), and what
+    each site costs and saves in time on the first batch (``pruned.madtp.report.balances``). The log names sites that cost more
+    than they save.
 
     Args:
         pruned: a model from :func:`madtp.rewrite`. It is run in eval mode; its mode is restored.
@@ -106,10 +109,12 @@ def calibrate(
         The settings that were found, which the model now has.
 
     Raises:
+        ArgumentError: ``pruned`` is no pruned model.
         ConfigError: a value is out of range, or ``steer`` names a setting that has no effect here.
         ExampleInputsError: there are no batches, or they do not fit the model.
         CalibrationError: the reduction cannot be reached, or weights or outputs are NaN. The model's settings are unchanged.
     """
+    check_pruned(pruned)
     if not isinstance(objective, str) or objective not in TOLERANCES:
         raise ConfigError(f"objective is {objective!r}; allowed: {', '.join(map(repr, TOLERANCES))}")
     tolerance = TOLERANCES[objective] if tolerance is None else tolerance
@@ -131,7 +136,9 @@ def calibrate(
             else:
                 search, timing = search_time(pruned, calls, chosen, target=reduction, tolerance=tolerance)
             best = search.history[-1]
+            savings = _savings(pruned, search, timing)
             _balance_sites(pruned, calls[0])
+        pruned.madtp.report.savings = savings
         found = True
     finally:
         if not found:
@@ -149,6 +156,23 @@ def calibrate(
         steer=chosen.name,
         time_reduction=None if timing is None else timing.reduction,
         history=tuple(search.history),
+    )
+
+
+def _savings(pruned: PrunedModel, search: Search, timing: Timing | None) -> Savings:
+    """What the last evaluation of a search saved, for the report."""
+    best = search.history[-1]
+    return Savings(
+        setting=search.knob.name,
+        value=best.value,
+        samples=search.samples,
+        batches=len(search.calls),
+        dense_macs=search.dense,
+        macs=best.macs,
+        deviation=search.deviation(),
+        tokens=search.tokens.means(pruned),
+        dense_seconds=None if timing is None else timing.dense,
+        seconds=None if timing is None else timing.pruned,
     )
 
 

@@ -17,6 +17,7 @@ from madtp.calls.call import Inputs
 from madtp.config import follows_tokens
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_pruned
 from madtp.tuning.batches import calls_of, evaluating
 
 log = logging.getLogger("madtp")
@@ -37,9 +38,11 @@ def freeze(pruned: PrunedModel, batches: Iterable[Inputs]) -> dict[str, int]:
         The number of prunable tokens (class token and readouts not counted) that each site keeps from now on.
 
     Raises:
+        ArgumentError: ``pruned`` is no pruned model.
         ConfigError: pruning is off, or an option of the authors' code goes by slots, which fixed counts do not follow.
         ExampleInputsError: there are no batches, or they do not fit the model.
     """
+    check_pruned(pruned)
     control = pruned.madtp.control
     if not control.active:
         raise ConfigError("pruning is off (temperature 0), so there are no counts to freeze; set a temperature first.")

@@ -20,6 +20,7 @@ from madtp.calls.call import Call
 from madtp.errors import CalibrationError
 from madtp.pruned import PrunedModel
 from madtp.sites.additions import PREFIX
+from madtp.tuning.token_tally import TokenTally
 
 KnobName = Literal["gain", "temperature", "keep_ratio"]
 EVALUATIONS = 25
@@ -154,6 +155,7 @@ class Search:
         sizes: samples in each batch.
         samples: samples in all batches.
         dense: MACs per sample without pruning.
+        tokens: what the sites kept in the last evaluation.
         history: every evaluation, in order.
     """
 
@@ -165,6 +167,7 @@ class Search:
         self.dense = 0.0
         self._dense_by_batch: list[float] = []
         self._macs_by_batch: list[float] = []
+        self.tokens = TokenTally()
         self.history: list[Measurement] = []
 
     def run(self) -> Measurement:
@@ -238,7 +241,7 @@ class Search:
     def _measure(self, value: float) -> Measurement:
         """Run all batches at a value of the knob."""
         self.knob.write(self.pruned, value)
-        self._macs_by_batch = []
+        self._macs_by_batch, self.tokens = [], TokenTally()
         for number, (call, size) in enumerate(zip(self.calls, self.sizes, strict=True)):
             output = self.pruned(*call.args, **call.kwargs)
             if any(has_nan(x) for x in pytree.tree_leaves(output)):
@@ -247,6 +250,7 @@ class Search:
                     "the weights."
                 )
             self._macs_by_batch.append(size * self.pruned.madtp.macs())
+            self.tokens.add(self.pruned)
             if len(self._dense_by_batch) <= number:
                 self._dense_by_batch.append(size * dense_macs(self.pruned))
             self.progress.advance(self.task)

@@ -25,6 +25,7 @@ from madtp.errors import ConfigError, MadtpError
 from madtp.method.guidance import AlignmentTokens
 from madtp.method.importance import TINY, best_of, guidance_share
 from madtp.pruned import PrunedModel
+from madtp.pruned.arguments import check_pruned
 from madtp.sites.control import Observation
 from madtp.tokens.packing import in_slots
 from madtp.tuning.batches import calls_of, evaluating
@@ -106,10 +107,12 @@ def teach(
         How well guidance agrees with saliency before and after.
 
     Raises:
+        ArgumentError: ``pruned`` is no pruned model.
         ConfigError: a value is out of range, or the model has no alignment tokens.
         ExampleInputsError: there are no batches, or they do not fit the model.
         MadtpError: the objective does not depend on any prunable token.
     """
+    check_pruned(pruned)
     if steps < 1 or not learning_rate > 0:
         raise ConfigError(f"steps is {steps} and learning_rate {learning_rate}; both have to be positive.")
     alignment = pruned.madtp.control.alignment

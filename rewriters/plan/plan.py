@@ -7,6 +7,7 @@ edited and handed back. Later stages decide nothing: what is not in the plan doe
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,8 @@ class Plan:
         Raises:
             PlanError: A field is unknown or missing, or the version is another one.
         """
+        if not isinstance(values, Mapping):
+            raise PlanError(f"a plan is read from a dict, such as report.plan; this is a {type(values).__name__}.")
         if values.get("version") != PLAN_VERSION:
             raise PlanError(
                 f"the plan has version {values.get('version')!r}; this release reads version {PLAN_VERSION}."
@@ -200,7 +203,18 @@ class Plan:
         return dataclasses.replace(self, sites=tuple(s for s in self.sites if region.holds(s.name)), refusals=())
 
     def without(self, names: Sequence[str], refusals: Sequence[Refusal] = ()) -> Plan:
-        """The plan without the sites of some names, and with refusals in their place if there are any."""
+        """The plan without the sites of some names, and with refusals in their place if there are any.
+
+        Raises:
+            PlanError: ``names`` is one name, not several, or there is no such site.
+        """
+        if isinstance(names, str):
+            raise PlanError(f"names is {names!r}; pass several, such as [{names!r}].")
+        known = [site.name for site in self.sites]
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1) or known[:1]
+                raise PlanError(f"the plan has no site {name!r}; its sites have names such as {near}.")
         kept = tuple(s for s in self.sites if s.name not in names)
         return dataclasses.replace(self, sites=kept, refusals=(*self.refusals, *refusals))
 

@@ -8,5 +8,6 @@ A config file names one of the modules that have ``build`` and ``finish``, see :
   the paper's settings; ``data_loader.py`` opens its samples.
 - ``compression.py`` and ``compression_settings.py``: what both compressions share.
 - ``controls.py``: what compressed minis are compared with; ``token_merging.py`` has one of these.
+- ``catalogue.py`` finds config files by name, and lists them.
 - ``model_card.py`` tests trained weights and writes their card; ``warm_start.py`` takes start weights from another model.
 """

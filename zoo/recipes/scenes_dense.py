@@ -1,4 +1,4 @@
-"""Dense training of a mini model on scenes: ``madtp train --config zoo/recipes/blip_vqa_mini.toml``.
+"""Dense training of a mini model on scenes: ``madtp train --config blip_vqa_mini``.
 
 All tasks alike: ``objectives/scenes.py`` says what each learns. Vision tokens also predict what their patch shows
 (``objectives/auxiliary_heads.py``), which for the first ``patch_steps`` steps is the whole loss. The model may start from the

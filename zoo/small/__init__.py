@@ -16,23 +16,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from madtp.calls.call import normalise_call
 from madtp.errors import UnknownModelError
+from zoo.builders import build_own, find_builder, names_builder
+from zoo.registry import MODELS, create
 from zoo.small.catalogue import CATALOGUE
 from zoo.suggestions import did_you_mean
 
 # Modules that a process that builds many models should import once.
 PRELOAD = ("zoo.small.libraries",)
+ZOO = "zoo"
 _SEED = 0
 
 
 def names(patterns: Sequence[str] = ()) -> list[str]:
     """Return the names that match any of the shell-style ``patterns`` (all when there are none), in the catalogue's order.
 
-    A whole name that the catalogue lacks, such as ``hf:CLIPVisionModel``, comes last if its library is installed and has it.
+    A whole name that the catalogue lacks, such as ``hf:CLIPVisionModel``, comes last if its library is installed and has it. So
+    do ``zoo:NAME``, a model of the zoo, and ``module:function``, one of the user's own code (see :mod:`zoo.builders`).
 
     Raises:
         UnknownModelError: A pattern matches nothing; the message lists near names.
+        ConfigError: The module of a function cannot be imported.
     """
+    for pattern in patterns:
+        if names_builder(pattern):
+            find_builder(pattern)
     known = [f"{library}:{name}" for library, listed in CATALOGUE.items() for name in listed]
     known += dict.fromkeys(pattern for pattern in patterns if pattern not in known and _is_installed(pattern))
     for pattern in patterns:
@@ -43,8 +52,12 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
 
 
 def generating(listed: Sequence[str]) -> list[str]:
-    """Return those of the listed names whose models write text: that have a method ``generate``."""
-    return [name for name in listed if name.startswith("hf:") and _module_of("hf").generates(name.partition(":")[2])]
+    """Return those of the listed names whose models may write text: that have a method ``generate``, or are the user's own."""
+    return [
+        name
+        for name in listed
+        if names_builder(name) or (name.startswith("hf:") and _module_of("hf").generates(name.partition(":")[2]))
+    ]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -55,7 +68,7 @@ def _is_installed(name: str) -> bool:
     """Whether ``library:architecture`` names something that the installed library can build."""
     library, _, architecture = name.partition(":")
     if library not in CATALOGUE:
-        return False
+        return names_builder(name) or (library == ZOO and architecture in MODELS)
     try:
         return bool(_module_of(library).has(architecture))
     except ImportError:
@@ -81,11 +94,27 @@ def build_model(name: str) -> nn.Module:
     return model
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the small model of that name and example inputs for it."""
+def build(name: str) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Build the model of that name and example inputs for it. One of the user's own code, or of the zoo, is built as it is.
+
+    Raises:
+        UnknownModelError: There is no such model.
+        ConfigError: The function of a model of the user's own fails.
+    """
     from zoo.examples import example_inputs
 
-    model = build_model(name)
+    if names_builder(name):
+        torch.manual_seed(_SEED)
+        own, inputs = build_own(name)
+        if isinstance(inputs, tuple):
+            inputs = normalise_call(own, inputs, {}).kwargs
+        return own, example_inputs(own) if inputs is None else inputs
+    library, _, entry = name.partition(":")
+    if library == ZOO:
+        torch.manual_seed(_SEED)
+        model = create(entry)
+    else:
+        model = build_model(name)
     return model, example_inputs(model)
 
 

@@ -1,4 +1,4 @@
-"""Which task a model of the zoo is for: :func:`build_task`."""
+"""Which task a model of the zoo is for: :func:`build_task`. Models of others call :func:`register_task`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from madtp.errors import DataError, UnknownModelError
+from madtp.errors import ConfigError, DataError, UnknownModelError
 from madtp.evaluation.task import Task
 from zoo.datasets.questions import answer_list
 from zoo.datasets.records import DataSet
-from zoo.datasets.registry import describe_data
+from zoo.datasets.registry import TASKS, describe_data
 from zoo.tasks.answering import Answering
 from zoo.tasks.captioning import Captioning
 from zoo.tasks.conversing import Conversing
@@ -60,6 +60,24 @@ _TASKS: dict[str, tuple[str, Builder]] = {
     "llava_*": ("questions", lambda request: Conversing(request.data, request.device, request.model)),
 }
 """Task (one of :data:`zoo.datasets.registry.TASKS`) and its builder, by pattern of a model's name."""
+
+
+def register_task(models: str, task: str, builder: Builder) -> None:
+    """Say which task models are for, so that ``madtp eval`` takes them.
+
+    Args:
+        models: A name, or a shell-style pattern of names.
+        task: One of :data:`zoo.datasets.registry.TASKS`.
+        builder: Makes the task; ``lambda r: Reasoning(r.data, r.words, r.device)``, say.
+
+    Raises:
+        ConfigError: There is no such task, or the pattern has one already.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"{models!r} is for {task!r}; tasks are {', '.join(TASKS)}.")
+    if models in _TASKS:
+        raise ConfigError(f"The models {models!r} have a task already; choose another name.")
+    _TASKS[models] = (task, builder)
 
 
 def task_of(model: str) -> str:
@@ -108,4 +126,6 @@ def _find(model: str) -> tuple[str, Builder]:
     for pattern, entry in _TASKS.items():
         if fnmatchcase(model, pattern):
             return entry
-    raise UnknownModelError(f"{model!r} cannot be evaluated; models that can: {', '.join(_TASKS)}.")
+    raise UnknownModelError(
+        f"{model!r} cannot be evaluated; models that can: {', '.join(_TASKS)}. zoo.tasks.register_task adds one."
+    )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from madtp.cli.app import app
 
 runner = CliRunner()
-COMMANDS = ("demo", "inspect", "train", "compress", "convert", "eval", "models")
+COMMANDS = ("demo", "inspect", "show", "train", "compress", "convert", "eval", "recipes", "models")
 
 
 def test_help_lists_every_command() -> None:

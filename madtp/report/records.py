@@ -1,13 +1,17 @@
-"""The report of a rewrite: what was found, where tokens are pruned, which blocks are not and why.
+"""What a rewrite found, did and saves, as data.
 
-Start at :class:`RewriteReport`; ``str()`` of it is a table.
+Start at :class:`RewriteReport`; ``str()`` of it is text (``text.py``), and notebooks show it as a page (``page.py``).
 """
 
 from __future__ import annotations
 
-import io
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from madtp.errors import DataError
 
 if TYPE_CHECKING:
     import networkx
@@ -56,6 +60,67 @@ class SiteBalance:
     def worthwhile(self) -> bool:
         """Whether it saves at least what it costs."""
         return self.saving >= self.cost
+
+
+@dataclass(frozen=True)
+class SiteTokens:
+    """Tokens of a sample at a site, as means over the samples of a calibration.
+
+    Attributes:
+        site: Name of the site.
+        before: Tokens in front of the first site of the stream, padding included.
+        kept: Tokens behind this site, a merged one included.
+    """
+
+    site: str
+    before: float
+    kept: float
+
+    @property
+    def share(self) -> float:
+        """Fraction of the tokens that is left."""
+        return self.kept / self.before if self.before else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What pruning saves, measured on the batches of a calibration.
+
+    Attributes:
+        setting: Name of the setting that the calibration chose: ``"gain"``, ``"temperature"`` or ``"keep_ratio"``.
+        value: Its value.
+        samples: Number of samples.
+        batches: Number of batches that they came in.
+        dense_macs: Multiply-accumulates per sample without pruning.
+        macs: The same with pruning. What choosing tokens takes is counted.
+        deviation: Standard error of the fraction saved; None for too few batches.
+        tokens: Tokens kept at each site that ran, in the order of the sites.
+        dense_seconds: Time of all batches without pruning; None where time was not measured.
+        seconds: The same with pruning.
+    """
+
+    setting: str
+    value: float
+    samples: int
+    batches: int
+    dense_macs: float
+    macs: float
+    deviation: float | None
+    tokens: tuple[SiteTokens, ...]
+    dense_seconds: float | None = None
+    seconds: float | None = None
+
+    @property
+    def reduction(self) -> float:
+        """Fraction of the dense multiply-accumulates that is saved."""
+        return 1.0 - self.macs / self.dense_macs
+
+    @property
+    def time_reduction(self) -> float | None:
+        """Fraction of the dense time that is saved; None where time was not measured."""
+        if self.seconds is None or not self.dense_seconds:
+            return None
+        return 1.0 - self.seconds / self.dense_seconds
 
 
 @dataclass(frozen=True)
@@ -155,6 +220,9 @@ class RewriteReport:
         notes: Remarks, such as on later calls that run unpruned.
         unpruned: The calls that run unpruned, as data; each is a remark in ``notes``, too.
         balances: What each site costs and saves in time; empty until :func:`madtp.calibrate` has measured it.
+        parameters: Number of the original's own parameters.
+        added_parameters: Number of those that pruning adds, such as alignment tokens.
+        savings: What pruning saves on the batches of the last calibration; None before :func:`madtp.calibrate`.
         plan: The plan that was followed, in JSON types. ``madtp.Plan.from_dict(report.plan)`` makes one to edit, which
             ``madtp.rewrite(model, inputs, plan=...)`` follows.
     """
@@ -174,6 +242,9 @@ class RewriteReport:
     unpruned: list[UnprunedCalls] = field(default_factory=list)
     balances: list[SiteBalance] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    parameters: int = 0
+    added_parameters: int = 0
+    savings: Savings | None = None
 
     @property
     def apart(self) -> tuple[str, ...]:
@@ -181,46 +252,56 @@ class RewriteReport:
         return self.per_image_regions
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        from madtp.report.text import report_text
 
-        out = io.StringIO()
-        console = Console(file=out, width=140, no_color=True, highlight=False)
-        console.print(
-            f"{self.model}: {len(self.streams)} streams, {len(self.blocks)} attention sublayers, {len(self.sites)} sites, "
-            f"{len(self.refusals)} refusals ({self.capture} capture, {self.seconds:.1f} s)"
-        )
-        remarks = (
-            ("region", self.regions),
-            ("images apart", self.per_image_regions),
-            ("attention pooling", self.pooling),
-            ("note", self.notes),
-        )
-        for text in (f"{kind}: {one or self.model}" for kind, several in remarks for one in several):
-            console.print(text)
-        sites = Table(title="sites", title_justify="left")
-        for column in ("name", "modality", "block", "layer", "width", "tokens", "protected"):
-            sites.add_column(column)
-        balances = {balance.site: balance for balance in self.balances}
-        if balances:
-            cost, saving = (1000 * sum(getattr(one, side) for one in self.balances) for side in ("cost", "saving"))
-            console.print(
-                f"time of a batch of the calibration, by the clock: all sites cost {cost:.1f} ms and save {saving:.1f} ms"
-            )
-            sites.add_column("costs", justify="right")
-            sites.add_column("saves", justify="right")
-        for site in self.sites:
-            modality = " + ".join(site.segments) or site.modality
-            values = (site.name, modality, site.block_kind, site.layer, site.width, site.tokens)
-            balance = balances.get(site.name)
-            times = () if balance is None else (f"{1000 * balance.cost:.2f} ms", f"{1000 * balance.saving:.2f} ms")
-            sites.add_row(*map(str, values), ", ".join(map(str, site.protected)), *times)
-        console.print(sites)
-        if self.refusals:
-            refusals = Table(title="refusals", title_justify="left")
-            for column in ("block", "node", "reason", "what would help"):
-                refusals.add_column(column, overflow="fold")
-            for refusal in self.refusals:
-                refusals.add_row(refusal.block, refusal.node, refusal.reason, refusal.help)
-            console.print(refusals)
-        return out.getvalue().rstrip()
+        return report_text(self)
+
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it: HTML that loads nothing."""
+        from madtp.report.page import report_html
+
+        return report_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON types, without :attr:`network`; :meth:`from_dict` makes a report that prints the same."""
+        kept = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "network"}
+        values: dict[str, Any] = json.loads(json.dumps(kept, default=dataclasses.asdict))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RewriteReport:
+        """Make a report of what :meth:`to_dict` gave. Its :attr:`network` is None.
+
+        Raises:
+            DataError: ``values`` is something else.
+        """
+        try:
+            read = dict(values)
+            for name, kind in _LISTS.items():
+                read[name] = [kind(**_with_tuples(one)) for one in read[name]]
+            if read["savings"] is not None:
+                savings = _with_tuples(read["savings"])
+                savings["tokens"] = tuple(SiteTokens(**one) for one in savings["tokens"])
+                read["savings"] = Savings(**savings)
+            return cls(**_with_tuples(read, besides=("notes", "plan", *_LISTS)))
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"this is not a report ({type(error).__name__}: {error}); pass what report.to_dict() of this release returns."
+            ) from error
+
+
+_LISTS: Mapping[str, type] = {
+    "sites": SiteReport,
+    "refusals": RefusalReport,
+    "blocks": BlockReport,
+    "streams": StreamReport,
+    "unpruned": UnprunedCalls,
+    "balances": SiteBalance,
+}
+
+
+def _with_tuples(values: Mapping[str, Any], besides: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) and name not in besides else value
+        for name, value in values.items()
+    }
