@@ -15,6 +15,7 @@ _SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 
 settings.register_profile("dev", max_examples=15, **_SHARED)
 settings.register_profile("ci", max_examples=15, derandomize=True, print_blob=True, **_SHARED)
+settings.register_profile("brief", max_examples=5, derandomize=True, print_blob=True, **_SHARED)
 settings.register_profile("thorough", max_examples=200, print_blob=True, **_SHARED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
