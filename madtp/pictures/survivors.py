@@ -13,6 +13,7 @@ from torch import Tensor
 
 from madtp.calls.call import Call, Inputs
 from madtp.errors import DataError
+from madtp.files.images import read_upright
 from madtp.pictures.examples import Example, KeptPatches
 from madtp.pictures.figure import draw_figure
 from madtp.pruned import PrunedModel
@@ -102,23 +103,6 @@ def survivors(
         )
         for first in range(0, len(images), each)
     ]
-
-
-def read_image(path: str | Path) -> Image:
-    """Read an image as RGB.
-
-    Raises:
-        DataError: There is no such file, or it is no image.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} cannot be read as an image ({error}); give a picture such as a JPEG or PNG file."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -224,7 +208,7 @@ def _pixels(image: Picture, height: int, width: int) -> Tensor:
             )
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     elif isinstance(image, (str, Path)):
-        image = read_image(image)
+        image = read_upright(Path(image))
     elif not isinstance(image, Image.Image):
         raise DataError(f"an image is a {type(image).__name__}; pass a path, an image of PIL or uint8 [3, H, W].")
     small = image.width < width and image.height < height  # the pixels of small images are to be seen

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, features
 
 import zoo.datasets
+from madtp.files.images import read_image
 from zoo.datasets import CaptionedImage, DataSet, Question, answer_list
-from zoo.datasets.images import read_image
 from zoo.datasets.records import to_pixels
 from zoo.tasks.fingerprints import fingerprint_data
 from zoo.tasks.vocabulary import Words, words_for

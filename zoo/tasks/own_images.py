@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import madtp
 from madtp.errors import ConfigError, DataError, UnknownModelError
-from madtp.pictures.survivors import read_image
+from madtp.files.images import read_upright
 from madtp.pruned import PrunedModel
 from zoo.examples import example_inputs
 from zoo.registry import create, describe, list_models
@@ -75,7 +75,7 @@ def inputs_of_images(model: nn.Module, images: Sequence[str | Path]) -> dict[str
             "madtp.pictures.show(pruned, images, inputs) with those of your own."
         )
     transform = for_model(name)
-    pixels = torch.stack([transform(read_image(image)) for image in images])
+    pixels = torch.stack([transform(read_upright(Path(image))) for image in images])
     for argument, value in example_inputs(model, 1).items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 4:
             each = value[..., 0, 0, 0].numel()

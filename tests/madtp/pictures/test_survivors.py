@@ -73,8 +73,12 @@ def test_what_cannot_be_drawn_is_refused(pruned: madtp.PrunedModel, photos: list
         show(pruned, photos[:1], inputs)
     with pytest.raises(DataError, match="images is no list of images"):
         show(pruned, str(photos[0]), inputs)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"nowhere.png cannot be read as an image"):
+    with pytest.raises(DataError, match=r"there is no image nowhere.png"):
         show(pruned, ["nowhere.png", photos[1]], inputs)
+    script = photos[0].with_name("script.jpg")
+    Image.new("RGB", (8, 8)).save(script, "EPS")  # which Pillow hands to a program
+    with pytest.raises(DataError, match=r"script.jpg is damaged or not an image in one of the formats"):
+        show(pruned, [script, photos[1]], inputs)
     with pytest.raises(DataError, match=r"pass uint8 \[3, H, W\]"):
         show(pruned, [torch.zeros(3, 8, 8), photos[1]], inputs)
     with pytest.raises(DataError, match=r"no site in 'visual'.*blocks.0"):

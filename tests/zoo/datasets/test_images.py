@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin, features
 
 from madtp.errors import DataError
-from zoo.datasets.images import FORMATS, ImageFolder, _known_formats
+from madtp.files.images import FORMATS, _known_formats, read_image, read_upright
+from zoo.datasets.images import ImageFolder
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 WIDE = (RAMP * 65535).astype(np.uint16)
@@ -136,3 +137,12 @@ def test_formats_that_this_pillow_lacks_do_not_keep_others_from_opening(
     Image.new("RGB", (4, 4)).save(tmp_path / "dog.png")
     assert ImageFolder(tmp_path)("dog.png").size == (4, 4)
     _known_formats.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_to_look_at_are_turned_as_their_exif_data_say(tmp_path: Path, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new(mode, (12, 8)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (12, 8)
+    assert read_upright(tmp_path / "turned.jpg").size == (8, 12)
