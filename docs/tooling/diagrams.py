@@ -19,7 +19,7 @@ def pipeline() -> Drawing:
     """The stages of a rewrite below each other, between the model and the pruned model."""
     row, left, width = 46, 14, 150
     top = 66
-    drawing = Drawing(500, top + row * len(STAGES) + 70, "The stages of a rewrite")
+    drawing = Drawing(530, top + row * len(STAGES) + 70, "The stages of a rewrite")
     drawing.box(left, 10, width, 36, "your model", fill="image", bold=True)
     drawing.text(left + width + 16, 33, "any nn.Module, not changed", anchor="start")
     for number, (name, words) in enumerate(STAGES):
@@ -48,8 +48,8 @@ def guidance() -> Drawing:
     for y in (52, 124, 196):
         drawing.arrow((140, y), (220, 88 + (y - 52) / 2))
         drawing.arrow((420, y), (340, 88 + (y - 52) / 2))
-    drawing.text(180, 62, "G = q Eᵀ", size=12)
-    drawing.text(380, 62, "G = q Eᵀ", size=12)
+    drawing.text(180, 50, "G = q Eᵀ", size=12)
+    drawing.text(380, 50, "G = q Eᵀ", size=12)
     drawing.arrow((80, 220), (80, 262))
     drawing.arrow((480, 220), (480, 262))
     drawing.box(20, 262, 150, 30, "pooled by G", fill="image")

@@ -1,11 +1,11 @@
 """Draw the pictures of the documentation into ``docs/pictures``.
 
     python docs/tooling/draw.py               # all of them
-    python docs/tooling/draw.py speed graph   # some
+    python docs/tooling/draw.py speed packed  # some
 
 ``pipeline``, ``guidance``, ``packed`` and ``decision`` need no measurement. ``speed`` reads the tables of
-``docs/performance.md``. ``graph`` rewrites a small CLIP (transformers), and ``survivors`` runs models that ship.
-``demo`` draws two of the scenes that ``madtp demo`` draws, in a smaller file.
+``docs/performance.md``. ``graph_before`` and ``graph_after`` rewrite a small CLIP (transformers), ``survivors`` runs models that
+ship, and ``demo`` draws two of the scenes that ``madtp demo`` draws, in a smaller file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "packed": diagrams.packed,
     "decision": measured.decision,
     "speed": measured.speed,
-    "graph": measured.graph,
+    "graph_before": measured.graph_before,
+    "graph_after": measured.graph_after,
     "survivors": measured.survivors,
 }
 DEMO = "demo"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from charts import COLOURS, Axes, legend
 from svg import NOTE, Drawing
+
+if TYPE_CHECKING:
+    from madtp.report import RewriteReport
 
 DOCS = Path(__file__).parent.parent
 SCENES, SEED = 64, 0
@@ -49,8 +54,8 @@ def decision() -> Drawing:
     drawing.text(160, base - 46, "S  importance,", size=13, anchor="end", bold=True)
     drawing.text(160, base - 28, "their mean", size=13, anchor="end")
     for x, value, stays in zip(place, scores[0].tolist(), kept[0].tolist(), strict=True):
-        drawing.box(x, base - 560 * value, 22, 560 * value, fill="madtp" if stays else "dropped")
-    level = base - 560 * float(theta)
+        drawing.box(x, base - 260 * value, 22, 260 * value, fill="madtp" if stays else "dropped")
+    level = base - 260 * float(theta)
     drawing.line((166, level), (532, level), width=1.6, dashed=True)
     drawing.text(538, level + 4, "γ θ", size=13, anchor="start")
     drawing.text(160, 350, "survivors", size=13, anchor="end")
@@ -65,7 +70,7 @@ def decision() -> Drawing:
     return drawing
 
 
-def small_clip() -> tuple[object, dict[str, object]]:
+def small_clip() -> tuple[Any, dict[str, Any]]:
     """A CLIP of transformers with two layers a tower and random weights, and inputs."""
     import torch
     from transformers import CLIPConfig, CLIPModel
@@ -74,50 +79,70 @@ def small_clip() -> tuple[object, dict[str, object]]:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
         vision_config={**tower, "image_size": 32, "patch_size": 8},
-        text_config={**tower, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 2},
+        text_config={**tower, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 0},
         projection_dim=16,
     )
     images, ids = torch.randn(4, 3, 32, 32), torch.randint(3, 50, (4, 8))
     return CLIPModel(config).eval(), {"pixel_values": images, "input_ids": ids}
 
 
-def graph() -> Drawing:
-    """Streams and blocks of a small CLIP as the report of its rewrite names them, and the sites that were inserted."""
+@functools.cache
+def clip_report() -> RewriteReport:
+    """The report of the rewrite of the small CLIP."""
     import madtp
 
     model, inputs = small_clip()
-    report = madtp.rewrite(model, inputs).report  # type: ignore[arg-type]
+    report: RewriteReport = madtp.rewrite(model, inputs).report
+    return report
+
+
+def graph_before() -> Drawing:
+    """Streams and blocks of a small CLIP, as the report of its rewrite names them."""
+    return graph(clip_report(), "what is found", after=False)
+
+
+def graph_after() -> Drawing:
+    """The same with the sites that were inserted."""
+    return graph(clip_report(), "what is made of it", after=True)
+
+
+def graph(report: RewriteReport, title: str, *, after: bool) -> Drawing:
+    """Draw the streams of a model side by side, with their blocks below each other.
+
+    Args:
+        report: of a rewrite.
+        title: heading of the drawing.
+        after: whether the sites and the alignment tokens are drawn, too.
+    """
     streams = sorted(report.streams, key=lambda stream: stream.modality)
     depth = max(sum(block.stream == stream.index for block in report.blocks) for stream in streams)
-    row, top = 118, 78
-    drawing = Drawing(760, top + row * depth + 74, f"{report.model} before and after the rewrite")
-    for left, title in ((0, "what is found"), (360, "what is made of it")):
-        drawing.text(left + 180, 24, title, size=15, bold=True)
+    row, top, wide = 118, 78, 122
+    drawing = Drawing(330, top + row * depth + 74, f"{report.model}: {title}")
+    middle, below = drawing.width / 2, top + row * depth
+    drawing.text(middle, 24, title, size=15, bold=True)
     sites = {site.name for site in report.sites}
-    middle = 360 + 180.0
-    for left, after in ((0, False), (360, True)):
-        for column, stream in enumerate(streams):
-            x = left + 14 + column * 212
-            drawing.box(x, 40, 120, 26, f"{stream.modality}, width {stream.width}", fill=stream.modality, size=12)
-            y = float(top)
-            drawing.arrow((x + 60, 66), (x + 60, y))
-            for block in (block for block in report.blocks if block.stream == stream.index):
-                number = re.findall(r"\d+", block.path)[-1]
-                drawing.box(x, y, 120, 26, f"{block.kind}-attention {number}", fill=stream.modality, size=12)
-                drawing.arrow((x + 60, y + 26), (x + 60, y + 46))
-                if after and block.path in sites:
-                    drawing.box(x, y + 46, 120, 26, "prune and merge", fill="madtp", size=12)
-                    drawing.arrow((x + 60, y + 72), (x + 60, y + 82))
-                    side = x + 120 if x < middle else x
-                    drawing.line((side, y + 59), (middle, y + 59), (middle, top + row * depth - 4), dashed=True)
-                else:
-                    drawing.line((x + 60, y + 46), (x + 60, y + 82))
-                drawing.box(x, y + 82, 120, 26, f"feed-forward {number}", fill=stream.modality, size=12)
-                y += row
-                drawing.arrow((x + 60, y - 10), (x + 60, y))
-            drawing.box(x, y, 120, 26, "class token" if stream.modality == "image" else "end of text", size=12)
-    drawing.box(middle - 62, top + row * depth + 38, 124, 26, "alignment tokens", fill="madtp", size=12)
-    drawing.line((middle, top + row * depth - 4), (middle, top + row * depth + 38), dashed=True)
+    for column, stream in enumerate(streams):
+        x = 6 + column * (drawing.width - 12 - wide)
+        axis, y = x + wide / 2, float(top)
+        drawing.box(x, 40, wide, 26, f"{stream.modality}, width {stream.width}", fill=stream.modality, size=12)
+        drawing.arrow((axis, 66), (axis, y))
+        for block in (block for block in report.blocks if block.stream == stream.index):
+            number = re.findall(r"\d+", block.path)[-1]
+            drawing.box(x, y, wide, 26, f"{block.kind}-attention {number}", fill=stream.modality, size=12)
+            if after and block.path in sites:
+                drawing.arrow((axis, y + 26), (axis, y + 42))
+                drawing.box(x, y + 42, wide, 26, "prune and merge", fill="madtp", size=12)
+                drawing.arrow((axis, y + 68), (axis, y + 82))
+                drawing.line((x + wide if axis < middle else x, y + 55), (middle, y + 55), dashed=True)
+            else:
+                drawing.arrow((axis, y + 26), (axis, y + 82))
+            drawing.box(x, y + 82, wide, 26, f"feed-forward {number}", fill=stream.modality, size=12)
+            y += row
+            drawing.arrow((axis, y - 10), (axis, y))
+        drawing.box(x, y, wide, 26, "class token" if stream.modality == "image" else "end of text", size=12)
+    if after:
+        drawing.line((middle, top + 55), (middle, below + 40), dashed=True)
+        drawing.box(middle - 62, below + 40, 124, 26, "alignment tokens", fill="madtp", size=12)
     return drawing
 
 
@@ -212,7 +237,7 @@ def speed_points(page: str) -> dict[str, list[tuple[float, float]]]:
 def speed() -> Drawing:
     """Speed-up against the factor by which MACs fall, from the tables of ``docs/performance.md``."""
     points = speed_points((DOCS / "performance.md").read_text(encoding="utf-8"))
-    drawing = Drawing(560, 380, "Speed-up against the factor by which MACs fall")
+    drawing = Drawing(600, 380, "Speed-up against the factor by which MACs fall")
     axes = Axes(drawing, (64, 20, 320, 290), (1, 5.5), (1, 5.5))
     ticks = [(value, f"{value}×") for value in range(1, 6)]
     axes.frame(ticks, ticks)
