@@ -4,8 +4,8 @@
     python docs/tooling/draw.py speed packed  # some
 
 ``pipeline``, ``guidance``, ``packed`` and ``decision`` need no measurement. ``speed`` reads the tables of
-``docs/performance.md``. ``graph_before`` and ``graph_after`` rewrite a small CLIP (transformers), ``survivors`` runs models that
-ship, and ``demo`` draws two of the scenes that ``madtp demo`` draws, in a smaller file.
+``docs/performance.md``. ``graph_before`` and ``graph_after`` rewrite a small CLIP (transformers), ``survivors`` runs
+models that ship, and ``demo`` draws two of the scenes that ``madtp demo`` draws, in a smaller file.
 """
 
 from __future__ import annotations
