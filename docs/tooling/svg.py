@@ -24,6 +24,11 @@ FILLS = {
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
+def px(value: float) -> str:
+    """A number of pixels with one decimal at most, so that drawings do not differ by rounding."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
 @dataclass
 class Drawing:
     """A drawing of a fixed size, in pixels.
@@ -57,7 +62,7 @@ class Drawing:
         """
         radius = min(6.0, height / 4)
         self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" fill="{FILLS[fill]}" '
+            f'<rect x="{px(x)}" y="{px(y)}" width="{px(width)}" height="{px(height)}" rx="{px(radius)}" fill="{FILLS[fill]}" '
             f'stroke="{NOTE}" stroke-width="0.8"/>'
         )
         lines = text.split("\n") if text else []
@@ -72,7 +77,7 @@ class Drawing:
         """Write a line of text with its base line at ``y``; ``anchor`` is "start", "middle" or "end"."""
         weight = ' font-weight="600"' if bold else ""
         self.parts.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}" fill="{colour}"{weight}>'
+            f'<text x="{px(x)}" y="{px(y)}" font-size="{px(size)}" text-anchor="{anchor}" fill="{colour}"{weight}>'
             f"{escape(text)}</text>"
         )
 
@@ -87,30 +92,30 @@ class Drawing:
     def _line(
         self, points: tuple[tuple[float, float], ...], more: str, *, colour: str = NOTE, width: float = 1.4
     ) -> None:
-        path = " ".join(f"{x:g},{y:g}" for x, y in points)
-        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width:g}"{more}/>')
+        path = " ".join(f"{px(x)},{px(y)}" for x, y in points)
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{px(width)}"{more}/>')
 
     def band(self, points: list[tuple[float, float]], *, colour: str) -> None:
         """Fill the area inside points with a translucent colour."""
-        path = " ".join(f"{x:g},{y:g}" for x, y in points)
+        path = " ".join(f"{px(x)},{px(y)}" for x, y in points)
         self.parts.append(f'<polygon points="{path}" fill="{colour}" fill-opacity="0.22"/>')
 
     def dot(self, x: float, y: float, *, colour: str, radius: float = 4.5) -> None:
         """Draw a filled circle."""
-        self.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{colour}"/>')
+        self.parts.append(f'<circle cx="{px(x)}" cy="{px(y)}" r="{px(radius)}" fill="{colour}"/>')
 
     def frame(self, x: float, y: float, width: float, height: float) -> None:
         """Draw an empty dashed frame around a group."""
         self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8" fill="none" stroke="{NOTE}" '
+            f'<rect x="{px(x)}" y="{px(y)}" width="{px(width)}" height="{px(height)}" rx="8" fill="none" stroke="{NOTE}" '
             'stroke-width="1" stroke-dasharray="5 4"/>'
         )
 
     def write(self, path: Path) -> Path:
         """Write the drawing, and return the path."""
         head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}" '
-            f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" font-family="{FONT}">\n<title>{escape(self.title)}'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{px(self.width)}" height="{px(self.height)}" '
+            f'viewBox="0 0 {px(self.width)} {px(self.height)}" role="img" font-family="{FONT}">\n<title>{escape(self.title)}'
             '</title>\n<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
             f'orient="auto-start-reverse"><path d="M0 1 L10 5 L0 9 z" fill="{NOTE}"/></marker></defs>\n'
         )
