@@ -51,7 +51,7 @@ def test_the_readme_runs_as_printed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert "torch.Size([8, 8])" in done.stdout
+    assert "torch.Size([4, 4])" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore")
