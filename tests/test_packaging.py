@@ -50,6 +50,12 @@ def test_tox_checks_with_the_versions_of_the_development_environment(tool: str, 
     assert pins == [tox[f"testenv:{environment}"]["deps"]]
 
 
+def test_tox_builds_the_site_with_what_the_extra_installs() -> None:
+    tox = ConfigParser()
+    tox.read(ROOT / "tox.ini")
+    assert tox["testenv:docs"]["deps"].split() == PROJECT["project"]["optional-dependencies"]["docs"]
+
+
 def test_every_supported_python_is_declared() -> None:
     declared = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if ":: 3." in line]
     assert declared == ["3.10", "3.11", "3.12", "3.13", "3.14"]
@@ -98,6 +104,6 @@ def test_all_that_is_imported_is_declared() -> None:
 def test_every_dependency_has_its_licence_in_the_documentation() -> None:
     page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8").lower()
     tools = PROJECT["project"]["optional-dependencies"]
-    left_out = {plain(one) for name in ("dev", "test") for one in tools[name]} - {"tensorboard"}
+    left_out = {plain(one) for name in ("dev", "docs", "test") for one in tools[name]} - {"tensorboard"}
     missing = {name for name in declared() - left_out if not re.search(rf"\b{re.sub('-', '[-_]', name)}\b", page)}
     assert not missing

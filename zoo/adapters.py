@@ -52,7 +52,15 @@ ADAPTERS: Registry[Adapter] = Registry(
 def register_adapter(
     key: str, example_inputs: ExampleInputs, *, protect: Mapping[str, tuple[int, ...]] | None = None
 ) -> Adapter:
-    """Teach the zoo a family of models; see :class:`Adapter` for the arguments.
+    """Teach the zoo a family of models.
+
+    Args:
+        key: The qualified name of a class, which serves its subclasses too, or of a module or package.
+        example_inputs: Makes a small valid batch, as keyword arguments, from a model, a batch size and a generator.
+        protect: Positions that are never pruned although the graph does not show why, by modality: ``{"text": (0,)}``.
+
+    Returns:
+        The adapter, as it is registered.
 
     Raises:
         ConfigError: The key is taken or malformed.

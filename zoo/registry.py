@@ -86,7 +86,18 @@ def register(
 ) -> Callable[[Builder], Builder]:
     """Put a model into the zoo: decorate its builder, or call the result with it.
 
-    See :class:`ModelEntry` for the arguments; None as ``shipped`` means what ``zoo/weights`` holds under the name.
+    Args:
+        name: Lower-case words and digits joined by ``_``.
+        description: A line for people.
+        input_size: Channels, height and width of one image.
+        mean: What is subtracted from channels scaled to [0, 1].
+        std: What they are then divided by.
+        licence: Of the weights.
+        paper: A link.
+        shipped: The weights that lie in the package; None takes what ``zoo/weights`` holds under the name.
+
+    Returns:
+        A decorator that registers a builder and returns it.
 
     Raises:
         ConfigError: The name is taken or malformed, or the description is empty.
@@ -128,6 +139,10 @@ def checkpoint_path(entry: ModelEntry, checkpoint: str | Path) -> Path:
     """Return the file or folder behind the name of a shipped checkpoint, or behind a path.
 
     Dense weights are a file; a pruned model is a folder that :func:`madtp.save` wrote.
+
+    Args:
+        entry: Of the model, from :func:`describe`.
+        checkpoint: The name of a shipped checkpoint, or a path.
 
     Raises:
         CheckpointError: It is neither a shipped name nor a file or such a folder, or a shipped file is damaged.

@@ -18,6 +18,8 @@ from madtp.errors import DataError
 from madtp.files.json_text import read_description
 
 Clock: TypeAlias = Literal["wall", "cpu"]
+"""Which seconds count: those on the wall, or processor time of this process."""
+
 Mode: TypeAlias = Literal["inference", "training"]
 
 FORMAT = 1

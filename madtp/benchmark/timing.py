@@ -151,7 +151,15 @@ def _without_number(call: Callable[[], object], number: int) -> object:
 
 
 def median_seconds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median wall-clock seconds of calls that take turns, after one round to warm up."""
+    """Return the median wall-clock seconds of calls that take turns, after one round to warm up.
+
+    Args:
+        calls: What is timed, by name.
+        rounds: Number of rounds that count; each calls all of them once.
+
+    Returns:
+        Seconds of one call, by name.
+    """
     runs = [Run(name, partial(_without_number, call)) for name, call in calls.items()]
     timed = [r.taken for r in time_interleaved(runs, 1, Limits(rounds)) if not r.warm_up]
     return {name: statistics.median(taken[name].wall for taken in timed) for name in calls}

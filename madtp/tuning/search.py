@@ -47,12 +47,12 @@ class Measurement:
 
 
 def mac_reduction(pruned: PrunedModel) -> float:
-    """Fraction of the dense MACs that the last forward saved; negative if pruning cost more than it saved."""
+    """Return the fraction of the dense MACs that the last forward of ``pruned`` saved; negative if pruning cost more."""
     return 1.0 - pruned.madtp.macs() / dense_macs(pruned)
 
 
 def dense_macs(pruned: PrunedModel) -> float:
-    """MACs per sample that the last forward would have taken without pruning. Nothing is run."""
+    """Return the MACs per sample that the last forward of ``pruned`` would have taken without pruning. Nothing is run."""
     return float(sum(pruned.madtp.macs_by_module("all").values()))
 
 

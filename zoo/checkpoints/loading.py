@@ -97,6 +97,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write the weights of a model to a new ``.safetensors`` file, tied ones once, as :func:`load_checkpoint` takes them.
 
+    Args:
+        model: Any module.
+        path: Of the new file.
+
     Raises:
         CheckpointError: The file exists, or cannot be written.
     """

@@ -60,6 +60,9 @@ def open_visual_genome(request: Request) -> tuple[list[Any], ImageSource]:
 def answer_list(path: str | Path) -> tuple[str, ...]:
     """Read the answers that a model chooses from: a JSON list of texts, such as BLIP's ``answer_list.json``.
 
+    Args:
+        path: Of the file.
+
     Raises:
         DataError: The file is missing or something else.
     """

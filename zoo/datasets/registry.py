@@ -78,6 +78,9 @@ DATA: Registry[DataEntry] = Registry(
 def register_data(entry: DataEntry) -> None:
     """Put a data set into the zoo.
 
+    Args:
+        entry: Its name, tasks, splits, and the function that reads it.
+
     Raises:
         ConfigError: The name is taken or malformed, or a task is not known.
     """

@@ -11,6 +11,10 @@ from madtp.errors import DataError
 def accuracy(answers: Sequence[object], truths: Sequence[object]) -> float:
     """Return the fraction of answers that equal the truth.
 
+    Args:
+        answers: One for each sample, of any type that compares.
+        truths: As many.
+
     Raises:
         DataError: There are no answers, or there is not one for each truth.
     """
@@ -20,7 +24,13 @@ def accuracy(answers: Sequence[object], truths: Sequence[object]) -> float:
 
 
 def accuracy_by_kind(answers: Sequence[object], truths: Sequence[object], kinds: Sequence[str]) -> dict[str, float]:
-    """Return the :func:`accuracy` of each kind of question, by its name in alphabetical order."""
+    """Return the :func:`accuracy` of each kind of question, by its name in alphabetical order.
+
+    Args:
+        answers: One for each sample.
+        truths: As many.
+        kinds: The kind of each sample, as many.
+    """
     groups: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, truth, kind in zip(answers, truths, kinds, strict=True):
         groups[kind].append(bool(answer == truth))

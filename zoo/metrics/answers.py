@@ -43,7 +43,7 @@ _MENDED = {
 
 
 def normalise_answer(text: str) -> str:
-    """Return an answer without marks, articles and capitals, with numbers up to ten in digits."""
+    """Return the text of an answer without marks, articles and capitals, with numbers up to ten in digits."""
     words = [_NUMBERS.get(word, word) for word in _without_marks(text).lower().split()]
     return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -53,6 +53,10 @@ def answer_score(answer: str, given: Sequence[str]) -> float:
 
     For each of these people, the answer scores a third for every other one who gave it, up to 1; the result is the mean. Where
     all people agree, answers are compared without normalisation, as in the official evaluation.
+
+    Args:
+        answer: Of the model.
+        given: The answers of all people who were asked.
 
     Raises:
         DataError: Nobody answered.
@@ -70,6 +74,10 @@ def answer_score(answer: str, given: Sequence[str]) -> float:
 
 def vqa_accuracy(answers: Sequence[str], given: Sequence[Sequence[str]]) -> float:
     """Return the mean :func:`answer_score`, 0 to 1.
+
+    Args:
+        answers: One for each question.
+        given: For each question, the answers of all people who were asked.
 
     Raises:
         DataError: There are no answers, or not one for each question, or a question that nobody answered.

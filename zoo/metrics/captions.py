@@ -44,6 +44,13 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
     BLEU-n = min(1, exp(1 - r / c)) (p_1 ... p_n)^(1/n). The clipped precisions p_n are over all captions. The brevity penalty
     compares their total length c with r, the sum of the reference lengths that are closest (the shorter of two).
+
+    Args:
+        candidates: The tokens of one caption for each image.
+        references: For each image, the tokens of the captions that people wrote.
+
+    Raises:
+        DataError: See :func:`cider`.
     """
     _check(candidates, references)
     right, possible = [0] * ORDERS, [0] * ORDERS
@@ -72,6 +79,10 @@ def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     n-grams are weighted by how few images have them in a reference (tf-idf). A caption scores the cosine to each reference,
     with weights clipped to the reference's, times exp(-(difference of lengths)^2 / 72), averaged over references and orders.
     Lengths are counted in pairs of words, as in COCO's code.
+
+    Args:
+        candidates: The tokens of one caption for each image.
+        references: For each image, the tokens of the captions that people wrote.
 
     Raises:
         DataError: There are no captions, not one for each image, or an image without references.

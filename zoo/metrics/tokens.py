@@ -22,7 +22,7 @@ _MARK = re.compile(r"\.{2,}|-+|[;!?\"`,:.]|'+")
 
 
 def caption_tokens(text: str) -> list[str]:
-    """Return the tokens of a caption in lower case, without punctuation marks."""
+    """Return the tokens of the text of a caption, in lower case, without punctuation marks."""
     lowered = text.translate(_TYPOGRAPHIC).lower()
     for bracket, name in _BRACKETS.items():
         lowered = lowered.replace(bracket, f" {name} ")

@@ -130,7 +130,15 @@ class SceneDataset(Dataset[Item]):
 
 
 def resize(images: Tensor, image_size: int) -> Tensor:
-    """Resample pictures, uint8 ``[..., 3, H, W]``, to a square size with anti-aliasing; the same size changes nothing."""
+    """Resample pictures to a square size with anti-aliasing; the same size changes nothing.
+
+    Args:
+        images: uint8 ``[..., 3, H, W]``.
+        image_size: Height and width of the result, in pixels.
+
+    Returns:
+        uint8 ``[..., 3, image_size, image_size]``.
+    """
     if images.shape[-1] == image_size:
         return images
     flat = images.flatten(0, -4).float()
@@ -139,7 +147,7 @@ def resize(images: Tensor, image_size: int) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Return uint8 pictures as the floats that the models take, -1 to 1."""
+    """Return uint8 images ``[..., 3, H, W]`` as the floats that the models take, -1 to 1, in the same shape."""
     return (images.float() / 255 - MEAN) / STD
 
 

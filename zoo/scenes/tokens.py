@@ -36,6 +36,7 @@ VOCABULARY: tuple[str, ...] = (
     *sorted({*COLOURS, *SHAPES, *SIZES, ANY_SHAPE, *PLURALS.values(), *_FRAME_WORDS}),
     *_MORE_WORDS,
 )
+"""All words of scenes, by their ids."""
 
 
 @lru_cache(maxsize=1)

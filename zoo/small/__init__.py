@@ -126,7 +126,12 @@ def further_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Map
 
 
 def enliven(model: nn.Module, seed: int = _SEED) -> None:
-    """Draw weights anew: an initialisation with tables of 0.02 and scales of zero makes all tokens alike and hides errors."""
+    """Draw weights anew: an initialisation with tables of 0.02 and scales of zero makes all tokens alike and hides errors.
+
+    Args:
+        model: Changed in place.
+        seed: Of the weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
