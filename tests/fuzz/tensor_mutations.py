@@ -130,7 +130,8 @@ class SetValueOf:
         def new(value: Tensor) -> Tensor:
             value = value.double() if self.wide else value.clone()
             if value.is_floating_point() and value.numel():
-                value.flatten()[0] = NUMBERS[self.number % len(NUMBERS)]
+                number = torch.tensor(NUMBERS[self.number % len(NUMBERS)], dtype=torch.float64)
+                value.flatten()[0] = number.to(value.dtype)
             return value
 
         return _replaced(content, self.place, new)

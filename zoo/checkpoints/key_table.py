@@ -112,7 +112,8 @@ def _assemble(name: str, taken: Mapping[int, tuple[str, Tensor]], row: Row | Non
             f"make {name} together."
         )
     values = [taken[place][1] for place in range(len(row.sources))]
-    if len({(value.shape[1:], value.dtype) for value in values}) > 1 or (len(values) > 1 and not values[0].dim()):
+    sizes = {(value.shape[1:], value.dtype) for value in values}
+    if len(sizes) > 1 or (len(values) > 1 and not all(value.dim() for value in values)):
         raise CheckpointError(f"the parts of {name} ({', '.join(row.sources)}) differ in their sizes or types.")
     value = values[0] if len(values) == 1 else torch.cat(values)
     return value.T if row.transpose and value.dim() == 2 else value

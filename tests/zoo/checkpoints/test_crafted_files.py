@@ -329,8 +329,9 @@ def test_parts_that_cannot_be_joined_are_named() -> None:
     for other in (torch.ones(2, 4), torch.ones(2), torch.ones(2, 3).half(), torch.tensor(1.0)):
         with pytest.raises(CheckpointError, match=r"the parts of qk \(q, k\) differ in their sizes or types"):
             translate({"q": torch.ones(2, 3), "k": other}, table)
-    with pytest.raises(CheckpointError, match="differ in their sizes or types"):
-        translate({"q": torch.tensor(1.0), "k": torch.tensor(1.0)}, table)
+    for first, second in (((), ()), ((3,), ()), ((), (3,))):
+        with pytest.raises(CheckpointError, match="differ in their sizes or types"):
+            translate({"q": torch.ones(first), "k": torch.ones(second)}, table)
 
 
 @pytest.mark.parametrize(
