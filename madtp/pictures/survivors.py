@@ -73,7 +73,22 @@ def show(
 def survivors(
     pruned: PrunedModel | Mapping[str, PrunedModel], images: Sequence[Picture], inputs: Inputs, *, tower: str = ""
 ) -> list[Example]:
-    """Return what :func:`show` draws, an example for each sample; see there for arguments and errors."""
+    """Return what :func:`show` draws.
+
+    Args:
+        pruned: The model, or several by name.
+        images: The images as the model sees all of them; those of a sample follow each other.
+        inputs: What the model is called with for these images.
+        tower: Path of the module whose sites are told. Empty tells all sites of image towers.
+
+    Returns:
+        An example for each sample: its images, and which patches survive each site.
+
+    Raises:
+        ArgumentError: ``pruned`` is no pruned model.
+        DataError: An image cannot be read, there are more or fewer than the call has, or no image tower is pruned.
+        ExampleInputsError: The inputs do not fit the model.
+    """
     if not isinstance(pruned, Mapping):
         check_pruned(pruned)
         pruned = {"pruned": pruned}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -50,10 +51,14 @@ exit code is 1 if there are any.
 """
 
 
+WIDTH = 120
+"""Columns of what is printed into a file."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _parser().parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     runner = Runner(options.output, Limits(options.seconds, options.mebibytes << 20))
     known = runner.list_readers()
     unknown = sorted(set(options.reader or ()) - set(known))
