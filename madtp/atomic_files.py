@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 def publish(draft: Path, path: Path) -> None:
     """Flush the file ``draft`` to the disk and rename it to ``path``, in place of a file that is there."""
+    _open_to_others(draft)
     _flush(draft)
     os.replace(draft, path)
     _flush_folder(path.parent)
@@ -125,8 +127,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     with write_failures(path), draft_of(path) as draft:
         draft.mkdir()
         yield draft
-        for file in draft.rglob("*"):
-            _flush_folder(file) if file.is_dir() else _flush(file)
+        for file in list(draft.rglob("*")):
+            if file.is_dir():
+                _flush_folder(file)
+            else:
+                _open_to_others(file)
+                _flush(file)
         _flush_folder(draft)
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
@@ -257,6 +263,15 @@ def _create_folder(folder: Path) -> list[Path]:
         _remove_empty(missing)
         raise
     return missing
+
+
+def _open_to_others(file: Path) -> None:
+    """Give a file the rights of any new one here: safetensors makes its files private to their owner."""
+    if os.name != "posix" or file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return
+    with draft_of(file) as other:
+        other.touch()
+        file.chmod(stat.S_IMODE(other.stat().st_mode))
 
 
 def _flush(file: Path) -> None:

@@ -62,6 +62,22 @@ def test_a_file_has_the_permissions_that_any_new_file_has(tmp_path: Path) -> Non
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_file_that_a_library_made_private_has_the_permissions_of_any_other(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing_file(tmp_path / "a.txt") as draft:
+            draft.touch(0o600)
+        with replacing_folder(tmp_path / "folder") as draft:
+            (draft / "b.txt").touch(0o600)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "a.txt", tmp_path / "folder" / "b.txt"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+        assert os.listdir(path.parent) in (["b.txt"], ["a.txt", "folder"], ["folder", "a.txt"])
+
+
 def test_a_file_is_not_there_before_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     with replacing_file(target) as draft:
