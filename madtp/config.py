@@ -32,6 +32,8 @@ Selection = Literal[
 ]
 RULES = ("class_token_attention", "last_token_attention", "diversity", "conditional_diversity")
 """Selections of methods that need no training. They keep a share of the tokens, ``keep_ratio``."""
+REGISTERED: set[str] = set()
+"""Names of further rules, those of scorers that :func:`madtp.method.parts.register_scorer` has added."""
 QueryProjection = Literal["differing", "always"]
 Positions = tuple[tuple[str, tuple[int, ...]], ...]
 Layers = tuple[tuple[str, tuple[int, ...]], ...]
@@ -94,7 +96,7 @@ class PruningConfig:
             ``"class_token_attention"`` (VisionZip) those that the class token attends to, heads counting alike,
             ``"diversity"`` (DivPrune) those that are far from each other, ``"conditional_diversity"`` (CDPruner) those that
             differ and are relevant to the text beside them. Combine them with ``layers``; the diversity rules leave all
-            attention fused.
+            attention fused. :func:`madtp.method.parts.register_scorer` adds rules of your own.
         keep_ratio: fraction of a site's tokens that a control or a rule keeps, above 0 and at most 1, the same at every site.
             None, the default, takes the method's count.
         seed: of the alignment tokens' initial values and of random selection. Default 0.
@@ -132,7 +134,7 @@ class PruningConfig:
     straight_through: bool = False
     strict: bool = False
     max_programs: int = 16
-    selection: Selection = "threshold"
+    selection: Selection | str = "threshold"
     keep_ratio: float | None = None
     seed: int = 0
 
@@ -165,13 +167,14 @@ class PruningConfig:
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 1, high)
         if self.merge is None:
-            object.__setattr__(self, "merge", self.selection not in RULES)
+            object.__setattr__(self, "merge", not _is_rule(self.selection))
         for name in ("alignment", "merge", "straight_through", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
+                more = "; register_scorer of madtp.method.parts adds more" if name == "selection" else ""
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}{more}")
         if self.score_queries is not None and self.readout == "original":
             raise ConfigError(
                 "score_queries samples the queries that score tokens, but readout='original' may read the row of a token that "
@@ -185,7 +188,7 @@ class PruningConfig:
 
     def _check_selection(self) -> None:
         if self.keep_ratio is None:
-            if self.selection in RULES:
+            if _is_rule(self.selection):
                 raise ConfigError(
                     f"selection={self.selection!r} keeps a share of the tokens; give keep_ratio, such as keep_ratio=0.11"
                 )
@@ -294,7 +297,12 @@ def follows_tokens(config: PruningConfig) -> bool:
 
 def _choices() -> dict[str, tuple[str, ...]]:
     hints = typing.get_type_hints(PruningConfig)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    fixed = {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    return {**fixed, "selection": (*typing.get_args(Selection), *sorted(REGISTERED))}
+
+
+def _is_rule(selection: str) -> bool:
+    return selection in (*RULES, *REGISTERED)
 
 
 def _number(name: str, value: object, *, low: float) -> float:

@@ -32,6 +32,7 @@ class CostTerm:
         sizes: Symbolic sizes, and names of sizes that :meth:`CostTable.bind` gives a value.
         axes: Counts along the token axes; empty if the operation runs along none (then the batch is among ``sizes``).
         only_active: Whether it counts only while pruning is on.
+        guidance: Whether it belongs to the comparison of tokens with the alignment tokens.
     """
 
     path: str
@@ -39,6 +40,7 @@ class CostTerm:
     sizes: tuple[Size | str, ...] = ()
     axes: tuple[TokenCount, ...] = ()
     only_active: bool = False
+    guidance: bool = False
 
 
 class InputSize(NamedTuple):
@@ -91,6 +93,8 @@ class CostTable:
         counts: Mapping[str, Tensor],
         active: bool,
         states: Mapping[str, TokenState] | None = None,
+        *,
+        guided: bool = True,
     ) -> dict[str, float]:
         """MACs per sample by module path.
 
@@ -99,13 +103,14 @@ class CostTable:
             counts: Tokens ``[entries]`` after each site; a site left out keeps everything.
             active: Whether pruning is on (its own cost counts).
             states: Token states after each site, where they are known; they tell which tokens a range holds.
+            guided: Whether sites that prune compare their tokens with the alignment tokens.
         """
         bound = self._bound(leaves)
         batch = batch_size(leaves)
         tokens = TokenCounts(streams=self.streams, kept=counts, states=states or {}, bound=bound)
         total: dict[str, float] = {}
         for term in self.terms:
-            if term.only_active and not active:
+            if (term.only_active and not active) or (term.guidance and not guided):
                 continue
             amount = term.constant
             for size in term.sizes:

@@ -15,7 +15,7 @@ OUTSIDE = "(outside the regions)"
 Tokens = Literal["kept", "all", "none"]
 
 
-def macs_by_module(record: ForwardRecord, tokens: Tokens, *, pruning: bool) -> dict[str, float]:
+def macs_by_module(record: ForwardRecord, tokens: Tokens, *, pruning: bool, guided: bool) -> dict[str, float]:
     """Multiply-accumulates per sample of the last forward, by module path.
 
     Args:
@@ -23,16 +23,17 @@ def macs_by_module(record: ForwardRecord, tokens: Tokens, *, pruning: bool) -> d
         tokens: which tokens to price: those that were ``"kept"``, ``"all"`` as without pruning, or ``"none"`` of those that
             may be pruned.
         pruning: whether sites prune.
+        guided: whether they compare their tokens with the alignment tokens.
     """
     total: dict[str, float] = {} if record.outside_macs is None else {OUTSIDE: record.outside_macs}
     for run in record.runs:
         share = run.share(record.batch)
-        for path, amount in _price(run, tokens, pruning=pruning).items():
+        for path, amount in _price(run, tokens, pruning=pruning, guided=guided).items():
             total[path] = total.get(path, 0.0) + amount * share
     return total
 
 
-def _price(run: Run, tokens: Tokens, *, pruning: bool) -> dict[str, float]:
+def _price(run: Run, tokens: Tokens, *, pruning: bool, guided: bool) -> dict[str, float]:
     counts = {name: state.counts for name, state in run.states.items()}
     known: Mapping[str, TokenState] = {}
     if tokens == "kept":
@@ -41,4 +42,4 @@ def _price(run: Run, tokens: Tokens, *, pruning: bool) -> dict[str, float]:
         counts = {}
     else:
         counts = {name: torch.zeros_like(count) for name, count in counts.items()}
-    return run.program.cost.price(run.inputs, counts, pruning and tokens == "kept", known)
+    return run.program.cost.price(run.inputs, counts, pruning and tokens == "kept", known, guided=guided)

@@ -250,7 +250,7 @@ class PruningHandle(Additions):
             tokens: which tokens to count: those that were ``"kept"``, ``"all"`` as without pruning, or ``"none"`` of those
                 that may be pruned.
         """
-        return macs_by_module(self._record(), tokens, pruning=self.control.active)
+        return macs_by_module(self._record(), tokens, pruning=self.control.active, guided=self.control.guided)
 
     def code(self) -> str:
         """The rewritten forward of the last call as Python source; where regions are rewritten, of one after the other."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.compiling import is_compiling
-from madtp.config import PruningConfig
 from madtp.programs.host_forward import HostForward
 from madtp.programs.host_methods import as_one_call
 from madtp.programs.notes import noting_unpruned_blocks
@@ -22,7 +21,7 @@ from madtp.programs.replaced_forward import HOST_CLASS
 from madtp.programs.whole_forward import WholeForward
 from madtp.pruned.model import PrunedModel
 
-SETTINGS = ("temperature", "gain", "gradient_checkpointing", "config")
+SETTINGS = ("temperature", "gain", "gradient_checkpointing")
 """Short forms that can be set."""
 SHORT_FORMS = (
     *SETTINGS,
@@ -39,7 +38,10 @@ SHORT_FORMS = (
     "cache_bytes",
     "token_counts",
 )
-"""Names of the handle that a pruned model has itself, where the host has no such name."""
+"""Names of the handle that a pruned model has itself, where the host has no such name.
+
+``config`` is none: other libraries take a model's ``config`` for one of theirs, and write to it.
+"""
 
 
 def pruned_class(host: nn.Module) -> type[PrunedModel]:
@@ -169,7 +171,7 @@ def _short_form(name: str) -> property:
     def write(self: PrunedModel, value: Any) -> None:
         # What the host's own code sets while it runs is the host's.
         settable = name in SETTINGS and name not in self.__dict__ and not self.madtp.control.scope.calls
-        if settable and (name != "config" or isinstance(value, PruningConfig)):
+        if settable:
             setattr(self.madtp, name, value)
         else:
             self.__dict__[name] = value

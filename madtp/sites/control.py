@@ -168,6 +168,11 @@ class PruningControl:
         """The scorer, selector and reducer of the configuration."""
         return parts_of(self.config)
 
+    @property
+    def guided(self) -> bool:
+        """Whether sites compare their tokens with the alignment tokens; parts that do not need that leave it out."""
+        return self.alignment is not None and self.config.alignment and self.parts.needs.guidance
+
     def counts_are_fixed(self) -> bool:
         """Whether sites keep counts that were fixed beforehand (:func:`madtp.freeze`)."""
         return self.config.batching == "static" and self.forced is None and bool(self.static_counts)

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.calls.compiling import is_compiling
-from madtp.errors import MadtpError
+from madtp.errors import ConfigError, MadtpError
 from madtp.method.arrays import Flags, on_host
 from madtp.method.guidance import pooled_features, query_projection
 from madtp.method.importance import AttentionStatistics, ImportanceTerms, best_of, importance_terms
-from madtp.method.scorers import Evidence, Features
+from madtp.method.scorers import Evidence, Features, Scorer
 from madtp.method.selectors import Ballot, keep_of_each_image
 from madtp.method.threshold import straight_through_gate, threshold
 from madtp.sites.candidates import CandidateGroup, Layout, layout_of, mean_beside
@@ -194,7 +194,8 @@ class PruningSite(nn.Module):
         """Score the candidates of all groups; ``tokens`` and ``block_input`` are rows ``[T, C]``."""
         control = self.control
         guidance = None
-        if control.alignment is not None and control.config.alignment and control.parts.needs.guidance:
+        if control.guided:
+            assert control.alignment is not None
             guidance = control.alignment(block_input, self.query)
             # No alignment token likes padding.
             guidance = in_slots(guidance, state, fill=torch.finfo(guidance.dtype).min)
@@ -234,11 +235,11 @@ class PruningSite(nn.Module):
         if features is not None and not given:
             none = features.tokens.new_zeros(features.tokens.shape[:2], dtype=torch.float32)
             evidence = Evidence(ImportanceTerms(None, None, None), none, features)
-            return none, scorer.score(evidence, config)
+            return none, _checked(scorer.score(evidence, config), none, scorer)
         if not given or is_compiling() or any(one.device.type != "cpu" or one.requires_grad for one in given):
             terms = importance_terms(statistics, best, candidates, config)
             importance = terms.mean()
-            return importance, scorer.score(Evidence(terms, importance, features), config)
+            return importance, _checked(scorer.score(Evidence(terms, importance, features), config), importance, scorer)
         known = [
             None if one is None else on_host(one)
             for one in (statistics.received, statistics.class_attention, best, candidates)
@@ -248,7 +249,7 @@ class PruningSite(nn.Module):
             scores = on_arrays.mean()
             ranking = scorer.score(Evidence(on_arrays, scores, features), config)
         found = torch.from_numpy(scores)
-        return found, found if ranking is scores else torch.from_numpy(ranking)
+        return found, found if ranking is scores else _checked(torch.as_tensor(ranking), found, scorer)
 
     def _ballot(self, scored: _Scored, theta: Tensor | None, state: TokenState) -> Ballot:
         """What is judged, on the host."""
@@ -354,6 +355,16 @@ class PruningSite(nn.Module):
         gate = straight_through_gate(scored.importance, theta, self.control.gain, kept)
         gate = F.pad(torch.where(kept, gate, torch.ones_like(gate)), (scored.group.first, 0), value=1.0)
         return rows * in_rows(gate, state).unsqueeze(-1).to(rows.dtype)
+
+
+def _checked(ranking: Tensor, importance: Tensor, scorer: Scorer) -> Tensor:
+    """A ranking ``[B, N]``, which somebody else's scorer may have returned in another shape."""
+    if ranking.shape != importance.shape:
+        raise ConfigError(
+            f"the scorer {scorer.name!r} returned scores {list(ranking.shape)} for tokens {list(importance.shape)}; return one "
+            "score for each token, [B, N]"
+        )
+    return ranking.float()
 
 
 def _forced_slots(wanted: Tensor, state: TokenState) -> Tensor:

@@ -118,22 +118,23 @@ def _saved_macs(pruned: PrunedModel) -> dict[str, float]:
     """Multiply-accumulates per sample that each site of the last forward saves, by site."""
     sites = {site.name: site for site in pruned.madtp.report.sites}
     saved: dict[str, float] = {}
-    record = pruned.madtp.control.record
+    record, guided = pruned.madtp.control.record, pruned.madtp.control.guided
     for run in record.runs:
         counts = {name: state.counts for name, state in run.states.items()}
-        own = _price(run, counts)
+        own = _price(run, counts, guided=guided)
         for name in counts:
             earlier = _site_before(name, list(counts), sites)
             without = {other: count for other, count in counts.items() if other != name}
             if earlier is not None and counts[earlier].shape == counts[name].shape:
                 without[name] = counts[earlier]
-            saved[name] = saved.get(name, 0.0) + (_price(run, without) - own) * run.share(record.batch)
+            more = _price(run, without, guided=guided) - own
+            saved[name] = saved.get(name, 0.0) + more * run.share(record.batch)
     return saved
 
 
-def _price(run: Run, counts: Mapping[str, torch.Tensor]) -> float:
+def _price(run: Run, counts: Mapping[str, torch.Tensor], *, guided: bool) -> float:
     """Multiply-accumulates per sample of a run at other token counts."""
-    return sum(run.program.cost.price(run.inputs, counts, active=True).values())
+    return sum(run.program.cost.price(run.inputs, counts, active=True, guided=guided).values())
 
 
 def _site_before(name: str, ran: Sequence[str], sites: Mapping[str, SiteReport]) -> str | None:

@@ -275,7 +275,7 @@ class Search:
         limit = "temperature" if name == "temperature" else f"min_tokens={config.min_tokens}"
         helps = ["a larger gain"] if name == "temperature" else []
         helps += ["a smaller min_tokens"] if config.min_tokens and name != "temperature" else []
-        helps += ["fewer alignment tokens"] if config.alignment else []
+        helps += ["fewer alignment tokens"] if self.pruned.madtp.control.guided else []
         helps += ["pruning all towers"] if config.towers is not None else []
         return (
             f"a reduction of {self.target:.1%} cannot be reached: the most is {most:.1%}, at {name} {value:.3g}. Of the dense "

@@ -83,7 +83,7 @@ def _record_sites(table: CostTable, insertion: Insertion) -> None:
         path = f"madtp.sites.{site_key(site.name)}"
         # The projection is applied to the alignment tokens, once a forward, rather than to the tokens.
         projection = ("alignment_tokens", f"projection of {site.width}")
-        table.terms.append(CostTerm(path=path, constant=1, sizes=projection, only_active=True))
+        table.terms.append(CostTerm(path=path, constant=1, sizes=projection, only_active=True, guidance=True))
         table.terms.append(
             CostTerm(
                 path=path,
@@ -91,6 +91,7 @@ def _record_sites(table: CostTable, insertion: Insertion) -> None:
                 sizes=("alignment_tokens",),
                 axes=(before,),
                 only_active=True,
+                guidance=True,
             )
         )
 

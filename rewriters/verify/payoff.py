@@ -13,6 +13,7 @@ import torch
 from madtp.calls.call import Call
 from madtp.config import PruningConfig
 from madtp.errors import RewriteError
+from madtp.method.parts import parts_of
 from madtp.programs.program import Program
 from madtp.sites.additions import PREFIX
 from rewriters.insert.workspace import site_key
@@ -43,7 +44,7 @@ def sites_without_payoff(program: Program, call: Call, sites: Sequence[SitePlan]
             for site in own
         }
         others = {f"{PREFIX}.sites.{site_key(site.name)}" for site in sites if site.stream != stream}
-        priced = program.cost.price(leaves, counts, True)
+        priced = program.cost.price(leaves, counts, True, guided=parts_of(config).needs.guidance)
         if sum(amount for path, amount in priced.items() if path not in others) >= dense:
             names.append(own[0].name)
     return names

@@ -151,7 +151,7 @@ def test_a_method_that_cannot_be_captured_says_so_once(caplog: pytest.LogCapture
     assert torch.equal(found[1], model.by_value(call["ids"]))
     assert [note for note in pruned.report.notes if "by_value" in note and "texts.blocks.0" in note]
     assert len(caplog.records) == 1
-    pruned.config = replace(pruned.config, strict=True)
+    pruned.madtp.config = replace(pruned.madtp.config, strict=True)
     with pytest.raises(UnprunedError, match=r"texts\.blocks\.0"):
         pruned.by_value(call["ids"])
 

@@ -89,6 +89,15 @@ def test_short_forms_are_those_of_the_handle() -> None:
     assert pruned.code() == pruned.madtp.code()
 
 
+def test_a_config_is_the_hosts() -> None:
+    """transformers' Trainer writes ``model.config.use_cache`` where a model has a ``config``."""
+    pruned = rewritten(1)
+    assert not hasattr(pruned, "config")
+    pruned.config = types.SimpleNamespace(use_cache=True)
+    pruned.config.use_cache = False
+    assert isinstance(pruned.madtp.config, madtp.PruningConfig)
+
+
 def test_it_is_of_the_hosts_class() -> None:
     model = vit(1)
     pruned = madtp.rewrite(model, (BATCH,), config=CONFIG)

@@ -114,7 +114,7 @@ def test_a_model_keeps_its_mode_and_settings_after_an_error_and_can_be_frozen_ag
     with pytest.raises(Exception, match=r"shape|size"):
         madtp.freeze(pruned, [(images,), (images[:, :2],)])
     assert pruned.training
-    assert pruned.config.batching == pruned.madtp.control.config.batching == "ragged"
+    assert pruned.madtp.config.batching == pruned.madtp.control.config.batching == "ragged"
     weak = madtp.freeze(pruned, [(images,)])
     assert pruned.training
     pruned.gain = 2.0
