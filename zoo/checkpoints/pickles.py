@@ -22,6 +22,9 @@ MOST_ITEMS = 1_000_000
 LONGEST_NUMBER = 100
 """Bytes of a whole number, in binary or as text."""
 
+LONGEST_GLOBAL = 1000
+"""Bytes of the name of a class or function, with that of its module."""
+
 LEGACY_PICKLES = 5
 """How many pickles stand one after the other in a file from before PyTorch 1.6."""
 
@@ -183,6 +186,8 @@ def check_pickle(content: bytes | mmap.mmap, start: int = 0) -> int:
             stack.append(stack[-1] if stack else _PLAIN)
         else:
             if does == "global":
+                if place - first > LONGEST_GLOBAL:  # torch looks through its name for longer than a reader should take
+                    raise ExceededError(f"it names a class or function by {place - first} bytes")
                 called = bytes(content[first:place]).rstrip(b"\n")
                 encodes |= called == _ENCODE
                 if called in _SIZED:

@@ -161,6 +161,7 @@ SIZES = {
     "number": b"\x80\x02}X\x01\x00\x00\x00a\x8a\xff" + b"\x7f" * 255 + b"s.",
     "long number": b"\x80\x02}X\x01\x00\x00\x00a\x8b\x00\x10\x00\x00" + b"\x7f" * 4096 + b"s.",
     "number in text": b"\x80\x02}X\x01\x00\x00\x00aL" + b"7" * 4000 + b"L\ns.",
+    "name of a function": b"\x80\x02}X\x01\x00\x00\x00ac" + b"m" * 20_000 + b"\nf\ns.",
     "encoded again and again": b"\x80\x02}X\x01\x00\x00\x00a"
     + b"c_codecs\nencode\n" * 30
     + b"X\x01\x00\x00\x00xX\x06\x00\x00\x00latin1\x86R"
