@@ -63,10 +63,9 @@ def test_the_tokens_that_score_highest_survive(merge: bool | None) -> None:
     scorer.given.clear()
     pruned(x=torch.randn(3, 3, 32, 32))
     kept = pruned.madtp.kept_tokens()["blocks.0"]
-    best = scorer.given[0][:, 1:].topk(8).indices + 1
-    assert all(
-        set(mask.nonzero().flatten().tolist()) == {0, *row.tolist()} for mask, row in zip(kept, best, strict=True)
-    )
+    best = scorer.given[0][:, -16:].topk(8).indices + 1  # the class token is not always among those that are scored
+    for mask, row in zip(kept, best, strict=True):
+        assert set(mask.nonzero().flatten().tolist()) == {0, *row.tolist()}
 
 
 @torch.no_grad()
