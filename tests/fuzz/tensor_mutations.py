@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from zoo.checkpoints.pickles import LEGACY_PICKLES, check_pickle
+
 from .json_mutations import HEADER_LENGTH
 from .kinds import CHOICE, PLACE, Kind
 
@@ -77,6 +79,8 @@ def _of_torch(content: bytes) -> _Opened:
         torch.save(changed, target, _use_new_zipfile_serialization=content[:2] == b"PK")
         return target.getvalue()
 
+    if content[:2] != b"PK":
+        check_pickle(content)  # torch.load takes minutes for what some mutations have made
     held: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
     found = held.get("model", held)
     if not all(isinstance(value, Tensor) for value in found.values()):
