@@ -79,8 +79,9 @@ def _of_torch(content: bytes) -> _Opened:
         torch.save(changed, target, _use_new_zipfile_serialization=content[:2] == b"PK")
         return target.getvalue()
 
-    if content[:2] != b"PK":
-        check_pickle(content)  # torch.load takes minutes for what some mutations have made
+    end = 0
+    for _ in range(0 if content[:2] == b"PK" else LEGACY_PICKLES):
+        end = check_pickle(content, end)  # torch.load takes minutes for what some mutations have made
     held: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
     found = held.get("model", held)
     if not all(isinstance(value, Tensor) for value in found.values()):
