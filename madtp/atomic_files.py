@@ -45,6 +45,8 @@ ADVICE: Mapping[int, str] = {
 
 # safetensors raises errors of its own, which hold the number of the system's in their text.
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+# Names of our drafts, and of those in which safetensors writes them.
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{12}(\.[^.]+)?|\.tmp\w{6}", re.DOTALL)
 # Letters of the target's name in that of its draft, which has to be short enough, too.
 _STEM = 40
 
@@ -138,6 +140,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         _take_place(draft, path)
         _flush_folder(path.parent)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts in a folder that writers have left which were killed. Nobody else may be writing there."""
+    for path in folder.glob(".*"):
+        if _DRAFT.fullmatch(path.name):
+            _remove(path)
 
 
 def remove_folder(path: Path) -> None:

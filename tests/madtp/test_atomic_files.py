@@ -20,6 +20,7 @@ from madtp.atomic_files import (
     check_writable_folder,
     draft_of,
     publish,
+    remove_drafts,
     remove_folder,
     replacing_file,
     replacing_folder,
@@ -401,3 +402,19 @@ def test_a_folder_is_removed_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("shutil.rmtree", checked)
     remove_folder(tmp_path / "step")
     assert not list(tmp_path.iterdir())
+
+
+def test_drafts_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    with draft_of(tmp_path / "model.safetensors") as one, draft_of(tmp_path / "step") as other:
+        one.touch()
+        other.mkdir()
+        (other / "a").touch()
+        (tmp_path / ".tmpgsOzsn").touch()  # as safetensors names what it writes
+        left = [
+            tmp_path / name for name in (".lock", ".model.safetensors", "model.0123456789ab.safetensors", "card.json")
+        ]
+        for path in left:
+            path.touch()
+        remove_drafts(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted(left)
+    remove_drafts(tmp_path / "nowhere")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import madtp
 import zoo
-from madtp.atomic_files import write_text
+from madtp.atomic_files import remove_drafts, write_text
 from madtp.errors import ConfigError
 from madtp.pruned import PrunedModel
 from madtp.training.batch_shares import Batch
@@ -222,6 +222,7 @@ def finish_compression(
     set_reached_strength(learner.pruned, learner.state)
     pruned = deploy(learner.objective, learner.pruned, calls[0])
     calibration = calibrate_closely(pruned, calls, settings.reduction)
+    remove_drafts(output / "pruned")  # of a run that was killed here: the output is locked
     madtp.save(pruned, output / "pruned", dtype=torch.float16)
     shipped = madtp.load(output / "pruned", zoo.create(settings.model)).eval()
     card = {
