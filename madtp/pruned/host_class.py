@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from madtp.calls.compiling import is_compiling
+from madtp.config import PruningConfig
+from madtp.errors import ConfigError
 from madtp.programs.host_forward import HostForward
 from madtp.programs.host_methods import as_one_call
 from madtp.programs.notes import noting_unpruned_blocks
@@ -64,6 +66,8 @@ def pruned_class(host: nn.Module) -> type[PrunedModel]:
     for name in SHORT_FORMS:
         if not hasattr(host, name):
             members[name] = _short_form(name)
+    if not hasattr(host, "config"):
+        members["config"] = _config_of_the_host()
     if not hasattr(host, "dense_macs"):
         members["dense_macs"] = _dense_macs
     made = types.new_class(own.__name__, (PrunedModel, own), exec_body=lambda namespace: namespace.update(members))
@@ -177,6 +181,22 @@ def _short_form(name: str) -> property:
             self.__dict__[name] = value
 
     return property(read, write, doc=f"Short for ``madtp.{name}``.")
+
+
+def _config_of_the_host() -> property:
+    """A ``config`` that others may give to a model, and that does not take pruning's without a word."""
+
+    def read(self: PrunedModel) -> Any:
+        if "config" in self.__dict__:
+            return self.__dict__["config"]
+        raise AttributeError("it has no config; that of pruning is pruned.madtp.config")
+
+    def write(self: PrunedModel, value: Any) -> None:
+        if isinstance(value, PruningConfig):
+            raise ConfigError("config is the host's; set pruned.madtp.config.")
+        self.__dict__["config"] = value
+
+    return property(read, write, doc="The host's, if somebody has given it one.")
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def test_dropping_tokens_equals_hiding_them(looping: Pair) -> None:
     x, hidden = model.embed(**inputs)
     torch.manual_seed(1)
     other = copy.deepcopy(pruned)
-    other.config = madtp.PruningConfig(alignment_tokens=5, merge=False)
+    other.madtp.config = madtp.PruningConfig(alignment_tokens=5, merge=False)
     other.madtp.control.forced = {site.name: torch.rand(hidden.shape) < 0.6 for site in pruned.report.sites}
     found, kept = other(**inputs), other.kept_tokens()
     for name, block in model.blocks.named_children():

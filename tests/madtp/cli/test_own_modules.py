@@ -16,6 +16,7 @@ import madtp
 import madtp.training.run
 import zoo.small
 from madtp.cli.app import app
+from madtp.cli.console import output_console
 from madtp.errors import ConfigError, UnknownModelError
 from zoo.builders import build_own
 from zoo.datasets.registry import DATA
@@ -141,8 +142,9 @@ def test_the_survey_examines_a_model_of_the_users_in_its_own_process(plugin: str
     assert "no transformer" in result.output
 
 
-def test_recipes_are_listed_with_task_model_data_and_needs() -> None:
-    result = runner.invoke(app, ["recipes"], env={"COLUMNS": "160"})
+def test_recipes_are_listed_with_task_model_data_and_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_console, "_width", 160)  # it may have been made before this test
+    result = runner.invoke(app, ["recipes"])
     assert result.exit_code == 0, result.output
     for name in recipe_names():
         assert name in result.output

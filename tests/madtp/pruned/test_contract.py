@@ -95,7 +95,10 @@ def test_a_config_is_the_hosts() -> None:
     assert not hasattr(pruned, "config")
     pruned.config = types.SimpleNamespace(use_cache=True)
     pruned.config.use_cache = False
+    assert not pruned.config.use_cache
     assert isinstance(pruned.madtp.config, madtp.PruningConfig)
+    with pytest.raises(madtp.errors.ConfigError, match=r"set pruned\.madtp\.config"):
+        pruned.config = madtp.PruningConfig()
 
 
 def test_it_is_of_the_hosts_class() -> None:

@@ -121,7 +121,7 @@ def test_any_configuration_makes_the_round_trip(
     first = rewritten(depth=2, merge=merge, min_tokens=min_tokens, temperature=temperature, **choice)
     first.gain = gain
     second = madtp.load(madtp.save(first, tmp_path / "any"), vit(2))
-    assert (second.gain, second.temperature, second.config) == (gain, temperature, first.config)
+    assert (second.gain, second.temperature, second.madtp.config) == (gain, temperature, first.madtp.config)
     assert torch.equal(outputs(second.eval()), outputs(first.eval()))
 
 
@@ -172,7 +172,7 @@ def test_frozen_counts_are_kept(tmp_path: Path) -> None:
     first = rewritten(depth=2)
     madtp.freeze(first, [(images(8, 1),)])
     loaded = madtp.load(madtp.save(first, tmp_path / "frozen"), vit(2))
-    assert loaded.config.batching == "static"
+    assert loaded.madtp.config.batching == "static"
     assert torch.equal(outputs(loaded), outputs(first))
     assert all(len(set(counts.tolist())) == 1 for counts in loaded.token_counts().values())
 

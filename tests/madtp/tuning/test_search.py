@@ -129,7 +129,7 @@ def test_controls_reach_the_same_macs(settings: dict[str, Any]) -> None:
     result = madtp.calibrate(control, CALIBRATED, reduction=0.6)
     assert result.reduction_reached == pytest.approx(0.6, abs=0.01)
     assert (result.keep_ratio is None) == ("keep_ratio" not in settings)
-    assert control.config.keep_ratio == result.keep_ratio
+    assert control.madtp.config.keep_ratio == result.keep_ratio
     assert measured(control, CALIBRATED) == pytest.approx(result.reduction_reached)
 
 
