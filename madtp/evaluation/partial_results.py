@@ -16,8 +16,8 @@ from typing import Any
 
 from madtp.atomic_files import write_text
 from madtp.errors import CheckpointError
-from madtp.files.json_text import parse_json, read_text
-from madtp.files.limits import LARGEST_ANNOTATIONS, check_depth
+from madtp.files.json_text import read_description
+from madtp.files.limits import LARGEST_ANNOTATIONS
 from madtp.saving.differences import differences
 
 SETUP = "setup.json"
@@ -113,8 +113,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def _read(path: Path, advice: str) -> dict[str, Any]:
     try:
-        content = parse_json(read_text(path, LARGEST_ANNOTATIONS))  # a batch has as many results as samples
-        check_depth(content)
+        content = read_description(path, LARGEST_ANNOTATIONS)  # a batch has as many results as samples
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {advice}.") from error
     if not isinstance(content, dict):

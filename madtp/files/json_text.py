@@ -40,13 +40,17 @@ def read_text(path: Path, most: int = LARGEST_DESCRIPTION) -> str:
         raise ValueError(f"line {line} is not UTF-8: {error}") from error
 
 
-def read_description(path: Path) -> Any:
+def read_description(path: Path, most: int = LARGEST_DESCRIPTION) -> Any:
     """Return the value of a JSON file, nested to a depth at which code that reads it may recurse.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not JSON, too large, or nests too deeply.
     """
-    value = parse_json(read_text(path))
+    value = parse_json(read_text(path, most))
     check_depth(value)
     return value

@@ -162,11 +162,8 @@ def _masks(model: PrunedModel, call: Call, count: int, tower: str) -> _Masks:
         grids.append(_grid(site, patches.shape[1], size))
         blocked = spec.images > 1 and spec.image_order == "blocked"
         shape = (spec.images, -1) if blocked else (-1, spec.images)
-        masks.append(
-            patches.reshape(*shape, patches.shape[1]).transpose(0, 1)
-            if blocked
-            else patches.reshape(*shape, patches.shape[1])
-        )
+        shaped = patches.reshape(*shape, patches.shape[1])
+        masks.append(shaped.transpose(0, 1) if blocked else shaped)
     labels = tuple(f"layer {site.layer}" for site in sites)
     return _Masks(spec.images, size, labels, tuple(grids), tuple(masks))
 
